@@ -1,0 +1,29 @@
+"""oribi: QLoRA fine-tuning of language models.
+
+Public names are imported when first used, so `import oribi` costs milliseconds and touches nothing else.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "OribiError": "oribi.errors",
+    "ConfigError": "oribi.errors",
+    "DataError": "oribi.errors",
+    "ModelError": "oribi.errors",
+    "ExportError": "oribi.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'oribi' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
