@@ -1,0 +1,124 @@
+"""The table of model families: one row a family, each field a property that the decoder reads.
+
+A row says how a family differs from the plain pre-norm decoder (Llama). Sizes, epsilons, biases and windows come from
+the checkpoint's config. A new family is a new row; a flag names a property, never a model.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family differs from the plain pre-norm decoder.
+
+    Args:
+        architecture: class name of the family's causal LM in transformers, written to config.json on saving.
+        norms: "pre" (norm before attention and before the MLP), "post" (after each), "sandwich" (before and after).
+        norm_offset: RMSNorm multiplies by (norm_offset + weight).
+        qk_norm: RMSNorm of q and k: over each head, over the whole projection, or none.
+        fused_projections: the checkpoint holds q, k, v as one qkv_proj and gate, up as one gate_up_proj.
+        attention_bias: "config" reads config.attention_bias for q, k, v, o; "qkv" is q, k, v always; else none.
+        mlp_bias: whether config.mlp_bias is read.
+        windows: which layers slide: none, all (config.sliding_window), or by config.layer_types.
+        attention_scale: name of the config field that gives the scale; None is head_dim ** -0.5.
+        attention_scale_power: the scale is that field to this power.
+        softcaps: whether config.attn_logit_softcapping and config.final_logit_softcapping are read.
+        embedding_scale: embeddings are multiplied by sqrt(hidden_size), rounded to the weight's dtype.
+        multipliers: whether config.embedding_multiplier, residual_multiplier and logits_scaling are read.
+        rope_by_layer_type: config.rope_parameters has one entry for each layer type.
+        no_rope_layers: whether config.no_rope_layers turns RoPE off in some layers.
+    """
+
+    architecture: str
+    norms: Literal["pre", "post", "sandwich"] = "pre"
+    norm_offset: float = 0.0
+    qk_norm: Literal["head", "projection"] | None = None
+    fused_projections: bool = False
+    attention_bias: Literal["config", "qkv"] | None = "config"
+    mlp_bias: bool = False
+    windows: Literal["all", "layer_types"] | None = None
+    attention_scale: str | None = None
+    attention_scale_power: float = 1.0
+    softcaps: bool = False
+    embedding_scale: bool = False
+    multipliers: bool = False
+    rope_by_layer_type: bool = False
+    no_rope_layers: bool = False
+
+    def flags(self) -> dict[str, object]:
+        """The fields that differ from the plain decoder, with the plain value; what a parity test switches off."""
+        return {
+            field.name: field.default
+            for field in fields(self)
+            if field.name != "architecture" and getattr(self, field.name) != field.default
+        }
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", mlp_bias=True),
+    "mistral": Family("MistralForCausalLM", attention_bias=None, windows="all"),
+    "qwen2": Family("Qwen2ForCausalLM", attention_bias="qkv", windows="layer_types"),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", windows="layer_types"),
+    "gemma": Family("GemmaForCausalLM", norm_offset=1.0, embedding_scale=True),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        norms="sandwich",
+        norm_offset=1.0,
+        windows="layer_types",
+        attention_scale="query_pre_attn_scalar",
+        attention_scale_power=-0.5,
+        softcaps=True,
+        embedding_scale=True,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        norms="sandwich",
+        norm_offset=1.0,
+        qk_norm="head",
+        windows="layer_types",
+        attention_scale="query_pre_attn_scalar",
+        attention_scale_power=-0.5,
+        softcaps=True,
+        embedding_scale=True,
+        rope_by_layer_type=True,
+    ),
+    "phi3": Family("Phi3ForCausalLM", fused_projections=True, attention_bias=None, windows="all"),
+    "granite": Family(
+        "GraniteForCausalLM", mlp_bias=True, attention_scale="attention_multiplier", multipliers=True
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", norms="post", qk_norm="projection"),
+    "smollm3": Family("SmolLM3ForCausalLM", mlp_bias=True, windows="layer_types", no_rope_layers=True),
+}
+
+
+def family_of(config: PretrainedConfig) -> Family | None:
+    """The family's row for a checkpoint's config, or None when oribi's decoder does not cover it.
+
+    Args:
+        config: a transformers config; `model_type`, `hidden_act` and a few refusing fields are read.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or activation_of(config) is None:
+        return None
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "pretraining_tp", 1) not in (
+        None,
+        1,
+    ):
+        return None
+    return family
+
+
+def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gelu"] | None:
+    """The gated MLP's activation in the kernels' words, or None if no kernel computes it."""
+    # Gemma's first release wrote "gelu" in hidden_act and meant the tanh form, named by hidden_activation
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    return {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_new": "gelu_tanh",
+        "gelu": "gelu",
+    }.get(name)

@@ -1,0 +1,71 @@
+"""Linear layers that share an input, read through whatever LoRA wraps them, and computed together.
+
+The decoder asks for the outputs of a group (q, k, v; gate, up). A plain linear layer or a plain LoRA layer is read here
+and takes the fused path of `kernels.lora`; everything else (DoRA, several active adapters, 8-bit bases, hooks) runs its
+own forward, so a result never depends on which path was taken.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from oribi.kernels.lora import Projection, lora_linear
+
+
+def project(modules: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of linear layers on one input.
+
+    Args:
+        modules: linear layers, LoRA layers around them, or anything with their call.
+        x: [..., K].
+
+    Returns:
+        One [..., N_i] tensor a module, in x's dtype.
+    """
+    projections = [read(module) for module in modules]
+    if any(projection is None for projection in projections):
+        return [module(x) for module in modules]
+    return lora_linear(x, projections)
+
+
+def read(module: nn.Module) -> Projection | None:
+    """Weight, bias and the one active LoRA pair of a layer; None if only the layer's own forward is right."""
+    base = getattr(module, "base_layer", None)
+    if base is None:
+        return _plain(module)
+    projection = _plain(base)
+    if projection is None or _hooked(module):
+        return None
+    active = (
+        [name for name in module.active_adapters if name in module.lora_A]
+        if hasattr(module, "lora_A")
+        else None
+    )
+    if active is None or module.merged:
+        return None
+    if module.disable_adapters or not active:
+        return projection
+    name = active[0]
+    a, b = module.lora_A[name], module.lora_B[name]
+    # variants are PEFT's word for DoRA, aLoRA and the like; they change the formula
+    if len(active) > 1 or name in getattr(module, "lora_variant", {}) or b.bias is not None:
+        return None
+    dropout = module.lora_dropout[name]
+    rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return Projection(
+        projection.weight, projection.bias, a.weight, b.weight, float(module.scaling[name]), rate
+    )
+
+
+def _plain(module: nn.Module) -> Projection | None:
+    if not isinstance(module, nn.Linear) or _hooked(module) or type(module).__name__ == "Linear8bitLt":
+        return None
+    return Projection(module.weight, module.bias)
+
+
+def _hooked(module: nn.Module) -> bool:
+    # accelerate's offload replaces forward on the instance; hooks may read or change what passes
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    ) or "forward" in vars(module)

@@ -1,0 +1,156 @@
+"""oribi's decoder computes what transformers computes: logits, loss, every gradient, generation, padding, packing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import MIXED, ROPES, tiny_config, tiny_pair
+
+from oribi.models import families as table
+from oribi.models.families import FAMILIES
+
+TOLERANCE = 1e-5  # relative, float32
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
+
+
+def errors_against_transformers(ours, theirs, length: int = 24) -> dict[str, float]:
+    """Relative errors of logits, loss and every parameter's gradient on one random batch."""
+    ids = torch.randint(3, 128, (2, length))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    mine = ours(input_ids=ids, labels=labels, output_logits=True)
+    reference = theirs(input_ids=ids, labels=labels)
+    mine.loss.backward()
+    reference.loss.backward()
+    errors = {"logits": relative(mine.logits, reference.logits), "loss": relative(mine.loss, reference.loss)}
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        errors[name] = relative(parameter.grad, expected[name].grad)
+    return errors
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_loss_and_every_gradient_equal_transformers(model_type):
+    errors = errors_against_transformers(*tiny_pair(tiny_config(model_type)))
+    assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("length", [12, 40])
+def test_every_rope_kind_equals_transformers(rope, length):
+    positions = 32 if rope == "dynamic" else 128
+    config = tiny_config("llama", rope_parameters=ROPES[rope], max_position_embeddings=positions)
+    errors = errors_against_transformers(*tiny_pair(config), length=length)
+    assert max(errors.values()) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "flag"), [(name, flag) for name, row in FAMILIES.items() for flag in row.flags()]
+)
+def test_each_family_flag_switched_off_breaks_parity(model_type, flag, monkeypatch):
+    row = FAMILIES[model_type]
+    monkeypatch.setitem(table.FAMILIES, model_type, replace(row, **{flag: row.flags()[flag]}))
+    try:
+        errors = errors_against_transformers(*tiny_pair(tiny_config(model_type)))
+    except (RuntimeError, TypeError, KeyError, AttributeError):
+        return  # the checkpoint does not even load, or the config cannot be read that way
+    assert max(errors.values()) > 1e-3
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_greedy_generation_with_cache_and_left_padding_equals_transformers(model_type):
+    ours, theirs = (model.eval() for model in tiny_pair(tiny_config(model_type)))
+    ids = torch.randint(3, 128, (3, 9))
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate((0, 3, 6)):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": 127}
+    assert torch.equal(ours.generate(ids, **arguments), theirs.generate(ids, **arguments))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_cached_logits_equal_uncached(model_type):
+    model = tiny_pair(tiny_config(model_type))[0].eval()
+    ids = torch.randint(3, 128, (2, 14))
+    whole = model(input_ids=ids).logits
+    cache, parts = None, []
+    for piece in ids.split([6, 1, 3, 4], dim=1):
+        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    assert relative(torch.cat(parts, 1), whole) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_right_padding_changes_no_real_token(model_type):
+    model = tiny_pair(tiny_config(model_type))[0].eval()
+    ids = torch.randint(3, 128, (2, 11))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    padded = model(input_ids=ids, attention_mask=mask).logits
+    alone = model(input_ids=ids[1:, :7]).logits
+    assert relative(padded[1:, :7], alone) < TOLERANCE
+
+
+def packed(lengths: list[int]) -> dict[str, torch.Tensor | int]:
+    ids = torch.randint(3, 128, (1, sum(lengths)))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("lengths", [[5, 9, 1, 7], [6, 6, 6]])
+def test_packed_rows_equal_each_document_alone(model_type, lengths):
+    model = tiny_pair(tiny_config(model_type))[0].eval()
+    batch = packed(lengths)
+    together = model(**batch).logits
+    for piece, logits in zip(batch["input_ids"].split(lengths, 1), together.split(lengths, 1)):
+        assert relative(logits, model(input_ids=piece).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_changing_one_document_leaves_the_others_bit_identical(model_type):
+    model = tiny_pair(tiny_config(model_type))[0].eval()
+    lengths = [5, 9, 7]
+    batch = packed(lengths)
+    before = model(**batch).logits
+    batch["input_ids"][:, 5:14] = torch.randint(3, 128, (1, 9))
+    after = model(**batch).logits
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert torch.equal(before[:, 14:], after[:, 14:])
+    assert not torch.equal(before[:, 5:14], after[:, 5:14])
+
+
+def test_documents_are_found_from_positions_alone():
+    model = tiny_pair(tiny_config("llama"))[0].eval()
+    batch = packed([5, 9, 1, 7])
+    explicit = model(**batch).logits
+    derived = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    assert torch.equal(explicit, derived)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_checkpointed_gradients_are_bit_equal(model_type):
+    ours, _ = tiny_pair(
+        tiny_config(model_type, layer_types=MIXED) if model_type == "gemma2" else tiny_config(model_type)
+    )
+    ids = torch.randint(3, 128, (2, 16))
+
+    def gradients() -> list[torch.Tensor]:
+        ours.zero_grad()
+        ours(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in ours.parameters()]
+
+    plain = gradients()
+    ours.gradient_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients()))

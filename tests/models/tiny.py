@@ -1,0 +1,113 @@
+"""Tiny random models of every family of the table, with every parameter perturbed, beside transformers' own."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from oribi.models.decoder import DecoderForCausalLM, build
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXED = ["sliding_attention", "full_attention"] * 2
+
+VARIANTS: dict[str, dict] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 5, "head_dim": 32},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": MIXED,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
+    "gemma": {"head_dim": 32},
+    "gemma2": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 5,
+        "layer_types": MIXED,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 5,
+        "layer_types": MIXED,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": 3.0,
+    },
+    "phi3": {"sliding_window": 5, "partial_rotary_factor": 0.5},
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
+    "olmo2": {"attention_bias": True},
+    "smollm3": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "no_rope_layers": [1, 1, 0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": MIXED,
+    },
+}
+
+ROPES: dict[str, dict] = {
+    "linear": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 1e4,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "long_factor": [1.0 + 0.3 * i for i in range(8)],
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "original_max_position_embeddings": 16,
+        "rope_theta": 1e4,
+    },
+}
+
+
+def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
+    """Config of a family with every feature it has switched on."""
+    settings = {**SIZES, **VARIANTS[model_type], **changes}
+    return AutoConfig.for_model(model_type, attn_implementation="eager", **settings)
+
+
+def tiny_pair(config: PretrainedConfig, seed: int = 0) -> tuple[DecoderForCausalLM, PreTrainedModel]:
+    """oribi's and transformers' model with the same weights, none of them at its initial value, float32, training."""
+    torch.manual_seed(seed)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    ours = build(config, device="cpu")
+    missing = ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert not missing.missing_keys
+    ours.tie_weights()
+    return ours.train(), theirs.train()
