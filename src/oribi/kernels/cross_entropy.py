@@ -1,0 +1,231 @@
+"""Cross-entropy from hidden states and the head, without ever holding the logits.
+
+    z = cap tanh(l / cap), l = logit_scale (x W^T + b)  (z = l without a cap)
+    loss = sum over labelled rows of (logsumexp(z) - z[target]) / divisor
+
+T rows, V vocabulary, D hidden size. The gradient is formed in the forward pass, a chunk of rows at a time, in place of
+the chunk's logits: (softmax(z) - onehot) (1 - (z / cap)^2), then dx = that times W. The factor logit_scale / divisor
+and the loss's own gradient come last, in float32, so that float16 gradients do not vanish. Rows labelled -100 cost
+nothing, except in a CUDA graph, whose shapes may not depend on the labels.
+
+Source: gradient in the forward as in Liger (arXiv:2410.10989).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from oribi.errors import DataError
+from oribi.kernels.dispatch import wide
+
+IGNORED = -100
+CHUNK_ROWS = 1024
+# a chunk's logits: 1024 rows of Llama's 128256 in 16 bit; fewer rows of a larger vocabulary
+CHUNK_BYTES = 256 * 2**20
+
+
+def linear_cross_entropy(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    divisor: torch.Tensor | int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    labelled: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of the head's logits, differentiable in rows, weight and bias.
+
+    Args:
+        rows: [T, D] hidden states in 16 or 32 bit.
+        weight: [V, D] head; cast to rows' dtype if it differs.
+        targets: [T] int64 in [0, V), or -100 where nothing is trained on.
+        bias: [V] or None.
+        divisor: what the summed loss is divided by; a tensor is never read by the host. None: the labelled rows.
+        softcap: logits become softcap * tanh(logits / softcap).
+        logit_scale: factor on the logits, before the cap.
+        labelled: what `labelled_rows` gave for these targets, for callers who asked before the forward pass.
+
+    Returns:
+        Loss, scalar float32.
+
+    Raises:
+        DataError: a target is outside the vocabulary (inside a CUDA graph the loss becomes NaN instead).
+    """
+    if torch.is_autocast_enabled(rows.device.type):
+        rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+    return _LinearCrossEntropy.apply(
+        rows, weight, bias, targets, divisor, softcap, logit_scale, labelled, torch.is_grad_enabled()
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, bias, targets, divisor, softcap, logit_scale, labelled, grad_enabled):
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        result = linear_cross_entropy_forward(
+            rows, weight, targets, bias=bias, divisor=divisor, softcap=softcap, logit_scale=logit_scale,
+            labelled=labelled, rows_grad=needs[0], weight_grad=needs[1], bias_grad=needs[2],
+        )  # fmt: skip
+        ctx.save_for_backward(result.drows, result.dweight, result.dbias, result.factor)
+        ctx.dtypes = (rows.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return result.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        *gradients, factor = ctx.saved_tensors
+        scaled = (
+            None if g is None else scale_gradient(g, dloss * factor, dtype)
+            for g, dtype in zip(gradients, ctx.dtypes)
+        )
+        return (*scaled, None, None, None, None, None, None)
+
+
+class LossAndGradients(NamedTuple):
+    """What `linear_cross_entropy_forward` returns; each gradient is still to be multiplied by dloss * factor.
+
+    loss scalar float32; drows [T, D] in rows' dtype; dweight [V, D], dbias [V] float32; factor scalar float32.
+    """
+
+    loss: torch.Tensor
+    drows: torch.Tensor | None
+    dweight: torch.Tensor | None
+    dbias: torch.Tensor | None
+    factor: torch.Tensor
+
+
+@torch.no_grad()
+def linear_cross_entropy_forward(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    divisor: torch.Tensor | int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    labelled: torch.Tensor | None = None,
+    rows_grad: bool = True,
+    weight_grad: bool = False,
+    bias_grad: bool = False,
+) -> LossAndGradients:
+    """Loss and unscaled gradients; arguments as in `linear_cross_entropy`."""
+    vocab_size = weight.shape[0]
+    weight = weight.to(rows.dtype)
+    if labelled is None:
+        labelled = labelled_rows(targets, vocab_size)
+    everything = labelled is None or len(labelled) == len(rows)
+    count = len(rows) if everything else len(labelled)
+    accumulator = wide(rows[:0]).dtype
+    losses = torch.empty(count, dtype=accumulator, device=rows.device)
+    drows = dweight = dbias = None
+    if rows_grad:
+        drows = torch.empty_like(rows) if everything else torch.zeros_like(rows)
+    if weight_grad:
+        dweight = torch.zeros_like(weight, dtype=accumulator)
+    if bias_grad:
+        dbias = torch.zeros_like(bias, dtype=accumulator)
+    gradient = rows_grad or weight_grad or bias_grad
+    size = _chunk_rows(count, vocab_size, rows.element_size())
+    buffer = _logits_buffer(min(size, count), vocab_size, rows)
+    for start in range(0, count, size):
+        part = slice(start, min(start + size, count))
+        x, y = (rows[part], targets[part]) if everything else (rows[labelled[part]], targets[labelled[part]])
+        logits = buffer[: len(x)]
+        torch.mm(x, weight.t(), out=logits)
+        if bias is not None:
+            logits += bias.to(rows.dtype)
+        _loss_and_gradient(logits, y, losses[part], softcap, logit_scale, gradient)
+        if rows_grad and everything:
+            torch.mm(logits, weight, out=drows[part])
+        elif rows_grad:
+            drows.index_copy_(0, labelled[part], logits.mm(weight))
+        if weight_grad:
+            dweight += logits.t().mm(x)
+        if bias_grad:
+            dbias += logits.sum(0, dtype=accumulator)
+    divisor = _divisor_tensor(divisor, targets, losses, count, labelled is None)
+    return LossAndGradients(losses.sum() / divisor, drows, dweight, dbias, logit_scale / divisor)
+
+
+def labelled_rows(targets: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
+    """Indices of the rows that are trained on, [labelled] int64; None inside a CUDA graph, where all rows are run.
+
+    The one host synchronisation of the loss: a caller who asks before the forward pass finds the GPU idle.
+
+    Raises:
+        DataError: a target is neither -100 nor in [0, vocab_size).
+    """
+    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    labelled = (targets != IGNORED).nonzero().view(-1)
+    chosen = targets[labelled]
+    outside = ((chosen < 0) | (chosen >= vocab_size)).nonzero().view(-1)
+    if len(outside):
+        raise DataError(
+            f"label {int(chosen[outside[0]])} at position {int(labelled[outside[0]])} is outside the vocabulary: "
+            f"labels must be -100 or from 0 to {vocab_size - 1}"
+        )
+    return labelled
+
+
+def scale_gradient(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gradient * factor (a float32 scalar tensor) in dtype, multiplied in float32.
+
+    PyTorch's own product of a 16-bit tensor and a scalar tensor would round the factor to 16 bit first.
+    """
+    return (wide(gradient) * factor).to(dtype)
+
+
+def _loss_and_gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    losses: torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    gradient: bool,
+) -> None:
+    """Write each row's loss; overwrite logits with their gradient (before logit_scale) if asked."""
+    _reference(logits, targets, losses, softcap, logit_scale, gradient)
+
+
+def _reference(logits, targets, losses, softcap, logit_scale, gradient):
+    z = wide(logits) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    total = z.logsumexp(-1)
+    ignored = targets == IGNORED
+    index = targets.masked_fill(ignored, 0)[:, None]
+    losses.copy_((total - z.gather(1, index)[:, 0]).masked_fill(ignored, 0.0))
+    if gradient:
+        d = torch.exp(z - total[:, None])
+        d.scatter_add_(1, index, d.new_full(index.shape, -1.0))
+        if softcap is not None:
+            d *= 1 - (z / softcap).square()
+        logits.copy_(d.masked_fill(ignored[:, None], 0.0))
+
+
+def _chunk_rows(count: int, vocab_size: int, element_size: int) -> int:
+    """Rows of a chunk: as many as the buffer holds, spread evenly, in multiples of 64."""
+    most = max(min(CHUNK_ROWS, CHUNK_BYTES // (vocab_size * element_size)) // 64, 1) * 64
+    chunks = -(-count // most)
+    return most if chunks < 2 else -(-count // (chunks * 64)) * 64
+
+
+def _logits_buffer(rows: int, vocab_size: int, like: torch.Tensor) -> torch.Tensor:
+    # rows start on a multiple of 64 elements: vector loads and tensor cores need aligned rows at any vocabulary size
+    padded = -(-vocab_size // 64) * 64
+    return torch.empty(rows, padded, dtype=like.dtype, device=like.device)[:, :vocab_size]
+
+
+def _divisor_tensor(divisor, targets, losses, count, every_row) -> torch.Tensor:
+    if divisor is None and every_row:
+        divisor = (targets != IGNORED).sum().clamp_min(1)
+    elif divisor is None:
+        divisor = max(count, 1)
+    if isinstance(divisor, torch.Tensor):
+        return divisor.to(device=losses.device, dtype=losses.dtype, non_blocking=True)
+    return torch.full((), float(divisor), dtype=losses.dtype, device=losses.device)

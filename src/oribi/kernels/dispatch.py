@@ -1,0 +1,72 @@
+"""Where a kernel runs: Triton on NVIDIA GPUs, the PyTorch reference everywhere else.
+
+Every op asks `use_triton(x)` in plain sight. `jit` is `triton.jit` where Triton is installed, so that the files of
+kernels import without it.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+triton: ModuleType | None
+tl: ModuleType | None
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not installed on macOS, on Windows and beside CPU builds of torch
+    triton = tl = None
+
+# under TRITON_INTERPRET=1 kernels run on CPU tensors, which is how the tests run them without a GPU
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+_local = threading.local()
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether an op on x runs its Triton kernel (True) or its PyTorch reference.
+
+    Args:
+        x: the op's main input. float64 always takes the reference: kernels compute in float32.
+    """
+    if triton is None or x.dtype is torch.float64 or getattr(_local, "reference_only", False):
+        return False
+    return INTERPRETED or (x.is_cuda and _capable(x.get_device()))
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Inside the block every op of this thread runs its PyTorch reference; for tests and benchmarks."""
+    before = getattr(_local, "reference_only", False)
+    _local.reference_only = True
+    try:
+        yield
+    finally:
+        _local.reference_only = before
+
+
+@lru_cache
+def _capable(device_index: int) -> bool:
+    # Triton's oldest NVIDIA target is Turing; on AMD these kernels are untested
+    return torch.version.hip is None and torch.cuda.get_device_capability(device_index) >= (7, 5)
+
+
+def jit(kernel: Callable | None = None, **options: Any) -> Callable:
+    """`triton.jit`, or the function unchanged (and never called) where Triton is not installed."""
+    if kernel is None:
+        return lambda function: jit(function, **options)
+    return kernel if triton is None else triton.jit(**options)(kernel)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that references compute in: float64 as it is, everything else as float32."""
+    return x if x.dtype is torch.float64 else x.float()

@@ -1,0 +1,118 @@
+"""The element-wise middle of a gated MLP: h = act(gate) * up.
+
+Every activation is gate times a gate probability p, which keeps one formula for all:
+
+    act(g) = g p(g)      p = sigmoid(z),  z = g (silu)  or  2 sqrt(2/pi) (g + 0.044715 g^3) (gelu_tanh)
+                         p = (1 + erf(g / sqrt 2)) / 2 (gelu)
+    h = g p up      dup = dh g p      dgate = dh up (p + g p')      p' = p (1 - p) z'  or  exp(-g^2 / 2) / sqrt(2 pi)
+
+T tokens, I intermediate size. Computed in float32, rounded once on the store.
+
+Source: GLU Variants Improve Transformer, Shazeer 2020 (arXiv:2002.05202); GELU, arXiv:1606.08415.
+"""
+
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from oribi.errors import ModelError
+from oribi.kernels.dispatch import wide
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+_CUBIC = 0.044715
+_TWICE_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
+
+
+def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up, differentiable in both; backward keeps gate and up only.
+
+    Args:
+        gate, up: [T, I] in 16 or 32 bit; rows may be strided.
+        activation: "silu", "gelu_tanh" or "gelu".
+
+    Returns:
+        [T, I] in gate's dtype.
+
+    Raises:
+        ModelError: another activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ModelError(
+            f"activation {activation!r} has no kernel; it must be one of {', '.join(ACTIVATIONS)}"
+        )
+    return _GatedMLP.apply(gate, up, activation)
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return gated_mlp_forward(gate, up, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        dgate, dup, _ = gated_mlp_backward(dh, *ctx.saved_tensors, ctx.activation)
+        return dgate, dup, None
+
+
+def gated_mlp_forward(
+    gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """act(gate) * up.
+
+    Args:
+        gate, up: [T, I]; rows may be strided, the last dimension contiguous.
+        activation: one of `ACTIVATIONS`.
+        out: [T, I] for the result, strided rows allowed; may be gate or up.
+    """
+    h = wide(gate) * _probability(wide(gate), activation) * wide(up)
+    return h.to(gate.dtype) if out is None else out.copy_(h)
+
+
+def gated_mlp_backward(
+    dh: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    *,
+    dgate: torch.Tensor | None = None,
+    dup: torch.Tensor | None = None,
+    h: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of gate and up, and on request h once more, so that it need not be kept.
+
+    Args:
+        dh: [T, I] gradient of h; gate, up, activation: as in the forward.
+        dgate, dup: [T, I] for the gradients; may be gate and up.
+        h: [T, I] for h, equal to the forward's bit for bit; may be dh.
+
+    Returns:
+        dgate, dup, h (None unless it was asked for).
+    """
+    g, u, d = wide(gate), wide(up), wide(dh)
+    p = _probability(g, activation)
+    gate_gradient = d * u * (p + g * _probability_slope(g, p, activation))
+    up_gradient = d * (g * p)
+    rebuilt = g * p * u if h is not None else None
+    dgate = gate_gradient.to(gate.dtype) if dgate is None else dgate.copy_(gate_gradient)
+    dup = up_gradient.to(up.dtype) if dup is None else dup.copy_(up_gradient)
+    return dgate, dup, None if h is None else h.copy_(rebuilt)
+
+
+def _probability(g: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "silu":
+        return torch.sigmoid(g)
+    if activation == "gelu_tanh":
+        return torch.sigmoid(_TWICE_SQRT_2_OVER_PI * g * (1 + _CUBIC * g * g))
+    return 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
+
+
+def _probability_slope(g: torch.Tensor, p: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "silu":
+        return p * (1 - p)
+    if activation == "gelu_tanh":
+        return p * (1 - p) * (_TWICE_SQRT_2_OVER_PI * (1 + 3 * _CUBIC * g * g))
+    return torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
