@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import MIXED, ROPES, tiny_config, tiny_pair
+from tests.models.tiny import MIXED, ROPES, tiny_config, tiny_pair
 
 from oribi.models import families as table
 from oribi.models.families import FAMILIES
@@ -28,7 +28,11 @@ def errors_against_transformers(ours, theirs, length: int = 24) -> dict[str, flo
     errors = {"logits": relative(mine.logits, reference.logits), "loss": relative(mine.loss, reference.loss)}
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        errors[name] = relative(parameter.grad, expected[name].grad)
+        error = relative(parameter.grad, expected[name].grad)
+        if name.endswith("k_proj.bias") and expected[name].grad.norm() < 1e-6:
+            # without rotation a key bias moves all scores of a query alike: its gradient is 0, both sides give noise
+            error = parameter.grad.norm().item()
+        errors[name] = error
     return errors
 
 

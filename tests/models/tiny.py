@@ -21,7 +21,8 @@ MIXED = ["sliding_attention", "full_attention"] * 2
 
 VARIANTS: dict[str, dict] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
-    "mistral": {"sliding_window": 5, "head_dim": 32},
+    # Mistral and Phi-3 have no biases whatever a config says
+    "mistral": {"sliding_window": 5, "head_dim": 32, "attention_bias": True},
     "qwen2": {
         "use_sliding_window": True,
         "sliding_window": 5,
@@ -50,7 +51,7 @@ VARIANTS: dict[str, dict] = {
         "attn_logit_softcapping": None,
         "final_logit_softcapping": 3.0,
     },
-    "phi3": {"sliding_window": 5, "partial_rotary_factor": 0.5},
+    "phi3": {"sliding_window": 5, "partial_rotary_factor": 0.5, "attention_bias": True},
     "granite": {
         "attention_bias": True,
         "mlp_bias": True,

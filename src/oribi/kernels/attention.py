@@ -7,7 +7,7 @@ Backends: `cudnn` (dense rows), `flash` (dense or packed documents, windows) and
 one document at a time, so that no document can touch another). Packs of equally long documents are dense rows.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,45 @@ class Visibility:
         return self._masks[(keys, window)]
 
 
+@dataclass(frozen=True)
+class Attend:
+    """One attention decided: backend and layout. `decide` makes it, `attention_forward` and `_backward` carry it out."""
+
+    backend: str
+    scale: float
+    window: int | None
+    softcap: float | None
+    visibility: Visibility
+
+    @property
+    def packed(self) -> bool:
+        """Documents of several lengths lie in one row."""
+        return self.visibility.cu_seqlens is not None
+
+
+def decide(
+    q: torch.Tensor,
+    visibility: Visibility,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    keys: int = 0,
+) -> Attend:
+    """How one attention is computed: on the fastest backend that computes it exactly.
+
+    Args:
+        q: [B, S, H, E], read for device, dtype and head_dim.
+        visibility: causality, documents and padding.
+        scale: factor on the scores. window: keys a query may look back over, itself included. softcap: scores become
+            softcap * tanh(score / softcap). keys: length of the key rows where they are longer than the queries.
+    """
+    if visibility.uniform:  # packs of equally long documents are dense rows
+        visibility = Visibility(len(visibility.cu_seqlens) - 1, visibility.max_length)
+    if window is not None and window >= (visibility.max_length or keys or visibility.length):
+        window = None
+    return Attend(choose_backend(q, visibility, window, softcap), scale, window, softcap, visibility)
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -80,23 +119,15 @@ def attention(
 
     Args:
         q: [B, S, H, E]; k, v: [B, C, K, E], last dimension contiguous, C >= S where keys are cached.
-        visibility: causality, documents and padding.
-        scale: factor on the scores. window: keys a query may look back over, itself included. softcap: scores become
-            softcap * tanh(score / softcap).
+        visibility, scale, window, softcap: as in `decide`.
 
     Returns:
         [B, S, H, E] in q's dtype.
     """
-    if visibility.uniform:
-        rows, length = len(visibility.cu_seqlens) - 1, visibility.max_length
-        split = [x.view(rows, length, *x.shape[2:]) for x in (q, k, v)]
-        return attention(*split, Visibility(rows, length), scale, window, softcap).view(q.shape)
-    if window is not None and window >= (visibility.max_length or k.shape[1]):
-        window = None
-    backend = choose_backend(q, visibility, window, softcap)
-    if backend == "reference":
-        return _reference(q, k, v, visibility, scale, window, softcap)
-    return _Attention.apply(q, k, v, visibility.cu_seqlens, visibility.max_length, scale, window, backend)
+    how = decide(q, visibility, scale, window, softcap, k.shape[1])
+    if how.backend == "reference":
+        return _reference(*(_laid_out(x, how) for x in (q, k, v)), how).reshape(q.shape)
+    return _Attention.apply(q, k, v, how)
 
 
 def choose_backend(q: torch.Tensor, visibility: Visibility, window: int | None, softcap: float | None) -> str:
@@ -114,32 +145,23 @@ def choose_backend(q: torch.Tensor, visibility: Visibility, window: int | None, 
 
 
 def attention_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    max_length: int,
-    scale: float,
-    window: int | None,
-    backend: str,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Attend
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Forward of the "cudnn" and "flash" backends: out [B, S, H, E] and what `attention_backward` needs besides."""
-    if backend == "cudnn":
+    """out, shaped as q, and what `attention_backward` needs besides q, k, v and out (nothing for "reference")."""
+    shape = q.shape
+    q, k, v = (_laid_out(x, how) for x in (q, k, v))
+    if how.backend == "reference":
+        return _reference(q, k, v, how).reshape(shape), ()
+    if how.backend == "cudnn":
         qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
         out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            qh, kh, vh, None, True, 0.0, True, False, scale=scale
+            qh, kh, vh, None, True, 0.0, True, False, scale=how.scale
         )
-        return out.transpose(1, 2), (lse, seed, offset)
-    left = -1 if window is None else window - 1
-    packed = cu_seqlens is not None
-    if packed:
-        q, k, v = q[0], k[0], v[0]
-    length = max_length if packed else q.shape[1]
+        return out.transpose(1, 2).reshape(shape), (lse, seed, offset)
     out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, length, length, 0.0, True, False,
-        scale=scale, window_size_left=left, window_size_right=0,
-    )  # fmt: skip
-    return out[None] if packed else out, (lse, seed, offset)
+        q, k, v, *_flash_extent(q, how), 0.0, True, False, scale=how.scale, **_flash_window(how)
+    )
+    return out.reshape(shape), (lse, seed, offset)
 
 
 def attention_backward(
@@ -149,92 +171,92 @@ def attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     saved: tuple[torch.Tensor, ...],
-    cu_seqlens: torch.Tensor | None,
-    max_length: int,
-    scale: float,
-    window: int | None,
-    backend: str,
+    how: Attend,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v for `attention_forward`; dout and the results have the shapes of out, q, k, v."""
-    lse, seed, offset = saved
-    if backend == "cudnn":
+    """Gradients of q, k and v, shaped as they are; dout is shaped as out. "reference" runs its forward again."""
+    shapes = q.shape, k.shape, v.shape
+    dout, q, k, v, out = (_laid_out(x, how) for x in (dout, q, k, v, out))
+    if how.backend == "reference":
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            grads = torch.autograd.grad(_reference(*inputs, how), inputs, dout)
+    elif how.backend == "cudnn":
+        lse, seed, offset = saved
         doh, qh, kh, vh, oh = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            doh,
-            qh,
-            kh,
-            vh,
-            oh,
-            lse,
-            seed,
-            offset,
-            None,
-            None,
-            None,
-            q.shape[1],
-            k.shape[1],
-            0.0,
-            True,
-            scale=scale,
-        )
-        return tuple(x.transpose(1, 2) for x in grads)
-    left = -1 if window is None else window - 1
-    packed = cu_seqlens is not None
-    if packed:
-        dout, q, k, v, out = (x[0] for x in (dout, q, k, v, out))
-    length = max_length if packed else q.shape[1]
-    grads = torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, out, lse, cu_seqlens, cu_seqlens, length, length, 0.0, True, seed, offset,
-        scale=scale, window_size_left=left, window_size_right=0,
-    )  # fmt: skip
-    return tuple(x[None] for x in grads) if packed else tuple(grads)
+            doh, qh, kh, vh, oh, lse, seed, offset, None, None, None, q.shape[1], k.shape[1], 0.0, True,
+            scale=how.scale,
+        )  # fmt: skip
+        grads = [x.transpose(1, 2) for x in grads]
+    else:
+        lse, seed, offset = saved
+        grads = torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse, *_flash_extent(q, how), 0.0, True, seed, offset,
+            scale=how.scale, **_flash_window(how),
+        )  # fmt: skip
+    return tuple(grad.reshape(shape) for grad, shape in zip(grads, shapes))
+
+
+def _laid_out(x: torch.Tensor, how: Attend) -> torch.Tensor:
+    """A view as the backend wants it: [tokens, heads, E] of a pack for flash, else [rows, tokens, heads, E]."""
+    if how.packed and how.backend == "flash":
+        return x[0]
+    rows = how.visibility.batch
+    return x if x.shape[0] == rows else x.view(rows, -1, *x.shape[2:])
+
+
+def _flash_extent(q: torch.Tensor, how: Attend) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
+    cu_seqlens = how.visibility.cu_seqlens
+    length = how.visibility.max_length if how.packed else q.shape[1]
+    return cu_seqlens, cu_seqlens, length, length
+
+
+def _flash_window(how: Attend) -> dict[str, int]:
+    return {"window_size_left": -1 if how.window is None else how.window - 1, "window_size_right": 0}
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, max_length, scale, window, backend):
-        out, saved = attention_forward(q, k, v, cu_seqlens, max_length, scale, window, backend)
-        ctx.save_for_backward(q, k, v, out, cu_seqlens, *saved)
-        ctx.arguments = (max_length, scale, window, backend)
+    def forward(ctx, q, k, v, how):
+        out, saved = attention_forward(q, k, v, how)
+        ctx.save_for_backward(q, k, v, out, *saved)
+        ctx.how = how
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, cu_seqlens, *saved = ctx.saved_tensors
-        grads = attention_backward(dout, q, k, v, out, tuple(saved), cu_seqlens, *ctx.arguments)
-        return (*grads, None, None, None, None, None)
+        q, k, v, out, *saved = ctx.saved_tensors
+        return (*attention_backward(dout, q, k, v, out, tuple(saved), ctx.how), None)
 
 
-def _reference(q, k, v, visibility, scale, window, softcap):
-    if visibility.cu_seqlens is not None:
-        bounds = visibility.bounds()
-        alone = replace(visibility, cu_seqlens=None, max_length=0, _masks={}, _bounds=None)
-        parts = []
-        for start, end in zip(bounds[:-1], bounds[1:]):
-            if start == end:
-                continue
-            one = replace(alone, length=end - start, _masks={})
-            parts.append(
-                _dense(q[:, start:end], k[:, start:end], v[:, start:end], one, scale, window, softcap)
-            )
-        return torch.cat(parts, dim=1)
-    return _dense(q, k, v, visibility, scale, window, softcap)
+def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Attend) -> torch.Tensor:
+    visibility = how.visibility
+    if not how.packed:
+        return _dense(q, k, v, visibility, how)
+    bounds = visibility.bounds()
+    parts = []
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        if start < end:
+            one = Visibility(1, end - start)
+            parts.append(_dense(q[:, start:end], k[:, start:end], v[:, start:end], one, how))
+    return torch.cat(parts, dim=1)
 
 
-def _dense(q, k, v, visibility, scale, window, softcap):
+def _dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibility, how: Attend
+) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if window is not None and window >= k.shape[2]:
-        window = None
+    window = how.window if how.window is not None and how.window < k.shape[2] else None
     simple = visibility.real is None and window is None and visibility.length == k.shape[2]
-    mask = None if simple and softcap is None else visibility.mask(k.shape[2], window, q.device)
+    mask = None if simple and how.softcap is None else visibility.mask(k.shape[2], window, q.device)
     gqa = q.shape[1] != k.shape[1]
-    if softcap is None:
+    if how.softcap is None:
         out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+            q, k, v, mask, is_causal=mask is None, scale=how.scale, enable_gqa=gqa
         )
         return out.transpose(1, 2)
     if gqa:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = softcap * torch.tanh(scale / softcap * (q @ k.transpose(-1, -2)))
+    scores = how.softcap * torch.tanh(how.scale / how.softcap * (q @ k.transpose(-1, -2)))
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
     return (weights @ v).transpose(1, 2)

@@ -2,10 +2,18 @@
 
     y_i = x W_i^T + b_i + scale_i (dropout(x) A_i^T) B_i^T
 
-T tokens, K in features, N_i out features, r_i rank, R = sum of r_i, N = sum of N_i. W_i is frozen in the fused path:
-its gradient is never formed, and only x, S = x A^T [T, R] and the packed weights are kept for backward.
+T tokens, K in features, N_i out features, r_i rank; of a group N = sum of N_i, R = sum of r_i. W_i is frozen in the
+fused path: its gradient is never formed, and only x and S = x A^T are kept for backward.
 
     U_i = scale_i dy_i B_i      dx = dy W + U A      dA = U^T x      dB_i = scale_i dy_i^T S_i
+
+One buffer holds a group's weight with its LoRA pair, P spare rows and columns wide (R, and one for a bias, rounded up):
+
+    [ W   sB ]   N rows     sB is block diagonal: projection i owns its rows and its r_i columns; a bias has one column
+    [ A   0  ]   P rows
+
+so that S = x A^T is one product, y = [x, S] [W, sB]^T another, U = dy sB a third and dx = [dy, U] [W; A] the last. LoRA
+costs P/K more arithmetic and no pass over y or dx, and its term is added in the product's float32 accumulator.
 
 Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
 """
@@ -17,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from oribi.kernels import nf4
+from oribi.kernels.dispatch import jit, next_power_of_2, tl, use_triton
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,22 @@ class Projection:
     scale: float = 1.0
     dropout: float = 0.0
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), of the packed weight too."""
+        state = getattr(self.weight, "quant_state", None)
+        return tuple(self.weight.shape if state is None else state.shape)
+
+    @property
+    def frozen(self) -> bool:
+        """Neither weight nor bias is trained."""
+        return not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad))
+
+    @property
+    def fusible(self) -> bool:
+        """Whether the fused path computes it: nothing trained but the LoRA pair, and no dropout now."""
+        return self.frozen and not self.dropout
+
 
 def lora_linear(x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]:
     """Outputs of a group of linear layers with LoRA on one input.
@@ -51,11 +76,10 @@ def lora_linear(x: torch.Tensor, projections: Sequence[Projection]) -> list[torc
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    frozen = not any(
-        p.weight.requires_grad or (p.bias is not None and p.bias.requires_grad) for p in projections
-    )
-    if frozen and not any(p.dropout for p in projections):
-        return list(_LoraLinear.apply(x, projections, *(t for p in projections for t in (p.a, p.b))))
+    if all(p.fusible for p in projections):
+        sizes = [p.shape[0] for p in projections]
+        y = _LoraLinear.apply(x, projections, *(t for p in projections for t in (p.a, p.b)))
+        return list(y.split(sizes, dim=-1))
     return [_composed(x, p) for p in projections]
 
 
@@ -64,7 +88,7 @@ def _composed(x: torch.Tensor, p: Projection) -> torch.Tensor:
     if p.weight.requires_grad:
         y = F.linear(x, p.weight.to(x.dtype), None if p.bias is None else p.bias.to(x.dtype))
     else:
-        (y,) = _LoraLinear.apply(x, [Projection(p.weight)], None, None)
+        y = _LoraLinear.apply(x, [Projection(p.weight)], None, None)
         if p.bias is not None:
             y = y + p.bias.to(x.dtype)
     if p.a is not None:
@@ -73,70 +97,335 @@ def _composed(x: torch.Tensor, p: Projection) -> torch.Tensor:
     return y
 
 
-def group_weight(projections: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
-    """The group's weights as one [N, K] matrix in dtype; packed weights are dequantised in one launch."""
-    weights = [p.weight for p in projections]
-    if all(hasattr(w, "quant_state") for w in weights):
-        return nf4.dequantize(weights, dtype)
-    dense = [nf4.dequantize([w], dtype) if hasattr(w, "quant_state") else w.to(dtype) for w in weights]
-    return dense[0] if len(dense) == 1 else torch.cat(dense)
-
-
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, *factors):
+        group = augmented_weight(projections, x.dtype, x.device)
         rows = x.reshape(-1, x.shape[-1])
-        weight = group_weight(projections, x.dtype)
-        out = rows @ weight.t()
-        sizes = split_sizes(projections, weight)
-        lows = []
-        for y, p in zip(out.split(sizes, dim=1), projections):
-            if p.bias is not None:
-                y += p.bias.to(x.dtype)
-            if p.a is not None:
-                low = rows @ p.a.to(x.dtype).t()
-                y.addmm_(low, p.b.to(x.dtype).t(), alpha=p.scale)
-                lows.append(low)
-        ctx.save_for_backward(rows if any(ctx.needs_input_grad[2:]) else None, *lows)
-        ctx.projections, ctx.sizes, ctx.shape = projections, sizes, x.shape
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in out.split(sizes, dim=1))
+        room = group.input_room(len(rows))
+        room[:, : group.in_features] = rows
+        y = forward(room, group)[:, : group.out_features]
+        ctx.save_for_backward(room if any(ctx.needs_input_grad[2:]) else None)
+        ctx.projections, ctx.shape = projections, x.shape
+        return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx, *grads):
-        x, *lows = ctx.saved_tensors
-        projections = ctx.projections
-        dtype = next(g for g in grads if g is not None).dtype
-        rows = ctx.shape[:-1].numel()
-        grads = [
-            next(g for g in grads if g is not None).new_zeros(rows, n) if g is None else g.reshape(rows, n)
-            for g, n in zip(grads, ctx.sizes)
-        ]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dy = grads[0] if len(grads) == 1 else torch.cat(grads, dim=1)
-            dx = dy @ group_weight(projections, dtype)
-        factor_grads: list[torch.Tensor | None] = []
-        lows = iter(lows)
-        for dy, p in zip(grads, projections):
-            if p.a is None:
-                factor_grads += [None, None]
-                continue
-            low = next(lows)
-            du = (dy @ p.b.to(dtype)) * p.scale
-            if dx is not None:
-                dx.addmm_(du, p.a.to(dtype))
-            index = 2 + len(factor_grads)
-            need_a, need_b = ctx.needs_input_grad[index], ctx.needs_input_grad[index + 1]
-            factor_grads.append((du.t() @ x).to(p.a.dtype) if need_a else None)
-            factor_grads.append((dy.t() @ low).to(p.b.dtype) * p.scale if need_b else None)
-        return (None if dx is None else dx.view(ctx.shape), None, *factor_grads)
+    def backward(ctx, dy):
+        (room,) = ctx.saved_tensors
+        group = augmented_weight(ctx.projections, dy.dtype, dy.device)
+        dy_room = group.output_room(dy[..., 0].numel())
+        dy_room[:, : group.out_features] = dy.reshape(len(dy_room), -1)
+        u = backward_low(dy_room, group)
+        dx = backward_input(dy_room, group).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        factors: list[torch.Tensor | None] = [None] * (len(ctx.needs_input_grad) - 2)
+        if room is not None:
+            k = group.in_features
+            dy = dy_room[:, : group.out_features]
+            factors = backward_factors(dy, u, room[:, :k], room[:, k:], ctx.projections)
+        wanted = ctx.needs_input_grad[2:]
+        return (dx, None, *(grad if need else None for grad, need in zip(factors, wanted)))
 
 
-def split_sizes(projections: Sequence[Projection], weight: torch.Tensor) -> list[int]:
-    """Out features of each projection of a group."""
-    if len(projections) == 1:
-        return [weight.shape[0]]
-    return [
-        (p.weight.quant_state.shape if hasattr(p.weight, "quant_state") else p.weight.shape)[0]
-        for p in projections
-    ]
+@dataclass(frozen=True)
+class GroupWeight:
+    """A group's weights, LoRA pairs and biases in one buffer, as this file's docstring draws it.
+
+    Args:
+        buffer: [N + P, K + P].
+        out_features, in_features: N and K.
+        bias_column: which of the P columns holds the biases, None without any.
+    """
+
+    buffer: torch.Tensor
+    out_features: int
+    in_features: int
+    bias_column: int | None
+
+    @property
+    def spare(self) -> int:
+        """P."""
+        return self.buffer.shape[0] - self.out_features
+
+    @property
+    def w(self) -> torch.Tensor:
+        """[N, K]"""
+        return self.buffer[: self.out_features, : self.in_features]
+
+    @property
+    def a(self) -> torch.Tensor:
+        """[P, K], zero below the last A."""
+        return self.buffer[self.out_features :, : self.in_features]
+
+    @property
+    def scaled_b(self) -> torch.Tensor:
+        """[N, P]: block diagonal scale_i B_i, and the biases."""
+        return self.buffer[: self.out_features, self.in_features :]
+
+    def input_room(self, tokens: int) -> torch.Tensor:
+        """Uninitialised [T, K + P]: x goes into the first K columns."""
+        return self.buffer.new_empty(tokens, self.in_features + self.spare)
+
+    def output_room(self, tokens: int) -> torch.Tensor:
+        """Uninitialised [T, N + P]: dy goes into the first N columns."""
+        return self.buffer.new_empty(tokens, self.out_features + self.spare)
+
+
+def augmented_weight(
+    projections: Sequence[Projection], dtype: torch.dtype, device: torch.device
+) -> GroupWeight:
+    """Dequantises a group's weights and lays its LoRA pairs and biases beside them, in dtype on device."""
+    n, k = sum(p.shape[0] for p in projections), projections[0].shape[1]
+    rank = sum(0 if p.a is None else p.a.shape[0] for p in projections)
+    biased = any(p.bias is not None for p in projections)
+    step = 64 if device.type == "cuda" else 16  # rows of a multiple of 128 bytes keep the fast matrix kernels
+    pad = -(-(rank + biased) // step) * step
+    buffer = torch.empty(n + pad, k + pad, dtype=dtype, device=device)
+    _dequantize_group(projections, buffer[:n, :k])
+    group = GroupWeight(buffer, n, k, rank if biased else None)
+    if pad:
+        _pack_factors(projections, group)
+    return group
+
+
+def _dequantize_group(projections: Sequence[Projection], out: torch.Tensor) -> None:
+    if all(hasattr(p.weight, "quant_state") for p in projections):
+        nf4.dequantize([p.weight for p in projections], out.dtype, out=out)
+        return
+    for p, part in zip(projections, out.split([p.shape[0] for p in projections])):
+        if hasattr(p.weight, "quant_state"):
+            nf4.dequantize([p.weight], out.dtype, out=part)
+        else:
+            part.copy_(p.weight.detach())
+
+
+def forward(room: torch.Tensor, group: GroupWeight) -> torch.Tensor:
+    """y of x in `room` [T, K + P], whose last P columns become S (and a column of ones where a bias is).
+
+    Returns:
+        [T, N + P] with y in the first N columns; the others are `backward_low`'s.
+    """
+    k, n = group.in_features, group.out_features
+    if group.spare:
+        torch.mm(room[:, :k], group.a.t(), out=room[:, k:])
+        if group.bias_column is not None:
+            room[:, k + group.bias_column] = 1
+    out = group.output_room(len(room))
+    torch.mm(room, group.buffer[:n].t(), out=out[:, :n])
+    return out
+
+
+def forward_onto(
+    x: torch.Tensor, group: GroupWeight, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y = residual + x W^T + S (sB)^T, for an x that has no room beside it.
+
+    Args:
+        x: [T, K], rows may be strided.
+        residual: [T, N] in x's dtype, or None for zero.
+
+    Returns:
+        y [T, N] and S [T, P] (None where P is 0).
+    """
+    low = None
+    if group.spare:
+        low = x @ group.a.t()
+        if group.bias_column is not None:
+            low[:, group.bias_column] = 1
+        y = expand(low, group.scaled_b, residual)
+    elif residual is None:
+        return x @ group.w.t(), None
+    else:
+        y = residual.clone()
+    return y.addmm_(x, group.w.t()), low
+
+
+def backward_low(dy_room: torch.Tensor, group: GroupWeight) -> torch.Tensor | None:
+    """U = dy (sB) [T, P], written into the last P columns of dy_room [T, N + P]; None where P is 0."""
+    n = group.out_features
+    if not group.spare:
+        return None
+    return torch.mm(dy_room[:, :n], group.scaled_b, out=dy_room[:, n:])
+
+
+def backward_input(dy_room: torch.Tensor, group: GroupWeight) -> torch.Tensor:
+    """dx [T, K] of a dy_room that `backward_low` has filled."""
+    return dy_room @ group.buffer[:, : group.in_features]
+
+
+def backward_factors(
+    dy: torch.Tensor,
+    u: torch.Tensor | None,
+    x: torch.Tensor,
+    low: torch.Tensor | None,
+    projections: Sequence[Projection],
+) -> list[torch.Tensor | None]:
+    """dA_1, dB_1, dA_2, ... of a group, None where a projection has no adapter.
+
+    Args:
+        dy: [T, N]. u: [T, P] of `backward_low`. x: [T, K]. low: S [T, P].
+
+    Returns:
+        Gradients in the factors' dtypes, accumulated over the tokens in float32.
+    """
+    if all(p.a is None for p in projections):
+        return [None] * (2 * len(projections))
+    da = _product(u.t(), x)
+    db = _product(dy.t(), low)
+    grads: list[torch.Tensor | None] = []
+    row = column = 0
+    for p in projections:
+        if p.a is None:
+            grads += [None, None]
+        else:
+            rank = p.a.shape[0]
+            block = db[row : row + p.shape[0], column : column + rank]
+            grads.append(da[column : column + rank].to(p.a.dtype))
+            grads.append((block if p.scale == 1.0 else block * p.scale).to(p.b.dtype))
+            column += rank
+        row += p.shape[0]
+    return grads
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    # float32 out of 16-bit operands: a gradient summed over thousands of tokens keeps its accumulator's digits
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+def expand(low: torch.Tensor, scaled_b: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """residual + low @ scaled_b^T in one pass over the result.
+
+    Args:
+        low: [T, P]. scaled_b: [N, P], rows may be strided. residual: [T, N] or None for zero.
+
+    Returns:
+        [T, N] in low's dtype.
+    """
+    if not use_triton(low):
+        product = low @ scaled_b.t()
+        return product if residual is None else product.add_(residual)
+    tokens, n = low.shape[0], scaled_b.shape[0]
+    out = low.new_empty(tokens, n)
+    base = out if residual is None else residual
+    grid = (-(-n // 128), -(-tokens // 64))
+    _expand_kernel[grid](
+        low, scaled_b, base, out, tokens, n,
+        low.stride(0), scaled_b.stride(0), base.stride(0), out.stride(0),
+        P=low.shape[1], ADD=residual is not None, BLOCK_T=64, BLOCK_N=128, BLOCK_P=16 if low.shape[1] % 64 else 64,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _pack_factors(projections: Sequence[Projection], group: GroupWeight) -> None:
+    """Fills the spare rows and columns of a group's buffer."""
+    if use_triton(group.buffer) and len(projections) <= 3:
+        _pack_factors_triton(projections, group)
+        return
+    group.a.zero_()
+    group.scaled_b.zero_()
+    row = column = 0
+    for p in projections:
+        n = p.shape[0]
+        if p.a is not None:
+            rank = p.a.shape[0]
+            group.a[column : column + rank] = p.a.detach()
+            group.scaled_b[row : row + n, column : column + rank] = p.b.detach() * p.scale
+            column += rank
+        if p.bias is not None:
+            group.scaled_b[row : row + n, group.bias_column] = p.bias.detach()
+        row += n
+
+
+def _pack_factors_triton(projections: Sequence[Projection], group: GroupWeight) -> None:
+    arguments: list[object] = []
+    for i in range(3):
+        p = projections[i] if i < len(projections) else None
+        # an absent factor is never read: its sizes are 0, and any pointer will do
+        a, b, bias = (None, None, None) if p is None else (p.a, p.b, p.bias)
+        arguments += [
+            group.buffer if a is None else a, group.buffer if b is None else b, group.buffer if bias is None else bias,
+            0 if p is None else p.shape[0], 0 if a is None else a.shape[0], int(bias is not None),
+            1.0 if p is None else float(p.scale),
+        ]  # fmt: skip
+    n, k, pad = group.out_features, group.in_features, group.spare
+    b_blocks, a_blocks = -(-n // 32), -(-k // 2048)
+    _pack_kernel[(b_blocks + pad * a_blocks,)](
+        group.buffer, group.buffer.stride(0), n, k, b_blocks, a_blocks, *arguments,
+        P=pad, P2=next_power_of_2(pad), BLOCK_N=32, BLOCK_K=2048, num_warps=4,
+    )  # fmt: skip
+
+
+@jit
+def _expand_kernel(
+    low, b, base, out, tokens, n, low_stride, b_stride, base_stride, out_stride,
+    P: tl.constexpr, ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t_in, c_in = t < tokens, c < n
+    sum_ = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for start in tl.static_range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        s = tl.load(low + t[:, None].to(tl.int64) * low_stride + p[None, :], mask=t_in[:, None], other=0.0)
+        w = tl.load(b + c[None, :].to(tl.int64) * b_stride + p[:, None], mask=c_in[None, :], other=0.0)
+        sum_ = tl.dot(s, w, sum_, input_precision="ieee")
+    inside = t_in[:, None] & c_in[None, :]
+    if ADD:
+        at = base + t[:, None].to(tl.int64) * base_stride + c[None, :]
+        sum_ += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = out + t[:, None].to(tl.int64) * out_stride + c[None, :]
+    tl.store(at, sum_.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _pack_kernel(
+    buffer, stride, n, k, b_blocks, a_blocks,
+    a0, b0, bias0, n0, r0, has0, s0, a1, b1, bias1, n1, r1, has1, s1, a2, b2, bias2, n2, r2, has2, s2,
+    P: tl.constexpr, P2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid < b_blocks:  # rows of [N, P]
+        row = pid * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        col = tl.arange(0, P2)[None, :]
+        r = row - 0
+        value = tl.load(b0 + r * r0 + col, mask=(r < n0) & (col < r0), other=0.0).to(tl.float32) * s0
+        c = col - r0
+        r = row - n0
+        value += (
+            tl.load(b1 + r * r1 + c, mask=(r >= 0) & (r < n1) & (c >= 0) & (c < r1), other=0.0).to(tl.float32)
+            * s1
+        )
+        c = col - r0 - r1
+        r = row - n0 - n1
+        value += (
+            tl.load(b2 + r * r2 + c, mask=(r >= 0) & (r < n2) & (c >= 0) & (c < r2), other=0.0).to(tl.float32)
+            * s2
+        )
+        bias_here = col == r0 + r1 + r2
+        r = row - 0
+        value += tl.load(bias0 + r + col * 0, mask=bias_here & (r < n0 * has0), other=0.0).to(tl.float32)
+        r = row - n0
+        value += tl.load(bias1 + r + col * 0, mask=bias_here & (r >= 0) & (r < n1 * has1), other=0.0).to(
+            tl.float32
+        )
+        r = row - n0 - n1
+        value += tl.load(bias2 + r + col * 0, mask=bias_here & (r >= 0) & (r < n2 * has2), other=0.0).to(
+            tl.float32
+        )
+        at = buffer + row.to(tl.int64) * stride + k + col
+        tl.store(at, value.to(buffer.dtype.element_ty), mask=(row < n) & (col < P))
+    else:  # rows of [P, K]
+        rest = pid - b_blocks
+        row = rest // a_blocks
+        col = (rest % a_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = col < k
+        r = row
+        value = tl.load(a0 + r * k + col, mask=inside & (r < r0), other=0.0).to(tl.float32)
+        r = row - r0
+        value += tl.load(a1 + r * k + col, mask=inside & (r >= 0) & (r < r1), other=0.0).to(tl.float32)
+        r = row - r0 - r1
+        value += tl.load(a2 + r * k + col, mask=inside & (r >= 0) & (r < r2), other=0.0).to(tl.float32)
+        at = buffer + (n + row).to(tl.int64) * stride + col
+        tl.store(at, value.to(buffer.dtype.element_ty), mask=inside)

@@ -21,17 +21,20 @@ from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.rms_norm import rms_norm
 from oribi.kernels.rope import rope
 from oribi.models.families import Family, activation_of, family_of
-from oribi.models.projections import project, read
+from oribi.models.fused_layer import POLICIES, Keep, fused_layer, fusible_groups
+from oribi.models.host_memory import HostMemory
+from oribi.models.projections import hooked, project, read
 from oribi.models.rope import RotaryAngles
 
 
 @dataclass
 class Batch:
-    """What all layers of one forward share: who sees whom, the angles of each kind of layer, and the cache."""
+    """What all layers of one forward share: who sees whom, the angles of each kind of layer, the cache, the host."""
 
     visibility: Visibility
     angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]]
     cache: Cache | None = None
+    host_memory: HostMemory | None = None
 
 
 class RMSNorm(nn.Module):
@@ -39,6 +42,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
         self.eps, self.offset = eps, offset
+
+    @property
+    def observed(self) -> bool:
+        """Whether hooks want to see this norm run by itself."""
+        return hooked(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, self.offset)
@@ -72,12 +80,14 @@ class Attention(nn.Module):
         self.rope_kind = config.layer_types[index] if family.rope_by_layer_type else None
         self.rotates = bool(config.no_rope_layers[index]) if family.no_rope_layers else True
 
+    def qkv_modules(self) -> list[nn.Module]:
+        """q, k, v, or the one layer that holds them all."""
+        return [self.qkv_proj] if hasattr(self, "qkv_proj") else [self.q_proj, self.k_proj, self.v_proj]
+
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         rows, length = x.shape[:2]
-        if hasattr(self, "qkv_proj"):
-            q, k, v = project([self.qkv_proj], x)[0].split(self.sizes, dim=-1)
-        else:
-            q, k, v = project([self.q_proj, self.k_proj, self.v_proj], x)
+        outputs = project(self.qkv_modules(), x)
+        q, k, v = outputs[0].split(self.sizes, dim=-1) if len(outputs) == 1 else outputs
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.reshape(rows * length, -1, self.head_dim) for t in (q, k, v))
@@ -106,11 +116,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, size, bias=bias)
         self.activation = activation_of(config)
 
+    def gate_up_modules(self) -> list[nn.Module]:
+        """gate and up, or the one layer that holds both."""
+        return [self.gate_up_proj] if hasattr(self, "gate_up_proj") else [self.gate_proj, self.up_proj]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if hasattr(self, "gate_up_proj"):
-            gate, up = project([self.gate_up_proj], x)[0].chunk(2, dim=-1)
-        else:
-            gate, up = project([self.gate_proj, self.up_proj], x)
+        outputs = project(self.gate_up_modules(), x)
+        gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
         flat = gated_mlp(gate.flatten(0, -2), up.flatten(0, -2), self.activation)
         return project([self.down_proj], flat.view(*x.shape[:-1], -1))[0]
 
@@ -134,8 +146,31 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = norm()
         self.norms = family.norms
         self.residual_scale = float(config.residual_multiplier) if family.multipliers else 1.0
+        self.gradient_checkpointing = False  # set by transformers' gradient_checkpointing_enable
+        self.keep = POLICIES["balanced"]  # what stays between forward and backward where it is set
+
+    def norm_modules(self) -> list[RMSNorm]:
+        """Every norm of the layer."""
+        return [module for module in self.modules() if isinstance(module, RMSNorm)]
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return self._composed(x, batch)
+        if batch.cache is None:
+            groups = fusible_groups(self)
+            if groups is not None:
+                return fused_layer(
+                    self, groups, x, batch, self.keep if self.gradient_checkpointing else Keep()
+                )
+        if not self.gradient_checkpointing:
+            return self._composed(x, batch)
+        has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+        return checkpoint(
+            self._composed, x, batch, use_reentrant=False, preserve_rng_state=has_dropout
+        )  # fmt: skip
+
+    def _composed(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The layer by PyTorch's autograd, for inference and for whatever `fused_layer` does not train."""
         h = self.self_attn(self.input_layernorm(x) if self.norms != "post" else x, batch)
         if self.norms != "pre":
             h = self.post_attention_layernorm(h)
@@ -167,6 +202,29 @@ class DecoderPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             module.weight.data.fill_(1.0 - module.offset)
 
+    def set_recompute_policy(self, policy: str | list[Keep]) -> None:
+        """Chooses what each layer keeps between forward and backward, and switches gradient checkpointing on for it.
+
+        Args:
+            policy: "speed" (keep all), "balanced", "memory" (inputs wait in host memory), or one `Keep` a layer.
+
+        Raises:
+            ModelError: unknown name, or a list of another length than the layers.
+        """
+        layers = [module for module in self.modules() if isinstance(module, DecoderLayer)]
+        if isinstance(policy, str):
+            if policy not in POLICIES:
+                raise ModelError(f"recompute policy {policy!r}; it can be {', '.join(map(repr, POLICIES))}")
+            policy = [POLICIES[policy]] * len(layers)
+        if len(policy) != len(layers):
+            raise ModelError(f"{len(policy)} recompute policies for {len(layers)} layers; give one for each")
+        self.gradient_checkpointing_enable()
+        for layer, keep in zip(layers, policy):
+            layer.keep = keep
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: checkpointed layers pass gradients to their factors whether or not the input wants one."""
+
 
 class DecoderModel(DecoderPreTrainedModel):
     """Embeddings, layers and the last norm; what `AutoModel` would give."""
@@ -181,7 +239,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.rotary = {kind: RotaryAngles(config, kind) for kind in kinds}
         self.embedding_scale = config.hidden_size**0.5 if family.embedding_scale else 1.0
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
-        self.gradient_checkpointing = False
+        self._host_memory: HostMemory | None = None
         self.post_init()
 
     def forward(
@@ -213,10 +271,7 @@ class DecoderModel(DecoderPreTrainedModel):
         batch = self._batch(x, attention_mask, position_ids, past_key_values, cu_seq_lens_q, max_length_q)
         states = [x] if output_hidden_states else None
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, batch, use_reentrant=False, preserve_rng_state=self.has_dropout)
-            else:
-                x = layer(x, batch)
+            x = layer(x, batch)
             if states is not None:
                 states.append(x)
         x = self.norm(x)
@@ -227,11 +282,6 @@ class DecoderModel(DecoderPreTrainedModel):
             past_key_values=past_key_values if use_cache else None,
             hidden_states=None if states is None else tuple(states),
         )
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether any dropout is active, so that recomputation must replay the random state."""
-        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
     def _batch(self, x, attention_mask, position_ids, cache, cu_seqlens, max_length) -> Batch:
         rows, length = x.shape[:2]
@@ -253,9 +303,10 @@ class DecoderModel(DecoderPreTrainedModel):
         if any(angles.needs_length for angles in self.rotary.values()):
             longest = int(max_length) if max_length else int(position_ids.max()) + 1
         positions = position_ids.expand(rows, length).reshape(-1)
-        return Batch(
-            visibility, {kind: r.angles(positions, longest) for kind, r in self.rotary.items()}, cache
-        )
+        angles = {kind: rotary.angles(positions, longest) for kind, rotary in self.rotary.items()}
+        if self._host_memory is None and x.is_cuda and any(layer.keep.uses_host for layer in self.layers):
+            self._host_memory = HostMemory(x.device)
+        return Batch(visibility, angles, cache, self._host_memory)
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):

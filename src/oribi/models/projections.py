@@ -35,7 +35,7 @@ def read(module: nn.Module) -> Projection | None:
     if base is None:
         return _plain(module)
     projection = _plain(base)
-    if projection is None or _hooked(module):
+    if projection is None or hooked(module):
         return None
     active = (
         [name for name in module.active_adapters if name in module.lora_A]
@@ -59,12 +59,13 @@ def read(module: nn.Module) -> Projection | None:
 
 
 def _plain(module: nn.Module) -> Projection | None:
-    if not isinstance(module, nn.Linear) or _hooked(module) or type(module).__name__ == "Linear8bitLt":
+    if not isinstance(module, nn.Linear) or hooked(module) or type(module).__name__ == "Linear8bitLt":
         return None
     return Projection(module.weight, module.bias)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether something beside the module's own forward wants to run when it is called."""
     # accelerate's offload replaces forward on the instance; hooks may read or change what passes
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks

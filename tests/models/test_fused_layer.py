@@ -1,0 +1,191 @@
+"""The layer differentiated by hand equals transformers with PEFT, for every family, and whatever it keeps."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tests.models.test_parity import TOLERANCE, packed, relative
+from tests.models.tiny import tiny_config, tiny_pair
+
+from oribi.errors import ModelError
+from oribi.models import decoder as decoder_file
+from oribi.models.families import FAMILIES
+from oribi.models.fused_layer import POLICIES, Keep
+
+KEEPS = {
+    **POLICIES,
+    "attention again": Keep(attention="recompute"),
+    "q|k|v again": Keep(qkv="recompute"),
+    "middle again": Keep(x_mid="recompute", o="recompute"),
+    "gate|up again": Keep(gate_up="recompute", down="recompute"),
+}
+
+
+def adapt(model: torch.nn.Module, **changes: object) -> torch.nn.Module:
+    """A PeftModel with LoRA on every linear layer, no factor zero, the same for every call."""
+    torch.manual_seed(1)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "lora_dropout": 0.0, **changes}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    perturb(adapted, "lora_")
+    return adapted.train()
+
+
+def perturb(model: torch.nn.Module, part: str) -> None:
+    # by name: the families' classes register their layers in different orders
+    for name, parameter in sorted(model.named_parameters()):
+        if part in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+
+
+def gradients(model: torch.nn.Module, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad.abs().max() > 0 for name, grad in found.items() if "lora_" in name)
+    return {"loss": loss.detach(), **found}
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How often a layer took the fused path."""
+    calls = []
+    real = decoder_file.fused_layer
+    monkeypatch.setattr(decoder_file, "fused_layer", lambda *a: calls.append(1) or real(*a))
+    return calls
+
+
+def batch_of(rows: int = 2, length: int = 24) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 128, (rows, length))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_lora_gradient_equals_transformers_with_peft(model_type, fused_calls):
+    ours, theirs = (adapt(model) for model in tiny_pair(tiny_config(model_type)))
+    batch = batch_of()
+    mine, expected = gradients(ours, **batch), gradients(theirs, **batch)
+    assert len(fused_calls) == 4
+    assert mine.keys() == expected.keys()
+    errors = {name: relative(mine[name], expected[name]) for name in mine}
+    assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_gradients_do_not_depend_on_what_is_kept(model_type, keep):
+    model = adapt(tiny_pair(tiny_config(model_type))[0])
+    batch = batch_of()
+    everything = gradients(model, **batch)
+    model.get_base_model().set_recompute_policy([KEEPS[keep]] * 4)
+    for name, grad in gradients(model, **batch).items():
+        assert torch.equal(grad, everything[name]), name
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("keep", ["speed", "memory"])
+def test_packed_gradients_equal_the_sum_over_documents(model_type, keep):
+    model = adapt(tiny_pair(tiny_config(model_type))[0])
+    model.get_base_model().set_recompute_policy(keep)
+    lengths = [5, 9, 2, 8]
+    pack = packed(lengths)
+    labels = pack["input_ids"].clone()
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    labels[0, starts] = -100
+    targets = int((labels != -100).sum())
+    together = gradients(model, labels=labels, num_items_in_batch=targets, **pack)
+    model.zero_grad()
+    for ids, row in zip(pack["input_ids"].split(lengths, 1), labels.split(lengths, 1)):
+        model(input_ids=ids, labels=row, num_items_in_batch=targets).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert relative(together[name], parameter.grad) < TOLERANCE, name
+
+
+def test_some_projections_without_an_adapter(fused_calls):
+    ours, theirs = (
+        adapt(m, target_modules=["q_proj", "v_proj", "down_proj"]) for m in tiny_pair(tiny_config("qwen2"))
+    )
+    batch = batch_of()
+    mine, expected = gradients(ours, **batch), gradients(theirs, **batch)
+    assert len(fused_calls) == 4
+    assert max(relative(mine[name], expected[name]) for name in mine) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"bias": "all"},
+        {"rank_pattern": {"q_proj": 7, "up_proj": 2}, "alpha_pattern": {"k_proj": 11}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_variants_equal_transformers_with_peft_whatever_path_they_take(changes):
+    ours, theirs = (adapt(model, **changes) for model in tiny_pair(tiny_config("llama")))
+    batch = batch_of()
+    mine, expected = gradients(ours, **batch), gradients(theirs, **batch)
+    assert mine.keys() == expected.keys()
+    assert max(relative(mine[name], expected[name]) for name in mine) < TOLERANCE
+
+
+def test_dropout_takes_autograd_and_replays_its_random_state(fused_calls):
+    model = adapt(tiny_pair(tiny_config("llama"))[0], lora_dropout=0.3)
+    batch = batch_of()
+    torch.manual_seed(5)
+    plain = gradients(model, **batch)
+    model.get_base_model().set_recompute_policy("balanced")
+    torch.manual_seed(5)
+    again = gradients(model, **batch)
+    assert not fused_calls
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    torch.manual_seed(6)
+    assert not torch.equal(plain["loss"], gradients(model, **batch)["loss"])
+
+
+def test_disabled_switched_and_merged_adapters_give_their_own_output():
+    ours, theirs = (adapt(model) for model in tiny_pair(tiny_config("llama")))
+    batch = batch_of()
+    for model in (ours, theirs):
+        torch.manual_seed(2)
+        model.add_adapter(
+            "second", LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "gate_proj"])
+        )
+        perturb(model, "second")
+
+    def loss(model) -> torch.Tensor:
+        return model(**batch).loss
+
+    first = loss(ours)
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert relative(loss(ours), loss(theirs)) < TOLERANCE
+        assert relative(loss(ours), first) > 1e-3
+    for model in (ours, theirs):
+        model.set_adapter("second")
+    assert relative(loss(ours), loss(theirs)) < TOLERANCE
+    assert relative(loss(ours), first) > 1e-3
+    for model in (ours, theirs):
+        model.base_model.set_adapter(["default", "second"])
+    assert relative(loss(ours), loss(theirs)) < TOLERANCE
+    for model in (ours, theirs):
+        model.base_model.merge_adapter()
+    assert relative(loss(ours), loss(theirs)) < TOLERANCE
+
+
+def test_a_second_backward_says_what_to_do():
+    model = adapt(tiny_pair(tiny_config("llama"))[0])
+    loss = model(**batch_of()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(ModelError, match="call forward again"):
+        loss.backward()
+
+
+def test_unknown_policies_are_refused():
+    model = tiny_pair(tiny_config("llama"))[0]
+    with pytest.raises(ModelError, match="'balanced'"):
+        model.set_recompute_policy("fast")
+    with pytest.raises(ModelError, match="3 recompute policies for 4 layers"):
+        model.set_recompute_policy([Keep()] * 3)
