@@ -129,7 +129,11 @@ def test_variants_equal_transformers_with_peft_whatever_path_they_take(changes):
     batch = batch_of()
     mine, expected = gradients(ours, **batch), gradients(theirs, **batch)
     assert mine.keys() == expected.keys()
-    assert max(relative(mine[name], expected[name]) for name in mine) < TOLERANCE
+    # DoRA leaves some factors gradients ten thousand times smaller than others': float32 noise against those says nothing
+    floor = 1e-3 * max(grad.norm() for grad in expected.values())
+    for name in mine:
+        error = (mine[name] - expected[name]).norm() / expected[name].norm().clamp_min(floor)
+        assert error < TOLERANCE, name
 
 
 def test_dropout_takes_autograd_and_replays_its_random_state(fused_calls):
