@@ -1,0 +1,349 @@
+"""Filling a model from a checkpoint, one tensor at a time, quantised as it arrives.
+
+The model stands on the meta device, without storage. Names and shapes are checked against the checkpoint's headers
+before the first byte of data is read. N out features, K in features of a linear layer.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from safetensors import safe_open
+from torch import nn
+
+from oribi.errors import ModelError
+from oribi.kernels import nf4
+
+# layers that share an input lie next to each other in one buffer, so that one launch can dequantise them
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+BLOCK = 64  # values that share one scale
+_NF4_KEY = "quant_state.bitsandbytes__nf4"
+_STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _NF4_KEY)
+_DTYPES = ("F16", "BF16", "F32", "F64", "U8")
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by the model's parameter names, from headers alone."""
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        """One tensor in memory of its own, cast to `dtype`; None keeps the stored dtype."""
+
+    def close(self) -> None:
+        """Lets go of open files."""
+
+
+class SafetensorsSource:
+    """Tensors of safetensors shards, memory-mapped one shard at a time.
+
+    Args:
+        files: the shards.
+        rename: the model's name for a stored name; None leaves the tensor out.
+
+    Raises:
+        ModelError: a file is damaged, or holds tensors of a dtype that is no 16- or 32-bit float.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], rename: Callable[[str], str | None] = lambda name: name
+    ) -> None:
+        self._home: dict[str, tuple[Path, str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._mapped: tuple[Path, Any] | None = None
+        for path in files:
+            for stored, entry in read_header(path).items():
+                name = rename(stored)
+                if name is None:
+                    continue
+                if entry["dtype"] not in _DTYPES:
+                    raise ModelError(
+                        f"{path}: tensor {stored} has dtype {entry['dtype']}; oribi loads {', '.join(_DTYPES)}. "
+                        "Take the 16-bit release of this model"
+                    )
+                self._home[name] = (path, stored)
+                self._shapes[name] = tuple(entry["shape"])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        path, stored = self._home[name]
+        if self._mapped is None or self._mapped[0] != path:
+            self._mapped = (path, safe_open(path, framework="pt", device="cpu"))
+        # without a copy the tensor would change with the file and keep the shard mapped
+        return self._mapped[1].get_tensor(stored).to(device=device, dtype=dtype, copy=True)
+
+    def close(self) -> None:
+        self._mapped = None
+
+
+class PickleSource:
+    """Tensors of PyTorch's .bin shards, memory-mapped; only tensors are unpickled, never code.
+
+    Args:
+        files, rename: as for `SafetensorsSource`.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], rename: Callable[[str], str | None] = lambda name: name
+    ) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        for path in files:
+            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for stored, tensor in shard.items():
+                if (name := rename(stored)) is not None:
+                    self._tensors[name] = tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        return self._tensors[name].to(device=device, dtype=dtype, copy=True)
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """The header of a safetensors file: {name: {dtype, shape, data_offsets}}.
+
+    Raises:
+        ModelError: the file is no safetensors file, or is cut short.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            pointer = " It is a Git LFS pointer: run `git lfs pull`." if start == b"version " else ""
+            raise ModelError(f"{path} ({size} bytes) is not a safetensors file.{pointer} Download it again")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end > size:
+        raise ModelError(f"{path} is cut short: {size} of {end} bytes. Download it again")
+    return header
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How frozen linear layers are stored.
+
+    Args:
+        enabled: 4-bit NF4; otherwise every weight stays in the compute dtype.
+        double: the scales of blocks are quantised too.
+        skip: module names, or parts of them, that stay in the compute dtype besides the head.
+    """
+
+    enabled: bool = True
+    double: bool = True
+    skip: tuple[str, ...] = ()
+
+    def covers(self, name: str) -> bool:
+        """Whether the linear layer called `name` is to be quantised."""
+        return self.enabled and not any(f".{part}." in f".{name}." for part in (*self.skip, "lm_head"))
+
+
+def fits_nf4(layer: nn.Linear, device: torch.device) -> bool:
+    """Whether bitsandbytes can quantise and dequantise this weight rightly on the device."""
+    # its CPU kernels lose the place where a row ends inside a block
+    return layer.in_features % (BLOCK if device.type == "cpu" else 2) == 0
+
+
+def fill(
+    model: nn.Module,
+    source: TensorSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    trainable: bool = False,
+) -> list[str]:
+    """Gives every parameter of a model on the meta device its values.
+
+    Args:
+        model: made by `decoder.build` on "meta"; linear layers to quantise are replaced by `Linear4bit`.
+        source: the checkpoint. Weights that it holds packed in NF4 stay packed, or are dequantised where
+            `quantization` is off.
+        device, dtype: where the parameters lie, and what the unquantised ones are.
+        quantization: which layers are packed.
+        trainable: whether parameters require gradients (full fine-tuning).
+
+    Returns:
+        Notes for the user, one line each.
+
+    Raises:
+        ModelError: tensors are missing, unexpected or misshapen.
+    """
+    stored = source.shapes()
+    packed = {name.removesuffix(f".{_NF4_KEY}") for name in stored if name.endswith(_NF4_KEY)}
+    notes = _check(model, stored, packed)
+    notes += _replace_linears(model, packed, quantization, device, dtype)
+    reader = _Reader(source, packed, device, dtype, quantization.double)
+    tied = {"lm_head.weight"} if _tied(model) else set()
+    for prefix, module in list(model.named_modules()):
+        for group in _packed_groups(module):
+            reader.fill_packed(prefix, module, group)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            full = f"{prefix}.{name}" if prefix else name
+            if parameter.is_meta and full not in tied:
+                setattr(module, name, nn.Parameter(reader.dense(full), requires_grad=trainable))
+    source.close()
+    model.tie_weights()
+    return notes
+
+
+def _tied(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def _check(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: set[str]) -> list[str]:
+    """Compares names and shapes with the model's; returns notes, raises over anything that does not fit."""
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    notes = []
+    if _tied(model):
+        expected.pop("lm_head.weight", None)
+        if "lm_head.weight" in stored:
+            notes.append("the checkpoint's lm_head.weight is not used: config.json ties it to the embeddings")
+            stored.pop("lm_head.weight")
+    known = set(expected) | {f"{name}.{key}" for name in packed for key in _STATE_KEYS}
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in known]
+    wrong = [
+        f"{name}: {list(stored[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and name not in packed and stored[name] != shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ModelError(
+            f"the checkpoint's tensors are not those of {type(model).__name__} with this config.json; "
+            + "; ".join(problems)
+        )
+    return notes
+
+
+def _replace_linears(
+    model: nn.Module,
+    packed: set[str],
+    quantization: Quantization,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Puts an empty Linear4bit where a packed weight will lie; returns notes on layers that cannot be packed."""
+    kept = []
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or not quantization.enabled:
+            continue
+        # a checkpoint that comes packed says itself which layers are 16-bit
+        if f"{name}.weight" not in packed and (packed or not quantization.covers(name)):
+            continue
+        if not fits_nf4(layer, device):
+            if f"{name}.weight" in packed:
+                raise ModelError(
+                    f"{name} has rows of {layer.in_features} values; NF4 on a CPU needs a multiple of {BLOCK}"
+                )
+            kept.append(name)
+            continue
+        parent, _, child = name.rpartition(".")
+        empty = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype,
+            compress_statistics=quantization.double, quant_type="nf4", device="meta",
+        )  # fmt: skip
+        # bitsandbytes would repack the weight in its own eval forward, and later gradients would be wrong
+        empty.support_avx512bf16_for_cpu = False
+        setattr(model.get_submodule(parent), child, empty)
+    if not kept:
+        return []
+    return [
+        f"{len(kept)} linear layers, {kept[0]} the first, stay in {str(dtype).removeprefix('torch.')}: "
+        f"NF4 on a CPU needs rows of a multiple of {BLOCK} values"
+    ]
+
+
+def _packed_groups(module: nn.Module) -> list[list[str]]:
+    """Names of the children to be packed, those that share an input together."""
+    left = [name for name, child in module.named_children() if isinstance(child, bnb.nn.Linear4bit)]
+    groups = []
+    for group in GROUPS:
+        if all(name in left for name in group):
+            groups.append(list(group))
+            left = [name for name in left if name not in group]
+    return groups + [[name] for name in left]
+
+
+class _Reader:
+    """Reads tensors of a source to where the model wants them, packing on the way."""
+
+    def __init__(
+        self, source: TensorSource, packed: set[str], device: torch.device, dtype: torch.dtype, double: bool
+    ) -> None:
+        self.source, self.packed, self.device, self.dtype, self.double = source, packed, device, dtype, double
+
+    def dense(self, name: str) -> torch.Tensor:
+        """A tensor in the compute dtype; a packed one is dequantised."""
+        if name not in self.packed:
+            return self.source.read(name, self.device, self.dtype)
+        return nf4.dequantize([_parameter(*self._stored(name))], self.dtype)
+
+    def fill_packed(self, prefix: str, module: nn.Module, group: list[str]) -> None:
+        """Packs the weights of `group`, children of `module`, one behind the other."""
+        parts = []
+        for child in group:
+            name = f"{prefix}.{child}.weight"
+            parts.append(self._stored(name) if name in self.packed else self._quantised(name))
+            layer, state = getattr(module, child), parts[-1][1]
+            if tuple(state.shape) != (layer.out_features, layer.in_features):
+                raise ModelError(
+                    f"{name} is packed from {list(state.shape)}; config.json says {[layer.out_features, layer.in_features]}"
+                )
+        codes = _behind_each_other([codes for codes, _ in parts])
+        scales = _behind_each_other([state.absmax for _, state in parts])
+        for child, code, scale, (_, state) in zip(group, codes, scales, parts):
+            state.absmax = scale
+            layer = getattr(module, child)
+            layer.weight = _parameter(code, state, layer)
+            layer.quant_state = state
+
+    def _quantised(self, name: str) -> tuple[torch.Tensor, QuantState]:
+        weight = self.source.read(name, self.device, self.dtype)
+        return nf4.quantize(weight, blocksize=BLOCK, double_quant=self.double)
+
+    def _stored(self, name: str) -> tuple[torch.Tensor, QuantState]:
+        def read(key: str) -> torch.Tensor:
+            return self.source.read(key, self.device, None)
+
+        present = self.source.shapes()
+        entries = {key: read(f"{name}.{key}") for key in _STATE_KEYS if f"{name}.{key}" in present}
+        state = QuantState.from_dict(entries, device=self.device)
+        state.dtype = self.dtype  # what the layer computes in, whatever it was packed from
+        # FSDP-friendly checkpoints store the bytes as 16-bit values
+        return read(name).view(torch.uint8).reshape(-1, 1), state
+
+
+def _behind_each_other(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same tensors as views of one buffer."""
+    if len(parts) == 1:
+        return parts
+    buffer = torch.cat([part.flatten() for part in parts])
+    sizes = [part.numel() for part in parts]
+    return [view.view(part.shape) for view, part in zip(buffer.split(sizes), parts)]
+
+
+def _parameter(codes: torch.Tensor, state: QuantState, layer: nn.Module | None = None) -> bnb.nn.Params4bit:
+    return bnb.nn.Params4bit(
+        codes, requires_grad=False, quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested,
+        quant_type=state.quant_type, quant_storage=torch.uint8, module=layer, bnb_quantized=True,
+    )  # fmt: skip

@@ -1,0 +1,258 @@
+"""Finding a model's files: a directory, a GGUF file, a training run, or a name on the Hugging Face hub."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from oribi.errors import ModelError
+
+# everything about a model but its weights; original/ and onnx/ folders hold further copies
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+_ELSEWHERE = ["original/*", "onnx/*", "coreml/*", "openvino/*", "gguf/*"]
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to ask the hub: access token, revision, cache folder, and whether to stay off the network."""
+
+    token: str | bool | None = None
+    revision: str | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    subfolder: str = ""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model lies.
+
+    Args:
+        kind: "checkpoint" (config.json and weights), "gguf" (one file) or "adapter" (LoRA on another model).
+        directory: holds the config, tokenizer and weights.
+        name: what the user called it.
+        file: the GGUF file.
+        notes: what was decided on the way, one line each.
+    """
+
+    kind: Literal["checkpoint", "gguf", "adapter"]
+    directory: Path
+    name: str
+    file: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def locate(name: str, options: HubOptions, gguf_file: str | None = None) -> Location:
+    """The files of a model, downloaded where the name is one of the hub's; weights come with `weight_files`.
+
+    Args:
+        name: a directory, a .gguf file, or owner/name on the hub.
+        options: for the hub.
+        gguf_file: which GGUF file of the directory or repository to take.
+
+    Raises:
+        ModelError: nothing usable is there.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Location("gguf", path.parent, name, path)
+        raise ModelError(
+            f"{name} is a file but not a .gguf file; give the directory of a checkpoint or a hub name"
+        )
+    if path.is_dir():
+        return _in_directory(path / options.subfolder, name, gguf_file)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ModelError(f"there is no directory or file {name}")
+    patterns = [gguf_file] if gguf_file else _SMALL_FILES
+    directory = Path(_download(name, options, patterns)) / options.subfolder
+    location = _in_directory(directory, name, gguf_file)
+    return replace(location, name=name)
+
+
+def weight_files(location: Location, options: HubOptions, allow_pickle: bool = False) -> list[Path]:
+    """The shards of a checkpoint, downloaded if need be.
+
+    Args:
+        location: of kind "checkpoint".
+        allow_pickle: whether PyTorch's .bin shards may be read where there is no safetensors file.
+
+    Raises:
+        ModelError: there are no weights, a shard is missing, or there are only pickles.
+    """
+    directory = location.directory
+    names = _indexed(directory / _INDEX)
+    if names is None:
+        names = ["model.safetensors"]
+        _fetch(location, options, names)
+        if not (directory / names[0]).is_file():
+            names = sorted(
+                p.name for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated")
+            )
+    if not names:
+        return _pickles(location, options, allow_pickle)
+    _fetch(location, options, names)
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{location.name}: {len(missing)} of {len(names)} shards are missing, {missing[0]} the first"
+        )
+    return [directory / name for name in names]
+
+
+def adapter_weights(location: Location, options: HubOptions, allow_pickle: bool = False) -> Path:
+    """The weights of an adapter, downloaded if need be.
+
+    Raises:
+        ModelError: they are not there, or are a pickle that was not asked for.
+    """
+    names = ["adapter_model.safetensors"] + ["adapter_model.bin"] * allow_pickle
+    _fetch(location, options, names)
+    for name in names:
+        if (location.directory / name).is_file():
+            return location.directory / name
+    raise ModelError(
+        f"{location.name} has an adapter_config.json but no {' or '.join(names)}"
+        + ("" if allow_pickle else "; a pickled adapter_model.bin is read with use_safetensors=False")
+    )
+
+
+def _pickles(location: Location, options: HubOptions, allow_pickle: bool) -> list[Path]:
+    if not allow_pickle:
+        raise ModelError(
+            f"{location.name} has no .safetensors weights. Pickled .bin weights are read only on request: pass "
+            "use_safetensors=False, or convert them once with transformers' from_pretrained and save_pretrained"
+        )
+    directory = location.directory
+    _fetch(location, options, list(_PICKLES))
+    names = _indexed(directory / _PICKLES[1]) or [_PICKLES[0]]
+    _fetch(location, options, names)
+    if not all((directory / name).is_file() for name in names):
+        raise ModelError(
+            f"{location.name} has neither .safetensors nor .bin weights, or not all of their shards"
+        )
+    return [directory / name for name in names]
+
+
+def _indexed(index: Path) -> list[str] | None:
+    if not index.is_file():
+        return None
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ModelError(f"{index} is no index of shards: {error}") from error
+
+
+def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location:
+    if gguf_file:
+        file = directory / gguf_file
+        if not file.is_file():
+            raise ModelError(f"{name} has no file {gguf_file}")
+        return Location("gguf", directory, name, file)
+    if (directory / "adapter_config.json").is_file():
+        return Location("adapter", directory, name)
+    if (directory / "config.json").is_file():
+        return Location("checkpoint", directory, name)
+    inner = _inside_run(directory)
+    if inner is not None:
+        note = f"{name} is a run: its {inner.name} is loaded"
+        return replace(_in_directory(inner, str(inner), None), notes=(note,))
+    files = sorted(directory.glob("*.gguf"))
+    if len(files) == 1:
+        return Location("gguf", directory, name, files[0])
+    if files:
+        listed = ", ".join(file.name for file in files)
+        raise ModelError(f"{name} holds several GGUF files ({listed}); name one with gguf_file=")
+    raise ModelError(
+        f"{name} has neither config.json nor adapter_config.json nor a .gguf file, so there is no model to load"
+    )
+
+
+def _inside_run(directory: Path) -> Path | None:
+    """The adapter, the merged model, or the last checkpoint of a training run's output folder."""
+    for name in ("adapter", "merged"):
+        if any((directory / name / config).is_file() for config in ("adapter_config.json", "config.json")):
+            return directory / name
+    steps = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in directory.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
+    return max(steps)[1] if steps else None
+
+
+def _fetch(location: Location, options: HubOptions, names: list[str]) -> None:
+    """Downloads files of a hub model that are not there yet; a local directory has what it has."""
+    if Path(location.name).expanduser().exists() or all((location.directory / n).exists() for n in names):
+        return
+    _download(location.name, options, names)
+
+
+def _download(name: str, options: HubOptions, patterns: list[str]) -> str:
+    if options.subfolder:
+        patterns = [f"{options.subfolder}/{pattern}" for pattern in patterns]
+    try:
+        return snapshot_download(
+            name,
+            token=options.token,
+            revision=options.revision,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+            force_download=options.force_download,
+            allow_patterns=patterns,
+            ignore_patterns=None if options.subfolder else _ELSEWHERE,
+        )
+    except _HUB_ERRORS as error:
+        raise ModelError(_explain(name, options, error)) from error
+
+
+_HUB_ERRORS = (HfHubHTTPError, HFValidationError, EntryNotFoundError, LocalEntryNotFoundError, OSError)
+_EXPLANATIONS: list[tuple[type[Exception], Callable[[str, HubOptions], str]]] = [
+    (GatedRepoError, lambda name, o: f"{name} is gated: accept its terms on the hub and pass token="),
+    (RevisionNotFoundError, lambda name, o: f"{name} has no revision {o.revision!r}"),
+    (
+        RepositoryNotFoundError,
+        lambda name, o: f"the hub has no model {name!r}, or it is private and needs token=",
+    ),
+    (HFValidationError, lambda name, o: f"{name!r} is neither a directory nor a possible name on the hub"),
+    (
+        LocalEntryNotFoundError,
+        lambda name, o: (
+            f"{name!r} is no local directory, is not in the hub's cache, and the hub was not reached"
+        ),
+    ),
+]
+
+
+def _explain(name: str, options: HubOptions, error: Exception) -> str:
+    for kind, message in _EXPLANATIONS:
+        if isinstance(error, kind):
+            return message(name, options)
+    return f"{name!r} could not be fetched from the hub: {error}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}:{error.lineno}: {error.msg}") from error
