@@ -1,0 +1,24 @@
+"""STEP 4: rows to token ids and exact labels, packs and batches. Knows no model and no kernel."""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "prepare_dataset": "oribi.data.prepare",
+    "PreparedData": "oribi.data.prepare",
+    "DataReport": "oribi.data.report",
+    "pack": "oribi.data.packing",
+    "best_fit": "oribi.data.packing",
+    "PackCollator": "oribi.data.collate",
+    "PaddedCollator": "oribi.data.collate",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(
+            f"module 'oribi.data' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}"
+        )
+    return getattr(import_module(_HOME[name]), name)

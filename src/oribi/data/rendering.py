@@ -1,0 +1,161 @@
+"""A tokenizer's chat template: rendering exactly as transformers does, and what the template says about turns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from oribi.data.encoding import added_tokens
+from oribi.errors import DataError
+
+# One character a piece of text, from a private plane: no data holds it, no trim removes it, JSON leaves it alone.
+SLOT_BASE = 0x10F000
+MAX_SLOTS = 4000
+SLOT = re.compile(f"[{chr(SLOT_BASE)}-{chr(SLOT_BASE + MAX_SLOTS)}]")
+
+# Keywords by which known templates switch thinking: a generation prompt of any of these states is given, not generated.
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def slot(index: int) -> str:
+    """The placeholder character number `index`."""
+    return chr(SLOT_BASE + index)
+
+
+class ChatTemplate:
+    """Renders conversations with one tokenizer's template, special tokens and keyword arguments.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        template: Jinja source; None takes the tokenizer's own.
+        kwargs: what goes into every rendering, e.g. {"enable_thinking": False}.
+
+    Raises:
+        DataError: there is no template at all.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        if template is None and not tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer has no chat template, so messages cannot be turned into text. Give it one: "
+                'tokenizer = get_chat_template(tokenizer, "chatml") (names: oribi.data.templates.NAMES).'
+            )
+        self.tokenizer = tokenizer
+        self._template = template
+        self._context = {**tokenizer.special_tokens_map, **(kwargs or {})}
+        self._sources: dict[bool, str] = {}
+
+    def source(self, tools: Sequence[Any] | None = None) -> str:
+        """The Jinja source; a tokenizer may have another one for conversations with tools."""
+        key = bool(tools)
+        if key not in self._sources:
+            self._sources[key] = self._template or self.tokenizer.get_chat_template(None, tools or None)
+        return self._sources[key]
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The text of a conversation, equal to `tokenizer.apply_chat_template(..., tokenize=False)`.
+
+        Raises:
+            DataError: the template refuses the conversation; the message is the template's.
+        """
+        return self._render(messages, tools, add_generation_prompt=add_generation_prompt, **kwargs)[0][0]
+
+    def render_with_generation_spans(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **kwargs: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text and the character spans of its {% generation %} blocks."""
+        texts, spans = self._render(messages, tools, return_assistant_tokens_mask=True, **kwargs)
+        return texts[0], spans[0]
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **kwargs: Any
+    ) -> Any:
+        try:
+            return render_jinja_template(
+                [messages],
+                tools=tools or None,
+                chat_template=self.source(tools),
+                **{**self._context, **kwargs},
+            )
+        except TemplateError as error:
+            roles = [m.get("role") for m in messages]
+            raise DataError(
+                f"the chat template refuses this conversation ({error}); its roles are {roles}. Correct the row, or "
+                "choose another template with get_chat_template."
+            ) from error
+        except (TypeError, KeyError, ValueError) as error:
+            raise DataError(
+                f"the chat template failed on this conversation ({type(error).__name__}: {error}). Correct the row, or "
+                "choose another template with get_chat_template."
+            ) from error
+
+    @cached_property
+    def has_generation_blocks(self) -> bool:
+        return bool(GENERATION_BLOCK.search(self.source()))
+
+    @cached_property
+    def thinking_states(self) -> list[dict[str, bool]]:
+        """The keyword arguments under which the generation prompt may differ; the plain one comes first."""
+        switches = [name for name in THINKING_SWITCHES if re.search(rf"\b{name}\b", self.source())]
+        return [{}, *({name: value} for name in switches for value in (True, False))]
+
+    @cached_property
+    def _added(self) -> re.Pattern[str] | None:
+        return added_tokens(self.tokenizer)
+
+    def first_token_in(self, text: str) -> str:
+        """The first added token (special or not) written out in `text`, or ""."""
+        found = self._added.search(text) if self._added else None
+        return found.group() if found else ""
+
+    def last_token_end(self, text: str) -> int:
+        """Where the last added token of `text` ends; 0 if it has none."""
+        return max((found.end() for found in self._added.finditer(text)), default=0) if self._added else 0
+
+    @cached_property
+    def turn_ends(self) -> tuple[str, str]:
+        """What closes an assistant's turn within a conversation, and at its end; "" where the template writes nothing.
+
+        Found by rendering: the first added token after the assistant's text, or, where no token follows, the text that
+        both positions share.
+        """
+        user, answer = {"role": "user", "content": slot(0)}, {"role": "assistant", "content": slot(1)}
+        within = self._text_after(self.render([user, answer, {"role": "user", "content": slot(2)}]))
+        final = self._text_after(self.render([user, answer]))
+        ends = self.first_token_in(within), self.first_token_in(final)
+        if not ends[1] and ends[0] != self.tokenizer.eos_token:
+            ends = "", ""  # that token opens the next turn
+        if not any(ends):
+            shared = shared_prefix(within, final).rstrip()
+            ends = shared, shared
+        return ends
+
+    def _text_after(self, rendered: str) -> str:
+        if slot(1) not in rendered:
+            raise DataError(
+                "the chat template does not write the assistant's message: expected messages with 'role' and 'content', "
+                "roles 'user' and 'assistant'. Use get_chat_template to set another one."
+            )
+        return SLOT.split(rendered.split(slot(1))[-1])[0]
+
+
+def shared_prefix(a: str, b: str) -> str:
+    """The longest text that both begin with."""
+    length = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return a[:length]

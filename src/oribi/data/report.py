@@ -1,0 +1,151 @@
+"""What became of a data set: counts, lengths, the rows that were cut, dropped or train nothing, and what to know."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from oribi.data.encoding import UNTRAINED
+
+SHOWN_ROWS = 20  # rows named in a report; the counts are of all
+
+
+@dataclass
+class DataReport:
+    """Figures of one prepared data set. Lengths are in tokens, before any cut."""
+
+    source: str
+    format: str = ""
+    max_seq_length: int = 0
+    overlong: str = "truncate"
+    rows_in: int = 0
+    rows_kept: int = 0
+    rows_overlong: int = 0
+    rows_cut: int = 0
+    rows_dropped: int = 0
+    rows_malformed: int = 0
+    rows_untrained: int = 0
+    examples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    tokens_cut: int = 0
+    length_percentiles: dict[str, int] = field(default_factory=dict)
+    overlong_rows: list[str] = field(default_factory=list)
+    dropped_rows: list[str] = field(default_factory=list)
+    malformed_rows: list[str] = field(default_factory=list)
+    untrained_rows: list[str] = field(default_factory=list)
+    end_tokens: dict[str, int] = field(default_factory=dict)  # token that ends a turn -> times trained
+    end_token_ids: list[int] = field(default_factory=list)  # for generation_config.eos_token_id
+    mask_sources: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    first_row: str = ""
+    seconds: float = 0.0
+    from_cache: bool = False
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> DataReport:
+        return cls(**fields)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.withnamed(f".{path.name}.{os.getpid()}")
+        temporary.write_text(
+            json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        os.replace(temporary, path)
+
+    def __str__(self) -> str:
+        share = 100 * self.trained_tokens / self.tokens if self.tokens else 0.0
+        lines = [
+            f"data: {self.source}" + (" (from the cache)" if self.from_cache else ""),
+            f"  format    {self.format}",
+            f"  rows      {self.rows_in:,} in, {self.rows_kept:,} kept, {self.rows_cut:,} cut, {self.rows_dropped:,} dropped"
+            f" -> {self.examples:,} examples",
+            f"  tokens    {self.tokens:,}, of which {self.trained_tokens:,} trained ({share:.1f} %)",
+        ]
+        if self.length_percentiles:
+            lengths = ", ".join(f"{name} {value:,}" for name, value in self.length_percentiles.items())
+            lines.append(f"  lengths   {lengths}; max_seq_length {self.max_seq_length:,}")
+        if self.end_tokens:
+            ends = ", ".join(f"{token!r} {count:,} times" for token, count in self.end_tokens.items())
+            lines.append(f"  turn end  trained: {ends}")
+        for name, count, rows in (
+            (f"above max_seq_length ({self.overlong})", self.rows_overlong, self.overlong_rows),
+            ("dropped", self.rows_dropped, self.dropped_rows),
+        ):
+            if count:
+                lines.append(f"  {name}: {count:,} rows: {some_of(rows, count)}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+class Tally:
+    """Counts while rows pass through, and makes the report."""
+
+    def __init__(self, report: DataReport) -> None:
+        self.report = report
+        self.lengths: Counter[int] = Counter()
+        self.trained_ids: Counter[int] = Counter()
+        self.noted: Counter[str] = Counter()
+        self.noted_first: dict[str, str] = {}
+
+    def length(self, tokens: int) -> None:
+        self.lengths[tokens] += 1
+
+    def note(self, what: str, origin: str, count: int = 1) -> None:
+        """Count something worth a line in the report; the first row is named."""
+        if count:
+            self.noted[what] += count
+            self.noted_first.setdefault(what, origin)
+
+    def trained(self, labels: list[int]) -> None:
+        """Count the labels of an example; its first token is never predicted."""
+        self.trained_ids.update(labels[1:])
+
+    def drop(self, origin: str, reason: str) -> None:
+        self.report.rows_dropped += 1
+        named(self.report.dropped_rows, f"{origin} ({reason})")
+
+    def finish(self) -> DataReport:
+        report = self.report
+        report.trained_tokens = self.trained_ids.total() - self.trained_ids[UNTRAINED]
+        report.length_percentiles = percentiles(self.lengths)
+        for what, count in self.noted.items():
+            report.notes.append(f"{what}: {count:,} times, first in {self.noted_first[what]}")
+        return report
+
+
+def percentiles(lengths: Counter[int]) -> dict[str, int]:
+    """Smallest, median, 90th, 99th percentile and largest length."""
+    if not lengths:
+        return {}
+    values = np.array(sorted(lengths))
+    cumulative = np.cumsum([lengths[v] for v in values.tolist()])
+    places = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    total = int(cumulative[-1])
+    return {
+        name: int(values[np.searchsorted(cumulative, max(1, int(np.ceil(q * total))))])
+        for name, q in places.items()
+    }
+
+
+def named(rows: list[str], origin: str) -> None:
+    """Add a row to a list in the report, unless it is full."""
+    if len(rows) < SHOWN_ROWS:
+        rows.append(origin)
+
+
+def some_of(rows: list[str], count: int, shown: int = 5) -> str:
+    """The first rows of a list, and how many more there are."""
+    more = count - min(shown, len(rows))
+    return ", ".join(rows[:shown]) + (f" and {more:,} more" if more > 0 else "")
