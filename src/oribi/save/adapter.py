@@ -1,0 +1,263 @@
+"""What training changed: adapters, fully trained modules and new tokens, read from PEFT's wrappers and added in float32.
+
+A weight W [N, K] becomes, one active adapter after the other,
+
+    W' + s B A             LoRA and rsLoRA: s = alpha / r, alpha / sqrt(r)
+    g (W' + s B A)         DoRA: g = m / norm(W + s B A), of each row
+
+which is PEFT's forward written as one weight. The sum is float32 and the caller rounds it once.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from oribi.errors import ExportError
+from oribi.models.checkpoint import TensorSource
+from oribi.save.folder import finished_folder
+from oribi.save.weights import LoadedModel, Slot, plain_tensor, slots_of
+
+_EMBEDDINGS = "model.embed_tokens.weight"
+_ROWS_AT_ONCE = 8192  # of an embedding: bounds the float32 copy at 8192 * hidden_size * 4 bytes
+
+
+@dataclass
+class LowRank:
+    """One adapter's update of one weight, all on the CPU in float32: a [r, K], b [N, r], magnitude [N] for DoRA.
+
+    `columns` marks an embedding, whose DoRA norms are taken over its columns.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+    columns: bool = False
+
+
+@dataclass
+class Change:
+    """How training changed one tensor: replaced, then rows replaced, then low-rank updates and offsets added."""
+
+    replacement: Callable[[], torch.Tensor] | None = None
+    rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    updates: list[LowRank] = field(default_factory=list)
+    offsets: list[torch.Tensor] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.replacement or self.rows or self.updates or self.offsets)
+
+    def apply(self, base: torch.Tensor | None) -> torch.Tensor:
+        """The trained tensor, in float32 unless it was replaced as a whole; `base` [N, K] float32 is not kept."""
+        if self.replacement is not None:
+            base = self.replacement()
+        if not (self.rows or self.updates or self.offsets):
+            return base
+        merged = base.to(torch.float32, copy=True)
+        for ids, values in self.rows:
+            merged.index_copy_(0, ids.to(merged.device), values.to(merged.device))
+        if any(update.magnitude is not None for update in self.updates):
+            _add_weight_decomposed(merged, self.updates)
+        else:
+            for update in self.updates:
+                for start in range(0, len(merged), _ROWS_AT_ONCE):
+                    part = slice(start, start + _ROWS_AT_ONCE)
+                    merged[part].addmm_(update.b[part].to(merged), update.a.to(merged), alpha=update.scale)
+        for offset in self.offsets:
+            merged += offset.to(merged)
+        return merged
+
+
+def _add_weight_decomposed(merged: torch.Tensor, updates: list[LowRank]) -> None:
+    base = merged.clone()
+    for update in updates:
+        delta = (update.b.to(base) @ update.a.to(base)) * update.scale
+        if update.magnitude is None:
+            merged += delta
+            continue
+        dim = 0 if update.columns else 1
+        gain = (update.magnitude.to(base) / torch.linalg.norm(base + delta, dim=dim)).unsqueeze(dim)
+        merged.add_(delta).mul_(gain)
+
+
+def changes_of(model: nn.Module) -> dict[str, Change]:
+    """What training changed, under checkpoint names; a tensor that is absent is the base's own.
+
+    Args:
+        model: PEFT's model, or a plain model, of which nothing is adapted.
+
+    Raises:
+        ExportError: a kind of adapter that no single weight can express, or adapters already merged into the base.
+    """
+    adapted = hasattr(model, "peft_config")
+    changes = {}
+    for name, slot in slots_of(model).items():
+        change = Change()
+        for wrapper in slot.wrappers:
+            _read_wrapper(name, slot, wrapper, change)
+        tensor = slot.tensor
+        trained_in_place = tensor.requires_grad and change.replacement is None
+        if adapted and trained_in_place:  # bias="all", or a parameter that the caller unfroze
+            change.replacement = lambda name=name, tensor=tensor: plain_tensor(name, tensor)
+        if change:
+            changes[name] = change
+    return changes
+
+
+def _read_wrapper(name: str, slot: Slot, wrapper: nn.Module, change: Change) -> None:
+    if getattr(wrapper, "disable_adapters", False):
+        return
+    active = list(wrapper.active_adapters)
+    if isinstance(wrapper, ModulesToSaveWrapper):
+        kept = [adapter for adapter in active if adapter in wrapper.modules_to_save]
+        if kept:
+            weight = getattr(wrapper.modules_to_save[kept[0]], slot.leaf)
+            change.replacement = lambda: plain_tensor(name, weight)
+        return
+    if getattr(wrapper, "merged", False):
+        raise ExportError(
+            f"{name}: adapters are already merged into the base; call model.unmerge_adapter() first"
+        )
+    if isinstance(wrapper, TrainableTokensLayer):
+        if slot.leaf == "weight":
+            for adapter in (a for a in active if a in wrapper.trainable_tokens_delta):
+                ids = torch.as_tensor(wrapper.token_indices[adapter], dtype=torch.int64)
+                change.rows.append((ids, _host(wrapper.trainable_tokens_delta[adapter])))
+    elif isinstance(wrapper, LoraLayer):
+        for adapter in active:
+            _read_lora(name, slot, wrapper, adapter, change)
+    elif isinstance(wrapper, BaseTunerLayer):
+        raise ExportError(
+            f"{name}: oribi cannot merge an adapter of kind {type(wrapper).__name__}; it merges LoRA, rsLoRA, DoRA, "
+            "modules_to_save and trainable_token_indices. Save the adapter alone with save_method='lora'"
+        )
+
+
+def _read_lora(name: str, slot: Slot, layer: LoraLayer, adapter: str, change: Change) -> None:
+    variant = type(getattr(layer, "lora_variant", {}).get(adapter, None)).__name__
+    if variant not in ("NoneType", "DoraLinearVariant", "DoraEmbeddingVariant"):
+        raise ExportError(
+            f"{name}: PEFT's {variant} depends on the input and fits in no single weight; "
+            "save the adapter alone with save_method='lora'"
+        )
+    magnitude = None
+    if variant != "NoneType":
+        magnitude = _host(layer.lora_magnitude_vector[adapter].weight)
+    if adapter in layer.lora_A:
+        a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+        if slot.leaf == "weight":
+            change.updates.append(
+                LowRank(_host(a.weight), _host(b.weight), layer.scaling[adapter], magnitude)
+            )
+        elif slot.leaf == "bias" and b.bias is not None:
+            change.offsets.append(_host(b.bias) * layer.scaling[adapter])
+    elif adapter in layer.lora_embedding_A and slot.leaf == "weight":
+        a, b = _host(layer.lora_embedding_A[adapter]), _host(layer.lora_embedding_B[adapter])
+        change.updates.append(LowRank(b.T, a.T, layer.scaling[adapter], magnitude, columns=True))
+
+
+def _host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32)
+
+
+class MergedModel:
+    """The trained tensors as a `TensorSource`, computed one at a time from a base and what training changed.
+
+    Args:
+        model: the trained model, PEFT's or plain.
+        base: the weights under the adapter; None takes the loaded model's own, dequantised.
+
+    Raises:
+        ExportError: the base has other tensors than the model.
+    """
+
+    def __init__(self, model: nn.Module, base: TensorSource | None = None) -> None:
+        self._loaded = LoadedModel(model)
+        self.base = base if base is not None else self._loaded
+        self.changes = changes_of(model)
+        self._shapes = self._loaded.shapes()
+        self._base_shapes = self.base.shapes()
+        self.tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        if self.tied and self._head_differs(slots_of(model)):
+            self.tied = False
+            self._shapes["lm_head.weight"] = self._shapes[_EMBEDDINGS]
+        missing = [name for name in self._shapes if self._source(name) not in self._base_shapes]
+        if missing:
+            raise ExportError(
+                f"the base lacks {missing[0]} and {len(missing) - 1} more tensors of the trained model: "
+                "it is another model"
+            )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        """The trained tensor: the sum in float32, rounded once to `dtype`."""
+        change = self.changes.get(name)
+        if change is None:
+            return self._resized(name, self.base.read(self._source(name), device, dtype))
+        base = None
+        if change.replacement is None:
+            base = self._resized(name, self.base.read(self._source(name), device, torch.float32))
+        return change.apply(base).to(device=device, dtype=dtype)
+
+    def close(self) -> None:
+        self.base.close()
+
+    def _source(self, name: str) -> str:
+        # a head that was tied starts from the embeddings, unless the base stores it
+        return _EMBEDDINGS if name == "lm_head.weight" and name not in self._base_shapes else name
+
+    def _head_differs(self, slots: dict[str, Slot]) -> bool:
+        """Whether adapters changed a tied head and its embeddings in different ways."""
+        head, embeddings = self.changes.get("lm_head.weight"), self.changes.get(_EMBEDDINGS)
+        if head is None and embeddings is None:
+            return False
+        if head is None or embeddings is None:
+            # with no wrapper around either, both are one parameter that was trained in place
+            return bool(slots[_EMBEDDINGS].wrappers or slots["lm_head.weight"].wrappers)
+        if head.updates or embeddings.updates or len(head.rows) != len(embeddings.rows):
+            return True
+        if any(not torch.equal(ours[1], theirs[1]) for ours, theirs in zip(head.rows, embeddings.rows)):
+            return True
+        if head.replacement is None or embeddings.replacement is None:
+            return head.replacement is not embeddings.replacement
+        return not torch.equal(head.replacement(), embeddings.replacement())
+
+    def _resized(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """The base's tensor at the trained model's size: new tokens' rows come from the loaded model."""
+        shape = self._shapes[name]
+        if tuple(base.shape) == shape:
+            return base
+        if base.dim() != len(shape) or tuple(base.shape[1:]) != shape[1:]:
+            raise ExportError(
+                f"{name} is {tuple(base.shape)} in the base and {shape} in the trained model: they are different models"
+            )
+        if len(base) > shape[0]:
+            return base[: shape[0]]
+        loaded = self._loaded.read(self._source(name), base.device, base.dtype)
+        return torch.cat([base, loaded[len(base) :]])
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike, tokenizer: object | None = None) -> None:
+    """Save the adapter in PEFT's format, and the tokenizer, so that the folder is complete or unchanged.
+
+    Raises:
+        ExportError: the model has no adapter.
+    """
+    if not hasattr(model, "peft_config"):
+        raise ExportError("save_method='lora' needs a model with an adapter; this model has none")
+    size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if p.requires_grad)
+    with finished_folder(directory, size) as partial:
+        model.save_pretrained(partial)
+        # PEFT writes a model card of blanks; the export's own card, if any, is written by the caller
+        (partial / "README.md").unlink(missing_ok=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)

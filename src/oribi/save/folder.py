@@ -1,0 +1,97 @@
+"""Folders that appear finished or not at all.
+
+An export is written into a hidden sibling `.NAME.partial-PID`; its files move to their final names when all of them are
+complete, so a killed run leaves nothing that looks finished, and the next run removes what it left.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from oribi.errors import ExportError
+
+# a loader reads these first: they leave before the first new file moves in and arrive last
+_ENTRIES = ("model.safetensors.index.json", "config.json", "adapter_config.json")
+
+
+@contextmanager
+def finished_folder(directory: str | os.PathLike, needed_bytes: int) -> Iterator[Path]:
+    """A temporary folder whose files move into `directory` when the block ends without an error.
+
+    Args:
+        directory: where the files belong; files of other names that are there already stay.
+        needed_bytes: what will be written; checked against the free space first.
+
+    Raises:
+        ExportError: too little disk, or `directory` is a file.
+    """
+    final = Path(directory)
+    if final.exists() and not final.is_dir():
+        raise ExportError(f"{final} is a file; give the name of a folder to export into")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(final)
+    require_disk(final.parent, needed_bytes)
+    partial = final.parent / f".{final.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        move_files(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise unless the disk of an existing folder has room for so many bytes and one per cent.
+
+    Raises:
+        ExportError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes * 1.01:
+        raise ExportError(
+            f"writing to {folder} needs {gigabytes(needed_bytes)} and its disk has {gigabytes(free)} free; "
+            "free some space, choose another disk or a smaller format"
+        )
+
+
+def remove_leftovers(final: Path) -> None:
+    """Remove the partial folders that runs which are no longer alive left beside `final`."""
+    for leftover in final.parent.glob(f".{final.name}.partial-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if pid == str(os.getpid()) or not (pid.isdigit() and _alive(int(pid))):
+            shutil.rmtree(leftover)
+
+
+def move_files(partial: Path, final: Path) -> None:
+    """Give every file of `partial` its final name, so that no moment shows old and new parts as one checkpoint."""
+    final.mkdir(exist_ok=True)
+    names = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+    for name in names:
+        with open(partial / name, "rb") as file:
+            os.fsync(file.fileno())
+    if any(name.suffix == ".safetensors" for name in names):
+        stale = [*(final / name for name in _ENTRIES), *final.glob("model*.safetensors")]
+        if any(name.name.startswith("adapter_model") for name in names):
+            stale = [final / "adapter_config.json"]
+        for path in stale:
+            path.unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: (name.name in _ENTRIES, name)):
+        (final / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / name, final / name)
+
+
+def gigabytes(size: int) -> str:
+    """Bytes in words: 1.23 GB, or 45.6 MB below a tenth of that."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,169 @@
+"""Which quantisation each tensor of a GGUF file gets: llama.cpp's mixes and its fallbacks.
+
+A method names a mix: a default type, and more bits for the tensors whose errors cost most (attention's values, the
+MLP's down projection, the head). Layers near both ends, and every third between, count as costly.
+
+Source: llama.cpp's `llama-quantize`, whose files these mixes match type by type.
+"""
+
+import re
+from dataclasses import dataclass
+
+import gguf
+from transformers import PretrainedConfig
+
+from oribi.errors import ConfigError
+
+Type = gguf.GGMLQuantizationType
+_FILE = gguf.LlamaFileType
+
+
+@dataclass(frozen=True)
+class Method:
+    """A quantisation method: its name, the type most tensors get, and llama.cpp's number of the mix."""
+
+    name: str
+    default: Type
+    file_type: int
+    words: str
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("f32", Type.F32, _FILE.ALL_F32, "float32, exact and twice as large as the model"),
+        Method("f16", Type.F16, _FILE.MOSTLY_F16, "float16, the largest that one serves"),
+        Method("bf16", Type.BF16, _FILE.MOSTLY_BF16, "bfloat16, as most checkpoints are"),
+        Method("q8_0", Type.Q8_0, _FILE.MOSTLY_Q8_0, "8.5 bits a weight, hardly to be told from f16"),
+        Method("q6_k", Type.Q6_K, _FILE.MOSTLY_Q6_K, "6.6 bits, close to q8_0"),
+        Method("q5_k_m", Type.Q5_K, _FILE.MOSTLY_Q5_K_M, "5.7 bits, recommended where memory allows"),
+        Method("q5_k_s", Type.Q5_K, _FILE.MOSTLY_Q5_K_S, "5.5 bits"),
+        Method("q4_k_m", Type.Q4_K, _FILE.MOSTLY_Q4_K_M, "4.9 bits, recommended"),
+        Method("q4_k_s", Type.Q4_K, _FILE.MOSTLY_Q4_K_S, "4.6 bits"),
+        Method("q3_k_l", Type.Q3_K, _FILE.MOSTLY_Q3_K_L, "4.3 bits"),
+        Method("q3_k_m", Type.Q3_K, _FILE.MOSTLY_Q3_K_M, "3.9 bits, loses quality"),
+        Method("q3_k_s", Type.Q3_K, _FILE.MOSTLY_Q3_K_S, "3.5 bits, loses quality"),
+        Method("q2_k", Type.Q2_K, _FILE.MOSTLY_Q2_K, "3.2 bits, loses much quality"),
+        Method("q5_1", Type.Q5_1, _FILE.MOSTLY_Q5_1, "6 bits, an older type"),
+        Method("q5_0", Type.Q5_0, _FILE.MOSTLY_Q5_0, "5.5 bits, an older type"),
+        Method("q4_1", Type.Q4_1, _FILE.MOSTLY_Q4_1, "5 bits, an older type"),
+        Method("q4_0", Type.Q4_0, _FILE.MOSTLY_Q4_0, "4.5 bits, an older type"),
+    )
+}
+ALIASES = {
+    "q4_k": "q4_k_m",
+    "q5_k": "q5_k_m",
+    "q3_k": "q3_k_m",
+    "fast_quantized": "q8_0",
+    "quantized": "q4_k_m",
+}
+_NEED_IMATRIX = re.compile(r"i?q[1-4]_(x?x?s|m|nl|xs)|iq\w+")
+# what a type becomes where rows are no multiple of its 256 values
+_FALLBACK = {Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}  # fmt: skip
+_FLOATS = (Type.F32, Type.F16, Type.BF16)
+
+
+def mix_of(method: str) -> Method:
+    """A method by its name, in any case; "not_quantized" is f16.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    name = method.lower()
+    name = {"not_quantized": "f16", **ALIASES}.get(name, name)
+    if name in METHODS:
+        return METHODS[name]
+    reason = ""
+    if _NEED_IMATRIX.fullmatch(name):
+        reason = f" ({name} needs an importance matrix, which oribi does not compute)"
+    raise ConfigError(f"quantization_method = {method!r}{reason}; expected one of {', '.join(METHODS)}")
+
+
+class Mix:
+    """Types of one file's tensors, by their names in the file.
+
+    Args:
+        method: the mix.
+        config: the model's config.
+        names: names of all tensors of the file.
+    """
+
+    def __init__(self, method: Method, config: PretrainedConfig, names: list[str]) -> None:
+        self.method = method
+        self.layers = config.num_hidden_layers
+        self.queries_per_value = config.num_attention_heads // config.num_key_value_heads
+        self.tied = "output.weight" not in names
+        # llama.cpp tells the 70B, whose values many heads share, by its depth
+        self.is_70b = (
+            config.model_type in ("llama", "qwen2") and self.layers == 80 and self.queries_per_value > 1
+        )
+
+    def type_of(self, name: str, shape: tuple[int, ...]) -> Type:
+        """The type of the tensor `name` of `shape` [N, K] or [N]."""
+        if len(shape) < 2 or name.endswith("_norm.weight"):
+            return Type.F32
+        default = self.method.default
+        if default in _FLOATS:
+            return default
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+        layer, part = int(match[1] or 0), match[2]
+        if part == "output" or (part == "token_embd" and self.tied):
+            wanted = self._head(shape[-1])
+        else:
+            wanted = self._of_layer(part, layer)
+        return _fitting(wanted, shape[-1])
+
+    def _head(self, row: int) -> Type:
+        default = self.method.default
+        if default == Type.Q8_0 or row % gguf.GGML_QUANT_SIZES[default][0]:
+            return Type.Q8_0
+        return Type.Q6_K
+
+    def _of_layer(self, part: str, layer: int) -> Type:
+        name, default = self.method.name, self.method.default
+        costly = self._costly(layer)
+        if part in ("attn_v", "attn_qkv"):
+            return self._values(layer, costly)
+        if part == "ffn_down":
+            if name == "q2_k":
+                return Type.Q3_K
+            if name == "q3_k_m":
+                return Type.Q5_K if layer < self.layers // 16 else Type.Q4_K
+            if name == "q3_k_l":
+                return Type.Q5_K
+            if name in ("q4_k_m", "q5_k_m") and costly:
+                return Type.Q6_K
+            if name == "q4_k_s" and layer < self.layers // 8:
+                return Type.Q5_K
+        if part == "attn_output":
+            return {"q2_k": Type.Q3_K, "q3_k_m": Type.Q4_K, "q3_k_l": Type.Q5_K}.get(name, default)
+        return default
+
+    def _values(self, layer: int, costly: bool) -> Type:
+        wanted = self.method.default
+        name = self.method.name
+        if name == "q2_k":
+            wanted = Type.Q4_K if self.queries_per_value >= 4 else Type.Q3_K
+        elif name == "q3_k_m":
+            wanted = Type.Q5_K if layer < 2 else Type.Q4_K
+        elif name == "q3_k_l":
+            wanted = Type.Q5_K
+        elif name in ("q4_k_m", "q5_k_m") and costly:
+            wanted = Type.Q6_K
+        elif name == "q4_k_s" and layer < 4:
+            wanted = Type.Q5_K
+        if self.is_70b and wanted in (Type.Q3_K, Type.Q4_K):
+            wanted = Type.Q5_K
+        return wanted
+
+    def _costly(self, layer: int) -> bool:
+        eighth = self.layers // 8
+        return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _fitting(wanted: Type, row: int) -> Type:
+    """The type itself, or what llama.cpp falls back to where rows of so many values do not fit its blocks."""
+    if row % gguf.GGML_QUANT_SIZES[wanted][0] == 0:
+        return wanted
+    wanted = _FALLBACK.get(wanted, wanted)
+    return wanted if row % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else Type.F16

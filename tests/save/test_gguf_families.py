@@ -1,0 +1,82 @@
+"""Every family's GGUF file, written in Python alone, says in llama.cpp what the trained model says."""
+
+import pytest
+import torch
+
+from oribi.errors import ExportError
+from oribi.save.gguf.export import save_gguf
+from tests.models.tiny import ROPES
+from tests.save.tiny_export import (
+    FAMILY_CHANGES,
+    adapted,
+    byte_level_tokenizer,
+    distance_from_llama_cpp,
+    export_config,
+    sentencepiece_tokenizer,
+    tiny_model,
+)
+
+pytest.importorskip("xllamacpp", reason="llama.cpp judges these files")
+PROMPT = list(range(20, 60))  # longer than the tiny windows
+
+
+def round_trip(config, tmp_path, method: str = "f32", tokenizer=None) -> tuple[float, float]:
+    model = adapted(tiny_model(config))
+    result = save_gguf(model, tmp_path, tokenizer or byte_level_tokenizer(), method)
+    return distance_from_llama_cpp(model, result["gguf_files"][0], PROMPT)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CHANGES)
+def test_llama_cpp_computes_each_family_as_trained(model_type, tmp_path):
+    tokenizer = sentencepiece_tokenizer() if model_type.startswith("gemma") else byte_level_tokenizer()
+    worst, agreeing = round_trip(export_config(model_type), tmp_path, tokenizer=tokenizer)
+    assert agreeing == 1.0
+    # llama.cpp looks GELU up in a float16 table
+    assert worst < (2e-2 if model_type.startswith("gemma") else 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope", "dynamic"])
+def test_llama_cpp_computes_each_rope_as_trained(kind, tmp_path):
+    config = export_config("llama", rope_parameters=ROPES[kind], max_position_embeddings=64)
+    worst, agreeing = round_trip(config, tmp_path)
+    assert agreeing == 1.0
+    assert worst < 2e-3
+
+
+def test_a_family_with_tied_embeddings_has_no_output_tensor(tmp_path):
+    worst, agreeing = round_trip(export_config("llama", tie_word_embeddings=True), tmp_path)
+    assert agreeing == 1.0
+    assert worst < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "words"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar is 32"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "every fourth layer"),
+        ("qwen3", {"rope_parameters": ROPES["llama3"]}, "no llama3 RoPE"),
+        ("olmo2", {"attention_bias": True}, "no place for model.layers.0.self_attn.o_proj.bias"),
+    ],
+)
+def test_what_llama_cpp_would_compute_differently_is_refused(model_type, changes, words, tmp_path):
+    model = tiny_model(export_config(model_type, **changes))
+    with pytest.raises(ExportError, match=words):
+        save_gguf(model, tmp_path, byte_level_tokenizer(), "f32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_that_llama_cpp_ignores_is_reported(tmp_path):
+    model = tiny_model(export_config("mistral", sliding_window=64))
+    notes = save_gguf(model, tmp_path, byte_level_tokenizer(), "f32")["notes"]
+    assert notes == ["llama.cpp ignores this model's window: answers differ beyond 64 tokens of context"]
+
+
+def test_a_weight_that_is_not_finite_stops_the_export(tmp_path):
+    model = tiny_model(export_config("llama"))
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(
+        ExportError, match=r"model.layers.2.mlp.up_proj.weight has a value that is not finite"
+    ):
+        save_gguf(model, tmp_path / "out", byte_level_tokenizer(), "f32")
+    assert not list(tmp_path.iterdir())

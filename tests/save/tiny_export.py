@@ -1,0 +1,171 @@
+"""Tiny models with tokenizers that llama.cpp reads, adapters of every kind, and llama.cpp's answers to compare with."""
+
+import json
+import string
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from oribi.save.llama_cpp import LlamaCpp
+from tests.models.tiny import tiny_config, tiny_pair
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+VOCAB = 384
+# what llama.cpp asks of a family's config, on top of the tiny one
+FAMILY_CHANGES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False, "layer_types": None},
+    "qwen3": {"use_sliding_window": False, "layer_types": None},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 32,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "final_logit_softcapping": 10.0,
+    },
+    "phi3": {"sliding_window": None},
+    "granite": {},
+    "olmo2": {"attention_bias": False},
+    "smollm3": {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "no_rope_layers": [1, 1, 1, 0],
+        "use_sliding_window": False,
+        "layer_types": None,
+    },
+}
+
+
+def export_config(model_type: str, **changes: object) -> PretrainedConfig:
+    """A tiny config of a family that llama.cpp computes as it stands."""
+    return tiny_config(model_type, **{"vocab_size": VOCAB, **FAMILY_CHANGES[model_type], **changes})
+
+
+def tiny_model(config: PretrainedConfig, seed: int = 0):
+    """oribi's model of a config, every weight random, in evaluation mode."""
+    ours, _ = tiny_pair(config, seed)
+    return ours.eval()
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the digit split of SmolLM2, 256 bytes, a few merges, ChatML's tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("Ġ", "a"),
+        ("i", "n"),
+        ("Ġ", "the"),
+        ("e", "r"),
+        ("o", "n"),
+        ("Ġ", "t"),
+    ]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens[:3]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        bos_token="<|im_start|>",
+        chat_template=TEMPLATE,
+    )
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """SentencePiece BPE as Llama 2's and Gemma's tokenizer.json has it: byte fallback and merges in score order."""
+    letters = list(string.ascii_letters + string.digits + ".,!?'-" + "▁é")
+    merges = [
+        ("▁", "t"),
+        ("h", "e"),
+        ("▁t", "he"),
+        ("i", "n"),
+        ("▁", "a"),
+        ("▁a", "n"),
+        ("e", "r"),
+        ("1", "2"),
+    ]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    tokens += ["".join(pair) for pair in merges]
+    backend = Tokenizer(
+        BPE(
+            {t: i for i, t in enumerate(tokens)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ["<unk>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>"]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>",
+        chat_template="{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] "
+        "+ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    )  # fmt: skip
+
+
+def with_splits(pattern: str, *, whole_words: bool) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with another pre-tokenizer."""
+    tokenizer = byte_level_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    spec = json.loads(backend.to_str())
+    spec["model"]["ignore_merges"] = whole_words
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="<|im_end|>", chat_template=TEMPLATE
+    )
+
+
+def adapted(model, seed: int = 1, scale: float = 0.05, **settings):
+    """PEFT's model around `model`, its adapter's B no longer zero, in evaluation mode."""
+    projections = [
+        name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is torch.nn.Linear
+    ]
+    targets = sorted(set(projections) - {"lm_head"})
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **settings})
+    tuned = get_peft_model(model, config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    return tuned.eval()
+
+
+def distance_from_llama_cpp(model, path, ids: list[int], steps: int = 12) -> tuple[float, float]:
+    """How far `model` and llama.cpp are apart on llama.cpp's greedy path.
+
+    Returns:
+        The largest difference of the log-probabilities, and the share of places with the same likeliest token.
+    """
+    answer = LlamaCpp(path, 256).generate(ids, steps, top=model.config.vocab_size)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids + answer.tokens[:-1]])).logits[0, len(ids) - 1 :]
+    expected = logits.float().log_softmax(-1)
+    worst = 0.0
+    for place, found in zip(expected, answer.logprobs):
+        if found is not None:
+            theirs = torch.tensor([found[token] for token in range(len(place))])
+            worst = max(worst, (place - theirs).abs().max().item())
+    assert any(found is not None for found in answer.logprobs)
+    agreeing = expected.argmax(-1).tolist()
+    return worst, sum(a == b for a, b in zip(agreeing, answer.tokens)) / len(answer.tokens)
