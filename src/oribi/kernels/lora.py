@@ -380,6 +380,13 @@ def _expand_kernel(
 
 
 @jit
+def _block(source, row, col, rows, cols):
+    """source [rows, cols] at (row, col) in float32, zero outside it."""
+    inside = (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
+    return tl.load(source + row.to(tl.int64) * cols + col, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
 def _pack_kernel(
     buffer, stride, n, k, b_blocks, a_blocks,
     a0, b0, bias0, n0, r0, has0, s0, a1, b1, bias1, n1, r1, has1, s1, a2, b2, bias2, n2, r2, has2, s2,
@@ -389,43 +396,20 @@ def _pack_kernel(
     if pid < b_blocks:  # rows of [N, P]
         row = pid * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
         col = tl.arange(0, P2)[None, :]
-        r = row - 0
-        value = tl.load(b0 + r * r0 + col, mask=(r < n0) & (col < r0), other=0.0).to(tl.float32) * s0
-        c = col - r0
-        r = row - n0
-        value += (
-            tl.load(b1 + r * r1 + c, mask=(r >= 0) & (r < n1) & (c >= 0) & (c < r1), other=0.0).to(tl.float32)
-            * s1
+        bias = col - r0 - r1 - r2
+        value = _block(b0, row, col, n0, r0) * s0 + _block(bias0, row, bias, n0 * has0, 1)
+        value += _block(b1, row - n0, col - r0, n1, r1) * s1 + _block(bias1, row - n0, bias, n1 * has1, 1)
+        value += _block(b2, row - n0 - n1, col - r0 - r1, n2, r2) * s2
+        value += _block(bias2, row - n0 - n1, bias, n2 * has2, 1)
+        tl.store(
+            buffer + row.to(tl.int64) * stride + k + col,
+            value.to(buffer.dtype.element_ty),
+            mask=(row < n) & (col < P),
         )
-        c = col - r0 - r1
-        r = row - n0 - n1
-        value += (
-            tl.load(b2 + r * r2 + c, mask=(r >= 0) & (r < n2) & (c >= 0) & (c < r2), other=0.0).to(tl.float32)
-            * s2
-        )
-        bias_here = col == r0 + r1 + r2
-        r = row - 0
-        value += tl.load(bias0 + r + col * 0, mask=bias_here & (r < n0 * has0), other=0.0).to(tl.float32)
-        r = row - n0
-        value += tl.load(bias1 + r + col * 0, mask=bias_here & (r >= 0) & (r < n1 * has1), other=0.0).to(
-            tl.float32
-        )
-        r = row - n0 - n1
-        value += tl.load(bias2 + r + col * 0, mask=bias_here & (r >= 0) & (r < n2 * has2), other=0.0).to(
-            tl.float32
-        )
-        at = buffer + row.to(tl.int64) * stride + k + col
-        tl.store(at, value.to(buffer.dtype.element_ty), mask=(row < n) & (col < P))
     else:  # rows of [P, K]
-        rest = pid - b_blocks
-        row = rest // a_blocks
-        col = (rest % a_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = col < k
-        r = row
-        value = tl.load(a0 + r * k + col, mask=inside & (r < r0), other=0.0).to(tl.float32)
-        r = row - r0
-        value += tl.load(a1 + r * k + col, mask=inside & (r >= 0) & (r < r1), other=0.0).to(tl.float32)
-        r = row - r0 - r1
-        value += tl.load(a2 + r * k + col, mask=inside & (r >= 0) & (r < r2), other=0.0).to(tl.float32)
-        at = buffer + (n + row).to(tl.int64) * stride + col
-        tl.store(at, value.to(buffer.dtype.element_ty), mask=inside)
+        line = (pid - b_blocks) // a_blocks
+        place = ((pid - b_blocks) % a_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        factor = _block(a0, line, place, r0, k) + _block(a1, line - r0, place, r1, k)
+        factor += _block(a2, line - r0 - r1, place, r2, k)
+        start = buffer + (n + line).to(tl.int64) * stride
+        tl.store(start + place, factor.to(buffer.dtype.element_ty), mask=place < k)
