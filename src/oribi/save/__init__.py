@@ -1,1 +1,15 @@
 """Step 7: the trained model as an adapter, a merged checkpoint, or GGUF files, each checked against the trained one."""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "save_merged": "oribi.save.merge",
+    "save_gguf": "oribi.save.gguf.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'oribi.save' has no attribute {name!r}; it has {', '.join(_HOME)}")
+    return getattr(import_module(_HOME[name]), name)
