@@ -9,6 +9,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "FastLanguageModel": "oribi.language_model",
+    "FastModel": "oribi.language_model",
+    "add_new_tokens": "oribi.lora.tokens",
+    "is_bfloat16_supported": "oribi.environment",
+    "is_bf16_supported": "oribi.environment",
     "OribiError": "oribi.errors",
     "ConfigError": "oribi.errors",
     "DataError": "oribi.errors",

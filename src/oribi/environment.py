@@ -58,6 +58,9 @@ def is_bfloat16_supported() -> bool:
     return detect().dtype == torch.bfloat16
 
 
+is_bf16_supported = is_bfloat16_supported  # the other name that scripts use
+
+
 def _choose_device() -> tuple[torch.device, str]:
     if torch.cuda.is_available():
         rank = int(os.environ.get("LOCAL_RANK", "0"))

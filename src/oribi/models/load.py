@@ -40,6 +40,8 @@ class ModelSource:
         load_in_4bit: whether linear layers are NF4.
         full_finetuning: whether every weight is trained.
         fused: whether oribi's decoder runs it; False is transformers' own class.
+        checkpointing: what was asked of gradient checkpointing (`lora.attach.set_checkpointing`).
+        new_token_ids: rows of the embeddings that `add_new_tokens` made.
         notes: what was repaired or decided, one line each.
     """
 
@@ -49,6 +51,8 @@ class ModelSource:
     load_in_4bit: bool
     full_finetuning: bool = False
     fused: bool = True
+    checkpointing: bool | str = False
+    new_token_ids: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 

@@ -1,0 +1,338 @@
+"""FastLanguageModel and FastModel: load, attach LoRA, switch between training and inference, save.
+
+The names and keywords are those that fine-tuning scripts already call. A keyword that has no meaning here is accepted
+with a note, one that would silently change the result is refused, and an unknown one is an error.
+"""
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import oribi
+from oribi.environment import detect
+from oribi.errors import ConfigError
+from oribi.lora.attach import PROJECTIONS, attach_lora, set_checkpointing
+from oribi.models.load import load_model
+
+Model = PreTrainedModel | PeftModel
+
+# keyword -> why nothing comes of it
+_WITHOUT_EFFECT = {
+    "use_exact_model_name": "names are never replaced here",
+    "gpu_memory_utilization": "it sizes an inference engine that is not used",
+    "max_lora_rank": "it sizes an inference engine that is not used",
+    "disable_log_stats": "it belongs to an inference engine that is not used",
+    "offload_embedding": "embeddings stay on the device",
+    "unsloth_tiled_mlp": "use_gradient_checkpointing='memory' bounds the MLP's memory",
+    "unsloth_force_compile": "nothing is compiled at run time",
+    "fullgraph": "nothing is compiled at run time",
+    "return_logits": "logits are returned except for the training loss",
+    "attn_implementation": "the decoder chooses its attention backend",
+    "device_map_planner_kwargs": "the model lies on one device",
+    "low_cpu_mem_usage": "weights are always streamed",
+    "max_memory": "the model lies on one device",
+    "text_only": "only text decoders are loaded",
+    "random_state": "loading draws no random numbers",
+}
+# keyword -> why it is refused when set
+_REFUSED = {
+    "fast_inference": "there is no vLLM engine; model.generate works as it is",
+    "float8_kv_cache": "there is no vLLM engine",
+    "load_in_fp8": "weights are NF4 or 16 bit",
+    "qat_scheme": "quantisation-aware training is not supported",
+    "num_labels": "oribi trains causal language models, no classifiers",
+    "id2label": "oribi trains causal language models, no classifiers",
+    "label2id": "oribi trains causal language models, no classifiers",
+    "auto_model": "oribi trains causal language models and chooses their class itself",
+    "whisper_language": "speech models are not supported",
+    "whisper_task": "speech models are not supported",
+    "config": "the checkpoint's config.json is read; change it with rope_scaling and max_seq_length",
+    "variant": "weights of a variant are not looked for",
+}
+_QUIET_DEFAULTS = {
+    "max_lora_rank": 64, "gpu_memory_utilization": 0.5, "disable_log_stats": True, "fullgraph": True,
+    "random_state": 3407,
+}  # fmt: skip
+
+
+class FastLanguageModel:
+    """Loads causal language models for LoRA or full fine-tuning."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int | None = 2048,
+        dtype: Any = None,
+        load_in_4bit: bool = True,
+        load_in_8bit: bool = False,
+        load_in_16bit: bool = False,
+        full_finetuning: bool = False,
+        token: str | bool | None = None,
+        device_map: Any = "sequential",
+        rope_scaling: dict[str, Any] | None = None,
+        fix_tokenizer: bool = True,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: bool | str = "oribi",
+        resize_model_vocab: int | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> tuple[Model, PreTrainedTokenizerBase]:
+        """A model and its tokenizer; arguments as `oribi.models.load.load_model`.
+
+        Args:
+            use_gradient_checkpointing: as in `get_peft_model`, which overrides it.
+            options: rarer settings of `oribi.models.request.Options`, and keywords of other libraries: those without
+                meaning here are noted, those that would change the result are refused.
+
+        Raises:
+            ConfigError: a keyword is unknown or refused, or arguments contradict each other.
+            ModelError: the model cannot be loaded.
+        """
+        notes = _sort_out(options, load_model, FastLanguageModel.from_pretrained)
+        model, tokenizer = load_model(
+            model_name,
+            max_seq_length=max_seq_length,
+            dtype=options.pop("torch_dtype", None) if dtype is None else dtype,
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            load_in_16bit=load_in_16bit,
+            full_finetuning=full_finetuning,
+            token=token,
+            device_map=device_map,
+            rope_scaling=rope_scaling,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            fix_tokenizer=fix_tokenizer,
+            resize_model_vocab=resize_model_vocab,
+            **options,
+        )
+        set_checkpointing(_base(model), use_gradient_checkpointing)
+        model.oribi.notes += notes
+        _announce(model)
+        _bind(model)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: Model,
+        r: int = 16,
+        target_modules: Any = PROJECTIONS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: Any = None,
+        layers_pattern: Any = None,
+        use_gradient_checkpointing: bool | str = "oribi",
+        random_state: int = 3407,
+        max_seq_length: int = 2048,
+        use_rslora: bool = False,
+        modules_to_save: Any = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: dict[str, Any] | None = None,
+        temporary_location: str | None = None,
+        qat_scheme: Any = None,
+        finetune_last_n_layers: int | None = None,
+        **lora_config: Any,
+    ) -> Model:
+        """The model with trainable LoRA pairs; arguments as `oribi.lora.attach.attach_lora`.
+
+        Args:
+            max_seq_length, temporary_location: accepted and not needed.
+            qat_scheme: refused.
+        """
+        if qat_scheme is not None:
+            raise ConfigError(f"get_peft_model: qat_scheme is refused: {_REFUSED['qat_scheme']}")
+        before = len(model.oribi.notes)
+        peft_model = attach_lora(
+            model,
+            r=r,
+            target_modules=target_modules,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            finetune_last_n_layers=finetune_last_n_layers,
+            use_gradient_checkpointing=use_gradient_checkpointing,
+            random_state=random_state,
+            use_rslora=use_rslora,
+            modules_to_save=modules_to_save,
+            init_lora_weights=init_lora_weights,
+            loftq_config=loftq_config,
+            **lora_config,
+        )
+        _print_notes(peft_model.oribi.notes[before:])
+        _bind(peft_model)
+        return peft_model
+
+    @staticmethod
+    def for_inference(model: Model) -> Model:
+        """Puts the model into inference mode: no dropout, no checkpointing, cached generation."""
+        model.eval()
+        base = _base(model)
+        base.gradient_checkpointing_disable()
+        base.config.use_cache = True
+        return model
+
+    @staticmethod
+    def for_training(model: Model, use_gradient_checkpointing: bool | str | None = None) -> Model:
+        """Puts the model back into training mode, with the checkpointing it had or another."""
+        model.train()
+        base = _base(model)
+        choice = (
+            base.oribi.checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
+        )
+        set_checkpointing(base, choice)
+        return model
+
+
+class FastModel(FastLanguageModel):
+    """FastLanguageModel with the keywords that scripts for multimodal models pass; the text decoder is trained."""
+
+    @staticmethod
+    def get_peft_model(
+        model: Model,
+        r: int = 16,
+        target_modules: Any = None,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        finetune_vision_layers: bool = True,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
+        finetune_audio_layers: bool = False,
+        task_type: str | None = "CAUSAL_LM",
+        **arguments: Any,
+    ) -> Model:
+        """The model with trainable LoRA pairs.
+
+        Args:
+            finetune_attention_modules, finetune_mlp_modules: which of the projections, where `target_modules` is None or
+                "all-linear".
+            finetune_language_layers: must be on, there are no others. finetune_vision_layers: nothing to switch here.
+            finetune_audio_layers: refused. task_type: None or "CAUSAL_LM".
+            arguments: as in `FastLanguageModel.get_peft_model`.
+
+        Raises:
+            ConfigError: nothing would be trained, or something that is not loaded.
+        """
+        if not finetune_language_layers or finetune_audio_layers:
+            raise ConfigError(
+                "get_peft_model: only the layers of the text decoder are loaded, so only they can be trained"
+            )
+        if task_type not in (None, "CAUSAL_LM"):
+            raise ConfigError(
+                f"get_peft_model: task_type is {task_type!r}; oribi trains causal language models"
+            )
+        if target_modules is None or target_modules == "all-linear":
+            target_modules = [
+                *(PROJECTIONS[:4] if finetune_attention_modules else ()),
+                *(PROJECTIONS[4:] if finetune_mlp_modules else ()),
+            ]
+            if not target_modules:
+                raise ConfigError(
+                    "get_peft_model: finetune_attention_modules and finetune_mlp_modules are both off"
+                )
+        return FastLanguageModel.get_peft_model(
+            model, r=r, target_modules=target_modules, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias,
+            **arguments,
+        )  # fmt: skip
+
+
+def _sort_out(options: dict[str, Any], *known_by: Callable[..., Any]) -> list[str]:
+    """Drops keywords without effect from `options` and returns notes on them; raises over refused and unknown ones."""
+    from oribi.models.request import Options
+
+    known = {*Options.__dataclass_fields__, "torch_dtype"}
+    notes = []
+    for name, value in list(options.items()):
+        if name in _REFUSED:
+            if value not in (None, False):
+                raise ConfigError(f"from_pretrained: {name}={value!r} is refused: {_REFUSED[name]}")
+            options.pop(name)
+        elif name in _WITHOUT_EFFECT:
+            if value not in (None, False, _QUIET_DEFAULTS.get(name)):
+                notes.append(f"{name}={value!r} has no effect: {_WITHOUT_EFFECT[name]}")
+            options.pop(name)
+        elif name not in known:
+            named = {p for call in known_by for p in inspect.signature(call).parameters}
+            near = difflib.get_close_matches(name, {*known, *named, *_WITHOUT_EFFECT}, 1)
+            raise ConfigError(
+                f"from_pretrained: unknown keyword {name}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+    return notes
+
+
+def _base(model: Model) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _announce(model: Model) -> None:
+    environment = detect()
+    dtype = str(_base(model).dtype).removeprefix("torch.")
+    _print_notes(
+        [
+            f"oribi {oribi.__version__}, {environment.device_name}, {environment.memory_bytes / 2**30:.0f} GiB, {dtype}, "
+            f"attention {environment.attention}, Triton {'on' if environment.triton else 'off'}",
+            *model.oribi.notes,
+        ]
+    )
+
+
+def _print_notes(notes: list[str]) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for note in notes:
+        print(f"oribi: {note}")
+
+
+def _bind(model: Model) -> None:
+    """Gives this instance, and no class, the methods that scripts call on a loaded model."""
+    for method in (_save_merged, _push_merged, _save_gguf, _push_gguf):
+        setattr(model, method.__name__.replace("_save_", "save_pretrained_").replace("_push_", "push_to_hub_"),
+                MethodType(method, model))  # fmt: skip
+    model.for_inference = MethodType(FastLanguageModel.for_inference, model)
+    model.for_training = MethodType(FastLanguageModel.for_training, model)
+
+
+def _save_merged(
+    self: Model, save_directory: str, tokenizer: Any = None, save_method: str = "merged_16bit", **options: Any
+) -> Any:
+    """`oribi.save.save_merged` of this model."""
+    from oribi.save import save_merged
+
+    return save_merged(self, save_directory, tokenizer, save_method, **options)
+
+
+def _push_merged(
+    self: Model, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", **options: Any
+) -> Any:
+    """`oribi.save.push_merged` of this model."""
+    from oribi.save import push_merged
+
+    return push_merged(self, repo_id, tokenizer, save_method, **options)
+
+
+def _save_gguf(
+    self: Model, save_directory: str, tokenizer: Any = None, quantization_method: Any = "q8_0", **options: Any
+) -> Any:
+    """`oribi.save.save_gguf` of this model."""
+    from oribi.save import save_gguf
+
+    return save_gguf(self, save_directory, tokenizer, quantization_method=quantization_method, **options)
+
+
+def _push_gguf(
+    self: Model, repo_id: str, tokenizer: Any = None, quantization_method: Any = "q8_0", **options: Any
+) -> Any:
+    """`oribi.save.push_gguf` of this model."""
+    from oribi.save import push_gguf
+
+    return push_gguf(self, repo_id, tokenizer, quantization_method=quantization_method, **options)

@@ -1,0 +1,291 @@
+"""STEP 3: LoRA on a loaded model, through PEFT: which layers, which arguments, in float32, the same on every run."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType
+from peft import get_peft_model as peft_get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from oribi.errors import ConfigError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# what a family with fused projections calls them
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+_CHECKPOINTING = (False, True, "oribi", "unsloth", "auto", "memory", "balanced", "speed")
+_NEEDS_DATA = ("eva", "corda", "lora_ga")
+_MOVES_BASE = ("pissa", "olora", "loftq")
+
+
+def attach_lora(
+    model: PreTrainedModel | PeftModel,
+    r: int = 16,
+    target_modules: Sequence[str] | str | None = PROJECTIONS,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    bias: str = "none",
+    layers_to_transform: Sequence[int] | int | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    finetune_last_n_layers: int | None = None,
+    use_gradient_checkpointing: bool | str = "oribi",
+    random_state: int = 3407,
+    use_rslora: bool = False,
+    modules_to_save: Sequence[str] | None = None,
+    init_lora_weights: bool | str = True,
+    loftq_config: dict[str, Any] | None = None,
+    **lora_config: Any,
+) -> PreTrainedModel | PeftModel:
+    """Puts trainable LoRA pairs on a model's linear layers; the rest is frozen.
+
+    Args:
+        model: as loaded. A model loaded for full fine-tuning is returned as it is; one that has LoRA already is returned
+            if the arguments are the same.
+        r: rank, at least 1.
+        target_modules: names of layers, a regular expression over full names, "all-linear" or None (the seven
+            projections). embed_tokens is trained whole (moved to `modules_to_save`).
+        lora_alpha: scale is lora_alpha / r, or / sqrt(r) with use_rslora.
+        lora_dropout: probability in [0, 1).
+        bias: "none", "all" or "lora_only": which biases are trained.
+        layers_to_transform, layers_pattern: as in PEFT. finetune_last_n_layers: only the last so many layers.
+        use_gradient_checkpointing: False keeps everything; True, "oribi", "unsloth" and "auto" balance memory against
+            time; "memory", "balanced" and "speed" name a policy.
+        random_state: seed of the LoRA matrices; the global random state is left as it was.
+        use_rslora: rank-stabilised scaling.
+        modules_to_save: modules trained whole and saved with the adapter, in float32.
+        init_lora_weights: True, False, "gaussian", "orthogonal", or, on a 16-bit base, "pissa", "pissa_niter_N",
+            "olora" and "loftq".
+        loftq_config: settings of LoftQ.
+        lora_config: further fields of `peft.LoraConfig`: use_dora, rank_pattern, alpha_pattern, target_parameters, ...
+
+    Returns:
+        The PeftModel, its LoRA weights float32 and requiring gradients.
+
+    Raises:
+        ConfigError: an argument is out of range or unknown, a target names no layer, or the model has another LoRA.
+    """
+    source = model.oribi
+    if source.full_finetuning:
+        source.notes.append(
+            "get_peft_model: the model was loaded with full_finetuning=True, so no LoRA is attached"
+        )
+        return model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    notes: list[str] = []
+    _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
+    _check_fields(lora_config)
+    _check_initialisation(init_lora_weights, loftq_config, source.load_in_4bit)
+    targets, saved = _resolve_targets(base, target_modules, modules_to_save, notes)
+    settings: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "target_modules": targets,
+        "lora_dropout": lora_dropout,
+        "bias": bias,
+        "layers_to_transform": _resolve_layers(base, layers_to_transform, finetune_last_n_layers),
+        "layers_pattern": layers_pattern,
+        "use_rslora": use_rslora,
+        "modules_to_save": saved,
+        "init_lora_weights": init_lora_weights,
+        "loftq_config": loftq_config or {},
+        "task_type": TaskType.CAUSAL_LM,
+        **lora_config,
+    }
+    if isinstance(model, PeftModel):
+        _check_same(model, settings)
+        set_checkpointing(base, use_gradient_checkpointing)
+        return model
+    new_tokens = source.new_token_ids
+    if new_tokens and "trainable_token_indices" not in settings and "embed_tokens" not in (saved or ()):
+        settings["trainable_token_indices"] = list(new_tokens)
+        notes.append(f"the rows of the {len(new_tokens)} added tokens are trained and saved with the adapter")
+    peft_model = _attach(base, settings, random_state)
+    set_checkpointing(base, use_gradient_checkpointing)
+    source.notes += notes
+    return peft_model
+
+
+def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int) -> PeftModel:
+    devices = [base.device] if base.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            peft_model = peft_get_peft_model(base, LoraConfig(**settings))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"PEFT refuses these LoRA settings: {error}") from error
+    for module in peft_model.modules():
+        # 16-bit weights would round small updates away
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return peft_model.train()
+
+
+def set_checkpointing(model: PreTrainedModel, choice: bool | str) -> None:
+    """Sets what the model keeps between forward and backward; `choice` as in `attach_lora`."""
+    if choice is False:
+        model.gradient_checkpointing_disable()
+    elif hasattr(model, "set_recompute_policy"):
+        model.set_recompute_policy(choice if choice in ("memory", "balanced", "speed") else "balanced")
+    elif choice == "speed":
+        model.gradient_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.oribi.checkpointing = choice
+
+
+def _check_range(r: int, alpha: float, dropout: float, bias: str, checkpointing: bool | str) -> None:
+    problems = []
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        problems.append(f"r = {r!r}: must be an integer of at least 1")
+    if not alpha > 0:
+        problems.append(f"lora_alpha = {alpha!r}: must be above 0")
+    if not 0 <= dropout < 1:
+        problems.append(f"lora_dropout = {dropout!r}: must be at least 0 and below 1")
+    if bias not in ("none", "all", "lora_only"):
+        problems.append(f"bias = {bias!r}: must be 'none', 'all' or 'lora_only'")
+    if checkpointing not in _CHECKPOINTING:
+        problems.append(f"use_gradient_checkpointing = {checkpointing!r}: must be one of {_CHECKPOINTING}")
+    if problems:
+        raise ConfigError("get_peft_model: " + "; ".join(problems))
+
+
+def _check_fields(given: dict[str, Any]) -> None:
+    known = {f.name for f in fields(LoraConfig)} - {"peft_type", "auto_mapping", "base_model_name_or_path"}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"get_peft_model: unknown argument {', '.join(unknown)}{hint}")
+
+
+def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, packed: bool) -> None:
+    if isinstance(how, bool) or how in ("gaussian", "orthogonal"):
+        if loftq_config:
+            raise ConfigError(f"loftq_config is given but init_lora_weights is {how!r}; LoftQ needs 'loftq'")
+        return
+    name = str(how)
+    if name in _NEEDS_DATA:
+        raise ConfigError(
+            f"init_lora_weights={how!r} needs activations of your data before training, which get_peft_model does not have; "
+            "use True, 'gaussian' or 'orthogonal'"
+        )
+    if not name.startswith(_MOVES_BASE):
+        raise ConfigError(
+            f"init_lora_weights={how!r}: allowed are True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', "
+            "'olora' and 'loftq'"
+        )
+    if packed:
+        raise ConfigError(
+            f"init_lora_weights={how!r} moves a part of the base weights into the adapter, and packed NF4 weights cannot be "
+            "changed exactly; load with load_in_4bit=False, or use True, 'gaussian' or 'orthogonal'"
+        )
+
+
+def _resolve_targets(
+    model: nn.Module,
+    target_modules: Sequence[str] | str | None,
+    modules_to_save: Sequence[str] | None,
+    notes: list[str],
+) -> tuple[list[str] | str, list[str] | None]:
+    """Target and whole-trained module names that this model has."""
+    saved = list(modules_to_save or ())
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(target_modules, str):
+        target_modules = target_modules.strip()
+        if target_modules.lower() == "all-linear":
+            _check_names("modules_to_save", saved, names)
+            return "all-linear", saved or None
+        leaves = {name.rpartition(".")[2] for name in names}
+        if target_modules not in leaves:
+            _check_expression(target_modules, names)
+            _check_names("modules_to_save", saved, names)
+            return target_modules, saved or None
+        target_modules = [target_modules]
+    targets = list(dict.fromkeys(target_modules if target_modules is not None else PROJECTIONS))
+    if "embed_tokens" in targets:
+        targets.remove("embed_tokens")
+        saved.append("embed_tokens")
+        notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
+    leaves = {name.rpartition(".")[2] for name in names}
+    fused = {t: _FUSED[t] for t in targets if t not in leaves and _FUSED.get(t) in leaves}
+    if fused:
+        targets = list(dict.fromkeys(fused.get(t, t) for t in targets))
+        asked = ", ".join(fused)
+        notes.append(
+            f"this family keeps {asked} in {', '.join(dict.fromkeys(fused.values()))}: LoRA goes there"
+        )
+    _check_names("target_modules", targets, names)
+    _check_names("modules_to_save", saved, names)
+    return targets, list(dict.fromkeys(saved)) or None
+
+
+def _check_names(what: str, wanted: Iterable[str], names: list[str]) -> None:
+    leaves = sorted({name.rpartition(".")[2] for name in names} - {""})
+    for name in wanted:
+        # the way PEFT matches: a whole name or its end
+        if not any(have == name or have.endswith(f".{name}") for have in names):
+            near = difflib.get_close_matches(name, leaves, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            linear = ", ".join(leaf for leaf in leaves if leaf.endswith(("_proj", "_head", "_tokens")))
+            raise ConfigError(f"{what}: the model has no module {name!r}{hint} It has {linear}")
+
+
+def _check_expression(expression: str, names: list[str]) -> None:
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"target_modules = {expression!r} is no regular expression: {error}") from error
+    if not any(pattern.fullmatch(name) for name in names):
+        raise ConfigError(
+            f"target_modules = {expression!r} matches no module as a regular expression over full names such as {names[-2]!r}"
+        )
+
+
+def _resolve_layers(
+    model: PreTrainedModel, layers: Sequence[int] | int | None, last: int | None
+) -> list[int] | None:
+    count = model.config.num_hidden_layers
+    if last is not None:
+        if layers is not None:
+            raise ConfigError("give layers_to_transform or finetune_last_n_layers, not both")
+        if not 1 <= last <= count:
+            raise ConfigError(f"finetune_last_n_layers = {last}: must be 1 to {count}, the model's layers")
+        return list(range(count - last, count))
+    if layers is None:
+        return None
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    outside = [i for i in chosen if not 0 <= i < count]
+    if outside:
+        raise ConfigError(f"layers_to_transform: {outside} are not among the model's layers 0 to {count - 1}")
+    return chosen
+
+
+def _check_same(model: PeftModel, settings: dict[str, Any]) -> None:
+    """Raises unless the model's active adapter was made from the same settings."""
+    wanted, present = LoraConfig(**settings), model.peft_config[model.active_adapter]
+    different = []
+    for name in settings:
+        a, b = getattr(wanted, name), getattr(present, name)
+        if name == "target_modules" and wanted.target_modules == "all-linear":
+            continue  # PEFT replaced the word by the names it found
+        if name in ("target_modules", "modules_to_save", "layers_to_transform"):
+            a, b = (set(x) if isinstance(x, list | tuple | set) else x for x in (a, b))
+        if (a or None) != (b or None):
+            different.append(f"{name} is {b!r}, asked for {a!r}")
+    if different:
+        raise ConfigError(
+            "the model has a LoRA adapter already, with other settings: "
+            + "; ".join(different)
+            + ". Load the base model again, or go on with the adapter it has"
+        )
