@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from oribi.errors import DataError
-from oribi.kernels.dispatch import wide
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton, wide
 
 IGNORED = -100
 CHUNK_ROWS = 1024
@@ -108,14 +108,21 @@ def linear_cross_entropy_forward(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     labelled: torch.Tensor | None = None,
+    every_row: bool = False,
     rows_grad: bool = True,
     weight_grad: bool = False,
     bias_grad: bool = False,
 ) -> LossAndGradients:
-    """Loss and unscaled gradients; arguments as in `linear_cross_entropy`."""
+    """Loss and unscaled gradients.
+
+    Args:
+        every_row: run all rows, whatever their labels, without asking the GPU; so it is inside a CUDA graph.
+        rows_grad, weight_grad, bias_grad: which gradients to form.
+        The others are those of `linear_cross_entropy`.
+    """
     vocab_size = weight.shape[0]
     weight = weight.to(rows.dtype)
-    if labelled is None:
+    if labelled is None and not every_row:
         labelled = labelled_rows(targets, vocab_size)
     everything = labelled is None or len(labelled) == len(rows)
     count = len(rows) if everything else len(labelled)
@@ -135,9 +142,10 @@ def linear_cross_entropy_forward(
         part = slice(start, min(start + size, count))
         x, y = (rows[part], targets[part]) if everything else (rows[labelled[part]], targets[labelled[part]])
         logits = buffer[: len(x)]
-        torch.mm(x, weight.t(), out=logits)
-        if bias is not None:
-            logits += bias.to(rows.dtype)
+        if bias is None:
+            torch.mm(x, weight.t(), out=logits)
+        else:
+            torch.addmm(bias.to(rows.dtype), x, weight.t(), out=logits)
         _loss_and_gradient(logits, y, losses[part], softcap, logit_scale, gradient)
         if rows_grad and everything:
             torch.mm(logits, weight, out=drows[part])
@@ -177,7 +185,11 @@ def scale_gradient(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dt
 
     PyTorch's own product of a 16-bit tensor and a scalar tensor would round the factor to 16 bit first.
     """
-    return (wide(gradient) * factor).to(dtype)
+    if not use_triton(gradient) or not gradient.is_contiguous():
+        return (wide(gradient) * factor).to(dtype)
+    out = torch.empty_like(gradient, dtype=dtype)
+    launch(_scale_kernel, -(-out.numel() // 1024), gradient, factor, out, out.numel(), 1024, num_warps=4)
+    return out
 
 
 def _loss_and_gradient(
@@ -189,7 +201,16 @@ def _loss_and_gradient(
     gradient: bool,
 ) -> None:
     """Write each row's loss; overwrite logits with their gradient (before logit_scale) if asked."""
-    _reference(logits, targets, losses, softcap, logit_scale, gradient)
+    if not use_triton(logits):
+        _reference(logits, targets, losses, softcap, logit_scale, gradient)
+        return
+    vocab_size = logits.shape[1]
+    lanes = min(next_power_of_2(-(-vocab_size // 8)), 2048)
+    launch(
+        _kernel, len(logits), logits, targets, losses, logits.stride(0), vocab_size, float(logit_scale),
+        0.0 if softcap is None else float(softcap), lanes, softcap is not None, gradient,
+        num_warps=min(max(lanes // 64, 1), 32),
+    )  # fmt: skip
 
 
 def _reference(logits, targets, losses, softcap, logit_scale, gradient):
@@ -206,6 +227,72 @@ def _reference(logits, targets, losses, softcap, logit_scale, gradient):
         if softcap is not None:
             d *= 1 - (z / softcap).square()
         logits.copy_(d.masked_fill(ignored[:, None], 0.0))
+
+
+# A row's logits are read twice, and 32 warps a program leave one row to a multiprocessor: the rows in flight on an
+# H100 (132 rows of 256 KB) then stay in its L2 cache between the two readings.
+@jit(do_not_specialize=["vocab_size"])
+def _kernel(
+    logits_ptr, target_ptr, loss_ptr, row_stride, vocab_size, logit_scale, softcap,
+    LANES: tl.constexpr, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    logits_ptr += row * row_stride
+    # rows are padded to whole vectors of 8, so a lane may touch its vector if it touches one logit
+    lane = tl.arange(0, LANES)
+    col = lane[:, None] * 8 + tl.arange(0, 8)[None, :]
+    if target == -100:
+        tl.store(loss_ptr + row, 0.0)
+        if GRADIENT:
+            nothing = tl.zeros([LANES, 8], dtype=logits_ptr.dtype.element_ty)
+            for start in range(0, vocab_size, LANES * 8):
+                tl.store(logits_ptr + start + col, nothing, mask=(start + lane * 8 < vocab_size)[:, None])
+    else:
+        known = (target >= 0) & (target < vocab_size)
+        chosen = tl.load(logits_ptr + tl.where(known, target, 0)).to(tl.float32) * logit_scale
+        if SOFTCAP:
+            chosen = softcap * _tanh(chosen / softcap)
+        # each lane has its own running maximum and sum: no barrier inside the loop
+        top = tl.full([LANES], -1e38, dtype=tl.float32)
+        total = tl.zeros([LANES], dtype=tl.float32)
+        for start in range(0, vocab_size, LANES * 8):
+            inside = (start + lane * 8 < vocab_size)[:, None]
+            z = tl.load(logits_ptr + start + col, mask=inside, other=0.0).to(tl.float32) * logit_scale
+            if SOFTCAP:
+                z = softcap * _tanh(z / softcap)
+            z = tl.where(start + col < vocab_size, z, -float("inf"))
+            higher = tl.maximum(top, tl.max(z, axis=1))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), axis=1)
+            top = higher
+        peak = tl.max(top, axis=0)
+        log_sum = peak + tl.log(tl.sum(total * tl.exp(top - peak), axis=0))
+        tl.store(loss_ptr + row, tl.where(known, log_sum - chosen, float("nan")))
+        if GRADIENT:
+            for start in range(0, vocab_size, LANES * 8):
+                inside = (start + lane * 8 < vocab_size)[:, None]
+                z = tl.load(logits_ptr + start + col, mask=inside, other=0.0).to(tl.float32) * logit_scale
+                slope = 1.0
+                if SOFTCAP:
+                    t = _tanh(z / softcap)
+                    z = softcap * t
+                    slope = 1.0 - t * t
+                p = tl.where(start + col < vocab_size, tl.exp(z - log_sum), 0.0)
+                d = tl.where(start + col == target, p - 1.0, p) * slope
+                tl.store(logits_ptr + start + col, d.to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _tanh(x):
+    # the device library's tanh does not run in Triton's interpreter
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@jit
+def _scale_kernel(x_ptr, factor_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32) * tl.load(factor_ptr)
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=at < count)
 
 
 def _chunk_rows(count: int, vocab_size: int, element_size: int) -> int:

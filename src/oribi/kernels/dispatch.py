@@ -8,18 +8,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-triton: ModuleType | None
-tl: ModuleType | None
 try:
     import triton
     import triton.language as tl
 except ImportError:  # not installed on macOS, on Windows and beside CPU builds of torch
-    triton = tl = None
+    triton = None
+    tl = SimpleNamespace(constexpr=int)  # the one name that is read when a kernel is defined
 
 # under TRITON_INTERPRET=1 kernels run on CPU tensors, which is how the tests run them without a GPU
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -62,9 +61,30 @@ def jit(kernel: Callable | None = None, **options: Any) -> Callable:
     return kernel if triton is None else triton.jit(**options)(kernel)
 
 
+def launch(kernel: Callable, programs: int, x: torch.Tensor, *args: Any, **options: Any) -> None:
+    """Run a kernel on x's device, x being its first argument.
+
+    Args:
+        kernel: what `jit` returned.
+        programs: size of the one-dimensional grid.
+        args, options: the kernel's further arguments, and num_warps or enable_fp_fusion.
+    """
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        # a model spread over several GPUs calls from one process
+        with torch.cuda.device(x.get_device()):
+            kernel[(programs,)](x, *args, **options)
+    else:
+        kernel[(programs,)](x, *args, **options)
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def warps_for(elements: int) -> int:
+    """Warps of a program that holds so many elements: 16 a thread, so that 16-bit rows load in 16-byte vectors."""
+    return min(max(elements // 512, 1), 16)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

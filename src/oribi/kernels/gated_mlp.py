@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from oribi.errors import ModelError
-from oribi.kernels.dispatch import wide
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton, wide
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 _CUBIC = 0.044715
@@ -68,8 +68,18 @@ def gated_mlp_forward(
         activation: one of `ACTIVATIONS`.
         out: [T, I] for the result, strided rows allowed; may be gate or up.
     """
-    h = wide(gate) * _probability(wide(gate), activation) * wide(up)
-    return h.to(gate.dtype) if out is None else out.copy_(h)
+    if not use_triton(gate):
+        h = wide(gate) * _probability(wide(gate), activation) * wide(up)
+        return h.to(gate.dtype) if out is None else out.copy_(h)
+    gate, up = _unit_stride(gate), _unit_stride(up)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    tokens, size = gate.shape
+    block, warps = _tile(size)
+    launch(
+        _forward_kernel, tokens * -(-size // block), gate, up, out, gate.stride(0), up.stride(0), out.stride(0),
+        size, block, activation, num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
 
 
 def gated_mlp_backward(
@@ -92,6 +102,86 @@ def gated_mlp_backward(
     Returns:
         dgate, dup, h (None unless it was asked for).
     """
+    if not use_triton(gate):
+        return _backward_reference(dh, gate, up, activation, dgate, dup, h)
+    dh, gate, up = _unit_stride(dh), _unit_stride(gate), _unit_stride(up)
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if dgate is None else dgate
+    dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if dup is None else dup
+    tokens, size = gate.shape
+    block, warps = _tile(size)
+    launch(
+        _backward_kernel, tokens * -(-size // block), dh, gate, up, dgate, dup, dup if h is None else h,
+        dh.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0), 0 if h is None else h.stride(0),
+        size, block, activation, h is not None, num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return dgate, dup, h
+
+
+def _tile(size: int) -> tuple[int, int]:
+    """Columns and warps of a program: 8 elements a thread are one 16-byte vector of 16-bit values."""
+    block = min(next_power_of_2(size), 1024)
+    return block, max(block // 256, 1)
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# Both kernels are launched without fused multiply-adds: h must come out the same in both, whatever else each computes.
+
+
+@jit
+def _forward_kernel(
+    gate_ptr, up_ptr, h_ptr, gate_stride, up_stride, h_stride,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate_ptr + row * gate_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
+    u = tl.load(up_ptr + row * up_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
+    p, _ = _probability_and_slope(g, ACTIVATION)
+    h = g * p * u
+    tl.store(h_ptr + row * h_stride + col, h.to(h_ptr.dtype.element_ty), mask=col < SIZE)
+
+
+@jit
+def _backward_kernel(
+    dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr,
+    dh_stride, gate_stride, up_stride, dgate_stride, dup_stride, h_stride,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, REBUILD: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(dh_ptr + row * dh_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
+    g = tl.load(gate_ptr + row * gate_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
+    u = tl.load(up_ptr + row * up_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
+    p, slope = _probability_and_slope(g, ACTIVATION)
+    dgate = d * u * (p + g * slope)
+    dup = d * (g * p)
+    if REBUILD:
+        h = g * p * u
+        tl.store(h_ptr + row * h_stride + col, h.to(h_ptr.dtype.element_ty), mask=col < SIZE)
+    tl.store(dgate_ptr + row * dgate_stride + col, dgate.to(dgate_ptr.dtype.element_ty), mask=col < SIZE)
+    tl.store(dup_ptr + row * dup_stride + col, dup.to(dup_ptr.dtype.element_ty), mask=col < SIZE)
+
+
+@jit
+def _probability_and_slope(g, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        p = tl.sigmoid(g)
+        slope = p * (1 - p)
+    elif ACTIVATION == "gelu_tanh":
+        p = tl.sigmoid(1.5957691216057308 * g * (1 + 0.044715 * g * g))
+        slope = p * (1 - p) * (1.5957691216057308 * (1 + 0.134145 * g * g))
+    else:
+        p = 0.5 * (1 + tl.erf(g * 0.7071067811865476))
+        slope = tl.exp(-0.5 * g * g) * 0.3989422804014327
+    return p, slope
+
+
+def _backward_reference(dh, gate, up, activation, dgate, dup, h):
     g, u, d = wide(gate), wide(up), wide(dh)
     p = _probability(g, activation)
     gate_gradient = d * u * (p + g * _probability_slope(g, p, activation))

@@ -15,6 +15,12 @@ from collections.abc import Sequence
 import torch
 
 from oribi.errors import ModelError
+from oribi.kernels.dispatch import jit, launch, tl, use_triton
+
+# weights that one launch can read; q|k|v is the largest group of a decoder layer
+_GROUP = 3
+# 4-byte words (8 codes) of a program of 4 warps: 4 independent loads a thread hide the latency of the scales
+_WORDS = 512
 
 
 def dequantize(
@@ -36,10 +42,14 @@ def dequantize(
     shapes = [_checked_shape(w) for w in weights]
     if len({k for _, k in shapes}) != 1:
         raise ModelError(f"weights of shapes {shapes} cannot lie below each other: their row lengths differ")
-    if len(weights) == 1 and out is None:
+    on_triton = use_triton(weights[0])
+    if len(weights) == 1 and out is None and not on_triton:
         return _dequantize_one(weights[0], dtype)
     if out is None:
         out = torch.empty(sum(n for n, _ in shapes), shapes[0][1], dtype=dtype, device=weights[0].device)
+    if on_triton and len(weights) <= _GROUP and _kernel_reads(weights, out):
+        _launch(weights, out)
+        return out
     for part, weight in zip(out.split([n for n, _ in shapes]), weights):
         part.copy_(_dequantize_one(weight, dtype))
     return out
@@ -90,6 +100,90 @@ def _dequantize_one(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         _bytes(weight), absmax.float(), state.blocksize, state.quant_type, blocks, dtype
     )
     return flat.view(state.shape)
+
+
+def _kernel_reads(weights: Sequence[torch.Tensor], out: torch.Tensor) -> bool:
+    """Whether the kernel's assumptions hold: NF4 alike in all weights, whole words of 8 codes in a row."""
+    first = weights[0].quant_state
+    return out.shape[1] % 8 == 0 and all(
+        s.quant_type == "nf4"
+        and s.blocksize == first.blocksize
+        and s.nested == first.nested
+        and (not s.nested or s.state2.blocksize == 256)
+        and s.absmax.dtype is (torch.uint8 if s.nested else torch.float32)
+        for s in (w.quant_state for w in weights)
+    )
+
+
+def _launch(weights: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    state, size = weights[0].quant_state, out.shape[1]
+    arguments = []
+    programs = 0
+    for weight in weights:
+        s = weight.quant_state
+        words = s.shape[0] * size // 8
+        if s.nested:
+            arguments += [weight, s.absmax, s.state2.absmax, s.state2.code, s.offset, words]
+        else:  # the last three are not read
+            arguments += [weight, s.absmax, s.absmax, s.absmax, s.absmax, words]
+        programs += -(-words // _WORDS)
+    arguments += arguments[-6:] * (_GROUP - len(weights))  # no program reaches the places left over
+    flat = out.is_contiguous()
+    launch(
+        _kernel, programs, out, state.code, *arguments, 0 if flat else out.stride(0), 1 if flat else size // 8,
+        state.blocksize // 8, _WORDS, state.nested, flat, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+# Launched without fused multiply-adds: bitsandbytes rounds every product and sum.
+@jit(
+    do_not_specialize=["words_0", "words_1", "words_2"],
+    # unaligned on purpose: a thread then loads single words, the layout in which it stores 8 values at once
+    do_not_specialize_on_alignment=["packed_0", "packed_1", "packed_2"],
+)
+def _kernel(
+    out_ptr, lut_ptr,
+    packed_0, absmax_0, absmax2_0, code2_0, offset_0, words_0,
+    packed_1, absmax_1, absmax2_1, code2_1, offset_1, words_1,
+    packed_2, absmax_2, absmax2_2, code2_2, offset_2, words_2,
+    out_stride, ROW_WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, WORDS: tl.constexpr,
+    NESTED: tl.constexpr, CONTIGUOUS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    packed, absmax, absmax2, code2, offset, words = packed_0, absmax_0, absmax2_0, code2_0, offset_0, words_0
+    before = words_0 * 0  # words of the weights above this program's
+    if program >= tl.cdiv(words_0, WORDS):
+        program -= tl.cdiv(words_0, WORDS)
+        packed, absmax, absmax2, code2, offset = packed_1, absmax_1, absmax2_1, code2_1, offset_1
+        before += words_0
+        words = words_1
+        if program >= tl.cdiv(words_1, WORDS):
+            program -= tl.cdiv(words_1, WORDS)
+            packed, absmax, absmax2, code2, offset = packed_2, absmax_2, absmax2_2, code2_2, offset_2
+            before += words_1
+            words = words_2
+    word = program * WORDS + tl.arange(0, WORDS)
+    inside = word < words
+    codes = tl.load(packed.to(tl.pointer_type(tl.int32)) + word, mask=inside, other=0)
+    block = word // BLOCK_WORDS
+    if NESTED:
+        scale_code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(code2 + scale_code) * tl.load(absmax2 + block // 256, mask=inside, other=0.0)
+        scale = scale + tl.load(offset)
+    else:
+        scale = tl.load(absmax + block, mask=inside, other=0.0)
+    # value j of a word: bytes in order, the high half of each byte first
+    place = tl.arange(0, 8)
+    code = (codes[:, None] >> ((place ^ 1) * 4)[None, :]) & 15
+    values = (tl.load(lut_ptr + code) * scale[:, None]).to(out_ptr.dtype.element_ty)
+    if CONTIGUOUS:
+        start = (before.to(tl.int64) + program * WORDS) * 8
+        at = tl.arange(0, WORDS)[:, None] * 8 + place[None, :]
+        tl.store(out_ptr + start + at, values, mask=inside[:, None])
+    else:
+        row = ((before + word) // ROW_WORDS).to(tl.int64) * out_stride
+        at = (row + (before + word) % ROW_WORDS * 8)[:, None] + place[None, :]
+        tl.store(out_ptr + at, values, mask=inside[:, None])
 
 
 def _bytes(weight: torch.Tensor) -> torch.Tensor:

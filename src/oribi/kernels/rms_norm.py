@@ -13,7 +13,10 @@ Source: Root Mean Square Layer Normalization, Zhang and Sennrich 2019 (arXiv:191
 import torch
 from torch.autograd.function import once_differentiable
 
-from oribi.kernels.dispatch import wide
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton, warps_for, wide
+
+# programs that share the rows when dweight is formed: two for each of an H100's 132 multiprocessors
+_WEIGHT_GRAD_PROGRAMS = 264
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
@@ -73,14 +76,27 @@ def rms_norm_forward(
         x: [T, D] or [T, H, D]; rows may be strided, the last dimension contiguous.
         weight: [D].
         eps, offset: as in `rms_norm`.
-        residual: as x; added before the norm.
+        residual: [T, D], only where x is [T, D]; added before the norm.
         residual_scale: factor on x before the addition; the product and the sum are each rounded to x's dtype.
         out: where y goes, strided rows allowed; may be x where residual is None.
 
     Returns:
         y in x's dtype; the normalised input (x itself without residual); rstd [T] or [T, H] float32.
     """
-    return _forward_reference(x, weight, eps, offset, residual, residual_scale, out)
+    if not use_triton(x):
+        return _forward_reference(x, weight, eps, offset, residual, residual_scale, out)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    size = x.shape[-1]
+    block, rows = _tile(size)
+    launch(
+        _forward_kernel, -(-rstd.numel() // rows), x, total if residual is None else residual, weight, y, total, rstd,
+        rstd.numel(), *_strides(x), 0 if residual is None else residual.stride(0), *_strides(y), float(eps),
+        float(offset), float(residual_scale), size, x.shape[1] if x.dim() == 3 else 1, rows, block, residual is not None,
+        residual_scale != 1.0, num_warps=warps_for(rows * block),
+    )  # fmt: skip
+    return y, total, rstd
 
 
 def rms_norm_backward(
@@ -107,7 +123,105 @@ def rms_norm_backward(
     Returns:
         dx in dy's dtype; dweight [D] in the weight's dtype, or None.
     """
-    return _backward_reference(dy, x, rstd, weight, offset, dresidual, out, weight_grad)
+    if not use_triton(x):
+        return _backward_reference(dy, x, rstd, weight, offset, dresidual, out, weight_grad)
+    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if out is None else out
+    size = x.shape[-1]
+    block, rows = _tile(size)
+    programs = -(-rstd.numel() // rows)
+    partials = None
+    if weight_grad:
+        programs = min(programs, _WEIGHT_GRAD_PROGRAMS)
+        partials = torch.empty(programs, size, dtype=torch.float32, device=x.device)
+    launch(
+        _backward_kernel, programs, dy, x, rstd, weight, dy if dresidual is None else dresidual, dx,
+        rstd if partials is None else partials, rstd.numel(), *_strides(dy), *_strides(x),
+        *_strides(dy if dresidual is None else dresidual), *_strides(dx), float(offset), size,
+        x.shape[1] if x.dim() == 3 else 1, rows, block, dresidual is not None, weight_grad,
+        num_warps=warps_for(rows * block),
+    )  # fmt: skip
+    return dx, None if partials is None else partials.sum(0).to(weight.dtype)
+
+
+def _tile(size: int) -> tuple[int, int]:
+    """Columns and rows of a program: one row, or as many short ones as make 2048 elements."""
+    block = next_power_of_2(size)
+    return block, max(2048 // block, 1)
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int]:
+    return x.stride(0), x.stride(1) if x.dim() == 3 else 0
+
+
+@jit
+def _row_offsets(row, stride, head_stride, HEADS: tl.constexpr):
+    if HEADS == 1:
+        return row.to(tl.int64) * stride
+    return (row // HEADS).to(tl.int64) * stride + (row % HEADS) * head_stride
+
+
+@jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
+    rows, x_stride, x_head, residual_stride, y_stride, y_head, eps, offset, residual_scale,
+    D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (col < D)[None, :]
+    weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32) + offset
+    x = tl.load(
+        x_ptr + _row_offsets(row, x_stride, x_head, HEADS)[:, None] + col[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
+    if RESIDUAL:
+        if SCALED:
+            x = (x * residual_scale).to(x_ptr.dtype.element_ty).to(tl.float32)
+        at = row.to(tl.int64)[:, None] * residual_stride + col[None, :]
+        x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        # what the backward will read is what is normalised here
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row.to(tl.int64)[:, None] * D + col[None, :], rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    y = x * rstd[:, None] * weight[None, :]
+    at = _row_offsets(row, y_stride, y_head, HEADS)[:, None] + col[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit(do_not_specialize=["rows"])
+def _backward_kernel(
+    dy_ptr, x_ptr, rstd_ptr, weight_ptr, dresidual_ptr, dx_ptr, partial_ptr,
+    rows, dy_stride, dy_head, x_stride, x_head, dresidual_stride, dresidual_head, dx_stride, dx_head, offset,
+    D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0)
+    col = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32) + offset
+    partial = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    # once around, except where few programs share all rows to sum dweight
+    for block in range(first, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (col < D)[None, :]
+        at = _row_offsets(row, dy_stride, dy_head, HEADS)[:, None] + col[None, :]
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        at = _row_offsets(row, x_stride, x_head, HEADS)[:, None] + col[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        normed = x * rstd[:, None]
+        if WEIGHT_GRAD:
+            partial += dy * normed
+        g = dy * weight[None, :]
+        dx = rstd[:, None] * (g - normed * (tl.sum(g * normed, axis=1) / D)[:, None])
+        if RESIDUAL:
+            at = _row_offsets(row, dresidual_stride, dresidual_head, HEADS)[:, None] + col[None, :]
+            dx += tl.load(dresidual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        at = _row_offsets(row, dx_stride, dx_head, HEADS)[:, None] + col[None, :]
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    if WEIGHT_GRAD:
+        tl.store(partial_ptr + first.to(tl.int64) * D + col, tl.sum(partial, axis=0), mask=col < D)
 
 
 def _forward_reference(x, weight, eps, offset, residual, residual_scale, out):
