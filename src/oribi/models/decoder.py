@@ -22,6 +22,7 @@ from oribi.kernels.rms_norm import rms_norm
 from oribi.kernels.rope import rope
 from oribi.models.families import Family, activation_of, family_of
 from oribi.models.fused_layer import POLICIES, Keep, fused_layer, fusible_groups
+from oribi.models.generation import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory
 from oribi.models.projections import hooked, project, read
 from oribi.models.rope import RotaryAngles
@@ -260,6 +261,7 @@ class DecoderModel(DecoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x.to(self.norm.weight.dtype)  # embeddings that are trained whole are float32
         if inputs_embeds is None and self.embedding_scale != 1.0:
             # rounded to the weight's dtype as the checkpoints were trained
             x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)
@@ -309,7 +311,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return Batch(visibility, angles, cache, self._host_memory)
 
 
-class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationMixin):
     """A causal language model of any family of the table; `build` makes one."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -378,7 +380,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.lm_head(hidden)
+        logits = self.lm_head(hidden.to(self.lm_head.weight.dtype))  # a head trained whole is float32
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

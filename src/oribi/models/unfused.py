@@ -1,11 +1,14 @@
 """Models outside the family table: transformers' own class with NF4 weights, without oribi's fused path."""
 
+from functools import partial
+
 import bitsandbytes as bnb
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from oribi.errors import ModelError
 from oribi.models.checkpoint import Quantization, fits_nf4
+from oribi.models.generation import generate_in_inference_mode
 from oribi.models.locate import Location
 
 
@@ -53,6 +56,7 @@ def load_unfused(
         raise ModelError(
             f"{location.name}: transformers cannot load this {config.model_type} model: {error}"
         ) from error
+    model.generate = partial(generate_in_inference_mode, model, model.generate)
     for name, layer in model.named_modules():
         if not isinstance(layer, bnb.nn.Linear4bit):
             continue

@@ -1,0 +1,54 @@
+"""Generation that works in the middle of training: the mode is switched for its duration and given back."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class GeneratesInAnyMode:
+    """Before `GenerationMixin` among a model's bases: `generate` may be called on a model in training."""
+
+    def generate(
+        self, inputs: torch.Tensor | Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers' `generate`, in inference mode (no dropout, cached) whatever mode the model is in.
+
+        Args:
+            inputs: [B, S] int64, or a tokenizer's whole output, also under the name input_ids.
+            args, kwargs: as in transformers.
+        """
+        return generate_in_inference_mode(self, super().generate, inputs, *args, **kwargs)
+
+
+def generate_in_inference_mode(
+    model: nn.Module,
+    generate: Callable[..., Any],
+    inputs: torch.Tensor | Mapping[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Calls `generate` with the model in inference mode and its inputs unpacked."""
+    ids = kwargs.get("input_ids")
+    for packed in (inputs, ids):
+        if isinstance(packed, Mapping):  # what apply_chat_template returns since transformers 5
+            kwargs.pop("input_ids", None)
+            kwargs = {**packed, **kwargs}
+            inputs = None
+    kwargs.pop("token_type_ids", None)  # some tokenizers add them, no decoder takes them
+    with inference_mode_of(model):
+        return generate(inputs, *args, **kwargs)
+
+
+@contextmanager
+def inference_mode_of(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside the block, each in its own mode again after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
