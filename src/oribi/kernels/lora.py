@@ -407,8 +407,8 @@ def _pack_kernel(
             mask=(row < n) & (col < P),
         )
     else:  # rows of [P, K]
-        line = (pid - b_blocks) // a_blocks
         place = ((pid - b_blocks) % a_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        line = (pid - b_blocks) // a_blocks + place * 0
         factor = _block(a0, line, place, r0, k) + _block(a1, line - r0, place, r1, k)
         factor += _block(a2, line - r0 - r1, place, r2, k)
         start = buffer + (n + line).to(tl.int64) * stride

@@ -240,7 +240,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.rotary = {kind: RotaryAngles(config, kind) for kind in kinds}
         self.embedding_scale = config.hidden_size**0.5 if family.embedding_scale else 1.0
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
-        self._host_memory: HostMemory | None = None
+        self.host_memory: HostMemory | None = None
         self.post_init()
 
     def forward(
@@ -306,9 +306,9 @@ class DecoderModel(DecoderPreTrainedModel):
             longest = int(max_length) if max_length else int(position_ids.max()) + 1
         positions = position_ids.expand(rows, length).reshape(-1)
         angles = {kind: rotary.angles(positions, longest) for kind, rotary in self.rotary.items()}
-        if self._host_memory is None and x.is_cuda and any(layer.keep.uses_host for layer in self.layers):
-            self._host_memory = HostMemory(x.device)
-        return Batch(visibility, angles, cache, self._host_memory)
+        if self.host_memory is None and x.is_cuda and any(layer.keep.uses_host for layer in self.layers):
+            self.host_memory = HostMemory(x.device)
+        return Batch(visibility, angles, cache, self.host_memory)
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationMixin):

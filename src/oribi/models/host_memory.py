@@ -18,7 +18,7 @@ class Parcel:
         self._device = tensor.device
         self._back: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        self._host: torch.Tensor | None = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host: torch.Tensor | None = store.borrow(tensor)
         self._store.copy(self._host, tensor)
 
     def start_return(self) -> None:
@@ -34,6 +34,7 @@ class Parcel:
         if below is not None:
             below.start_return()
         torch.cuda.current_stream(self._device).wait_event(self._arrived)
+        self._store.give_back(self._host)
         back, self._back, self._host = self._back, None, None
         return back
 
@@ -48,6 +49,17 @@ class HostMemory:
         # sources of copies under way: freed when the computing stream has waited for their copy, so that their memory
         # is never handed out while it is still being read
         self._leaving: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        # pinned buffers that wait for the next step: pinning takes long, and none may be pinned inside a CUDA graph
+        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+
+    def borrow(self, like: torch.Tensor) -> torch.Tensor:
+        """A pinned buffer with the shape and dtype of a tensor."""
+        free = self._free.get((like.shape, like.dtype))
+        return free.pop() if free else torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Frees a buffer whose last copy has been ordered; later copies come after it on the same stream."""
+        self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
 
     def put(self, tensor: torch.Tensor) -> Parcel:
         """Starts copying a tensor [...] to the host; its device memory is free again about two puts later."""

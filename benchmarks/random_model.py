@@ -1,0 +1,143 @@
+"""Writes a random model of public dimensions as a bitsandbytes 4-bit checkpoint, so that every stack loads equal codes.
+
+    python benchmarks/random_model.py llama-3.2-1b /tmp/llama-3.2-1b
+
+Speed and memory do not depend on the weights' values. N: out features, K: in features.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "rope_parameters": LLAMA3_ROPE,
+    "hidden_act": "silu",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "hidden_act": "silu",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, tied: bool) -> dict[str, object]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "intermediate_size": inner,
+        "tie_word_embeddings": tied,
+    }
+
+
+MODELS: dict[str, dict[str, object]] = {
+    "llama-3.1-8b": {**LLAMA, **_sizes(4096, 32, 32, 8, 14336, False)},
+    "llama-3.2-3b": {**LLAMA, **_sizes(3072, 28, 24, 8, 8192, True)},
+    "llama-3.2-1b": {**LLAMA, **_sizes(2048, 16, 32, 8, 8192, True)},
+    "qwen2.5-0.5b": {**QWEN, **_sizes(896, 24, 14, 2, 4864, True)},
+    "tiny": {**LLAMA, **_sizes(128, 2, 4, 2, 256, True), "vocab_size": 512},
+}
+QUANTIZATION = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "llm_int8_skip_modules": ["lm_head"],
+}
+
+
+def write(name: str, directory: Path, seed: int = 0) -> None:
+    """Writes config, tokenizer and one safetensors file of the named model, quantised on the GPU if there is one."""
+    from bitsandbytes.functional import quantize_4bit
+
+    config = MODELS[name]
+    directory.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    tensors: dict[str, torch.Tensor] = {}
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).mul_(0.02).to(torch.bfloat16)
+
+    def packed(key: str, n: int, k: int) -> None:
+        codes, state = quantize_4bit(normal(n, k), blocksize=64, compress_statistics=True, quant_type="nf4")
+        tensors[f"{key}.weight"] = codes.cpu()
+        for part, value in state.as_dict(packed=True).items():
+            tensors[f"{key}.weight.{part}"] = value.cpu()
+
+    def ones() -> torch.Tensor:
+        return torch.ones(hidden, dtype=torch.bfloat16)
+
+    tensors["model.embed_tokens.weight"] = normal(config["vocab_size"], hidden).cpu()
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for part, n, k in (
+            ("self_attn.q_proj", hidden, hidden), ("self_attn.k_proj", kv, hidden), ("self_attn.v_proj", kv, hidden),
+            ("self_attn.o_proj", hidden, hidden), ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ):  # fmt: skip
+            packed(f"{layer}.{part}", n, k)
+            if config["model_type"] == "qwen2" and part[-6] in "qkv":
+                tensors[f"{layer}.{part}.bias"] = normal(n).cpu()
+        tensors[f"{layer}.input_layernorm.weight"] = ones()
+        tensors[f"{layer}.post_attention_layernorm.weight"] = ones()
+    tensors["model.norm.weight"] = ones()
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = normal(config["vocab_size"], hidden).cpu()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    whole = {**config, "dtype": "bfloat16", "use_cache": True, "quantization_config": QUANTIZATION}
+    (directory / "config.json").write_text(json.dumps(whole, indent=1))
+    _tokenizer().save_pretrained(directory)
+
+
+def _tokenizer():
+    """A byte-level tokenizer: stacks want one to load, the benchmark feeds token ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2}
+    for letter in pre_tokenizers.ByteLevel.alphabet():
+        vocabulary[letter] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right"
+    )
+
+
+if __name__ == "__main__":
+    write(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,284 @@
+"""Time and memory of a QLoRA training step: oribi beside installed peers, each through its own SFTTrainer.
+
+    python benchmarks/train_step.py --workload llama-3.1-8b:2x2048 --stack oribi:memory --stack unsloth:default --pairs 2
+
+Every stack loads the same 4-bit checkpoint (see random_model.py), attaches the same LoRA (r 16, alpha 16, seven
+projections, the same values in every factor), and sees the same token ids with the same 8-bit AdamW. One process a run,
+runs of different stacks alternate. Milliseconds are medians of synchronised steps after warm-up; memory is counted from
+the first step on. Results go to benchmarks/results/<gpu>_train_step.json and, as a table, to the terminal.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+STARTED = time.time()
+HERE = Path(__file__).parent
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# oribi's modes are its recompute policies; peers' modes are the forms of checkpointing that they offer
+MODES = {
+    "oribi": ("auto", "memory", "balanced", "speed"),
+    "unsloth": ("default", "off"),
+    "hf": ("default", "off"),
+    "liger": ("default", "off"),
+}
+WARMUP_STEPS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--workload", action="append", required=True, help="MODEL:ROWSxTOKENS of random_model.py"
+    )
+    parser.add_argument("--stack", action="append", required=True, help="STACK:MODE")
+    parser.add_argument("--pairs", type=int, default=2, help="how often each stack runs")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--models", type=Path, default=Path("/tmp/oribi-models"))
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--timeout", type=int, default=400, help="seconds a run")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(run_one(*args.one.split("|"), args)), flush=True)
+        return
+    rows = []
+    for workload in args.workload:
+        model = workload.split(":")[0]
+        if not (args.models / model / "tokenizer_config.json").exists():
+            subprocess.run([sys.executable, HERE / "random_model.py", model, args.models / model], check=True)
+        for _ in range(args.pairs):
+            for stack in args.stack:
+                row = in_own_process(workload, stack, args)
+                rows.append(row)
+                print(summary(row), flush=True)
+    merged = merge(rows)
+    gpu = merged[0].get("gpu", "cpu") if merged else "cpu"
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"{gpu}_train_step.json"
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+    print("\n" + table(merged) + f"\n{path}")
+
+
+def in_own_process(workload: str, stack: str, args: argparse.Namespace) -> dict:
+    command = [
+        sys.executable, __file__, "--workload", workload, "--stack", stack, "--one", f"{workload}|{stack}",
+        "--steps", str(args.steps), "--rank", str(args.rank), "--models", str(args.models),
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    name, mode = stack.split(":")
+    failed = {"stack": name, "mode": mode, "workload": workload}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.timeout)
+    except subprocess.TimeoutExpired:
+        return {**failed, "error": f"longer than {args.timeout} s"}
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    tail = (done.stderr or done.stdout).strip().splitlines()[-12:]
+    return {**failed, "error": "\n".join(tail)}
+
+
+def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
+    """One stack on one workload, in this process."""
+    name, mode = stack.split(":")
+    model_name, shape = workload.split(":")
+    rows, length = (int(n) for n in shape.split("x"))
+    steps = args.steps
+    model, tokenizer, trainer_class, config_class, extra = load(
+        name, mode, args.models / model_name, length, args.rank
+    )
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    loaded = time.time()
+    same_factors(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        3, model.config.vocab_size, (rows * (steps + WARMUP_STEPS), length), generator=generator
+    )
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+
+    class Clock(TrainerCallback):
+        times: list[float] = []
+        first = 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize()
+            self.times.append((time.perf_counter() - self.started) * 1e3)
+            self.first = self.first or time.time()
+
+    clock = Clock()
+    config = config_class(
+        output_dir="/tmp/oribi-bench", per_device_train_batch_size=rows, gradient_accumulation_steps=1,
+        max_steps=steps + WARMUP_STEPS, learning_rate=2e-4, warmup_steps=0, lr_scheduler_type="constant",
+        optim="adamw_8bit", weight_decay=0.01, logging_steps=1, report_to="none", save_strategy="no", seed=0,
+        bf16=True, max_length=length, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **extra,
+    )  # fmt: skip
+    trainer = trainer_class(
+        model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock]
+    )
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    gradients = [bool(p.ne(q).any()) for p, q in zip(trained(model), same_factors.values)]
+    times = clock.times[WARMUP_STEPS:]
+    return {
+        "stack": name, "mode": mode, "model": model_name, "batch": rows, "seq": length, "rank": args.rank,
+        "workload": workload, "gpu": torch.cuda.get_device_name().split()[1].lower(),
+        "ms": statistics.median(times), "ms_p10": sorted(times)[len(times) // 10],
+        "ms_p90": sorted(times)[len(times) * 9 // 10],
+        "tokens_per_s": rows * length / statistics.median(times) * 1e3,
+        "peak_alloc_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "losses": [round(entry["loss"], 4) for entry in history],
+        "grad_norm": history[-1].get("grad_norm"),
+        "every_factor_moved": all(gradients),
+        "load_s": loaded - STARTED, "first_step_s": clock.first - STARTED,
+        "versions": versions(name),
+    }  # fmt: skip
+
+
+def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
+    """Model with LoRA, tokenizer, trainer class, config class, and the stack's own arguments."""
+    if name == "oribi":
+        from oribi import FastLanguageModel, SFTConfig, SFTTrainer
+
+        model, tokenizer = FastLanguageModel.from_pretrained(str(path), max_seq_length=length)
+        model = FastLanguageModel.get_peft_model(
+            model, r=rank, lora_alpha=16, target_modules=TARGETS, use_gradient_checkpointing=mode
+        )
+        return model, tokenizer, SFTTrainer, SFTConfig, {}
+    if name == "unsloth":
+        import unsloth  # noqa: F401  it must come first
+        from trl import SFTConfig, SFTTrainer
+        from unsloth import FastLanguageModel
+
+        checkpointing = "unsloth" if mode == "default" else False
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            str(path), max_seq_length=length, load_in_4bit=True, use_gradient_checkpointing=checkpointing
+        )
+        model = FastLanguageModel.get_peft_model(
+            model, r=rank, lora_alpha=16, target_modules=TARGETS, use_gradient_checkpointing=checkpointing
+        )
+        extra = {} if checkpointing else {"gradient_checkpointing": False}
+        return model, tokenizer, SFTTrainer, SFTConfig, extra
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.bfloat16, device_map={"": 0})
+    config = LoraConfig(r=rank, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    extra = {"gradient_checkpointing": mode == "default", "use_liger_kernel": name == "liger"}
+    return model, AutoTokenizer.from_pretrained(str(path)), SFTTrainer, SFTConfig, extra
+
+
+def trained(model) -> list:
+    """Parameters that are trained, in an order that all stacks share."""
+    return [
+        p for _, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad and "lora_" in n)
+    ]
+
+
+def same_factors(model) -> None:
+    """Gives every LoRA factor the same random value in every stack; no B is zero, so that every gradient is real."""
+    import torch
+
+    same_factors.values = []
+    for seed, parameter in enumerate(trained(model)):
+        generator = torch.Generator().manual_seed(seed)
+        value = torch.randn(parameter.shape, generator=generator) * 0.01
+        parameter.data.copy_(value)
+        same_factors.values.append(parameter.data.clone())
+
+
+def versions(stack: str) -> dict[str, str]:
+    found = {}
+    for package in (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "bitsandbytes",
+        "unsloth",
+        "liger-kernel",
+        "oribi",
+    ):
+        if package in ("unsloth", "liger-kernel", "oribi") and not package.startswith(stack):
+            continue
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "source"
+    return found
+
+
+def merge(rows: list[dict]) -> list[dict]:
+    """One row a stack, mode and workload: the median run, with every run's milliseconds beside it."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["workload"], row["stack"], row["mode"]), []).append(row)
+    merged = []
+    for runs in groups.values():
+        good = sorted((r for r in runs if "error" not in r), key=lambda r: r["ms"])
+        if good:
+            merged.append(
+                {**good[(len(good) - 1) // 2], "runs_ms": [round(r["ms"], 1) for r in runs if "ms" in r]}
+            )
+        else:
+            merged.append(runs[0])
+    return merged
+
+
+def summary(row: dict) -> str:
+    head = f"{row['workload']:22s} {row['stack']}:{row['mode']:9s}"
+    if "error" in row:
+        return f"{head} {row['error']}"
+    losses = row["losses"]
+    return (
+        f"{head} {row['ms']:8.1f} ms {row['tokens_per_s']:9.0f} tok/s {row['peak_alloc_gib']:6.2f} GiB allocated "
+        f"{row['peak_reserved_gib']:6.2f} reserved  loss {losses[0]:.4f} .. {losses[-1]:.4f}  "
+        f"norm {float(row['grad_norm'] or 0):.3f}  moved {row['every_factor_moved']}  first step {row['first_step_s']:.0f} s"
+    )
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| workload | stack | mode | ms/step | tokens/s | peak allocated GiB | reserved GiB | first step s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if "error" in r:
+            lines.append(
+                f"| {r['workload']} | {r['stack']} | {r['mode']} | {r['error'].splitlines()[-1][:60]} | | | | |"
+            )
+        else:
+            lines.append(
+                f"| {r['workload']} | {r['stack']} | {r['mode']} | {r['ms']:.1f} | {r['tokens_per_s']:.0f} | "
+                f"{r['peak_alloc_gib']:.2f} | {r['peak_reserved_gib']:.2f} | {r['first_step_s']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""CUDA graphs of the micro-step: forward and backward of one batch shape, recorded once and replayed.
+
+A small model's step is bound by the host that launches its kernels, not by the GPU that runs them. A recorded step is
+one launch. What a graph fixes are addresses and shapes: batches are copied into its own input buffers, documents are
+padded to a fixed number of them and a bounded length, and gradients go into the flat optimizer's buffers.
+"""
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from oribi.kernels.adamw import FlatAdamW
+from oribi.models.decoder import DecoderForCausalLM
+
+logger = logging.getLogger(__name__)
+
+# recorded shapes that are kept; each holds its activations
+MAX_GRAPHS = 8
+# arithmetic of a micro-batch above which launching its kernels is hidden behind running them: about 0.7 s of an H100
+HOST_BOUND_FLOP = 4e14
+TENSOR_INPUTS = ("input_ids", "labels", "position_ids", "cu_seq_lens_q")
+
+
+@dataclass
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor
+    loss: torch.Tensor
+
+
+class StepGraphs:
+    """Runs micro-steps of one model, from a recorded graph where one fits.
+
+    The first batch of a shape runs as usual, the second is recorded, later ones are replayed. Results are those of the
+    usual path: the same kernels on the same numbers.
+
+    Args:
+        model: the model whose trainable parameters have gradient buffers that stay where they are (`FlatAdamW`).
+        decoder: the decoder inside it.
+    """
+
+    def __init__(self, model: nn.Module, decoder: DecoderForCausalLM) -> None:
+        self._model, self._decoder = model, decoder
+        self._recorded: OrderedDict[tuple, _Recorded | None] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], targets: torch.Tensor | int) -> torch.Tensor:
+        """Loss (detached scalar float32) of one micro-batch, its gradients added to the parameters' `.grad`.
+
+        Args:
+            model: ignored; trainers hand over the model they hold.
+            inputs: a batch on the GPU as the collators make it.
+            targets: labelled tokens of the whole optimizer step.
+        """
+        inputs, shape = fixed_shape(inputs)
+        targets = torch.as_tensor(targets, device=inputs["input_ids"].device, dtype=torch.float32)
+        if shape not in self._recorded:
+            self._recorded[shape] = None
+            return self._run(inputs, shape, targets)
+        recorded = self._recorded[shape]
+        if recorded is None:
+            recorded = self._record(inputs, shape, targets)
+        self._recorded.move_to_end(shape)
+        for name, buffer in recorded.inputs.items():
+            buffer.copy_(inputs[name], non_blocking=True)
+        recorded.targets.copy_(targets, non_blocking=True)
+        recorded.graph.replay()
+        return recorded.loss.clone()
+
+    def _run(self, inputs: dict[str, torch.Tensor], shape: tuple, targets: torch.Tensor) -> torch.Tensor:
+        longest = dict(shape)["longest"]
+        extent = {"max_length_q": longest} if longest else {}
+        loss = self._model(
+            **inputs, **extent, use_cache=False, output_logits=False, num_items_in_batch=targets
+        ).loss
+        loss.backward()
+        if self._decoder.model.host_memory is not None:
+            self._decoder.model.host_memory.flush()  # no copy may reach over the end of a recording
+        return loss.detach()
+
+    def _record(self, inputs: dict[str, torch.Tensor], shape: tuple, targets: torch.Tensor) -> _Recorded:
+        while sum(r is not None for r in self._recorded.values()) >= MAX_GRAPHS:
+            oldest = next(key for key, r in self._recorded.items() if r is not None)
+            del self._recorded[oldest]
+        own = {name: tensor.clone() for name, tensor in inputs.items()}
+        own_targets = targets.clone()
+        torch.cuda.empty_cache()  # the usual steps' cache and the graph's pool do not share memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            loss = self._run(own, shape, own_targets)
+        self._recorded[shape] = _Recorded(graph, own, own_targets, loss)
+        return self._recorded[shape]
+
+
+def fixed_shape(inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], tuple]:
+    """A batch with its documents padded to a fixed number, and the key under which its graph is kept.
+
+    Args:
+        inputs: a batch; `cu_seq_lens_q` [docs + 1] and `max_length_q` where it is a pack.
+
+    Returns:
+        Tensors of the batch, and its shape as sorted (name, size) pairs with "longest", a bound on the documents.
+    """
+    kept = {name: inputs[name] for name in TENSOR_INPUTS if inputs.get(name) is not None}
+    longest = 0
+    if "cu_seq_lens_q" in kept:
+        bounds, tokens = kept["cu_seq_lens_q"], kept["input_ids"].shape[1]
+        documents, longest = len(bounds) - 1, int(inputs["max_length_q"])
+        if (
+            longest * documents != tokens
+        ):  # documents of one length are dense rows, whose shape must stay exact
+            padding = bounds[-1:].expand(_power_of_two(documents) - documents)
+            kept["cu_seq_lens_q"] = torch.cat([bounds, padding])  # empty documents at the end
+            longest = min(_power_of_two(longest), tokens)
+    shape = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+    return kept, tuple(sorted({**shape, "longest": longest}.items()))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def reason_against(
+    model: nn.Module, decoder: nn.Module, optimizer: object, tokens: int, world_size: int, loss_scaled: bool
+) -> str | None:
+    """Why steps of this training are not recorded, or None if they are.
+
+    Args:
+        model, decoder: the trained model and the decoder in it.
+        optimizer: the optimizer, unwrapped.
+        tokens: tokens of a micro-batch. world_size: processes. loss_scaled: whether float16 scales its loss.
+    """
+    if not isinstance(decoder, DecoderForCausalLM):
+        return "the model is not oribi's decoder"
+    if next(decoder.parameters()).device.type != "cuda":
+        return "there is no GPU"
+    if not isinstance(optimizer, FlatAdamW):
+        return 'the optimizer moves its gradients; choose optim="adamw_8bit"'
+    if world_size > 1:
+        return "several processes exchange gradients during backward"
+    if loss_scaled:
+        return "float16 changes its loss scale from step to step"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "dropout draws new random numbers in every step"
+    flop = 6 * tokens * sum(_features(module) for module in decoder.modules())
+    if flop > HOST_BOUND_FLOP:
+        return "the GPU is the limit, not the host"
+    return None
+
+
+def _features(module: nn.Module) -> int:
+    return module.in_features * module.out_features if isinstance(module, nn.Linear) else 0

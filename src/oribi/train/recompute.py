@@ -1,0 +1,137 @@
+"""Gradient checkpointing by budget: what each layer keeps for backward, chosen from the memory that is free.
+
+Every result that a layer keeps saves the work of computing it again. With M bytes to spend, the results that save the
+most time a byte come first, in as many layers as they fit; what is left out is computed again.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.fused_layer import Keep
+
+# share of the device's memory that no plan counts on: fragments, library workspaces, a longer batch
+MARGIN = 0.06
+ALL_AGAIN = Keep("keep", "recompute", "recompute", "recompute", "recompute", "recompute", "recompute")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One result of a layer.
+
+    Args:
+        name: its field of `Keep`.
+        bytes: device memory in one layer.
+        flop: arithmetic of computing it again.
+    """
+
+    name: str
+    bytes: int
+    flop: float
+
+
+def items(decoder: DecoderForCausalLM, tokens: int, longest: int) -> list[Item]:
+    """What a layer can keep, the best bargain first.
+
+    Args:
+        decoder: the model.
+        tokens: tokens of a micro-batch. longest: tokens of its longest document.
+    """
+    config, layer = decoder.config, decoder.model.layers[0]
+    width = decoder.dtype.itemsize
+    hidden, attn = config.hidden_size, layer.self_attn
+    heads_width = attn.sizes[0]
+    inner = 2 * config.intermediate_size
+    # matrix products run about twice as fast as attention does
+    attention_flop = 2 * 2.0 * tokens * longest * heads_width
+    found = [
+        Item("attention", tokens * (heads_width * width + 4 * config.num_attention_heads), attention_flop),
+        Item("qkv", tokens * sum(attn.sizes) * width, 2.0 * tokens * hidden * sum(attn.sizes)),
+        Item("x_mid", tokens * hidden * width, 2.0 * tokens * heads_width * hidden),
+        Item("gate_up", tokens * inner * width, 2.0 * tokens * hidden * inner),
+    ]
+    if layer.norms != "pre":  # a norm after a projection wants the projection's output
+        found += [
+            Item("o", tokens * hidden * width, 2.0 * tokens * heads_width * hidden),
+            Item("down", tokens * hidden * width, tokens * hidden * inner),
+        ]
+    return sorted(found, key=lambda item: -item.flop / item.bytes)
+
+
+def plan(decoder: DecoderForCausalLM, tokens: int, longest: int, free_bytes: int) -> list[Keep]:
+    """One `Keep` a layer that fits the memory.
+
+    Args:
+        decoder: the model.
+        tokens, longest: as in `items`.
+        free_bytes: device memory free for training's activations and workspace.
+    """
+    layers = len(decoder.model.layers)
+    spare = free_bytes - workspace_bytes(decoder, tokens)
+    inputs = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
+    keeps = [ALL_AGAIN] * layers
+    if spare < layers * inputs:
+        return [replace(keep, x="host") for keep in keeps]
+    spare -= layers * inputs
+    for item in items(decoder, tokens, longest):
+        fits = min(layers, max(spare, 0) // item.bytes)
+        spare -= fits * item.bytes
+        # the last layers are the first to be needed again, and the first whose memory backward gives back
+        keeps = [
+            replace(keep, **{item.name: "keep"}) if i >= layers - fits else keep
+            for i, keep in enumerate(keeps)
+        ]
+    return keeps
+
+
+def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
+    """Device memory of one layer's backward and of the loss, whichever is more.
+
+    Args:
+        decoder: the model.
+        tokens: tokens of a micro-batch.
+    """
+    config, width = decoder.config, decoder.dtype.itemsize
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads_width = sum(decoder.model.layers[0].self_attn.sizes)
+    activations = tokens * width * (8 * hidden + 2 * heads_width + 3 * inner)
+    weights = width * hidden * (3 * inner + heads_width)
+    loss = tokens * hidden * width * 3 + 2 * 256 * 2**20
+    return max(activations + weights, loss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Device memory that training may use: what is free, and what the allocator holds without using it."""
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + cached - MARGIN * total)
+
+
+def choose(decoder: DecoderForCausalLM, tokens: int, longest: int, budget: int | None = None) -> str:
+    """Sets every layer's `keep` for batches of this size, and says in one line what was chosen.
+
+    Args:
+        decoder: the model, on a GPU unless a budget is given.
+        tokens, longest: as in `items`.
+        budget: bytes for activations and workspace; None measures what is free.
+    """
+    budget = free_bytes(decoder.device) if budget is None else budget
+    keeps = plan(decoder, tokens, longest, budget)
+    decoder.set_recompute_policy(keeps)
+    names = [item.name for item in items(decoder, tokens, longest)]
+    return f"{describe(keeps, names)}, for {tokens} tokens with {budget / 2**30:.1f} GiB free"
+
+
+def describe(keeps: list[Keep], names: list[str]) -> str:
+    """A plan in words: which of the named results are kept in how many layers."""
+    kept = {name: sum(vars(keep)[name] == "keep" for keep in keeps) for name in names}
+    where = "inputs wait in host memory" if keeps[0].x == "host" else "inputs stay on the device"
+    if all(count == len(keeps) for count in kept.values()):
+        return "recompute: nothing"
+    parts = [
+        name if count == len(keeps) else f"{name} in {count} of {len(keeps)} layers"
+        for name, count in kept.items()
+        if count
+    ]
+    return f"recompute: all but {', '.join(parts) or 'the inputs'} ({where})"
