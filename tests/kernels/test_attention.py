@@ -1,0 +1,119 @@
+"""Attention: every backend that this machine has, against float64, dense, packed, windowed and grouped."""
+
+import pytest
+import torch
+
+from oribi.kernels import attention as op
+from oribi.kernels.attention import Visibility, attention, attention_backward, attention_forward, decide
+from tests.kernels.truth import DEVICE, relative_error
+
+SCALE = 0.3
+gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
+
+
+def truth(q, k, v, lengths: list[int], window: int | None, softcap: float | None) -> torch.Tensor:
+    """Softmax attention by its definition, one document and one head at a time."""
+    out = torch.zeros_like(q)
+    groups = q.shape[2] // k.shape[2]
+    for row in range(q.shape[0]):
+        start = 0
+        for n in lengths:
+            at = slice(start, start + n)
+            start += n
+            for h in range(q.shape[2]):
+                scores = SCALE * q[row, at, h] @ k[row, at, h // groups].T
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                back = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
+                hidden = back < 0 if window is None else (back < 0) | (back >= window)
+                out[row, at, h] = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[row, at, h // groups]
+    return out
+
+
+def inputs(rows: int, length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    # slices of one q|k|v buffer with room behind it, as the decoder hands them over
+    sizes = [heads, kv_heads, kv_heads]
+    buffer = torch.randn(rows, length, (sum(sizes) + 1) * head_dim, device=DEVICE).to(dtype)
+    parts = buffer[..., :-head_dim].split([n * head_dim for n in sizes], dim=-1)
+    return [part.unflatten(-1, (-1, head_dim)) for part in parts]
+
+
+def pack_of(lengths: list[int]) -> Visibility:
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+    return Visibility(1, sum(lengths), cu_seqlens=bounds, max_length=max(lengths))
+
+
+def errors(visibility, lengths, q, k, v, window=None, softcap=None) -> list[float]:
+    """Relative errors of out, dq, dk, dv against float64."""
+    dout = torch.randn(q.shape, device=DEVICE).to(q.dtype)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = truth(*exact, lengths, window, softcap)
+    expected = [expected, *torch.autograd.grad(expected, exact, dout.double())]
+    how = decide(q, visibility, SCALE, window, softcap)
+    out, saved = attention_forward(q, k, v, how)
+    found = [out, *attention_backward(dout, q, k, v, out, saved, how)]
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    autograd = attention(*leaves, visibility, SCALE, window, softcap)
+    assert relative_error(autograd, out) < 1e-2
+    by_autograd = torch.autograd.grad(autograd, leaves, dout)
+    for a, b in zip(by_autograd, found[1:]):
+        assert relative_error(a, b) < 1e-2
+    return [relative_error(x, t) for x, t in zip(found, expected)]
+
+
+@pytest.mark.parametrize("lengths", [[13], [5, 1, 7], [4, 4, 4]])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_float32_reference_equals_the_definition(lengths, window, softcap):
+    q, k, v = inputs(1, sum(lengths), 4, 2, 16, torch.float32)
+    visibility = pack_of(lengths) if len(lengths) > 1 else Visibility(1, lengths[0])
+    assert max(errors(visibility, lengths, q, k, v, window, softcap)) < 1e-5
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "window", "backend"),
+    [
+        ([130], None, "cudnn"),
+        ([64, 64], None, "cudnn"),
+        ([130], 17, "flash"),
+        ([63, 1, 100, 7], None, "flash"),
+        ([63, 1, 100, 7], 20, "flash"),
+    ],
+)
+@pytest.mark.parametrize("kv_heads", [8, 2])
+class TestOnTheGpu:
+    pytestmark = gpu
+
+    def test_error_is_at_most_twice_pytorchs_math(self, head_dim, dtype, lengths, window, backend, kv_heads):
+        q, k, v = inputs(1, sum(lengths), 8, kv_heads, head_dim, dtype)
+        visibility = pack_of(lengths) if len(lengths) > 1 else Visibility(1, lengths[0])
+        chosen = decide(q, visibility, SCALE, window).backend
+        if torch.cuda.get_device_capability()[0] >= 9 and head_dim <= 128:
+            assert chosen == backend
+        ours = errors(visibility, lengths, q, k, v, window)
+        reference = op.choose_backend
+        op.choose_backend = lambda *a: "reference"
+        try:
+            math = errors(visibility, lengths, q, k, v, window)
+        finally:
+            op.choose_backend = reference
+        for mine, theirs in zip(ours, math):
+            assert mine <= max(2 * theirs, 1e-2 if dtype is torch.bfloat16 else 2e-3)
+
+    def test_a_changed_document_leaves_the_others_bit_identical(
+        self, head_dim, dtype, lengths, window, backend, kv_heads
+    ):
+        if len(lengths) < 2:
+            pytest.skip("one document")
+        q, k, v = inputs(1, sum(lengths), 8, kv_heads, head_dim, dtype)
+        before = attention(q, k, v, pack_of(lengths), SCALE, window)
+        changed = slice(lengths[0], lengths[0] + lengths[1])
+        for x in (q, k, v):
+            x[:, changed] = torch.randn_like(x[:, changed])
+        after = attention(q, k, v, pack_of(lengths), SCALE, window)
+        assert torch.equal(before[:, : changed.start], after[:, : changed.start])
+        assert torch.equal(before[:, changed.stop :], after[:, changed.stop :])
+        assert not torch.equal(before[:, changed], after[:, changed])
