@@ -11,6 +11,13 @@ _HOME = {
     "best_fit": "oribi.data.packing",
     "PackCollator": "oribi.data.collate",
     "PaddedCollator": "oribi.data.collate",
+    "get_chat_template": "oribi.data.templates",
+    "standardize_data_formats": "oribi.data.reshape",
+    "standardize_sharegpt": "oribi.data.reshape",
+    "to_sharegpt": "oribi.data.reshape",
+    "apply_chat_template": "oribi.data.reshape",
+    "train_on_responses_only": "oribi.data.responses_only",
+    "inspect_data": "oribi.data.inspect",
 }
 
 __all__ = list(_HOME)

@@ -5,8 +5,10 @@ The format is recognised once, from the first row, and every later row is held t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from oribi.errors import DataError
@@ -78,10 +80,14 @@ Example = Conversation | Document | Tokens
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """How the rows of one source are read: a name for people, and the function that converts a row."""
+    """How the rows of one source are read: a name for people, and the function that converts a row.
+
+    `is_pair` says that a row is one question and its answer, which a template can be chosen for where the tokenizer has none.
+    """
 
     name: str
     convert: Callable[[Row], Example]
+    is_pair: bool = False
 
 
 def recognise(
@@ -105,9 +111,10 @@ def recognise(
     renamed = _rename(row, columns)
     roles = {**ROLE_ALIASES, **(role_aliases or {})}
     name, convert = _choose(renamed, text_field, roles)
+    is_pair = isinstance(convert, partial) and convert.func in (_from_instruction, _from_pair)
     if not columns:
-        return RowFormat(name, convert)
-    return RowFormat(name, lambda each: convert(_rename(each, columns)))
+        return RowFormat(name, convert, is_pair)
+    return RowFormat(name, lambda each: convert(_rename(each, columns)), is_pair)
 
 
 def _choose(
@@ -116,20 +123,20 @@ def _choose(
     if "input_ids" in row:
         return "tokens (input_ids)", _from_tokens
     if text_field and text_field in row:
-        return f"text (column {text_field!r})", lambda each: _from_text(each, text_field)
+        return f"text (column {text_field!r})", partial(_from_text, column=text_field)
     for column in MESSAGE_COLUMNS:
         if isinstance(row.get(column), Sequence) and not isinstance(row[column], str):
             first = row[column][0] if row[column] else {}
             style = "ShareGPT" if isinstance(first, Mapping) and "from" in first else "messages"
-            return f"{style} (column {column!r})", lambda each: _from_messages(each, column, roles)
+            return f"{style} (column {column!r})", partial(_from_messages, column=column, roles=roles)
     if "prompt" in row and "completion" in row:
-        return "prompt + completion", lambda each: _from_prompt_completion(each, roles)
+        return "prompt + completion", partial(_from_prompt_completion, roles=roles)
     for output in ("output", "response", "completion", "answer"):
         if "instruction" in row and output in row:
-            return f"instruction (Alpaca) + {output}", lambda each: _from_instruction(each, output)
+            return f"instruction (Alpaca) + {output}", partial(_from_instruction, output=output)
     for question, answer in PAIR_COLUMNS:
         if question in row and answer in row:
-            return f"{question} + {answer}", lambda each: _from_pair(each, question, answer)
+            return f"{question} + {answer}", partial(_from_pair, question=question, answer=answer)
     if "chosen" in row and "rejected" in row:
         raise DataError(
             "row has 'chosen' and 'rejected': a preference data set. oribi does supervised fine-tuning; "
@@ -137,7 +144,7 @@ def _choose(
         )
     if "text" in row or (len(row) == 1 and isinstance(next(iter(row.values())), str)):
         column = "text" if "text" in row else next(iter(row))
-        return f"text (column {column!r})", lambda each: _from_text(each, column)
+        return f"text (column {column!r})", partial(_from_text, column=column)
     raise DataError(
         f"row has keys {list(row)}; {EXPECTED} alone. Name the columns with columns={{'instruction': '<your column>', ...}}, "
         "or pass formatting_func."
@@ -306,8 +313,6 @@ def _flatten(content: Any, where: str) -> str:
 
 def _tools(row: Row) -> list[Any] | None:
     """The row's tools; a JSON string (as many data sets store them) is decoded."""
-    import json
-
     tools = row.get("tools")
     if isinstance(tools, str):
         try:

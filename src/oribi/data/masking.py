@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oribi.data.conversations import REASONING_FIELDS, Conversation
@@ -33,6 +33,7 @@ class _Turn:
     start: tuple[int, int]
     end: tuple[int, int]
     closed: bool
+    empty: bool  # the template writes nothing of the message
 
 
 @dataclass(slots=True)
@@ -75,6 +76,7 @@ class Masker:
         Raises:
             DataError: the template refuses it, or the assistant's part cannot be told exactly.
         """
+        conversation = replace(conversation, messages=self.template.adapt(conversation.messages))
         text = self.template.render(conversation.messages, conversation.tools, **conversation.template_kwargs)
         if self.train_on == "everything":
             return Marked(text, [(0, len(text))], closed=True)
@@ -86,7 +88,9 @@ class Masker:
         starts = layout and _fit(layout, skeleton.texts, text)
         if layout and starts:
             self.ways["layout"] += 1
-            turns = [layout.turns[i] for i in wanted]
+            turns = [layout.turns[i] for i in wanted if i in layout.turns]
+            if not turns:
+                return Marked(text, [], closed=True, left_out=layout.left_out)
             spans = [(starts[t.start[0]] + t.start[1], starts[t.end[0]] + t.end[1]) for t in turns]
             return Marked(text, spans, turns[-1].closed, layout.left_out)
         spans = self._spans_from_prefixes(conversation, text, wanted)
@@ -140,7 +144,10 @@ class Masker:
                 turn = self._find_turn(i, skeleton, conversation, layout)
                 if turn is None:
                     return None
-                layout.turns[i] = turn
+                if turn.empty:
+                    layout.left_out.append("tool calls, so the turn is not trained")
+                else:
+                    layout.turns[i] = turn
         return layout
 
     def _find_turn(
@@ -154,14 +161,18 @@ class Masker:
         before = own[0] if own else (earlier[-1] + 1 if earlier else 0)
         offset = self._prompt_length(i, skeleton, conversation, layout, before)
         if offset is None and not own:
-            return None
+            offset = self._plain_header(i, skeleton, conversation, layout, before)
+            if offset is None:
+                return None
         start = (before, len(layout.literals[before]) if offset is None else offset)
         last = own[-1] + 1 if own else before
         begin = 0 if own else start[1]
         end, closed = self._turn_end(i, skeleton, conversation, layout, last, begin)
         if end is None:
             return None
-        return _Turn(start, (last, end), closed)
+        written = layout.literals[before][start[1] : end]
+        empty = not own and not written.replace(self.template.turn_ends[0], "").strip()
+        return _Turn(start, (last, end), closed, empty)
 
     def _prompt_length(
         self, i: int, skeleton: _Skeleton, conversation: Conversation, layout: _Layout, number: int
@@ -184,6 +195,22 @@ class Masker:
                 longest = max(longest or 0, len(tail))
         return longest
 
+    def _plain_header(
+        self, i: int, skeleton: _Skeleton, conversation: Conversation, layout: _Layout, number: int
+    ) -> int | None:
+        """How much of literal `number` would stand before a plain answer in the place of message `i`."""
+        count = len(skeleton.texts)
+        answer = {"role": "assistant", "content": slot(count)}
+        messages = [*skeleton.messages[:i], answer, {"role": "user", "content": slot(count + 1)}]
+        try:
+            rendered = self.template.render(messages, conversation.tools, **conversation.template_kwargs)
+        except DataError:
+            return None
+        before = rendered.partition(slot(count))[0]
+        header = SLOT.split(before)[-1]
+        same = [ord(c) - SLOT_BASE for c in SLOT.findall(before)[-1:]] == layout.slots[:number][-1:]
+        return len(header) if same and layout.literals[number].startswith(header) else None
+
     def _turn_end(
         self,
         i: int,
@@ -193,19 +220,18 @@ class Masker:
         number: int,
         begin: int,
     ) -> tuple[int | None, bool]:
-        """Past-the-end offset of the turn in literal `number`, and whether a token closes it."""
-        literal = layout.literals[number]
-        final = i == len(skeleton.messages) - 1
+        """Past-the-end offset of the turn in literal `number`, and whether something closes it."""
+        literal, ends = layout.literals[number], self.template.turn_ends
         if skeleton.messages[i].get("tool_calls"):
-            return self._call_end(i, skeleton, conversation, layout, number, begin)
-        found = [(literal.find(end, begin), end) for end in self.template.turn_ends if end]
-        places = [(at, -len(end), end) for at, end in found if at >= 0]
-        if places:
-            at, _, end = min(places)
-            return at + len(end), True
-        if self.template.turn_ends[final]:
-            return None, False
-        return begin, False
+            end = self._call_end(i, skeleton, conversation, layout, number, begin)
+            if end > begin:
+                return end, True
+        found = [(at, -len(end)) for end in ends if end and (at := literal.find(end, begin)) >= 0]
+        if found:
+            at, length = min(found)
+            return at - length, True
+        final = i == len(skeleton.messages) - 1
+        return (None if ends[final] else begin), False
 
     def _call_end(
         self,
@@ -215,28 +241,18 @@ class Masker:
         layout: _Layout,
         number: int,
         begin: int,
-    ) -> tuple[int | None, bool]:
-        """A turn with tool calls: all that rendering up to this message writes, up to its last token."""
+    ) -> int:
+        """Where a turn with tool calls ends in literal `number`: at the last token that rendering up to it writes; 0 if unknown.
+
+        Calls may end with a token of their own (<|call|>, <|eom_id|>).
+        """
         upto = self.template.render(
             skeleton.messages[: i + 1], conversation.tools, **conversation.template_kwargs
         )
         slots = [ord(c) - SLOT_BASE for c in SLOT.findall(upto)]
-        literal = layout.literals[number]
-        if slots[-1:] != layout.slots[:number][-1:]:  # thinking that is left out later stands after it here
-            return next(
-                (
-                    (at + len(e), True)
-                    for e in self.template.turn_ends
-                    if e and (at := literal.find(e, begin)) >= 0
-                ),
-                (None, False),
-            )
-        tail = SLOT.split(upto)[-1].rstrip()
-        common = shared_prefix(tail, literal)
-        end = self.template.last_token_end(common)
-        if end > begin:
-            return end, True
-        return (len(tail), False) if common == tail and len(tail) > begin else (None, False)
+        if slots[-1:] != layout.slots[:number][-1:]:
+            return 0  # thinking that is left out once the conversation goes on
+        return self.template.closing_end(shared_prefix(SLOT.split(upto)[-1], layout.literals[number]), begin)
 
     def _spans_from_prefixes(
         self, conversation: Conversation, text: str, wanted: list[int]

@@ -27,11 +27,13 @@ from oribi.data.readers import suffix_of
 from oribi.data.rendering import ChatTemplate
 from oribi.data.report import DataReport, Tally, named
 from oribi.data.sources import Part, interleave, open_source
+from oribi.data.templates import template_source
 from oribi.errors import ConfigError, DataError
 
 OVERLONG = ("error", "drop", "truncate", "split")
 MALFORMED = ("error", "drop")
 BATCH_ROWS = 512
+PAIR_TEMPLATE = "alpaca"  # for base models, which have no chat template
 CACHE_FORMAT = 1  # raise it when the same input gives other tokens
 FEATURES = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
@@ -217,12 +219,20 @@ class Preparation:
         )
         self.tally = Tally(self.report)
         self._masker: Masker | None = None
+        self._pairs = True  # every row so far is a question and its answer
 
     @property
     def masker(self) -> Masker:
         """Made at the first conversation: plain text needs no chat template."""
         if self._masker is None:
-            template = ChatTemplate(self.tokenizer, kwargs=self.settings.chat_template_kwargs)
+            source = None
+            if not self.tokenizer.chat_template and self._pairs:
+                source = template_source(self.tokenizer, PAIR_TEMPLATE)
+                self.report.notes.append(
+                    f"the tokenizer has no chat template; questions and answers are written in the form {PAIR_TEMPLATE!r}. For the "
+                    f'same at inference: get_chat_template(tokenizer, "{PAIR_TEMPLATE}")'
+                )
+            template = ChatTemplate(self.tokenizer, source, self.settings.chat_template_kwargs)
             self._masker = Masker(template, self.settings.train_on)
         return self._masker
 
@@ -275,6 +285,7 @@ class Preparation:
                         columns=part.columns or self.settings.columns,
                         role_aliases=self.settings.role_aliases,
                     )
+                    self._pairs &= row_format.is_pair
                     self._announce(part, row_format.name, row)
                 yield origin, row_format.convert(row)
             except DataError as error:

@@ -247,14 +247,14 @@ def without_nulls(value: Any) -> Any:
 @contextmanager
 def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """Open UTF-8 text, with or without a byte order mark; another encoding is an error that says where it shows."""
-    raw: Any = gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
     try:
-        if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(
-                f"{path}: the file is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
-            )
-        with io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as file:
-            yield file
+        with _open_bytes(path) as raw:
+            if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(
+                    f"{path}: the file is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
+                )
+            with io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as file:
+                yield file
     except UnicodeDecodeError as error:
         line = _line_of_bad_byte(path)
         raise DataError(
@@ -263,12 +263,14 @@ def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         ) from error
     except (gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path}: no valid gzip file ({error}). Download it again.") from error
-    finally:
-        raw.close()
+
+
+def _open_bytes(path: Path) -> Any:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 def _line_of_bad_byte(path: Path) -> int:
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as raw:
+    with _open_bytes(path) as raw:
         for number, line in enumerate(raw, 1):
             try:
                 line.decode("utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from oribi.data.conversations import REASONING_FIELDS
 from oribi.data.encoding import added_tokens
 from oribi.errors import DataError
 
@@ -105,6 +107,50 @@ class ChatTemplate:
                 "choose another template with get_chat_template."
             ) from error
 
+    def adapt(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages in the form this template takes, where templates differ and most write nonsense instead of complaining.
+
+        Thinking gets the name that the template reads; of tool calls, arguments are an object or JSON text, and a turn without
+        text has the content "" or None.
+        """
+        adapted = []
+        for message in messages:
+            given = next((name for name in REASONING_FIELDS if name in message), None)
+            if given and self._reasoning_field not in (None, given):
+                message = {**message, self._reasoning_field: message[given]}
+                del message[given]
+            if message.get("tool_calls"):
+                empty, as_text = self._call_form
+                calls = [_with_arguments(call, as_text) for call in message["tool_calls"]]
+                message = {**message, "tool_calls": calls, "content": message.get("content") or empty}
+            adapted.append(message)
+        return adapted
+
+    @cached_property
+    def _reasoning_field(self) -> str | None:
+        """The name under which the template reads a message's thinking."""
+        return next((n for n in REASONING_FIELDS if re.search(rf"""(\.|['"]){n}\b""", self.source())), None)
+
+    @cached_property
+    def _call_form(self) -> tuple[str | None, bool]:
+        """What a turn of only tool calls has as content, and whether arguments are JSON text: the first form that is written."""
+        forms = [("", False), (None, False), ("", True), (None, True)]
+        for empty, as_text in forms:
+            call = {
+                "id": "oribi0001",
+                "type": "function",
+                "function": {"name": "oribi_probe", "arguments": {"k": "oribi_v"}},
+            }
+            turn = {"role": "assistant", "content": empty, "tool_calls": [_with_arguments(call, as_text)]}
+            answer = {"role": "tool", "name": "oribi_probe", "tool_call_id": "oribi0001", "content": "x"}
+            try:
+                rendered = self.render([{"role": "user", "content": "x"}, turn, answer])
+            except DataError:
+                continue
+            if "oribi_probe" in rendered and "oribi_v" in rendered and '\\"k' not in rendered:
+                return empty, as_text
+        return forms[0]
+
     @cached_property
     def has_generation_blocks(self) -> bool:
         return bool(GENERATION_BLOCK.search(self.source()))
@@ -124,26 +170,35 @@ class ChatTemplate:
         found = self._added.search(text) if self._added else None
         return found.group() if found else ""
 
-    def last_token_end(self, text: str) -> int:
-        """Where the last added token of `text` ends; 0 if it has none."""
-        return max((found.end() for found in self._added.finditer(text)), default=0) if self._added else 0
+    def closing_end(self, text: str, begin: int) -> int:
+        """Where the first EOS after `begin`, or else the last added token of `text`, ends; 0 if it has none."""
+        found = list(self._added.finditer(text, begin)) if self._added else []
+        closing = next(
+            (t for t in found if t.group() == self.tokenizer.eos_token), found[-1] if found else None
+        )
+        return closing.end() if closing else 0
 
     @cached_property
     def turn_ends(self) -> tuple[str, str]:
         """What closes an assistant's turn within a conversation, and at its end; "" where the template writes nothing.
 
-        Found by rendering: the first added token after the assistant's text, or, where no token follows, the text that
-        both positions share.
+        Found by rendering: the tokens that follow the assistant's text in both positions, else the first token of each, else
+        the text that both share.
         """
         user, answer = {"role": "user", "content": slot(0)}, {"role": "assistant", "content": slot(1)}
         within = self._text_after(self.render([user, answer, {"role": "user", "content": slot(2)}]))
         final = self._text_after(self.render([user, answer]))
+        shared = shared_prefix(within, final)
+        tokens = list(self._added.finditer(shared)) if self._added else []
+        if tokens:
+            closing = next((t for t in tokens if t.group() == self.tokenizer.eos_token), tokens[-1])
+            end = shared[tokens[0].start() : closing.end()]
+            return end, end
         ends = self.first_token_in(within), self.first_token_in(final)
-        if not ends[1] and ends[0] != self.tokenizer.eos_token:
-            ends = "", ""  # that token opens the next turn
         if not any(ends):
-            shared = shared_prefix(within, final).rstrip()
-            ends = shared, shared
+            return shared.rstrip(), shared.rstrip()
+        if not ends[1] and ends[0] != self.tokenizer.eos_token:
+            return "", ""  # that token opens the next turn
         return ends
 
     def _text_after(self, rendered: str) -> str:
@@ -159,3 +214,20 @@ def shared_prefix(a: str, b: str) -> str:
     """The longest text that both begin with."""
     length = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return a[:length]
+
+
+def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
+    """A tool call whose arguments are JSON text, or an object."""
+    nested = isinstance(call.get("function"), Mapping)
+    function = dict(call["function"] if nested else call)
+    arguments = function.get("arguments")
+    if as_text and not isinstance(arguments, str):
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        try:
+            function["arguments"] = json.loads(arguments)
+        except ValueError as error:
+            raise DataError(
+                f"a tool call of {function.get('name')!r} has arguments that are text but no JSON ({error}): {arguments[:60]!r}."
+            ) from error
+    return {**call, "function": function} if nested else function
