@@ -291,6 +291,7 @@ class _Reader:
         self, source: TensorSource, packed: set[str], device: torch.device, dtype: torch.dtype, double: bool
     ) -> None:
         self.source, self.packed, self.device, self.dtype, self.double = source, packed, device, dtype, double
+        self.shapes = source.shapes()
 
     def dense(self, name: str) -> torch.Tensor:
         """A tensor in the compute dtype; a packed one is dequantised."""
@@ -300,22 +301,37 @@ class _Reader:
 
     def fill_packed(self, prefix: str, module: nn.Module, group: list[str]) -> None:
         """Packs the weights of `group`, children of `module`, one behind the other."""
-        parts = []
-        for child in group:
-            name = f"{prefix}.{child}.weight"
-            parts.append(self._stored(name) if name in self.packed else self._quantised(name))
-            layer, state = getattr(module, child), parts[-1][1]
+        names = [f"{prefix}.{child}.weight" for child in group]
+        layers = [getattr(module, child) for child in group]
+        # before anything temporary: what stays would otherwise pin the memory that the temporary left
+        codes, scales = self._room(names, layers)
+        for name, layer, codes_of_layer, scales_of_layer in zip(names, layers, codes, scales):
+            packed, state = self._stored(name) if name in self.packed else self._quantised(name)
             if tuple(state.shape) != (layer.out_features, layer.in_features):
-                raise ModelError(
-                    f"{name} is packed from {list(state.shape)}; config.json says {[layer.out_features, layer.in_features]}"
-                )
-        codes = _behind_each_other([codes for codes, _ in parts])
-        scales = _behind_each_other([state.absmax for _, state in parts])
-        for child, code, scale, (_, state) in zip(group, codes, scales, parts):
-            state.absmax = scale
-            layer = getattr(module, child)
-            layer.weight = _parameter(code, state, layer)
+                wanted = [layer.out_features, layer.in_features]
+                raise ModelError(f"{name} is packed from {list(state.shape)}; config.json says {wanted}")
+            state.absmax = scales_of_layer.copy_(state.absmax)
+            layer.weight = _parameter(codes_of_layer.copy_(packed), state, layer)
             layer.quant_state = state
+
+    def _room(
+        self, names: list[str], layers: list[nn.Linear]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Empty codes [N * K / 2, 1] uint8 and block scales of each layer, each kind in one buffer."""
+        counts = [layer.in_features * layer.out_features for layer in layers]
+        blocks = [
+            self.shapes.get(f"{name}.absmax", (-(-count // BLOCK),))[0] for name, count in zip(names, counts)
+        ]
+        double = {
+            f"{name}.nested_absmax" in self.shapes if name in self.packed else self.double for name in names
+        }
+        if len(double) > 1:
+            raise ModelError(f"{', '.join(names)}: some have doubly quantised scales and some have not")
+        codes = torch.empty(sum(counts) // 2, 1, dtype=torch.uint8, device=self.device)
+        scales = torch.empty(
+            sum(blocks), dtype=torch.uint8 if double.pop() else torch.float32, device=self.device
+        )
+        return list(codes.split([count // 2 for count in counts])), list(scales.split(blocks))
 
     def _quantised(self, name: str) -> tuple[torch.Tensor, QuantState]:
         weight = self.source.read(name, self.device, self.dtype)
@@ -325,21 +341,11 @@ class _Reader:
         def read(key: str) -> torch.Tensor:
             return self.source.read(key, self.device, None)
 
-        present = self.source.shapes()
-        entries = {key: read(f"{name}.{key}") for key in _STATE_KEYS if f"{name}.{key}" in present}
+        entries = {key: read(f"{name}.{key}") for key in _STATE_KEYS if f"{name}.{key}" in self.shapes}
         state = QuantState.from_dict(entries, device=self.device)
         state.dtype = self.dtype  # what the layer computes in, whatever it was packed from
         # FSDP-friendly checkpoints store the bytes as 16-bit values
         return read(name).view(torch.uint8).reshape(-1, 1), state
-
-
-def _behind_each_other(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same tensors as views of one buffer."""
-    if len(parts) == 1:
-        return parts
-    buffer = torch.cat([part.flatten() for part in parts])
-    sizes = [part.numel() for part in parts]
-    return [view.view(part.shape) for view, part in zip(buffer.split(sizes), parts)]
 
 
 def _parameter(codes: torch.Tensor, state: QuantState, layer: nn.Module | None = None) -> bnb.nn.Params4bit:

@@ -10,15 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGUFReader, ReaderTensor
-from gguf.quants import dequantize
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
 from oribi.models.families import FAMILIES, family_of
+from oribi.models.gguf_file import GGUFFile
 
 # llama.cpp's architecture names for the families of the table; Mistral's dense models are "llama" there
 MODEL_TYPES = {
@@ -36,7 +34,6 @@ MODEL_TYPES = {
 # converted for interleaved RoPE: rows of a head alternate between its two halves
 _INTERLEAVED = ("llama", "granite", "smollm3")
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_DEQUANTISED_AT_ONCE = 1 << 24  # values; 64 MiB of float32
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -69,10 +66,7 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.reader = GGUFReader(path)
-        except (ValueError, IndexError) as error:
-            raise ModelError(f"{path} cannot be read as GGUF: {error}") from error
+        self.file = GGUFFile(path)
         if self.value("split.count", 1) > 1:
             raise ModelError(
                 f"{path} is one of {self.value('split.count')} parts; join them with `llama-gguf-split --merge`"
@@ -82,7 +76,7 @@ class GGUFSource:
             raise ModelError(
                 f"{path} holds architecture {self.architecture!r}; oribi reads {', '.join(MODEL_TYPES)} from GGUF"
             )
-        self._tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self._tensors = self.file.tensors
         self._names = {self._rename(name): name for name in self._tensors if name not in _ROPE_TENSORS}
         self.config = self._config()
         self._heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
@@ -90,26 +84,20 @@ class GGUFSource:
 
     def value(self, key: str, default: Any = None) -> Any:
         """A metadata value; `{arch}` in the key stands for the file's architecture."""
-        field = self.reader.get_field(key.replace("{arch}", getattr(self, "architecture", "")))
-        return default if field is None else field.contents()
+        return self.file.metadata.get(key.replace("{arch}", getattr(self, "architecture", "")), default)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            # ggml lists the fastest dimension first
-            name: tuple(int(size) for size in reversed(self._tensors[stored].shape))
-            for name, stored in self._names.items()
-        }
+        return {name: self._tensors[stored].shape for name, stored in self._names.items()}
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-        tensor = self._tensors[self._names[name]]
-        value = _dequantised(tensor, dtype or torch.float32, self._norm_offset if "norm" in name else 0.0)
+        offset = self._norm_offset if "norm" in name else 0.0
+        value = self.file.read(self._names[name], dtype or torch.float32, offset)
         if self.architecture in _INTERLEAVED and (match := re.search(r"\.([qk])_proj\.", name)):
             value = _split_halves(value, self._heads[match[1] == "k"])
         return value.to(device)
 
     def close(self) -> None:
-        self._tensors = {}
-        del self.reader  # and with it the file's mapping
+        pass  # nothing stays open
 
     def _rename(self, stored: str) -> str:
         stem, _, suffix = stored.rpartition(".")
@@ -202,7 +190,7 @@ class GGUFSource:
         return rope
 
     def _factors(self, name: str) -> list[float]:
-        return [float(x) for x in self._tensors[name].data]
+        return self.file.read(name, torch.float32).tolist()
 
     def _llama3(self, theta: float, rotary: int) -> dict[str, Any]:
         """Parameters of the llama3 kind whose factors are those of the file, which keeps only the factors."""
@@ -211,10 +199,11 @@ class GGUFSource:
             return {}
         plain = 1.0 / theta ** (torch.arange(0, rotary, 2, dtype=torch.float32) / rotary)
         context = self._number("context_length")
-        for original in (8192, context // int(found.max())):
+        factor = round(found.max().item(), 4)  # float32 arithmetic left its trace in the file
+        for original in (8192, int(context / factor)):
             candidate = {
                 "rope_type": "llama3",
-                "factor": float(found.max()),
+                "factor": factor,
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original,
@@ -307,18 +296,6 @@ _DETAILS: dict[str, Callable[[GGUFSource], dict[str, Any]]] = {
     "phi3": _phi3,
     "smollm3": _smollm3,
 }
-
-
-def _dequantised(tensor: ReaderTensor, dtype: torch.dtype, offset: float) -> torch.Tensor:
-    """Values of a tensor minus `offset`, some rows at a time, so that float32 copies stay small."""
-    shape = [int(size) for size in reversed(tensor.shape)]
-    out = torch.empty(shape, dtype=dtype)
-    rows = shape[0] if len(shape) > 1 else 1
-    step = max(1, _DEQUANTISED_AT_ONCE // max(out.numel() // rows, 1)) if len(shape) > 1 else len(tensor.data)
-    for start in range(0, shape[0], step):
-        part = dequantize(np.ascontiguousarray(tensor.data[start : start + step]), tensor.tensor_type)
-        out[start : start + step] = torch.from_numpy(np.array(part, dtype=np.float32)) - offset
-    return out
 
 
 def _split_halves(value: torch.Tensor, heads: int) -> torch.Tensor:

@@ -96,7 +96,8 @@ def rebuild_tokenizer(metadata: Metadata, path: str) -> PreTrainedTokenizerFast:
         pad_token=named("padding"),
         chat_template=_chat_template(metadata),
         clean_up_tokenization_spaces=False,
-        add_bos_token=bool(_adds_bos(metadata, kind)),
+        add_bos_token=_adds_bos(metadata, kind),
+        add_eos_token=bool(metadata("tokenizer.ggml.add_eos_token", False)),
     )
 
 
