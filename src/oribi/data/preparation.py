@@ -1,0 +1,356 @@
+"""One pass over the rows of a source: recognise, render, mask, encode, cut, count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from oribi.data.conversations import Conversation, Document, Example, Tokens, recognise
+from oribi.data.encoding import UNTRAINED, Encoded, Encoder, Marked
+from oribi.data.formatting import apply_formatting_func
+from oribi.data.masking import TRAIN_ON, Masker
+from oribi.data.rendering import ChatTemplate
+from oribi.data.report import DataReport, Tally, named
+from oribi.data.sources import Part, interleave
+from oribi.data.templates import template_source
+from oribi.errors import ConfigError, DataError
+
+OVERLONG = ("error", "drop", "truncate", "split")
+MALFORMED = ("error", "drop")
+BATCH_ROWS = 512
+PAIR_TEMPLATE = "alpaca"  # for base models, which have no chat template
+CACHE_FORMAT = 1  # raise it when the same input gives other tokens
+_IDS = datasets.List(datasets.Value("int32"))
+FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes the tokens that come out of a source; see prepare_dataset."""
+
+    max_seq_length: int
+    train_on: str = "responses"
+    overlong: str = "truncate"
+    malformed: str = "error"
+    append_eos: bool = True
+    text_field: str | None = None
+    columns: Mapping[str, str] | None = None
+    role_aliases: Mapping[str, str] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} = {value!r} must be one of {', '.join(allowed)}"
+            for name, value, allowed in (
+                ("train_on", self.train_on, TRAIN_ON),
+                ("overlong", self.overlong, OVERLONG),
+                ("malformed", self.malformed, MALFORMED),
+            )
+            if value not in allowed
+        ]
+        if not isinstance(self.max_seq_length, int) or self.max_seq_length < 2:
+            problems.append(f"max_seq_length = {self.max_seq_length!r} must be an integer of at least 2")
+        if problems:
+            raise ConfigError("data: " + "; ".join(problems))
+
+
+class Preparation:
+    """One pass over the parts of a source."""
+
+    def __init__(
+        self,
+        parts: list[Part],
+        tokenizer: Any,
+        settings: Settings,
+        formatting_func: Callable[[Any], Any] | None,
+        announce: Callable[[str], None],
+    ) -> None:
+        self.parts, self.tokenizer, self.settings = parts, tokenizer, settings
+        self.formatting_func, self.announce = formatting_func, announce
+        self.encoder = Encoder(tokenizer, settings.append_eos)
+        self.report = self._new_report()
+        self.tally = Tally(self.report)
+        self._masker: Masker | None = None
+        self._pairs = True  # every row so far is a question and its answer
+
+    def _new_report(self) -> DataReport:
+        return DataReport(
+            source=" + ".join(part.name for part in self.parts),
+            max_seq_length=self.settings.max_seq_length,
+            overlong=self.settings.overlong,
+        )
+
+    @property
+    def masker(self) -> Masker:
+        """Made at the first conversation: plain text needs no chat template."""
+        if self._masker is None:
+            source = None
+            if not self.tokenizer.chat_template and self._pairs:
+                source = template_source(self.tokenizer, PAIR_TEMPLATE)
+                self.report.notes.append(
+                    f"the tokenizer has no chat template; questions and answers are written in the form {PAIR_TEMPLATE!r}. For the "
+                    f'same at inference: get_chat_template(tokenizer, "{PAIR_TEMPLATE}")'
+                )
+            template = ChatTemplate(self.tokenizer, source, self.settings.chat_template_kwargs)
+            self._masker = Masker(template, self.settings.train_on)
+        return self._masker
+
+    def cache_key(self) -> str | None:
+        """Hash of content, template, tokenizer and settings; None if a part's content is not known beforehand."""
+        if any(part.fingerprint is None for part in self.parts):
+            return None
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = (
+            backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        )
+        described = [
+            CACHE_FORMAT,
+            [[p.name, p.fingerprint, p.weight, p.columns, p.text_field] for p in self.parts],
+            hashlib.blake2b(vocabulary.encode()).hexdigest(),
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
+            asdict(self.settings),
+            datasets.fingerprint.Hasher.hash(self.formatting_func) if self.formatting_func else None,
+        ]
+        text = json.dumps(described, sort_keys=True, default=repr)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def write(self, path: Path, progress: bool) -> None:
+        """Write all examples as an Arrow file, under a temporary name until it is complete."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        bar = tqdm(self.batches(), desc=f"Preparing {self.report.source}", unit=" rows", disable=not progress)
+        try:
+            with datasets.arrow_writer.ArrowWriter(features=FEATURES, path=str(temporary)) as writer:
+                for encoded in bar:
+                    bar.n = self.report.rows_in
+                    writer.write_table(_table(encoded))
+                self.finish()
+                writer.finalize()
+            os.replace(temporary, path)
+        finally:
+            bar.close()
+            temporary.unlink(missing_ok=True)
+
+    def rows(self) -> Iterator[dict[str, list[int]]]:
+        """All examples one by one, for streams; each pass counts anew."""
+        vars(self.report).update(vars(self._new_report()))
+        self.tally = Tally(self.report)
+        for encoded in self.batches():
+            for example in encoded:
+                yield {"input_ids": example.ids, "labels": example.labels}
+        self.finish()
+
+    def batches(self) -> Iterator[list[Encoded]]:
+        """Batches of finished examples; the report grows with them."""
+        for batch in self.encoded():
+            yield [piece for origin, one in batch for piece in self.count(origin, one)]
+
+    def encoded(self) -> Iterator[list[tuple[str, Encoded]]]:
+        """Batches of encoded rows with their origins, before any cut."""
+        started = time.perf_counter()
+        examples = iter(islice(self._examples(), self.settings.max_rows))
+        while batch := list(islice(examples, BATCH_ROWS)):
+            yield self._encode(batch)
+            self.report.seconds = time.perf_counter() - started
+
+    def _examples(self) -> Iterator[tuple[str, Example | DataError]]:
+        return interleave([(part.weight, self._examples_of(part)) for part in self.parts])
+
+    def _examples_of(self, part: Part) -> Iterator[tuple[str, Example | DataError]]:
+        """Converted rows of one part; its format is recognised and announced with the first."""
+        rows = part.rows()
+        if self.formatting_func is not None:
+            rows = apply_formatting_func(rows, self.formatting_func)
+        row_format = None
+        for origin, row in rows:
+            try:
+                if row_format is None:
+                    row_format = recognise(
+                        row,
+                        text_field=part.text_field or self.settings.text_field,
+                        columns=part.columns or self.settings.columns,
+                        role_aliases=self.settings.role_aliases,
+                    )
+                    self._pairs &= row_format.is_pair
+                    self._announce(part, row_format.name, row)
+                yield origin, row_format.convert(row)
+            except DataError as error:
+                if row_format is None:
+                    raise DataError(f"{origin}: {error}") from error
+                yield origin, error
+
+    def _announce(self, part: Part, format_name: str, row: Mapping[str, Any]) -> None:
+        shown = json.dumps(row, ensure_ascii=False, default=repr)
+        line = f"{part.name}: rows are {format_name}; row 0: {shown[:300]}{'...' if len(shown) > 300 else ''}"
+        self.report.format = ", ".join(filter(None, [self.report.format, format_name]))
+        self.report.first_row = "\n".join(filter(None, [self.report.first_row, line]))
+        self.announce(line)
+
+    def _encode(self, batch: list[tuple[str, Example | DataError]]) -> list[tuple[str, Encoded]]:
+        done: list[Encoded | None] = [None] * len(batch)
+        marks: dict[int, Marked] = {}
+        bad: list[tuple[str, DataError]] = []
+        self.report.rows_in += len(batch)
+        for place, (origin, example) in enumerate(batch):
+            try:
+                if isinstance(example, DataError):
+                    raise example
+                if isinstance(example, Tokens):
+                    done[place] = Encoded(example.ids, example.labels)
+                else:
+                    marks[place] = self._mark(example, origin)
+            except DataError as error:
+                bad.append((origin, error))
+        self._complain(bad)
+        plain = [isinstance(batch[place][1], Document) for place in marks]
+        for place, encoded in zip(marks, self.encoder.encode(list(marks.values()), plain)):
+            done[place] = encoded
+        return [(origin, one) for (origin, _), one in zip(batch, done) if one]
+
+    def _mark(self, example: Conversation | Document, origin: str) -> Marked:
+        if isinstance(example, Document):
+            start = 0 if self.settings.train_on == "everything" else example.trained_from
+            return Marked(example.text, [(start, len(example.text))], closed=not example.ends)
+        marked = self.masker.mark(example)
+        for what in marked.left_out:
+            self.tally.note(f"the chat template leaves out the {what}", origin)
+        return marked
+
+    def _complain(self, bad: list[tuple[str, DataError]]) -> None:
+        if not bad:
+            return
+        if self.settings.malformed == "error":
+            origin, error = bad[0]
+            more = (
+                f" ({len(bad) - 1} more rows among the next {BATCH_ROWS} have problems: "
+                if len(bad) > 1
+                else ""
+            )
+            more += ", ".join(o for o, _ in bad[1:6]) + ("...)" if len(bad) > 6 else ")") if more else ""
+            raise DataError(f"{origin}: {error}{more}") from error
+        self.report.rows_malformed += len(bad)
+        for origin, error in bad:
+            self.tally.drop(origin, "malformed")
+            named(self.report.malformed_rows, f"{origin}: {error}")
+
+    def count(self, origin: str, encoded: Encoded) -> list[Encoded]:
+        """Apply the overlong policy to one example and count what is left of it."""
+        limit, length = self.settings.max_seq_length, len(encoded.ids)
+        self.tally.length(length)
+        self.tally.note(
+            "a token reaches from the context into the trained text; it is not trained",
+            origin,
+            encoded.split_tokens,
+        )
+        pieces = [encoded]
+        if length > limit:
+            named(self.report.overlong_rows, f"{origin} ({length:,} tokens)")
+            self.report.rows_overlong += 1
+            if self.settings.overlong == "drop":
+                self.tally.drop(origin, "too long")
+                return []
+            pieces = [
+                Encoded(encoded.ids[a : a + limit], encoded.labels[a : a + limit])
+                for a in range(0, length, limit)
+            ]
+            self.report.rows_cut += 1
+            if self.settings.overlong != "split":
+                pieces = pieces[:1]
+                self.report.tokens_cut += length - limit
+        kept = [p for p in pieces if any(label != UNTRAINED for label in p.labels[1:])]
+        if not kept:
+            self.report.rows_untrained += 1
+            reason = (
+                "its responses lie beyond max_seq_length"
+                if any(x != UNTRAINED for x in encoded.labels)
+                else "no response to train on"
+            )
+            named(self.report.untrained_rows, f"{origin} ({reason})")
+            self.tally.drop(origin, reason)
+            return []
+        self.tally.note(
+            "a piece of a split row holds no response; it is left out", origin, len(pieces) - len(kept)
+        )
+        self.report.rows_kept += 1
+        self.report.examples += len(kept)
+        for piece in kept:
+            self.report.tokens += len(piece.ids)
+            self.tally.trained(piece.labels)
+        return kept
+
+    def finish(self) -> None:
+        """Close the report, and stop where there would be nothing to train on."""
+        report, settings = self.report, self.settings
+        if report.rows_in == 0:
+            raise DataError(f"{report.source}: no rows.")
+        if settings.overlong == "error" and report.rows_overlong:
+            raise DataError(
+                f"{report.source}: {report.rows_overlong:,} of {report.rows_in:,} rows are longer than max_seq_length = "
+                f"{settings.max_seq_length:,}: {', '.join(report.overlong_rows[:5])}. Raise max_seq_length, or set overlong to "
+                "drop, truncate or split."
+            )
+        if self.encoder.bos_added:
+            self.tally.note(
+                "the chat template writes no BOS but the tokenizer adds one: added",
+                "the first conversation",
+                self.encoder.bos_added,
+            )
+        self.tally.finish()
+        if self._masker is not None:
+            report.mask_sources = dict(self._masker.ways)
+            self._check_ends(self._masker.template)
+        if report.examples == 0:
+            raise DataError(
+                f"{report.source}: no token of {report.rows_in:,} rows would be trained: "
+                f"{', '.join((report.untrained_rows or report.dropped_rows)[:5])}. Check max_seq_length "
+                f"({settings.max_seq_length:,}), the rows' roles, and train_on ({settings.train_on})."
+            )
+
+    def _check_ends(self, template: ChatTemplate) -> None:
+        """Say which token ends a turn, how often it was trained, and whether generation would stop at it."""
+        report, tokenizer = self.report, self.tokenizer
+        ends = dict.fromkeys(end for end in template.turn_ends if end)
+        if not ends:
+            report.notes.append(
+                "the chat template writes nothing at the end of a turn; EOS is added after the last one"
+            )
+            ends = dict.fromkeys([tokenizer.eos_token] if tokenizer.eos_token else [])
+        for end in ends:
+            ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                report.notes.append(
+                    f"turns end with {end!r}, which is {len(ids)} tokens: generation cannot stop at it. Add it to the tokenizer "
+                    "(get_chat_template does) or choose another template."
+                )
+                continue
+            report.end_token_ids.append(ids[0])
+            report.end_tokens[end] = self.tally.trained_ids[ids[0]]
+        if report.end_tokens and not any(report.end_tokens.values()):
+            report.notes.append(
+                f"no end of a turn ({', '.join(map(repr, report.end_tokens))}) is trained: the model would not learn to stop. "
+                "Raise max_seq_length."
+            )
+        if report.end_token_ids and tokenizer.eos_token_id not in report.end_token_ids:
+            report.notes.append(
+                f"turns end with {list(report.end_tokens)}, but the tokenizer's EOS is {tokenizer.eos_token!r}: put "
+                f"{report.end_token_ids} into model.generation_config.eos_token_id."
+            )
+
+
+def _table(encoded: Iterable[Encoded]) -> pa.Table:
+    kind = pa.list_(pa.int32())
+    columns = {"input_ids": [e.ids for e in encoded], "labels": [e.labels for e in encoded]}
+    return pa.table({name: pa.array(values, type=kind) for name, values in columns.items()})
