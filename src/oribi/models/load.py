@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -272,7 +273,8 @@ def mark_quantized(model: PreTrainedModel, quantization: Quantization) -> None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization.double,
         bnb_4bit_compute_dtype=model.dtype,
-        llm_int8_skip_modules=["lm_head", *quantization.skip],
+        # whole names: transformers takes them for the start of a name
+        llm_int8_skip_modules=[name for name, layer in model.named_modules() if type(layer) is nn.Linear],
     )
     model.config.quantization_config = settings
     model.hf_quantizer = Bnb4BitHfQuantizer(settings, pre_quantized=True)
