@@ -18,7 +18,7 @@ _SPLIT = """
 {%- if messages and messages[0]['role'] in ['system', 'developer'] -%}
     {%- set system, turns = messages[0]['content'], messages[1:] -%}
 {%- else -%}
-    {%- set system, turns = SYSTEM, messages -%}
+    {%- set system, turns = @default@, messages -%}
 {%- endif -%}"""
 
 _NO_TOOLS = """
@@ -97,7 +97,7 @@ def turns(
         + _prompt(prompt)
     )
     opening = "{{- " + json.dumps(before_all) + " -}}" if before_all else ""
-    return lambda bos, system: bos + opening + text.replace("SYSTEM", system)
+    return lambda bos, system: bos + opening + text.replace("@default@", system)
 
 
 def _branch(role: str, expression: str, keyword: str) -> str:
@@ -134,7 +134,7 @@ zephyr = turns("<|system|>\n{}{eos}\n", "<|user|>\n{}{eos}\n", "<|assistant|>\n{
 vicuna = turns("{} ", "USER: {} ", "ASSISTANT: {}{eos}", "ASSISTANT:")
 vicuna_old = turns("{}\n", "### Human: {}\n", "### Assistant: {}{eos}\n", "### Assistant:")
 alpaca = turns("{}\n\n", "### Instruction:\n{}\n\n", "### Response:\n{}{eos}\n\n", "### Response:\n")
-plain_chat = turns("{}\n", ">>> User: {}\n", ">>> Assistant: {}{eos}\n", ">>> Assistant: ")
+plain_chat = turns("{}\n", ">>> User: {}\n", ">>> Assistant: {}{eos}\n", ">>> Assistant:")
 starling = turns(
     "{}<|end_of_turn|>",
     "GPT4 Correct User: {}<|end_of_turn|>",
@@ -180,7 +180,7 @@ def llama_2(bos: str, system: str) -> str:
     """Every question has its own BOS; the system's text stands inside the first one."""
     return (
         _NO_TOOLS
-        + _SPLIT.replace("SYSTEM", system)
+        + _SPLIT.replace("@default@", system)
         + """
 {%- for message in turns -%}
     {%- if message['role'] == 'user' -%}
@@ -200,7 +200,7 @@ def llama_3_1(bos: str, system: str) -> str:
     header = "'<|start_header_id|>{}<|end_header_id|>\\n\\n'"
     return (
         bos
-        + _SPLIT.replace("SYSTEM", system)
+        + _SPLIT.replace("@default@", system)
         + """
 {{- """
         + header.format("system")
@@ -245,7 +245,7 @@ def mistral_tekken(bos: str, system: str) -> str:
     """No spaces inside the brackets; tools stand before the last question, calls and results are JSON."""
     return (
         bos
-        + _SPLIT.replace("SYSTEM", system)
+        + _SPLIT.replace("@default@", system)
         + """
 {%- if system is not none -%}{{- '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' -}}{%- endif -%}"""
         + _LAST_QUESTION
@@ -289,7 +289,7 @@ def _qwen(bos: str, system: str, *, thinks: bool, switch: bool) -> str:
     ask = "<|im_start|>assistant\n" + ("<think>\n" if thinks and not switch else "")
     return (
         bos
-        + _SPLIT.replace("SYSTEM", system)
+        + _SPLIT.replace("@default@", system)
         + """
 {%- if tools -%}
     {{- '<|im_start|>system\\n' + (system + '\\n\\n' if system is not none else '') -}}
@@ -358,7 +358,7 @@ def lfm_2(bos: str, system: str) -> str:
     """ChatML; the list of tools stands in the system's turn, a call is a list of Python calls."""
     return (
         bos
-        + _SPLIT.replace("SYSTEM", system)
+        + _SPLIT.replace("@default@", system)
         + """
 {%- if tools -%}
     {{- '<|im_start|>system\\n' + (system + '\\n' if system else '') + 'List of tools: <|tool_list_start|>[' -}}
@@ -406,7 +406,7 @@ def _gemma_4(bos: str, system: str, *, thinks: bool) -> str:
     return (
         bos
         + _NO_TOOLS
-        + _SPLIT.replace("SYSTEM", system)
+        + _SPLIT.replace("@default@", system)
         + """
 {%- if system is not none or ASKED -%}
     {{- '<|turn>system\\n' + ('<|think|>\\n' if ASKED else '') + (system or '') | trim + '<turn|>\\n' -}}
@@ -443,7 +443,7 @@ def deepseek_r1(bos: str, system: str) -> str:
     return (
         bos
         + _NO_TOOLS
-        + _SPLIT.replace("SYSTEM", system)
+        + _SPLIT.replace("@default@", system)
         + """
 {{- system or '' -}}"""
         + _LAST_QUESTION
@@ -468,8 +468,9 @@ def deepseek_r1(bos: str, system: str) -> str:
 def gpt_oss(bos: str, system: str) -> str:
     """Harmony: a system turn with date, effort and channels, the developer's instructions, and a channel for each text."""
     return (
-        _NO_TOOLS
-        + _SPLIT.replace("SYSTEM", system)
+        bos
+        + _NO_TOOLS
+        + _SPLIT.replace("@default@", system)
         + """
 {{- '<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\\nKnowledge cutoff: 2024-06\\n' -}}
 {{- 'Current date: ' + (current_date or strftime_now('%Y-%m-%d')) + '\\n\\nReasoning: ' + (reasoning_effort or 'medium') -}}
