@@ -2,6 +2,7 @@
 
 import json
 import string
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,6 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+from oribi.models.decoder import build
+from oribi.models.gguf_source import GGUFSource
 from oribi.save.llama_cpp import LlamaCpp
 from tests.models.tiny import tiny_config, tiny_pair
 
@@ -149,6 +152,16 @@ def adapted(model, seed: int = 1, scale: float = 0.05, **settings):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * scale)
     return tuned.eval()
+
+
+def read_back(path):
+    """oribi's model with the weights of a GGUF file, dequantised by oribi's reader."""
+    source = GGUFSource(Path(path))
+    model = build(source.config, device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.read(name, torch.device("cpu"), torch.float32))
+    return model.eval()
 
 
 def distance_from_llama_cpp(model, path, ids: list[int], steps: int = 12) -> tuple[float, float]:
