@@ -219,11 +219,14 @@ def packed_weight(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (64,), (67, 3), (65, 33, 33), (64, 64, 64)])
-@pytest.mark.parametrize("k", [64, 192, 4160])
+@pytest.mark.parametrize("k", [64, 192, 1088])
 def test_nf4_equals_bitsandbytes_bit_for_bit(dtype, double_quant, rows, k):
+    from bitsandbytes.functional import dequantize_4bit
+
     weights = [packed_weight(n, k, double_quant) for n in rows]
-    with dispatch.reference_only():
-        expected = nf4.dequantize(weights, dtype)
+    for weight in weights:
+        weight.quant_state.dtype = dtype
+    expected = torch.cat([dequantize_4bit(weight, weight.quant_state) for weight in weights])
     assert torch.equal(nf4.dequantize(weights, dtype), expected)
     out = poisoned(sum(rows), k, dtype=dtype, width=k + 32)
     assert nf4.dequantize(weights, dtype, out) is out
@@ -299,3 +302,46 @@ def test_gradient_scale_is_not_rounded_to_16_bit(dtype):
     factor = torch.tensor(1 / 3, device=DEVICE)
     scaled = cross_entropy.scale_gradient(gradient, factor, torch.float32)
     assert relative_error(scaled, gradient.double() * factor.double()) < 1e-7
+
+
+on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+
+
+@on_a_gpu
+def test_loss_in_a_cuda_graph_follows_new_rows_and_labels():
+    rows, weight, targets = (x.detach() for x in loss_inputs(130, 1000, torch.bfloat16, 0.6, False))
+    divisor = torch.tensor(60, device=DEVICE)
+
+    def run():
+        return cross_entropy.linear_cross_entropy_forward(rows, weight, targets, divisor=divisor)
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for count in (40, 70):
+        rows.copy_(torch.randn_like(rows))
+        targets.fill_(-100)
+        targets[:count] = torch.randint(0, 1000, (count,), device=DEVICE)
+        divisor.fill_(count)
+        captured.drows.fill_(float("nan"))
+        graph.replay()
+        eager = run()
+        assert relative_error(captured.loss, eager.loss) < 1e-6
+        assert relative_error(captured.drows, eager.drows) < 1e-2
+        assert (captured.drows[count:] == 0).all()
+
+
+@on_a_gpu
+@pytest.mark.slow
+def test_rows_beyond_2_to_the_31_elements():
+    tokens, size = 2**31 // 14336 + 3, 14336
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    gate = torch.zeros(tokens, size, dtype=torch.float16, device=DEVICE)
+    gate[-2:] = torch.randn(2, size, device=DEVICE)
+    h = gated_mlp.gated_mlp_forward(gate, gate, "silu")
+    assert torch.equal(h[-2:], gated_mlp.gated_mlp_forward(gate[-2:].clone(), gate[-2:].clone(), "silu"))
+    weight = torch.ones(size, dtype=torch.float16, device=DEVICE)
+    y = rms_norm.rms_norm_forward(gate, weight, 1e-5, out=h)[0]
+    assert torch.equal(y[-2:], rms_norm.rms_norm_forward(gate[-2:].clone(), weight, 1e-5)[0])

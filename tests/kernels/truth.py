@@ -57,7 +57,7 @@ def assert_twice_as_good(
     for index, (x, y, t) in enumerate(zip(ours, theirs, truth)):
         assert torch.isfinite(x).all(), f"result {index} is not finite"
         # the GPU's fast exp and division are good to a few 1e-7, and PyTorch's few values may be exact by luck
-        floor = max(2e-6, torch.finfo(x.dtype).eps if x.numel() < 16 else 0.0)
+        floor = max(2e-6, torch.finfo(inputs[0].dtype).eps if x.numel() < 16 else 0.0)
         error, allowed = relative_error(x, t), max(2 * relative_error(y, t), floor)
         assert error <= allowed, f"result {index}: error {error:.2e}, PyTorch's own allows {allowed:.2e}"
 

@@ -281,8 +281,8 @@ def _encode(x, code_ptr, absmax_ptr, midpoint_ptr, LOWEST: tl.constexpr):
     # binary search: the code is the number of midpoints below
     code = tl.zeros_like(x).to(tl.int32)
     for power in tl.static_range(8):
-        half: tl.constexpr = 128 >> power
-        code += tl.where(scaled > tl.load(midpoint_ptr + code + (half - 1)), half, 0)
+        below = scaled > tl.load(midpoint_ptr + code + ((128 >> power) - 1))
+        code += tl.where(below, 128 >> power, 0)
     code = tl.where(x > 0, tl.maximum(code, LOWEST), code)
     tl.store(code_ptr, code.to(tl.uint8))
     tl.store(absmax_ptr, largest)

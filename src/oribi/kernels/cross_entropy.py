@@ -305,7 +305,10 @@ def _chunk_rows(count: int, vocab_size: int, element_size: int) -> int:
 def _logits_buffer(rows: int, vocab_size: int, like: torch.Tensor) -> torch.Tensor:
     # rows start on a multiple of 64 elements: vector loads and tensor cores need aligned rows at any vocabulary size
     padded = -(-vocab_size // 64) * 64
-    return torch.empty(rows, padded, dtype=like.dtype, device=like.device)[:, :vocab_size]
+    buffer = torch.empty(rows, padded, dtype=like.dtype, device=like.device)
+    # oneDNN's bfloat16 product reads one column too many of an odd number: it must not find NaN there
+    buffer[:, vocab_size:] = 0
+    return buffer[:, :vocab_size]
 
 
 def _divisor_tensor(divisor, targets, losses, count, every_row) -> torch.Tensor:

@@ -1,0 +1,158 @@
+"""Every kernel compiles for Turing, Ampere and Hopper, with the arguments that real shapes give it. No GPU is needed.
+
+Launches are recorded, not run: the public functions are called on CPU tensors with `launch` replaced.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from oribi.kernels import adamw_step, cross_entropy, dispatch, gated_mlp, nf4, rms_norm, rope
+from oribi.kernels.adamw import FlatAdamW
+
+pytestmark = [
+    pytest.mark.skipif(dispatch.triton is None, reason="Triton is not installed"),
+    pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing"),
+]
+
+MODULES = (rms_norm, rope, gated_mlp, nf4, cross_entropy, adamw_step)
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Launch(NamedTuple):
+    kernel: Callable
+    arguments: tuple
+    options: dict
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[Launch]:
+    recorded: list[Launch] = []
+
+    def record(kernel, programs, *arguments, **options):
+        recorded.append(Launch(kernel, arguments, options))
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", record)
+        monkeypatch.setattr(module, "use_triton", lambda x: True)
+    torch.manual_seed(0)
+    return recorded
+
+
+def compiled(launch: Launch, capability: int):
+    """What Triton's launcher would compile for these arguments: divisibility by 16 and ones are specialised on."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for index, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=True)):
+        aligned = False
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            aligned = value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        else:
+            signature[parameter.name] = "fp32"
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return dispatch.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def vectors(ptx: str) -> tuple[int, int]:
+    """How many loads and stores move 16 bytes a thread."""
+    return len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)), len(re.findall(r"st\.global\S*\.v4\.b32", ptx))
+
+
+TARGETS = [(75, torch.float16), (80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float16)]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_norm_rope_and_gated_mlp_compile_with_16_byte_loads_and_stores(launches, capability, dtype):
+    x, weight = torch.randn(3, 4096).to(dtype), torch.ones(4096).to(dtype)
+    rms_norm.rms_norm_forward(x, weight, 1e-5)
+    rms_norm.rms_norm_forward(x, weight, 1e-5, residual=x, residual_scale=0.5, out=x)
+    rstd = torch.ones(3)
+    rms_norm.rms_norm_backward(x, x, rstd, weight, dresidual=x)
+    rms_norm.rms_norm_backward(x, x, rstd, weight, weight_grad=True)
+    qkv = torch.randn(3, 48 * 128).to(dtype)
+    q, k = qkv[:, :4096].view(3, 32, 128), qkv[:, 4096 : 40 * 128].view(3, 8, 128)
+    rms_norm.rms_norm_forward(q, weight[:128], 1e-6)
+    angle = torch.randn(3, 64)
+    rope.rope_forward(q, k, angle, angle, out=(q, k))
+    rope.rope_forward(q, k, angle[:, :32], angle[:, :32], inverse=True)
+    gate, up = torch.randn(3, 2 * 14336).to(dtype).chunk(2, 1)
+    for activation in gated_mlp.ACTIVATIONS:
+        h = gated_mlp.gated_mlp_forward(gate, up, activation)
+        gated_mlp.gated_mlp_backward(h, gate, up, activation, dgate=gate, dup=up, h=h)
+    assert len(launches) == 13
+    for launch in launches:
+        kernel = compiled(launch, capability)
+        assert kernel.asm["cubin"]
+        loads, stores = vectors(kernel.asm["ptx"])
+        assert loads > 0, launch
+        assert stores > 0, launch
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_compiles_with_16_byte_stores_and_without_shared_memory(
+    launches, capability, dtype, double_quant
+):
+    weights = []
+    for n in (128, 32, 32):
+        weight, state = nf4.quantize(torch.randn(n, 512), double_quant=double_quant)
+        weight.quant_state = state
+        weights.append(weight)
+    nf4.dequantize(weights[:1], dtype)
+    nf4.dequantize(weights, dtype, out=torch.empty(192, 576, dtype=dtype)[:, :512])
+    assert len(launches) == 2
+    for launch in launches:
+        kernel = compiled(launch, capability)
+        assert vectors(kernel.asm["ptx"])[1] == 4
+        assert kernel.metadata.shared == 0
+        # bitsandbytes rounds each product and sum
+        assert "fma" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("vocab_size", [128256, 151])
+def test_cross_entropy_compiles(launches, capability, dtype, vocab_size):
+    rows, weight = torch.randn(3, 16).to(dtype), torch.randn(vocab_size, 16).to(dtype)
+    targets = torch.zeros(3, dtype=torch.int64)
+    cross_entropy.linear_cross_entropy_forward(rows, weight, targets)
+    cross_entropy.linear_cross_entropy_forward(rows, weight, targets, softcap=30.0, rows_grad=False)
+    cross_entropy.scale_gradient(rows, torch.ones(()), dtype)
+    assert len(launches) == 3
+    for launch in launches:
+        assert vectors(compiled(launch, capability).asm["ptx"])[0] > 0
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [*TARGETS, (90, torch.float32)])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_adamw_compiles(launches, capability, dtype, bits):
+    weights = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (8192, 100)]
+    FlatAdamW(weights, bits=bits, max_grad_norm=1.0).step()
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "_norm_kernel",
+        "_decide_kernel",
+        "_update_kernel",
+    ]
+    for launch in launches:
+        assert compiled(launch, capability).asm["cubin"]

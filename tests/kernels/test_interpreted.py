@@ -1,0 +1,42 @@
+"""The kernels without a GPU: their tests run in Triton's interpreter, in a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from oribi.kernels import dispatch
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(dispatch.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="this is the interpreter's process")
+@pytest.mark.parametrize(
+    ("file", "chosen", "least"),
+    [
+        ("test_triton.py", "", 150),
+        ("test_adamw.py", "nearest or two_dtypes or torch_adamw_with or finite", 8),
+    ],
+)
+def test_kernels_agree_with_truth_in_the_interpreter(file, chosen, least):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        f"tests/kernels/{file}",
+        "-k",
+        chosen,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    passed = (
+        int(re.search(r"(\d+) passed", run.stdout)[1]) if "passed" in run.stdout else run.stdout.count(".")
+    )
+    assert passed >= least
+    assert "skipped" not in run.stdout
