@@ -19,6 +19,7 @@ from tests.data.tokenizers_small import (
     WITH_THINKING,
     WITH_TOOLS,
     assistant,
+    trained_runs,
     user,
 )
 
@@ -109,18 +110,8 @@ def _check(tokenizer, name, messages, expected, tools=None):
     assert encoded.ids == theirs
     assert masker.ways == {"layout": 1}
     assert all(label in (UNTRAINED, token) for token, label in zip(encoded.ids, encoded.labels))
-    assert _runs(tokenizer, encoded) == expected
+    assert trained_runs(tokenizer, encoded) == expected
     assert encoded.split_tokens == 0
-
-
-def _runs(tokenizer, encoded):
-    runs, before = [], UNTRAINED
-    for token, label in zip(encoded.ids, encoded.labels):
-        if label != UNTRAINED:
-            runs = [*runs, []] if before == UNTRAINED else runs
-            runs[-1].append(token)
-        before = label
-    return [tokenizer.decode(run) for run in runs]
 
 
 @pytest.mark.parametrize("name", sorted(RENDERED))

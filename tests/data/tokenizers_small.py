@@ -5,6 +5,8 @@ from functools import lru_cache
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from oribi.data.encoding import UNTRAINED
+
 LINES = [
     "Hello there, what is it? It is this and that; the user asks, the assistant answers.",
     "system user assistant model tool ipython Below is an instruction ### Instruction: ### Response:",
@@ -166,3 +168,14 @@ def sentence_piece(kind="bpe"):
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def trained_runs(tokenizer, encoded):
+    """The texts of the unbroken runs of trained tokens."""
+    runs, before = [], UNTRAINED
+    for token, label in zip(encoded.ids, encoded.labels):
+        if label != UNTRAINED:
+            runs = [*runs, []] if before == UNTRAINED else runs
+            runs[-1].append(token)
+        before = label
+    return [tokenizer.decode(run) for run in runs]
