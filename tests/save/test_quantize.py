@@ -142,11 +142,11 @@ def test_llama_cpp_reads_a_mix_as_our_own_reader_does(method, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp judges these files")
     model = tiny_model(export_config("qwen3", hidden_size=256, intermediate_size=512, num_hidden_layers=2))
     result = save_gguf(model, tmp_path, byte_level_tokenizer(), method)
-    worst, agreeing = distance_from_llama_cpp(
-        read_back(result["gguf_files"][0]), result["gguf_files"][0], PROMPT
-    )
-    assert agreeing == 1.0
-    assert worst < 0.8  # llama.cpp rounds activations to 8 bits where weights are quantised
+    path = result["gguf_files"][0]
+    found = distance_from_llama_cpp(read_back(path), path, PROMPT, steps=6)
+    # llama.cpp rounds activations to 8 bits where weights are quantised
+    assert found.kl < 0.03
+    assert found.worst < 0.8
 
 
 def test_methods_are_named_as_people_name_them():

@@ -2,6 +2,7 @@
 
 import json
 import string
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -164,21 +165,27 @@ def read_back(path):
     return model.eval()
 
 
-def distance_from_llama_cpp(model, path, ids: list[int], steps: int = 12) -> tuple[float, float]:
-    """How far `model` and llama.cpp are apart on llama.cpp's greedy path.
+@dataclass
+class Distance:
+    """How far a model and llama.cpp are apart: largest log-probability difference, mean KL, share of equal top tokens."""
 
-    Returns:
-        The largest difference of the log-probabilities, and the share of places with the same likeliest token.
-    """
+    worst: float
+    kl: float
+    agreeing: float
+
+
+def distance_from_llama_cpp(model, path, ids: list[int], steps: int = 12) -> Distance:
+    """Compare `model` with llama.cpp on llama.cpp's greedy path of so many tokens from a prompt."""
     answer = LlamaCpp(path, 256).generate(ids, steps, top=model.config.vocab_size)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids + answer.tokens[:-1]])).logits[0, len(ids) - 1 :]
     expected = logits.float().log_softmax(-1)
-    worst = 0.0
+    worst, divergences = 0.0, []
     for place, found in zip(expected, answer.logprobs):
         if found is not None:
             theirs = torch.tensor([found[token] for token in range(len(place))])
             worst = max(worst, (place - theirs).abs().max().item())
-    assert any(found is not None for found in answer.logprobs)
-    agreeing = expected.argmax(-1).tolist()
-    return worst, sum(a == b for a, b in zip(agreeing, answer.tokens)) / len(answer.tokens)
+            divergences.append((place.exp() * (place - theirs)).sum().item())
+    likeliest = expected.argmax(-1).tolist()
+    equal = sum(a == b for a, b in zip(likeliest, answer.tokens))
+    return Distance(worst, sum(divergences) / len(divergences), equal / len(answer.tokens))
