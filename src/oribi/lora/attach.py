@@ -61,8 +61,8 @@ def attach_lora(
         random_state: seed of the LoRA matrices; the global random state is left as it was.
         use_rslora: rank-stabilised scaling.
         modules_to_save: modules trained whole and saved with the adapter, in float32.
-        init_lora_weights: True, False, "gaussian", "orthogonal", or, on a 16-bit base, "pissa", "pissa_niter_N",
-            "olora" and "loftq".
+        init_lora_weights: True, False, "gaussian", or, on a 16-bit base, "orthogonal", "pissa", "pissa_niter_N", "olora"
+            and "loftq".
         loftq_config: settings of LoftQ.
         lora_config: further fields of `peft.LoraConfig`: use_dora, rank_pattern, alpha_pattern, target_parameters, ...
 
@@ -103,6 +103,10 @@ def attach_lora(
         _check_same(model, settings)
         set_checkpointing(base, use_gradient_checkpointing)
         return model
+    tied = bool(getattr(base.config, "tie_word_embeddings", False))
+    if tied and {"embed_tokens", "lm_head"} & set(saved or ()) and "ensure_weight_tying" not in lora_config:
+        settings["ensure_weight_tying"] = True
+        notes.append("embeddings and head are one matrix in this model: it is trained as one")
     new_tokens = source.new_token_ids
     if new_tokens and "trainable_token_indices" not in settings and "embed_tokens" not in (saved or ()):
         settings["trainable_token_indices"] = list(new_tokens)
@@ -119,7 +123,7 @@ def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int) -> PeftM
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             peft_model = peft_get_peft_model(base, LoraConfig(**settings))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"PEFT refuses these LoRA settings: {error}") from error
     for module in peft_model.modules():
         # 16-bit weights would round small updates away
@@ -170,7 +174,7 @@ def _check_fields(given: dict[str, Any]) -> None:
 
 
 def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, packed: bool) -> None:
-    if isinstance(how, bool) or how in ("gaussian", "orthogonal"):
+    if isinstance(how, bool) or how == "gaussian" or (how == "orthogonal" and not packed):
         if loftq_config:
             raise ConfigError(f"loftq_config is given but init_lora_weights is {how!r}; LoftQ needs 'loftq'")
         return
@@ -178,7 +182,12 @@ def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, 
     if name in _NEEDS_DATA:
         raise ConfigError(
             f"init_lora_weights={how!r} needs activations of your data before training, which get_peft_model does not have; "
-            "use True, 'gaussian' or 'orthogonal'"
+            "use True or 'gaussian'"
+        )
+    if name == "orthogonal":
+        raise ConfigError(
+            "init_lora_weights='orthogonal': PEFT computes it on 16-bit weights only; load with load_in_4bit=False, or use "
+            "True or 'gaussian'"
         )
     if not name.startswith(_MOVES_BASE):
         raise ConfigError(
@@ -188,7 +197,7 @@ def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, 
     if packed:
         raise ConfigError(
             f"init_lora_weights={how!r} moves a part of the base weights into the adapter, and packed NF4 weights cannot be "
-            "changed exactly; load with load_in_4bit=False, or use True, 'gaussian' or 'orthogonal'"
+            "changed exactly; load with load_in_4bit=False, or use True or 'gaussian'"
         )
 
 
