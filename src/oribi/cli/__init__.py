@@ -1,0 +1,53 @@
+"""The command line. A verb is a file of this folder with one function of the verb's name, listed in `VERBS`.
+
+Files of verbs import nothing heavy at their top, so that `--help` answers at once.
+"""
+
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from oribi.errors import OribiError
+
+VERBS = ("train", "demo")
+# a verb that takes settings as flags leaves their names to the config
+FREE_FLAGS = {"train": {"allow_extra_args": True, "ignore_unknown_options": True}}
+
+
+def show_version(asked: bool) -> None:
+    """Answer --version."""
+    if asked:
+        from oribi import __version__
+
+        typer.echo(f"oribi {__version__}")
+        raise typer.Exit
+
+
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False,
+) -> None:
+    """QLoRA fine-tuning of language models: fast, lean, and checked against references."""
+
+
+def build() -> typer.Typer:
+    """The command with all its verbs."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(options)
+    for verb in VERBS:
+        function = getattr(import_module(f"oribi.cli.{verb}"), verb)
+        app.command(name=verb, context_settings=FREE_FLAGS.get(verb))(function)
+    return app
+
+
+def main() -> None:
+    """Run the command line; what goes wrong on purpose is told in one message, without a traceback."""
+    try:
+        build()(prog_name="oribi")
+    except OribiError as error:
+        typer.secho(str(error), fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.secho("stopped", err=True)
+        sys.exit(130)

@@ -1,0 +1,5 @@
+"""`python -m oribi` is the command `oribi`."""
+
+from oribi.cli import main
+
+main()

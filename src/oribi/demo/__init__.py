@@ -1,0 +1,1 @@
+"""The demo: a small chat model learns to turn an English schedule into a cron expression."""

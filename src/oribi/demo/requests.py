@@ -1,0 +1,102 @@
+"""English requests with the cron expression they ask for, split so that no held-out meaning is trained on."""
+
+from dataclasses import dataclass
+from random import Random
+
+from oribi.demo.cron import meaning
+from oribi.demo.schedules import DAYS, TIMES, choose, every_day, pick
+
+SYSTEM = "Write the cron expression."
+
+ACTIONS = (
+    "back up the database", "send the report", "clear the cache", "rotate the logs", "sync the calendars",
+    "water the plants", "check the disk space", "email the invoices", "restart the web server", "import the orders",
+    "renew the certificates", "run the tests", "refresh the dashboard", "archive old files",
+)  # fmt: skip
+UNSEEN_ACTIONS = (
+    "charge the subscriptions",
+    "vacuum the tables",
+    "feed the fish",
+    "rebuild the search index",
+)
+# {s} is the schedule, {a} an action
+FRAMES = (
+    "{s}", "{s}", "{s}", "{a} {s}", "{s}, {a}", "please {a} {s}", "run {s}", "I need a job that runs {s}",
+    "can you {a} {s}?", "cron: {s}", "a job should fire {s}", "schedule a task {s}", "we {a} {s}",
+)  # fmt: skip
+UNSEEN_FRAMES = (
+    "set something up to {a} {s}", "could this run {s}, please?", "the script has to {a} {s}",
+    "make it go off {s}", "I would like to {a} {s}",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request and its answer."""
+
+    text: str
+    expression: str
+    time_kind: str
+    day_kind: str
+    unseen_wording: bool
+
+
+def make_request(rng: Random, unseen: bool) -> Request:
+    """One request.
+
+    Args:
+        rng: source of every choice.
+        unseen: say it with wordings that training texts never use, as far as its clauses have some.
+    """
+    make_time, make_day = choose(rng, TIMES), choose(rng, DAYS)
+    time, day = make_time(rng, unseen), make_day(rng, unseen)
+    when, which = pick(rng, time.wordings, unseen), pick(rng, day.wordings, unseen)
+    if make_day is every_day and (time.often or (which == "once a day" and "," in time.hour)):
+        schedule = when if time.often else f"every day {when}"
+    else:
+        schedule = rng.choice((f"{which} {when}", f"{when} {which}", f"{which}, {when}"))
+    frame = rng.choice(UNSEEN_FRAMES if unseen else FRAMES)
+    text = frame.format(s=schedule, a=rng.choice(UNSEEN_ACTIONS if unseen else ACTIONS))
+    text = text[0].upper() + text[1:] if rng.random() < 0.6 else text
+    if text[-1] != "?" and rng.random() < 0.4:
+        text += "."
+    expression = f"{time.minute} {time.hour} {day.day} {day.month} {day.weekday}"
+    return Request(text, expression, make_time.__name__, make_day.__name__, unseen)
+
+
+def make_split(
+    train_size: int, held_out_size: int = 200, seed: int = 7
+) -> tuple[list[Request], list[Request]]:
+    """Training and held-out requests; no two held-out ones, and no training and held-out one, mean the same.
+
+    Half of the held-out requests use wordings that no training request uses.
+
+    Args:
+        train_size: number of training requests, with distinct texts.
+        held_out_size: number of held-out requests.
+        seed: the same seed gives the same requests.
+    """
+    rng = Random(seed)
+    held_out, kept = [], set()
+    while len(held_out) < held_out_size:
+        request = make_request(rng, unseen=len(held_out) % 2 == 1)
+        key = meaning(request.expression)
+        if key not in kept:
+            kept.add(key)
+            held_out.append(request)
+    train, texts = [], set()
+    while len(train) < train_size:
+        request = make_request(rng, unseen=False)
+        if request.text not in texts and meaning(request.expression) not in kept:
+            texts.add(request.text)
+            train.append(request)
+    return train, held_out
+
+
+def messages(request: Request) -> list[dict[str, str]]:
+    """The conversation that the model is trained on."""
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": request.text},
+        {"role": "assistant", "content": request.expression},
+    ]

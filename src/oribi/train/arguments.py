@@ -1,0 +1,106 @@
+"""STEP 5: how to train. `SFTConfig` is TRL's, with defaults for LoRA and the older names that scripts still use."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import trl
+from transformers import TrainingArguments
+
+from oribi.errors import ConfigError
+
+# optimizers that run as oribi's flat AdamW, and the bits of its state
+FLAT_OPTIMIZERS = {
+    "adamw_8bit": 8,
+    "adamw_bnb_8bit": 8,
+    "paged_adamw_8bit": 8,
+    "paged_adamw_32bit": 32,
+    "paged_adamw": 32,
+}
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """Training arguments: those of `trl.SFTConfig` and `transformers.TrainingArguments`, and the ones below.
+
+    Defaults differ from TRL's where LoRA wants another value: learning_rate 2e-4, batches of 2 x 4, adamw_8bit, a log
+    line a step, no tracker, no gradient checkpointing beyond what `get_peft_model` set up. The model's dtype decides
+    the precision; bf16 and fp16 only state what it should be.
+
+    Args:
+        max_length: longest example in tokens; None takes the model's max_seq_length.
+        max_seq_length: older name of max_length.
+        warmup_ratio: warm-up as a share of all steps; the same as a warmup_steps below 1.
+        evaluation_strategy: older name of eval_strategy.
+        padding_free: None and True join the examples of a batch into one row; False pads them into a rectangle.
+        assistant_only_loss: False trains on every message; None and True on the assistant's only.
+        completion_only_loss: False trains on prompts too; None and True on completions only.
+        overlong: what happens to an example longer than max_length: "truncate", "drop", "split" or "error"; None splits
+            text files and truncates otherwise.
+        embedding_learning_rate: learning rate of trained embeddings and head; None takes learning_rate.
+
+    Raises:
+        ConfigError: an older name and its successor are both given and differ, or a value is out of range.
+    """
+
+    output_dir: str | None = field(
+        default="outputs", metadata={"help": "Folder of checkpoints and log.jsonl."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    per_device_train_batch_size: int = field(
+        default=2, metadata={"help": "Examples (or packs) a micro-batch."}
+    )
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches an optimizer step."})
+    optim: str = field(default="adamw_8bit", metadata={"help": "Optimizer; adamw_8bit is oribi's own."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
+    # the filter reads the loss back after every micro-batch, which stalls the device; the guard reads it once a log
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave nan losses out of the log."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers, e.g. wandb."})
+    seed: int = field(default=3407, metadata={"help": "Seed of data order and dropout."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute whole layers."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest example in tokens."})
+    padding_free: bool | None = field(
+        default=None, metadata={"help": "Join a batch's examples into one row."}
+    )
+    max_seq_length: int | None = field(default=None, metadata={"help": "Older name of max_length."})
+    warmup_ratio: float | None = field(default=None, metadata={"help": "Warm-up as a share of all steps."})
+    evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of eval_strategy."})
+    assistant_only_loss: bool | None = field(default=None, metadata={"help": "Train on answers only."})
+    overlong: str | None = field(
+        default=None,
+        metadata={"help": "Examples above max_length.", "choices": ["truncate", "drop", "split", "error"]},
+    )
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of trained embeddings and head."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length is not None:
+            if self.max_length not in (None, self.max_seq_length):
+                raise ConfigError(
+                    f"max_length = {self.max_length} and max_seq_length = {self.max_seq_length} name the same thing; "
+                    "give one of them"
+                )
+            self.max_length = self.max_seq_length
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise ConfigError(f"warmup_ratio = {self.warmup_ratio}; must be at least 0 and below 1")
+            if not self.warmup_steps:  # steps win, as they did when both were arguments
+                self.warmup_steps = self.warmup_ratio
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        # transformers refuses bf16 where it finds no GPU; here the loaded model's dtype says whether it can
+        bf16, self.bf16 = bool(self.bf16), False
+        super().__post_init__()
+        self.bf16 = bf16
+        if bf16:
+            self.mixed_precision = "bf16"
+
+
+def adopt(args: TrainingArguments | dict[str, Any] | None) -> SFTConfig:
+    """An `SFTConfig` with the values of any training arguments; an `SFTConfig` is returned as it is."""
+    if isinstance(args, SFTConfig):
+        return args
+    if args is None or isinstance(args, dict):
+        return SFTConfig(**(args or {}))
+    known = {f.name for f in fields(SFTConfig) if f.init}
+    return SFTConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known})

@@ -1,0 +1,130 @@
+"""What a run shows while it trains: one live line on a terminal, plain lines elsewhere, and log.jsonl on disk."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SMOOTHING = 0.9  # share of the past in the smoothed loss
+
+
+class Progress(TrainerCallback):
+    """Step, loss, smoothed loss, learning rate, tokens a second, time left and peak memory.
+
+    Args:
+        live: rewrite one line; False, and any output that is no terminal, gets a line a log.
+        console: where to; None takes standard error.
+    """
+
+    def __init__(self, live: bool = True, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, soft_wrap=True)
+        self.live = Live(console=self.console, transient=False) if live and self.console.is_terminal else None
+        self.weighted, self.weight = 0.0, 0.0
+        self.first_step, self.started = 0, 0.0
+        self.line = Text()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.first_step, self.started = state.global_step, time.monotonic()
+        if self.live is not None:
+            self.live.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self.line = Text(self._describe(state, logs))
+            if self.live is not None:
+                self.live.update(self.line)
+            else:
+                self.console.print(self.line)
+        elif any(key.endswith("_loss") and key != "train_loss" for key in logs):
+            losses = "  ".join(f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("_loss"))
+            self.console.print(Text(f"step {state.global_step}  {losses}"))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the terminal in order, also after an error."""
+        if self.live is not None:
+            self.live.stop()
+
+    def _describe(self, state: TrainerState, logs: dict[str, Any]) -> str:
+        self.weighted = SMOOTHING * self.weighted + (1 - SMOOTHING) * logs["loss"]
+        self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+        step, total = state.global_step, state.max_steps
+        elapsed = time.monotonic() - self.started
+        left = elapsed / max(step - self.first_step, 1) * (total - step)
+        return (
+            f"step {step}/{total}  loss {logs['loss']:.4f}  smoothed {self.weighted / self.weight:.4f}  "
+            f"lr {logs.get('learning_rate', 0.0):.2e}  {logs.get('tokens_per_second', 0):,.0f} tokens/s  "
+            f"left {clock(left)}  peak {peak_memory_bytes() / 2**30:.2f} GiB"
+        )
+
+
+class JsonLog(TrainerCallback):
+    """Writes every log as a line of `log.jsonl` in the output folder; a run that starts anew starts a new file."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and state.global_step == 0:
+            self._path(args).unlink(missing_ok=True)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            entry = {"step": state.global_step, "time": time.time(), **logs}
+            path = self._path(args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, default=float) + "\n")
+
+    @staticmethod
+    def _path(args: TrainingArguments) -> Path:
+        return Path(args.output_dir) / "log.jsonl"
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15", 3700 -> "1:01:40"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def peak_memory_bytes() -> int:
+    """Peak of what this process took: GPU memory reserved by PyTorch, or resident memory where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes, except on macOS

@@ -1,0 +1,107 @@
+"""Between a model, its arguments and TRL's constructor: what is settled before it, and kept through it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import pyarrow.compute as compute
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+
+from oribi.data.collate import PackCollator, PaddedCollator
+from oribi.errors import ConfigError
+from oribi.models.decoder import DecoderForCausalLM
+from oribi.train.arguments import SFTConfig
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model itself, taken out of PEFT's wrapper and of those for several devices."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def longest_row(dataset: Dataset | IterableDataset | None) -> int:
+    """Tokens of the longest prepared row; 0 for a stream, whose rows are not known before they come."""
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return 0
+    lengths = compute.list_value_length(dataset.with_format("arrow")[:]["input_ids"])
+    return int(compute.max(lengths).as_py())
+
+
+def settle(args: SFTConfig, base: nn.Module) -> None:
+    """Let the loaded model decide what the arguments left open: the longest example and the precision.
+
+    Raises:
+        ConfigError: bf16 or fp16 contradicts the model's dtype, or a loss is asked for that the model cannot give.
+    """
+    source = getattr(base, "oribi", None)
+    if args.max_length is None:
+        args.max_length = getattr(source, "max_seq_length", None) or base.config.max_position_embeddings
+    if not isinstance(base, DecoderForCausalLM):
+        return
+    if args.loss_type != "nll":
+        raise ConfigError(f"loss_type = {args.loss_type!r}; oribi's models compute 'nll'")
+    for asked, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
+        flag = "bf16" if asked is torch.bfloat16 else "fp16"
+        if getattr(args, flag) and base.config.dtype is other:
+            raise ConfigError(
+                f"{flag} = True, but the model was loaded in {str(other).removeprefix('torch.')}; load it with "
+                f"dtype={asked} or leave out {flag}: the model's dtype decides"
+            )
+    args.mixed_precision = "fp16" if base.config.dtype is torch.float16 else "no"
+
+
+def train_on(args: SFTConfig) -> str:
+    """What the labels of messages and of prompt with completion cover: "responses" unless it was switched off."""
+    return "everything" if False in (args.assistant_only_loss, args.completion_only_loss) else "responses"
+
+
+def make_collator(args: SFTConfig, base: nn.Module, tokenizer: Any) -> PackCollator | PaddedCollator:
+    """How the examples of a batch become one: a row without padding, or a rectangle where that is asked for."""
+    pad_id = getattr(tokenizer, "pad_token_id", None)
+    pad_id = 0 if pad_id is None else pad_id
+    # transformers' classes see the documents of a joined row as one text unless flash attention runs them
+    if args.padding_free is False or (args.padding_free is None and not isinstance(base, DecoderForCausalLM)):
+        return PaddedCollator(pad_id, pad_to_multiple_of=args.pad_to_multiple_of)
+    multiple = args.pad_to_multiple_of
+    if multiple is None and args.packing and base.device.type == "cuda":
+        multiple = args.max_length  # packs are almost full, and rows of one length can be replayed as a graph
+    return PackCollator(pad_to_multiple_of=multiple, pad_token_id=pad_id)
+
+
+@contextmanager
+def held(target: Any, **values: Any) -> Iterator[None]:
+    """Attributes of an object set to other values inside the block."""
+    before = {name: vars(target)[name] for name in values if name in vars(target)}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                setattr(target, name, before[name])
+            else:
+                delattr(target, name)
+
+
+@contextmanager
+def kept_as_it_is(model: nn.Module, base: nn.Module, own_loss: bool) -> Iterator[None]:
+    """Undo at the end of the block what TRL's constructor does to every model it is given.
+
+    It rounds LoRA weights on a quantised base to bfloat16, where small updates are lost, and replaces the model's
+    forward by one that needs its own kernel. It also refuses an adapted head, which oribi's loss trains correctly.
+    """
+    if not own_loss:
+        yield
+        return
+    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    head = base.get_output_embeddings()
+    with held(base, forward=base.forward, get_output_embeddings=lambda: getattr(head, "base_layer", head)):
+        yield
+    for name, parameter in model.named_parameters():
+        if name in trained and parameter.dtype != trained[name].dtype:
+            parameter.data = trained[name].to(parameter.device)

@@ -1,0 +1,330 @@
+"""STEP 6: train. TRL's SFTTrainer with oribi's data preparation, the model's own loss and a flat optimizer.
+
+Only methods that a subclass may override are used; nothing is assigned into another package.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+import transformers
+from accelerate.utils import AutocastKwargs
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from trl import SFTTrainer as BaseTrainer
+
+from oribi.data.packing import pack
+from oribi.data.prepare import prepare_dataset
+from oribi.errors import ConfigError
+from oribi.kernels.adamw import FlatAdamW
+from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.load import load_model
+from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
+from oribi.train.graphs import StepGraphs, reason_against
+from oribi.train.guard import LossGuard, require_targets
+from oribi.train.neftune import EmbeddingNoise
+from oribi.train.progress import JsonLog, Progress
+from oribi.train.recompute import choose
+from oribi.train.setup import base_model, held, kept_as_it_is, longest_row, make_collator, settle, train_on
+
+logger = logging.getLogger(__name__)
+
+# these pad a batch into a rectangle and keep given labels: the same loss as one row without padding, for more work
+STOCK_PADDERS = (transformers.DataCollatorForSeq2Seq,)
+# keywords that were the trainer's before they moved into its arguments
+MOVED_KEYWORDS = {
+    "dataset_text_field": "dataset_text_field",
+    "max_seq_length": "max_length",
+    "packing": "packing",
+    "dataset_num_proc": "dataset_num_proc",
+    "neftune_noise_alpha": "neftune_noise_alpha",
+}
+
+
+class SFTTrainer(BaseTrainer):
+    """`trl.SFTTrainer` for models that `FastLanguageModel` loads; any other causal model works too, unfused.
+
+    Args:
+        model: a loaded model with or without adapter, or a name that `FastLanguageModel.from_pretrained` takes.
+        args: `oribi.SFTConfig`; `trl.SFTConfig`, `TrainingArguments` and dicts are taken over.
+        data_collator: None joins the examples of a batch into one row without padding.
+        train_dataset: rows of any format of `oribi.data`, or rows of input_ids and labels.
+        eval_dataset: the same, or a dict of them.
+        processing_class: the tokenizer.
+        tokenizer: older name of processing_class.
+        peft_config: adapter to put on a model that has none.
+        kwargs: what `trl.SFTTrainer` takes, and the older keywords dataset_text_field, max_seq_length, packing and
+            dataset_num_proc, which belong to args now.
+
+    Attributes:
+        train_dataset: prepared rows: input_ids, and labels that are not shifted, -100 where nothing is trained.
+        data_reports: what preparation found, for "train" and each evaluation set.
+        step_runner: if set, runs each micro-batch in place of the usual forward and backward:
+            (model, inputs, targets of the step) -> loss.
+
+    Raises:
+        ConfigError: two settings contradict each other or the model.
+        DataError: the data cannot be read, or no token of it would be trained.
+    """
+
+    _tag_names = ["trl", "sft", "oribi"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: SFTConfig | transformers.TrainingArguments | dict[str, Any] | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        tokenizer: Any = None,
+        peft_config: peft.PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
+            raise ConfigError("tokenizer and processing_class name the same thing; give one of them")
+        args = adopt(args)
+        for old, new in MOVED_KEYWORDS.items():
+            value = kwargs.pop(old, None)
+            if value is not None:
+                setattr(args, new, value)
+        if isinstance(model, str):
+            model, loaded_tokenizer = load_model(
+                model,
+                max_seq_length=args.max_length or 2048,
+                load_in_4bit=False,
+                full_finetuning=peft_config is None,
+            )
+            tokenizer = tokenizer or loaded_tokenizer
+        if peft_config is not None:
+            model = peft.get_peft_model(model, peft_config)
+        processing_class = processing_class or tokenizer
+        base = base_model(model)
+        self.own_loss = isinstance(base, DecoderForCausalLM)
+        self.step_runner: Callable | None = None
+        self._steps_chosen = False
+        self.data_reports: dict[str, Any] = {}
+        self.tokens_seen, self._logged = 0, (0, time.monotonic())
+        self._packing, self._train_on, self._noise = args.packing, train_on(args), None
+        self._prepared: list[Dataset | IterableDataset] = []
+        settle(args, base)
+        if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            formatting_func = kwargs.pop("formatting_func", None)
+
+            def prepared(rows: Any, name: str) -> Any:
+                return self._prepare_dataset(
+                    rows, processing_class, args, args.packing, formatting_func, name
+                )
+
+            train_dataset = prepared(train_dataset, "train")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: prepared(rows, name) for name, rows in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = prepared(eval_dataset, "eval")
+        if data_collator is None or type(data_collator) in STOCK_PADDERS:
+            data_collator = make_collator(args, base, processing_class)
+        # TRL's own packing, masks and checks of attention kernels are for its collator; batches are made here
+        hidden = {
+            "packing": False,
+            "padding_free": False,
+            "assistant_only_loss": False,
+            "completion_only_loss": False,
+        }
+        with held(args, **hidden), kept_as_it_is(model, base, self.own_loss):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
+        self.neftune_noise_alpha = None  # transformers' noise counts a packed row as one document
+        if self.own_loss:
+            # float16 needs the gradient scaler but not autocast: the decoder computes in its own dtype
+            self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+        self.add_callback(LossGuard())
+        self.add_callback(JsonLog())
+        for default in (ProgressCallback, PrinterCallback):
+            if any(type(callback) is default for callback in self.callback_handler.callbacks):
+                self.remove_callback(default)
+                self.add_callback(Progress(live=default is ProgressCallback))
+
+    def _prepare_dataset(
+        self, dataset, processing_class, args, packing, formatting_func, dataset_name
+    ) -> Dataset | IterableDataset:
+        if any(dataset is one for one in self._prepared):
+            return dataset
+        prepared = prepare_dataset(
+            dataset,
+            processing_class,
+            max_seq_length=args.max_length,
+            train_on=self._train_on,
+            text_field=args.dataset_text_field,
+            formatting_func=formatting_func,
+            overlong=args.overlong,
+            num_proc=args.dataset_num_proc,
+            progress=not args.disable_tqdm,
+            announce=print if args.process_index == 0 else None,
+        )
+        self.data_reports[dataset_name] = prepared.report
+        require_targets(prepared.dataset, dataset_name)
+        train_set = dataset_name == "train" or args.eval_packing is None
+        result = prepared.dataset
+        if self._packing if train_set else args.eval_packing:
+            if isinstance(result, IterableDataset):
+                raise ConfigError(
+                    "packing = True needs the whole data set, and this one is a stream; set packing = False"
+                )
+            result = pack(result, args.max_length, seed=args.seed)
+        self._prepared.append(result)
+        return result
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        require_targets(self.train_dataset, "train")
+        alpha = self.args.neftune_noise_alpha
+        if alpha is not None:
+            self._noise = EmbeddingNoise(base_model(self.model).get_input_embeddings(), alpha)
+        self._logged = (self.tokens_seen, time.monotonic())
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._noise is not None:
+                self._noise.remove()
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Progress):
+                    callback.stop()
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        if self._noise is not None:
+            self._noise.measure(inputs)
+        if not self._steps_chosen:
+            self._choose_steps(model)
+        if self.step_runner is not None and num_items_in_batch is not None:
+            model.train()
+            return self.step_runner(model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _choose_steps(self, model: nn.Module) -> None:
+        """Once, before the first step: what layers keep for backward, and whether steps run as recorded graphs."""
+        self._steps_chosen = True
+        base = base_model(model)
+        if not self.own_loss:
+            return
+        longest = longest_row(self.train_dataset) or self.args.max_length
+        tokens = self.args.per_device_train_batch_size * longest
+        choice = getattr(getattr(base, "oribi", None), "checkpointing", False)
+        if base.device.type == "cuda" and choice in (True, "auto", "oribi", "unsloth", "memory"):
+            logger.info(choose(base, tokens, longest, 0 if choice == "memory" else None))
+        if self.step_runner is None:
+            scaled = self.accelerator.scaler is not None
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            reason = reason_against(model, base, optimizer, tokens, self.args.world_size, scaled)
+            if reason is None and (self._noise is not None or self.compute_loss_func is not None):
+                reason = "the loss is changed from outside"
+            if reason is None:
+                self.step_runner = StepGraphs(model, base, optimizer)
+            logger.info(
+                "steps run as recorded CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.own_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        needs_logits = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
+        inputs = {**inputs, "use_cache": False, "output_logits": needs_logits}
+        if num_items_in_batch is not None:
+            # a step whose examples were all cut down to their prompts has nothing to learn, which is no error
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        # past TRL's, which asks for per-token probabilities: Trainer's takes the loss that the model computes
+        return super(BaseTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if not self.own_loss:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels, logits = inputs["labels"], None
+        targets = (labels[..., 1:] != -100).sum()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
+        if not prediction_loss_only:
+            loss, logits = loss[0], loss[1].logits
+        self._evaluated.append(torch.stack([loss.float() * targets, targets.float()]))
+        return loss.detach(), logits, None if prediction_loss_only else labels
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._evaluated: list[torch.Tensor] = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._evaluated:
+            # over all targets: a mean of the batches' means would overweight batches with few of them
+            total, targets = self.accelerator.reduce(torch.stack(self._evaluated).sum(0), "sum").tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(targets, 1.0)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            tokens, since = self._logged
+            self._logged = (self.tokens_seen, time.monotonic())
+            logs["tokens_per_second"] = (self.tokens_seen - tokens) / max(self._logged[1] - since, 1e-9)
+            logs["num_tokens"] = self.tokens_seen
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        args, model = self.args, self.model if model is None else model
+        bits = FLAT_OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
+        if bits is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if args.embedding_learning_rate is None:
+                return super().create_optimizer(model)
+            kind, options = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = kind(self._parameter_groups(model), **options)
+            return self.optimizer
+        self.optimizer = FlatAdamW(
+            self._parameter_groups(model),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm or None,
+            bits=bits,
+        )
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Trained parameters by learning rate and weight decay."""
+        decayed = set(self.get_decay_parameter_names(model))
+        base, embedding_rate = base_model(model), self.args.embedding_learning_rate
+        ends = {
+            id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()
+        }
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                own_rate = embedding_rate is not None and id(parameter) in ends
+                rate = embedding_rate if own_rate else self.args.learning_rate
+                decay = self.args.weight_decay if name in decayed else 0.0
+                groups.setdefault((rate, decay), []).append(parameter)
+        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
+        # the flat optimizer clips within its step, where the norm costs no pass over the gradients of its own
+        flat = self._clipping_optimizer()
+        return super()._clip_grad_norm(model) if flat is None else flat.last_grad_norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> torch.Tensor | float:
+        flat = self._clipping_optimizer()
+        return super()._get_grad_norm(model, grad_norm) if flat is None else flat.last_grad_norm
+
+    def _clipping_optimizer(self) -> FlatAdamW | None:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, FlatAdamW) and inner.max_grad_norm is not None else None
