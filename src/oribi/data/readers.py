@@ -172,7 +172,7 @@ def read_csv(path: Path) -> Rows:
                 yield origin, dict(row)
         except csv.Error as error:
             raise DataError(
-                f"{path.name}:{reader.line_num}: no valid CSV ({error}). Quote text that holds quotes."
+                f"{path.name}:{reader.line_num + 1}: no valid CSV ({error}). Quote text that holds quotes."
             ) from error
     if empty:
         raise DataError(f"{path}: the file has a header ({names}) but no rows.")

@@ -95,16 +95,15 @@ def _from_list(source: Sequence[Any], split: str, streaming: bool) -> list[Part]
         return [_from_rows([{"text": item} for item in source])]
     if all(isinstance(item, Mapping) and not SPEC_KEYS.issuperset(item) for item in source):
         return [_from_rows(source)]
-    parts = []
     for number, item in enumerate(source, 1):
-        if isinstance(item, Mapping):
-            parts.append(_from_spec(item, split, streaming))
-        elif isinstance(item, str | Path | datasets.Dataset | datasets.IterableDataset):
-            parts.append(_open_one(item, split, streaming))
-        else:
+        if not isinstance(item, Mapping | str | Path | datasets.Dataset | datasets.IterableDataset):
             raise DataError(
                 f"item {number} of the list is a {type(item).__name__}; a list holds rows (mappings), texts, or sources."
             )
+    parts = [
+        _from_spec(item, split, streaming) if isinstance(item, Mapping) else _open_one(item, split, streaming)
+        for item in source
+    ]
     weighted = [part.weight is not None for part in parts]
     if any(weighted) and not all(weighted):
         raise DataError(

@@ -1,0 +1,304 @@
+"""Where rows come from, and what is said when they cannot be read."""
+
+import gzip
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from oribi.data import readers
+from oribi.data.sources import interleave, open_source
+from oribi.errors import DataError
+
+ROWS = [{"text": "one"}, {"text": 'two, "quoted"\nand broken'}, {"text": "drei ü"}]
+
+
+def read(source, **options):
+    return [item for part in open_source(source, **options) for item in part.rows()]
+
+
+def rows_of(source, **options):
+    return [row for _, row in read(source, **options)]
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_json_lines_tell_their_line(tmp_path):
+    file = write(
+        tmp_path / "a.jsonl", "\n".join(map(json.dumps, ROWS[:1])) + "\n\n" + json.dumps(ROWS[1]) + "\n"
+    )
+    assert read(file) == [("a.jsonl:1", ROWS[0]), ("a.jsonl:3", ROWS[1])]
+    assert read(str(file)) == read(file)
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_a_json_array_is_read_piece_by_piece(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(readers, "JSON_CHUNK_CHARACTERS", chunk)
+    file = write(tmp_path / "a.json", json.dumps(ROWS, indent=2))
+    assert read(file) == [("a.json:2", ROWS[0]), ("a.json:5", ROWS[1]), ("a.json:8", ROWS[2])]
+
+
+def test_a_json_object_that_holds_the_rows(tmp_path):
+    assert rows_of(write(tmp_path / "a.json", json.dumps({"version": 1, "data": ROWS}))) == ROWS
+
+
+def test_json_lines_under_the_name_of_json(tmp_path):
+    assert rows_of(write(tmp_path / "a.json", "\n".join(map(json.dumps, ROWS)))) == ROWS
+
+
+def test_one_json_conversation(tmp_path):
+    row = {"messages": [{"role": "user", "content": "x"}]}
+    assert rows_of(write(tmp_path / "a.json", json.dumps(row))) == [row]
+
+
+def test_csv_tells_the_line_where_a_row_begins(tmp_path):
+    file = write(tmp_path / "a.csv", 'text,n\none,1\n"two\nlines",2\nthree,3\n')
+    assert read(file) == [
+        ("a.csv:2", {"text": "one", "n": "1"}),
+        ("a.csv:3", {"text": "two\nlines", "n": "2"}),
+        ("a.csv:5", {"text": "three", "n": "3"}),
+    ]
+
+
+def test_tsv_and_long_fields(tmp_path):
+    long = "x" * 200_000  # above the csv module's own limit
+    assert rows_of(write(tmp_path / "a.tsv", f"text\tn\n{long}\t1\n")) == [{"text": long, "n": "1"}]
+
+
+def test_parquet_drops_the_nulls_that_columns_fill_in(tmp_path):
+    messages = [
+        [{"role": "user", "content": "x", "tool_calls": None}],
+        [{"role": "user", "content": "y", "tool_calls": ["z"]}],
+    ]
+    pyarrow.parquet.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [
+        ("a.parquet row 1", {"messages": [{"role": "user", "content": "x"}]}),
+        ("a.parquet row 2", {"messages": [{"role": "user", "content": "y", "tool_calls": ["z"]}]}),
+    ]
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    file = write(tmp_path / "a.txt", "First.\n\nSecond.\n")
+    assert read(file) == [("a.txt:1", {"text": "First.\n\nSecond.\n", "continues": False})]
+
+
+def test_a_long_text_file_comes_in_blocks_that_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "TEXT_BLOCK_CHARACTERS", 40)
+    text = "\n".join(f"This is line number {i}." for i in range(30))
+    blocks = read(write(tmp_path / "a.md", text))
+    assert "".join(row["text"] for _, row in blocks) == text
+    assert len(blocks) > 10
+    assert [row["continues"] for _, row in blocks] == [True] * (len(blocks) - 1) + [False]
+    for origin, row in blocks:
+        assert text.splitlines()[int(origin.split(":")[1]) - 1].endswith(row["text"].split("\n")[0])
+
+
+def test_gzip_is_unpacked(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode()))
+    assert rows_of(tmp_path / "a.jsonl.gz") == ROWS
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert rows_of(write(tmp_path / "a.jsonl", json.dumps(ROWS[0]), "utf-8-sig")) == ROWS[:1]
+
+
+def test_a_folder_is_all_its_files_or_those_of_the_split(tmp_path):
+    write(tmp_path / "b.jsonl", json.dumps(ROWS[1]))
+    write(tmp_path / "a.jsonl", json.dumps(ROWS[0]))
+    write(tmp_path / "notes.pdf", "no data")
+    assert rows_of(tmp_path) == ROWS[:2]
+    write(tmp_path / "train-00.jsonl", json.dumps(ROWS[2]))
+    assert rows_of(tmp_path) == ROWS[2:]
+    assert rows_of(tmp_path, split="b") == ROWS[1:2]
+
+
+def test_datasets_their_dicts_streams_and_saved_folders(tmp_path):
+    dataset = datasets.Dataset.from_list(ROWS)
+    assert read(dataset) == [("row 1", ROWS[0]), ("row 2", ROWS[1]), ("row 3", ROWS[2])]
+    assert rows_of(datasets.DatasetDict(train=dataset)) == ROWS
+    assert rows_of(dataset.to_iterable_dataset()) == ROWS
+    dataset.save_to_disk(tmp_path / "saved")
+    assert rows_of(tmp_path / "saved") == ROWS
+    with pytest.raises(DataError, match="has splits \\['train'\\], not 'test'"):
+        open_source(datasets.DatasetDict(train=dataset), split="test")
+
+
+def test_lists_of_rows_of_texts_of_files_and_columns(tmp_path):
+    file = write(tmp_path / "a.jsonl", json.dumps(ROWS[0]))
+    assert rows_of(ROWS) == ROWS
+    assert rows_of(["one", "two"]) == [{"text": "one"}, {"text": "two"}]
+    assert rows_of([str(file), str(file)]) == ROWS[:1] * 2
+    assert rows_of({"text": ["one", "two"]}) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_equal_content_has_equal_fingerprints(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", json.dumps(ROWS[0])), write(tmp_path / "b.jsonl", json.dumps(ROWS[0]))
+    c = write(tmp_path / "c.jsonl", json.dumps(ROWS[1]))
+    prints = [open_source(source)[0].fingerprint for source in (a, b, c, ROWS, list(ROWS), ROWS[:2])]
+    assert prints[0] == prints[1] != prints[2]
+    assert prints[3] == prints[4] != prints[5]
+    assert open_source(datasets.Dataset.from_list(ROWS).to_iterable_dataset())[0].fingerprint is None
+
+
+def test_a_mixture_keeps_its_shares_at_every_point():
+    mixed = list(interleave([(3.0, "a" * 300), (1.0, "b" * 50)]))
+    for n in range(1, len(mixed) + 1):
+        assert abs(mixed[:n].count("a") - 0.75 * n) <= 1
+    assert mixed.count("b") == 50
+    assert mixed.count("a") in range(148, 153)
+
+
+def test_sources_without_weights_come_one_after_the_other():
+    assert list(interleave([(None, "ab"), (None, "c")])) == ["a", "b", "c"]
+
+
+def test_a_mixture_of_described_sources(tmp_path):
+    file = write(tmp_path / "a.jsonl", json.dumps(ROWS[0]))
+    parts = open_source(
+        [{"path": str(file), "weight": 2}, {"path": datasets.Dataset.from_list(ROWS), "weight": 1}]
+    )
+    assert [part.weight for part in parts] == [2, 1]
+    with pytest.raises(DataError, match="weights are given for 1 of 2 sources"):
+        open_source([{"path": str(file), "weight": 2}, str(file)])
+    with pytest.raises(DataError, match="weight = 0; it must be a number above 0"):
+        open_source([{"path": str(file), "weight": 0}])
+
+
+MALFORMED = {
+    "bad.jsonl": (
+        '{"text": "fine"}\n{"text": "cut of\n',
+        'bad.jsonl:2: no valid JSON (invalid control character at, column 17); the line begins \'{"text": "cut of\'. Each line of a '
+        ".jsonl file must be one complete object: correct or remove this line.",
+    ),
+    "list.jsonl": ("[1, 2]\n", "list.jsonl:1: list '[1, 2]'; each row must be a JSON object, {...}."),
+    "blank.jsonl": ("\n \n", "{path}: the file has only blank lines."),
+    "bad.json": (
+        '[\n{"text": "fine"},\n{"text": "no quote}\n]\n',
+        "bad.json:3: no valid JSON (invalid control character at, column 20) in the object that begins in line 3. Correct it; a JSON "
+        "checker shows the place.",
+    ),
+    "open.json": (
+        '[\n{"text": "fine"},\n',
+        "open.json:3: the array is not closed; the file seems cut off. Download it again.",
+    ),
+    "word.json": (
+        "hello",
+        "{path}: the file begins 'hello'; a .json file must hold an array of objects, [{...}, ...].",
+    ),
+    "two.json": (
+        '{"a": [{"x": 1}], "b": [{"x": 1}]}',
+        "{path}: the object holds several arrays of rows, ['a', 'b']; keep one, as [{...}, ...].",
+    ),
+    "short.csv": (
+        "text,n\none\n",
+        "short.csv:2: 1 fields, but the header has 2: ['text', 'n']. Quote text that holds a separator or a line break.",
+    ),
+    "long.csv": (
+        "text,n\none, and,1\n",
+        "long.csv:2: 3 fields, but the header has 2: ['text', 'n']. Quote text that holds a separator or a line break.",
+    ),
+    "quote.csv": (
+        'text,n\n"one" two,1\n',
+        "quote.csv:2: no valid CSV (',' expected after '\"'). Quote text that holds quotes.",
+    ),
+    "twice.csv": ("text,text\na,b\n", "twice.csv:1: column names ['text', 'text'] are not unique."),
+    "header.csv": ("text,n\n", "{path}: the file has a header (['text', 'n']) but no rows."),
+    "blank.txt": (" \n", "{path}: the file has only blank lines."),
+    "empty.jsonl": ("", "{path}: the file is empty. Check that it was written or downloaded fully."),
+    "x.docx": (
+        "zip",
+        "{path}: cannot read .docx; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt, .md.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_gives_one_error_with_file_line_and_remedy(tmp_path, name):
+    content, message = MALFORMED[name]
+    file = write(tmp_path / name, content)
+    with pytest.raises(DataError) as error:
+        read(file)
+    assert str(error.value) == message.replace("{path}", str(file))
+
+
+def test_a_row_beyond_the_limit_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "JSON_CHUNK_CHARACTERS", 60)
+    rows = [{"text": "x"}, {"text": "x" * 300}]
+    expected = "the row has [0-9]+ characters or more, over the limit of 100. Split it into several rows"
+    with pytest.raises(DataError, match=f"a.jsonl:2: {expected}"):
+        read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    with pytest.raises(DataError, match=f"a.json:1: {expected}"):
+        read(write(tmp_path / "a.json", json.dumps(rows)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_another_encoding_is_named_with_its_line(tmp_path, name):
+    text = {
+        "a.jsonl": '{"text": "x"}\n{"text": "Grüße"}\n',
+        "a.json": '[{"text": "x"},\n{"text": "Grüße"}]',
+        "a.csv": "text\nGrüße\n",
+    }
+    file = write(tmp_path / name, text.get(name, "one\nGrüße\n"), "latin-1")
+    with pytest.raises(DataError, match=f"{name}:2: not UTF-8 \\(byte 0xfc\\). Convert the file: iconv"):
+        read(file)
+
+
+def test_utf_16_is_named(tmp_path):
+    with pytest.raises(DataError, match="the file is UTF-16. Convert it: iconv -f UTF-16"):
+        read(write(tmp_path / "a.jsonl", '{"text": "x"}', "utf-16"))
+
+
+def test_broken_gzip_and_parquet_are_named(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:30])
+    with pytest.raises(DataError, match="a.jsonl.gz: no valid gzip file"):
+        read(tmp_path / "a.jsonl.gz")
+    write(tmp_path / "a.parquet", "no parquet")
+    with pytest.raises(DataError, match="a.parquet: no valid Parquet file"):
+        read(tmp_path / "a.parquet")
+
+
+def test_things_that_are_no_source_are_named(tmp_path):
+    with pytest.raises(DataError, match="missing.jsonl: no such file"):
+        open_source(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(DataError, match="no file that ends with .jsonl"):
+        open_source(tmp_path)
+    with pytest.raises(DataError, match="cannot read rows from a int"):
+        open_source(3)
+    with pytest.raises(DataError, match="the list of rows is empty"):
+        open_source([])
+    with pytest.raises(DataError, match="item 2 of the list is a int"):
+        open_source([{"path": "a", "split": "train"}, 3])
+    with pytest.raises(DataError, match="its columns have lengths {'a': 1, 'b': 2}"):
+        open_source({"a": [1], "b": [1, 2]})
+    with pytest.raises(DataError, match="the data set has no rows"):
+        read(datasets.Dataset.from_dict({"text": []}))
+
+
+def test_a_hub_name_that_cannot_be_loaded_says_why(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(
+        DataError,
+        match="nobody/nothing: no such file or folder here, and loading split 'train' .* failed: offline",
+    ):
+        open_source("nobody/nothing")
+
+
+def test_a_hub_name_is_loaded_by_datasets(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *names, **more: asked.append((names, more)) or datasets.Dataset.from_list(ROWS),
+    )
+    (part,) = open_source([{"path": "owner/data", "name": "main", "split": "test"}])
+    assert [row for _, row in part.rows()] == ROWS
+    assert asked == [(("owner/data", "main"), {"split": "test", "streaming": False, "revision": None})]
