@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from oribi.errors import ModelError
 from oribi.kernels.attention import Visibility, attention
 from oribi.kernels.cross_entropy import linear_cross_entropy
+from oribi.kernels.embedding import embedding
 from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.rms_norm import rms_norm
 from oribi.kernels.rope import rope
@@ -223,6 +224,25 @@ class DecoderPreTrainedModel(PreTrainedModel):
         for layer, keep in zip(layers, policy):
             layer.keep = keep
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layers compute; an embedding may lie in host memory."""
+        return next(p for name, p in self.named_parameters() if name.endswith("layernorm.weight")).device
+
+    def offload_embedding(self) -> int:
+        """Moves a frozen embedding that no head shares to pinned host memory.
+
+        Returns:
+            Bytes of device memory freed; 0 where the embedding has to stay.
+        """
+        weight = getattr(self.get_input_embeddings(), "weight", None)
+        head = self.get_output_embeddings()
+        shared = head is not None and getattr(head, "weight", None) is weight
+        if weight is None or shared or weight.requires_grad or not weight.is_cuda:
+            return 0
+        weight.data = weight.data.cpu().pin_memory()
+        return weight.nbytes
+
     def enable_input_require_grads(self) -> None:
         """Nothing to do: checkpointed layers pass gradients to their factors whether or not the input wants one."""
 
@@ -260,7 +280,7 @@ class DecoderModel(DecoderPreTrainedModel):
         """Hidden states after the last norm, [B, S, D]. Arguments as in `DecoderForCausalLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         x = x.to(self.norm.weight.dtype)  # embeddings that are trained whole are float32
         if inputs_embeds is None and self.embedding_scale != 1.0:
             # rounded to the weight's dtype as the checkpoints were trained
@@ -284,6 +304,12 @@ class DecoderModel(DecoderPreTrainedModel):
             past_key_values=past_key_values if use_cache else None,
             hidden_states=None if states is None else tuple(states),
         )
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        weight = getattr(self.embed_tokens, "weight", None)  # PEFT wraps an embedding that it trains
+        if weight is None or weight.device == input_ids.device:
+            return self.embed_tokens(input_ids)
+        return embedding(input_ids, weight)
 
     def _batch(self, x, attention_mask, position_ids, cache, cu_seqlens, max_length) -> Batch:
         rows, length = x.shape[:2]

@@ -217,9 +217,15 @@ def _backward(
 
     if weight_o is None:
         weight_o = step.weight("o")
-    dx_mid = step.enter_backward(dn, x_mid, rstd, dy, step.norm_before_mlp)
+    room = None
+    if step.norm_after_attention is None and step.layer.residual_scale == 1.0:
+        room = weight_o.output_room(
+            len(x)
+        )  # the gradient of x_mid is that of o's output: written where it is needed
+    dx_mid = step.enter_backward(dn, x_mid, rstd, dy, step.norm_before_mlp, room)
     del dn, x_mid
-    dout = step.add_backward(dx_mid, o, step.norm_after_attention, weight_o)
+    dout = step.add_backward(dx_mid, o, step.norm_after_attention, weight_o) if room is None else room
+    del room
     u = lora.backward_low(dout, weight_o)
     da = lora.backward_input(dout, weight_o)
     factors_o = step.factors("o", dout, u, a, kept.pop("low_o"))
@@ -303,11 +309,13 @@ class _Step:
         rstd: torch.Tensor | None,
         dresidual: torch.Tensor,
         norm: "RMSNorm | None",
+        room: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Gradient of x [T, D], which the residual stream and a group's input share."""
+        """Gradient of x [T, D], which the residual stream and a group's input share; over dn, or into `room`."""
+        out = dn if room is None else room[:, : dn.shape[1]]
         if norm is None:
-            return dn.add_(dresidual)
-        return rms_norm_backward(dn, x, rstd, norm.weight, norm.offset, dresidual=dresidual, out=dn)[0]
+            return torch.add(dn, dresidual, out=out)
+        return rms_norm_backward(dn, x, rstd, norm.weight, norm.offset, dresidual=dresidual, out=out)[0]
 
     def leave(
         self, x: torch.Tensor, residual: torch.Tensor, weight: GroupWeight, norm: "RMSNorm | None"

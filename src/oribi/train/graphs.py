@@ -40,12 +40,14 @@ class StepGraphs:
     usual path: the same kernels on the same numbers.
 
     Args:
-        model: the model whose trainable parameters have gradient buffers that stay where they are (`FlatAdamW`).
+        model: the trained model.
         decoder: the decoder inside it.
+        optimizer: its optimizer, whose gradient buffers stay where they are.
     """
 
-    def __init__(self, model: nn.Module, decoder: DecoderForCausalLM) -> None:
-        self._model, self._decoder = model, decoder
+    def __init__(self, model: nn.Module, decoder: DecoderForCausalLM, optimizer: FlatAdamW) -> None:
+        self._model, self._decoder, self._optimizer = model, decoder, optimizer
+        self._failed = False
         self._recorded: OrderedDict[tuple, _Recorded | None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -57,14 +59,15 @@ class StepGraphs:
             inputs: a batch on the GPU as the collators make it.
             targets: labelled tokens of the whole optimizer step.
         """
+        self._optimizer.attach_grads()  # zero_grad may have taken them from the parameters
         inputs, shape = fixed_shape(inputs)
         targets = torch.as_tensor(targets, device=inputs["input_ids"].device, dtype=torch.float32)
-        if shape not in self._recorded:
+        recorded = self._recorded.get(shape)
+        if recorded is None and shape in self._recorded and not self._failed:
+            recorded = self._record(inputs, shape, targets)
+        if recorded is None:
             self._recorded[shape] = None
             return self._run(inputs, shape, targets)
-        recorded = self._recorded[shape]
-        if recorded is None:
-            recorded = self._record(inputs, shape, targets)
         self._recorded.move_to_end(shape)
         for name, buffer in recorded.inputs.items():
             buffer.copy_(inputs[name], non_blocking=True)
@@ -83,16 +86,26 @@ class StepGraphs:
             self._decoder.model.host_memory.flush()  # no copy may reach over the end of a recording
         return loss.detach()
 
-    def _record(self, inputs: dict[str, torch.Tensor], shape: tuple, targets: torch.Tensor) -> _Recorded:
-        while sum(r is not None for r in self._recorded.values()) >= MAX_GRAPHS:
-            oldest = next(key for key, r in self._recorded.items() if r is not None)
-            del self._recorded[oldest]
+    def _record(
+        self, inputs: dict[str, torch.Tensor], shape: tuple, targets: torch.Tensor
+    ) -> _Recorded | None:
+        kept = [key for key, recorded in self._recorded.items() if recorded is not None]
+        if len(kept) >= MAX_GRAPHS:
+            del self._recorded[kept[0]]
         own = {name: tensor.clone() for name, tensor in inputs.items()}
         own_targets = targets.clone()
         torch.cuda.empty_cache()  # the usual steps' cache and the graph's pool do not share memory
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            loss = self._run(own, shape, own_targets)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss = self._run(own, shape, own_targets)
+        except RuntimeError as error:
+            # most often a loss that somebody keeps with its whole graph, which ties gradients to another stream
+            self._failed = True
+            logger.warning(
+                "no CUDA graphs: recording a step failed (%s); steps run as usual", str(error).splitlines()[0]
+            )
+            return None
         self._recorded[shape] = _Recorded(graph, own, own_targets, loss)
         return self._recorded[shape]
 

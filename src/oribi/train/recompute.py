@@ -6,6 +6,7 @@ most time a byte come first, in as many layers as they fit; what is left out is 
 
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from oribi.models.decoder import DecoderForCausalLM
@@ -13,6 +14,11 @@ from oribi.models.fused_layer import Keep
 
 # share of the device's memory that no plan counts on: fragments, library workspaces, a longer batch
 MARGIN = 0.06
+# arithmetic that hides the copy of one byte to pinned host memory: an H100 multiplies at 650 TFLOP/s and copies 49 GB/s;
+# smaller cards have the same ratio within a factor of two
+FLOP_PER_HOST_BYTE = 650e12 / 49e9
+# share of the host's free memory that activations may take
+HOST_SHARE = 0.4
 ALL_AGAIN = Keep("keep", "recompute", "recompute", "recompute", "recompute", "recompute", "recompute")
 
 
@@ -70,19 +76,34 @@ def plan(decoder: DecoderForCausalLM, tokens: int, longest: int, free_bytes: int
     layers = len(decoder.model.layers)
     spare = free_bytes - workspace_bytes(decoder, tokens)
     inputs = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
-    keeps = [ALL_AGAIN] * layers
-    if spare < layers * inputs:
-        return [replace(keep, x="host") for keep in keeps]
-    spare -= layers * inputs
+    x = "keep" if spare >= layers * inputs else "host"
+    # what a layer's forward can copy out while the next one computes
+    host = forward_flop(decoder, tokens) / FLOP_PER_HOST_BYTE
+    host = min(host, HOST_SHARE * psutil.virtual_memory().available / layers)
+    if x == "keep":
+        spare -= layers * inputs
+    else:
+        host -= inputs
+    keeps = [replace(ALL_AGAIN, x=x)] * layers
     for item in items(decoder, tokens, longest):
         fits = min(layers, max(spare, 0) // item.bytes)
         spare -= fits * item.bytes
+        rest = "recompute"
+        if item.bytes <= host and fits < layers:
+            rest, host = "host", host - item.bytes
         # the last layers are the first to be needed again, and the first whose memory backward gives back
         keeps = [
-            replace(keep, **{item.name: "keep"}) if i >= layers - fits else keep
+            replace(keep, **{item.name: "keep" if i >= layers - fits else rest})
             for i, keep in enumerate(keeps)
         ]
     return keeps
+
+
+def forward_flop(decoder: DecoderForCausalLM, tokens: int) -> float:
+    """Arithmetic of one layer's linear layers in forward."""
+    config, attn = decoder.config, decoder.model.layers[0].self_attn
+    weights = sum(attn.sizes) + attn.sizes[0] + 3 * config.intermediate_size
+    return 2.0 * tokens * config.hidden_size * weights
 
 
 def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
@@ -114,24 +135,26 @@ def choose(decoder: DecoderForCausalLM, tokens: int, longest: int, budget: int |
     Args:
         decoder: the model, on a GPU unless a budget is given.
         tokens, longest: as in `items`.
-        budget: bytes for activations and workspace; None measures what is free.
+        budget: bytes for activations and workspace; None measures what is free, 0 keeps the least there is.
     """
     budget = free_bytes(decoder.device) if budget is None else budget
     keeps = plan(decoder, tokens, longest, budget)
+    freed = decoder.offload_embedding() if keeps[0].x == "host" else 0
     decoder.set_recompute_policy(keeps)
-    names = [item.name for item in items(decoder, tokens, longest)]
-    return f"{describe(keeps, names)}, for {tokens} tokens with {budget / 2**30:.1f} GiB free"
+    names = ["x", *(item.name for item in items(decoder, tokens, longest))]
+    also = f"; the embedding's {freed / 2**30:.1f} GiB wait in host memory" if freed else ""
+    return f"{describe(keeps, names)}, for {tokens} tokens and {budget / 2**30:.1f} GiB{also}"
 
 
 def describe(keeps: list[Keep], names: list[str]) -> str:
-    """A plan in words: which of the named results are kept in how many layers."""
-    kept = {name: sum(vars(keep)[name] == "keep" for keep in keeps) for name in names}
-    where = "inputs wait in host memory" if keeps[0].x == "host" else "inputs stay on the device"
-    if all(count == len(keeps) for count in kept.values()):
-        return "recompute: nothing"
-    parts = [
-        name if count == len(keeps) else f"{name} in {count} of {len(keeps)} layers"
-        for name, count in kept.items()
-        if count
-    ]
-    return f"recompute: all but {', '.join(parts) or 'the inputs'} ({where})"
+    """A plan in words: where the named results are, and in how many layers."""
+    places = {}
+    for place in ("keep", "host", "recompute"):
+        counts = {name: sum(vars(keep)[name] == place for keep in keeps) for name in names}
+        places[place] = [
+            name if count == len(keeps) else f"{name} ({count} of {len(keeps)} layers)"
+            for name, count in counts.items()
+            if count
+        ]
+    words = {"keep": "on the device", "host": "in host memory", "recompute": "computed again"}
+    return "activations: " + "; ".join(f"{words[p]} {', '.join(n)}" for p, n in places.items() if n)
