@@ -173,10 +173,10 @@ def ours(rows, weight, targets, bias=None, divisor=1, softcap=None, logit_scale=
 @pytest.mark.parametrize("settings", [{}, {"softcap": 3.0}, {"logit_scale": 0.25, "softcap": 5.0}])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_loss_and_every_gradient(dtype, settings, with_bias, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 64)
-    targets = torch.randint(0, 131, (150,))
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 128)  # several chunks
+    targets = torch.randint(0, 131, (300,))
     targets[::3] = -100
-    inputs = [normal(150, 24, dtype=dtype), normal(131, 24, dtype=dtype), targets]
+    inputs = [normal(300, 24, dtype=dtype), normal(131, 24, dtype=dtype), targets]
     if with_bias:
         inputs.append(normal(131, dtype=dtype))
     assert_twice_as_good(
@@ -276,11 +276,11 @@ def test_autocast_computes_logits_in_its_dtype():
 )
 def test_chunks_are_even_aligned_and_bounded(count, vocab_size):
     rows = cross_entropy._chunk_rows(count, vocab_size, 2)
-    assert rows % 64 == 0
+    assert rows % 128 == 0
     assert rows <= cross_entropy.CHUNK_ROWS
     assert rows * vocab_size * 2 <= cross_entropy.CHUNK_BYTES
     last = count % rows or rows
-    assert count < rows or rows - last < 64 * (-(-count // rows))
+    assert count < rows or rows - last < 128 * (-(-count // rows))
 
 
 def test_reference_only_ends_with_its_block():

@@ -69,12 +69,13 @@ def test_rms_norm_of_heads_inside_a_wider_buffer(dtype):
     alone = view.reshape(-1, size)
     y, same, rstd = rms_norm.rms_norm_forward(view, weight, 1e-6)
     assert same is view
-    assert torch.equal(y.view(-1, size), rms_norm.rms_norm_forward(alone, weight, 1e-6)[0])
+    # another layout of threads may add in another order
+    assert relative_error(y.view(-1, size), rms_norm.rms_norm_forward(alone, weight, 1e-6)[0]) < 1e-3
     dy = normal(tokens, heads, size, dtype=dtype, grad=False)
     expected = rms_norm.rms_norm_backward(dy.view(-1, size), alone, rstd.view(-1), weight)[0]
     after = buffer[:, heads * size :].clone()
     rms_norm.rms_norm_backward(dy, view, rstd, weight, out=view)
-    assert torch.equal(view, expected.view(view.shape))
+    assert relative_error(view, expected.view(view.shape)) < (1e-6 if dtype is torch.float32 else 5e-3)
     assert torch.equal(buffer[:, heads * size :].nan_to_num(7.0), after.nan_to_num(7.0))
 
 
@@ -90,8 +91,8 @@ def test_fused_residual_equals_the_separate_addition(dtype, scale, shape):
     )
     assert torch.equal(total, residual + x * scale if scale != 1.0 else residual + x)
     alone, _, rstd_alone = rms_norm.rms_norm_forward(total, weight, 1e-5)
-    assert torch.equal(y, alone)
-    assert torch.equal(rstd, rstd_alone)
+    assert relative_error(y, alone) < (1e-6 if dtype is torch.float32 else 1e-3)
+    assert relative_error(rstd, rstd_alone) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,7 +234,7 @@ def test_nf4_equals_bitsandbytes_bit_for_bit(dtype, double_quant, rows, k):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("k", [100, 36])
+@pytest.mark.parametrize("k", [100, 36, 72])
 def test_nf4_rows_that_end_inside_a_block_or_a_word(k):
     weight = packed_weight(48, k)
     assert torch.equal(nf4.dequantize([weight], torch.float16), nf4.reference(weight, torch.float16))
@@ -255,11 +256,11 @@ def loss_inputs(count: int, vocab_size: int, dtype: torch.dtype, labelled: float
         (7, 127, 1.0, True, None, 1.0),
         (9, 1000, 0.5, False, 5.0, 1.0),
         (5, 16387, 0.6, True, 3.0, 0.25),
-        (200, 300, 0.7, False, None, 0.125),
+        (270, 300, 0.7, False, None, 0.125),
     ],
 )
 def test_loss_and_every_gradient(dtype, count, vocab_size, labelled, bias, softcap, logit_scale, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 64)  # several chunks
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 128)  # several chunks
     inputs = loss_inputs(count, vocab_size, dtype, labelled, bias)
 
     def ours(rows, weight, targets, bias=None):

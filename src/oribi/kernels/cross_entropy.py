@@ -21,8 +21,8 @@ from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton,
 
 IGNORED = -100
 CHUNK_ROWS = 1024
-# a chunk's logits: 1024 rows of Llama's 128256 in 16 bit; fewer rows of a larger vocabulary
-CHUNK_BYTES = 256 * 2**20
+# a chunk's logits: 1024 rows of Llama's or Qwen's vocabulary in 16 bit, fewer rows of Gemma's
+CHUNK_BYTES = 320 * 2**20
 
 
 def linear_cross_entropy(
@@ -296,10 +296,10 @@ def _scale_kernel(x_ptr, factor_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 
 def _chunk_rows(count: int, vocab_size: int, element_size: int) -> int:
-    """Rows of a chunk: as many as the buffer holds, spread evenly, in multiples of 64."""
-    most = max(min(CHUNK_ROWS, CHUNK_BYTES // (vocab_size * element_size)) // 64, 1) * 64
+    """Rows of a chunk: as many as the buffer holds, spread evenly, in multiples of a matrix tile's 128."""
+    most = max(min(CHUNK_ROWS, CHUNK_BYTES // (vocab_size * element_size)) // 128, 1) * 128
     chunks = -(-count // most)
-    return most if chunks < 2 else -(-count // (chunks * 64)) * 64
+    return most if chunks < 2 else -(-count // (chunks * 128)) * 128
 
 
 def _logits_buffer(rows: int, vocab_size: int, like: torch.Tensor) -> torch.Tensor:

@@ -138,8 +138,11 @@ def _launch(weights: Sequence[torch.Tensor], out: torch.Tensor) -> None:
 # Launched without fused multiply-adds: bitsandbytes rounds every product and sum.
 @jit(
     do_not_specialize=["words_0", "words_1", "words_2"],
-    # unaligned on purpose: a thread then loads single words, the layout in which it stores 8 values at once
-    do_not_specialize_on_alignment=["packed_0", "packed_1", "packed_2"],
+    # as if unaligned: a thread then loads single words of codes, the layout in which it stores 8 values at once, and
+    # weights that start anywhere in a shared buffer need no kernel of their own
+    do_not_specialize_on_alignment=[
+        f"{name}_{i}" for name in ("packed", "absmax", "absmax2", "code2", "offset") for i in range(_GROUP)
+    ],
 )
 def _kernel(
     out_ptr, lut_ptr,

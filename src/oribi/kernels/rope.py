@@ -77,11 +77,12 @@ def rope_forward(
         _kernel, tokens, q, k, out_q, out_k, cos.contiguous(), sin.contiguous(),
         *q.stride()[:2], *k.stride()[:2], *out_q.stride()[:2], *out_k.stride()[:2],
         q.shape[1], k.shape[1], q_block, k_block, half, half_block, rest, next_power_of_2(rest) if rest else 1,
-        inverse, num_warps=warps_for(q_block * half_block),
+        inverse, num_warps=warps_for(q_block * half_block), enable_fp_fusion=False,
     )  # fmt: skip
     return out_q, out_k
 
 
+# Launched without fused multiply-adds: in place or not, and recomputed, the rotation comes out the same to the bit.
 @jit
 def _kernel(
     q_ptr, k_ptr, out_q_ptr, out_k_ptr, cos_ptr, sin_ptr,
