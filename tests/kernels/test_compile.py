@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from oribi.kernels import adamw_step, cross_entropy, dispatch, gated_mlp, nf4, rms_norm, rope
+from oribi.kernels import adamw_step, cross_entropy, dispatch, embedding, gated_mlp, lora, nf4, rms_norm, rope
 from oribi.kernels.adamw import FlatAdamW
 
 pytestmark = [
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing"),
 ]
 
-MODULES = (rms_norm, rope, gated_mlp, nf4, cross_entropy, adamw_step)
+MODULES = (rms_norm, rope, gated_mlp, nf4, cross_entropy, adamw_step, lora)
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -156,3 +156,39 @@ def test_adamw_compiles(launches, capability, dtype, bits):
     ]
     for launch in launches:
         assert compiled(launch, capability).asm["cubin"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (16,), (64, 0, 128), (3,)])
+def test_lora_packing_and_expansion_compile(launches, capability, dtype, ranks):
+    projections = [
+        lora.Projection(
+            torch.randn(64, 256).to(dtype),
+            torch.randn(64).to(dtype),
+            torch.randn(rank, 256) if rank else None,
+            torch.randn(64, rank) if rank else None,
+            0.5,
+        )
+        for rank in ranks
+    ]
+    group = lora.augmented_weight(projections, dtype, torch.device("cpu"))
+    low, residual = torch.randn(5, group.spare).to(dtype), torch.randn(5, group.out_features).to(dtype)
+    lora.expand(low, group.scaled_b, None)
+    lora.expand(low, group.scaled_b, residual)
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "_pack_kernel",
+        "_expand_kernel",
+        "_expand_kernel",
+    ]
+    for launch in launches:
+        assert compiled(launch, capability).asm["cubin"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_embedding_rows_compile(capability, dtype):
+    weight, ids = torch.randn(9, 4096).to(dtype), torch.zeros(5, dtype=torch.int64)
+    out = torch.empty(5, 4096, dtype=dtype)
+    gather = Launch(embedding._gather_kernel, (out, weight, ids, 4096, 4096), {"num_warps": 4})
+    loads, stores = vectors(compiled(gather, capability).asm["ptx"])
+    assert loads > 0
+    assert stores > 0

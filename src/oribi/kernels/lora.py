@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from oribi.kernels import nf4
-from oribi.kernels.dispatch import jit, next_power_of_2, tl, use_triton
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton
 
 
 @dataclass(frozen=True)
@@ -308,12 +308,11 @@ def expand(low: torch.Tensor, scaled_b: torch.Tensor, residual: torch.Tensor | N
     tokens, n = low.shape[0], scaled_b.shape[0]
     out = low.new_empty(tokens, n)
     base = out if residual is None else residual
-    grid = (-(-n // 128), -(-tokens // 64))
-    _expand_kernel[grid](
-        low, scaled_b, base, out, tokens, n,
-        low.stride(0), scaled_b.stride(0), base.stride(0), out.stride(0),
-        P=low.shape[1], ADD=residual is not None, BLOCK_T=64, BLOCK_N=128, BLOCK_P=16 if low.shape[1] % 64 else 64,
-        num_warps=4,
+    columns = -(-n // 128)
+    launch(
+        _expand_kernel, columns * -(-tokens // 64), out, low, scaled_b, base, tokens, n, columns,
+        low.stride(0), scaled_b.stride(0), base.stride(0),
+        low.shape[1], residual is not None, 64, 128, 16 if low.shape[1] % 64 else 64, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -351,19 +350,19 @@ def _pack_factors_triton(projections: Sequence[Projection], group: GroupWeight) 
         ]  # fmt: skip
     n, k, pad = group.out_features, group.in_features, group.spare
     b_blocks, a_blocks = -(-n // 32), -(-k // 2048)
-    _pack_kernel[(b_blocks + pad * a_blocks,)](
-        group.buffer, group.buffer.stride(0), n, k, b_blocks, a_blocks, *arguments,
-        P=pad, P2=next_power_of_2(pad), BLOCK_N=32, BLOCK_K=2048, num_warps=4,
+    launch(
+        _pack_kernel, b_blocks + pad * a_blocks, group.buffer, group.buffer.stride(0), n, k, b_blocks, a_blocks,
+        *arguments, pad, next_power_of_2(pad), 32, 2048, num_warps=4,
     )  # fmt: skip
 
 
 @jit
 def _expand_kernel(
-    low, b, base, out, tokens, n, low_stride, b_stride, base_stride, out_stride,
+    out, low, b, base, tokens, n, columns, low_stride, b_stride, base_stride,
     P: tl.constexpr, ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.program_id(0) // columns * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     t_in, c_in = t < tokens, c < n
     sum_ = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for start in tl.static_range(0, P, BLOCK_P):
@@ -375,7 +374,7 @@ def _expand_kernel(
     if ADD:
         at = base + t[:, None].to(tl.int64) * base_stride + c[None, :]
         sum_ += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = out + t[:, None].to(tl.int64) * out_stride + c[None, :]
+    at = out + t[:, None].to(tl.int64) * n + c[None, :]
     tl.store(at, sum_.to(out.dtype.element_ty), mask=inside)
 
 
