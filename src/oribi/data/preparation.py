@@ -21,7 +21,7 @@ from oribi.data.encoding import UNTRAINED, Encoded, Encoder, Marked
 from oribi.data.formatting import apply_formatting_func
 from oribi.data.masking import TRAIN_ON, Masker
 from oribi.data.rendering import ChatTemplate
-from oribi.data.report import DataReport, Tally, named
+from oribi.data.report import DataReport, Tally, named, some_of
 from oribi.data.sources import Part, interleave
 from oribi.data.templates import template_source
 from oribi.errors import ConfigError, DataError
@@ -234,13 +234,12 @@ class Preparation:
             return
         if self.settings.malformed == "error":
             origin, error = bad[0]
-            more = (
-                f" ({len(bad) - 1} more rows among the next {BATCH_ROWS} have problems: "
+            further = (
+                f" Further bad rows: {some_of([o for o, _ in bad[1:]], len(bad) - 1)}."
                 if len(bad) > 1
                 else ""
             )
-            more += ", ".join(o for o, _ in bad[1:6]) + ("...)" if len(bad) > 6 else ")") if more else ""
-            raise DataError(f"{origin}: {error}{more}") from error
+            raise DataError(f"{origin}: {error}{further}") from error
         self.report.rows_malformed += len(bad)
         for origin, error in bad:
             self.tally.drop(origin, "malformed")

@@ -23,11 +23,15 @@ LabelsOf = Callable[[Mapping[str, list[Any]]], dict[str, list[list[int]]]]
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """What stands before an answer, what before a question, and what ends an answer ("" where the template writes nothing)."""
+    """What stands before an answer, what before a question, and what ends an answer (nothing, if the template writes none).
+
+    `prompts` are longer forms of `response` that a generation prompt may have, with the opening of a thought or an empty one.
+    """
 
     response: str
     instruction: str
     ends: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
 
 def train_on_responses_only(
@@ -98,11 +102,15 @@ def find_markers(tokenizer: Any) -> Markers:
     user, answer = {"role": "user", "content": slot(0)}, {"role": "assistant", "content": slot(1)}
     again = {"role": "user", "content": slot(2)}
     opening, before, between, _ = SLOT.split(template.render([user, answer, again]))
-    prompt = SLOT.split(template.render([user], add_generation_prompt=True))[-1]
+    states = template.thinking_states
+    asked = [SLOT.split(template.render([user], add_generation_prompt=True, **state))[-1] for state in states]
     question_end = SLOT.split(template.render([user]))[-1]
-    header = shared_prefix(prompt, before)
-    response = header[len(question_end) :] if header.startswith(question_end) else header
-    response = response or header  # [INST] formats: the end of the question is the beginning of the answer
+    header = shared_prefix(asked[0], before)
+    skipped = len(question_end) if header.startswith(question_end) and len(header) > len(question_end) else 0
+    response = header[skipped:]  # in [INST] formats, the end of the question is the beginning of the answer
+    prompts = tuple(
+        p[skipped:] for p in asked if p[skipped:].startswith(response) and p[skipped:] != response
+    )
     ends = tuple(dict.fromkeys(end for end in template.turn_ends if end))
     after_end = next((between[between.index(end) + len(end) :] for end in ends if end in between), between)
     instruction = after_end.strip() or opening.strip()
@@ -111,7 +119,7 @@ def find_markers(tokenizer: Any) -> Markers:
             "train_on_responses_only: the chat template writes nothing before an answer or a question by which it could be "
             "found. Give instruction_part and response_part, or train on a data set of messages, which needs no markers."
         )
-    markers = Markers(response.strip(" "), instruction, ends)
+    markers = Markers(response.strip(" "), instruction, ends, prompts)
     _check(tokenizer, template, markers)
     return markers
 
@@ -142,6 +150,7 @@ class Finder:
         self._spellings: dict[int, str] = {}
         self.response, self.instruction = self._spell(markers.response), self._spell(markers.instruction)
         self.ends = [self._spell(end) for end in markers.ends]
+        self.prompts = sorted((self._spell(prompt) for prompt in markers.prompts), key=len, reverse=True)
 
     def spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Token spans of the answers, each with its end token."""
@@ -151,7 +160,8 @@ class Finder:
             starts.append(starts[-1] + len(piece))
         spans, at = [], 0
         while (found := text.find(self.response, at)) >= 0:
-            begin = found + len(self.response)
+            prompt = next((p for p in self.prompts if text.startswith(p, found)), self.response)
+            begin = found + len(prompt)
             following = text.find(self.instruction, begin)
             following = len(text) if following < 0 else following
             ends = [e + len(end) for end in self.ends if 0 <= (e := text.find(end, begin)) < following]
