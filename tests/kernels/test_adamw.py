@@ -10,6 +10,9 @@ from oribi.errors import ConfigError, ModelError
 from oribi.kernels.adamw import FlatAdamW
 from tests.kernels.truth import DEVICE, ON_TRITON, relative_error
 
+# on a machine with a GPU these tests use it
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
 SHAPES = [(64, 96), (1,), (33,), (16, 256), (5, 7, 11), (4096,)]
 SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
