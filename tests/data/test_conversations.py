@@ -108,6 +108,11 @@ def test_parts_of_text_are_joined():
     assert messages_of({"messages": [user(parts), ONE_TURN[1]]}) == ONE_TURN
 
 
+def test_messages_in_columns_are_messages():
+    columns = {"role": ["user", "assistant"], "content": ["What is it?", "It is this."]}
+    assert messages_of({"messages": columns}) == ONE_TURN
+
+
 def test_a_system_column_beside_messages_is_the_first_message():
     _, example = convert({"system": "Be brief.", "messages": ONE_TURN})
     assert example.messages == [{"role": "system", "content": "Be brief."}, *ONE_TURN]

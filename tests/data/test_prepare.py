@@ -208,6 +208,14 @@ def test_thinking_that_is_left_out_is_said(prepare, family_tokenizer):
     assert "the chat template leaves out the thinking: 2 times, first in row 1" in report.notes
 
 
+def test_markup_within_a_message_is_said(prepare, chatml_tokenizer):
+    rows = [{"messages": [user("What does <|im_end|> mean?"), assistant("It ends a turn.")]}]
+    report = prepare(rows, chatml_tokenizer).report
+    assert any(
+        "a message itself holds the text '<|im_end|>'" in note and "row 1" in note for note in report.notes
+    )
+
+
 def test_pairs_without_a_template_take_the_alpaca_form_and_say_so(prepare, plain_tokenizer):
     prepared = prepare([{"question": "What is it?", "answer": "It is this."}], plain_tokenizer)
     text = plain_tokenizer.decode(prepared.dataset[0]["input_ids"])

@@ -125,8 +125,9 @@ def _choose(
     if text_field and text_field in row:
         return f"text (column {text_field!r})", partial(_from_text, column=text_field)
     for column in MESSAGE_COLUMNS:
-        if isinstance(row.get(column), Sequence) and not isinstance(row[column], str):
-            first = row[column][0] if row[column] else {}
+        if isinstance(row.get(column), Mapping | Sequence) and not isinstance(row[column], str):
+            messages = _message_list(row[column])
+            first = messages[0] if messages else {}
             style = "ShareGPT" if isinstance(first, Mapping) and "from" in first else "messages"
             return f"{style} (column {column!r})", partial(_from_messages, column=column, roles=roles)
     if "prompt" in row and "completion" in row:
@@ -231,7 +232,7 @@ def _from_pair(row: Row, question: str, answer: str) -> Conversation:
 
 
 def _from_messages(row: Row, column: str, roles: Mapping[str, str]) -> Conversation:
-    given = _need(row, column)
+    given = _message_list(_need(row, column))
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise DataError(f"{column!r} is {_short(given)}; it must be a list of messages.")
     if not given:
@@ -241,6 +242,13 @@ def _from_messages(row: Row, column: str, roles: Mapping[str, str]) -> Conversat
     if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
         messages, trained = [{"role": "system", "content": row["system"]}, *messages], [None, *trained]
     return Conversation(messages, trained, _tools(row), dict(row.get("chat_template_kwargs") or {}))
+
+
+def _message_list(given: Any) -> Any:
+    """Messages row by row; `datasets` turns lists of structures into structures of lists."""
+    if isinstance(given, Mapping) and all(isinstance(v, list) for v in given.values()):
+        return [dict(zip(given, values)) for values in zip(*given.values())]
+    return given
 
 
 def from_messages(messages: Sequence[Row], tools: list[Any] | None = None) -> Conversation:

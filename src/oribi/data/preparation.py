@@ -131,17 +131,16 @@ class Preparation:
     def write(self, path: Path, progress: bool) -> None:
         """Write all examples as an Arrow file, under a temporary name until it is complete."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        bar = tqdm(self.batches(), desc=f"Preparing {self.report.source}", unit=" rows", disable=not progress)
+        bar = tqdm(desc=f"Preparing {self.report.source}", unit=" rows", disable=not progress)
         try:
-            with datasets.arrow_writer.ArrowWriter(features=FEATURES, path=str(temporary)) as writer:
-                for encoded in bar:
-                    bar.n = self.report.rows_in
+            with bar, datasets.arrow_writer.ArrowWriter(features=FEATURES, path=str(temporary)) as writer:
+                for encoded in self.batches():
                     writer.write_table(_table(encoded))
+                    bar.update(self.report.rows_in - bar.n)
                 self.finish()
                 writer.finalize()
             os.replace(temporary, path)
         finally:
-            bar.close()
             temporary.unlink(missing_ok=True)
 
     def rows(self) -> Iterator[dict[str, list[int]]]:
@@ -227,6 +226,11 @@ class Preparation:
         marked = self.masker.mark(example)
         for what in marked.left_out:
             self.tally.note(f"the chat template leaves out the {what}", origin)
+        for end in set(self.masker.template.turn_ends) - {""}:
+            if any(end in (message.get("content") or "") for message in example.messages):
+                self.tally.note(
+                    f"a message itself holds the text {end!r}, which is read as the end of a turn", origin
+                )
         return marked
 
     def _complain(self, bad: list[tuple[str, DataError]]) -> None:

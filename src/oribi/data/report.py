@@ -71,7 +71,8 @@ class DataReport:
             f"  format    {self.format}",
             f"  rows      {self.rows_in:,} in, {self.rows_kept:,} kept, {self.rows_cut:,} cut, {self.rows_dropped:,} dropped"
             f" -> {self.examples:,} examples",
-            f"  tokens    {self.tokens:,}, of which {self.trained_tokens:,} trained ({share:.1f} %)",
+            f"  tokens    {self.tokens:,}, of which {self.trained_tokens:,} trained ({share:.1f} %)"
+            + (f"; {self.tokens_cut:,} cut off" if self.tokens_cut else ""),
         ]
         if self.length_percentiles:
             lengths = ", ".join(f"{name} {value:,}" for name, value in self.length_percentiles.items())
@@ -86,6 +87,7 @@ class DataReport:
             if count:
                 lines.append(f"  {name}: {count:,} rows: {some_of(rows, count)}")
         lines += [f"  note: {note}" for note in self.notes]
+        lines.append(f"  prepared in {self.seconds:.1f} s")
         return "\n".join(lines)
 
 
