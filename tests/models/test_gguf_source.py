@@ -10,7 +10,7 @@ from oribi.errors import ModelError
 from oribi.models.gguf_file import GGUFFile
 from oribi.models.gguf_source import GGUFSource
 from oribi.models.load import load_model
-from oribi.save.gguf.export import save_gguf
+from oribi.save import save_gguf
 from tests.models.tiny import ROPES
 from tests.save.tiny_export import (
     FAMILY_CHANGES,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType
 from peft import get_peft_model as peft_get_peft_model
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from oribi.errors import ConfigError
+from oribi.models.load import train_in_float32
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # what a family with fused projections calls them
@@ -109,7 +109,9 @@ def attach_lora(
         notes.append("embeddings and head are one matrix in this model: it is trained as one")
     new_tokens = source.new_token_ids
     if new_tokens and "trainable_token_indices" not in settings and "embed_tokens" not in (saved or ()):
-        settings["trainable_token_indices"] = list(new_tokens)
+        # PEFT finds a tied head by itself
+        tables = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+        settings["trainable_token_indices"] = {table: list(new_tokens) for table in tables}
         notes.append(f"the rows of the {len(new_tokens)} added tokens are trained and saved with the adapter")
     peft_model = _attach(base, settings, random_state)
     set_checkpointing(base, use_gradient_checkpointing)
@@ -125,13 +127,7 @@ def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int) -> PeftM
             peft_model = peft_get_peft_model(base, LoraConfig(**settings))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"PEFT refuses these LoRA settings: {error}") from error
-    for module in peft_model.modules():
-        # 16-bit weights would round small updates away
-        if isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save.float()
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
+    train_in_float32(peft_model)
     return peft_model.train()
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -215,8 +216,22 @@ def _load_adapter(location: Location, request: Request) -> tuple[PeftModel, PreT
             vocab_size = len(tokenizer)
         if request.options.fix_tokenizer:
             repair(tokenizer, vocab_size, generation, max_seq_length=base.oribi.max_seq_length)
-    model = PeftModel.from_pretrained(base, str(location.directory), is_trainable=True)
+    try:
+        model = PeftModel.from_pretrained(base, str(location.directory), is_trainable=True)
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{location.name} does not fit {base_name}: {error}") from error
+    train_in_float32(model)
     return model, tokenizer
+
+
+def train_in_float32(model: PeftModel) -> None:
+    """Makes every trained weight float32: in 16 bit, small updates are rounded away."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _finish(
