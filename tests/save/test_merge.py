@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oribi.errors import ConfigError, ExportError
 from oribi.save.adapter import MergedModel
-from oribi.save.merge import save_merged
+from oribi.save.export_merged import save_merged
 from oribi.save.shards import shard_bytes
 from tests.save.tiny_export import adapted, byte_level_tokenizer, export_config, tiny_model
 
@@ -119,7 +119,9 @@ def test_an_export_replaces_an_earlier_one_of_other_shards(tmp_path):
     save_merged(second, tmp_path / "merged", dtype=torch.float32)
     assert relative(reloaded(tmp_path / "merged"), logits_of(second)) < 1e-5
     names = {path.name for path in (tmp_path / "merged").iterdir()}
-    assert names == {"notes.txt", "model.safetensors", "config.json", "generation_config.json"}
+    assert names == {
+        "notes.txt", "model.safetensors", "config.json", "generation_config.json", "README.md", "export_report.json"
+    }  # fmt: skip
 
 
 def test_the_adapter_loads_in_plain_peft(tmp_path):

@@ -4,8 +4,13 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "save_merged": "oribi.save.merge",
-    "save_gguf": "oribi.save.gguf.export",
+    "save_merged": "oribi.save.export_merged",
+    "save_gguf": "oribi.save.export_gguf",
+    "save_gguf_adapter": "oribi.save.gguf.adapter",
+    "push_merged": "oribi.save.hub",
+    "push_gguf": "oribi.save.hub",
+    "print_quantization_methods": "oribi.save.gguf.mixes",
+    "ExportReport": "oribi.save.report",
 }
 
 

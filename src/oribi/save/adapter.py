@@ -8,9 +8,9 @@ A weight W [N, K] becomes, one active adapter after the other,
 which is PEFT's forward written as one weight. The sum is float32 and the caller rounds it once.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -21,7 +21,6 @@ from torch import nn
 
 from oribi.errors import ExportError
 from oribi.models.checkpoint import TensorSource
-from oribi.save.folder import finished_folder
 from oribi.save.weights import LoadedModel, Slot, plain_tensor, slots_of
 
 _EMBEDDINGS = "model.embed_tokens.weight"
@@ -246,18 +245,13 @@ class MergedModel:
         return torch.cat([base, loaded[len(base) :]])
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike, tokenizer: object | None = None) -> None:
-    """Save the adapter in PEFT's format, and the tokenizer, so that the folder is complete or unchanged.
+def write_adapter(model: nn.Module, folder: Path) -> None:
+    """Write the adapter in PEFT's format into an existing folder.
 
     Raises:
         ExportError: the model has no adapter.
     """
     if not hasattr(model, "peft_config"):
         raise ExportError("save_method='lora' needs a model with an adapter; this model has none")
-    size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if p.requires_grad)
-    with finished_folder(directory, size) as partial:
-        model.save_pretrained(partial)
-        # PEFT writes a model card of blanks; the export's own card, if any, is written by the caller
-        (partial / "README.md").unlink(missing_ok=True)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form of blanks

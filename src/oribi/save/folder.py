@@ -42,6 +42,14 @@ def finished_folder(directory: str | os.PathLike, needed_bytes: int) -> Iterator
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def reject(partial: Path, final: str | os.PathLike) -> None:
+    """Keep the files of a failed export under `final`.rejected, where nothing takes them for good."""
+    rejected = Path(f"{final}.rejected")
+    if rejected.exists():
+        shutil.rmtree(rejected)
+    partial.rename(rejected)
+
+
 def require_disk(folder: Path, needed_bytes: int) -> None:
     """Raise unless the disk of an existing folder has room for so many bytes and one per cent.
 

@@ -5,7 +5,7 @@ Source: the safetensors format, https://github.com/huggingface/safetensors (8 by
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,21 +61,59 @@ def write_shards(
         if shards[-1] and sum(p.nbytes for p in shards[-1]) + plan.nbytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(plan)
-    if len(shards) == 1:
-        paths = [folder / "model.safetensors"]
-    else:
-        paths = [folder / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    paths = [folder / name for name in _shard_names(len(shards))]
     remaining = iter(tensors)
     for path, shard in zip(paths, shards):
         _write_shard(path, shard, remaining)
-    if len(shards) > 1:
-        weight_map = {plan.name: path.name for path, shard in zip(paths, shards) for plan in shard}
-        index = {"metadata": {"total_size": sum(plan.nbytes for plan in plans)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    _write_index(
+        folder, {plan.name: path.name for path, shard in zip(paths, shards) for plan in shard}, plans
+    )
     return paths
 
 
-def _write_shard(path: Path, plans: list[TensorPlan], tensors: Iterable[torch.Tensor]) -> None:
+def write_unplanned(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
+) -> list[Path]:
+    """The same for tensors whose sizes are known only when they come (packed weights); the host holds one shard."""
+    shards: list[list[TensorPlan]] = []
+    held: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        shards.append([TensorPlan(name, tuple(t.shape), t.dtype) for name, t in held.items()])
+        _write_shard(folder / f"part-{len(shards)}", shards[-1], iter(held.values()))
+        held.clear()
+
+    size = 0
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        held[name] = tensor
+        size += tensor.nbytes
+    flush()
+    paths = [folder / name for name in _shard_names(len(shards))]
+    for i, path in enumerate(paths):
+        (folder / f"part-{i + 1}").rename(path)
+    plans = [plan for shard in shards for plan in shard]
+    _write_index(
+        folder, {plan.name: path.name for path, shard in zip(paths, shards) for plan in shard}, plans
+    )
+    return paths
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], plans: list[TensorPlan]) -> None:
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": sum(plan.nbytes for plan in plans)}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(path: Path, plans: list[TensorPlan], tensors: Iterator[torch.Tensor]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for plan in plans:

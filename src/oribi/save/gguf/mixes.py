@@ -79,6 +79,12 @@ def mix_of(method: str) -> Method:
     raise ConfigError(f"quantization_method = {method!r}{reason}; expected one of {', '.join(METHODS)}")
 
 
+def print_quantization_methods() -> None:
+    """Print every method, what it costs and whom it serves."""
+    for method in METHODS.values():
+        print(f"{method.name:8} {method.words}")
+
+
 class Mix:
     """Types of one file's tensors, by their names in the file.
 

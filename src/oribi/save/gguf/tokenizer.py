@@ -12,6 +12,7 @@ import gguf
 from transformers import PreTrainedTokenizerFast
 
 from oribi.errors import ExportError
+from oribi.save.stopping import template_starts_with_bos, turn_end_id
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -63,6 +64,8 @@ class Vocabulary:
         merges: of "gpt2", by rank.
         scores: of "llama", the higher is merged first.
         space_prefix: whether a space is put before the text; only "llama" asks.
+        adds_bos: whether the file tells llama.cpp to put BOS before every prompt.
+        bos_removed: whether the tokenizer does so and the file does not, as conversations were trained without.
     """
 
     model: str
@@ -72,6 +75,8 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     space_prefix: bool = False
+    adds_bos: bool = False
+    bos_removed: bool = False
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary:
@@ -238,10 +243,17 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, r
         if id is not None:
             getattr(writer, f"add_{name}_token_id")(id)
     probe = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id)
+    adds_bos = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
+    # llama.cpp renders the template and then tokenises as for any text: a template without BOS must get none
+    vocabulary.bos_removed = adds_bos and template_starts_with_bos(tokenizer) is False
+    vocabulary.adds_bos = adds_bos and not vocabulary.bos_removed
+    writer.add_add_bos_token(vocabulary.adds_bos)
     writer.add_add_eos_token(
         tokenizer.eos_token_id is not None and len(probe) > 1 and probe[-1] == tokenizer.eos_token_id
     )
+    end = turn_end_id(tokenizer)
+    if end is not None and end != tokenizer.eos_token_id:
+        writer.add_eot_token_id(end)
     if tokenizer.chat_template is not None:
         templates = tokenizer.chat_template
         if isinstance(templates, dict):

@@ -18,7 +18,7 @@ from oribi.save.gguf.layout import Tensor, layout_of, rope_tensors, tensors_of
 from oribi.save.gguf.metadata import add_metadata
 from oribi.save.gguf.mixes import Mix, mix_of
 from oribi.save.gguf.quantize import quantize, quantized_bytes
-from oribi.save.gguf.tokenizer import add_tokenizer
+from oribi.save.gguf.tokenizer import Vocabulary, add_tokenizer
 
 _EMBEDDINGS = "model.embed_tokens.weight"
 _FLOAT32 = np.dtype(np.float32)  # the writer wants the shape in values, not in bytes
@@ -65,7 +65,7 @@ def write_files(
     *,
     name: str,
     device: torch.device,
-) -> None:
+) -> Vocabulary:
     """Write one GGUF file for each method; each tensor is merged once and quantised for all.
 
     Args:
@@ -75,6 +75,9 @@ def write_files(
         tokenizer: a fast tokenizer.
         name: the model's name, for people.
         device: where tensors are merged and quantised.
+
+    Returns:
+        The tokenizer as written.
 
     Raises:
         ConfigError: a method is unknown.
@@ -88,7 +91,7 @@ def write_files(
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout_of(config).arch])
         rows = shapes[_EMBEDDINGS][0]
         add_metadata(writer, config, name, rows)
-        add_tokenizer(writer, tokenizer, rows)
+        vocabulary = add_tokenizer(writer, tokenizer, rows)
         writer.add_file_type(mix_of(method).file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for factor, values in factors.items():
@@ -112,3 +115,4 @@ def write_files(
             writer.write_tensor_data(quantize(values, entry.type))
     for writer in writers.values():
         writer.close()
+    return vocabulary

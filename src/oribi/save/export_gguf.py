@@ -1,0 +1,137 @@
+"""The trained model as GGUF files: one call, any number of quantisation methods; written, read back, compared."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from oribi.errors import ConfigError
+from oribi.models.gguf_source import GGUFSource
+from oribi.save import llama_cpp
+from oribi.save.accepted import GGUF_KEYWORDS, read_accepted
+from oribi.save.adapter import MergedModel
+from oribi.save.base import choose_base, open_base
+from oribi.save.finish import file_sizes, finish_export, kl_tolerance, trained_answers
+from oribi.save.folder import finished_folder, gigabytes
+from oribi.save.gguf.adapter import save_gguf_adapter
+from oribi.save.gguf.layout import check_config
+from oribi.save.gguf.mixes import METHODS, mix_of
+from oribi.save.gguf.writer import plan_file, write_files
+from oribi.save.modelfile import NoModelfile, modelfile
+from oribi.save.naming import model_name
+from oribi.save.report import ExportReport
+from oribi.save.stopping import stop_ids
+from oribi.save.verify import Trained, check_gguf_tokenizer, check_in_llama_cpp, check_source
+
+
+def save_gguf(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "q8_0",
+    *,
+    base: str = "dequantized",
+    name: str | None = None,
+    held_out: Sequence[Any] | None = None,
+    verify: bool = True,
+    **accepted: Any,
+) -> dict[str, Any] | None:
+    """Write the trained model, adapters merged, as GGUF files that llama.cpp, Ollama and their kin run, and check them.
+
+    Args:
+        model: the trained model, PEFT's or plain.
+        directory: where the files go; created.
+        tokenizer: a fast tokenizer; its chat template goes into the files and, as Go template, into a Modelfile.
+        quantization_method: one of `print_quantization_methods()` in any case, or several.
+        base: the weights under the adapter, as for `save_merged`.
+        name: the model's name; None takes the last part of the name it was loaded by.
+        held_out, verify: as for `save_merged`; llama.cpp is asked too where xllamacpp is installed.
+        accepted: keywords of other libraries' calls, see `save.accepted`.
+
+    Returns:
+        save_directory, gguf_directory, gguf_files (paths), modelfile_location (path or None), want_full_precision,
+        is_vlm, fix_bos_token (whether BOS is not added because the chat template never had it), report
+        (`ExportReport`). None in processes that are not the main one.
+
+    Raises:
+        ConfigError: an unknown method, or no tokenizer.
+        ExportError: llama.cpp cannot hold this model, the disk is too small, or a file differs from the trained model.
+    """
+    options = read_accepted(accepted, GGUF_KEYWORDS, "save_pretrained_gguf")
+    if tokenizer is None:
+        raise ConfigError("GGUF files hold the tokenizer; give tokenizer=")
+    if not options.is_main_process:
+        return None
+    if options.save_method == "lora":
+        return save_gguf_adapter(model, directory, quantization_method)
+    asked = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
+    methods = list(dict.fromkeys(mix_of(method).name for method in asked))
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    notes = check_config(inner.config)
+    trained = trained_answers(model, tokenizer, held_out, verify or base == "auto")
+    chosen, reason = choose_base(model, base, trained)
+    source = MergedModel(model, open_base(model, chosen))
+    report = ExportReport(str(directory), "gguf", chosen, {}, notes=[*notes, *[reason] * bool(reason)])
+    name = name or model_name(model)
+    sizes = {m: sum(e.nbytes for e in plan_file(inner.config, source.shapes(), m)) for m in methods}
+    for method, size in sizes.items():
+        print(f"oribi: {method}, {METHODS[method].words}: {gigabytes(size)} into {directory}", flush=True)
+    files = {method: f"{name}.{method.upper()}.gguf" for method in methods}
+    with finished_folder(directory, sum(sizes.values()) + (16 << 20)) as partial:
+        paths = {method: partial / file for method, file in files.items()}
+        device = next(inner.parameters()).device
+        with torch.no_grad():
+            vocabulary = write_files(paths, source, inner.config, tokenizer, name=name, device=device)
+        has_modelfile = _write_modelfile(
+            partial, files[methods[0]], model, tokenizer, vocabulary.adds_bos, report
+        )
+        if verify:
+            report.checked_on = trained.rows.origin
+            for method, path in paths.items():
+                _check_gguf(method, path, trained, tokenizer, report)
+        report.files = file_sizes(partial, "*.gguf")
+        usage = f"```\nllama-cli -m {files[methods[0]]}\n```" + (
+            f"\n\n```\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"
+            if has_modelfile
+            else ""
+        )
+        finish_export(report, partial, model, usage)
+    return {
+        "save_directory": str(directory),
+        "gguf_directory": str(directory),
+        "gguf_files": [str(Path(directory) / file) for file in files.values()],
+        "modelfile_location": str(Path(directory) / "Modelfile") if has_modelfile else None,
+        "want_full_precision": all(method in ("f32", "f16", "bf16") for method in methods),
+        "is_vlm": False,
+        "fix_bos_token": vocabulary.bos_removed,
+        "report": report,
+    }
+
+
+def _write_modelfile(
+    folder: Path, file: str, model: nn.Module, tokenizer: Any, adds_bos: bool, report: ExportReport
+) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generation = getattr(inner, "generation_config", None)
+    stops = stop_ids(tokenizer, getattr(generation, "eos_token_id", None))
+    try:
+        text = modelfile(file, tokenizer, stops, generation, adds_bos=adds_bos)
+    except NoModelfile as why:
+        report.notes.append(f"no Modelfile for Ollama was written: {why}")
+        return False
+    (folder / "Modelfile").write_text(text)
+    return True
+
+
+def _check_gguf(method: str, path: Path, trained: Trained, tokenizer: Any, report: ExportReport) -> None:
+    tolerance = kl_tolerance(method, trained, report.base)
+    found = [check_source("weights read back", trained, GGUFSource(path), tolerance)]
+    found.append(check_gguf_tokenizer(tokenizer, path))
+    if llama_cpp.is_installed():
+        found += check_in_llama_cpp(trained, tokenizer, path, tolerance + 0.01)
+    for check in found:
+        check.name = f"{method}: {check.name}"
+    report.checks += found

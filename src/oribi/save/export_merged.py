@@ -1,0 +1,163 @@
+"""The trained model as one folder, merged or as adapter: written, read back, compared, and only then named."""
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from oribi.errors import ConfigError
+from oribi.save.accepted import MERGED_KEYWORDS, read_accepted
+from oribi.save.adapter import MergedModel, write_adapter
+from oribi.save.base import choose_base, open_base
+from oribi.save.finish import file_sizes, finish_export, kl_tolerance, trained_answers
+from oribi.save.folder import finished_folder, gigabytes
+from oribi.save.merge import Checkpoint, merged_dtype
+from oribi.save.report import ExportReport
+from oribi.save.stopping import stop_ids
+from oribi.save.upload import upload_folder
+from oribi.save.verify import Check, Trained, check_folder, check_saved_tokenizer
+
+METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
+
+
+def save_merged(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    *,
+    base: str = "dequantized",
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: str | int = "5GB",
+    held_out: Sequence[Any] | None = None,
+    verify: bool = True,
+    **accepted: Any,
+) -> ExportReport | None:
+    """Write the trained model as one folder that any program loads, or its adapter alone, and check it.
+
+    Args:
+        model: the trained model, PEFT's or plain.
+        directory: created; files of an earlier export in it are replaced at once when this one is complete.
+        tokenizer: saved with the model; None saves none.
+        save_method: "merged_16bit", "merged_4bit" (the merge quantised to NF4 again), or "lora".
+        base: "dequantized" (the trained function exactly), "original", "auto", or a folder; see `save.merge`.
+        dtype: dtype of "merged_16bit"; None takes bfloat16 or float16 of the model, and bfloat16 for float32.
+        max_shard_size: a shard ends before it would pass this size.
+        held_out: texts, lists of messages, or rows of a dataset on which the written model is compared with the trained
+            one; None takes `model.oribi.held_out` if the trainer left one, else a few texts of oribi's own.
+        verify: whether to compare; without it nothing is promised.
+        accepted: keywords of other libraries' calls, see `save.accepted`.
+
+    Returns:
+        The report; also written as export_report.json and README.md. None in processes that are not the main one.
+
+    Raises:
+        ConfigError: an argument has an unknown value.
+        ExportError: the merge cannot be expressed, does not fit on the disk, or differs from the trained model.
+    """
+    if save_method not in METHODS:
+        raise ConfigError(f"save_method = {save_method!r}; expected one of {', '.join(METHODS)}")
+    options = read_accepted(accepted, MERGED_KEYWORDS, "save_pretrained_merged")
+    if not options.is_main_process:
+        return None
+    save_method = save_method.removesuffix("_forced")
+    if save_method == "lora":
+        report = _save_adapter(model, Path(directory), tokenizer, verify)
+    else:
+        trained = trained_answers(model, tokenizer, held_out, verify or base == "auto")
+        chosen, reason = choose_base(model, base, trained)
+        merged = MergedModel(model, open_base(model, chosen))
+        quantized = save_method == "merged_4bit"
+        checkpoint = Checkpoint(model, merged, merged_dtype(model, dtype), quantized=quantized)
+        report = ExportReport(str(directory), save_method, chosen, {}, notes=[reason] * bool(reason))
+        _write_checkpoint(checkpoint, report, tokenizer, max_shard_size, trained if verify else None)
+    if options.push_to_hub:
+        upload_folder(Path(directory), Path(directory).name, options)
+    return report
+
+
+def _write_checkpoint(
+    checkpoint: Checkpoint,
+    report: ExportReport,
+    tokenizer: Any,
+    max_shard_size: str | int,
+    trained: Trained | None,
+) -> None:
+    directory = Path(report.directory)
+    model = checkpoint.model
+    words = (
+        f"{report.kind}, {len(checkpoint.plans)} tensors in {str(checkpoint.dtype).removeprefix('torch.')}"
+    )
+    print(f"oribi: {words}: {gigabytes(checkpoint.nbytes)} into {directory}", flush=True)
+    with finished_folder(directory, checkpoint.nbytes) as partial:
+        checkpoint.write(partial, max_shard_size)
+        _write_generation_config(model, tokenizer, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if trained is not None:
+            report.checked_on = trained.rows.origin
+            key = "4-bit" if checkpoint.quantized else str(checkpoint.dtype).removeprefix("torch.")
+            report.checks.append(
+                check_folder(
+                    f"{report.kind} read back", trained, partial, kl_tolerance(key, trained, report.base)
+                )
+            )
+            if tokenizer is not None:
+                report.checks.append(check_saved_tokenizer(tokenizer, partial))
+        report.files = file_sizes(partial, "*.safetensors")
+        usage = (
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{directory.name}", dtype="auto")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{directory.name}")\n```'
+        )
+        finish_export(report, partial, model, usage)
+
+
+def _write_generation_config(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generation = copy.deepcopy(getattr(inner, "generation_config", None))
+    if generation is None:
+        return
+    stops = stop_ids(tokenizer, generation.eos_token_id)
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    generation.save_pretrained(folder)
+
+
+def _save_adapter(model: nn.Module, directory: Path, tokenizer: Any, verify: bool) -> ExportReport:
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    print(f"oribi: adapter: {gigabytes(size)} into {directory}", flush=True)
+    report = ExportReport(str(directory), "lora", "", {})
+    with finished_folder(directory, size) as partial:
+        write_adapter(model, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if verify:
+            report.checked_on = "every weight of the adapter"
+            report.checks.append(_check_adapter(model, partial))
+            if tokenizer is not None:
+                report.checks.append(check_saved_tokenizer(tokenizer, partial))
+        report.files = file_sizes(partial, "*.safetensors")
+        usage = (
+            "```python\nfrom oribi import FastLanguageModel\n\n"
+            f'model, tokenizer = FastLanguageModel.from_pretrained("{directory.name}")\n```\n\n'
+            "or `peft.AutoPeftModelForCausalLM`."
+        )
+        finish_export(report, partial, model, usage)
+    return report
+
+
+def _check_adapter(model: nn.Module, folder: Path) -> Check:
+    expected = get_peft_model_state_dict(model)
+    found = load_file(next(iter(folder.glob("**/adapter_model.safetensors"))))
+    different = [
+        name for name, value in expected.items()
+        if name not in found or not torch.equal(found[name], value.detach().cpu())
+    ]  # fmt: skip
+    figures = {"same": len(expected) - len(different), "of": len(expected)}
+    return Check("adapter read back, bit by bit", not different, figures, f"{different[:1]} differ")

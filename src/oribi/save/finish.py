@@ -1,0 +1,44 @@
+"""What every export ends with: the comparison's tolerance, the printed report, and what becomes of the files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from oribi.save.folder import reject
+from oribi.save.naming import base_name
+from oribi.save.probes import rows_of
+from oribi.save.report import ExportReport, model_card
+from oribi.save.verify import KL_TOLERANCE, OTHER_BASE, SIXTEEN_BIT, Trained
+
+
+def trained_answers(
+    model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | None, needed: bool
+) -> Trained | None:
+    if not needed:
+        return None
+    if held_out is None:
+        held_out = getattr(getattr(model, "oribi", None), "held_out", None)
+    return Trained(model, rows_of(tokenizer, held_out, model.config.vocab_size))
+
+
+def kl_tolerance(key: str, trained: Trained, base: str) -> float:
+    tolerance = KL_TOLERANCE[key]
+    if trained.dtype != torch.float32:
+        tolerance += SIXTEEN_BIT
+    return tolerance + OTHER_BASE if base != "dequantized" else tolerance
+
+
+def file_sizes(folder: Path, pattern: str) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob(pattern))}
+
+
+def finish_export(report: ExportReport, partial: Path, model: nn.Module, usage: str) -> None:
+    """Print and write the report; a failed one moves the files aside and raises."""
+    report.print()
+    report.write(partial, model_card(report, Path(report.directory).name, base_name(model), usage))
+    if not report.passed:
+        reject(partial, report.directory)
+    report.require()

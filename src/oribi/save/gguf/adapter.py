@@ -1,0 +1,110 @@
+"""A LoRA adapter as a GGUF file, applied by llama.cpp to a GGUF file of the base.
+
+llama.cpp adds alpha / r * B A to a weight, with one alpha for the file. Where PEFT's scale is another (rsLoRA, alphas by
+layer), B carries the ratio.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import nn
+
+from oribi.errors import ConfigError, ExportError
+from oribi.save.adapter import changes_of
+from oribi.save.folder import finished_folder, gigabytes
+from oribi.save.gguf.layout import layout_of, tensors_of
+from oribi.save.gguf.quantize import Type, quantize, quantized_bytes
+from oribi.save.naming import base_name, model_name
+from oribi.save.weights import LoadedModel
+
+_TYPES = {"auto": Type.F16, "f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
+_FLOAT32 = np.dtype(np.float32)
+
+
+def save_gguf_adapter(
+    model: nn.Module, directory: str | Path, quantization_method: str | Sequence[str] = "f16"
+) -> dict[str, Any]:
+    """Write the active LoRA adapter as GGUF.
+
+    Args:
+        model: PEFT's model with one active adapter, LoRA or rsLoRA alone.
+        directory: where the file goes; created.
+        quantization_method: f32, f16, bf16 or q8_0 (where rows allow it, f16 elsewhere), or several.
+
+    Returns:
+        gguf_directory and gguf_files.
+
+    Raises:
+        ConfigError: an unknown type.
+        ExportError: the adapter has parts that llama.cpp cannot apply.
+    """
+    names = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
+    unknown = [name for name in names if name.lower() not in _TYPES]
+    if unknown:
+        raise ConfigError(f"an adapter as GGUF is written as {', '.join(_TYPES)}; got {unknown[0]!r}")
+    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    alpha, pairs = _pairs(model, config)
+    size = sum(pair.numel() * 4 for pair in pairs.values()) * len(names)
+    print(f"oribi: adapter as GGUF: up to {gigabytes(size)} into {directory}", flush=True)
+    files = {name.lower(): f"{model_name(model)}-lora.{name.upper()}.gguf" for name in names}
+    with finished_folder(directory, size + (1 << 20)) as partial:
+        for name, file in files.items():
+            _write(partial / file, config, alpha, pairs, _TYPES[name], base_name(model))
+    return {
+        "gguf_directory": str(directory),
+        "gguf_files": [str(Path(directory) / file) for file in files.values()],
+    }
+
+
+def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """alpha, and a [r, K] and b [N, r] of every adapted weight by their names in the file."""
+    changes = changes_of(model)
+    if not changes:
+        raise ExportError("the model has no active adapter to write")
+    places = {tensor.source: tensor for tensor in tensors_of(config, list(LoadedModel(model).shapes()))}
+    alpha, pairs = None, {}
+    for name, change in changes.items():
+        plain = len(change.updates) == 1 and not (change.replacement or change.rows or change.offsets)
+        if (
+            not plain
+            or change.updates[0].magnitude is not None
+            or change.updates[0].columns
+            or name not in places
+        ):
+            raise ExportError(
+                f"{name}: llama.cpp applies one LoRA update of a linear layer that the file holds, and no DoRA, bias, "
+                "new token or fully trained module; save merged GGUF files instead"
+            )
+        update, place = change.updates[0], places[name]
+        rank = len(update.a)
+        alpha = update.scale * rank if alpha is None else alpha
+        pairs[f"{place.name}.lora_a"] = update.a
+        pairs[f"{place.name}.lora_b"] = place.to_gguf(update.b) * (update.scale * rank / alpha)
+    return alpha, pairs
+
+
+def _write(
+    path: Path, config: Any, alpha: float, pairs: dict[str, torch.Tensor], type: Type, base: str
+) -> None:
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout_of(config).arch])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(f"LoRA of {base}" if base else "LoRA")
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    types = {
+        name: Type.F16 if pair.shape[-1] % gguf.GGML_QUANT_SIZES[type][0] else type
+        for name, pair in pairs.items()
+    }
+    for name, pair in pairs.items():
+        size = quantized_bytes(tuple(pair.shape), types[name])
+        writer.add_tensor_info(name, tuple(pair.shape), _FLOAT32, size, raw_dtype=types[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, pair in pairs.items():
+        writer.write_tensor_data(quantize(pair.contiguous(), types[name]))
+    writer.close()

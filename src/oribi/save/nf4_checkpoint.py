@@ -1,0 +1,51 @@
+"""A merged checkpoint in NF4 again, as bitsandbytes stores it: the tensors that `*-bnb-4bit` checkpoints hold."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from bitsandbytes.functional import quantize_4bit
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from oribi.models.checkpoint import BLOCK
+from oribi.save.weights import slots_of
+
+
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """`quantization_config` of the checkpoint's config.json."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    """Names of the weights that are packed: of linear layers other than the head whose rows are whole blocks."""
+    return {
+        name
+        for name, slot in slots_of(model).items()
+        if slot.leaf == "weight"
+        and isinstance(slot.module, nn.Linear)
+        and name != "lm_head.weight"
+        and slot.module.in_features % BLOCK == 0
+    }
+
+
+def packed_bytes(count: int) -> int:
+    """Bytes of so many packed values with their scales, the small fixed parts left out."""
+    return count // 2 + count // BLOCK + count // BLOCK // 256 * 4
+
+
+def pack(tensors: Iterable[tuple[str, torch.Tensor]], packed: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Named dense tensors, those in `packed` as codes [N * K / 2, 1] uint8 and the tensors of their state."""
+    for name, tensor in tensors:
+        if name not in packed:
+            yield name, tensor
+            continue
+        codes, state = quantize_4bit(tensor, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        yield name, codes
+        for key, value in state.as_dict(packed=True).items():
+            yield f"{name}.{key}", value

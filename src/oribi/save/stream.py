@@ -1,0 +1,66 @@
+"""Running a model whose layers stay on the disk: embeddings, head and one layer at a time are in memory.
+
+So an exported file of any size is checked on the machine that wrote it. S tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from oribi.models.checkpoint import TensorSource
+from oribi.models.decoder import DecoderForCausalLM, build
+
+
+def streamed_logits(
+    config: PretrainedConfig,
+    source: TensorSource,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Logits [S, V] float32 of a pack of documents, on the device of `ids`.
+
+    Args:
+        config: the model's config, of a family of the table.
+        source: its tensors under checkpoint names; a head that is missing is tied to the embeddings.
+        ids, positions: [1, S] int64; positions restart at 0 at each document.
+        dtype: dtype of the computation.
+    """
+    with torch.no_grad():
+        model = build(config, dtype=dtype).eval()
+        with _loaded_by_need(model, source, ids.device, dtype):
+            return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+
+
+@contextmanager
+def _loaded_by_need(
+    model: DecoderForCausalLM, source: TensorSource, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """Gives each layer of a model on the meta device its weights just before it runs and takes them back after."""
+    stored = source.shapes()
+
+    def load(prefix: str, part: nn.Module) -> None:
+        for name, _ in list(part.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            value = source.read(f"{prefix}.{name}", device, dtype)
+            setattr(part.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+    load("model.embed_tokens", model.model.embed_tokens)
+    load("model.norm", model.model.norm)
+    if "lm_head.weight" in stored:
+        load("lm_head", model.lm_head)
+    else:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    hooks = []
+    for i, layer in enumerate(model.model.layers):
+        prefix = f"model.layers.{i}"
+        hooks.append(layer.register_forward_pre_hook(lambda layer, _, prefix=prefix: load(prefix, layer)))
+        hooks.append(layer.register_forward_hook(lambda layer, *_: layer.to("meta") and None))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
