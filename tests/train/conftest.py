@@ -15,7 +15,24 @@ from tests.data.tokenizers_small import byte_level
 from tests.models.tiny import tiny_config, tiny_pair
 
 VOCABULARY = 512
-WORDS = "the red fox runs over old hills and sees a blue bird near some deep lake".split()
+WORDS = [
+    "the",
+    "red",
+    "fox",
+    "runs",
+    "over",
+    "old",
+    "hills",
+    "and",
+    "sees",
+    "a",
+    "blue",
+    "bird",
+    "near",
+    "some",
+    "deep",
+    "lake",
+]
 
 
 def chatml_tokenizer():
@@ -62,13 +79,12 @@ def load(tiny_folder):
     return load_with_lora
 
 
-@pytest.fixture
-def conversations() -> Dataset:
-    """24 conversations of different lengths."""
+def some_conversations(count: int) -> Dataset:
+    """Conversations of different lengths."""
     generator = torch.Generator().manual_seed(0)
 
-    def words(count: int) -> str:
-        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=generator))
+    def words(length: int) -> str:
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator))
 
     return Dataset.from_list(
         [
@@ -78,6 +94,11 @@ def conversations() -> Dataset:
                     {"role": "assistant", "content": words(1 + i % 7)},
                 ]
             }
-            for i in range(24)
+            for i in range(count)
         ]
     )
+
+
+@pytest.fixture
+def conversations() -> Dataset:
+    return some_conversations(24)

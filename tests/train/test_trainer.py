@@ -2,43 +2,415 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
+from oribi.data import PackCollator, PaddedCollator, prepare_dataset
 from oribi.data.responses_only import train_on_responses_only
 from oribi.errors import ConfigError, DataError, OribiError
 from oribi.kernels.adamw import FlatAdamW
 from oribi.train.arguments import SFTConfig, adopt
+from oribi.train.compat import UnslothTrainer, UnslothTrainingArguments, unsloth_train
 from oribi.train.trainer import SFTTrainer
+
+SEQUENTIAL = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "warmup_steps": 0}
 
 
 @pytest.fixture
-def train(load, tmp_path):
-    """A trainer on the tiny model; keywords go to SFTConfig, `trainer_arguments` to SFTTrainer."""
+def make(load, tmp_path):
+    """A trainer on the tiny model; keywords go to SFTConfig, `extra` to SFTTrainer."""
 
-    def make(dataset, trainer_arguments=None, model=None, folder="run", **settings) -> SFTTrainer:
-        loaded, tokenizer = load() if model is None else model
-        settings = {"max_steps": 3, "learning_rate": 1e-3, "disable_tqdm": True, "save_strategy": "no", **settings}
+    def make_trainer(rows, extra=None, model=None, folder="run", **settings) -> SFTTrainer:
+        model, tokenizer = load() if model is None else model
+        settings = {
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            **settings,
+        }
         args = SFTConfig(output_dir=str(tmp_path / folder), **settings)
-        return SFTTrainer(loaded, args, train_dataset=dataset, tokenizer=tokenizer, **(trainer_arguments or {}))
+        return SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer, **(extra or {}))
 
-    return make
+    return make_trainer
 
 
-def test_training_lowers_the_loss_and_reports_it(train, conversations, tmp_path):
-    trainer = train(conversations, max_steps=20, learning_rate=5e-3)
+def trained(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same(left: dict, right: dict, **tolerance) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(
+            left[name], right[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_training_lowers_the_loss_and_logs_every_step(make, conversations, tmp_path):
+    trainer = make(conversations, max_steps=20, learning_rate=5e-3)
     stats = trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = losses_of(trainer)
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 0.5
     assert stats.metrics["train_runtime"] > 0
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines[:20]] == list(range(1, 21))
     assert {"loss", "learning_rate", "tokens_per_second", "grad_norm", "num_tokens"} <= lines[0].keys()
+
+
+def test_rows_show_ids_and_exact_labels(make, conversations):
+    trainer = make(conversations)
+    tokenizer, row = trainer.processing_class, trainer.train_dataset[3]
+    labels = [i for i in row["labels"] if i != -100]
+    answer = conversations[3]["messages"][1]["content"]
+    assert tokenizer.decode(labels) == answer + "<|im_end|>"
+    assert tokenizer.decode(row["input_ids"]).startswith("<|im_start|>user\n")
+    assert trainer.data_reports["train"].rows_kept == 24
+
+
+def test_asking_for_every_message_trains_every_token(make, conversations):
+    trainer = make(conversations, assistant_only_loss=False)
+    row = trainer.train_dataset[0]
+    assert row["labels"] == row["input_ids"]
+
+
+def test_a_step_does_not_depend_on_how_its_batch_is_cut(make, load, conversations):
+    """Six examples as one batch, as six, and as three pairs: the loss is divided by the targets of the whole step."""
+    results = []
+    for batch, accumulation in ((6, 1), (1, 6), (2, 3)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer = make(
+            conversations.select(range(6)), optim="adamw_torch", max_steps=1, **sizes, **SEQUENTIAL
+        )
+        trainer.train()
+        results.append((losses_of(trainer)[0], trained(trainer.model)))
+    for loss, weights in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert_same(weights, results[0][1], rtol=1e-4, atol=2e-6)
+
+
+def test_packs_rows_and_rectangles_train_the_same(make, conversations):
+    rows = conversations.select(range(8))
+    whole = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 2, **SEQUENTIAL}
+    joined, padded = make(rows, **whole), make(rows, padding_free=False, **whole)
+    packed = make(rows, packing=True, **whole)
+    assert isinstance(joined.data_collator, PackCollator)
+    assert isinstance(padded.data_collator, PaddedCollator)
+    assert len(packed.train_dataset) < 8
+    for trainer in (joined, padded, packed):
+        trainer.train()
+    assert losses_of(padded) == pytest.approx(losses_of(joined), rel=1e-5)
+    assert losses_of(packed) == pytest.approx(losses_of(joined), rel=1e-5)
+
+
+def test_lora_stays_float32_and_the_model_keeps_its_forward(make, load, conversations):
+    model, tokenizer = load()
+    before = trained(model)
+    trainer = make(conversations, model=(model, tokenizer))
+    assert model.get_base_model().is_loaded_in_4bit
+    assert_same(trained(trainer.model), before, rtol=0, atol=0)
+    assert {p.dtype for p in trained(trainer.model).values()} == {torch.float32}
+    assert "forward" not in vars(model.get_base_model())
+    assert "get_output_embeddings" not in vars(model.get_base_model())
+
+
+def test_nothing_is_reported_to_anyone(make, conversations, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("telemetry was sent")
+
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", refuse)
+    make(conversations)
+
+
+def test_arguments_come_out_of_the_constructor_as_they_went_in(make, conversations):
+    args = make(conversations, packing=True, padding_free=None, assistant_only_loss=True).args
+    assert (args.packing, args.padding_free, args.assistant_only_loss) == (True, None, True)
+    assert args.max_length == 128  # of the model
+
+
+def test_older_keywords_of_the_trainer_are_arguments(make, conversations, load, tmp_path):
+    model, tokenizer = load()
+    rows = Dataset.from_dict({"story": ["the red fox " * 40] * 4})
+    trainer = SFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=rows,
+        dataset_text_field="story",
+        max_seq_length=32,
+        dataset_num_proc=2,
+        packing=False,
+        args=TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none"),
+    )
+    assert [len(row["input_ids"]) for row in trainer.train_dataset] == [32] * 4
+    assert isinstance(trainer.args, SFTConfig)
+    assert trainer.args.dataset_num_proc == 2
+
+
+def test_contradictions_are_refused(make, load, conversations, tmp_path):
+    model, tokenizer = load()
+    with pytest.raises(ConfigError, match="tokenizer and processing_class"):
+        SFTTrainer(model, train_dataset=conversations, tokenizer=tokenizer, processing_class=load()[1])
+    with pytest.raises(ConfigError, match="tokenizer is missing"):
+        SFTTrainer(model, train_dataset=conversations)
+    with pytest.raises(ConfigError, match="max_length = 64 and max_seq_length = 32"):
+        SFTConfig(max_length=64, max_seq_length=32)
+    with pytest.raises(ConfigError, match="warmup_ratio = 1.5"):
+        SFTConfig(warmup_ratio=1.5)
+    with pytest.raises(ConfigError, match="loss_type = 'dft'"):
+        make(conversations, loss_type="dft")
+    with pytest.raises(ConfigError, match="fp16 = True, but the model was loaded in bfloat16"):
+        make(conversations, fp16=True, model=load(dtype="bfloat16"))
+    with pytest.raises(ConfigError, match="bf16 = True, but the model was loaded in float16"):
+        make(conversations, bf16=True, model=load(dtype="float16"))
+
+
+def test_a_stock_padder_becomes_one_row_and_an_own_collator_stays(make, load, conversations):
+    model, tokenizer = load()
+    collator = DataCollatorForSeq2Seq(tokenizer=tokenizer)
+    trainer = make(conversations, {"data_collator": collator}, model=(model, tokenizer))
+    assert isinstance(trainer.data_collator, PackCollator)
+    own = PaddedCollator(0)
+    assert make(conversations, {"data_collator": own}).data_collator is own
+
+
+@pytest.mark.parametrize(
+    ("optim", "bits"), [("adamw_8bit", 8), ("paged_adamw_32bit", 32), ("adamw_torch", None)]
+)
+def test_optimizers_by_name(make, conversations, optim, bits):
+    trainer = make(conversations, optim=optim)
+    optimizer = trainer.create_optimizer()
+    if bits is None:
+        assert type(optimizer) is torch.optim.AdamW
+    else:
+        assert isinstance(optimizer, FlatAdamW)
+        assert optimizer.bits == bits
+
+
+def test_the_flat_optimizer_clips_as_torch_does(make, conversations):
+    norms, weights = [], []
+    for optim in ("paged_adamw_32bit", "adamw_torch"):
+        trainer = make(conversations, optim=optim, max_grad_norm=0.05, **SEQUENTIAL)
+        trainer.train()
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+        weights.append(trained(trainer.model))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert min(norms[0]) > 0.05
+    assert_same(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_counts_every_target_once(make, load, conversations):
+    """The evaluation loss is the mean over all targets, however unequal the batches are."""
+    model, tokenizer = load()
+    held_out = conversations.select(range(7))
+    trainer = make(
+        conversations, {"eval_dataset": held_out}, model=(model, tokenizer), per_device_eval_batch_size=3
+    )
+    found = trainer.evaluate()["eval_loss"]
+    rows = list(
+        prepare_dataset(held_out, tokenizer, max_seq_length=128, announce=None, progress=False).dataset
+    )
+    with torch.no_grad():
+        expected = model.eval()(**PackCollator()(rows)).loss.item()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate(conversations)["eval_loss"] != pytest.approx(
+        expected, rel=1e-3
+    )  # rows not yet prepared
+
+
+def test_metrics_of_logits_get_logits(make, conversations):
+    seen = {}
+
+    def count(prediction):
+        seen["shape"] = prediction.predictions.shape
+        return {"seen": 1.0}
+
+    trainer = make(
+        conversations,
+        {"eval_dataset": conversations.select(range(2)), "compute_metrics": count},
+        per_device_eval_batch_size=2,
+    )
+    assert trainer.evaluate()["eval_seen"] == 1.0
+    assert seen["shape"][-1] == 512
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch"])
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(make, conversations, optim):
+    settings = {
+        "optim": optim, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "warmup_steps": 2, "neftune_noise_alpha": 5.0,
+    }  # fmt: skip
+    whole = make(conversations, folder="whole", **settings)
+    whole.train()
+    resumed = make(conversations, folder="resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(whole.args.output_dir) + "/checkpoint-3")
+    assert resumed.state.global_step == 6
+    assert_same(trained(resumed.model), trained(whole.model), rtol=0, atol=0)
+    assert losses_of(resumed)[-3:] == losses_of(whole)[-3:]
+
+
+def test_embeddings_learn_at_their_own_rate(make, load, conversations):
+    from oribi.lora.attach import attach_lora
+
+    model, tokenizer = load(lora=False)
+    model = attach_lora(model, r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    trainer = make(
+        conversations,
+        model=(model, tokenizer),
+        embedding_learning_rate=1e-5,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+    )
+    groups = {group["lr"]: group["params"] for group in trainer.create_optimizer().param_groups}
+    assert set(groups) == {1e-3, 1e-5}
+    assert {p.shape for p in groups[1e-5]} == {(512, 64)}
+    assert len(groups[1e-3]) == 4  # A and B of two layers
+    assert all(p.dtype == torch.float32 for p in groups[1e-5])
+
+
+def test_an_adapted_head_is_trained(make, load, conversations):
+    from oribi.lora.attach import attach_lora
+
+    model, tokenizer = load(lora=False)
+    model = attach_lora(model, r=4, target_modules=["q_proj", "lm_head"], use_gradient_checkpointing=False)
+    before = trained(model)
+    trainer = make(conversations, model=(model, tokenizer))
+    trainer.train()
+    moved = [name for name, p in trained(model).items() if not torch.equal(p, before[name])]
+    assert any("lm_head" in name and "lora_B" in name for name in moved)
+
+
+def test_noise_is_that_of_each_document_and_ends_with_training(make, conversations):
+    """NEFTune's noise has size alpha / sqrt(length * D) with the length of a document, not of the row it lies in."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(trainer._noise.lengths.flatten().tolist())
+
+    trainer = make(
+        conversations, {"callbacks": [Watch()]}, neftune_noise_alpha=8.0, max_steps=1, **SEQUENTIAL
+    )
+    embedding = trainer.model.get_input_embeddings()
+    ids = torch.tensor([[5, 6, 7]])
+    clean = embedding(ids)
+    trainer.train()
+    rows = [len(row["input_ids"]) for row in trainer.train_dataset.select(range(6, 8))]
+    assert seen == [[float(n) for n in rows for _ in range(n)]]
+    trainer.model.train()
+    assert torch.equal(embedding(ids), clean)
+
+
+def test_noise_of_an_embedding_is_bounded_by_its_size():
+    from oribi.train.neftune import EmbeddingNoise
+
+    embedding = torch.nn.Embedding(10, 16)
+    noise = EmbeddingNoise(embedding, alpha=8.0)
+    ids = torch.arange(6)[None] % 10
+    noise.measure({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 4, 6], dtype=torch.int32)})
+    added = (embedding(ids) - embedding.weight[ids]).abs().amax(-1)[0]
+    bound = 8.0 / torch.tensor([4 * 16.0] * 4 + [2 * 16.0] * 2).sqrt()
+    assert torch.all(added <= bound)
+    assert torch.all(added > 0.5 * bound)
+    embedding.eval()
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make, conversations):
+    trainer = make(conversations)
+    with torch.no_grad():
+        next(p for n, p in trainer.model.named_parameters() if "lora_A" in n).fill_(math.nan)
+    with pytest.raises(OribiError, match="the loss is nan at step 1"):
+        trainer.train()
+
+
+def test_data_that_trains_nothing_stops_before_training(make, conversations):
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 2, "labels": [[-100] * 3] * 2})
+    with pytest.raises(DataError, match="no token"):
+        make(rows)
+    trainer = make(conversations)
+    trainer.train_dataset = rows
+    with pytest.raises(DataError, match="no token of the train data would be trained"):
+        trainer.train()
+    trainer.train_dataset = rows.select([])
+    with pytest.raises(DataError, match="no rows left"):
+        trainer.train()
+
+
+def test_responses_only_narrows_the_labels_of_a_trainer(make, load, conversations):
+    model, tokenizer = load()
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in conversations]
+    trainer = make(Dataset.from_dict({"text": texts}), model=(model, tokenizer))
+    assert -100 not in trainer.train_dataset[0]["labels"]
+    trainer = train_on_responses_only(trainer)
+    row = trainer.train_dataset[3]
+    assert tokenizer.decode([i for i in row["labels"] if i != -100]).startswith(
+        conversations[3]["messages"][1]["content"]
+    )
+    trainer.train()
+    assert len(losses_of(trainer)) == 3
+
+
+def test_a_step_runner_takes_the_place_of_forward_and_backward(make, conversations):
+    trainer, calls = make(conversations, max_steps=2, gradient_accumulation_steps=3), []
+
+    def runner(model, inputs, targets):
+        calls.append(int(targets))
+        loss = model(**inputs, num_items_in_batch=targets).loss
+        loss.backward()
+        return loss.detach()
+
+    trainer.step_runner = runner
+    trainer.train()
+    assert len(calls) == 6
+    assert calls[0] == calls[1] == calls[2] != 0
+
+
+def test_a_step_without_targets_is_no_error(make):
+    ids = [[5, 6, 7, 8]] * 4
+    rows = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 4] * 2 + [[-100, 6, 7, 8]] * 2})
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 2}
+    trainer = make(rows, dataset_kwargs={"skip_prepare_dataset": True}, **sizes, **SEQUENTIAL)
+    trainer.train()
+    losses = losses_of(trainer)
+    assert losses[0] == 0.0
+    assert losses[1] > 0
+
+
+def test_arguments_of_other_libraries_are_taken_over(tmp_path):
+    theirs = trl.SFTConfig(
+        output_dir=str(tmp_path), max_length=99, bf16=False, learning_rate=3e-5, report_to="none"
+    )
+    ours = adopt(theirs)
+    assert (ours.max_length, ours.learning_rate, ours.gradient_checkpointing) == (99, 3e-5, True)
+    assert adopt({"max_steps": 7}).max_steps == 7
+    assert adopt(ours) is ours
+    assert SFTConfig(warmup_ratio=0.1).get_warmup_steps(50) == 5
+    assert SFTConfig(max_seq_length=77).max_length == 77
+    assert SFTConfig(evaluation_strategy="steps", eval_steps=2).eval_strategy == "steps"
+
+
+def test_scripts_for_other_libraries_find_their_names(load, conversations, tmp_path):
+    model, tokenizer = load()
+    args = UnslothTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, embedding_learning_rate=1e-5, bf16=True, disable_tqdm=True
+    )
+    trainer = UnslothTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations, args=args)
+    assert unsloth_train(trainer).global_step == 1
+
+
+def test_a_streamed_data_set_trains_and_is_not_packed(make, conversations):
+    stream = conversations.to_iterable_dataset()
+    with pytest.raises(ConfigError, match="packing = True needs the whole data set"):
+        make(stream, packing=True)
+    trainer = make(stream, max_steps=2)
+    trainer.train()
+    assert len(losses_of(trainer)) == 2
