@@ -87,7 +87,7 @@ def in_own_process(workload: str, stack: str, args: argparse.Namespace) -> dict:
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
-    tail = (done.stderr or done.stdout).strip().splitlines()[-12:]
+    tail = (done.stderr or done.stdout).strip().splitlines()[-25:]
     return {**failed, "error": "\n".join(tail)}
 
 

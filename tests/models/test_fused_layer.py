@@ -3,19 +3,20 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.models.test_parity import TOLERANCE, packed, relative
-from tests.models.tiny import tiny_config, tiny_pair
 
 from oribi.errors import ModelError
 from oribi.models import decoder as decoder_file
 from oribi.models.families import FAMILIES
 from oribi.models.fused_layer import POLICIES, Keep
+from tests.models.test_parity import TOLERANCE, packed, relative
+from tests.models.tiny import tiny_config, tiny_pair
 
 KEEPS = {
     **POLICIES,
     "attention again": Keep(attention="recompute"),
     "q|k|v again": Keep(qkv="recompute"),
     "middle again": Keep(x_mid="recompute", o="recompute"),
+    "weights kept": Keep(weights="keep"),
     "gate|up again": Keep(gate_up="recompute", down="recompute"),
 }
 
@@ -185,6 +186,22 @@ def test_a_second_backward_says_what_to_do():
     loss.backward(retain_graph=True)
     with pytest.raises(ModelError, match="call forward again"):
         loss.backward()
+
+
+def test_kept_weights_follow_the_weights_they_were_made_of():
+    model = adapt(tiny_pair(tiny_config("llama"))[0])
+    decoder, batch = model.get_base_model(), batch_of()
+    decoder.set_recompute_policy([Keep(weights="keep")] * 4)
+    first = gradients(model, **batch)
+    assert all(len(layer.dequantized) == 4 for layer in decoder.model.layers)
+    with torch.no_grad():
+        decoder.model.layers[1].mlp.up_proj.base_layer.weight.mul_(1.1)
+    changed = gradients(model, **batch)
+    decoder.set_recompute_policy("speed")
+    for name, grad in gradients(model, **batch).items():
+        assert torch.equal(grad, changed[name])
+    assert not torch.equal(first["loss"], changed["loss"])
+    assert not any(layer.dequantized for layer in decoder.model.layers)
 
 
 def test_unknown_policies_are_refused():

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.models.tiny import MIXED, ROPES, tiny_config, tiny_pair
 
 from oribi.models import families as table
 from oribi.models.families import FAMILIES
+from tests.models.tiny import MIXED, ROPES, tiny_config, tiny_pair
 
 TOLERANCE = 1e-5  # relative, float32
 

@@ -5,14 +5,14 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.models.test_fused_layer import perturb
-from tests.models.test_parity import packed, relative
-from tests.models.tiny import tiny_config
 
 from oribi.kernels.adamw import FlatAdamW
 from oribi.models.decoder import build
 from oribi.models.fused_layer import POLICIES
 from oribi.train.graphs import HOST_BOUND_FLOP, StepGraphs, fixed_shape, reason_against
+from tests.models.test_fused_layer import perturb
+from tests.models.test_parity import packed, relative
+from tests.models.tiny import tiny_config
 
 CUDA = torch.cuda.is_available()
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]

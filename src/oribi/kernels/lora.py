@@ -171,16 +171,27 @@ class GroupWeight:
 
 
 def augmented_weight(
-    projections: Sequence[Projection], dtype: torch.dtype, device: torch.device
+    projections: Sequence[Projection],
+    dtype: torch.dtype,
+    device: torch.device,
+    dequantized: torch.Tensor | None = None,
 ) -> GroupWeight:
-    """Dequantises a group's weights and lays its LoRA pairs and biases beside them, in dtype on device."""
+    """Dequantises a group's weights and lays its LoRA pairs and biases beside them.
+
+    Args:
+        projections: the group.
+        dtype, device: of the buffer.
+        dequantized: an earlier buffer of the same weights; only its LoRA pairs are written again.
+    """
     n, k = sum(p.shape[0] for p in projections), projections[0].shape[1]
     rank = sum(0 if p.a is None else p.a.shape[0] for p in projections)
     biased = any(p.bias is not None for p in projections)
     step = 64 if device.type == "cuda" else 16  # rows of a multiple of 128 bytes keep the fast matrix kernels
     pad = -(-(rank + biased) // step) * step
-    buffer = torch.empty(n + pad, k + pad, dtype=dtype, device=device)
-    _dequantize_group(projections, buffer[:n, :k])
+    buffer = dequantized
+    if buffer is None or buffer.shape != (n + pad, k + pad):
+        buffer = torch.empty(n + pad, k + pad, dtype=dtype, device=device)
+        _dequantize_group(projections, buffer[:n, :k])
     group = GroupWeight(buffer, n, k, rank if biased else None)
     if pad:
         _pack_factors(projections, group)

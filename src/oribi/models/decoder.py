@@ -150,6 +150,9 @@ class DecoderLayer(nn.Module):
         self.residual_scale = float(config.residual_multiplier) if family.multipliers else 1.0
         self.gradient_checkpointing = False  # set by transformers' gradient_checkpointing_enable
         self.keep = POLICIES["balanced"]  # what stays between forward and backward where it is set
+        self.dequantized: dict[
+            str, tuple[tuple, torch.Tensor]
+        ] = {}  # group -> what it was made of, and the weights
 
     def norm_modules(self) -> list[RMSNorm]:
         """Every norm of the layer."""
@@ -223,6 +226,15 @@ class DecoderPreTrainedModel(PreTrainedModel):
         self.gradient_checkpointing_enable()
         for layer, keep in zip(layers, policy):
             layer.keep = keep
+            layer.dequantized.clear()
+
+    def release(self) -> None:
+        """Frees what training keeps from step to step: dequantised weights and pinned host memory."""
+        for module in self.modules():
+            if isinstance(module, DecoderLayer):
+                module.dequantized.clear()
+            elif isinstance(module, DecoderModel):
+                module.host_memory = None
 
     @property
     def device(self) -> torch.device:

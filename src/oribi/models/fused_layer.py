@@ -40,6 +40,7 @@ class Keep:
         x: the layer's input [T, D]: "keep" or "host".
         qkv: q|k|v [T, (H + 2K) E]. attention: its output and log-sum-exp. x_mid: [T, D]. gate_up: [T, 2I].
         o, down: outputs of these projections [T, D], needed only where a norm follows them.
+        weights: the layer's dequantised weights, kept from step to step; they never wait in host memory.
     """
 
     x: Place = "keep"
@@ -49,6 +50,7 @@ class Keep:
     gate_up: Place = "keep"
     o: Place = "keep"
     down: Place = "keep"
+    weights: Literal["keep", "recompute"] = "recompute"
 
     @property
     def uses_host(self) -> bool:
@@ -107,13 +109,13 @@ def fused_layer(
 class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, groups, batch, keep, *factors):
-        step = _Step(layer, groups, batch, x.dtype, x.device)
+        step = _Step(layer, groups, batch, keep, x.dtype, x.device)
         kept: dict[str, object] = {}
 
         def leave(name: str, tensor: torch.Tensor | None) -> None:
             place = getattr(keep, name)
             if tensor is not None and place != "recompute":
-                kept[name] = batch.host_memory.put(tensor) if place == "host" and x.is_cuda else tensor
+                kept[name] = batch.host_memory.put(tensor, step) if place == "host" and x.is_cuda else tensor
 
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
@@ -267,10 +269,12 @@ class _Step:
         layer: "DecoderLayer",
         groups: LayerGroups,
         batch: "Batch",
+        keep: Keep,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.layer, self.groups, self.batch, self.dtype, self.device = layer, groups, batch, dtype, device
+        self.keeps_weights = keep.weights == "keep"
         self.norm_before_attention = layer.input_layernorm if layer.norms != "post" else None
         self.norm_after_attention = layer.post_attention_layernorm if layer.norms != "pre" else None
         self.norm_before_mlp = {
@@ -282,7 +286,16 @@ class _Step:
 
     def weight(self, name: str) -> GroupWeight:
         """A group's weights, dequantised, with their LoRA pairs."""
-        return augmented_weight(getattr(self.groups, name), self.dtype, self.device)
+        projections = getattr(self.groups, name)
+        if not self.keeps_weights:
+            return augmented_weight(projections, self.dtype, self.device)
+        # what the buffer was made of: a loaded, merged or moved weight is another one
+        source = (self.dtype, *((p.weight.data_ptr(), p.weight._version) for p in projections))
+        known = self.layer.dequantized.get(name)
+        buffer = known[1] if known is not None and known[0] == source else None
+        group = augmented_weight(projections, self.dtype, self.device, buffer)
+        self.layer.dequantized[name] = (source, group.buffer)
+        return group
 
     def factors(
         self, name: str, dy: torch.Tensor, u: torch.Tensor | None, x: torch.Tensor, low: torch.Tensor

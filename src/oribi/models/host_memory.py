@@ -1,7 +1,8 @@
 """Tensors that wait in pinned host memory between forward and backward, copied beside the computation.
 
-The order is a stack: backward asks for what forward stored last. Asking for one parcel starts the copy of the one below
-it, so that it has arrived when its layer's turn comes. Nothing synchronises with the host.
+Parcels come in groups, one group a layer, and the order is a stack: backward asks for the group that forward stored
+last. Asking for a parcel starts the copies of the whole group below it, so that they have arrived when that layer's turn
+comes. Nothing synchronises with the host, and all of it can be recorded in a CUDA graph.
 """
 
 import weakref
@@ -12,14 +13,22 @@ import torch
 class Parcel:
     """One tensor on its way out, waiting, or on its way back."""
 
-    def __init__(self, store: "HostMemory", tensor: torch.Tensor, below: "Parcel | None") -> None:
+    def __init__(
+        self, store: "HostMemory", tensor: torch.Tensor, group: object, below: "Parcel | None"
+    ) -> None:
+        self.group = group
         self._store = store
         self._below = None if below is None else weakref.ref(below)
         self._device = tensor.device
         self._back: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
         self._host: torch.Tensor | None = store.borrow(tensor)
-        self._store.copy(self._host, tensor)
+        self._store.send(tensor, self._host, group)
+
+    @property
+    def below(self) -> "Parcel | None":
+        """The parcel stored before this one, if somebody still holds it."""
+        return None if self._below is None else self._below()
 
     def start_return(self) -> None:
         """Begins the copy back, once."""
@@ -30,13 +39,21 @@ class Parcel:
     def take(self) -> torch.Tensor:
         """The tensor on its device; it can be taken once."""
         self.start_return()
-        below = self._below() if self._below is not None else None
-        if below is not None:
-            below.start_return()
+        self._start_group_below()
         torch.cuda.current_stream(self._device).wait_event(self._arrived)
         self._store.give_back(self._host)
         back, self._back, self._host = self._back, None, None
         return back
+
+    def _start_group_below(self) -> None:
+        parcel, group = self.below, None
+        while parcel is not None:
+            if parcel.group is not self.group:
+                group = group or parcel.group
+                if parcel.group is not group:
+                    return
+            parcel.start_return()
+            parcel = parcel.below
 
 
 class HostMemory:
@@ -46,11 +63,42 @@ class HostMemory:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._top: weakref.ref[Parcel] | None = None
-        # sources of copies under way: freed when the computing stream has waited for their copy, so that their memory
-        # is never handed out while it is still being read
-        self._leaving: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        # sources of copies under way, with their groups: freed when the computing stream has waited for their copies,
+        # so that their memory is never handed out while it is still being read
+        self._leaving: list[tuple[object, torch.Tensor, torch.cuda.Event]] = []
         # pinned buffers that wait for the next step: pinning takes long, and none may be pinned inside a CUDA graph
         self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+
+    def put(self, tensor: torch.Tensor, group: object) -> Parcel:
+        """Starts copying a tensor [...] to the host.
+
+        Args:
+            tensor: contiguous; its device memory is free again when the second next group is stored.
+            group: what it belongs to; parcels of one group come back together.
+        """
+        parcel = Parcel(self, tensor, group, self._top() if self._top is not None else None)
+        self._top = weakref.ref(parcel)
+        return parcel
+
+    def send(self, source: torch.Tensor, target: torch.Tensor, group: object) -> None:
+        """Copies to the host while the next group computes; the one after that waits for it."""
+        known = [other for other, _, _ in self._leaving]
+        if known and known[-1] is not group:
+            while self._leaving and self._leaving[0][0] is not known[-1]:
+                torch.cuda.current_stream(self._device).wait_event(self._leaving.pop(0)[2])
+        self._leaving.append((group, source, self.copy(target, source)))
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+        """target.copy_(source) on the side stream, after all that the current stream has been given so far."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def flush(self) -> None:
+        """Makes the current stream wait for every copy to the host, and lets go of their sources."""
+        while self._leaving:
+            torch.cuda.current_stream(self._device).wait_event(self._leaving.pop(0)[2])
 
     def borrow(self, like: torch.Tensor) -> torch.Tensor:
         """A pinned buffer with the shape and dtype of a tensor."""
@@ -60,27 +108,3 @@ class HostMemory:
     def give_back(self, buffer: torch.Tensor) -> None:
         """Frees a buffer whose last copy has been ordered; later copies come after it on the same stream."""
         self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
-
-    def put(self, tensor: torch.Tensor) -> Parcel:
-        """Starts copying a tensor [...] to the host; its device memory is free again about two puts later."""
-        parcel = Parcel(self, tensor, self._top() if self._top is not None else None)
-        self._top = weakref.ref(parcel)
-        return parcel
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
-        """target.copy_(source) on the side stream, after all that the current stream has been given so far."""
-        main = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            done = self._stream.record_event()
-        if source.is_cuda:
-            self._leaving.append((source, done))
-            while len(self._leaving) > 2:
-                main.wait_event(self._leaving.pop(0)[1])
-        return done
-
-    def flush(self) -> None:
-        """Makes the current stream wait for every copy to the host, and lets go of their sources."""
-        while self._leaving:
-            torch.cuda.current_stream(self._device).wait_event(self._leaving.pop(0)[1])

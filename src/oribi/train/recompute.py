@@ -19,7 +19,11 @@ MARGIN = 0.06
 FLOP_PER_HOST_BYTE = 650e12 / 49e9
 # share of the host's free memory that activations may take
 HOST_SHARE = 0.4
-ALL_AGAIN = Keep("keep", "recompute", "recompute", "recompute", "recompute", "recompute", "recompute")
+ALL_AGAIN = Keep(
+    "keep", "recompute", "recompute", "recompute", "recompute", "recompute", "recompute", "recompute"
+)
+# moving a byte through device memory takes as long as this much arithmetic: 3.0 TB/s beside 650 TFLOP/s
+FLOP_PER_DEVICE_BYTE = 650e12 / 3.0e12
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ def items(decoder: DecoderForCausalLM, tokens: int, longest: int) -> list[Item]:
             Item("o", tokens * hidden * width, 2.0 * tokens * heads_width * hidden),
             Item("down", tokens * hidden * width, tokens * hidden * inner),
         ]
+    weights = config.hidden_size * (sum(attn.sizes) + heads_width + 3 * config.intermediate_size)
+    # forward and backward each read half a byte of codes and write the weights
+    found.append(Item("weights", weights * width, 2.0 * weights * (0.5 + width) * FLOP_PER_DEVICE_BYTE))
     return sorted(found, key=lambda item: -item.flop / item.bytes)
 
 
@@ -89,7 +96,7 @@ def plan(decoder: DecoderForCausalLM, tokens: int, longest: int, free_bytes: int
         fits = min(layers, max(spare, 0) // item.bytes)
         spare -= fits * item.bytes
         rest = "recompute"
-        if item.bytes <= host and fits < layers:
+        if item.name != "weights" and item.bytes <= host and fits < layers:
             rest, host = "host", host - item.bytes
         # the last layers are the first to be needed again, and the first whose memory backward gives back
         keeps = [
