@@ -40,6 +40,8 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
     source = getattr(base, "oribi", None)
     if args.max_length is None:
         args.max_length = getattr(source, "max_seq_length", None) or base.config.max_position_embeddings
+    if base.device.type == "cpu":
+        args.dataloader_pin_memory = False
     if not isinstance(base, DecoderForCausalLM):
         return
     if args.loss_type != "nll":
@@ -70,6 +72,14 @@ def make_collator(args: SFTConfig, base: nn.Module, tokenizer: Any) -> PackColla
     if multiple is None and args.packing and base.device.type == "cuda":
         multiple = args.max_length  # packs are almost full, and rows of one length can be replayed as a graph
     return PackCollator(pad_to_multiple_of=multiple, pad_token_id=pad_id)
+
+
+def leave_held_out(base: nn.Module, rows: Dataset | IterableDataset) -> None:
+    """Leave a few evaluation rows on the model, for exports to be compared on."""
+    if hasattr(base, "oribi") and isinstance(rows, Dataset):
+        base.oribi.held_out = [
+            {"input_ids": row["input_ids"]} for row in rows.select(range(min(len(rows), 32)))
+        ]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer as BaseTrainer
 
 from oribi.data.packing import pack
-from oribi.data.prepare import prepare_dataset
+from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.errors import ConfigError
 from oribi.kernels.adamw import FlatAdamW
 from oribi.models.decoder import DecoderForCausalLM
@@ -31,7 +31,16 @@ from oribi.train.guard import LossGuard, require_targets
 from oribi.train.neftune import EmbeddingNoise
 from oribi.train.progress import JsonLog, Progress
 from oribi.train.recompute import choose
-from oribi.train.setup import base_model, held, kept_as_it_is, longest_row, make_collator, settle, train_on
+from oribi.train.setup import (
+    base_model,
+    held,
+    kept_as_it_is,
+    leave_held_out,
+    longest_row,
+    make_collator,
+    settle,
+    train_on,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +63,8 @@ class SFTTrainer(BaseTrainer):
         model: a loaded model with or without adapter, or a name that `FastLanguageModel.from_pretrained` takes.
         args: `oribi.SFTConfig`; `trl.SFTConfig`, `TrainingArguments` and dicts are taken over.
         data_collator: None joins the examples of a batch into one row without padding.
-        train_dataset: rows of any format of `oribi.data`, or rows of input_ids and labels.
-        eval_dataset: the same, or a dict of them.
+        train_dataset: what `oribi.data.prepare_dataset` takes (rows, files, names) or returns.
+        eval_dataset: the same, or a dict of data sets.
         processing_class: the tokenizer.
         tokenizer: older name of processing_class.
         peft_config: adapter to put on a model that has none.
@@ -106,6 +115,10 @@ class SFTTrainer(BaseTrainer):
         if peft_config is not None:
             model = peft.get_peft_model(model, peft_config)
         processing_class = processing_class or tokenizer
+        if processing_class is None:
+            raise ConfigError(
+                "the tokenizer is missing; pass tokenizer= what from_pretrained returned with the model"
+            )
         base = base_model(model)
         self.own_loss = isinstance(base, DecoderForCausalLM)
         self.step_runner: Callable | None = None
@@ -128,6 +141,7 @@ class SFTTrainer(BaseTrainer):
                 eval_dataset = {name: prepared(rows, name) for name, rows in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = prepared(eval_dataset, "eval")
+                leave_held_out(base, eval_dataset)
         if data_collator is None or type(data_collator) in STOCK_PADDERS:
             data_collator = make_collator(args, base, processing_class)
         # TRL's own packing, masks and checks of attention kernels are for its collator; batches are made here
@@ -158,23 +172,32 @@ class SFTTrainer(BaseTrainer):
                 self.remove_callback(default)
                 self.add_callback(Progress(live=default is ProgressCallback))
 
+    def _send_telemetry(self) -> None:
+        """TRL reports each run to the hub; oribi reports nothing."""
+
     def _prepare_dataset(
         self, dataset, processing_class, args, packing, formatting_func, dataset_name
     ) -> Dataset | IterableDataset:
         if any(dataset is one for one in self._prepared):
             return dataset
-        prepared = prepare_dataset(
-            dataset,
-            processing_class,
-            max_seq_length=args.max_length,
-            train_on=self._train_on,
-            text_field=args.dataset_text_field,
-            formatting_func=formatting_func,
-            overlong=args.overlong,
-            num_proc=args.dataset_num_proc,
-            progress=not args.disable_tqdm,
-            announce=print if args.process_index == 0 else None,
-        )
+        prepared = dataset
+        if not isinstance(dataset, PreparedData):
+            prepared = prepare_dataset(
+                dataset,
+                processing_class,
+                max_seq_length=args.max_length,
+                train_on=self._train_on,
+                text_field=args.dataset_text_field,
+                formatting_func=formatting_func,
+                overlong=args.overlong,
+                num_proc=args.dataset_num_proc,
+                progress=not args.disable_tqdm,
+                announce=None,
+            )
+        if args.process_index == 0 and all(
+            report is not prepared.report for report in self.data_reports.values()
+        ):
+            print(prepared.report)
         self.data_reports[dataset_name] = prepared.report
         require_targets(prepared.dataset, dataset_name)
         train_set = dataset_name == "train" or args.eval_packing is None
@@ -197,6 +220,7 @@ class SFTTrainer(BaseTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
+            self._release_steps()
             if self._noise is not None:
                 self._noise.remove()
             for callback in self.callback_handler.callbacks:
@@ -213,6 +237,14 @@ class SFTTrainer(BaseTrainer):
             model.train()
             return self.step_runner(model, inputs, num_items_in_batch)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _release_steps(self) -> None:
+        """Frees recorded graphs and what layers keep from step to step; the next training chooses again."""
+        if isinstance(self.step_runner, StepGraphs):
+            self.step_runner = None
+        self._steps_chosen = False
+        if self.own_loss:
+            base_model(self.model).release()
 
     def _choose_steps(self, model: nn.Module) -> None:
         """Once, before the first step: what layers keep for backward, and whether steps run as recorded graphs."""
