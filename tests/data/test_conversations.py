@@ -66,7 +66,9 @@ def test_a_prompt_of_messages_is_context_even_where_the_assistant_speaks():
 
 def test_text_and_blocks_of_text():
     assert convert({"text": "Hello"})[1] == Document("Hello")
-    assert convert({"text": "Hello", "continues": True})[1] == Document("Hello", ends=False)
+    assert convert({"text": "Hello", "begins": False, "ends": False})[1] == Document(
+        "Hello", begins=False, ends=False
+    )
     assert convert({"content_of_page": "Hello"}) == ("text (column 'content_of_page')", Document("Hello"))
 
 

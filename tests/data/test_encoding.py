@@ -54,6 +54,21 @@ def test_a_template_that_forgets_bos_is_counted(plain_tokenizer):
     assert encoder.bos_added == 1
 
 
+def test_a_text_that_goes_on_gets_no_bos(plain_tokenizer):
+    encoder = Encoder(plain_tokenizer)
+    encoded = encoder.encode([Marked("there, too", [(0, 10)], True, begins=False)], [True])[0]
+    assert plain_tokenizer.bos_token_id not in encoded.ids
+
+
+def test_a_token_with_a_space_before_the_span_is_trained(chatml_tokenizer):
+    text = "Answer: is"
+    ids = chatml_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert chatml_tokenizer.decode(ids[-1:]) == " is"
+    encoded, _ = encode(chatml_tokenizer, text, spans=[(8, 10)], closed=True)
+    assert encoded.labels == [*[UNTRAINED] * (len(ids) - 1), ids[-1]]
+    assert encoded.split_tokens == 0
+
+
 def test_a_tokenizer_that_adds_no_bos_gets_none(family_tokenizer_without_bos):
     encoded, _ = encode(family_tokenizer_without_bos, "Hello there")
     assert family_tokenizer_without_bos.bos_token_id not in encoded.ids
@@ -62,11 +77,11 @@ def test_a_tokenizer_that_adds_no_bos_gets_none(family_tokenizer_without_bos):
 def test_a_token_that_reaches_into_a_span_from_before_is_not_trained_and_counted(chatml_tokenizer):
     text = "The user asks"
     ids = chatml_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    first, last = next((a, b) for a, b in ids["offset_mapping"] if b - a > 2)
-    encoded, _ = encode(chatml_tokenizer, text, spans=[(first + 1, len(text))], closed=True)
+    first, last = next((a, b) for a, b in ids["offset_mapping"] if b - a > 3)
+    encoded, _ = encode(chatml_tokenizer, text, spans=[(first + 2, len(text))], closed=True)
     assert encoded.split_tokens == 1
     trained = sum(label != UNTRAINED for label in encoded.labels)
-    assert trained == sum(a >= first + 1 for a, _ in ids["offset_mapping"])
+    assert trained == sum(a >= first + 2 for a, _ in ids["offset_mapping"])
 
 
 def test_several_spans_are_trained_apart(chatml_tokenizer):

@@ -125,13 +125,15 @@ def test_text_files_are_split_by_default_and_rows_truncated(prepare, chatml_toke
     assert prepare([{"text": LONG}], chatml_tokenizer, max_seq_length=64).report.overlong == "truncate"
 
 
-def test_blocks_of_a_text_file_get_one_eos(prepare, chatml_tokenizer, tmp_path, monkeypatch):
+def test_blocks_of_a_text_file_get_one_bos_and_one_eos(prepare, plain_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("oribi.data.readers.TEXT_BLOCK_CHARACTERS", 50)
     (tmp_path / "book.txt").write_text("A sentence is here.\n" * 20)
-    prepared = prepare(tmp_path / "book.txt", chatml_tokenizer)
+    prepared = prepare(tmp_path / "book.txt", plain_tokenizer)
+    assert len(prepared.dataset) > 3
     ids = [i for row in prepared.dataset for i in row["input_ids"]]
-    assert ids.count(chatml_tokenizer.eos_token_id) == 1
-    assert ids[-1] == chatml_tokenizer.eos_token_id
+    for token, place in ((plain_tokenizer.bos_token_id, 0), (plain_tokenizer.eos_token_id, -1)):
+        assert ids.count(token) == 1
+        assert ids[place] == token
 
 
 def test_rows_that_train_nothing_are_named_and_left_out(prepare, chatml_tokenizer):
@@ -189,6 +191,29 @@ def test_a_template_without_an_end_gets_eos_behind_the_last_turn(prepare, plain_
     assert row["input_ids"].count(plain_tokenizer.eos_token_id) == 1
     assert prepared.report.end_tokens == {"</s>": 1}
     assert any("EOS is added after the last one" in note for note in prepared.report.notes)
+
+
+def test_eos_is_not_put_behind_a_question(prepare, plain_tokenizer):
+    plain_tokenizer.chat_template = "{% for m in messages %}\n#{{ m.role + ': ' + m.content }}{% endfor %}"
+    (row,) = prepare([{"messages": TWO_TURNS[:3]}], plain_tokenizer).dataset
+    assert plain_tokenizer.eos_token_id not in row["input_ids"]
+
+
+def test_everything_ends_with_eos_where_the_template_writes_no_end(
+    prepare, plain_tokenizer, chatml_tokenizer
+):
+    plain_tokenizer.chat_template = "{% for m in messages %}\n#{{ m.role + ': ' + m.content }}{% endfor %}"
+    (row,) = prepare([{"messages": ONE_TURN}], plain_tokenizer, train_on="everything").dataset
+    assert row["input_ids"].count(plain_tokenizer.eos_token_id) == 1
+    (row,) = prepare([{"messages": ONE_TURN}], chatml_tokenizer, train_on="everything").dataset
+    assert row["input_ids"] == chatml_tokenizer.apply_chat_template(ONE_TURN, tokenize=True)["input_ids"]
+
+
+def test_pairs_do_not_lend_their_template_to_messages(prepare, plain_tokenizer):
+    pairs = datasets.Dataset.from_list([{"question": "What?", "answer": "This."}])
+    messages = datasets.Dataset.from_list([{"messages": ONE_TURN}])
+    with pytest.raises(DataError, match="row 1: the tokenizer has no chat template"):
+        prepare([pairs, messages], plain_tokenizer)
 
 
 def test_a_template_that_forgets_bos_gets_it_and_says_so(prepare, plain_tokenizer):

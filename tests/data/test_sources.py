@@ -84,7 +84,7 @@ def test_parquet_drops_the_nulls_that_columns_fill_in(tmp_path):
 
 def test_a_text_file_is_one_document(tmp_path):
     file = write(tmp_path / "a.txt", "First.\n\nSecond.\n")
-    assert read(file) == [("a.txt:1", {"text": "First.\n\nSecond.\n", "continues": False})]
+    assert read(file) == [("a.txt:1", {"text": "First.\n\nSecond.\n", "begins": True, "ends": True})]
 
 
 def test_a_long_text_file_comes_in_blocks_that_lose_nothing(tmp_path, monkeypatch):
@@ -93,7 +93,8 @@ def test_a_long_text_file_comes_in_blocks_that_lose_nothing(tmp_path, monkeypatc
     blocks = read(write(tmp_path / "a.md", text))
     assert "".join(row["text"] for _, row in blocks) == text
     assert len(blocks) > 10
-    assert [row["continues"] for _, row in blocks] == [True] * (len(blocks) - 1) + [False]
+    assert [row["begins"] for _, row in blocks] == [True] + [False] * (len(blocks) - 1)
+    assert [row["ends"] for _, row in blocks] == [False] * (len(blocks) - 1) + [True]
     for origin, row in blocks:
         assert text.splitlines()[int(origin.split(":")[1]) - 1].endswith(row["text"].split("\n")[0])
 

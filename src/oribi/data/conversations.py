@@ -60,10 +60,11 @@ class Conversation:
 
 @dataclass(slots=True)
 class Document:
-    """Plain text. Characters from `trained_from` on are trained; `ends` is False for a block that goes on in the next row."""
+    """Plain text, or a block of one that began in an earlier row or goes on in the next; trained from a character on."""
 
     text: str
     trained_from: int = 0
+    begins: bool = True
     ends: bool = True
 
 
@@ -181,8 +182,7 @@ def _from_tokens(row: Row) -> Tokens:
 
 
 def _from_text(row: Row, column: str) -> Document:
-    text = _text(row, column)
-    return Document(text, ends=not row.get("continues", False))
+    return Document(_text(row, column), begins=row.get("begins", True), ends=row.get("ends", True))
 
 
 def _from_prompt_completion(row: Row, roles: Mapping[str, str]) -> Example:

@@ -23,6 +23,7 @@ class Marked:
     text: str
     spans: list[Span]
     closed: bool  # False: an EOS belongs behind the text
+    begins: bool = True  # False: the text goes on where another stopped, so no BOS belongs before it
     left_out: list[str] = field(default_factory=list)  # what the chat template does not write
 
 
@@ -32,7 +33,7 @@ class Encoded:
 
     ids: list[int]
     labels: list[int]
-    split_tokens: int = 0  # tokens that begin before a trained span and reach into it: not trained
+    split_tokens: int = 0  # tokens that reach from context into a trained span: not trained
 
 
 def added_tokens(tokenizer: Any) -> re.Pattern[str] | None:
@@ -91,15 +92,19 @@ class Encoder:
             if offsets is None:
                 first, last = self._token_at(text, ids, start), self._token_at(text, ids, end)
             else:
-                # A token is trained where it begins within the span: the model can write it after the context alone.
+                # A token is trained where it begins within the span, space before it aside: the model can write it then.
                 first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
-                split += bool(first and start < offsets[first - 1][1])
+                if first and start < offsets[first - 1][1]:
+                    if text[offsets[first - 1][0] : start].isspace():
+                        first -= 1
+                    else:
+                        split += 1
             labels[first:last] = ids[first:last]
         eos = self.tokenizer.eos_token_id
         if not mark.closed and self.append_eos and eos is not None and not self._is_closed(text):
             ids, labels = [*ids, eos], [*labels, eos]
         prefix = self.prefix_ids
-        if prefix and ids[: len(prefix)] != prefix:
+        if prefix and mark.begins and ids[: len(prefix)] != prefix:
             self.bos_added += not plain
             ids, labels = prefix + ids, [UNTRAINED] * len(prefix) + labels
         return Encoded(ids, labels, split)

@@ -84,6 +84,7 @@ class Preparation:
         self.tally = Tally(self.report)
         self._masker: Masker | None = None
         self._pairs = True  # every row so far is a question and its answer
+        self._borrowed = False  # the template is not the tokenizer's
 
     def _new_report(self) -> DataReport:
         return DataReport(
@@ -95,16 +96,16 @@ class Preparation:
     @property
     def masker(self) -> Masker:
         """Made at the first conversation: plain text needs no chat template."""
-        if self._masker is None:
-            source = None
-            if not self.tokenizer.chat_template and self._pairs:
-                source = template_source(self.tokenizer, PAIR_TEMPLATE)
-                self.report.notes.append(
-                    f"the tokenizer has no chat template; questions and answers are written in the form {PAIR_TEMPLATE!r}. For the "
-                    f'same at inference: get_chat_template(tokenizer, "{PAIR_TEMPLATE}")'
-                )
+        borrowed = not self.tokenizer.chat_template and self._pairs
+        if self._masker is None or (self._borrowed and not borrowed):
+            source = template_source(self.tokenizer, PAIR_TEMPLATE) if borrowed else None
             template = ChatTemplate(self.tokenizer, source, self.settings.chat_template_kwargs)
-            self._masker = Masker(template, self.settings.train_on)
+            self._masker, self._borrowed = Masker(template, self.settings.train_on), borrowed
+            if borrowed:
+                self.report.notes.append(
+                    f"the tokenizer has no chat template; questions and answers are written in the form {PAIR_TEMPLATE!r}. "
+                    f'For the same at inference: get_chat_template(tokenizer, "{PAIR_TEMPLATE}")'
+                )
         return self._masker
 
     def cache_key(self) -> str | None:
@@ -222,7 +223,7 @@ class Preparation:
     def _mark(self, example: Conversation | Document, origin: str) -> Marked:
         if isinstance(example, Document):
             start = 0 if self.settings.train_on == "everything" else example.trained_from
-            return Marked(example.text, [(start, len(example.text))], closed=not example.ends)
+            return Marked(example.text, [(start, len(example.text))], not example.ends, example.begins)
         marked = self.masker.mark(example)
         for what in marked.left_out:
             self.tally.note(f"the chat template leaves out the {what}", origin)

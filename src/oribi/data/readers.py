@@ -207,7 +207,7 @@ def read_parquet(path: Path) -> Rows:
 def read_text(path: Path) -> Rows:
     """A file is one document, read in blocks that end between paragraphs, lines or words; only the last one ends it."""
     with _open_text(path) as file:
-        rest, line, chunk = "", 1, file.read(TEXT_BLOCK_CHARACTERS)
+        rest, line, begins, chunk = "", 1, True, file.read(TEXT_BLOCK_CHARACTERS)
         if not chunk.strip():
             raise DataError(f"{path}: the file has only blank lines.")
         while chunk:
@@ -218,7 +218,8 @@ def read_text(path: Path) -> Rows:
                 cut = next(
                     (c for mark in ("\n\n", "\n", " ") if (c := block.rfind(mark) + 1) > cut // 2), cut
                 )
-            yield f"{path.name}:{line}", {"text": block[:cut], "continues": not ends}
+            yield f"{path.name}:{line}", {"text": block[:cut], "begins": begins, "ends": ends}
+            begins = False
             line += block.count("\n", 0, cut)
             rest, chunk = block[cut:], following
 

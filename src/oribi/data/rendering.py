@@ -18,7 +18,9 @@ from oribi.errors import DataError
 # One character a piece of text, from a private plane: no data holds it, no trim removes it, JSON leaves it alone.
 SLOT_BASE = 0x10F000
 MAX_SLOTS = 4000
-SLOT = re.compile(f"[{chr(SLOT_BASE)}-{chr(SLOT_BASE + MAX_SLOTS)}]")
+SLOT = re.compile(
+    f"[{chr(SLOT_BASE)}-{chr(SLOT_BASE + MAX_SLOTS + 1)}]"
+)  # two more for what is asked beside the texts
 
 # Keywords by which known templates switch thinking: a generation prompt of any of these states is given, not generated.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
@@ -55,6 +57,7 @@ class ChatTemplate:
         self._template = template
         self._context = {**tokenizer.special_tokens_map, **(kwargs or {})}
         self._sources: dict[bool, str] = {}
+        self._call_forms: dict[bool, tuple[str | None, bool]] = {}
 
     def source(self, tools: Sequence[Any] | None = None) -> str:
         """The Jinja source; a tokenizer may have another one for conversations with tools."""
@@ -107,7 +110,9 @@ class ChatTemplate:
                 "choose another template with get_chat_template."
             ) from error
 
-    def adapt(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def adapt(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None
+    ) -> list[dict[str, Any]]:
         """Messages in the form this template takes, where templates differ and most write nonsense instead of complaining.
 
         Thinking gets the name that the template reads; of tool calls, arguments are an object or JSON text, and a turn without
@@ -120,7 +125,7 @@ class ChatTemplate:
                 message = {**message, self._reasoning_field: message[given]}
                 del message[given]
             if message.get("tool_calls"):
-                empty, as_text = self._call_form
+                empty, as_text = self._call_form(tools)
                 calls = [_with_arguments(call, as_text) for call in message["tool_calls"]]
                 message = {**message, "tool_calls": calls, "content": message.get("content") or empty}
             adapted.append(message)
@@ -131,25 +136,27 @@ class ChatTemplate:
         """The name under which the template reads a message's thinking."""
         return next((n for n in REASONING_FIELDS if re.search(rf"""(\.|['"]){n}\b""", self.source())), None)
 
-    @cached_property
-    def _call_form(self) -> tuple[str | None, bool]:
+    def _call_form(self, tools: Sequence[Any] | None) -> tuple[str | None, bool]:
         """What a turn of only tool calls has as content, and whether arguments are JSON text: the first form that is written."""
-        forms = [("", False), (None, False), ("", True), (None, True)]
-        for empty, as_text in forms:
-            call = {
-                "id": "oribi0001",
-                "type": "function",
-                "function": {"name": "oribi_probe", "arguments": {"k": "oribi_v"}},
-            }
-            turn = {"role": "assistant", "content": empty, "tool_calls": [_with_arguments(call, as_text)]}
-            answer = {"role": "tool", "name": "oribi_probe", "tool_call_id": "oribi0001", "content": "x"}
-            try:
-                rendered = self.render([{"role": "user", "content": "x"}, turn, answer])
-            except DataError:
-                continue
-            if "oribi_probe" in rendered and "oribi_v" in rendered and '\\"k' not in rendered:
-                return empty, as_text
-        return forms[0]
+        key = bool(tools)
+        if key not in self._call_forms:
+            forms = [("", False), (None, False), ("", True), (None, True)]
+            self._call_forms[key] = next((f for f in forms if self._writes_calls(*f, tools)), forms[0])
+        return self._call_forms[key]
+
+    def _writes_calls(self, empty: str | None, as_text: bool, tools: Sequence[Any] | None) -> bool:
+        function = {"name": "oribi_probe", "arguments": {"k": "oribi_v"}}
+        call = _with_arguments({"id": "oribi0001", "type": "function", "function": function}, as_text)
+        messages = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": empty, "tool_calls": [call]},
+            {"role": "tool", "name": "oribi_probe", "tool_call_id": "oribi0001", "content": "x"},
+        ]
+        try:
+            rendered = self.render(messages, tools)
+        except DataError:
+            return False
+        return "oribi_probe" in rendered and "oribi_v" in rendered and '\\"k' not in rendered
 
     @cached_property
     def has_generation_blocks(self) -> bool:
