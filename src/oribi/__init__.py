@@ -20,6 +20,8 @@ _HOME = {
     "to_sharegpt": "oribi.data.reshape",
     "apply_chat_template": "oribi.data.reshape",
     "train_on_responses_only": "oribi.data.responses_only",
+    "SFTConfig": "oribi.train.arguments",
+    "SFTTrainer": "oribi.train.trainer",
     "is_bfloat16_supported": "oribi.environment",
     "is_bf16_supported": "oribi.environment",
     "OribiError": "oribi.errors",

@@ -44,6 +44,20 @@ def test_documents_are_padded_to_a_fixed_number_of_them():
     assert second["cu_seq_lens_q"][-1] == 24
 
 
+def test_a_pack_grows_to_one_of_a_few_lengths_by_a_document_without_labels():
+    lengths = [50, 90, 41]
+    batch, shape = fixed_shape(pack(lengths), pads=True)
+    assert batch["input_ids"].shape == (1, 192)
+    assert batch["labels"][0, 181:].tolist() == [-100] * 11
+    assert batch["position_ids"][0, 181:].tolist() == list(range(11))
+    assert batch["cu_seq_lens_q"].tolist() == [0, 50, 140, 181, 192]
+    assert fixed_shape(pack([92, 98]), pads=True)[0]["input_ids"].shape == (1, 192)
+    assert {fixed_shape(pack([n, 3]), pads=True)[0]["input_ids"].shape[1] for n in range(1020, 2040)} == {
+        1024 + 128 * i for i in range(9)
+    }
+    assert dict(shape)["longest"] == 128
+
+
 def test_equal_documents_keep_their_exact_shape():
     batch, shape = fixed_shape(pack([6, 6, 6]))
     assert batch["cu_seq_lens_q"].tolist() == [0, 6, 12, 18]
@@ -94,7 +108,7 @@ class TestOnTheGpu:
         model, decoder = adapted(torch.bfloat16, hidden_size=128, head_dim=32)
         optimizer = FlatAdamW([p for p in model.parameters() if p.requires_grad])
         steps = StepGraphs(model, decoder, optimizer)
-        for lengths in ([40, 20, 4], [33, 3, 28], [64 - 33, 32, 1], [20, 40, 4]):
+        for lengths in ([40, 20, 1], [33, 3, 25], [31, 29, 3], [20, 40, 2]):
             batch = pack(lengths)
             optimizer.zero_grad()
             loss = model(**batch, num_items_in_batch=torch.tensor(61.0, device="cuda")).loss
@@ -102,6 +116,8 @@ class TestOnTheGpu:
             usual = torch.cat([place.grad.flatten().clone() for place in optimizer._places])
             loss = loss.detach()
             optimizer.zero_grad()
+            padded, _ = fixed_shape(batch, pads=True)
+            assert padded["input_ids"].shape == (1, 64)
             assert relative(steps(model, batch, 61), loss) < 1e-3
             replayed = torch.cat([place.grad.flatten() for place in optimizer._places])
             assert relative(replayed, usual) < 2e-2  # atomic additions of attention's backward

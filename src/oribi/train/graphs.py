@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from oribi.kernels.adamw import FlatAdamW
@@ -19,16 +20,20 @@ from oribi.models.decoder import DecoderForCausalLM
 logger = logging.getLogger(__name__)
 
 # recorded shapes that are kept; each holds its activations
-MAX_GRAPHS = 8
+MAX_GRAPHS = 16
 # arithmetic of a micro-batch above which launching its kernels is hidden behind running them: about 0.7 s of an H100
 HOST_BOUND_FLOP = 4e14
+# and below this much the launches cost more than padding packs to a few lengths does
+PADDED_FLOP = 5e13
 TENSOR_INPUTS = ("input_ids", "labels", "position_ids", "cu_seq_lens_q")
+# what a graph needs no copy of: the keys' documents are the queries'
+OTHER_INPUTS = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass
 class _Recorded:
     graph: torch.cuda.CUDAGraph
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     targets: torch.Tensor
     loss: torch.Tensor
 
@@ -48,6 +53,7 @@ class StepGraphs:
     def __init__(self, model: nn.Module, decoder: DecoderForCausalLM, optimizer: FlatAdamW) -> None:
         self._model, self._decoder, self._optimizer = model, decoder, optimizer
         self._failed = False
+        self._flop_per_token = flop_per_token(decoder)
         self._recorded: OrderedDict[tuple, _Recorded | None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -60,45 +66,48 @@ class StepGraphs:
             targets: labelled tokens of the whole optimizer step.
         """
         self._optimizer.attach_grads()  # zero_grad may have taken them from the parameters
-        inputs, shape = fixed_shape(inputs)
-        targets = torch.as_tensor(targets, device=inputs["input_ids"].device, dtype=torch.float32)
+        targets = torch.as_tensor(targets, device=inputs["input_ids"].device, dtype=torch.float32).clamp(
+            min=1
+        )
+        if not set(inputs) <= {*TENSOR_INPUTS, *OTHER_INPUTS}:  # padding, say, which the host has to look at
+            return self._run(inputs, targets)
+        pads = inputs["input_ids"].numel() * self._flop_per_token < PADDED_FLOP
+        inputs, shape = fixed_shape(inputs, pads)
+        longest = dict(shape)["longest"]
+        if longest:
+            inputs["max_length_q"] = longest
         recorded = self._recorded.get(shape)
         if recorded is None and shape in self._recorded and not self._failed:
             recorded = self._record(inputs, shape, targets)
         if recorded is None:
             self._recorded[shape] = None
-            return self._run(inputs, shape, targets)
+            return self._run(inputs, targets)
         self._recorded.move_to_end(shape)
         for name, buffer in recorded.inputs.items():
-            buffer.copy_(inputs[name], non_blocking=True)
+            if torch.is_tensor(buffer):
+                buffer.copy_(inputs[name], non_blocking=True)
         recorded.targets.copy_(targets, non_blocking=True)
         recorded.graph.replay()
         return recorded.loss.clone()
 
-    def _run(self, inputs: dict[str, torch.Tensor], shape: tuple, targets: torch.Tensor) -> torch.Tensor:
-        longest = dict(shape)["longest"]
-        extent = {"max_length_q": longest} if longest else {}
-        loss = self._model(
-            **inputs, **extent, use_cache=False, output_logits=False, num_items_in_batch=targets
-        ).loss
+    def _run(self, inputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        loss = self._model(**inputs, use_cache=False, output_logits=False, num_items_in_batch=targets).loss
         loss.backward()
         if self._decoder.model.host_memory is not None:
             self._decoder.model.host_memory.flush()  # no copy may reach over the end of a recording
         return loss.detach()
 
-    def _record(
-        self, inputs: dict[str, torch.Tensor], shape: tuple, targets: torch.Tensor
-    ) -> _Recorded | None:
+    def _record(self, inputs: dict[str, Any], shape: tuple, targets: torch.Tensor) -> _Recorded | None:
         kept = [key for key, recorded in self._recorded.items() if recorded is not None]
         if len(kept) >= MAX_GRAPHS:
             del self._recorded[kept[0]]
-        own = {name: tensor.clone() for name, tensor in inputs.items()}
+        own = {name: x.clone() if torch.is_tensor(x) else x for name, x in inputs.items()}
         own_targets = targets.clone()
         torch.cuda.empty_cache()  # the usual steps' cache and the graph's pool do not share memory
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                loss = self._run(own, shape, own_targets)
+                loss = self._run(own, own_targets)
         except RuntimeError as error:
             # most often a loss that somebody keeps with its whole graph, which ties gradients to another stream
             self._failed = True
@@ -110,11 +119,12 @@ class StepGraphs:
         return self._recorded[shape]
 
 
-def fixed_shape(inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], tuple]:
+def fixed_shape(inputs: dict[str, Any], pads: bool = False) -> tuple[dict[str, torch.Tensor], tuple]:
     """A batch with its documents padded to a fixed number, and the key under which its graph is kept.
 
     Args:
         inputs: a batch; `cu_seq_lens_q` [docs + 1] and `max_length_q` where it is a pack.
+        pads: lengthen a pack by a document without labels to one of eight lengths an octave, 6 % on average.
 
     Returns:
         Tensors of the batch, and its shape as sorted (name, size) pairs with "longest", a bound on the documents.
@@ -124,6 +134,12 @@ def fixed_shape(inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], tuple]
     if "cu_seq_lens_q" in kept:
         bounds, tokens = kept["cu_seq_lens_q"], kept["input_ids"].shape[1]
         documents, longest = len(bounds) - 1, int(inputs["max_length_q"])
+        step = max(_power_of_two(tokens) // 16, 64)
+        room = -tokens % step if pads and "position_ids" in kept else 0
+        if room:
+            kept.update(_lengthened(kept, room))
+            bounds, tokens, documents = kept["cu_seq_lens_q"], tokens + room, documents + 1
+            longest = max(longest, room)
         if (
             longest * documents != tokens
         ):  # documents of one length are dense rows, whose shape must stay exact
@@ -132,6 +148,19 @@ def fixed_shape(inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], tuple]
             longest = min(_power_of_two(longest), tokens)
     shape = {name: tuple(tensor.shape) for name, tensor in kept.items()}
     return kept, tuple(sorted({**shape, "longest": longest}.items()))
+
+
+def _lengthened(pack: dict[str, torch.Tensor], room: int) -> dict[str, torch.Tensor]:
+    """The pack with one more document of `room` tokens that nothing is learnt from."""
+    ids, bounds = pack["input_ids"], pack["cu_seq_lens_q"]
+    longer = {
+        "input_ids": F.pad(ids, (0, room)),
+        "position_ids": torch.cat([pack["position_ids"], torch.arange(room, device=ids.device)[None]], dim=1),
+        "cu_seq_lens_q": torch.cat([bounds, bounds[-1:] + room]),
+    }
+    if "labels" in pack:
+        longer["labels"] = F.pad(pack["labels"], (0, room), value=-100)
+    return longer
 
 
 def _power_of_two(n: int) -> int:
@@ -160,11 +189,11 @@ def reason_against(
         return "float16 changes its loss scale from step to step"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return "dropout draws new random numbers in every step"
-    flop = 6 * tokens * sum(_features(module) for module in decoder.modules())
-    if flop > HOST_BOUND_FLOP:
+    if tokens * flop_per_token(decoder) > HOST_BOUND_FLOP:
         return "the GPU is the limit, not the host"
     return None
 
 
-def _features(module: nn.Module) -> int:
-    return module.in_features * module.out_features if isinstance(module, nn.Linear) else 0
+def flop_per_token(decoder: nn.Module) -> float:
+    """Arithmetic of the linear layers for one token, forward and backward with recomputation."""
+    return 6.0 * sum(m.in_features * m.out_features for m in decoder.modules() if isinstance(m, nn.Linear))

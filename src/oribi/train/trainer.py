@@ -123,6 +123,7 @@ class SFTTrainer(BaseTrainer):
         self.own_loss = isinstance(base, DecoderForCausalLM)
         self.step_runner: Callable | None = None
         self._steps_chosen = False
+        self._parameters: int | None = None
         self.data_reports: dict[str, Any] = {}
         self.tokens_seen, self._logged = 0, (0, time.monotonic())
         self._packing, self._train_on, self._noise = args.packing, train_on(args), None
@@ -234,7 +235,8 @@ class SFTTrainer(BaseTrainer):
         if not self._steps_chosen:
             self._choose_steps(model)
         if self.step_runner is not None and num_items_in_batch is not None:
-            model.train()
+            if not model.training:  # asking is cheaper than telling a thousand modules
+                model.train()
             return self.step_runner(model, inputs, num_items_in_batch)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -242,6 +244,7 @@ class SFTTrainer(BaseTrainer):
         """Frees recorded graphs and what layers keep from step to step; the next training chooses again."""
         if isinstance(self.step_runner, StepGraphs):
             self.step_runner = None
+            del self.model_wrapped.zero_grad
         self._steps_chosen = False
         if self.own_loss:
             base_model(self.model).release()
@@ -265,9 +268,17 @@ class SFTTrainer(BaseTrainer):
                 reason = "the loss is changed from outside"
             if reason is None:
                 self.step_runner = StepGraphs(model, base, optimizer)
+                # the same effect without a walk over all modules in every step
+                model.zero_grad = optimizer.zero_grad
             logger.info(
                 "steps run as recorded CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
             )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # transformers counts the parameters anew in every step
+        if self._parameters is None:
+            self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._parameters
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.own_loss:
