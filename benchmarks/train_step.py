@@ -5,7 +5,8 @@
 Every stack loads the same 4-bit checkpoint (see random_model.py), attaches the same LoRA (r 16, alpha 16, seven
 projections, the same values in every factor), and sees the same token ids with the same 8-bit AdamW. One process a run,
 runs of different stacks alternate. Milliseconds are medians of synchronised steps after warm-up; memory is counted from
-the first step on. Results go to benchmarks/results/<gpu>_train_step.json and, as a table, to the terminal.
+the first step on. With --overlap all processes import at once and then take turns on the GPU, which saves minutes but
+makes the seconds to the first step incomparable. Results go to benchmarks/results/<gpu>_train_step.json and, as a table, to the terminal.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +30,6 @@ MODES = {
     "hf": ("default", "off"),
     "liger": ("default", "off"),
 }
-WARMUP_STEPS = 5
 
 
 def main() -> None:
@@ -43,21 +44,27 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("/tmp/oribi-models"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--timeout", type=int, default=400, help="seconds a run")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--overlap", action="store_true", help="import in parallel, then take turns")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print("RESULT " + json.dumps(run_one(*args.one.split("|"), args)), flush=True)
         return
-    rows = []
-    for workload in args.workload:
-        model = workload.split(":")[0]
+    for model in {workload.split(":")[0] for workload in args.workload}:
         if not (args.models / model / "tokenizer_config.json").exists():
             subprocess.run([sys.executable, HERE / "random_model.py", model, args.models / model], check=True)
-        for _ in range(args.pairs):
-            for stack in args.stack:
-                row = in_own_process(workload, stack, args)
-                rows.append(row)
-                print(summary(row), flush=True)
+    runs = [(w, s) for w in args.workload for _ in range(args.pairs) for s in args.stack]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        turns = [Path(folder) / str(i) for i in range(len(runs))]
+        waiting = [start(*run, turn, args) for run, turn in zip(runs, turns)] if args.overlap else []
+        for i, (run, turn) in enumerate(zip(runs, turns)):
+            process = waiting[i] if args.overlap else start(*run, turn, args)
+            turn.touch()
+            rows.append(finish(process, *run, args.timeout))
+            print(summary(rows[-1]), flush=True)
     merged = merge(rows)
     gpu = merged[0].get("gpu", "cpu") if merged else "cpu"
     args.output.mkdir(parents=True, exist_ok=True)
@@ -66,10 +73,12 @@ def main() -> None:
     print("\n" + table(merged) + f"\n{path}")
 
 
-def in_own_process(workload: str, stack: str, args: argparse.Namespace) -> dict:
+def start(workload: str, stack: str, turn: Path, args: argparse.Namespace) -> subprocess.Popen:
+    """A process for one run, which imports and then waits for its turn's file to exist."""
     command = [
         sys.executable, __file__, "--workload", workload, "--stack", stack, "--one", f"{workload}|{stack}",
-        "--steps", str(args.steps), "--rank", str(args.rank), "--models", str(args.models),
+        "--steps", str(args.steps), "--warmup", str(args.warmup), "--rank", str(args.rank),
+        "--models", str(args.models), "--turn", str(turn),
     ]  # fmt: skip
     environment = {
         **os.environ,
@@ -78,17 +87,24 @@ def in_own_process(workload: str, stack: str, args: argparse.Namespace) -> dict:
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, workload: str, stack: str, timeout: int) -> dict:
+    """The run's row, or a row that says why there is none."""
     name, mode = stack.split(":")
     failed = {"stack": name, "mode": mode, "workload": workload}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.timeout)
+        output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        return {**failed, "error": f"longer than {args.timeout} s"}
-    for line in done.stdout.splitlines():
+        process.kill()
+        return {**failed, "error": f"longer than {timeout} s"}
+    for line in output.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
-    tail = (done.stderr or done.stdout).strip().splitlines()[-25:]
-    return {**failed, "error": "\n".join(tail)}
+    return {**failed, "error": "\n".join(output.strip().splitlines()[-25:])}
 
 
 def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
@@ -97,18 +113,23 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
     model_name, shape = workload.split(":")
     rows, length = (int(n) for n in shape.split("x"))
     steps = args.steps
-    model, tokenizer, trainer_class, config_class, extra = load(
-        name, mode, args.models / model_name, length, args.rank
-    )
+    if name == "unsloth":
+        import unsloth  # noqa: F401  it must come first
     import torch
+    import trl  # noqa: F401  the slow imports come before the turn
     from datasets import Dataset
     from transformers import TrainerCallback
 
+    while not args.turn.exists():
+        time.sleep(0.05)
+    model, tokenizer, trainer_class, config_class, extra = load(
+        name, mode, args.models / model_name, length, args.rank
+    )
     loaded = time.time()
     same_factors(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(
-        3, model.config.vocab_size, (rows * (steps + WARMUP_STEPS), length), generator=generator
+        3, model.config.vocab_size, (rows * (steps + args.warmup), length), generator=generator
     )
     data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
 
@@ -116,13 +137,13 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
         times: list[float] = []
         first = 0.0
 
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_begin(self, _, state, control, **kwargs):
             if state.global_step == 0:
                 torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
             self.started = time.perf_counter()
 
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, _, state, control, **kwargs):
             torch.cuda.synchronize()
             self.times.append((time.perf_counter() - self.started) * 1e3)
             self.first = self.first or time.time()
@@ -130,7 +151,7 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
     clock = Clock()
     config = config_class(
         output_dir="/tmp/oribi-bench", per_device_train_batch_size=rows, gradient_accumulation_steps=1,
-        max_steps=steps + WARMUP_STEPS, learning_rate=2e-4, warmup_steps=0, lr_scheduler_type="constant",
+        max_steps=steps + args.warmup, learning_rate=2e-4, warmup_steps=0, lr_scheduler_type="constant",
         optim="adamw_8bit", weight_decay=0.01, logging_steps=1, report_to="none", save_strategy="no", seed=0,
         bf16=True, max_length=length, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **extra,
     )  # fmt: skip
@@ -140,7 +161,7 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     gradients = [bool(p.ne(q).any()) for p, q in zip(trained(model), same_factors.values)]
-    times = clock.times[WARMUP_STEPS:]
+    times = clock.times[args.warmup :]
     return {
         "stack": name, "mode": mode, "model": model_name, "batch": rows, "seq": length, "rank": args.rank,
         "workload": workload, "gpu": torch.cuda.get_device_name().split()[1].lower(),
