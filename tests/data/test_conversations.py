@@ -64,6 +64,22 @@ def test_a_prompt_of_messages_is_context_even_where_the_assistant_speaks():
     assert convert(row)[1].trained == [False, False, False, None]
 
 
+def test_a_prompt_in_text_with_a_completion_in_messages():
+    assert convert({"prompt": "What is it?", "completion": ONE_TURN[1:]})[1].messages == ONE_TURN
+
+
+def test_pairs_may_have_a_system_message():
+    row = {"question": "What is it?", "answer": "It is this.", "system": "Be brief."}
+    assert messages_of(row) == [{"role": "system", "content": "Be brief."}, *ONE_TURN]
+
+
+def test_a_turn_of_only_tool_calls_or_thinking_has_empty_content():
+    row = {"messages": [user("x"), {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}
+    assert messages_of(row)[1]["content"] == ""
+    row = {"messages": [user("x"), assistant("y") | {"tool_calls": []}]}
+    assert messages_of(row)[1] == assistant("y")
+
+
 def test_text_and_blocks_of_text():
     assert convert({"text": "Hello"})[1] == Document("Hello")
     assert convert({"text": "Hello", "begins": False, "ends": False})[1] == Document(
@@ -156,6 +172,10 @@ WRONG = {
         {"messages": [user("x"), assistant(" \n")]},
         "message 2 (assistant) has empty content. Give it text, or remove the message.",
     ),
+    "messages as text": (
+        {"messages": [1], "x": 1},
+        "message 1 is int 1; it must be an object with 'role' and 'content'.",
+    ),
     "number as content": ({"messages": [user(3)]}, "message 1 has content int 3; it must be text."),
     "image": (
         {"messages": [user([{"type": "image", "url": "x"}])]},
@@ -215,6 +235,11 @@ def test_a_wrong_row_says_what_is_wrong_and_what_to_do(name):
     with pytest.raises(DataError) as error:
         convert(row)
     assert str(error.value) == message
+
+
+def test_messages_must_be_a_list_in_later_rows_too():
+    with pytest.raises(DataError, match="'messages' is str 'hello'; it must be a list of messages"):
+        recognise({"messages": ONE_TURN}).convert({"messages": "hello"})
 
 
 def test_a_later_row_is_held_to_the_first():

@@ -30,7 +30,13 @@ def by_batch_in_a_column(rows):
     return {"text": by_batch(rows)}
 
 
-@pytest.mark.parametrize("function", [by_row, by_row_in_a_list, by_batch, by_batch_in_a_column])
+def by_row_in_a_column(row):
+    return {"text": row["q"] + "=" + row["a"]}
+
+
+@pytest.mark.parametrize(
+    "function", [by_row, by_row_in_a_list, by_row_in_a_column, by_batch, by_batch_in_a_column]
+)
 def test_rows_and_batches_give_the_same_texts(function):
     assert apply(function) == [{"text": text} for text in TEXTS]
 

@@ -295,3 +295,72 @@ def test_masks_of_upstream_templates_lie_within_their_generation_blocks(name, fa
     assert len(blocks) == len(spans)
     for ours, (first, last) in zip(spans, blocks):
         assert ours in text[first:last]
+
+
+def test_an_answer_that_is_written_twice_is_trained_twice(chatml_tokenizer):
+    twice = CHATML.replace("+ message['content'] +", "+ message['content'] + '/' + message['content'] +")
+    spans, _, _ = spans_of(chatml_tokenizer, from_messages(TWO_TURNS), template=twice)
+    assert spans == ["It is this./It is this.<|im_end|>", "That, too./That, too.<|im_end|>"]
+
+
+def test_an_answer_that_also_stands_elsewhere_is_an_error(chatml_tokenizer):
+    template = "{{ messages[-1].content }}" + CHATML
+    with pytest.raises(DataError, match="cannot tell exactly which text"):
+        spans_of(chatml_tokenizer, from_messages(TWO_TURNS), template=template)
+
+
+def test_a_template_that_refuses_placeholders_is_masked_by_prefixes(chatml_tokenizer):
+    wary = (
+        "{% if messages | length > 3 and messages[1].content | length < 2 %}{{ raise_exception('too short') }}{% endif %}"
+        + CHATML
+    )
+    spans, _, masker = spans_of(chatml_tokenizer, from_messages(TWO_TURNS), template=wary)
+    assert spans == ["It is this.<|im_end|>", "That, too.<|im_end|>"]
+    assert masker.ways == {"prefixes": 1}
+
+
+def test_a_conversation_that_the_assistant_opens(chatml_tokenizer):
+    refusing = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}" + CHATML
+    messages = [assistant("Welcome!"), *TWO_TURNS[:2]]
+    for template in (CHATML, refusing):
+        spans, _, masker = spans_of(chatml_tokenizer, from_messages(messages), template=template)
+        assert spans == ["Welcome!<|im_end|>", "It is this.<|im_end|>"]
+        assert masker.ways == {"layout": 1}
+
+
+THINKING_CALLS = (
+    "{%- set ns = namespace(last=-1) -%}{%- for m in messages if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endfor -%}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + (c.function | tojson) + '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
+)
+
+
+def test_a_call_whose_thinking_is_left_out_later_is_trained_without_it(family_tokenizer):
+    messages = [dict(m) for m in WITH_TOOLS]
+    messages[1]["reasoning_content"] = "A thought"
+    spans, marked, masker = spans_of(
+        family_tokenizer, from_messages(messages, [WEATHER]), template=THINKING_CALLS
+    )
+    call_text = '<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call><|im_end|>'
+    assert spans == [call_text, "It is sunny.<|im_end|>"]
+    assert marked.left_out == ["thinking"]
+    assert masker.ways == {"layout": 1}
+
+
+def test_layouts_are_found_once_and_do_not_pile_up(chatml_tokenizer, monkeypatch):
+    monkeypatch.setattr("oribi.data.masking.KEPT_LAYOUTS", 2)
+    masker = Masker(ChatTemplate(chatml_tokenizer))
+    rendered = []
+    render = masker.template.render
+    monkeypatch.setattr(masker.template, "render", lambda *a, **k: rendered.append(1) or render(*a, **k))
+    counts = []
+    for turns_given in (1, 1, 2, 3, 1):
+        before = len(rendered)
+        masker.mark(from_messages([*TWO_TURNS[:2]] * turns_given))
+        counts.append(len(rendered) - before)
+    assert counts[1] == 1
+    assert counts[0] > 1
+    assert counts[4] > 1
+    assert len(masker._layouts) <= 2

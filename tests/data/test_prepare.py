@@ -151,6 +151,12 @@ def test_rows_that_train_nothing_are_named_and_left_out(prepare, chatml_tokenize
     assert "row 2 (no response to train on)" in str(report)
 
 
+def test_no_rows_at_all_stop(prepare, chatml_tokenizer):
+    stream = datasets.IterableDataset.from_generator(lambda: iter(()))
+    with pytest.raises(DataError, match="stream: no rows"):
+        prepare(stream, chatml_tokenizer, streaming=False)
+
+
 def test_nothing_to_train_on_stops(prepare, chatml_tokenizer):
     rows = [{"messages": [user("Only a question")]}] * 3
     with pytest.raises(

@@ -112,6 +112,15 @@ def test_an_example_without_an_end_gets_eos(plain_tokenizer):
     assert text.startswith(prompt)
 
 
+def test_bos_in_the_example_is_the_tokenizers_own(family_tokenizer):
+    example = "<s>{INPUT}>{OUTPUT}</s>{INPUT}>{OUTPUT}</s>"
+    source = template_from_example(example, family_tokenizer, "")
+    assert source.startswith("{{- bos_token -}}")
+    family_tokenizer.chat_template = source
+    text = family_tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
+    assert text == "<s>What is it?>It is this.</s>And that?>That, too.</s>"
+
+
 @pytest.mark.parametrize(
     ("example", "reason"),
     [

@@ -120,6 +120,22 @@ def test_evaluation_sets_are_masked_too(chatml_tokenizer):
         assert trained(chatml_tokenizer, dataset) == ["It is this.<|im_end|>That, too.<|im_end|>"]
 
 
+def test_one_evaluation_set_is_masked(chatml_tokenizer):
+    trainer = trainer_for(chatml_tokenizer, [TWO_TURNS])
+    trainer.eval_dataset = trainer.train_dataset
+    train_on_responses_only(trainer)
+    assert trained(chatml_tokenizer, trainer.eval_dataset) == ["It is this.<|im_end|>That, too.<|im_end|>"]
+
+
+def test_markers_that_do_not_find_the_answers_again_are_an_error(chatml_tokenizer):
+    chatml_tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'is it' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'is it' }}{% endif %}"
+    )
+    with pytest.raises(DataError, match="answers should begin after 'is it', but in the tokens"):
+        find_markers(chatml_tokenizer)
+
+
 def test_packs_keep_their_lengths(chatml_tokenizer):
     trainer = trainer_for(chatml_tokenizer, [TWO_TURNS])
     ids = trainer.train_dataset["input_ids"][0]

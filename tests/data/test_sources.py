@@ -187,6 +187,10 @@ MALFORMED = {
         '[\n{"text": "fine"},\n',
         "open.json:3: the array is not closed; the file seems cut off. Download it again.",
     ),
+    "cut.json": (
+        '{"data": [{"x": 1},\n{"x": 2]}',
+        "cut.json:2: no valid JSON (expecting ',' delimiter, column 8). Correct the file.",
+    ),
     "word.json": (
         "hello",
         "{path}: the file begins 'hello'; a .json file must hold an array of objects, [{...}, ...].",
@@ -265,6 +269,14 @@ def test_broken_gzip_and_parquet_are_named(tmp_path):
 
 
 def test_things_that_are_no_source_are_named(tmp_path):
+    pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match="none.parquet: the file has no rows"):
+        read(tmp_path / "none.parquet")
+    (tmp_path / "none.parquet").unlink()
+    with pytest.raises(DataError, match="it needs 'path' and may have"):
+        open_source([{"split": "train"}])
+    with pytest.raises(DataError, match="no name of a data set .owner/name."):
+        open_source("no such/data set")
     with pytest.raises(DataError, match="missing.jsonl: no such file"):
         open_source(str(tmp_path / "missing.jsonl"))
     with pytest.raises(DataError, match="no file that ends with .jsonl"):
