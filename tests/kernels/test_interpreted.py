@@ -11,7 +11,6 @@ from packaging.version import Version
 
 from oribi.kernels import dispatch
 
-
 # Triton 3.6's interpreter turns a loop's bound into an int in a way that NumPy refuses since 2.4
 LOOPS_FAIL = (
     dispatch.triton is not None

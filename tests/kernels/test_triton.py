@@ -80,6 +80,23 @@ def test_rms_norm_of_heads_inside_a_wider_buffer(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sliced", ["x", "dy", "neither", "both"])
+def test_rms_norm_of_any_views_through_autograd(dtype, sliced):
+    # heads inside wider rows, and gradients whose layout is not the input's
+    x, dy = normal(4, 5, 64, dtype=dtype, grad=False), normal(4, 5, 64, dtype=dtype, grad=False)
+    if sliced in ("x", "both"):
+        x = padded(x.view(4, 320)).unflatten(1, (5, 64))
+    if sliced in ("dy", "both"):
+        dy = padded(dy.transpose(0, 1).contiguous()).transpose(0, 1)
+    assert_twice_as_good(
+        lambda x, w: rms_norm.rms_norm(x, w, 1e-5),
+        lambda x, w: plain_rms_norm(x, w, 1e-5, 0.0),
+        [x.requires_grad_(), normal(64, dtype=dtype)],
+        [dy],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 0.22])
 @pytest.mark.parametrize("shape", [(1, 64), (5, 100), (3, 1536)])
 def test_fused_residual_equals_the_separate_addition(dtype, scale, shape):

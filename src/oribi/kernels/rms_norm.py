@@ -37,27 +37,28 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
-        rows = as_rows(x)
-        y, _, rstd = rms_norm_forward(rows, weight, eps, offset)
-        ctx.save_for_backward(x, weight, rstd)
+        y, rows, rstd = rms_norm_forward(_as_rows(x), weight, eps, offset)
+        ctx.save_for_backward(rows, weight, rstd)
         ctx.offset = offset
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
+        rows, weight, rstd = ctx.saved_tensors
+        dy_rows = dy.reshape(rows.shape)
+        dy_rows = dy_rows if dy_rows.stride(-1) == 1 else dy_rows.contiguous()
         dx, dweight = rms_norm_backward(
-            as_rows(dy), as_rows(x), rstd, weight, ctx.offset, weight_grad=ctx.needs_input_grad[1]
+            dy_rows, rows, rstd, weight, ctx.offset, weight_grad=ctx.needs_input_grad[1]
         )
-        return dx.view(x.shape), dweight, None, None
+        return dx.view(dy.shape), dweight, None, None
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """x as [T, D], or as it is where it is [T, H, D]; copied only where its rows have no common stride."""
-    if x.dim() not in (2, 3):
-        x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [T, D], or as [T, H, D] where it is a view of heads inside wider rows; else copied."""
+    if x.is_contiguous() or x.dim() > 3:
+        return x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 and x.dim() > 1 else x.contiguous().view(-1, x.shape[-1])
 
 
 def rms_norm_forward(
@@ -93,7 +94,7 @@ def rms_norm_forward(
     launch(
         _forward_kernel, -(-rstd.numel() // rows), x, total if residual is None else residual, weight, y, total, rstd,
         rstd.numel(), *_strides(x), 0 if residual is None else residual.stride(0), *_strides(y), float(eps),
-        float(offset), float(residual_scale), size, x.shape[1] if x.dim() == 3 else 1, rows, block, residual is not None,
+        float(offset), float(residual_scale), _heads(x), size, x.dim() == 3, rows, block, residual is not None,
         residual_scale != 1.0, num_warps=warps_for(rows * block),
     )  # fmt: skip
     return y, total, rstd
@@ -136,8 +137,8 @@ def rms_norm_backward(
     launch(
         _backward_kernel, programs, dy, x, rstd, weight, dy if dresidual is None else dresidual, dx,
         rstd if partials is None else partials, rstd.numel(), *_strides(dy), *_strides(x),
-        *_strides(dy if dresidual is None else dresidual), *_strides(dx), float(offset), size,
-        x.shape[1] if x.dim() == 3 else 1, rows, block, dresidual is not None, weight_grad,
+        *_strides(dy if dresidual is None else dresidual), *_strides(dx), float(offset), _heads(x), size,
+        x.dim() == 3, rows, block, dresidual is not None, weight_grad,
         num_warps=warps_for(rows * block),
     )  # fmt: skip
     return dx, None if partials is None else partials.sum(0).to(weight.dtype)
@@ -149,22 +150,26 @@ def _tile(size: int) -> tuple[int, int]:
     return block, max(2048 // block, 1)
 
 
+def _heads(x: torch.Tensor) -> int:
+    return x.shape[1] if x.dim() == 3 else 1
+
+
 def _strides(x: torch.Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1) if x.dim() == 3 else 0
 
 
 @jit
-def _row_offsets(row, stride, head_stride, HEADS: tl.constexpr):
-    if HEADS == 1:
-        return row.to(tl.int64) * stride
-    return (row // HEADS).to(tl.int64) * stride + (row % HEADS) * head_stride
+def _row_offsets(row, stride, head_stride, heads, NESTED: tl.constexpr):
+    if NESTED:
+        return (row // heads).to(tl.int64) * stride + (row % heads) * head_stride
+    return row.to(tl.int64) * stride
 
 
-@jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows", "heads"])
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
-    rows, x_stride, x_head, residual_stride, y_stride, y_head, eps, offset, residual_scale,
-    D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, x_stride, x_head, residual_stride, y_stride, y_head, eps, offset, residual_scale, heads,
+    D: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -172,7 +177,9 @@ def _forward_kernel(
     inside = (row < rows)[:, None] & (col < D)[None, :]
     weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32) + offset
     x = tl.load(
-        x_ptr + _row_offsets(row, x_stride, x_head, HEADS)[:, None] + col[None, :], mask=inside, other=0.0
+        x_ptr + _row_offsets(row, x_stride, x_head, heads, NESTED)[:, None] + col[None, :],
+        mask=inside,
+        other=0.0,
     ).to(tl.float32)
     if RESIDUAL:
         if SCALED:
@@ -186,15 +193,15 @@ def _forward_kernel(
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     y = x * rstd[:, None] * weight[None, :]
-    at = _row_offsets(row, y_stride, y_head, HEADS)[:, None] + col[None, :]
+    at = _row_offsets(row, y_stride, y_head, heads, NESTED)[:, None] + col[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows", "heads"])
 def _backward_kernel(
     dy_ptr, x_ptr, rstd_ptr, weight_ptr, dresidual_ptr, dx_ptr, partial_ptr,
-    rows, dy_stride, dy_head, x_stride, x_head, dresidual_stride, dresidual_head, dx_stride, dx_head, offset,
-    D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, dy_stride, dy_head, x_stride, x_head, dresidual_stride, dresidual_head, dx_stride, dx_head, offset, heads,
+    D: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
@@ -205,9 +212,9 @@ def _backward_kernel(
     for block in range(first, tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (col < D)[None, :]
-        at = _row_offsets(row, dy_stride, dy_head, HEADS)[:, None] + col[None, :]
+        at = _row_offsets(row, dy_stride, dy_head, heads, NESTED)[:, None] + col[None, :]
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        at = _row_offsets(row, x_stride, x_head, HEADS)[:, None] + col[None, :]
+        at = _row_offsets(row, x_stride, x_head, heads, NESTED)[:, None] + col[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         normed = x * rstd[:, None]
@@ -216,9 +223,9 @@ def _backward_kernel(
         g = dy * weight[None, :]
         dx = rstd[:, None] * (g - normed * (tl.sum(g * normed, axis=1) / D)[:, None])
         if RESIDUAL:
-            at = _row_offsets(row, dresidual_stride, dresidual_head, HEADS)[:, None] + col[None, :]
+            at = _row_offsets(row, dresidual_stride, dresidual_head, heads, NESTED)[:, None] + col[None, :]
             dx += tl.load(dresidual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        at = _row_offsets(row, dx_stride, dx_head, HEADS)[:, None] + col[None, :]
+        at = _row_offsets(row, dx_stride, dx_head, heads, NESTED)[:, None] + col[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if WEIGHT_GRAD:
         tl.store(partial_ptr + first.to(tl.int64) * D + col, tl.sum(partial, axis=0), mask=col < D)
