@@ -103,6 +103,26 @@ def test_a_packed_model_computes_what_transformers_computes_from_the_same_settin
     assert relative(logits(load(tmp_path)[0]), logits(theirs)) < 1e-5
 
 
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(576, 192), (7, 64), (257, 640)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packing_in_portions_is_bitsandbytes_own_bit_for_bit(shape, dtype, double):
+    weight = torch.randn(shape).to(dtype)
+    codes, state = nf4.quantize(weight, double_quant=double)
+    expected, theirs = quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type="nf4")
+    assert torch.equal(codes, expected)
+    assert torch.equal(state.absmax, theirs.absmax)
+    assert (state.shape, state.dtype, state.blocksize, state.quant_type, state.nested) == (
+        theirs.shape, theirs.dtype, theirs.blocksize, theirs.quant_type, theirs.nested,
+    )  # fmt: skip
+    assert torch.equal(state.code, theirs.code)
+    if double:
+        assert torch.equal(state.offset, theirs.offset)
+        assert torch.equal(state.state2.absmax, theirs.state2.absmax)
+        assert torch.equal(state.state2.code, theirs.state2.code)
+        assert (state.state2.blocksize, state.state2.dtype) == (theirs.state2.blocksize, theirs.state2.dtype)
+
+
 def test_weights_that_share_an_input_lie_in_one_buffer(tmp_path):
     checkpoint(tmp_path)
     layer = load(tmp_path)[0].model.layers[2]

@@ -67,7 +67,43 @@ def quantize(
     """
     from bitsandbytes.functional import quantize_4bit
 
+    if weight.device.type == "cpu" and weight.numel() % blocksize == 0:
+        return _quantize_in_portions(weight, blocksize, double_quant)
     return quantize_4bit(weight, blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4")
+
+
+def _quantize_in_portions(
+    weight: torch.Tensor, blocksize: int, double_quant: bool
+) -> tuple[torch.Tensor, object]:
+    """The same on the CPU, some blocks at a time.
+
+    Large temporaries between what stays leave holes in the heap: 430 MB beside the 106 MB of SmolLM2-135M, 90 MB so.
+    """
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
+    blocks = weight.reshape(-1, blocksize)
+    codes = torch.empty(weight.numel() // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(len(blocks))
+    step = max(16384 // blocksize, 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # portions are too small to share: on a busy machine each would wait for the other thread
+    try:
+        for start in range(0, len(blocks), step):
+            part = torch.ops.bitsandbytes.quantize_4bit(
+                blocks[start : start + step], blocksize, "nf4", torch.uint8
+            )
+            first = start * blocksize // 2
+            codes[first : first + len(part[0])], absmax[start : start + step] = part
+    finally:
+        torch.set_num_threads(threads)
+    offset = state2 = None
+    if double_quant:
+        offset = absmax.mean()
+        absmax, state2 = quantize_blockwise(absmax - offset, blocksize=256)
+    code = get_4bit_type("nf4", device=weight.device)
+    return codes, QuantState(absmax, weight.shape, code, blocksize, "nf4", weight.dtype, offset, state2)
 
 
 def reference(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
