@@ -1,0 +1,33 @@
+"""`oribi demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+) -> None:
+    """Teach a small model to turn English schedules into cron expressions, in minutes, without a GPU."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from oribi.demo.lesson import give_lesson
+
+    result = give_lesson(output)
+    console = Console()
+    table = Table(title="held-out requests", title_justify="left")
+    for name in ("request", "expected", "before training", "after training"):
+        table.add_column(name, overflow="fold")
+    for sample in result["samples"]:
+        mark = "" if sample["tuned_right"] else "  (wrong)"
+        table.add_row(sample["request"], sample["expected"], sample["base"], sample["tuned"] + mark)
+    console.print(table)
+    console.print(
+        f"right answers to {result['held_out_requests']} held-out requests: {result['base_score']:.1%} before, "
+        f"{result['tuned_score']:.1%} after {result['train_seconds']:.0f} s of training"
+    )
+    for name, path in result["paths"].items():
+        console.print(f"{name:<8} {path}", soft_wrap=True)
+    console.print(f"figures  {output / 'result.json'}", soft_wrap=True)

