@@ -14,7 +14,7 @@ from oribi.save import llama_cpp
 from oribi.save.accepted import GGUF_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel
 from oribi.save.base import choose_base, open_base
-from oribi.save.finish import file_sizes, finish_export, kl_tolerance, trained_answers
+from oribi.save.finish import expected_answers, file_sizes, finish_export, kl_tolerance, trained_answers
 from oribi.save.folder import finished_folder, gigabytes
 from oribi.save.gguf.adapter import save_gguf_adapter
 from oribi.save.gguf.layout import check_config
@@ -90,8 +90,9 @@ def save_gguf(
         )
         if verify:
             report.checked_on = trained.rows.origin
+            expected = expected_answers(trained, source, chosen)
             for method, path in paths.items():
-                _check_gguf(method, path, trained, tokenizer, report)
+                _check_gguf(method, path, expected, tokenizer, report)
         report.files = file_sizes(partial, "*.gguf")
         usage = f"```\nllama-cli -m {files[methods[0]]}\n```" + (
             f"\n\n```\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"
@@ -127,11 +128,11 @@ def _write_modelfile(
 
 
 def _check_gguf(method: str, path: Path, trained: Trained, tokenizer: Any, report: ExportReport) -> None:
-    tolerance = kl_tolerance(method, trained, report.base)
+    tolerance = kl_tolerance(method, trained)
     found = [check_source("weights read back", trained, GGUFSource(path), tolerance)]
     found.append(check_gguf_tokenizer(tokenizer, path))
     if llama_cpp.is_installed():
-        found += check_in_llama_cpp(trained, tokenizer, path, tolerance + 0.01)
+        found += check_in_llama_cpp(trained, tokenizer, path)
     for check in found:
         check.name = f"{method}: {check.name}"
     report.checks += found

@@ -15,7 +15,7 @@ from oribi.errors import ConfigError
 from oribi.save.accepted import MERGED_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel, write_adapter
 from oribi.save.base import choose_base, open_base
-from oribi.save.finish import file_sizes, finish_export, kl_tolerance, trained_answers
+from oribi.save.finish import expected_answers, file_sizes, finish_export, kl_tolerance, trained_answers
 from oribi.save.folder import finished_folder, gigabytes
 from oribi.save.merge import Checkpoint, merged_dtype
 from oribi.save.report import ExportReport
@@ -76,7 +76,8 @@ def save_merged(
         quantized = save_method == "merged_4bit"
         checkpoint = Checkpoint(model, merged, merged_dtype(model, dtype), quantized=quantized)
         report = ExportReport(str(directory), save_method, chosen, {}, notes=[reason] * bool(reason))
-        _write_checkpoint(checkpoint, report, tokenizer, max_shard_size, trained if verify else None)
+        expected = expected_answers(trained if verify else None, merged, chosen)
+        _write_checkpoint(checkpoint, report, tokenizer, max_shard_size, expected)
     if options.push_to_hub:
         upload_folder(Path(directory), Path(directory).name, options)
     return report
@@ -104,9 +105,7 @@ def _write_checkpoint(
             report.checked_on = trained.rows.origin
             key = "4-bit" if checkpoint.quantized else str(checkpoint.dtype).removeprefix("torch.")
             report.checks.append(
-                check_folder(
-                    f"{report.kind} read back", trained, partial, kl_tolerance(key, trained, report.base)
-                )
+                check_folder(f"{report.kind} read back", trained, partial, kl_tolerance(key, trained))
             )
             if tokenizer is not None:
                 report.checks.append(check_saved_tokenizer(tokenizer, partial))

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from oribi.models.decoder import DecoderForCausalLM
+from oribi.save.adapter import MergedModel
 from oribi.save.folder import reject
 from oribi.save.naming import base_name
 from oribi.save.probes import rows_of
 from oribi.save.report import ExportReport, model_card
-from oribi.save.verify import KL_TOLERANCE, OTHER_BASE, SIXTEEN_BIT, Trained
+from oribi.save.verify import KL_TOLERANCE, SIXTEEN_BIT, Trained
 
 
 def trained_answers(
@@ -24,11 +26,16 @@ def trained_answers(
     return Trained(model, rows_of(tokenizer, held_out, model.config.vocab_size))
 
 
-def kl_tolerance(key: str, trained: Trained, base: str) -> float:
-    tolerance = KL_TOLERANCE[key]
-    if trained.dtype != torch.float32:
-        tolerance += SIXTEEN_BIT
-    return tolerance + OTHER_BASE if base != "dequantized" else tolerance
+def expected_answers(trained: Trained | None, merged: MergedModel, base: str) -> Trained | None:
+    """What the written files must say: the trained model, or its adapter on the chosen base."""
+    if trained is None or base == "dequantized" or not isinstance(trained.inner, DecoderForCausalLM):
+        return trained
+    return trained.on_base(merged)
+
+
+def kl_tolerance(key: str, trained: Trained) -> float:
+    """Mean KL that is allowed for a format."""
+    return KL_TOLERANCE[key] + (SIXTEEN_BIT if trained.dtype != torch.float32 else 0.0)
 
 
 def file_sizes(folder: Path, pattern: str) -> dict[str, int]:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from oribi.models.checkpoint import BLOCK
+from oribi.models.checkpoint import BLOCK, TensorSource
 from oribi.save.weights import slots_of
 
 
@@ -49,3 +49,35 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], packed: set[str]) -> Itera
         yield name, codes
         for key, value in state.as_dict(packed=True).items():
             yield f"{name}.{key}", value
+
+
+class Nf4Source:
+    """A checkpoint whose packed weights are read dequantised; dense ones are read as they are."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        stored = source.shapes()
+        self._states: dict[str, QuantState] = {}
+        for key in stored:
+            name, found, _ = key.partition(".quant_state.")
+            if found:
+                parts = [part for part in stored if part.startswith(f"{name}.")]
+                tensors = {part: source.read(part, torch.device("cpu"), None) for part in parts}
+                self._states[name] = QuantState.from_dict(tensors, device=torch.device("cpu"))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        dense = {
+            name: shape
+            for name, shape in self._source.shapes().items()
+            if not any(name.startswith(f"{packed}.") for packed in self._states)
+        }
+        return {**dense, **{name: tuple(state.shape) for name, state in self._states.items()}}
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        if name not in self._states:
+            return self._source.read(name, device, dtype)
+        codes = self._source.read(name, torch.device("cpu"), None)
+        return dequantize_4bit(codes, self._states[name]).to(device=device, dtype=dtype)
+
+    def close(self) -> None:
+        self._source.close()

@@ -77,8 +77,13 @@ def rows_of(tokenizer: Any, held_out: Sequence[Any] | None, vocab_size: int) -> 
             kept.append(row[: min(_MAX_ROW, room)])
     if not kept:
         raise ConfigError("the held-out rows have no row of two tokens or more")
-    positions = torch.cat([torch.arange(len(row)) for row in kept])
-    return Rows(torch.tensor([id for row in kept for id in row])[None], positions[None], origin)
+    return pack(kept, origin)
+
+
+def pack(rows: list[list[int]], origin: str) -> Rows:
+    """Rows of ids one after the other."""
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    return Rows(torch.tensor([id for row in rows for id in row])[None], positions[None], origin)
 
 
 def _ids(tokenizer: Any, row: Any) -> list[int]:

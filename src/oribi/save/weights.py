@@ -89,7 +89,6 @@ def plain_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         ExportError: the weight is quantised in another way, or has no storage.
     """
-    tensor = tensor.detach()
     if tensor.device.type == "meta":
         raise ExportError(f"{name} has no values: the model is offloaded or was never loaded")
     if getattr(tensor, "quant_state", None) is not None:
@@ -99,4 +98,4 @@ def plain_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
             f"{name} is quantised to 8 bit, which oribi does not read back. "
             "Load the model with load_in_4bit=True or load_in_16bit=True and attach the saved adapter"
         )
-    return tensor
+    return tensor.detach()
