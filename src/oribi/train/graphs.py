@@ -103,6 +103,8 @@ class StepGraphs:
             del self._recorded[kept[0]]
         own = {name: x.clone() if torch.is_tensor(x) else x for name, x in inputs.items()}
         own_targets = targets.clone()
+        if self._decoder.model.host_memory is not None:
+            self._decoder.model.host_memory.flush()  # nor may one reach into it
         torch.cuda.empty_cache()  # the usual steps' cache and the graph's pool do not share memory
         graph = torch.cuda.CUDAGraph()
         try:
@@ -111,12 +113,21 @@ class StepGraphs:
         except RuntimeError as error:
             # most often a loss that somebody keeps with its whole graph, which ties gradients to another stream
             self._failed = True
+            _fresh_random_state(own_targets.device)
             logger.warning(
                 "no CUDA graphs: recording a step failed (%s); steps run as usual", str(error).splitlines()[0]
             )
             return None
         self._recorded[shape] = _Recorded(graph, own, own_targets, loss)
         return self._recorded[shape]
+
+
+def _fresh_random_state(device: torch.device) -> None:
+    """Gives a GPU's generator a state of its own again: a recording that fails leaves it tied to the graph."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    seed = generator.initial_seed()
+    generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+    generator.manual_seed(seed)
 
 
 def fixed_shape(inputs: dict[str, Any], pads: bool = False) -> tuple[dict[str, torch.Tensor], tuple]:
