@@ -287,3 +287,18 @@ def test_reference_only_ends_with_its_block():
     with dispatch.reference_only():
         pass
     assert not dispatch.use_triton(torch.ones(1))  # the fixture's block goes on
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 192), (7, 33)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_quantises_as_bitsandbytes_does(shape, double_quant):
+    from bitsandbytes.functional import quantize_4bit
+
+    dense = (torch.randn(shape) * 0.02).bfloat16()
+    codes, state = nf4.quantize(dense, double_quant=double_quant)
+    expected = quantize_4bit(dense, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
+    assert torch.equal(codes, expected[0])
+    assert state.as_dict().keys() == expected[1].as_dict().keys()
+    for name, value in expected[1].as_dict().items():
+        own = state.as_dict()[name]
+        assert torch.equal(own, value) if isinstance(value, torch.Tensor) else own == value, name
