@@ -353,6 +353,20 @@ def test_settings_out_of_range_are_refused(settings, message):
         FlatAdamW(parameters([(4,)]), **settings)
 
 
+def test_parameters_copied_by_a_wrapper_come_back_with_their_values():
+    ours, same = twins([(4,)])
+    optimizer, other = FlatAdamW(ours), FlatAdamW(same)
+    for moved in (False, True):
+        if moved:
+            ours[0].data = ours[0].data.clone()
+        for parameter, one in ((ours[0], optimizer), (same[0], other)):
+            parameter.grad = torch.ones_like(parameter)
+            one.step()
+    assert torch.equal(ours[0], same[0])
+    optimizer.zero_grad()
+    assert ours[0].grad.abs().max() == 0
+
+
 def test_misuse_is_refused():
     with pytest.raises(ConfigError, match="no parameter"):
         FlatAdamW([torch.nn.Parameter(torch.ones(2), requires_grad=False)])
@@ -360,7 +374,7 @@ def test_misuse_is_refused():
     optimizer = FlatAdamW(ours)
     with pytest.raises(ConfigError, match="when it is made"):
         optimizer.add_param_group({"params": parameters([(4,)])})
-    ours[0].data = ours[0].data.clone()
+    ours[0].data = ours[0].data.bfloat16()
     with pytest.raises(ModelError, match="moved or replaced"):
         optimizer.step()
 

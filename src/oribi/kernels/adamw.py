@@ -98,7 +98,7 @@ class FlatAdamW(torch.optim.Optimizer):
         """Clip, update and zero the gradients. Capturable in a CUDA graph after `upload_settings`.
 
         Raises:
-            ModelError: a parameter was moved or replaced after the optimizer was made.
+            ModelError: a parameter was moved to another device or cast after the optimizer was made.
         """
         loss = None
         if closure is not None:
@@ -225,11 +225,19 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def _check_storage(self) -> None:
         for place in self._places:
-            if place.parameter.data_ptr() != place.address:
+            p = place.parameter
+            if p.data_ptr() == place.address:
+                continue
+            weights = place.flat.weights
+            if p.device.type != weights.device.type or p.dtype != weights.dtype:
                 raise ModelError(
-                    f"a parameter of shape {tuple(place.parameter.shape)} was moved or replaced after FlatAdamW was "
+                    f"a parameter of shape {tuple(p.shape)} was moved or replaced after FlatAdamW was "
                     "made; move and cast the model first, then make the optimizer"
                 )
+            # accelerate moves a model to "cpu:0" for several processes, and PyTorch copies from "cpu" to there
+            home = _own_storage(weights, place.start, p.shape)
+            home.copy_(p.data)
+            p.data = home
 
     def _build(self) -> None:
         members: dict[tuple, list[tuple[torch.Tensor, int]]] = {}

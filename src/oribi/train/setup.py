@@ -44,6 +44,8 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
         args.dataloader_pin_memory = False
     if not isinstance(base, DecoderForCausalLM):
         return
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every layer takes part in every step
     if args.loss_type != "nll":
         raise ConfigError(f"loss_type = {args.loss_type!r}; oribi's models compute 'nll'")
     for asked, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):

@@ -1,0 +1,49 @@
+"""`oribi selftest`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def selftest(
+    model: Annotated[
+        str | None, typer.Option(help="Model to test with; a small random one where none is given.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; the machine's best where none is given.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+) -> None:
+    """Measure that training, files and kernels do what they claim on this machine; fails if one does not."""
+    import time
+    from dataclasses import asdict
+    from json import dumps
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from oribi.selftest.suite import selftest as run
+
+    console, group, started = Console(soft_wrap=True), "", time.monotonic()
+
+    def show(check) -> None:
+        nonlocal group
+        if check.group != group:
+            group = check.group
+            console.print(Text(group, style="bold"))
+        verdict = "ok" if check.passed else "FAILED"
+        line = f"  {verdict:<7}{check.name:<46}{check.error:>9.2e}  limit {check.limit:.0e}  {check.note}"
+        console.print(Text(line, style="" if check.passed else "red"))
+
+    checks = run(model, device, show)
+    failed = [check for check in checks if not check.passed]
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        entries = [{**asdict(check), "passed": check.passed} for check in checks]
+        json.write_text(dumps(entries, indent=2) + "\n", encoding="utf-8")
+    console.print(
+        f"{len(checks) - len(failed)} of {len(checks)} checks passed in {time.monotonic() - started:.0f} s"
+    )
+    if failed:
+        raise typer.Exit(1)

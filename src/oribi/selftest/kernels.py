@@ -1,0 +1,164 @@
+"""Each op on this machine against the float64 truth, with PyTorch's own form of it in the same dtype as the measure.
+
+T tokens, D hidden size, N out features, V vocabulary, H heads, E head_dim.
+"""
+
+from collections.abc import Callable, Iterator
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+
+from oribi.environment import detect
+from oribi.kernels import nf4
+from oribi.kernels.adamw import FlatAdamW
+from oribi.kernels.attention import Visibility, attention
+from oribi.kernels.cross_entropy import linear_cross_entropy
+from oribi.kernels.gated_mlp import gated_mlp
+from oribi.kernels.lora import Projection, lora_linear
+from oribi.kernels.rms_norm import rms_norm
+from oribi.kernels.rope import rope
+from oribi.selftest.check import Check, broken
+
+GROUP = "kernels"
+T, D, N, V, H, E = 67, 128, 192, 1000, 4, 32  # T is no multiple of any block
+DOCUMENTS = [5, 40, 1, 21]
+# the GPU's fast exp and division are good to a few 1e-7
+FLOOR = 2e-6
+
+
+def check_kernels(device: torch.device) -> Iterator[Check]:
+    """Outputs and gradients of every op in float32 and in the machine's training dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    dtypes = dict.fromkeys([torch.float32, detect().dtype])
+    for name, ours, plain, inputs in _ops(normal, device):
+        for dtype in dtypes:
+            label = f"{name}, {str(dtype).removeprefix('torch.')}"
+            try:
+                error, allowed = _errors(ours, plain, [x.to(dtype) for x in inputs])
+                yield Check(GROUP, label, error, allowed, "limit: twice PyTorch's own error")
+            except Exception as failure:  # a kernel that does not run is a line of the table
+                yield broken(GROUP, label, failure)
+    for dtype in dtypes:
+        yield _check_nf4(normal(N, D), dtype)
+    yield _check_adamw(normal)
+
+
+def _ops(normal: Callable, device: torch.device) -> Iterator[tuple]:
+    """Name, op, PyTorch's own form, differentiated inputs."""
+    yield "rms_norm", lambda x, w: rms_norm(x, w, 1e-6), _plain_norm, [normal(T, D), normal(D)]
+    angles = normal(T, E // 2)
+    cos, sin = angles.cos(), angles.sin()
+    yield (
+        "rope", lambda q, k: rope(q, k, cos, sin), lambda q, k: (_plain_rope(q, cos, sin), _plain_rope(k, cos, sin)),
+        [normal(T, H, E), normal(T, H // 2, E)],
+    )  # fmt: skip
+    yield (
+        "gated_mlp",
+        lambda g, u: gated_mlp(g, u, "silu"),
+        lambda g, u: F.silu(g) * u,
+        [normal(T, N), normal(T, N)],
+    )
+    targets = torch.randint(V, (T,), generator=torch.Generator().manual_seed(1)).to(device)
+    targets[::3] = -100
+    yield (
+        "cross_entropy", lambda x, w: linear_cross_entropy(x, w, targets, divisor=T),
+        lambda x, w: F.cross_entropy(_wide(F.linear(x, w)), targets, reduction="sum") / T,
+        [normal(T, D), normal(V, D) * 0.1],
+    )  # fmt: skip
+    base = normal(N, D) * 0.1
+    yield (
+        "lora", lambda x, a, b: lora_linear(x, [Projection(base.to(x.dtype), None, a, b, 2.0)])[0],
+        lambda x, a, b: F.linear(x, base.to(x.dtype)) + 2.0 * F.linear(F.linear(x, a), b),
+        [normal(T, D), normal(8, D) * 0.1, normal(N, 8) * 0.1],
+    )  # fmt: skip
+    bounds = torch.tensor([0, *DOCUMENTS]).cumsum(0).to(device, torch.int32)
+
+    def packed(q, k, v):
+        visibility = Visibility(1, T, cu_seqlens=bounds, max_length=max(DOCUMENTS))
+        return attention(q[None], k[None], v[None], visibility, E**-0.5)[0]
+
+    yield (
+        "attention of packed documents",
+        packed,
+        _plain_attention,
+        [normal(T, H, E), normal(T, 2, E), normal(T, 2, E)],
+    )
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def _plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+
+
+def _plain_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    cos, sin = (torch.cat([t, t], -1)[:, None].to(x.dtype) for t in (cos, sin))
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    outputs = []
+    for one in zip(*(x.split(DOCUMENTS) for x in (q, k, v))):
+        heads = [x.repeat_interleave(H // x.shape[1], 1).transpose(0, 1) for x in one]
+        seen = torch.ones(len(one[0]), len(one[0]), dtype=torch.bool, device=q.device).tril()
+        scores = (heads[0] @ heads[1].transpose(1, 2) * E**-0.5).masked_fill(~seen, -torch.inf)
+        outputs.append((_wide(scores).softmax(-1).to(q.dtype) @ heads[2]).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _errors(ours: Callable, plain: Callable, inputs: list[torch.Tensor]) -> tuple[float, float]:
+    """The largest error of an output or gradient over what PyTorch's own error allows it, as error and limit."""
+    truth = _results(plain, [x.double() for x in inputs])
+    found, theirs = _results(ours, inputs), _results(plain, inputs)
+    worst = (0.0, FLOOR)
+    for mine, own, exact in zip(found, theirs, truth):
+        scale = exact.norm().clamp_min(1e-30)
+        # one value may be exact by luck
+        floor = max(FLOOR, torch.finfo(inputs[0].dtype).eps if exact.numel() == 1 else 0.0)
+        error = ((mine.double() - exact).norm() / scale).item()
+        allowed = max(2 * ((own.double() - exact).norm() / scale).item(), floor)
+        if not error / allowed <= worst[0] / worst[1]:
+            worst = (error, allowed)
+    return worst
+
+
+def _results(op: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs of an op and the gradients of its inputs under a fixed upstream gradient."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = op(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [torch.linspace(-1, 1, out.numel() + 1)[1:].to(out).reshape(out.shape) for out in outputs]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, inputs, upstream)]
+
+
+def _check_nf4(weight: torch.Tensor, dtype: torch.dtype) -> Check:
+    name = f"nf4 dequantisation as bitsandbytes, {str(dtype).removeprefix('torch.')}"
+    packed, state = bnb.quantize_4bit(
+        weight.to(dtype), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    packed.quant_state = state
+    found, expected = nf4.dequantize([packed], dtype), bnb.dequantize_4bit(packed, state)
+    return Check(GROUP, name, (found.float() - expected.float()).abs().max().item(), 0.0, "to the bit")
+
+
+def _check_adamw(normal: Callable) -> Check:
+    start = normal(N, D)
+    settings = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    flat, plain = FlatAdamW([ours], bits=32, **settings), torch.optim.AdamW([theirs], **settings)
+    for _ in range(5):
+        gradient = normal(N, D)
+        for parameter, optimizer in ((ours, flat), (theirs, plain)):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    return Check(GROUP, "adamw, 5 steps, as torch's", error, 1e-6)

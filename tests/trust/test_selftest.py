@@ -1,0 +1,129 @@
+"""`oribi selftest` passes here, and what it is there to find makes it fail."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from oribi.cli import build
+from oribi.errors import ModelError
+from oribi.selftest import suite
+from oribi.selftest.check import Check, broken
+from oribi.selftest.invariance import (
+    _check_isolation,
+    gradients_of,
+    reference_step,
+    step_error,
+    trained_step,
+)
+from oribi.selftest.kernels import check_kernels
+from oribi.selftest.subject import Subject, reference_of, write_small_model
+from oribi.train.trainer import SFTTrainer
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Subject:
+    return Subject(str(write_small_model(tmp_path_factory.mktemp("small"))), "cpu")
+
+
+@pytest.mark.slow
+def test_the_whole_table_holds(tmp_path):
+    table = tmp_path / "table.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "oribi", "selftest", "--json", str(table)],
+        capture_output=True, text=True, timeout=400, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    checks = json.loads(table.read_text())
+    assert len(checks) > 30
+    assert all(check["passed"] for check in checks)
+    assert {"kernels", "a step's gradients", "recompute policies", "documents of a pack", "files"} == {
+        check["group"] for check in checks
+    }
+
+
+def test_a_mean_of_means_is_found(subject, tmp_path, monkeypatch):
+    model, tokenizer = subject.load()
+    rows = subject.rows(8, 320)
+    expected = reference_step(reference_of(model), rows)
+    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}
+    error, _ = step_error(trained_step(model, tokenizer, rows, tmp_path, **sizes), expected)
+    assert error < 1e-5
+    real = SFTTrainer.compute_loss
+
+    def each_batch_by_its_own_targets(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return real(self, model, inputs, return_outputs) / 3
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", each_batch_by_its_own_targets)
+    error, _ = step_error(trained_step(model, tokenizer, rows, tmp_path, **sizes), expected)
+    assert error > 1e-2
+
+
+def test_documents_that_see_each_other_are_found(subject, monkeypatch):
+    model, _ = subject.load()
+    rows = subject.rows(8, 320)
+    assert _check_isolation(model, rows).passed
+    from oribi.data.collate import PackCollator
+
+    real = PackCollator.__call__
+
+    def one_document(self, examples):
+        batch = real(self, examples)
+        length = batch["input_ids"].shape[1]
+        bounds = torch.tensor([0, length], dtype=torch.int32)
+        return {**batch, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length}
+
+    monkeypatch.setattr(PackCollator, "__call__", one_document)
+    assert not _check_isolation(model, rows).passed
+
+
+def test_the_reference_is_not_the_model_itself(subject):
+    model, _ = subject.load()
+    reference = reference_of(model)
+    assert type(reference.get_base_model()).__module__.startswith("transformers.models")
+    rows = subject.rows(2, 320)
+    reference_step(reference, rows)
+    assert all(gradient.abs().max() > 0 for gradient in gradients_of(reference).values())
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    monkeypatch.setattr("oribi.selftest.kernels.rms_norm", lambda x, w, eps: x * w)
+    found = {check.name: check.passed for check in check_kernels(torch.device("cpu"))}
+    assert not found["rms_norm, float32"]
+    assert found["rope, float32"]
+
+
+def test_a_failed_check_ends_the_command_with_1(monkeypatch):
+    good, bad = Check("g", "good", 1e-7, 1e-6), broken("g", "bad", ValueError("why"))
+    assert good.passed
+    assert not bad.passed
+    assert math.isnan(bad.error)
+    for checks, code in (([good], 0), ([good, bad], 1)):
+        monkeypatch.setattr(suite, "_all", lambda subject, folder, checks=checks: iter(checks))
+        result = CliRunner().invoke(build(), ["selftest", "--device", "cpu"])
+        assert result.exit_code == code, result.output
+    assert "FAILED" in result.output
+    assert "ValueError: why" in result.output
+
+
+def test_a_model_outside_the_families_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    write_small_model(tmp_path)
+    config = GPT2Config(vocab_size=320, n_embd=64, n_layer=1, n_head=2, n_positions=256)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="runs as transformers'"):
+        Subject(str(tmp_path), "cpu").load()
+
+
+def test_rows_are_the_same_in_every_process(subject):
+    rows = subject.rows(5, 320)
+    assert isinstance(rows, Dataset)
+    assert rows[:] == subject.rows(5, 320)[:]
+    assert rows[1]["labels"][0] == -100
