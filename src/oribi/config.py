@@ -164,11 +164,11 @@ class Problem:
     allowed: str
 
 
-class _Reader(yaml.SafeLoader):
+class YamlReader(yaml.SafeLoader):
     """YAML as people write it: 2e-4 is a number (YAML 1.1 asks for 2.0e-4)."""
 
 
-_Reader.add_implicit_resolver(
+YamlReader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -210,7 +210,7 @@ def read_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple[Run
 def _read_file(path: Path, problems: list[Problem]) -> list[tuple[str, int, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        loader = _Reader(text)
+        loader = YamlReader(text)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -250,7 +250,7 @@ def _read_flags(flags: list[str], problems: list[Problem]) -> list[tuple[str, No
             while flags and not flags[0].startswith("--"):
                 values.append(flags.pop(0))
             text = "true" if not values else values[0] if len(values) == 1 else f"[{', '.join(values)}]"
-        entries.append((key.replace("-", "_"), None, yaml.load(text, Loader=_Reader)))  # noqa: S506 (a SafeLoader)
+        entries.append((key.replace("-", "_"), None, yaml.load(text, Loader=YamlReader)))  # noqa: S506 (a SafeLoader)
     return entries
 
 

@@ -1,6 +1,7 @@
 """The command line. A verb is a file of this folder with one function of the verb's name, listed in `VERBS`.
 
-Files of verbs import nothing heavy at their top, so that `--help` answers at once.
+Files of verbs import nothing heavy at their top, so that `--help` answers at once. Exit codes: 0 done; 1 something is
+wrong and one message on standard error says what; 2 the command line itself is wrong; 130 stopped from the keyboard.
 """
 
 import sys
@@ -11,9 +12,11 @@ import typer
 
 from oribi.errors import OribiError
 
-VERBS = ("train", "demo")
+VERBS = ("convert", "inspect", "train", "chat", "eval", "export", "doctor", "selftest", "demo")
 # a verb that takes settings as flags leaves their names to the config
-FREE_FLAGS = {"train": {"allow_extra_args": True, "ignore_unknown_options": True}}
+FREE_FLAGS = {
+    verb: {"allow_extra_args": True, "ignore_unknown_options": True} for verb in ("train", "estimate")
+}
 
 
 def show_version(asked: bool) -> None:
@@ -33,11 +36,18 @@ def options(
 
 def build() -> typer.Typer:
     """The command with all its verbs."""
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    markup = "rich" if sys.stdout.isatty() else None  # boxes are for terminals
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=markup
+    )
     app.callback()(options)
     for verb in VERBS:
-        function = getattr(import_module(f"oribi.cli.{verb}"), verb)
-        app.command(name=verb, context_settings=FREE_FLAGS.get(verb))(function)
+        module = import_module(f"oribi.cli.{verb}")
+        if hasattr(module, "app"):
+            module.app.rich_markup_mode = markup
+            app.add_typer(module.app, name=verb)
+        else:
+            app.command(name=verb, context_settings=FREE_FLAGS.get(verb))(getattr(module, verb))
     return app
 
 

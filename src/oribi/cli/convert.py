@@ -1,0 +1,48 @@
+"""`oribi convert FILE`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oribi.cli.output import Json, Output
+from oribi.errors import ConfigError
+
+
+def convert(
+    file: Annotated[
+        Path, typer.Argument(help="Config of Axolotl, LLaMA-Factory, TRL or Unsloth; .yaml, .json or .sh.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write; the terminal if not given.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
+    json: Json = False,
+) -> None:
+    """Read another program's config as one of oribi's, and say what became of each of its keys."""
+    from oribi.config_text import config_text, write_config
+    from oribi.dialects import convert_file
+
+    found = convert_file(file)
+    out = Output(json)
+    heading = f"converted from {file.name} ({found.dialect})"
+    unsupported = [f"{key}: {why}" for key, why in found.unsupported.items()]
+    text = config_text(found.values, heading, notes=[f"not taken over: {line}" for line in unsupported])
+    if output is None:
+        out.text(text.rstrip())
+    else:
+        write_config(output, text, force)
+        out.text(f"written: {output}")
+    for note in found.notes:
+        typer.echo(note, err=True)
+    for key, why in found.idle.items():
+        typer.echo(f"{key} is not needed: {why}", err=True)
+    for line in unsupported:
+        typer.secho(f"not taken over: {line}", fg="yellow", err=True)
+    out.record(
+        dialect=found.dialect, values=found.values, notes=found.notes, not_needed=found.idle,
+        unsupported=found.unsupported, output=output,
+    )  # fmt: skip
+    missing = [name for name in ("model", "dataset") if name not in found.values]
+    if missing:
+        raise ConfigError(f"{file} names no {' and no '.join(missing)}; add it before training")

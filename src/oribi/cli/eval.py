@@ -1,0 +1,91 @@
+"""`oribi eval RUN`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from oribi.cli.output import Json, Output, chatter_aside
+
+
+def eval(  # noqa: A001 (the verb's name)
+    run: Annotated[str, typer.Argument(help="Run, or any model together with --dataset.")],
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Files or hub data sets, in place of the run's held-out rows.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
+    rows: Annotated[int | None, typer.Option(min=1, help="The first so many rows only.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Answers to write out and to count the stops of.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    json: Json = False,
+) -> None:
+    """Compare the base and the trained model on rows that were not trained on."""
+    with chatter_aside():
+        from oribi.errors import ConfigError
+        from oribi.runs import load_run
+        from oribi.train.evaluate import answer_rows, held_out_loss, stop_rate, without_adapter
+
+        loaded = load_run(run)
+        held_out = _rows(loaded, dataset, split)
+        if held_out is None:
+            raise ConfigError(
+                f"{run} has no held-out rows (it was trained without eval_dataset and eval_fraction); name some with "
+                "--dataset FILE"
+            )
+        measured: dict[str, Any] = {}
+        answers: dict[str, Any] = {}
+        if loaded.has_adapter:
+            with without_adapter(loaded.model):
+                measured["base"] = held_out_loss(loaded.model, held_out, rows)
+                answers["base"] = answer_rows(
+                    loaded.model, loaded.tokenizer, held_out, samples, max_new_tokens
+                )
+        measured["tuned"] = held_out_loss(loaded.model, held_out, rows)
+        answers["tuned"] = answer_rows(loaded.model, loaded.tokenizer, held_out, samples, max_new_tokens)
+    output = Output(json)
+    output.table(
+        [
+            {
+                "model": name,
+                "loss": f"{figures.loss:.4f}",
+                "perplexity": f"{figures.perplexity:.3f}",
+                "stops": "-" if (rate := stop_rate(answers[name])) is None else f"{rate:.0%}",
+                "rows": figures.rows,
+                "trained tokens": figures.tokens,
+            }
+            for name, figures in measured.items()
+        ],
+        right=("loss", "perplexity", "stops", "rows", "trained tokens"),
+    )
+    for name, figures in measured.items():
+        output.record(model=name, **figures.to_json(), stop_rate=stop_rate(answers[name]))
+    for i, sample in enumerate(answers["tuned"]):
+        output.text()
+        output.fields(
+            {
+                "prompt": sample.prompt,
+                "expected": sample.expected,
+                "base": answers["base"][i].said if "base" in answers else None,
+                "tuned": sample.said,
+            }
+        )
+        output.record(
+            sample=i, prompt=sample.prompt, expected=sample.expected, tuned=sample.said,
+            base=answers["base"][i].said if "base" in answers else None,
+        )  # fmt: skip
+
+
+def _rows(loaded: Any, dataset: list[str] | None, split: str) -> Any:
+    from oribi.data import prepare_dataset
+    from oribi.runs import held_out_rows
+
+    if dataset:
+        config = loaded.config
+        return prepare_dataset(
+            [{"path": source} for source in dataset],
+            loaded.tokenizer,
+            max_seq_length=config.max_seq_length if config else loaded.model.max_seq_length,
+            split=split,
+            train_on="responses" if config is None or config.train_on_responses_only else "everything",
+            text_field=config.dataset_text_field if config else None,
+        ).dataset
+    return held_out_rows(loaded.config, loaded.tokenizer) if loaded.config else None

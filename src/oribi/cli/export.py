@@ -1,0 +1,121 @@
+"""`oribi export RUN --to adapter,merged,gguf:q4_k_m,q8_0`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from oribi.cli.output import Json, Output, chatter_aside, gibibytes
+from oribi.errors import ConfigError
+
+FORMS = {
+    "adapter": "adapter", "lora": "adapter", "merged": "merged_16bit", "merged_16bit": "merged_16bit",
+    "merged_4bit": "merged_4bit", "gguf": "gguf", "gguf-adapter": "gguf-adapter",
+}  # fmt: skip
+FOLDERS = {"adapter": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit", "gguf": "gguf",
+           "gguf-adapter": "gguf-adapter"}  # fmt: skip
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Run, adapter or model folder.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Forms, separated by commas: adapter, merged, merged_4bit, gguf:METHOD, gguf-adapter."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the exports; the run's own if not given.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="Weights under the adapter: dequantized, original, auto, or a folder.")
+    ] = "dequantized",
+    verify: Annotated[bool, typer.Option(help="Compare what was written with the trained model.")] = True,
+    json: Json = False,
+) -> None:
+    """Write a trained model as adapter, merged checkpoint or GGUF files, and check each against the trained model."""
+    with chatter_aside():
+        from oribi.runs import held_out_rows, load_run
+
+        forms = read_forms(to)
+        folder = output or Path(run)
+        if output is None and not folder.is_dir():
+            raise ConfigError(f"{run} is no folder; say with --output where its exports shall go")
+        loaded = load_run(run)
+        rows = (
+            held_out_rows(loaded.config, loaded.tokenizer) if loaded.config is not None and verify else None
+        )
+        held_out = None
+        if rows is not None:
+            held_out = [{"input_ids": row["input_ids"]} for row in rows.select(range(min(32, len(rows))))]
+        written = [
+            _write(loaded, form, methods, folder, {"base": base, "held_out": held_out, "verify": verify})
+            for form, methods in forms.items()
+        ]
+    out = Output(json)
+    for record in written:
+        checks = "" if not record["checks"] else f", {record['checks']} checks passed"
+        for path, size in record["files"].items():
+            out.text(f"{record['form']:<14}{path}  {gibibytes(size)}{checks}")
+        out.record(**record)
+
+
+def read_forms(text: str) -> dict[str, list[str]]:
+    """The forms that --to names, each with its GGUF methods; a method after a comma belongs to the gguf before it.
+
+    Raises:
+        ConfigError: a form or method is unknown.
+    """
+    from oribi.save.gguf.mixes import METHODS, mix_of
+
+    found: dict[str, list[str]] = {}
+    for item in filter(None, (part.strip().lower() for part in text.split(","))):
+        name, _, method = item.partition(":")
+        if name in FORMS and not method:
+            form, method = FORMS[name], "f16" if name == "gguf-adapter" else "q8_0" if name == "gguf" else ""
+        elif name in ("gguf", "gguf-adapter"):
+            form = name
+        elif not method and (found or name in METHODS):
+            form, method = "gguf-adapter" if list(found)[-1:] == ["gguf-adapter"] else "gguf", name
+        else:
+            raise ConfigError(
+                f"--to {item}: unknown form; allowed are {', '.join(FORMS)}, and gguf:METHOD with a METHOD of "
+                f"{', '.join(METHODS)}"
+            )
+        methods = found.setdefault(form, [])
+        if form == "gguf":
+            method = mix_of(method).name
+        if method and method not in methods:
+            methods.append(method)
+    if not found:
+        raise ConfigError(f"--to names nothing; give for instance adapter,merged,gguf:{next(iter(METHODS))}")
+    return found
+
+
+def _write(
+    loaded: Any, form: str, methods: list[str], folder: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    from oribi.save import save_gguf, save_gguf_adapter, save_merged
+
+    target = folder / FOLDERS[form]
+    checks: list[Any] = []
+    if form == "adapter":
+        if not loaded.has_adapter:
+            raise ConfigError("--to adapter: this model has no adapter; export it as merged or gguf")
+        report = save_merged(loaded.model, target, loaded.tokenizer, "lora", verify=options["verify"])
+        checks, files = report.checks, [target / name for name in report.files]
+    elif form == "gguf":
+        written = save_gguf(loaded.model, target, loaded.tokenizer, methods, **options)
+        checks, files = written["report"].checks, [Path(file) for file in written["gguf_files"]]
+    elif form == "gguf-adapter":
+        files = [Path(f) for f in save_gguf_adapter(loaded.model, target, methods)["gguf_files"]]
+    else:
+        report = save_merged(loaded.model, target, loaded.tokenizer, form, **options)
+        checks, files = report.checks, [target / name for name in report.files]
+    return {
+        "form": form,
+        "folder": str(target),
+        "files": {str(path): path.stat().st_size for path in files},
+        "checks": len(checks),
+        "passed": all(check.passed for check in checks),
+    }

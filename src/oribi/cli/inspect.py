@@ -1,0 +1,163 @@
+"""`oribi inspect data|model|adapter|run`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from oribi.cli.output import Json, Output, chatter_aside, count, gibibytes
+
+app = typer.Typer(
+    no_args_is_help=True, help="Look at data as the model sees it, at a model, an adapter or a run."
+)
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="Config of a run (.yaml), or a data file or hub data set.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model whose tokenizer is used; a config names its own.")
+    ] = None,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Longest example, without a config.")] = 2048,
+    rows: Annotated[int, typer.Option(min=0, help="Rows shown token by token.")] = 3,
+    split: Annotated[str, typer.Option(help="Split of a hub data set, without a config.")] = "train",
+    html: Annotated[Path | None, typer.Option(help="Write the rows as a page, too.")] = None,
+    json: Json = False,
+) -> None:
+    """Show every token: whether it is trained, context or cut off; then counts, lengths and warnings."""
+    with chatter_aside():
+        from rich.console import Console
+
+        from oribi.config import read_config
+        from oribi.data import get_chat_template, inspect_data
+        from oribi.errors import ConfigError
+        from oribi.models.tokens import tokenizer_of
+
+        settings: dict[str, Any] = {"split": split, "train_on": "responses"}
+        sources, template = [source], None
+        if Path(source).suffix in (".yaml", ".yml"):
+            config, _ = read_config(source)
+            model, max_seq_length, template = (
+                model or config.model,
+                config.max_seq_length,
+                config.chat_template,
+            )
+            sources = config.dataset
+            settings = {
+                "split": config.split,
+                "train_on": "responses" if config.train_on_responses_only else "everything",
+                "overlong": config.overlong,
+                "text_field": config.dataset_text_field,
+            }
+        if model is None:
+            raise ConfigError(
+                f"inspect data {source}: name the tokenizer with --model, or give a run's config.yaml"
+            )
+        tokenizer = tokenizer_of(model)
+        if template is not None:
+            tokenizer = get_chat_template(tokenizer, template)
+    report = inspect_data(
+        [{"path": path} for path in sources], tokenizer, max_seq_length=max_seq_length, rows=rows, html_file=html,
+        console=Console(stderr=json, soft_wrap=True), **settings,
+    )  # fmt: skip
+    Output(json).record(**report.to_dict())
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(help="Model folder, GGUF file, adapter, run or hub name.")],
+    json: Json = False,
+) -> None:
+    """Show a model's sizes, its family and its tokens, without loading its weights."""
+    with chatter_aside():
+        from oribi.models.families import FAMILIES
+        from oribi.models.tokens import tokenizer_of
+        from oribi.train.architecture import architecture_of
+
+        found = architecture_of(name)
+        tokenizer = tokenizer_of(name)
+    config, attention = found.config, found.decoder.model.layers[0].self_attn
+    facts = {
+        "model": name,
+        "stored as": found.location.kind,
+        "family": f"{config.model_type} ({FAMILIES[config.model_type].architecture})",
+        "parameters": f"{found.parameters:,} ({count(found.parameters)})",
+        "layers": config.num_hidden_layers,
+        "hidden size": f"{config.hidden_size}, MLP {config.intermediate_size}",
+        "heads": f"{config.num_attention_heads}, key/value {config.num_key_value_heads}, of {attention.head_dim}",
+        "vocabulary": f"{config.vocab_size:,}" + (", head tied to the embedding" if found.tied else ""),
+        "positions": f"{config.max_position_embeddings:,}",
+        "in NF4": gibibytes(found.weight_bytes(load_in_4bit=True)),
+        "in 16 bit": gibibytes(found.weight_bytes(load_in_4bit=False)),
+        "tokenizer": f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens",
+        "end token": f"{tokenizer.eos_token!r}, padding {tokenizer.pad_token!r}",
+        "chat template": "yes"
+        if tokenizer.chat_template
+        else "none: give chat_template to train on conversations",
+    }
+    output = Output(json)
+    output.fields(facts)
+    output.record(
+        model=name, parameters=found.parameters, bytes_nf4=found.weight_bytes(True),
+        bytes_16bit=found.weight_bytes(False), has_chat_template=bool(tokenizer.chat_template),
+        config=config.to_dict(),
+    )  # fmt: skip
+
+
+@app.command()
+def adapter(
+    name: Annotated[str, typer.Argument(help="Adapter folder, run or hub name.")], json: Json = False
+) -> None:
+    """Show an adapter's settings, and how much each kind of layer was changed."""
+    with chatter_aside():
+        from oribi.lora.contents import read_adapter
+
+        found = read_adapter(name)
+    output = Output(json)
+    output.fields(found.facts())
+    output.text()
+    output.table(
+        [
+            {"layers": kind, "count": row.count, "parameters": f"{row.parameters:,}", "mean |scale B A|": f"{row.norm:.4f}"}
+            for kind, row in found.kinds.items()
+        ],
+        right=("count", "parameters", "mean |scale B A|"),
+    )  # fmt: skip
+    for problem in found.problems:
+        output.text(f"note: {problem}")
+    output.record(
+        **found.facts(), problems=found.problems, kinds={kind: vars(row) for kind, row in found.kinds.items()}
+    )
+
+
+@app.command()
+def run(folder: Annotated[Path, typer.Argument(help="Folder of a run.")], json: Json = False) -> None:
+    """Show how a run went and what it left."""
+    from oribi.runs import read_log, read_run
+
+    config, log = read_run(folder), read_log(folder)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    speeds = sorted(entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry)
+    exports = sorted(
+        path.relative_to(folder).as_posix()
+        for pattern in ("adapter_model.safetensors", "model*.safetensors", "*.gguf")
+        for path in folder.rglob(pattern)
+    )
+    facts = {
+        "run": str(folder),
+        "model": config.model,
+        "dataset": ", ".join(config.dataset),
+        "steps": log[-1]["step"] if log else 0,
+        "loss": f"{losses[0]:.4f} first, {losses[-1]:.4f} last, {min(losses):.4f} lowest" if losses else None,
+        "eval loss": ", ".join(f"{loss:.4f}" for loss in evaluations),
+        "tokens/s": f"{speeds[len(speeds) // 2]:,.0f} median" if speeds else None,
+        "finished": "yes" if any("train_loss" in entry for entry in log) else "no",
+        "files": "\n".join(exports) or "none",
+    }
+    output = Output(json)
+    output.fields(facts)
+    output.record(
+        run=str(folder), model=config.model, dataset=config.dataset, steps=facts["steps"], losses=losses,
+        eval_losses=evaluations, finished=facts["finished"] == "yes", files=exports,
+    )  # fmt: skip

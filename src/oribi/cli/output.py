@@ -1,0 +1,76 @@
+"""What verbs print: aligned lines for people, JSON lines for programs. Standard output holds results and nothing else."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
+
+
+class Output:
+    """Where a verb's results go.
+
+    Args:
+        json_lines: each `record` is one line of JSON, and `text` is left out.
+    """
+
+    def __init__(self, json_lines: bool) -> None:
+        self.json_lines = json_lines
+
+    def text(self, line: str = "") -> None:
+        """A line for people."""
+        if not self.json_lines:
+            typer.echo(line)
+
+    def record(self, **values: Any) -> None:
+        """One object for programs."""
+        if self.json_lines:
+            typer.echo(json.dumps(values, ensure_ascii=False, default=str))
+
+    def fields(self, values: Mapping[str, Any], indent: int = 0) -> None:
+        """Names and values in two columns; what is None or empty is left out."""
+        shown = {name: str(value) for name, value in values.items() if value is not None and value != ""}
+        width = max((len(name) for name in shown), default=0) + 2
+        for name, value in shown.items():
+            first, *more = value.splitlines() or [""]
+            self.text(f"{'':<{indent}}{name:<{width}}{first}")
+            for line in more:
+                self.text(f"{'':<{indent + width}}{line}")
+
+    def table(self, rows: Sequence[Mapping[str, Any]], right: Sequence[str] = ()) -> None:
+        """Rows of the same keys under a heading; columns named in `right` are numbers."""
+        if not rows:
+            return
+        names = list(rows[0])
+        cells = [names, *([str(row[name]) for name in names] for row in rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+        for row in cells:
+            parts = [
+                f"{cell:>{width}}" if name in right else f"{cell:<{width}}"
+                for name, cell, width in zip(names, row, widths)
+            ]
+            self.text("  ".join(parts).rstrip())
+
+
+@contextmanager
+def chatter_aside() -> Iterator[None]:
+    """What libraries and loaders print inside the block goes to standard error."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def gibibytes(size: float) -> str:
+    """Bytes in words: 1.23 GiB, or 45.6 MiB below a tenth of that."""
+    return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def count(number: float) -> str:
+    """8030261248 -> 8.03 B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.0f}"

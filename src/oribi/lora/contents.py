@@ -1,0 +1,118 @@
+"""What an adapter's files say, without its base model: settings, sizes, and how far training moved each kind of layer."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from oribi.errors import ModelError
+from oribi.models.locate import HubOptions, adapter_weights, locate, read_json
+
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$"
+)
+
+
+@dataclass
+class Kind:
+    """Layers of one name: how many, their trained parameters, and the mean norm of scale * B A."""
+
+    count: int = 0
+    parameters: int = 0
+    norm: float = 0.0
+
+
+@dataclass
+class AdapterContents:
+    """One adapter.
+
+    Args:
+        name: as asked for. path: its file of weights. settings: adapter_config.json.
+        kinds: last part of the layers' names -> figures.
+        other: parameters that are no LoRA factor, such as trained embeddings.
+        problems: what looks wrong, one line each.
+    """
+
+    name: str
+    path: Path
+    settings: dict[str, Any]
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    other: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """What is worth knowing, by name."""
+        s = self.settings
+        variant = [name for name in ("use_rslora", "use_dora") if s.get(name)]
+        return {
+            "adapter": self.name,
+            "file": str(self.path),
+            "base model": s.get("base_model_name_or_path"),
+            "kind": " ".join([str(s.get("peft_type", "LORA")), *variant]),
+            "rank": s.get("r"),
+            "alpha": s.get("lora_alpha"),
+            "dropout": s.get("lora_dropout"),
+            "trained in full": ", ".join(s.get("modules_to_save") or []),
+            "parameters": sum(kind.parameters for kind in self.kinds.values()) + self.other,
+        }
+
+
+def read_adapter(name: str) -> AdapterContents:
+    """An adapter's contents.
+
+    Args:
+        name: folder of an adapter or a run, or hub name.
+
+    Raises:
+        ModelError: it is no adapter.
+    """
+    location = locate(name, HubOptions())
+    if location.kind != "adapter":
+        raise ModelError(
+            f"{name} is no adapter: it has no adapter_config.json; `oribi inspect model` shows models"
+        )
+    path = adapter_weights(location, HubOptions())
+    found = AdapterContents(name, path, read_json(location.directory / "adapter_config.json"))
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            match = _FACTOR.match(key)
+            tensor = file.get_tensor(key)
+            if not bool(torch.isfinite(tensor).all()):
+                found.problems.append(f"{key} holds values that are no numbers")
+            if match is None:
+                found.other += tensor.numel()
+            else:
+                pairs.setdefault(match["layer"], {})[match["factor"]] = tensor.float()
+    unmoved = 0
+    for layer, pair in pairs.items():
+        if len(pair) != 2:
+            found.problems.append(f"{layer} has only one of its two factors")
+            continue
+        kind = found.kinds.setdefault(layer.rpartition(".")[2], Kind())
+        kind.count += 1
+        kind.parameters += pair["A"].numel() + pair["B"].numel()
+        norm = _scale(found.settings, layer, pair["A"]) * product_norm(pair["B"], pair["A"])
+        unmoved += norm == 0
+        kind.norm += norm
+    for kind in found.kinds.values():
+        kind.norm /= kind.count
+    if pairs and unmoved:
+        found.problems.append(
+            f"{unmoved} of {len(pairs)} layers are as they were before training (B is zero)"
+        )
+    return found
+
+
+def product_norm(b: torch.Tensor, a: torch.Tensor) -> float:
+    """Frobenius norm of b @ a, from the small products: |BA|^2 = trace(B^T B A A^T)."""
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())
+
+
+def _scale(settings: dict[str, Any], layer: str, a: torch.Tensor) -> float:
+    leaf = layer.rpartition(".")[2]
+    alpha = (settings.get("alpha_pattern") or {}).get(leaf, settings.get("lora_alpha", len(a)))
+    return alpha / (len(a) ** 0.5 if settings.get("use_rslora") else len(a))

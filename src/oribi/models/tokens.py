@@ -1,0 +1,56 @@
+"""A model's tokenizer alone, repaired as the loader repairs it; no weights are read."""
+
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from oribi.errors import ModelError
+from oribi.models.gguf_source import GGUFSource
+from oribi.models.gguf_tokenizer import rebuild_tokenizer
+from oribi.models.locate import HubOptions, locate, read_json
+from oribi.models.tokenizer import load_tokenizer, repair
+
+
+def tokenizer_of(
+    name: str, *, revision: str | None = None, token: Any = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_model` would return.
+
+    Args:
+        name: a directory, GGUF file, adapter, run or hub name.
+        revision, token: for the hub.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        ModelError: there is none.
+    """
+    location = locate(name, HubOptions(token=token, revision=revision))
+    generation = GenerationConfig()
+    if location.kind == "gguf":
+        source = GGUFSource(location.file)
+        config = source.config
+        if (location.directory / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(location.directory, trust_remote_code=trust_remote_code)
+        else:
+            tokenizer = rebuild_tokenizer(source.value, str(location.file))
+        ends = [config.eos_token_id, source.value("tokenizer.ggml.eot_token_id")]
+        generation.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
+        repair(tokenizer, config.vocab_size, generation, max_seq_length=config.max_position_embeddings)
+        return tokenizer
+    if location.kind == "adapter" and not any(location.directory.glob("tokenizer*")):
+        base = read_json(location.directory / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise ModelError(f"{location.directory / 'adapter_config.json'} names no base_model_name_or_path")
+        return tokenizer_of(base, token=token, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(location.directory, trust_remote_code=trust_remote_code)
+    if (location.directory / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(location.directory)
+    config = (
+        read_json(location.directory / "config.json")
+        if (location.directory / "config.json").is_file()
+        else {}
+    )
+    config = config.get("text_config", config)
+    vocab_size = config.get("vocab_size") or len(tokenizer)
+    repair(tokenizer, vocab_size, generation, max_seq_length=config.get("max_position_embeddings") or 2048)
+    return tokenizer

@@ -1,0 +1,119 @@
+"""A model's sizes from its config alone: every parameter's shape, without weights and without memory."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from oribi.errors import ModelError
+from oribi.models.decoder import DecoderForCausalLM, build
+from oribi.models.families import family_of
+from oribi.models.gguf_source import GGUFSource
+from oribi.models.locate import HubOptions, Location, locate, read_json
+
+# NF4 with double quantisation: half a byte of codes; a byte for every 64 weights, of which 256 share a float32
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as its config describes it.
+
+    Args:
+        name: as the user calls it.
+        config: the text decoder's config.
+        location: where its files lie.
+        decoder: the decoder on the meta device, in the compute dtype.
+    """
+
+    name: str
+    config: PretrainedConfig
+    location: Location
+    decoder: DecoderForCausalLM
+
+    @cached_property
+    def linears(self) -> dict[str, nn.Linear]:
+        """The layers' linear layers by name, without the head."""
+        return {
+            name: module
+            for name, module in self.decoder.model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    @cached_property
+    def linear_weights(self) -> int:
+        """Weights of the layers' linear layers."""
+        return sum(module.weight.numel() for module in self.linears.values())
+
+    @property
+    def tied(self) -> bool:
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    @cached_property
+    def embedding(self) -> int:
+        """Weights of the embedding."""
+        return self.decoder.model.embed_tokens.weight.numel()
+
+    @cached_property
+    def head(self) -> int:
+        """Weights of the head; 0 where it is the embedding."""
+        return 0 if self.tied else self.decoder.lm_head.weight.numel()
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.decoder.model.parameters()) + self.head
+
+    def weight_bytes(self, load_in_4bit: bool) -> int:
+        """Device memory of the loaded weights."""
+        width = self.decoder.dtype.itemsize
+        linear = self.linear_weights * (NF4_BYTES if load_in_4bit else width)
+        return int(linear + (self.parameters - self.linear_weights) * width)
+
+    def with_dtype(self, dtype: torch.dtype) -> "Architecture":
+        """The same, computing in another dtype."""
+        return replace(self, decoder=build(self.config, dtype=dtype))
+
+
+def architecture_of(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    token: Any = None,
+) -> Architecture:
+    """A model's sizes; of a hub name only the small files are fetched.
+
+    Raises:
+        ModelError: there is no such model, or it is outside the family table.
+    """
+    location = locate(name, HubOptions(token=token, revision=revision))
+    if location.kind == "adapter":
+        base = read_json(location.directory / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise ModelError(f"{location.directory / 'adapter_config.json'} names no base_model_name_or_path")
+        return replace(architecture_of(base, dtype=dtype, token=token), name=name)
+    if location.kind == "gguf":
+        config = GGUFSource(location.file).config
+    else:
+        try:
+            config = AutoConfig.from_pretrained(
+                location.directory, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            raise ModelError(f"{name}: its config.json cannot be read: {error}") from error
+    text = getattr(config, "text_config", None)
+    if text is not None and family_of(config) is None and family_of(text) is not None:
+        text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+        config = text
+    if family_of(config) is None:
+        raise ModelError(
+            f"{name}: model_type {config.model_type!r} is outside oribi's family table; it trains as transformers' "
+            "class, whose memory is not estimated"
+        )
+    config.__dict__.pop("quantization_config", None)
+    return Architecture(name, config, location, build(config, dtype=dtype))
