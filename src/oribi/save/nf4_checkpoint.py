@@ -63,7 +63,9 @@ class Nf4Source:
             if found:
                 parts = [part for part in stored if part.startswith(f"{name}.")]
                 tensors = {part: source.read(part, torch.device("cpu"), None) for part in parts}
-                self._states[name] = QuantState.from_dict(tensors, device=torch.device("cpu"))
+                state = QuantState.from_dict(tensors, device=torch.device("cpu"))
+                state.dtype = torch.float32  # the reader asks for its own dtype, and rounds to it once
+                self._states[name] = state
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         dense = {
