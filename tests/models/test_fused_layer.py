@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from oribi.errors import ModelError
-from oribi.models import decoder as decoder_file
+from oribi.models import layers as layers_file
 from oribi.models.families import FAMILIES
 from oribi.models.fused_layer import POLICIES, Keep
 from tests.models.test_parity import TOLERANCE, packed, relative
@@ -50,8 +50,8 @@ def gradients(model: torch.nn.Module, **batch: torch.Tensor) -> dict[str, torch.
 def fused_calls(monkeypatch):
     """How often a layer took the fused path."""
     calls = []
-    real = decoder_file.fused_layer
-    monkeypatch.setattr(decoder_file, "fused_layer", lambda *a: calls.append(1) or real(*a))
+    real = layers_file.fused_layer
+    monkeypatch.setattr(layers_file, "fused_layer", lambda *a: calls.append(1) or real(*a))
     return calls
 
 

@@ -27,7 +27,7 @@ from oribi.models.host_memory import Parcel
 from oribi.models.projections import read
 
 if TYPE_CHECKING:
-    from oribi.models.decoder import Batch, DecoderLayer, RMSNorm
+    from oribi.models.layers import Batch, DecoderLayer, RMSNorm
 
 Place = Literal["keep", "host", "recompute"]
 
