@@ -29,6 +29,7 @@ _HOME = {
     "DataError": "oribi.errors",
     "ModelError": "oribi.errors",
     "ExportError": "oribi.errors",
+    "TrainingError": "oribi.errors",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -19,3 +19,7 @@ class ModelError(OribiError, ValueError):
 
 class ExportError(OribiError, RuntimeError):
     """A saved model could not be written, or does not say the same as the trained one."""
+
+
+class TrainingError(OribiError, RuntimeError):
+    """Training cannot go on: its numbers are no longer finite, or its checkpoints cannot be written."""

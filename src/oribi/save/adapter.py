@@ -21,6 +21,7 @@ from torch import nn
 
 from oribi.errors import ExportError
 from oribi.models.checkpoint import TensorSource
+from oribi.save.finite import require_finite
 from oribi.save.weights import LoadedModel, Slot, plain_tensor, slots_of
 
 _EMBEDDINGS = "model.embed_tokens.weight"
@@ -93,8 +94,10 @@ def changes_of(model: nn.Module) -> dict[str, Change]:
         model: PEFT's model, or a plain model, of which nothing is adapted.
 
     Raises:
-        ExportError: a kind of adapter that no single weight can express, or adapters already merged into the base.
+        ExportError: a kind of adapter that no single weight can express, adapters already merged into the base, or
+            values that are not finite.
     """
+    require_finite(model)
     adapted = hasattr(model, "peft_config")
     changes = {}
     for name, slot in slots_of(model).items():
@@ -249,9 +252,10 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
     """Write the adapter in PEFT's format into an existing folder.
 
     Raises:
-        ExportError: the model has no adapter.
+        ExportError: the model has no adapter, or its values are not finite.
     """
     if not hasattr(model, "peft_config"):
         raise ExportError("save_method='lora' needs a model with an adapter; this model has none")
+    require_finite(model)
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form of blanks

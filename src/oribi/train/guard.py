@@ -1,31 +1,209 @@
-"""What stops a run that cannot succeed: a loss that is no number, and data with nothing to learn."""
+"""What stops a run that cannot succeed: a loss or gradient that is no number, and data with nothing to learn.
 
+A step whose gradients are not finite changes no weight. The guard then finds the rows and the module behind it by running
+the batches since the last log again; `save.finite` keeps such values out of every file.
+"""
+
+import logging
 import math
+from collections import deque
+from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from oribi.errors import DataError, OribiError
+from oribi.errors import DataError, TrainingError
+from oribi.save.finite import first_non_finite
+
+logger = logging.getLogger(__name__)
+
+KEPT_BATCHES = 64  # micro-batches that can be looked at again; token ids only, a few MiB
+HISTORY = 50  # logs that a spike is compared with
+FEWEST = 10  # logs before anything is called a spike
+# a loss this many typical deviations, and this share, above its recent median; a norm this many times its median
+DEVIATIONS, SHARE, NORM_RATIO = 8.0, 0.25, 10.0
 
 
 class LossGuard(TrainerCallback):
-    """Stops at the first logged loss that is nan or infinite; the weights are lost by then, the time is not."""
+    """Stops at a loss or gradient norm that is nan or infinite, naming rows and module, and warns of spikes.
+
+    Args:
+        rows: the prepared data set that batches come from, to name rows by; None names none.
+        decode: token ids -> text, for the message.
+        scaled: whether a gradient scaler is at work, whose overflows are ordinary.
+    """
+
+    def __init__(self, rows: Any = None, decode: Any = None, scaled: bool = False) -> None:
+        self.rows, self.decode, self.scaled = rows, decode, scaled
+        self.batches: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_BATCHES)
+        self.losses: deque[float] = deque(maxlen=HISTORY)
+        self.norms: deque[float] = deque(maxlen=HISTORY)
+        self.skipped = 0
+
+    def keep(self, step: int, inputs: dict[str, Any]) -> None:
+        """Remember a micro-batch until the next log."""
+        self.batches.append((step, inputs))
+
+    def require_norm(self, norm: Any, step: int, model: nn.Module, args: TrainingArguments) -> None:
+        """Before an optimizer that would write a bad gradient into the weights: stop if the norm is not finite."""
+        if not self.scaled and norm is not None and not math.isfinite(float(norm)):
+            raise self._error(f"the gradient norm is {float(norm)}", step, model, args)
 
     def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any],
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        loss = logs.get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise OribiError(
-                f"the loss is {loss} at step {state.global_step}: training went astray. Lower learning_rate (now "
-                f"{args.learning_rate:g}), use more warmup_steps, or check the rows of this step"
+        if not logs or "loss" not in logs:
+            return
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        skipped = int(getattr(getattr(optimizer, "optimizer", optimizer), "skipped_steps", 0))
+        fresh, self.skipped = skipped - self.skipped, skipped
+        if not math.isfinite(loss):
+            raise self._error(f"the loss is {loss}", state.global_step, model, args)
+        if not self.scaled and (fresh > 0 or not math.isfinite(norm)):
+            what = (
+                f"the gradient norm is {norm}"
+                if not math.isfinite(norm)
+                else f"{fresh} gradients were not finite"
             )
+            raise self._error(what, state.global_step, model, args)
+        self._warn_of_spikes(state.global_step, loss, norm)
+        self.batches.clear()
+
+    def _warn_of_spikes(self, step: int, loss: float, norm: float) -> None:
+        usual = median(self.losses) if self.losses else loss
+        deviation = median(abs(x - usual) for x in self.losses) if self.losses else 0.0
+        if len(self.losses) >= FEWEST and loss - usual > max(DEVIATIONS * deviation, SHARE * abs(usual)):
+            logger.warning(
+                "step %d: the loss jumped to %.4f from about %.4f; if it does not come back, lower learning_rate",
+                step, loss, usual,
+            )  # fmt: skip
+        usual = median(self.norms) if self.norms else norm
+        if len(self.norms) >= FEWEST and norm > NORM_RATIO * usual > 0:
+            logger.warning("step %d: the gradient norm jumped to %.3g from about %.3g", step, norm, usual)
+        self.losses.append(loss)
+        if math.isfinite(norm):
+            self.norms.append(norm)
+
+    def _error(self, what: str, step: int, model: nn.Module, args: TrainingArguments) -> TrainingError:
+        try:
+            found = self._find(model) if model is not None else ""
+        finally:
+            self.batches.clear()
+        return TrainingError(
+            f"{what} at step {step}. {found} Lower learning_rate (now {args.learning_rate:g}), use more warmup_steps, "
+            "or look at these rows; the last checkpoint is from before"
+        )
+
+    def _find(self, model: nn.Module) -> str:
+        bad = first_non_finite(model)
+        if bad is not None:
+            return f"The weights of {bad} are no longer finite."
+        documents = 0
+        for step, inputs in self.batches:
+            for document in documents_of(inputs):
+                documents += 1
+                where = offending_module(model, document)
+                if where is not None:
+                    row = self._row(document["input_ids"])
+                    return f"{row} of step {step} gives values that are not finite, first {where}."
+        return (
+            f"None of the {documents} documents since the last log gives such a value when run again alone."
+        )
+
+    def _row(self, input_ids: torch.Tensor) -> str:
+        """Which row of the data a document is, and how it begins."""
+        ids = input_ids.flatten().tolist()
+        begins = f" ({self.decode(ids[:24])!r} ...)" if self.decode is not None else ""
+        if isinstance(self.rows, Dataset) and "input_ids" in self.rows.column_names:
+            for index, row in enumerate(self.rows):
+                if contains(row["input_ids"], ids):
+                    origin = f", {row['origin']}" if row.get("origin") else ""
+                    return f"Row {index} of the prepared data{origin}{begins}"
+        return f"A document{begins}"
+
+
+def contains(row: list[int], ids: list[int]) -> bool:
+    """Whether a row is, or a pack holds, these ids."""
+    if len(row) < len(ids):
+        return False
+    return any(row[i : i + len(ids)] == ids for i in range(len(row) - len(ids) + 1) if row[i] == ids[0])
+
+
+def documents_of(inputs: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+    """The documents of a micro-batch apart: input_ids and labels [1, S] without padding."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    if inputs.get("cu_seq_lens_q") is not None:
+        bounds = inputs["cu_seq_lens_q"].tolist()
+        for start, end in zip(bounds, bounds[1:]):
+            if (labels[:, start:end] != -100).any():
+                yield {"input_ids": ids[:, start:end], "labels": labels[:, start:end]}
+        return
+    mask = inputs.get("attention_mask")
+    for row in range(len(ids)):
+        real = slice(None) if mask is None else mask[row].bool()
+        yield {"input_ids": ids[row, real][None], "labels": labels[row, real][None]}
+
+
+def offending_module(model: nn.Module, document: dict[str, torch.Tensor]) -> str | None:
+    """Where a document first gives a value that is not finite, forward or backward; None where all are finite."""
+    found: list[str] = []
+    names = {module: name.replace(".default", "") for name, module in model.named_modules() if name}
+
+    def watch(module: nn.Module, args: tuple, output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        for tensor in tensors:
+            if not torch.is_tensor(tensor) or not tensor.is_floating_point() or found:
+                continue
+            if not torch.isfinite(tensor).all():
+                found.append(f"in the output of {names[module]}")
+            elif tensor.requires_grad:
+                tensor.register_hook(lambda grad, module=module: watch_gradient(grad, module))
+
+    def watch_gradient(grad: torch.Tensor, module: nn.Module) -> None:
+        if not found and not torch.isfinite(grad).all():
+            found.append(f"in the gradient of {names[module]}'s output")
+
+    # a module with children says nothing that its last child did not say, but residual sums and fused parts do
+    hooks = [module.register_forward_hook(watch) for module in names]
+    before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    training = model.training
+    try:
+        for p, _ in before:
+            p.grad = None
+        model.eval()  # noise on the embeddings is not this document's
+        loss = model(**document, use_cache=False).loss
+        if not found and not torch.isfinite(loss).all():
+            found.append("in the loss")
+        if not found:
+            loss.backward()
+            bad = next(
+                (
+                    n
+                    for n, p in model.named_parameters()
+                    if p.grad is not None and not p.grad.isfinite().all()
+                ),
+                None,
+            )
+            if bad is not None and not found:
+                found.append(f"in the gradient of {bad}")
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, grad in before:
+            p.grad = grad
+        model.train(training)
+    return found[0] if found else None
 
 
 def require_targets(dataset: Any, name: str) -> None:

@@ -1,6 +1,7 @@
 """What a run shows while it trains: one live line on a terminal, plain lines elsewhere, and log.jsonl on disk."""
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 SMOOTHING = 0.9  # share of the past in the smoothed loss
 
@@ -83,6 +86,8 @@ class Progress(TrainerCallback):
 class JsonLog(TrainerCallback):
     """Writes every log as a line of `log.jsonl` in the output folder; a run that starts anew starts a new file."""
 
+    failed = False  # the disk is full, or went away; said once
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -100,9 +105,16 @@ class JsonLog(TrainerCallback):
         if state.is_world_process_zero:
             entry = {"step": state.global_step, "time": time.time(), **logs}
             path = self._path(args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, default=float) + "\n")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry, default=float) + "\n")
+            except OSError as error:  # a log line is not worth a training
+                if not self.failed:
+                    logger.warning(
+                        "%s cannot be written: %s; training goes on without it", path, error.strerror
+                    )
+                self.failed = True
 
     @staticmethod
     def _path(args: TrainingArguments) -> Path:

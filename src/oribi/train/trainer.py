@@ -25,7 +25,9 @@ from oribi.errors import ConfigError
 from oribi.kernels.adamw import FlatAdamW
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
+from oribi.save.finite import require_finite
 from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
+from oribi.train.checkpoints import StopOnSignal, any_process, require_writable, write_checkpoint
 from oribi.train.graphs import StepGraphs, reason_against
 from oribi.train.guard import LossGuard, require_targets
 from oribi.train.neftune import EmbeddingNoise
@@ -166,7 +168,11 @@ class SFTTrainer(BaseTrainer):
         if self.own_loss:
             # float16 needs the gradient scaler but not autocast: the decoder computes in its own dtype
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
-        self.add_callback(LossGuard())
+        decode = getattr(processing_class, "decode", None)
+        self.guard = LossGuard(self.train_dataset, decode, scaled=self.accelerator.scaler is not None)
+        self.stop_on_signal = StopOnSignal(lambda asked: any_process(self, asked))
+        self.add_callback(self.guard)
+        self.add_callback(self.stop_on_signal)
         self.add_callback(JsonLog())
         for default in (ProgressCallback, PrinterCallback):
             if any(type(callback) is default for callback in self.callback_handler.callbacks):
@@ -214,12 +220,14 @@ class SFTTrainer(BaseTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         require_targets(self.train_dataset, "train")
+        require_writable(self.args.output_dir)
         alpha = self.args.neftune_noise_alpha
         if alpha is not None:
             self._noise = EmbeddingNoise(base_model(self.model).get_input_embeddings(), alpha)
         self._logged = (self.tokens_seen, time.monotonic())
         try:
-            return super().train(*args, **kwargs)
+            with self.stop_on_signal.listening():
+                output = super().train(*args, **kwargs)
         finally:
             self._release_steps()
             if self._noise is not None:
@@ -227,9 +235,20 @@ class SFTTrainer(BaseTrainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Progress):
                     callback.stop()
+        self.stop_on_signal.leave(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        require_finite(self.model)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        write = super()._save_checkpoint
+        write_checkpoint(self, lambda: write(model, trial), self._get_output_dir(trial))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        self.guard.keep(self.state.global_step + 1, inputs)
         if self._noise is not None:
             self._noise.measure(inputs)
         if not self._steps_chosen:
@@ -366,7 +385,13 @@ class SFTTrainer(BaseTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> torch.Tensor | float:
         flat = self._clipping_optimizer()
-        return super()._get_grad_norm(model, grad_norm) if flat is None else flat.last_grad_norm
+        if flat is not None:
+            return (
+                flat.last_grad_norm
+            )  # a step whose norm is not finite is left out; the guard sees it at the next log
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.require_norm(norm, self.state.global_step + 1, self.model, self.args)
+        return norm
 
     def _clipping_optimizer(self) -> FlatAdamW | None:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)

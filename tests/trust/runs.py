@@ -1,0 +1,61 @@
+"""Runs of the small model that tests stop, kill and resume; as a script, trains in a folder and prints its losses.
+
+python -m tests.trust.runs MODEL FOLDER [key=value ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oribi.selftest.subject import Subject
+from oribi.train.arguments import SFTConfig
+from oribi.train.progress import Progress
+from oribi.train.trainer import SFTTrainer
+
+ROWS = 40
+SETTINGS = {
+    "max_steps": 12,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "neftune_noise_alpha": 5.0,
+    "disable_tqdm": True,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+}
+
+
+def trainer_in(subject: Subject, folder: Path | str, **settings: Any) -> SFTTrainer:
+    """A trainer of the small model on random rows."""
+    model, tokenizer = subject.load()
+    args = SFTConfig(output_dir=str(folder), **{**SETTINGS, **settings})
+    rows = subject.rows(ROWS, model.get_base_model().config.vocab_size)
+    trainer = SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer)
+    trainer.remove_callback(Progress)
+    return trainer
+
+
+def losses_of(trainer: SFTTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights_of(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def main(model: str, folder: str, *settings: str) -> None:
+    given = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in settings)}
+    resume = given.pop("resume", None)
+    trainer = trainer_in(Subject(model, "cpu"), folder, **given)
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.args.process_index == 0:
+        print("losses", json.dumps(losses_of(trainer)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
