@@ -55,8 +55,8 @@ class RunConfig:
     use_rslora: bool = setting(False, "Scale by sqrt(r) instead of r")
     use_dora: bool = setting(False, "Weight-decomposed LoRA")
     gradient_checkpointing: str = setting(
-        "oribi", "What is recomputed instead of kept: oribi chooses, true all layers, false none",
-        choices=("oribi", "true", "false"),
+        "oribi", "What is recomputed instead of kept: oribi chooses by free memory, memory as much as can be, false nothing",
+        choices=("oribi", "memory", "balanced", "speed", "true", "false"),
     )  # fmt: skip
     # the data
     dataset: list[str] = setting([], "Files or hub data sets to train on")

@@ -344,7 +344,9 @@ def _full(found: Converted, key: str, value: Any, path: Path) -> None:
     if value == "full":
         found.put("full_finetuning", True, f"{key} = full")
         found.put("load_in_4bit", False, f"{key} = full")
-    elif value not in ("lora", "qlora"):
+    elif value in ("lora", "qlora"):
+        found.idle[key] = "oribi trains LoRA unless full_finetuning is set"
+    else:
         found.unsupported[key] = f"{value} is not supported; oribi trains LoRA or every weight"
 
 

@@ -11,6 +11,7 @@ from oribi.environment import detect
 from oribi.language_model import FastLanguageModel
 from oribi.save import save_gguf, save_merged
 from oribi.train.arguments import SFTConfig
+from oribi.train.memory import refuse_what_cannot_fit
 from oribi.train.trainer import SFTTrainer
 
 # where each form of the model goes within the run
@@ -28,6 +29,7 @@ def run(config: RunConfig) -> dict[str, Path]:
     """
     folder = Path(config.output_dir)
     environment = detect()  # 1
+    refuse_what_cannot_fit(config, environment)
     model, tokenizer = FastLanguageModel.from_pretrained(  # 2
         config.model,
         max_seq_length=config.max_seq_length,

@@ -94,7 +94,9 @@ def test_eval_without_held_out_rows_says_what_to_do(oribi, tiny_folder):
 
 
 def test_exports_are_written_and_checked(oribi, trained_run, tmp_path):
-    result = oribi("export", trained_run, "--to", "adapter,merged,gguf:f16,q8_0", "--output", tmp_path, "--json")
+    result = oribi(
+        "export", trained_run, "--to", "adapter,merged,gguf:f16,q8_0", "--output", tmp_path, "--json"
+    )
     assert result.code == 0, result.err
     forms = {record["form"]: record for record in result.records}
     assert set(forms) == {"adapter", "merged_16bit", "gguf"}
@@ -136,7 +138,16 @@ def test_data_is_inspected_by_config_and_by_file(oribi, config_file, data_file, 
     assert "40 in, 40 kept" in by_config.out
     page = tmp_path / "rows.html"
     by_file = oribi(
-        "inspect", "data", data_file, "--model", tiny_folder, "--max-seq-length", 128, "--html", page, "--json"
+        "inspect",
+        "data",
+        data_file,
+        "--model",
+        tiny_folder,
+        "--max-seq-length",
+        128,
+        "--html",
+        page,
+        "--json",
     )
     (record,) = by_file.records
     assert record["rows_kept"] == 40
@@ -163,7 +174,15 @@ def test_a_model_is_inspected_without_weights(oribi, tiny_folder, tmp_path):
 def test_an_adapter_is_inspected(oribi, trained_run, tiny_folder):
     (record,) = oribi("inspect", "adapter", trained_run, "--json").records
     assert record["rank"] == 4
-    assert set(record["kinds"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(record["kinds"]) == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     assert all(kind["count"] == 2 and kind["norm"] > 0 for kind in record["kinds"].values())
     assert record["problems"] == []
     refused = oribi("inspect", "adapter", tiny_folder)

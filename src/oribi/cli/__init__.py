@@ -12,7 +12,9 @@ import typer
 
 from oribi.errors import OribiError
 
-VERBS = ("convert", "inspect", "train", "chat", "eval", "export", "doctor", "selftest", "demo")
+VERBS = (
+    "init", "convert", "inspect", "estimate", "train", "chat", "eval", "export", "doctor", "selftest", "demo",
+)  # fmt: skip
 # a verb that takes settings as flags leaves their names to the config
 FREE_FLAGS = {
     verb: {"allow_extra_args": True, "ignore_unknown_options": True} for verb in ("train", "estimate")

@@ -18,6 +18,10 @@ from oribi.models.locate import HubOptions, Location, locate, read_json
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
+class OutsideFamilyTable(ModelError):
+    """The model exists, and its memory is not known: transformers' class runs it."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model as its config describes it.
@@ -89,7 +93,8 @@ def architecture_of(
     """A model's sizes; of a hub name only the small files are fetched.
 
     Raises:
-        ModelError: there is no such model, or it is outside the family table.
+        ModelError: there is no such model.
+        OutsideFamilyTable: oribi's decoder does not cover it.
     """
     location = locate(name, HubOptions(token=token, revision=revision))
     if location.kind == "adapter":
@@ -111,7 +116,7 @@ def architecture_of(
         text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
         config = text
     if family_of(config) is None:
-        raise ModelError(
+        raise OutsideFamilyTable(
             f"{name}: model_type {config.model_type!r} is outside oribi's family table; it trains as transformers' "
             "class, whose memory is not estimated"
         )

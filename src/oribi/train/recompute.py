@@ -72,21 +72,30 @@ def items(decoder: DecoderForCausalLM, tokens: int, longest: int) -> list[Item]:
     return sorted(found, key=lambda item: -item.flop / item.bytes)
 
 
-def plan(decoder: DecoderForCausalLM, tokens: int, longest: int, free_bytes: int) -> list[Keep]:
+def plan(
+    decoder: DecoderForCausalLM,
+    tokens: int,
+    longest: int,
+    free_bytes: int,
+    host_bytes: int | None = None,
+) -> list[Keep]:
     """One `Keep` a layer that fits the memory.
 
     Args:
         decoder: the model.
         tokens, longest: as in `items`.
         free_bytes: device memory free for training's activations and workspace.
+        host_bytes: free host memory; None asks this machine.
     """
+    if host_bytes is None:
+        host_bytes = psutil.virtual_memory().available
     layers = len(decoder.model.layers)
     spare = free_bytes - workspace_bytes(decoder, tokens)
     inputs = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
     x = "keep" if spare >= layers * inputs else "host"
     # what a layer's forward can copy out while the next one computes
     host = forward_flop(decoder, tokens) / FLOP_PER_HOST_BYTE
-    host = min(host, HOST_SHARE * psutil.virtual_memory().available / layers)
+    host = min(host, HOST_SHARE * host_bytes / layers)
     if x == "keep":
         spare -= layers * inputs
     else:

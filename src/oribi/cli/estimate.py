@@ -1,0 +1,199 @@
+"""`oribi estimate CONFIG.yaml [--key value ...]`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from oribi.cli.output import Json, Output, chatter_aside, count, gibibytes
+
+SHOWN = ("T4", "RTX 4090", "A100-40GB", "A100-80GB", "H100", "H200")
+
+
+def estimate(
+    context: typer.Context,
+    config: Annotated[str | None, typer.Argument(help="YAML file of settings.")] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="GPU of the table, e.g. H100; repeat it for several.")
+    ] = None,
+    data: Annotated[
+        bool, typer.Option(help="Count the tokens of local data files for the time in all.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Tell parameters, peak memory, time and disk of a run, without GPU and without the model's weights."""
+    with chatter_aside():
+        from oribi.config import read_config
+        from oribi.train.gpus import gpu_named
+        from oribi.train.memory import Training
+
+        flags = context.args
+        if config is not None and config.startswith("--"):  # the first flag, where no file is given
+            config, flags = None, [config, *flags]
+        settings, notes = read_config(config, flags)
+        for note in notes:
+            typer.echo(note, err=True)
+        gpus = [gpu_named(name) for name in gpu or _default_gpus()]
+        training = _training(settings, Training)
+        tokens, rows = _data_size(settings) if data and settings.max_steps < 1 else (None, None)
+    output = Output(json)
+    rows_long = f"{settings.per_device_train_batch_size} x {settings.max_seq_length} tokens"
+    output.fields(
+        {
+            "model": settings.model,
+            "parameters": f"{training.architecture.parameters:,} ({count(training.architecture.parameters)})",
+            "trainable": f"{training.trainable:,} ({100 * training.trainable / training.architecture.parameters:.2f} %)",
+            "micro-batch": f"{rows_long}, {settings.gradient_accumulation_steps} a step",
+            "data": None if tokens is None else f"{rows:,} examples, {tokens:,} tokens",
+        }
+    )
+    output.text()
+    output.table(
+        [_line(training, one, tokens, rows) for one in gpus], right=("peak GiB", "of", "rows", "context")
+    )
+    output.text()
+    _tell_parts(output, training, gpus[0])
+    output.text()
+    disk = _disk(training)
+    output.text("disk")
+    output.fields({name: gibibytes(size) for name, size in disk.items()}, indent=2)
+    for one in gpus:
+        output.record(**_record(training, one, tokens, rows), disk=disk)
+
+
+def _training(settings: Any, kind: Any) -> Any:
+    import psutil
+    import torch
+
+    from oribi.train.architecture import architecture_of
+
+    dtype = {"float16": torch.float16, "float32": torch.float32}.get(settings.dtype, torch.bfloat16)
+    architecture = architecture_of(
+        settings.model,
+        dtype=dtype,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return kind(architecture, settings, psutil.virtual_memory().total)
+
+
+def _default_gpus() -> list[str]:
+    """This machine's GPU, or the usual ones."""
+    from oribi.environment import detect
+    from oribi.train.gpus import recognise
+
+    here = detect()
+    found = recognise(here.device_name, here.memory_bytes) if here.device.type == "cuda" else None
+    return [found.name] if found is not None else list(SHOWN)
+
+
+def _data_size(settings: Any) -> tuple[int | None, int | None]:
+    """Tokens and examples of the training data, where all of it lies on this machine."""
+    if not all(Path(source).exists() for source in settings.dataset):
+        return None, None
+    from oribi.data import get_chat_template
+    from oribi.models.tokens import tokenizer_of
+    from oribi.run import read_data
+
+    tokenizer = tokenizer_of(settings.model, revision=settings.revision)
+    if settings.chat_template is not None:
+        tokenizer = get_chat_template(tokenizer, settings.chat_template)
+    report = read_data(settings, tokenizer)[0].report
+    share = 1 - settings.eval_fraction
+    return int(share * (report.tokens - report.tokens_cut)), int(share * report.examples)
+
+
+def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:
+    from oribi.train.duration import duration, steps_of
+    from oribi.train.memory import estimate_run, largest_batch, largest_context, usable
+
+    found = estimate_run(training, gpu)
+    step = duration(training, found, gpu)
+    steps = steps_of(training, tokens, rows)
+    return {
+        "peak": found.peak,
+        "usable": usable(gpu.memory_bytes),
+        "fits": training.fits(found.tokens, found.longest, gpu.memory_bytes),
+        "step": step,
+        "steps": steps,
+        "largest_batch": largest_batch(training, gpu.memory_bytes),
+        "largest_context": largest_context(training, gpu.memory_bytes),
+        "estimate": found,
+    }
+
+
+def _line(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:
+    from oribi.train.progress import clock
+
+    f = _figures(training, gpu, tokens, rows)
+    known = "" if f["step"].measured else " *"
+    return {
+        "GPU": gpu.name,
+        "fits": "yes" if f["fits"] else "no",
+        "peak GiB": f"{f['peak'] / 2**30:.2f}",
+        "of": f"{f['usable'] / 2**30:.1f}",
+        "rows": f["largest_batch"],
+        "context": f"{f['largest_context']:,}",
+        "step": f"{f['step'].step:.2f} s{known}" if f["fits"] else "-",
+        "tokens/s": f"{f['step'].tokens_per_second:,.0f}" if f["fits"] else "-",
+        "in all": clock(f["steps"] * f["step"].step) if f["fits"] and f["steps"] else "-",
+    }
+
+
+def _tell_parts(output: Output, training: Any, gpu: Any) -> None:
+    from oribi.train.memory import estimate_run
+    from oribi.train.recompute import describe
+
+    found = estimate_run(training, gpu)
+    output.text(f"peak on {gpu.name}, {gibibytes(found.peak)} at {found.at}")
+    output.fields({name: gibibytes(size) for name, size in found.parts.items() if size}, indent=2)
+    if found.measured:
+        output.text(f"  {describe(list(found.keeps), [*training.results(1), 'weights'])}")
+    else:
+        output.text("  PyTorch's autograd keeps what these settings need; such runs were not measured")
+    output.text("rows: largest per_device_train_batch_size; context: longest row alone; * GPU not measured")
+
+
+def _record(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:
+    f = _figures(training, gpu, tokens, rows)
+    return {
+        "gpu": gpu.name,
+        "fits": f["fits"],
+        "parameters": training.architecture.parameters,
+        "trainable": training.trainable,
+        "peak_bytes": f["peak"],
+        "usable_bytes": f["usable"],
+        "parts": f["estimate"].parts,
+        "at": f["estimate"].at,
+        "step_seconds": f["step"].step,
+        "time_measured": f["step"].measured,
+        "steps": f["steps"],
+        "largest_batch": f["largest_batch"],
+        "largest_context": f["largest_context"],
+    }
+
+
+def _disk(training: Any) -> dict[str, int]:
+    """Bytes that a run reads and writes, by form."""
+    from oribi.save.gguf.mixes import mix_of
+    from oribi.save.gguf.writer import plan_file
+
+    a, config = training.architecture, training.config
+    adapter = training.trainable * (a.decoder.dtype.itemsize if config.full_finetuning else 4)
+    found = {"model's files": a.parameters * 2}
+    if not config.full_finetuning:
+        found["adapter"] = adapter
+    if config.save_steps:
+        found["each checkpoint"] = int(adapter + training.fixed()["optimizer"])
+    merged = {"merged_16bit": a.parameters * 2, "merged_4bit": a.weight_bytes(load_in_4bit=True)}
+    forms = ["merged_16bit"] if config.full_finetuning else config.save_method
+    found |= {form: merged[form] for form in forms if form in merged}
+    shapes = {
+        name: tuple(p.shape)
+        for name, p in a.decoder.named_parameters()
+        if not (a.tied and name == "lm_head.weight")
+    }
+    for method in config.quantization_method:
+        method = mix_of(method).name
+        found[f"gguf {method}"] = sum(e.nbytes for e in plan_file(a.config, shapes, method))
+    return found

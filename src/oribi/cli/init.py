@@ -1,0 +1,102 @@
+"""`oribi init MODEL DATASET`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from oribi.cli.output import Json, Output, chatter_aside
+
+# settings that people change first, written although they have their defaults
+SHOWN = (
+    "model", "max_seq_length", "load_in_4bit", "lora_r", "lora_alpha", "target_modules", "dataset",
+    "train_on_responses_only", "eval_fraction", "output_dir", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed", "save_method",
+    "quantization_method",
+)  # fmt: skip
+EFFECTIVE_BATCH = 8
+
+
+def init(
+    model: Annotated[str, typer.Argument(help="Hub name, local folder or GGUF file.")],
+    dataset: Annotated[list[str], typer.Argument(help="Data files or hub data sets.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The config file.")] = Path("config.yaml"),
+    gpu: Annotated[
+        str | None, typer.Option(help="GPU of the table to fit; this machine's if not given.")
+    ] = None,
+    max_seq_length: Annotated[int, typer.Option(min=16, help="Longest example in tokens.")] = 2048,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a commented config for a model, a data set and a GPU."""
+    with chatter_aside():
+        from oribi.config_text import config_text, write_config
+        from oribi.models.tokens import tokenizer_of
+        from oribi.train.architecture import architecture_of
+
+        architecture = architecture_of(model)
+        tokenizer = tokenizer_of(model)
+        max_seq_length = min(max_seq_length, architecture.config.max_position_embeddings)
+        values: dict[str, Any] = {
+            "model": model,
+            "dataset": list(dataset),
+            "max_seq_length": max_seq_length,
+            "eval_fraction": 0.05,
+            "output_dir": f"runs/{_short_name(model)}",
+        }
+        notes = []
+        if not tokenizer.chat_template:
+            values["chat_template"] = "chatml"
+            notes.append("the model has no chat template of its own; chatml is trained")
+        values |= _sizes(architecture, values, gpu, notes)
+    text = config_text(values, f"oribi train {output}", notes=notes, shown=SHOWN)
+    write_config(output, text, force)
+    out = Output(json)
+    for note in notes:
+        typer.echo(note, err=True)
+    out.text(f"written: {output}")
+    out.text(f"next: oribi inspect data {output}; oribi estimate {output}; oribi train {output}")
+    out.record(output=output, values=values, notes=notes)
+
+
+def _short_name(model: str) -> str:
+    name = Path(model).stem if model.endswith(".gguf") else Path(model).name
+    return name.lower() or "run"
+
+
+def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: list[str]) -> dict[str, Any]:
+    """Rows of a micro-batch that fit the GPU, and their number a step for the usual effective batch."""
+    from dataclasses import replace
+
+    from oribi.config import RunConfig
+    from oribi.environment import detect
+    from oribi.errors import ConfigError
+    from oribi.train.gpus import gpu_named, recognise
+    from oribi.train.memory import Training, largest_batch, largest_context
+
+    here = detect()
+    known = gpu_named(gpu) if gpu else None
+    if known is None and here.device.type == "cuda":
+        known = recognise(here.device_name, here.memory_bytes)
+    memory = known.memory_bytes if known else here.memory_bytes if here.device.type == "cuda" else None
+    if memory is None:
+        notes.append("no GPU here: sizes are the usual ones; --gpu NAME fits them to one")
+        return {"per_device_train_batch_size": 2, "gradient_accumulation_steps": EFFECTIVE_BATCH // 2}
+    config = replace(RunConfig(), model=values["model"], max_seq_length=values["max_seq_length"])
+    training = Training(architecture, config)
+    rows = largest_batch(training, memory)
+    name = known.name if known else here.device_name
+    if rows == 0:
+        context = largest_context(training, memory)
+        if not context:
+            raise ConfigError(f"{values['model']} does not fit on {name} at any length; take a smaller model")
+        notes.append(f"{values['max_seq_length']} tokens do not fit on {name}; max_seq_length is {context}")
+        return {
+            "max_seq_length": context, "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": EFFECTIVE_BATCH,
+        }  # fmt: skip
+    # beyond two rows of 2048 tokens a GPU is busy, and more rows a step would change what is learnt
+    most = max(min(rows, 4096 // values["max_seq_length"], EFFECTIVE_BATCH), 1)
+    rows = max(n for n in range(1, most + 1) if EFFECTIVE_BATCH % n == 0)
+    notes.append(f"sizes fit {name}")
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": EFFECTIVE_BATCH // rows}

@@ -1,0 +1,75 @@
+"""`oribi estimate` and `oribi init`: without GPU and without weights."""
+
+import shutil
+
+import pytest
+
+from oribi.config import read_config
+
+
+@pytest.fixture
+def bare_config(config_file, tiny_folder, tmp_path):
+    """The config with a model that has no weights."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "config.yaml"
+    path.write_text(config_file.read_text().replace(str(tiny_folder), str(bare)))
+    return path
+
+
+def test_a_run_is_estimated_without_weights(oribi, bare_config):
+    flags = ["--gpu", "T4", "--gpu", "H100", "--max_steps", -1, "--quantization_method", "q8_0"]
+    t4, h100 = oribi("estimate", bare_config, *flags, "--json").records
+    assert (t4["gpu"], h100["gpu"]) == ("T4", "H100")
+    assert t4["fits"]
+    assert t4["peak_bytes"] == sum(t4["parts"].values())
+    assert t4["usable_bytes"] < h100["usable_bytes"]
+    assert t4["step_seconds"] > h100["step_seconds"]
+    assert t4["steps"] >= 1  # counted from the data file
+    assert t4["disk"]["gguf q8_0"] < t4["disk"]["model's files"]
+    plain = oribi("estimate", bare_config, *flags)
+    assert plain.code == 0
+    assert "largest per_device_train_batch_size" in plain.out
+    assert "T4" in plain.out
+
+
+def test_the_adapter_takes_the_disk_that_was_estimated(oribi, config_file, trained_run):
+    record = oribi("estimate", config_file, "--gpu", "T4", "--no-data", "--json").records[0]
+    written = (trained_run / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert record["disk"]["adapter"] == pytest.approx(written, rel=0.1)
+    assert record["steps"] == 4
+
+
+def test_an_unknown_gpu_is_named(oribi, bare_config):
+    result = oribi("estimate", bare_config, "--gpu", "H1000")
+    assert result.code == 1
+    assert "H1000" in result.err
+
+
+def test_init_writes_a_config_that_reads_back(oribi, tiny_folder, data_file, tmp_path):
+    path = tmp_path / "new.yaml"
+    result = oribi("init", tiny_folder, data_file, "--output", path, "--gpu", "T4", "--max-seq-length", 64)
+    assert result.code == 0, result.err
+    config, notes = read_config(path)
+    assert notes == []
+    assert (config.model, config.dataset, config.max_seq_length) == (str(tiny_folder), [str(data_file)], 64)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8
+    text = path.read_text()
+    assert "# Peak learning rate" in text
+    assert "learning_rate: 0.0002" in text
+    again = oribi("init", tiny_folder, data_file, "--output", path)
+    assert again.code == 1
+    assert "--force" in again.err
+    assert oribi("init", tiny_folder, data_file, "--output", path, "--force").code == 0
+
+
+def test_init_gives_a_model_without_template_one(oribi, tiny_folder, data_file, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder, bare)
+    for name in ("chat_template.jinja",):
+        (bare / name).unlink(missing_ok=True)
+    result = oribi("init", bare, data_file, "--output", tmp_path / "c.yaml", "--json")
+    config, _ = read_config(tmp_path / "c.yaml")
+    # a tokenizer with ChatML's tokens gets the template by the loader's repair already
+    assert config.chat_template in (None, "chatml")
+    assert result.records[0]["values"]["model"] == str(bare)
