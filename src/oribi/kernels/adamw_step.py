@@ -22,6 +22,8 @@ from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton
 
 BLOCK = 256
 # blocks of a program; buffers end on whole programs, so that no kernel needs a mask
+# blocks of one portion of the reference: temporaries of 256 KB stay in a CPU's cache
+_PORTION = 256
 _TILE_BLOCKS = 4
 TILE = _TILE_BLOCKS * BLOCK
 # programs that share the gradients when their norm is formed: four for each of an H100's 132 multiprocessors
@@ -148,11 +150,12 @@ def _update(flat: Flat) -> None:
         )  # fmt: skip
         return
     if bool(flat.verdict[1]):
-        blocks = flat.quantised // BLOCK
-        if blocks:
-            _update_reference(flat, slice(0, blocks), True)
-        if flat.moments.shape[1]:
-            _update_reference(flat, slice(blocks, len(flat.block_group)), False)
+        first, last = flat.quantised // BLOCK, len(flat.block_group)
+        for start in range(0, last, _PORTION):
+            if start < first:
+                _update_reference(flat, slice(start, min(start + _PORTION, first)), True)
+            if start + _PORTION > first:
+                _update_reference(flat, slice(max(start, first), min(start + _PORTION, last)), False)
     flat.grads.zero_()
 
 
@@ -162,16 +165,18 @@ def _update_reference(flat: Flat, blocks: slice, quantised: bool) -> None:
     step_size, correction2, keep, take1, beta2, take2, eps, _ = factors
     g = grads.float() * flat.verdict[0]
     if quantised:
-        codes, absmax = flat.codes.view(2, -1, BLOCK), flat.absmax[..., None]
+        codes, absmax = flat.codes.view(2, -1, BLOCK)[:, blocks], flat.absmax[:, blocks, None]
         m, v = (flat.maps[i, 0][codes[i].int()] * absmax[i] for i in (0, 1))
     else:
-        m, v = flat.moments.view(2, -1, BLOCK)
+        first = flat.quantised // BLOCK
+        moments = flat.moments.view(2, -1, BLOCK)[:, blocks.start - first : blocks.stop - first]
+        m, v = moments
     m = m + (g - m) * take1
     v = v * beta2 + take2 * g * g
     w = weights.float() * keep - step_size * (m / (v.sqrt() / correction2 + eps))
     weights.copy_(w)
     if not quantised:
-        flat.moments.view(2, -1, BLOCK).copy_(torch.stack([m, v]))
+        moments.copy_(torch.stack([m, v]))
         return
     for i, x in enumerate((m, v)):
         largest = x.abs().amax(1, keepdim=True)
