@@ -33,6 +33,7 @@ TEXTS = [
     "!!! ... ?! /path/to",
     "CamelCaseWords andMore HTTPServer",
     "<|im_sta",
+    "<start_of_turn>user\n the <b>cat</b><end_of_turn>\n\n\n  x    y",
     " ",
     "\n",
     "",
@@ -41,7 +42,7 @@ TEXTS = [
 
 def written(config, tmp_path: Path, tokenizer=None, method: str = "f32") -> tuple[torch.nn.Module, Path]:
     model = tiny_model(config)
-    result = save_gguf(model, tmp_path, tokenizer or byte_level_tokenizer(), method)
+    result = save_gguf(model, tmp_path, tokenizer or byte_level_tokenizer(), method, verify=False)
     return model, Path(result["gguf_files"][0])
 
 
@@ -144,7 +145,7 @@ def rewritten(source: Path, target: Path, changes: dict[str, object]) -> Path:
     return target
 
 
-def assert_cut_alike(file: Path, skip: tuple[str, ...] = ()) -> None:
+def assert_cut_alike(file: Path) -> None:
     from oribi.save.llama_cpp import LlamaCpp
 
     _, tokenizer = load_model(
@@ -152,8 +153,6 @@ def assert_cut_alike(file: Path, skip: tuple[str, ...] = ()) -> None:
     )
     judge = LlamaCpp(file, 64)
     for text in TEXTS:
-        if text in skip:
-            continue
         assert tokenizer(text, add_special_tokens=False).input_ids == judge.tokenize(text), text
         assert tokenizer(text).input_ids == judge.tokenize(text, add_special=True), text
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -171,12 +170,41 @@ def test_every_cutting_rule_equals_llama_cpp(rule, tmp_path):
     assert_cut_alike(rewritten(file, tmp_path / "other.gguf", {"tokenizer.ggml.pre": rule}))
 
 
+def with_tokens(file: Path, tokens: dict[str, int], changes: dict[str, object]) -> Path:
+    """The file with further tokens of the given types in the rows that its model keeps spare."""
+    metadata = GGUFFile(file).metadata
+    names, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    for place, (token, kind) in enumerate(tokens.items(), start=len(names) - len(tokens)):
+        assert types[place] == 5  # unused
+        names[place], types[place] = token, kind
+    changes = {"tokenizer.ggml.tokens": names, "tokenizer.ggml.token_type": types, **changes}
+    return rewritten(file, file.with_name("other.gguf"), changes)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_tokens_of_the_users_own_are_cut_as_llama_cpp_does(prefix, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
+    _, file = written(export_config("llama"), tmp_path, sentencepiece_tokenizer())
+    own = dict.fromkeys(["  ", "   ", "\n\n", "<b>", "the"], 4)  # as Gemma has them
+    assert_cut_alike(with_tokens(file, own, {"tokenizer.ggml.add_space_prefix": prefix}))
+
+
+def test_phi3_swallows_the_space_after_its_markers_as_llama_cpp_does(tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
+    _, file = written(export_config("phi3"), tmp_path, sentencepiece_tokenizer())
+    changes = {"general.name": "Phi-3 mini", "tokenizer.ggml.add_space_prefix": False}
+    file = with_tokens(file, {"<|endoftext|>": 3}, changes)
+    assert_cut_alike(file)
+    _, tokenizer = load_model(str(file), load_in_4bit=False, device_map="cpu", max_seq_length=None)
+    ids = tokenizer("<end_of_turn> \n a", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<end_of_turn>", "a"]
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_equals_llama_cpp(prefix, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
     _, file = written(export_config("llama"), tmp_path, sentencepiece_tokenizer())
     changes = {"tokenizer.ggml.add_space_prefix": prefix}
-    # llama.cpp drops the leading space of an empty text; both give no token otherwise
     assert_cut_alike(rewritten(file, tmp_path / "other.gguf", changes))
 
 

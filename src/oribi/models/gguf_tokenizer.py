@@ -68,7 +68,9 @@ def rebuild_tokenizer(metadata: Metadata, path: str) -> PreTrainedTokenizerFast:
     backend = (
         _byte_level(metadata, tokens, path) if kind == "gpt2" else _sentencepiece(metadata, tokens, types)
     )
-    strip = kind == "llama" and metadata("general.architecture") == "phi3"
+    # by the model's name, as llama.cpp does: the file has no key for it
+    called = str(metadata("general.name", "")).lower()
+    strip = any(name in called for name in ("phi-3", "phi3", "phi 3"))
     backend.add_tokens(
         [
             AddedToken(
