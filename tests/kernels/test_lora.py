@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from oribi.kernels import dispatch, nf4
-from oribi.kernels.lora import Projection, augmented_weight, expand, lora_linear
+from oribi.kernels.lora import Projection, augmented_weight, expand, lora_linear, weights_kept
 from tests.kernels.truth import DEVICE, DTYPES, assert_twice_as_good, needs_kernels, relative_error
 
 GROUPS = {
@@ -145,3 +145,34 @@ def test_expansion_in_one_pass(dtype, tokens, n, p, with_residual):
     truth = low.double() @ b.double().t() + (0 if residual is None else residual.double())
     plain_error = relative_error((low @ b.t()) + (0 if residual is None else residual), truth)
     assert relative_error(expand(low, b, residual), truth) <= max(2 * plain_error, 2e-6)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_kept_weights_give_the_same_output_and_follow_another_adapter(name):
+    projections, _ = group(name, torch.float32, packed=True)
+    other = [
+        Projection(p.weight, p.bias, p.a, None if p.b is None else p.b.detach() + 1, p.scale)
+        for p in projections
+    ]
+    x = torch.randn(3, IN_FEATURES, device=DEVICE)
+    with torch.no_grad():
+        expected, expected_other = lora_linear(x, projections), lora_linear(x, other)
+        with weights_kept():
+            for _ in range(2):
+                assert all(torch.equal(a, b) for a, b in zip(lora_linear(x, projections), expected))
+                assert all(torch.equal(a, b) for a, b in zip(lora_linear(x, other), expected_other))
+
+
+def test_kept_weights_are_dequantised_once_and_let_go(monkeypatch):
+    projections, _ = group("q|k|v", torch.float32, packed=True)
+    calls = []
+    real = nf4.dequantize
+    monkeypatch.setattr(nf4, "dequantize", lambda *a, **k: calls.append(1) or real(*a, **k))
+    x = torch.randn(3, IN_FEATURES, device=DEVICE)
+    with torch.no_grad(), weights_kept():
+        for _ in range(3):
+            lora_linear(x, projections)
+    assert len(calls) == 1
+    with torch.no_grad():
+        lora_linear(x, projections)
+    assert len(calls) == 2

@@ -18,7 +18,9 @@ costs P/K more arithmetic and no pass over y or dx, and its term is added in the
 Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +80,43 @@ def lora_linear(x: torch.Tensor, projections: Sequence[Projection]) -> list[torc
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if all(p.fusible for p in projections):
         sizes = [p.shape[0] for p in projections]
+        if _kept.groups is not None and not torch.is_grad_enabled():
+            return list(_kept_group_linear(x, projections).split(sizes, dim=-1))
         y = _LoraLinear.apply(x, projections, *(t for p in projections for t in (p.a, p.b)))
         return list(y.split(sizes, dim=-1))
     return [_composed(x, p) for p in projections]
+
+
+class _KeptGroups(threading.local):
+    # ids of a group's tensors and the dtype -> the group, which keeps those ids taken, and its buffer
+    groups: dict[tuple, tuple[Sequence[Projection], "GroupWeight"]] | None = None
+
+
+_kept = _KeptGroups()
+
+
+@contextmanager
+def weights_kept() -> Iterator[None]:
+    """Inside the block, groups that this thread computes without gradients are dequantised once.
+
+    For generation, which asks for every weight once a token; no weight or factor may change inside.
+    """
+    before = _kept.groups
+    _kept.groups = {} if before is None else before
+    try:
+        yield
+    finally:
+        _kept.groups = before
+
+
+def _kept_group_linear(x: torch.Tensor, projections: Sequence[Projection]) -> torch.Tensor:
+    key = (x.dtype, *((id(p.weight), id(p.a), id(p.b), p.scale) for p in projections))
+    if key not in _kept.groups:
+        _kept.groups[key] = projections, augmented_weight(projections, x.dtype, x.device)
+    group = _kept.groups[key][1]
+    room = group.input_room(x[..., 0].numel())
+    room[:, : group.in_features] = x.reshape(len(room), -1)
+    return forward(room, group)[:, : group.out_features].unflatten(0, x.shape[:-1])
 
 
 def _composed(x: torch.Tensor, p: Projection) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from oribi.errors import ModelError
 from oribi.kernels.attention import Visibility
-from oribi.kernels.cross_entropy import linear_cross_entropy
+from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
 from oribi.kernels.embedding import embedding
 from oribi.models.families import Family, family_of
 from oribi.models.fused_layer import POLICIES, Keep
@@ -231,6 +231,11 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         Returns:
             loss (float32 scalar or None), logits ([B, S, V] or None), past_key_values, hidden_states.
         """
+        targets = labelled = None
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+            # looks at the labels on the host: asked now, the host need not wait for the layers to have run
+            labelled = labelled_rows(targets, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -241,7 +246,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
+        loss = None if labels is None else self._loss(hidden, targets, labelled, num_items_in_batch)
         logits = None
         if output_logits or (output_logits is None and not (self.training and labels is not None)):
             if isinstance(logits_to_keep, int):
@@ -263,9 +268,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor | int | None
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        labelled: torch.Tensor | None,
+        divisor: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
         rows = hidden.reshape(-1, hidden.shape[-1])
         head = self.lm_head
         if hasattr(head, "modules_to_save"):  # PEFT's wrapper around a fully trained head
@@ -278,9 +286,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         if projection is not None and projection.a is None:
             return linear_cross_entropy(
                 rows, projection.weight, targets, bias=projection.bias, divisor=divisor,
-                softcap=self.softcap, logit_scale=self.logit_scale,
+                softcap=self.softcap, logit_scale=self.logit_scale, labelled=labelled,
             )  # fmt: skip
-        labelled = targets != -100
+        labelled = targets != -100 if labelled is None else labelled
         rows, targets = rows[labelled], targets[labelled]
         divisor = max(len(targets), 1) if divisor is None else divisor
         total = rows.sum() * 0.0

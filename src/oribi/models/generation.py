@@ -1,11 +1,14 @@
 """Generation that works in the middle of training: the mode is switched for its duration and given back."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
+
+from oribi.kernels.lora import weights_kept
 
 
 class GeneratesInAnyMode:
@@ -38,8 +41,21 @@ def generate_in_inference_mode(
             kwargs = {**packed, **kwargs}
             inputs = None
     kwargs.pop("token_type_ids", None)  # some tokenizers add them, no decoder takes them
-    with inference_mode_of(model):
+    with inference_mode_of(model), weights_kept() if _has_room(model) else nullcontext():
         return generate(inputs, *args, **kwargs)
+
+
+def _has_room(model: nn.Module) -> bool:
+    """Whether the packed weights fit into free memory once more in 16 bit, with as much left over."""
+    packed = [p for p in model.parameters() if hasattr(p, "quant_state")]
+    if not packed:
+        return False
+    needed = 2 * sum(p.quant_state.shape.numel() for p in packed)
+    if packed[0].is_cuda:
+        free = torch.cuda.mem_get_info(packed[0].device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return free > 2 * needed
 
 
 @contextmanager
