@@ -115,7 +115,8 @@ def test_an_unknown_keyword_names_the_nearest(llama, keyword, near):
         load(llama, **{keyword: True})
 
 
-def test_torch_dtype_is_dtype(llama):
+def test_torch_dtype_is_dtype_and_gives_way_to_it(llama):
+    assert load(llama, torch_dtype="float16", load_in_4bit=False)[0].dtype == torch.float32
     model, _ = FastLanguageModel.from_pretrained(
         llama, max_seq_length=64, torch_dtype="float16", load_in_4bit=False
     )
@@ -212,7 +213,9 @@ def test_methods_are_bound_to_the_instance_and_no_class(llama, tmp_path):
     model = FastLanguageModel.get_peft_model(model, r=4)
     names = ("save_pretrained_merged", "push_to_hub_merged", "save_pretrained_gguf", "push_to_hub_gguf")
     assert all(callable(vars(model)[name]) and not hasattr(type(model), name) for name in names)
-    model.save_pretrained_merged(str(tmp_path / "merged"), tokenizer, save_method="merged_16bit", verify=False)
+    model.save_pretrained_merged(
+        str(tmp_path / "merged"), tokenizer, save_method="merged_16bit", verify=False
+    )
     assert (tmp_path / "merged/model.safetensors").is_file()
     model.save_pretrained_gguf(str(tmp_path / "gguf"), tokenizer, quantization_method="f16", verify=False)
     assert list((tmp_path / "gguf").glob("*.gguf"))

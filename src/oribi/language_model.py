@@ -95,10 +95,11 @@ class FastLanguageModel:
             ModelError: the model cannot be loaded.
         """
         notes = _sort_out(options, load_model, FastLanguageModel.from_pretrained)
+        older_name = options.pop("torch_dtype", None)
         model, tokenizer = load_model(
             model_name,
             max_seq_length=max_seq_length,
-            dtype=options.pop("torch_dtype", None) if dtype is None else dtype,
+            dtype=older_name if dtype is None else dtype,
             load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit,
             load_in_16bit=load_in_16bit,
@@ -128,6 +129,7 @@ class FastLanguageModel:
         bias: str = "none",
         layers_to_transform: Any = None,
         layers_pattern: Any = None,
+        finetune_last_n_layers: int | None = None,
         use_gradient_checkpointing: bool | str = "oribi",
         random_state: int = 3407,
         max_seq_length: int = 2048,
@@ -137,7 +139,6 @@ class FastLanguageModel:
         loftq_config: dict[str, Any] | None = None,
         temporary_location: str | None = None,
         qat_scheme: Any = None,
-        finetune_last_n_layers: int | None = None,
         **lora_config: Any,
     ) -> Model:
         """The model with trainable LoRA pairs; arguments as `oribi.lora.attach.attach_lora`.
