@@ -12,6 +12,7 @@ from oribi.models.families import family_of
 from oribi.save.adapter import MergedModel
 from oribi.save.nf4_checkpoint import nf4_config, pack, packed_bytes, packed_names
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards, write_unplanned
+from oribi.save.weights import all_finite
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU = torch.device("cpu")
@@ -82,8 +83,8 @@ def read_finite(source: TensorSource, name: str, dtype: torch.dtype) -> torch.Te
         ExportError: a value is not finite there.
     """
     tensor = source.read(name, _CPU, dtype)
-    if not torch.isfinite(tensor).all():
-        finite = torch.isfinite(source.read(name, _CPU, torch.float32)).all()
+    if not all_finite(tensor):
+        finite = all_finite(source.read(name, _CPU, torch.float32))
         problem = (
             f"passes the range of {dtype}; use torch.bfloat16"
             if finite

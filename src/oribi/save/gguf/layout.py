@@ -86,13 +86,7 @@ class Tensor:
         if self.heads:
             # rows of a head: first halves then second halves -> pairs
             tensor = tensor.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
-        return tensor + self.shift if self.shift else tensor
-
-    def from_gguf(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The inverse of `to_gguf`."""
-        if self.heads:
-            tensor = tensor.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
-        return tensor - self.shift if self.shift else tensor
+        return tensor.float() + self.shift if self.shift else tensor
 
 
 def tensors_of(config: PretrainedConfig, names: list[str]) -> list[Tensor]:

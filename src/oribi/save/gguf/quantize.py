@@ -34,11 +34,11 @@ def quantize(values: torch.Tensor, type: Type) -> np.ndarray:
     """A tensor's bytes: [N, bytes of a row] uint8, or the values themselves in float32, float16.
 
     Args:
-        values: [N, K] or [N] float32 on any device.
+        values: [N, K] or [N], float32 or 16-bit, on any device.
         type: the type; K is a multiple of its block.
     """
     if type == Type.F32:
-        return values.cpu().numpy()
+        return values.float().cpu().numpy()
     if type == Type.F16:
         return values.to(torch.float16).cpu().numpy()
     if type == Type.BF16:
@@ -50,7 +50,7 @@ def quantize(values: torch.Tensor, type: Type) -> np.ndarray:
     step = _AT_ONCE // block if values.device.type == "cpu" else (1 << 24) // block
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        out[part] = torch.cat(_PACKERS[type](blocks[part]), dim=1).cpu()
+        out[part] = torch.cat(_PACKERS[type](blocks[part].float()), dim=1).cpu()
     return out.view(rows, row // block * size).numpy()
 
 

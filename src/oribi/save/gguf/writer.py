@@ -19,6 +19,7 @@ from oribi.save.gguf.metadata import add_metadata
 from oribi.save.gguf.mixes import Mix, mix_of
 from oribi.save.gguf.quantize import quantize, quantized_bytes
 from oribi.save.gguf.tokenizer import Vocabulary, add_tokenizer
+from oribi.save.weights import all_finite
 
 _EMBEDDINGS = "model.embed_tokens.weight"
 _FLOAT32 = np.dtype(np.float32)  # the writer wants the shape in values, not in bytes
@@ -108,8 +109,9 @@ def write_files(
         writers[method] = writer
     for entries in zip(*plans.values()):
         tensor = entries[0].tensor
-        values = tensor.to_gguf(source.read(tensor.source, device, torch.float32))
-        if not torch.isfinite(values).all():
+        # what training left alone comes as stored: an embedding in float32 would be twice as large
+        values = tensor.to_gguf(source.read(tensor.source, device, None))
+        if not all_finite(values):
             raise ExportError(f"{tensor.source} has a value that is not finite: training diverged")
         for writer, entry in zip(writers.values(), entries):
             writer.write_tensor_data(quantize(values, entry.type))
