@@ -66,9 +66,11 @@ def same_meaning(left: str, right: str) -> bool:
 
 def first_expression(text: str) -> str | None:
     """The first cron expression in a model's answer, which may wrap it in words, quotes or backticks."""
-    for match in _EXPRESSION.finditer(text):
+    match = _EXPRESSION.search(text)
+    while match is not None:
         if meaning(match.group()) is not None:
             return match.group()
+        match = _EXPRESSION.search(text, match.start() + 1)  # a word before an expression looks like a field
     return None
 
 

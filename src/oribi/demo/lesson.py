@@ -61,17 +61,20 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = make_split(train_size, held_out_size)
-    model, tokenizer = FastLanguageModel.from_pretrained(str(model_file()), max_seq_length=256)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(model_file()), max_seq_length=512)
     before = answers(model, tokenizer, held_out, explained=True)
     print(
         f"before training: {score(before):.1%} of {held_out_size} right (format and examples in the prompt)",
         flush=True,
     )
-    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, target_modules="all-linear")
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=32, target_modules="all-linear", use_gradient_checkpointing=False
+    )
     trainer = SFTTrainer(
         model,
         SFTConfig(
             output_dir=str(folder),
+            max_length=256,
             per_device_train_batch_size=4,  # packs of 256 tokens: 1024 a step
             gradient_accumulation_steps=1,
             packing=True,

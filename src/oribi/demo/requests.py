@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from random import Random
 
 from oribi.demo.cron import meaning
-from oribi.demo.schedules import DAYS, TIMES, choose, every_day, pick
+from oribi.demo.schedules import DAYS, DAYS_OF_INTERVALS, TIMES, choose, every_day, pick
 
-SYSTEM = "Write the cron expression."
+SYSTEM = "Cron."
 
 ACTIONS = (
     "back up the database", "send the report", "clear the cache", "rotate the logs", "sync the calendars",
@@ -46,11 +46,15 @@ def make_request(rng: Random, unseen: bool) -> Request:
 
     Args:
         rng: source of every choice.
-        unseen: say it with wordings that training texts never use, as far as its clauses have some.
+        unseen: say it in a frame, and some clauses, with wordings that training texts never use.
     """
-    make_time, make_day = choose(rng, TIMES), choose(rng, DAYS)
-    time, day = make_time(rng, unseen), make_day(rng, unseen)
-    when, which = pick(rng, time.wordings, unseen), pick(rng, day.wordings, unseen)
+    # the frame is new in any case, each clause in every second
+    new_time, new_day = (unseen and rng.random() < 0.5 for _ in range(2))
+    make_time = choose(rng, TIMES)
+    time = make_time(rng, new_time)
+    make_day = choose(rng, DAYS_OF_INTERVALS if time.often else DAYS)
+    day = make_day(rng, new_day)
+    when, which = pick(rng, time.wordings, new_time), pick(rng, day.wordings, new_day)
     if make_day is every_day and (time.often or (which == "once a day" and "," in time.hour)):
         schedule = when if time.often else f"every day {when}"
     else:

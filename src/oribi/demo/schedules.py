@@ -42,7 +42,7 @@ def pick(rng: Random, wordings: Wordings, unseen: bool) -> str:
 
 
 def a_minute(rng: Random) -> int:
-    return rng.choice((0, 0, 0, 0, 30, 30, 15, 45, rng.randrange(5, 60, 5), rng.randrange(60)))
+    return rng.choice((0, 0, 0, 0, 0, 30, 30, 30, 15, 45, rng.randrange(5, 60, 5), rng.randrange(60)))
 
 
 def an_hour_range(rng: Random, unseen: bool) -> tuple[int, int, str, str]:
@@ -79,7 +79,7 @@ def at_several_times(rng: Random, unseen: bool) -> Time:
 
 
 def every_minutes(rng: Random, unseen: bool) -> Time:
-    n = rng.choice((1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30))
+    n = rng.choice((1, 2, 3, 4, 5, 5, 6, 10, 10, 12, 15, 15, 20, 20, 30, 30))
     if n == 1:
         said = Wordings(("every minute", "each minute", "once a minute"), ("every single minute",))
         return Time("*", "*", said, often=True)
@@ -344,14 +344,19 @@ def on_a_date_or_weekday(rng: Random, unseen: bool) -> Day:
 
 
 Maker = Callable[[Random, bool], Time | Day]
+# how often each kind is asked for
 TIMES: dict[Maker, int] = {
-    at_a_time: 44, at_several_times: 10, every_minutes: 8, every_minutes_in_hours: 8, every_hour: 9,
-    twice_an_hour: 5, every_hours: 8, hourly_in_hours: 8,
+    at_a_time: 50, at_several_times: 9, every_minutes: 9, every_minutes_in_hours: 8, every_hour: 8,
+    twice_an_hour: 3, every_hours: 7, hourly_in_hours: 6,
 }  # fmt: skip
 DAYS: dict[Maker, int] = {
     every_day: 16, on_workdays: 11, on_weekends: 7, on_a_weekday: 12, on_several_weekdays: 8, on_a_weekday_range: 6,
-    on_a_date: 10, on_several_dates: 5, on_a_date_range: 4, on_odd_or_even_dates: 3, on_a_yearly_date: 6,
-    on_a_quarterly_date: 4, on_a_date_every_other_month: 3, in_months: 10, on_a_date_or_weekday: 3,
+    on_a_date: 11, on_several_dates: 5, on_a_date_range: 3, on_odd_or_even_dates: 2, on_a_yearly_date: 6,
+    on_a_quarterly_date: 4, on_a_date_every_other_month: 3, in_months: 8, on_a_date_or_weekday: 2,
+}  # fmt: skip
+# nobody runs something every ten minutes on the 5th of May
+DAYS_OF_INTERVALS: dict[Maker, int] = {
+    every_day: 36, on_workdays: 24, on_weekends: 12, on_a_weekday: 10, on_a_weekday_range: 6, in_months: 6, on_a_date: 6,
 }  # fmt: skip
 
 
