@@ -42,7 +42,8 @@ def train_on(subject: Subject, folder: Path) -> None:
     real = trainer.callback_handler.on_step_end
 
     def count(args, state, control):
-        done.write_text(str(state.global_step))
+        done.with_suffix(".new").write_text(str(state.global_step))
+        os.replace(done.with_suffix(".new"), done)
         return real(args, state, control)
 
     trainer.callback_handler.on_step_end = count

@@ -30,12 +30,13 @@ SETTINGS = {
 }
 
 
-def trainer_in(subject: Subject, folder: Path | str, **settings: Any) -> SFTTrainer:
-    """A trainer of the small model on random rows."""
+def trainer_in(subject: Subject, folder: Path | str, evaluates: int = 0, **settings: Any) -> SFTTrainer:
+    """A trainer of the small model on random rows; so many of them are evaluated on, too."""
     model, tokenizer = subject.load()
     args = SFTConfig(output_dir=str(folder), **{**SETTINGS, **settings})
     rows = subject.rows(ROWS, model.get_base_model().config.vocab_size)
-    trainer = SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer)
+    held_out = rows.select(range(evaluates)) if evaluates else None
+    trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=held_out, tokenizer=tokenizer)
     trainer.remove_callback(Progress)
     return trainer
 

@@ -33,7 +33,7 @@ from oribi.train.trainer import SFTTrainer
 GROUP = "a step's gradients"
 LIMITS = {"cpu": 1e-5, "cuda": 1e-4}  # relative, float32; a GPU sums in another order in every kernel
 ROWS = 8
-RANK_SECONDS = 170  # what two processes may take before they are stopped
+RANK_SECONDS = 600  # two processes that wait for each other are stopped then
 
 
 @dataclass

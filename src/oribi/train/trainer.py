@@ -121,6 +121,8 @@ class SFTTrainer(BaseTrainer):
             raise ConfigError(
                 "the tokenizer is missing; pass tokenizer= what from_pretrained returned with the model"
             )
+        if args.should_save:
+            require_writable(args.output_dir)
         base = base_model(model)
         self.own_loss = isinstance(base, DecoderForCausalLM)
         self.step_runner: Callable | None = None
@@ -220,7 +222,6 @@ class SFTTrainer(BaseTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         require_targets(self.train_dataset, "train")
-        require_writable(self.args.output_dir)
         alpha = self.args.neftune_noise_alpha
         if alpha is not None:
             self._noise = EmbeddingNoise(base_model(self.model).get_input_embeddings(), alpha)

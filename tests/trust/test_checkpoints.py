@@ -1,0 +1,240 @@
+"""Checkpoints are whole or not there, whatever ends a run; what cannot be written is said and loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from oribi.errors import ConfigError, TrainingError
+from oribi.selftest.subject import Subject, write_small_model
+from oribi.train.checkpoints import failed_write, publish
+from tests.trust.kills import read
+from tests.trust.runs import losses_of, trainer_in, weights_of
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Subject:
+    return Subject(str(write_small_model(tmp_path_factory.mktemp("small"))), "cpu")
+
+
+def run(subject: Subject, folder: Path, *settings: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.trust.runs", subject.path, str(folder), *settings],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tries", [8])
+def test_a_training_killed_at_random_moments_leaves_readable_checkpoints(subject, tmp_path, tries):
+    tries = int(os.environ.get("ORIBI_KILLS", tries))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.trust.kills", subject.path, str(tmp_path), str(tries)],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=60 * tries,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["killed"] == tries
+    assert found["most_steps_lost"] <= 1  # it saves after every step
+    assert found["bit_equal"]
+    assert found["leftovers"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(subject, tmp_path, number):
+    process = run(subject, tmp_path / "run", "max_steps=400", 'save_strategy="no"')
+    log = tmp_path / "run/log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=120)
+    # a KeyboardInterrupt that is not caught ends Python with 1 or by the signal itself; the command line answers 130
+    allowed = (143,) if number == signal.SIGTERM else (1, 130, -signal.SIGINT)
+    assert process.returncode in allowed, errors[-2000:]
+    assert "holds the run, which goes on from there" in said
+    checkpoint = Path(get_last_checkpoint(str(tmp_path / "run")))
+    step = read(checkpoint)
+    assert step >= 3
+    settings = {"max_steps": step + 3, "save_strategy": "no", "lr_scheduler_type": "constant"}
+    resumed = trainer_in(subject, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    whole = trainer_in(subject, tmp_path / "whole", **settings)
+    whole.train()
+    # the stopped run had another schedule, so its losses differ; the losses of the first step do not
+    assert losses_of(resumed)[0] == losses_of(whole)[0]
+    assert len(losses_of(resumed)) == step + 3
+
+
+def test_a_stopped_run_resumes_bit_for_bit(subject, tmp_path):
+    """Losses, weights, optimizer, schedule and random state, with 8-bit states and noise on the embeddings."""
+    whole = trainer_in(subject, tmp_path / "whole", max_steps=8, save_strategy="no")
+    whole.train()
+    stopped = trainer_in(subject, tmp_path / "run", max_steps=8, save_strategy="no")
+    stopped.stop_on_signal.agree = lambda asked: stopped.state.global_step == 4
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert stopped.state.global_step == 4
+    resumed = trainer_in(subject, tmp_path / "run", max_steps=8, save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses_of(resumed) == losses_of(whole)
+    expected = weights_of(whole)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(resumed).items())
+    ours, theirs = (t.optimizer.optimizer.state_dict()["state"] for t in (resumed, whole))
+    assert any(state.get("state1") is not None for state in ours.values())  # 8 bit
+    for index, state in ours.items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(theirs[index][k])) for k, v in state.items()
+        )
+    assert resumed.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
+
+
+def test_handlers_of_signals_come_back(subject, tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    trainer_in(subject, tmp_path, max_steps=1, save_strategy="no").train()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_full_disk_ends_neither_the_run_nor_the_earlier_checkpoints(subject, tmp_path, monkeypatch, caplog):
+    trainer = trainer_in(subject, tmp_path, max_steps=5)
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda *a, **k: full_disk(trainer, 3, real, *a, **k))
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == [
+        f"checkpoint-{n}" for n in (1, 2, 4, 5)
+    ]
+    assert not (tmp_path / "_partial").exists()
+    assert "checkpoint-3 could not be written" in caplog.text
+    assert "training goes on" in caplog.text
+    assert [read(path) for path in sorted(tmp_path.glob("checkpoint-*"))] == [1, 2, 4, 5]
+
+
+def test_a_full_disk_at_the_last_checkpoint_is_an_error(subject, tmp_path, monkeypatch):
+    trainer = trainer_in(subject, tmp_path, max_steps=3)
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda *a, **k: full_disk(trainer, 3, real, *a, **k))
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-3 could not be written: .*No space left.*in this process's memory"
+    ):
+        trainer.train()
+    assert [read(path) for path in sorted(tmp_path.glob("checkpoint-*"))] == [1, 2]
+
+
+def full_disk(trainer, step: int, real, value, target, *args, **options):
+    """torch.save on a disk that is full during one step."""
+    if trainer.state.global_step == step:
+        raise OSError(28, "No space left on device")
+    return real(value, target, *args, **options)
+
+
+LIMITED = """
+import resource, sys
+from tests.trust.runs import main
+real = resource.getrlimit(resource.RLIMIT_FSIZE)
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, real[1]))  # the adapter fits, the optimizer's state does not
+main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX's")
+def test_files_that_really_cannot_grow_are_reported(subject, tmp_path):
+    """The kernel refuses the write within torch.save, as on a full disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, subject.path, str(tmp_path / "run"), "max_steps=2"],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "checkpoint-1 could not be written" in done.stderr
+    assert "TrainingError" in done.stderr
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(subject, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        ConfigError, match=r"output_dir = .*file/run: cannot be written to \(Not a directory\)"
+    ):
+        trainer_in(subject, tmp_path / "file/run")
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become another user"
+)
+def test_a_folder_of_another_user_is_refused_before_training(tmp_path):
+    script = (
+        "import os, sys; from oribi.train.checkpoints import require_writable; os.setuid(65534)\n"
+        "require_writable(sys.argv[1])"
+    )
+    tmp_path.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "cannot be written to (Permission denied)" in done.stderr
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_training(subject, tmp_path, caplog):
+    (tmp_path / "log.jsonl").mkdir()
+    trainer = trainer_in(subject, tmp_path, max_steps=3, save_strategy="no")
+    trainer.state.global_step = 0
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "JsonLog":
+            callback.on_train_begin = lambda *a, **k: None
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert caplog.text.count("cannot be written: Is a directory") == 1
+
+
+def test_old_checkpoints_go_and_the_best_one_stays_under_its_own_name(subject, tmp_path):
+    trainer = trainer_in(
+        subject, tmp_path, evaluates=4, max_steps=4, save_total_limit=2, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=5e-2,
+    )  # fmt: skip
+    trainer.train()
+    left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert len(left) <= 2
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    assert best.name in left
+    saved = json.loads((tmp_path / left[-1] / "trainer_state.json").read_text())
+    assert "_partial" not in str(saved["best_model_checkpoint"])
+
+
+def test_a_checkpoint_replaces_one_of_its_name_at_once(tmp_path):
+    final = tmp_path / "checkpoint-3"
+    final.mkdir()
+    (final / "old").write_text("old")
+    partial = tmp_path / "_partial/checkpoint-3"
+    partial.mkdir(parents=True)
+    (partial / "new").write_text("new")
+    publish(partial, final)
+    assert [path.name for path in final.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_only_failures_of_the_disk_are_taken_for_such(subject, tmp_path, monkeypatch):
+    assert failed_write(OSError(28, "No space left on device"))
+    assert failed_write(RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"))
+    assert not failed_write(RuntimeError("CUDA error: out of memory"))
+    trainer = trainer_in(subject, tmp_path, max_steps=2)
+    monkeypatch.setattr(torch, "save", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -1,0 +1,96 @@
+"""Two processes with gloo on the CPU train as one process does, save once, and go on from each other's checkpoints."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from oribi.selftest.invariance import ROWS, reference_step, step_error, steps_of_ranks
+from oribi.selftest.subject import Subject, reference_of, write_small_model
+from tests.trust.runs import losses_of, trainer_in
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="torch.distributed with gloo is tested on POSIX"),
+]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Subject:
+    return Subject(str(write_small_model(tmp_path_factory.mktemp("small"))), "cpu")
+
+
+def two_processes(subject: Subject, folder: Path, *settings: str) -> tuple[list[float], str]:
+    """Losses that the first of two processes logged, and what both wrote to standard error."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.trust.runs", subject.path, str(folder), "use_cpu=true", *settings]
+    processes = [
+        subprocess.Popen(
+            command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    errors = "\n".join(text for _, text in said)
+    assert [process.returncode for process in processes] == [0, 0], errors[-4000:]
+    lines = [line for line in said[0][0].splitlines() if line.startswith("losses ")]
+    return json.loads(lines[0].removeprefix("losses ")), errors
+
+
+def test_gradients_and_loss_of_two_processes_equal_the_reference(subject, tmp_path):
+    model, _ = subject.load()
+    rows = subject.rows(11, 320).select(range(ROWS))
+    expected = reference_step(reference_of(model), rows)
+    error, note = step_error(steps_of_ranks(subject, tmp_path), expected)
+    assert error < 1e-5, note
+
+
+# Noise on the embeddings is drawn by each process for itself. With Adam's usual epsilon, and with 8-bit states, a
+# gradient that is nothing but rounding moves its weight as far as any other does.
+SETTINGS = {
+    "neftune_noise_alpha": None, "max_steps": 6, "save_steps": 3, "optim": "paged_adamw_32bit", "adam_epsilon": 1e-3,
+}  # fmt: skip
+SAME = [f"{name}={json.dumps(value)}" for name, value in SETTINGS.items()]
+
+
+def test_a_run_moves_between_one_and_two_processes(subject, tmp_path):
+    """The same rows a step: 2 x 2 micro-batches of one process, 1 x 2 of each of two."""
+    one = trainer_in(subject, tmp_path / "one", **SETTINGS)
+    one.train()
+    both, errors = two_processes(subject, tmp_path / "two", "gradient_accumulation_steps=1", *SAME)
+    assert "find_unused_parameters" not in errors
+    assert both == pytest.approx(losses_of(one), rel=1e-5)
+    # the first process alone saves the model, each its random state
+    files = {path.name for path in (tmp_path / "two/checkpoint-6").iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
+    assert not (tmp_path / "two/_partial").exists()
+    weights = [
+        load_file(tmp_path / name / "checkpoint-6/adapter_model.safetensors") for name in ("one", "two")
+    ]
+    for name, weight in weights[0].items():
+        assert (weights[1][name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+    resume = json.dumps(str(tmp_path / "one/checkpoint-3"))
+    on_two, _ = two_processes(
+        subject, tmp_path / "one-two", "gradient_accumulation_steps=1", f"resume={resume}", *SAME
+    )
+    assert on_two == pytest.approx(losses_of(one), rel=1e-5)
+    on_one = trainer_in(subject, tmp_path / "two-one", **SETTINGS)
+    on_one.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-3"))
+    assert losses_of(on_one) == pytest.approx(losses_of(one), rel=1e-5)
