@@ -250,7 +250,11 @@ def _read_flags(flags: list[str], problems: list[Problem]) -> list[tuple[str, No
             while flags and not flags[0].startswith("--"):
                 values.append(flags.pop(0))
             text = "true" if not values else values[0] if len(values) == 1 else f"[{', '.join(values)}]"
-        entries.append((key.replace("-", "_"), None, yaml.load(text, Loader=YamlReader)))  # noqa: S506 (a SafeLoader)
+        try:
+            value = yaml.load(text, Loader=YamlReader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError:
+            value = text  # a name with braces, say; its setting says whether it will do
+        entries.append((key.replace("-", "_"), None, value))
     return entries
 
 

@@ -1,0 +1,161 @@
+"""The run config: what it reads, how it converts, and everything it refuses, all at once."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from oribi.config import ALIASES, RunConfig, read_config
+from oribi.errors import ConfigError
+
+NEEDED = "model: m\ndataset: d\n"
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a config from text."""
+
+    def read_text(
+        text: str, flags: tuple[str, ...] = (), needed: str = NEEDED
+    ) -> tuple[RunConfig, list[str]]:
+        path = tmp_path / "run.yaml"
+        path.write_text(needed + text, encoding="utf-8")
+        return read_config(path, flags)
+
+    return read_text
+
+
+def problems(read, text: str, flags: tuple[str, ...] = (), needed: str = NEEDED) -> str:
+    with pytest.raises(ConfigError) as error:
+        read(text, flags, needed)
+    # the columns are for people
+    return "\n".join(" ".join(line.split()) for line in str(error.value).splitlines())
+
+
+def test_values_are_what_people_write(read):
+    config, notes = read(
+        "learning_rate: 2e-4\nlora_dropout: 0\nnum_train_epochs: 3\ndataset_num_proc: null\n"
+        "target_modules: q_proj\nsave_method: [lora, merged_16bit]\ngradient_checkpointing: false\nlora_r: 8.0\n"
+    )
+    assert config.learning_rate == 2e-4
+    assert isinstance(config.learning_rate, float)
+    assert (config.lora_dropout, config.num_train_epochs) == (0.0, 3.0)
+    assert config.dataset == ["d"]
+    assert config.target_modules == ["q_proj"]
+    assert config.save_method == ["lora", "merged_16bit"]
+    assert config.gradient_checkpointing == "false"
+    assert (config.lora_r, type(config.lora_r)) == (8, int)
+    assert config.dataset_num_proc is None
+    assert notes == []
+
+
+def test_a_flag_overrides_its_line(read):
+    flags = ("--lora-r", "4", "--learning_rate=1e-3", "--use_rslora", "--dataset", "a.jsonl", "b.jsonl")
+    config, _ = read("lora_r: 8\n", flags)
+    assert (config.lora_r, config.learning_rate, config.use_rslora) == (4, 1e-3, True)
+    assert config.dataset == ["a.jsonl", "b.jsonl"]
+
+
+def test_flags_alone_are_a_config():
+    config, notes = read_config(None, ["--base_model", "m", "--train_file", "d", "--max_steps", "-1"])
+    assert (config.model, config.dataset, config.max_steps) == ("m", ["d"], -1)
+    assert notes == ["base_model read as model", "train_file read as dataset"]
+
+
+def test_names_of_other_trainers_are_read_and_reported(read):
+    config, notes = read("sequence_len: 512\nmicro_batch_size: 3\nlora_rank: 32\nval_set_size: 0.1\n")
+    assert (config.max_seq_length, config.per_device_train_batch_size, config.lora_r) == (512, 3, 32)
+    assert config.eval_fraction == 0.1
+    assert "sequence_len read as max_seq_length" in notes
+    assert len(notes) == 4
+
+
+def test_every_alias_names_a_setting():
+    known = {field.name for field in fields(RunConfig)}
+    assert set(ALIASES.values()) <= known
+    assert not set(ALIASES) & known
+
+
+def test_all_problems_come_at_once_with_their_lines(read):
+    found = problems(
+        read,
+        "learning_rte: 2e-4\nlora_r: 0\nlora_dropout: 1.5\nwarmup_steps: soon\noverlong: cut\npacking: 3\n",
+        ("--max_steps", "0"),
+    )
+    path, *lines = found.splitlines()
+    assert path.endswith("run.yaml: 7 problems")
+    assert lines == [
+        "- max_steps = 0 must be positive, or -1 to train num_train_epochs",
+        "line 3: learning_rte unknown key; did you mean learning_rate?",
+        "line 4: lora_r = 0 must be at least 1",
+        "line 5: lora_dropout = 1.5 must be below 1",
+        "line 6: warmup_steps = soon must be a number",
+        "line 7: overlong = cut must be one of truncate or drop or error",
+        "line 8: packing = 3 must be true or false",
+    ]
+
+
+def test_two_names_of_one_setting_may_not_differ(read):
+    found = problems(read, "lora_r: 8\nlora_rank: 16\n")
+    assert "line 4: lora_rank = 16 means the same as lora_r, which is 8; keep one" in found
+    assert "given twice" in problems(read, "lora_r: 8\nlora_r: 16\n")
+    assert read("lora_r: 8\nlora_rank: 8\n")[0].lora_r == 8
+
+
+def test_contradictions_are_found(read):
+    assert "full_finetuning needs false" in problems(read, "full_finetuning: true\nload_in_4bit: true\n")
+    assert "eval_dataset is given already" in problems(read, "eval_dataset: e\neval_fraction: 0.1\n")
+    assert "needs eval_dataset or eval_fraction" in problems(read, "eval_steps: 5\n")
+    assert "full_finetuning has no adapter" in problems(read, "full_finetuning: true\nsave_method: lora\n")
+    assert "must be above 0" in problems(read, "num_train_epochs: 0\n")
+    missing = problems(read, "", needed="seed: 1\n")
+    assert "model missing" in missing
+    assert "dataset missing" in missing
+
+
+def test_a_file_that_is_no_flat_mapping_is_refused(read, tmp_path):
+    assert "line 3: lora: ... the file is flat" in problems(read, "lora:\n  r: 8\n")
+    assert "expected lines of 'key: value', got a sequence" in problems(read, "- a\n- b\n", needed="")
+    assert "run.yaml:3: no valid YAML" in problems(read, "a: [1\nb: 2\n", needed="model: m\n")
+    with pytest.raises(ConfigError, match="nothing.yaml: cannot be read: No such file"):
+        read_config(tmp_path / "nothing.yaml")
+
+
+def test_a_stray_word_is_no_flag():
+    with pytest.raises(ConfigError, match="flags are written --key value"):
+        read_config(None, ["-x", "--model", "m", "--dataset", "d"])
+
+
+def test_a_flag_that_is_no_yaml_is_taken_as_it_stands():
+    config, _ = read_config(None, ["--model", "{m", "--dataset", "d"])
+    assert config.model == "{m"
+
+
+def test_the_saved_config_reads_back(read, tmp_path):
+    config, _ = read(
+        "lora_r: 3\nlearning_rate: 1e-5\neval_fraction: 0.25\nquantization_method: [q8_0, q4_k_m]\n"
+    )
+    path = tmp_path / "saved.yaml"
+    path.write_text(config.to_yaml())
+    assert read_config(path) == (config, [])
+
+
+def test_train_checks_a_config_and_stops(oribi, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(NEEDED)
+    result = oribi("train", path, "--check", "--lr", "3e-4")
+    assert result.code == 0
+    assert "learning_rate: 0.0003" in result.out
+    assert "lr read as learning_rate" in result.err
+    failed = oribi("train", "--check", "--lora_r", "0")
+    assert failed.code == 1
+    assert "flags: 3 problems" in failed.err
+    assert "Traceback" not in failed.err
+
+
+def test_a_run_can_be_repeated_from_its_folder(trained_run):
+    """The resolved config lies in the run; adapter and log beside it."""
+    config, _ = read_config(trained_run / "config.yaml")
+    assert Path(config.output_dir) == trained_run
+    assert {path.name for path in trained_run.iterdir()} >= {"adapter", "config.yaml", "log.jsonl"}
+    assert (trained_run / "adapter" / "adapter_model.safetensors").is_file()
