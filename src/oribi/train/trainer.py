@@ -32,7 +32,7 @@ from oribi.train.graphs import StepGraphs, reason_against
 from oribi.train.guard import LossGuard, require_targets
 from oribi.train.neftune import EmbeddingNoise
 from oribi.train.progress import JsonLog, Progress
-from oribi.train.recompute import choose
+from oribi.train.recompute import choose, free_bytes
 from oribi.train.setup import (
     base_model,
     held,
@@ -43,6 +43,7 @@ from oribi.train.setup import (
     settle,
     train_on,
 )
+from oribi.train.smaller_steps import SmallerSteps
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class SFTTrainer(BaseTrainer):
         self.own_loss = isinstance(base, DecoderForCausalLM)
         self.step_runner: Callable | None = None
         self._steps_chosen = False
+        self._smaller: SmallerSteps | None = None
         self._parameters: int | None = None
         self.data_reports: dict[str, Any] = {}
         self.tokens_seen, self._logged = 0, (0, time.monotonic())
@@ -250,15 +252,41 @@ class SFTTrainer(BaseTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         self.guard.keep(self.state.global_step + 1, inputs)
+        if not self.own_loss or num_items_in_batch is None:  # a mean of the micro-batch cannot be cut into parts
+            return self._micro_step(model, inputs, num_items_in_batch)
+        if self._smaller is None:
+            self._smaller = SmallerSteps(
+                lambda part, targets: self._micro_step(model, part, targets),
+                self._restart_step,
+                self.args.world_size,
+                plans=self._plans_memory(model),
+            )
+        return self._smaller(self.state.global_step, inputs, num_items_in_batch)
+
+    def _micro_step(self, model: nn.Module, inputs: dict[str, Any], targets: Any) -> torch.Tensor:
+        """Forward and backward of a micro-batch, or of a part of one."""
         if self._noise is not None:
             self._noise.measure(inputs)
         if not self._steps_chosen:
             self._choose_steps(model)
-        if self.step_runner is not None and num_items_in_batch is not None:
+        if self.step_runner is not None and targets is not None:
             if not model.training:  # asking is cheaper than telling a thousand modules
                 model.train()
-            return self.step_runner(model, inputs, num_items_in_batch)
-        return super().training_step(model, inputs, num_items_in_batch)
+            return self.step_runner(model, inputs, targets)
+        return super().training_step(model, inputs, targets)
+
+    def _restart_step(self) -> None:
+        """After a shortage of memory: gradients are zero, memory is free, and the next micro-step plans anew."""
+        self._release_steps()
+        self.model.zero_grad()  # accelerate's optimizer ignores the call between two steps
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _plans_memory(self, model: nn.Module) -> bool:
+        """Whether what layers keep follows from the free memory."""
+        base = base_model(model)
+        choice = getattr(getattr(base, "oribi", None), "checkpointing", False)
+        return base.device.type == "cuda" and choice in (True, "auto", "oribi", "unsloth", "memory")
 
     def _release_steps(self) -> None:
         """Frees recorded graphs and what layers keep from step to step; the next training chooses again."""
@@ -277,9 +305,14 @@ class SFTTrainer(BaseTrainer):
             return
         longest = longest_row(self.train_dataset) or self.args.max_length
         tokens = self.args.per_device_train_batch_size * longest
-        choice = getattr(getattr(base, "oribi", None), "checkpointing", False)
-        if base.device.type == "cuda" and choice in (True, "auto", "oribi", "unsloth", "memory"):
-            logger.info(choose(base, tokens, longest, 0 if choice == "memory" else None))
+        reliance = 1.0
+        if self._smaller is not None:
+            tokens, reliance = max(tokens // self._smaller.parts, longest), self._smaller.reliance
+        if self._plans_memory(model):
+            least = base.oribi.checkpointing == "memory"
+            logger.info(
+                choose(base, tokens, longest, 0 if least else int(reliance * free_bytes(base.device)))
+            )
         if self.step_runner is None:
             scaled = self.accelerator.scaler is not None
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)

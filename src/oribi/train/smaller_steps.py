@@ -1,0 +1,163 @@
+"""Out of memory in training: the micro-batch is cut at document bounds and run in parts, with the same gradients.
+
+The loss is a sum over targets divided by the targets of the whole optimizer step, so parts of a micro-batch add up to it
+exactly. What an interrupted backward has left in the gradients is thrown away and the step's micro-batches run again.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from oribi.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+Inputs = dict[str, Any]
+# free memory that the next plan of what layers keep may count on, for each time that it was not enough
+RELIANCE = 0.7
+LEANER_PLANS = 4  # after which a plan counts on a quarter of the free memory
+
+
+class SmallerSteps:
+    """Runs micro-batches, in parts once memory was short.
+
+    Args:
+        run: forward and backward of (inputs, targets of the step) -> loss.
+        restart: makes gradients zero and memory free, and plans anew for micro-batches of so many parts.
+        processes: of the training.
+        plans: whether `restart` can make layers keep less, which may help where nothing can be cut.
+
+    Attributes:
+        parts: how many each micro-batch is cut into.
+        shortages: times that memory was short.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Inputs, Any], torch.Tensor],
+        restart: Callable[[], None],
+        processes: int = 1,
+        plans: bool = False,
+    ) -> None:
+        self.parts, self.shortages = 1, 0
+        self._run, self._restart, self._processes, self._plans = run, restart, processes, plans
+        self._step, self._taken = -1, []
+
+    @property
+    def reliance(self) -> float:
+        """Share of the free memory that plans may count on."""
+        return RELIANCE**self.shortages
+
+    def __call__(self, step: int, inputs: Inputs, targets: Any) -> torch.Tensor:
+        """Loss of one micro-batch, its gradients added.
+
+        Args:
+            step: number of the optimizer step. inputs: the micro-batch. targets: labelled tokens of the whole step.
+
+        Raises:
+            TrainingError: a single document does not fit, or several processes would get out of step.
+        """
+        if step != self._step:
+            self._step, self._taken = step, []
+        self._taken.append(inputs)
+        todo = [inputs]
+        while True:
+            try:
+                for batch in todo:
+                    parts = cut(batch, self.parts)
+                    loss = self._run(parts[0], targets)
+                    for part in parts[1:]:
+                        loss = loss + self._run(part, targets)
+                return loss
+            except torch.OutOfMemoryError as error:
+                self._require_hope(error)
+            # outside the handler: its traceback holds the activations
+            self._make_smaller(step)
+            todo = self._taken
+
+    def _require_hope(self, error: torch.OutOfMemoryError) -> None:
+        if self._processes > 1:
+            raise TrainingError(
+                f"a process ran out of GPU memory. With {self._processes} processes micro-batches are not cut: lower "
+                "per_device_train_batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing: memory"
+            ) from error
+        leaner = self._plans and self.shortages < LEANER_PLANS
+        if all(_documents(batch) <= self.parts for batch in self._taken) and not leaner:
+            longest = max(_longest(batch) for batch in self._taken)
+            raise TrainingError(
+                f"a document of {longest:,} tokens does not fit into GPU memory alone: lower max_seq_length, set "
+                "gradient_checkpointing: memory, or let `oribi estimate` show what fits"
+            ) from error
+
+    def _make_smaller(self, step: int) -> None:
+        tokens = max(batch["input_ids"].numel() for batch in self._taken)
+        self.parts *= 2
+        self.shortages += 1
+        largest = max(part["input_ids"].numel() for batch in self._taken for part in cut(batch, self.parts))
+        logger.warning(
+            "step %d: out of memory with micro-batches of %s tokens; each now runs in up to %d parts of at most %s "
+            "tokens, with the same gradients",
+            step, f"{tokens:,}", self.parts, f"{largest:,}",
+        )  # fmt: skip
+        self._restart()
+
+
+def cut(inputs: Inputs, parts: int) -> list[Inputs]:
+    """A micro-batch as at most so many, cut between documents; those without labels are left out unless nothing remains.
+
+    Args:
+        inputs: one row of documents with `cu_seq_lens_q` [docs + 1], or padded rows [B, S].
+        parts: at least 1.
+    """
+    count = _documents(inputs)
+    if parts == 1 or count == 1:
+        return [inputs]
+    found = [part for part in _pieces(inputs, count, parts) if bool((part["labels"] != -100).any())]
+    return found or [inputs]
+
+
+def _pieces(inputs: Inputs, count: int, parts: int) -> list[Inputs]:
+    if "cu_seq_lens_q" not in inputs:
+        size = -(-count // parts)
+        return [
+            {name: value[start : start + size] if torch.is_tensor(value) else value for name, value in inputs.items()}
+            for start in range(0, count, size)
+        ]  # fmt: skip
+    bounds = inputs["cu_seq_lens_q"].tolist()
+    # ends of the parts: the document bounds nearest to even shares
+    ends = [0]
+    for i in range(1, parts):
+        wanted = bounds[-1] * i / parts
+        nearest = min(range(len(bounds)), key=lambda place: abs(bounds[place] - wanted))
+        if nearest > ends[-1]:
+            ends.append(nearest)
+    if ends[-1] < count:
+        ends.append(count)
+    return [_documents_between(inputs, bounds, first, last) for first, last in zip(ends, ends[1:])]
+
+
+def _documents_between(inputs: Inputs, bounds: list[int], first: int, last: int) -> Inputs:
+    start, stop = bounds[first], bounds[last]
+    part = {
+        name: value[:, start:stop] if torch.is_tensor(value) and value.dim() == 2 else value
+        for name, value in inputs.items()
+    }
+    own = inputs["cu_seq_lens_q"][first : last + 1] - start
+    longest = max(after - before for before, after in zip(bounds[first:last], bounds[first + 1 : last + 1]))
+    for side in "qk":
+        if f"cu_seq_lens_{side}" in inputs:
+            part[f"cu_seq_lens_{side}"] = own
+        if f"max_length_{side}" in inputs:
+            part[f"max_length_{side}"] = longest
+    return part
+
+
+def _documents(inputs: Inputs) -> int:
+    bounds = inputs.get("cu_seq_lens_q")
+    return len(bounds) - 1 if bounds is not None else len(inputs["input_ids"])
+
+
+def _longest(inputs: Inputs) -> int:
+    return int(inputs.get("max_length_q") or inputs["input_ids"].shape[1])

@@ -1,0 +1,161 @@
+"""Out of memory: the step is run again in parts, and learns exactly what it would have learnt."""
+
+import logging
+
+import pytest
+import torch
+
+from oribi.data.collate import PackCollator, PaddedCollator
+from oribi.errors import TrainingError
+from oribi.train.arguments import SFTConfig
+from oribi.train.smaller_steps import SmallerSteps, cut
+from oribi.train.trainer import SFTTrainer
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def examples(*lengths: int) -> list[dict[str, list[int]]]:
+    return [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in lengths]
+
+
+def trained(load, conversations, folder, limit: int | None = None, **settings) -> tuple[dict, list[float]]:
+    """Weights and losses of a short training in which no micro-batch above `limit` tokens fits.
+
+    The shortage comes after backward has written gradients, as it does where a lower layer's backward fails.
+    """
+    model, tokenizer = load()
+    arguments = {
+        "max_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
+        "disable_tqdm": True, "save_strategy": "no", "warmup_steps": 0, **settings,
+    }  # fmt: skip
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(output_dir=str(folder), **arguments),
+        train_dataset=conversations,
+        processing_class=tokenizer,
+    )
+
+    def runner(model, inputs, targets):
+        loss = model(**inputs, num_items_in_batch=targets).loss
+        loss.backward()
+        if limit is not None and inputs["input_ids"].numel() > limit:
+            raise OUT_OF_MEMORY
+        return loss.detach()
+
+    trainer.step_runner = runner
+    trainer.train()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return weights, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"packing": True}, {"padding_free": False}], ids=["rows", "packs", "padded"]
+)
+def test_a_cut_step_learns_what_the_whole_one_would(load, conversations, tmp_path, settings, caplog):
+    whole = trained(load, conversations, tmp_path / "whole", **settings)
+    with caplog.at_level(logging.WARNING, logger="oribi.train.smaller_steps"):
+        parts = trained(load, conversations, tmp_path / "parts", limit=130, **settings)
+    assert [r.message for r in caplog.records if "out of memory" in r.message]
+    assert parts[1] == pytest.approx(whole[1], rel=1e-5)
+    for name, weight in whole[0].items():
+        torch.testing.assert_close(parts[0][name], weight, rtol=1e-4, atol=2e-5)
+
+
+def test_one_line_says_what_happened(load, conversations, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="oribi.train.smaller_steps"):
+        trained(load, conversations, tmp_path, limit=250, max_steps=1)
+    (line,) = [r.message for r in caplog.records if r.name.startswith("oribi")]
+    assert line.startswith("step 0: out of memory with micro-batches of ")
+    assert "in up to 2 parts of at most" in line
+
+
+def test_a_document_that_does_not_fit_alone_is_an_error(load, conversations, tmp_path):
+    with pytest.raises(TrainingError, match="a document of .* tokens does not fit into GPU memory alone"):
+        trained(load, conversations, tmp_path, limit=3)
+
+
+def test_the_shortage_of_forward_is_met_too(load, conversations, tmp_path):
+    model, tokenizer = load()
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, disable_tqdm=True),
+        train_dataset=conversations,
+        processing_class=tokenizer,
+    )
+    sizes = []
+
+    def watch(module, inputs, kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > 130:
+            raise OUT_OF_MEMORY
+
+    model.get_base_model().model.register_forward_pre_hook(watch, with_kwargs=True)
+    trainer.train()
+    assert max(sizes) > 130
+    assert sizes[-1] <= 130
+
+
+def test_documents_stay_whole_and_keep_their_order():
+    batch = PackCollator(pad_to_multiple_of=64)(examples(5, 9, 30, 4, 12, 7))
+    for parts in (2, 3, 4, 8, 100):
+        pieces = cut(batch, parts)
+        assert len(pieces) <= parts
+        lengths = [n for piece in pieces for n in piece["cu_seq_lens_q"].diff().tolist()]
+        assert lengths[:6] == [5, 9, 30, 4, 12, 7]
+        for piece in pieces:
+            assert piece["cu_seq_lens_q"][0] == 0
+            assert piece["cu_seq_lens_q"][-1] == piece["input_ids"].shape[1]
+            assert piece["max_length_q"] == int(piece["cu_seq_lens_q"].diff().max())
+            starts = piece["cu_seq_lens_q"][:-1].long()
+            assert torch.all(piece["position_ids"][0, starts] == 0)
+            assert torch.all(piece["labels"][0, starts] == -100)
+        labels = torch.cat([piece["labels"][piece["labels"] != -100] for piece in pieces])
+        assert torch.equal(labels, batch["labels"][batch["labels"] != -100])
+
+
+def test_padded_rows_are_cut_between_rows():
+    batch = PaddedCollator(0)(examples(5, 9, 30))
+    pieces = cut(batch, 2)
+    assert [tuple(piece["input_ids"].shape) for piece in pieces] == [(2, 30), (1, 30)]
+    assert torch.equal(torch.cat([piece["attention_mask"] for piece in pieces]), batch["attention_mask"])
+
+
+def test_what_trains_nothing_is_left_out_but_never_all():
+    rows = examples(8, 8)
+    rows[1]["labels"] = [-100] * 8
+    batch = PackCollator()(rows)
+    assert len(cut(batch, 2)) == 1
+    rows[0]["labels"] = [-100] * 8
+    assert cut(PackCollator()(rows), 2)[0]["input_ids"].shape == (1, 16)
+
+
+def test_several_processes_are_told_to_change_their_settings():
+    def run(inputs, targets):
+        raise OUT_OF_MEMORY
+
+    steps = SmallerSteps(run, lambda: None, processes=2)
+    with pytest.raises(TrainingError, match="With 2 processes"):
+        steps(0, PackCollator()(examples(4, 4)), 6)
+
+
+def test_a_leaner_plan_is_tried_where_nothing_can_be_cut():
+    tries = []
+
+    def run(inputs, targets):
+        tries.append(steps.reliance)
+        if len(tries) < 3:
+            raise OUT_OF_MEMORY
+        return torch.zeros(())
+
+    steps = SmallerSteps(run, lambda: None, plans=True)
+    steps(0, PackCollator()(examples(9)), 8)
+    assert tries == sorted(tries, reverse=True)
+    assert len(set(tries)) == 3
+
+
+def test_the_next_step_starts_in_parts(load, conversations, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="oribi.train.smaller_steps"):
+        trained(load, conversations, tmp_path, limit=130, max_steps=4)
+    assert (
+        len({r.message.split(":")[0] for r in caplog.records}) <= 2
+    )  # short once, or once more for a longer batch
