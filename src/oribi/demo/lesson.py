@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oribi.demo.cron import first_expression, same_meaning
-from oribi.demo.requests import Request, make_split, messages
+from oribi.demo.requests import EXAMPLES, Request, make_split, messages
 from oribi.environment import detect
 from oribi.errors import ModelError
 from oribi.language_model import FastLanguageModel
@@ -24,16 +24,10 @@ from oribi.train.trainer import SFTTrainer
 
 ANSWER_TOKENS = 32  # the longest expression of the demo has 26
 COMPARED = 20  # requests that llama.cpp answers too
-# a fair start for the untaught model: the format, its rules, and examples of the kinds that are asked for
+# a fair start for the untaught model: the format and its rules; examples follow
 EXPLANATION = """Write the cron expression for a schedule. A cron expression has five fields:
 minute (0-59) hour (0-23) day-of-month (1-31) month (1-12) day-of-week (0-6, Sunday is 0)
 * means every value, */5 every fifth, 9-17 a range, 1,15 a list. Answer with the expression only."""
-EXAMPLES = (
-    ("every day at 7:30 am", "30 7 * * *"),
-    ("every 10 minutes on weekdays", "*/10 * * * 1-5"),
-    ("on the 1st of every month at midnight", "0 0 1 * *"),
-    ("every Sunday and Wednesday at 6 pm", "0 18 * * 0,3"),
-)
 
 
 @dataclass
@@ -75,13 +69,14 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
         SFTConfig(
             output_dir=str(folder),
             max_length=256,
-            per_device_train_batch_size=4,  # packs of 256 tokens: 1024 a step
+            per_device_train_batch_size=2,  # packs of 256 tokens: 512 a step
             gradient_accumulation_steps=1,
             packing=True,
             num_train_epochs=1,
             learning_rate=1e-3,
             warmup_steps=0.05,
             weight_decay=0.0,
+            optim="adamw_torch",  # 8-bit states save memory that this adapter does not need, and cost a CPU time
             save_strategy="no",
         ),
         train_dataset=[{"messages": messages(request)} for request in train],

@@ -7,6 +7,13 @@ from oribi.demo.cron import meaning
 from oribi.demo.schedules import DAYS, DAYS_OF_INTERVALS, TIMES, choose, every_day, pick
 
 SYSTEM = "Cron."
+# shown to the untaught model, so never asked for
+EXAMPLES = (
+    ("every day at 7:30 am", "30 7 * * *"),
+    ("every 10 minutes on weekdays", "*/10 * * * 1-5"),
+    ("on the 1st of every month at midnight", "0 0 1 * *"),
+    ("every Sunday and Wednesday at 6 pm", "0 18 * * 0,3"),
+)
 
 ACTIONS = (
     "back up the database", "send the report", "clear the cache", "rotate the logs", "sync the calendars",
@@ -81,11 +88,12 @@ def make_split(
         seed: the same seed gives the same requests.
     """
     rng = Random(seed)
+    shown = {meaning(expression) for _, expression in EXAMPLES}
     held_out, kept = [], set()
     while len(held_out) < held_out_size:
         request = make_request(rng, unseen=len(held_out) % 2 == 1)
         key = meaning(request.expression)
-        if key not in kept:
+        if key not in kept and key not in shown:
             kept.add(key)
             held_out.append(request)
     train, texts = [], set()
