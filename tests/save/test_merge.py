@@ -7,13 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from oribi.errors import ConfigError, ExportError
 from oribi.save.adapter import MergedModel
+from oribi.save.export_gguf import save_gguf
 from oribi.save.export_merged import save_merged
 from oribi.save.shards import shard_bytes
-from tests.save.tiny_export import adapted, byte_level_tokenizer, export_config, tiny_model
+from tests.save.tiny_export import VOCAB, adapted, byte_level_tokenizer, export_config, tiny_model
 
 IDS = torch.arange(20, 60)[None]
 MERGES = {
@@ -191,3 +192,22 @@ def test_unknown_arguments_are_named(tmp_path):
 
 def test_sizes_are_read_as_people_write_them():
     assert [shard_bytes(size) for size in ("5GB", "1.5 MB", "2GiB", 77)] == [5 * 10**9, 1500000, 2 << 30, 77]
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+def test_models_outside_the_family_table_merge_too(model_type, settings, tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+    config = AutoConfig.for_model(model_type, intermediate_size=128, **sizes)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    targets = {"gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"]}[model_type]
+    tuned = adapted(base, target_modules=targets, fan_in_fan_out=model_type == "gpt2", **settings)
+    report = save_merged(tuned, tmp_path / "merged", byte_level_tokenizer(), dtype=torch.float32)
+    assert relative(reloaded(tmp_path / "merged"), logits_of(tuned)) < 1e-5
+    assert report.checks[0].figures["kl"] < 1e-6
+
+
+def test_a_family_without_a_gguf_layout_is_named(tmp_path):
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=1, n_head=4, vocab_size=VOCAB)
+    with pytest.raises(ExportError, match="no GGUF for model_type 'gpt2'; it writes llama, mistral"):
+        save_gguf(AutoModelForCausalLM.from_config(config), tmp_path, byte_level_tokenizer())

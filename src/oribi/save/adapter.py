@@ -24,7 +24,6 @@ from oribi.models.checkpoint import TensorSource
 from oribi.save.finite import require_finite
 from oribi.save.weights import LoadedModel, Slot, plain_tensor, slots_of
 
-_EMBEDDINGS = "model.embed_tokens.weight"
 _ROWS_AT_ONCE = 8192  # of an embedding: bounds the float32 copy at 8192 * hidden_size * 4 bytes
 
 
@@ -32,7 +31,7 @@ _ROWS_AT_ONCE = 8192  # of an embedding: bounds the float32 copy at 8192 * hidde
 class LowRank:
     """One adapter's update of one weight, all on the CPU in float32: a [r, K], b [N, r], magnitude [N] for DoRA.
 
-    `columns` marks an embedding, whose DoRA norms are taken over its columns.
+    `columns` marks an embedding or a transposed weight, whose DoRA norms are taken over its columns.
     """
 
     a: torch.Tensor
@@ -155,9 +154,10 @@ def _read_lora(name: str, slot: Slot, layer: LoraLayer, adapter: str, change: Ch
     if adapter in layer.lora_A:
         a, b = layer.lora_A[adapter], layer.lora_B[adapter]
         if slot.leaf == "weight":
-            change.updates.append(
-                LowRank(_host(a.weight), _host(b.weight), layer.scaling[adapter], magnitude)
-            )
+            turned = getattr(layer, "fan_in_fan_out", False)  # GPT-2 stores [K, N]
+            a, b = _host(a.weight), _host(b.weight)
+            a, b = (b.T, a.T) if turned else (a, b)
+            change.updates.append(LowRank(a, b, layer.scaling[adapter], magnitude, columns=turned))
         elif slot.leaf == "bias" and b.bias is not None:
             change.offsets.append(_host(b.bias) * layer.scaling[adapter])
     elif adapter in layer.lora_embedding_A and slot.leaf == "weight":
@@ -187,9 +187,11 @@ class MergedModel:
         self._shapes = self._loaded.shapes()
         self._base_shapes = self.base.shapes()
         self.tied = bool(getattr(model.config, "tie_word_embeddings", False))
-        if self.tied and self._head_differs(slots_of(model)):
+        slots = slots_of(model)
+        self._embeddings = _tied_to("lm_head.weight", slots)
+        if self.tied and self._embeddings and self._head_differs(slots):
             self.tied = False
-            self._shapes["lm_head.weight"] = self._shapes[_EMBEDDINGS]
+            self._shapes["lm_head.weight"] = self._shapes[self._embeddings]
         missing = [name for name in self._shapes if self._source(name) not in self._base_shapes]
         if missing:
             raise ExportError(
@@ -215,16 +217,16 @@ class MergedModel:
 
     def _source(self, name: str) -> str:
         # a head that was tied starts from the embeddings, unless the base stores it
-        return _EMBEDDINGS if name == "lm_head.weight" and name not in self._base_shapes else name
+        return self._embeddings if name == "lm_head.weight" and name not in self._base_shapes else name
 
     def _head_differs(self, slots: dict[str, Slot]) -> bool:
         """Whether adapters changed a tied head and its embeddings in different ways."""
-        head, embeddings = self.changes.get("lm_head.weight"), self.changes.get(_EMBEDDINGS)
+        head, embeddings = self.changes.get("lm_head.weight"), self.changes.get(self._embeddings)
         if head is None and embeddings is None:
             return False
         if head is None or embeddings is None:
             # with no wrapper around either, both are one parameter that was trained in place
-            return bool(slots[_EMBEDDINGS].wrappers or slots["lm_head.weight"].wrappers)
+            return bool(slots[self._embeddings].wrappers or slots["lm_head.weight"].wrappers)
         if head.updates or embeddings.updates or len(head.rows) != len(embeddings.rows):
             return True
         if any(not torch.equal(ours[1], theirs[1]) for ours, theirs in zip(head.rows, embeddings.rows)):
@@ -246,6 +248,15 @@ class MergedModel:
             return base[: shape[0]]
         loaded = self._loaded.read(self._source(name), base.device, base.dtype)
         return torch.cat([base, loaded[len(base) :]])
+
+
+def _tied_to(head: str, slots: dict[str, Slot]) -> str | None:
+    """Name of the tensor that is the head's own parameter; None where the head has one for itself."""
+    if head not in slots:
+        return None
+    return next(
+        (name for name, slot in slots.items() if name != head and slot.tensor is slots[head].tensor), None
+    )
 
 
 def write_adapter(model: nn.Module, folder: Path) -> None:

@@ -30,7 +30,7 @@ def save_merged(
     model: nn.Module,
     directory: str | os.PathLike,
     tokenizer: Any = None,
-    save_method: str = "merged_16bit",
+    save_method: str | None = "merged_16bit",
     *,
     base: str = "dequantized",
     dtype: torch.dtype | str | None = None,
@@ -61,6 +61,7 @@ def save_merged(
         ConfigError: an argument has an unknown value.
         ExportError: the merge cannot be expressed, does not fit on the disk, or differs from the trained model.
     """
+    save_method = save_method or "merged_16bit"
     if save_method not in METHODS:
         raise ConfigError(f"save_method = {save_method!r}; expected one of {', '.join(METHODS)}")
     options = read_accepted(accepted, MERGED_KEYWORDS, "save_pretrained_merged")
