@@ -122,13 +122,13 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def with_splits(pattern: str, *, whole_words: bool) -> PreTrainedTokenizerFast:
-    """The byte-level tokenizer with another pre-tokenizer."""
+def with_splits(*patterns: str, whole_words: bool) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with another pre-tokenizer: patterns that cut one after the other."""
     tokenizer = byte_level_tokenizer()
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

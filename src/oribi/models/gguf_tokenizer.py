@@ -34,17 +34,17 @@ _GPT4O = (
 )
 
 # names in tokenizer.ggml.pre -> regular expressions that cut one after the other
-_RULES: dict[tuple[str, ...], tuple[str, ...]] = {
+RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("gpt-2", "phi-2", "olmo", "mpt", "jais", "granite-docling"): (_GPT2,),
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"): (r"\p{N}", _GPT2),
-    ("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx"): (_CL100K,),
+    ("llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe"): (_CL100K,),
     ("qwen2", "stablelm2", "deepseek-r1-qwen"): (_QWEN2,),
     ("tekken",): (_TEKKEN,),
     ("gpt-4o",): (_GPT4O,),
     ("default",): (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 # a whole word in the vocabulary is taken as it is, whatever the merges say; and a BOS is added unless the file says no
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 
 
 def rebuild_tokenizer(metadata: Metadata, path: str) -> PreTrainedTokenizerFast:
@@ -105,16 +105,16 @@ def rebuild_tokenizer(metadata: Metadata, path: str) -> PreTrainedTokenizerFast:
 
 def _byte_level(metadata: Metadata, tokens: list[str], path: str) -> Tokenizer:
     name = metadata("tokenizer.ggml.pre", "default")
-    rules = next((rules for names, rules in _RULES.items() if name in names), None)
+    rules = next((rules for names, rules in RULES.items() if name in names), None)
     if rules is None:
-        known = ", ".join(sorted(name for names in _RULES for name in names))
+        known = ", ".join(sorted(name for names in RULES for name in names))
         raise ModelError(
             f"{path} cuts words by the rule {name!r} (tokenizer.ggml.pre); known are {known}. "
             "Put the model's tokenizer.json beside the file and it is used instead"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata("tokenizer.ggml.merges", [])]
     vocab = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(BPE(vocab, merges, ignore_merges=name in _WHOLE_WORDS))
+    backend = Tokenizer(BPE(vocab, merges, ignore_merges=name in WHOLE_WORDS))
     if name in ("qwen2", "deepseek-r1-qwen"):
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _cutter(rules)
@@ -167,7 +167,7 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> T
 
 
 def _adds_bos(metadata: Metadata, kind: str) -> bool:
-    default = kind == "llama" or metadata("tokenizer.ggml.pre") in _WHOLE_WORDS
+    default = kind == "llama" or metadata("tokenizer.ggml.pre") in WHOLE_WORDS
     return bool(metadata("tokenizer.ggml.add_bos_token", default))
 
 

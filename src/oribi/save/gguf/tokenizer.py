@@ -12,43 +12,27 @@ import gguf
 from transformers import PreTrainedTokenizerFast
 
 from oribi.errors import ExportError
+from oribi.models.gguf_tokenizer import RULES, WHOLE_WORDS
 from oribi.save.stopping import template_starts_with_bos, turn_end_id
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_CL100K = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
-    r"|\s+(?!\S)|\s+"
-)
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_GPT4O = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTION +
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTION +
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # fmt: skip
-_QWEN35 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# what splits the text, and whether whole words are looked up before merging -> llama.cpp's name
-_PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
-    (("gpt2",), False): "gpt-2",
-    (("digits", "gpt2"), False): "smollm",
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_LLAMA3,), False): "dbrx",
-    ((_CL100K,), False): "dbrx",
-    ((_LLAMA3.replace("{1,3}", ""),), False): "qwen2",
-    ((_QWEN35,), False): "qwen35",
-    ((_TEKKEN,), True): "tekken",
-    ((_GPT4O,), False): "gpt-4o",
+
+def _row(name: str) -> tuple[str, ...]:
+    return next(rules for names, rules in RULES.items() if name in names)
+
+
+_GPT2 = _row("gpt-2")[0]
+# ways of writing a rule that cut alike: OpenAI's own form of cl100k
+_ALIKE = {
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": (
+        _row("dbrx")[0]
+    ),
+    r"\d": r"\p{N}",
 }
+# what cuts the text, and whether whole words are looked up before merging -> llama.cpp's name
+_PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {}
+for _names, _rules in RULES.items():
+    for _name in _names:
+        _PRE_TOKENIZERS.setdefault((_rules, _name in WHOLE_WORDS), _name)
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -173,13 +157,12 @@ def pre_tokenizer_name(spec: dict) -> str:
     steps: list[str] = []
     for step in _steps(spec["pre_tokenizer"]):
         if step["type"] == "Digits" and step["individual_digits"]:
-            steps.append("digits")
+            steps.append(r"\p{N}")
         elif step["type"] == "Split":
             pattern = step["pattern"].get("Regex", step["pattern"].get("String"))
-            steps.append("digits" if pattern in (r"\p{N}", r"\d") else pattern)
+            steps.append(_ALIKE.get(pattern, pattern))
         elif step["type"] == "ByteLevel":
-            if step.get("use_regex", True):
-                steps.append("gpt2")
+            steps += [_GPT2] * step.get("use_regex", True)
         else:
             steps.append(step["type"])
     whole_words = bool(spec["model"].get("ignore_merges", False))
