@@ -353,18 +353,23 @@ def test_settings_out_of_range_are_refused(settings, message):
         FlatAdamW(parameters([(4,)]), **settings)
 
 
-def test_parameters_copied_by_a_wrapper_come_back_with_their_values():
-    ours, same = twins([(4,)])
-    optimizer, other = FlatAdamW(ours), FlatAdamW(same)
-    for moved in (False, True):
+def test_parameters_and_gradients_copied_by_a_wrapper_come_back_with_their_values():
+    """As torch.nn.Module.to does when it takes the device for another one: new memory within the same tensors."""
+    ours, same = twins([(4,), (33,)])
+    optimizer, other = FlatAdamW(ours, max_grad_norm=1.0), FlatAdamW(same, max_grad_norm=1.0)
+    for moved in (False, True, False):
+        set_grads(ours, same)
         if moved:
-            ours[0].data = ours[0].data.clone()
-        for parameter, one in ((ours[0], optimizer), (same[0], other)):
-            parameter.grad = torch.ones_like(parameter)
-            one.step()
-    assert torch.equal(ours[0], same[0])
-    optimizer.zero_grad()
-    assert ours[0].grad.abs().max() == 0
+            for parameter in ours:
+                parameter.data = parameter.data.clone()
+                parameter.grad.data = parameter.grad.data.clone()
+        before = ours[1].detach().clone()
+        optimizer.step()
+        other.step()
+        assert not torch.equal(ours[1], before)
+        for mine, expected in zip(ours, same):
+            assert torch.equal(mine, expected)
+            assert mine.grad.abs().max() == 0
 
 
 def test_misuse_is_refused():

@@ -37,6 +37,7 @@ class _Place:
     quantised: bool
     address: int
     grad: torch.Tensor
+    grad_address: int
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -224,20 +225,29 @@ class FlatAdamW(torch.optim.Optimizer):
                 raise ConfigError(f"betas = {tuple(g['betas'])} must each be at least 0 and below 1")
 
     def _check_storage(self) -> None:
+        """Bring back parameters and gradients that a wrapper copied elsewhere on the same device.
+
+        accelerate moves a model to "cpu:0" for several processes, and PyTorch takes that for another place than "cpu":
+        it gives parameter and gradient new memory within the same objects.
+        """
         for place in self._places:
-            p = place.parameter
-            if p.data_ptr() == place.address:
-                continue
-            weights = place.flat.weights
-            if p.device.type != weights.device.type or p.dtype != weights.dtype:
-                raise ModelError(
-                    f"a parameter of shape {tuple(p.shape)} was moved or replaced after FlatAdamW was "
-                    "made; move and cast the model first, then make the optimizer"
-                )
-            # accelerate moves a model to "cpu:0" for several processes, and PyTorch copies from "cpu" to there
-            home = _own_storage(weights, place.start, p.shape)
-            home.copy_(p.data)
-            p.data = home
+            p, flat = place.parameter, place.flat
+            if p.data_ptr() != place.address:
+                if p.device.type != flat.weights.device.type or p.dtype != flat.weights.dtype:
+                    raise ModelError(
+                        f"a parameter of shape {tuple(p.shape)} was moved or replaced after FlatAdamW was "
+                        "made; move and cast the model first, then make the optimizer"
+                    )
+                home = _own_storage(flat.weights, place.start, p.shape)
+                home.copy_(p.data)
+                p.data = home
+            if place.grad.data_ptr() != place.grad_address:
+                attached = p.grad is place.grad
+                moved = place.grad
+                place.grad = flat.grads[place.start : place.start + p.numel()].view(p.shape)
+                place.grad.copy_(moved)
+                if attached:
+                    p.grad = place.grad
 
     def _build(self) -> None:
         members: dict[tuple, list[tuple[torch.Tensor, int]]] = {}
@@ -312,7 +322,9 @@ def _lay_out(
                 grad.copy_(p.grad)
             p.data, p.grad = weight, grad
             flat.block_group[start // BLOCK : ceil(start + p.numel(), BLOCK) // BLOCK] = group
-            places.append(_Place(p, flat, group, start, members is large, weight.data_ptr(), grad))
+            places.append(
+                _Place(p, flat, group, start, members is large, weight.data_ptr(), grad, grad.data_ptr())
+            )
             start += ceil(p.numel(), BLOCK)
     return flat, places
 

@@ -5,6 +5,7 @@ before the first byte of data is read. N out features, K in features of a linear
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 BLOCK = 64  # values that share one scale
 _NF4_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _NF4_KEY)
+_LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 _DTYPES = ("F16", "BF16", "F32", "F64", "U8")
 
 
@@ -116,21 +118,36 @@ def read_header(path: Path) -> dict[str, dict]:
     """The header of a safetensors file: {name: {dtype, shape, data_offsets}}.
 
     Raises:
-        ModelError: the file is no safetensors file, or is cut short.
+        ModelError: the file is no safetensors file, is damaged, or is cut short.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
+        if length > min(size - 8, _LONGEST_HEADER):
             pointer = " It is a Git LFS pointer: run `git lfs pull`." if start == b"version " else ""
             raise ModelError(f"{path} ({size} bytes) is not a safetensors file.{pointer} Download it again")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = 8 + length + max((_entry_end(name, entry) for name, entry in header.items()), default=0)
+        except (AttributeError, TypeError, KeyError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path} has a damaged header: {error}. Download it again") from error
     if end > size:
         raise ModelError(f"{path} is cut short: {size} of {end} bytes. Download it again")
     return header
+
+
+def _entry_end(name: str, entry: dict[str, Any]) -> int:
+    """Where a tensor's bytes end, from the first byte of data; checks the entry."""
+    (start, end), shape = entry["data_offsets"], entry["shape"]
+    if not isinstance(entry["dtype"], str) or not all(
+        type(n) is int and n >= 0 for n in (start, end, *shape)
+    ):
+        raise ValueError(f"tensor {name!r} is described by {entry}")
+    if end < start or (end == start) != (math.prod(shape) == 0):
+        raise ValueError(f"tensor {name!r} of shape {shape} lies from byte {start} to {end}")
+    return end
 
 
 @dataclass(frozen=True)

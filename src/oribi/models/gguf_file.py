@@ -5,6 +5,8 @@ of megabytes; this one keeps plain lists and maps nothing. The arithmetic of the
 Source: GGUF, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,10 @@ from oribi.errors import ModelError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _AT_ONCE = 1 << 22  # values dequantised together: 16 MiB of float32
+_SMALL = 1 << 16  # bytes that may be asked for without a look at what is left of the file
+_MOST_DIMENSIONS = 4
+_DEEPEST = 8  # arrays within arrays
+_DAMAGED = (struct.error, UnicodeDecodeError, KeyError, MemoryError, ValueError, TypeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,9 @@ class GGUFFile:
                 raise ModelError(f"{path} ({size} bytes) is not a GGUF file; download it again")
             try:
                 end = self._read_header(file)
-            except (struct.error, UnicodeDecodeError, KeyError, MemoryError, ValueError) as error:
+            except ModelError:
+                raise
+            except _DAMAGED as error:
                 raise ModelError(f"{path} has a damaged GGUF header: {error}") from error
         if end > size:
             raise ModelError(f"{path} is cut short: {size} of {end} bytes. Download it again")
@@ -88,14 +96,20 @@ class GGUFFile:
             self.metadata[key] = _value(file, _scalar(file, "I"))
         placed = []
         for _ in range(tensor_count):
-            name = _string(file)
-            shape = struct.unpack(f"<{(count := _scalar(file, 'I'))}Q", file.read(8 * count))
+            name, count = _string(file), _scalar(file, "I")
+            if count > _MOST_DIMENSIONS:
+                raise ValueError(f"tensor {name!r} has {count} dimensions")
+            shape = struct.unpack(f"<{count}Q", file.read(8 * count))
             placed.append((name, shape[::-1], GGMLQuantizationType(_scalar(file, "I")), _scalar(file, "Q")))
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-file.tell() // alignment) * alignment
         for name, shape, kind, offset in placed:
             block, block_bytes = GGML_QUANT_SIZES[kind]
-            nbytes = int(np.prod(shape)) // block * block_bytes
+            if not shape or 0 in shape or shape[-1] % block:
+                raise ValueError(f"tensor {name!r} has shape {list(shape)}, which {kind.name} cannot hold")
+            nbytes = math.prod(shape) // block * block_bytes
             self.tensors[name] = StoredTensor(shape, kind, start + offset, nbytes)
         return max((t.offset + t.nbytes for t in self.tensors.values()), default=start)
 
@@ -104,23 +118,29 @@ def _scalar(file: BinaryIO, code: str) -> Any:
     return struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))[0]
 
 
+def _take(file: BinaryIO, count: int, what: str) -> bytes:
+    """So many bytes. A damaged length must not become an allocation, so large ones are compared with the file."""
+    if count > _SMALL and count > os.fstat(file.fileno()).st_size - file.tell():
+        raise ValueError(f"{what} of {count} bytes goes beyond the end")
+    raw = file.read(count)
+    if len(raw) != count:
+        raise ValueError(f"{what} of {count} bytes goes beyond the end")
+    return raw
+
+
 def _string(file: BinaryIO) -> str:
-    length = _scalar(file, "Q")
-    raw = file.read(length)
-    if len(raw) != length:
-        raise ValueError(f"a string of {length} bytes goes beyond the end")
-    return raw.decode("utf-8", errors="replace")
+    return _take(file, _scalar(file, "Q"), "a string").decode("utf-8", errors="replace")
 
 
-def _value(file: BinaryIO, kind: int) -> Any:
+def _value(file: BinaryIO, kind: int, depth: int = 0) -> Any:
     if kind == _STRING:
         return _string(file)
     if kind != _ARRAY:
         return _scalar(file, _SCALARS[kind])
+    if depth == _DEEPEST:
+        raise ValueError(f"arrays lie more than {_DEEPEST} deep in each other")
     kind, count = _scalar(file, "I"), _scalar(file, "Q")
     if kind in (_STRING, _ARRAY):
-        return [_value(file, kind) for _ in range(count)]
-    raw = np.frombuffer(file.read(count * struct.calcsize(f"<{_SCALARS[kind]}")), dtype=f"<{_SCALARS[kind]}")
-    if len(raw) != count:
-        raise ValueError(f"an array of {count} values goes beyond the end")
-    return raw.tolist()
+        return [_value(file, kind, depth + 1) for _ in range(count)]
+    raw = _take(file, count * struct.calcsize(f"<{_SCALARS[kind]}"), "an array")
+    return np.frombuffer(raw, dtype=f"<{_SCALARS[kind]}").tolist()

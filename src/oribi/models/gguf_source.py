@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -33,6 +34,16 @@ MODEL_TYPES = {
 }
 # converted for interleaved RoPE: rows of a head alternate between its two halves
 _INTERLEAVED = ("llama", "granite", "smollm3")
+# what metadata of wrong types or sizes turns into
+_DAMAGED = (
+    KeyError,
+    IndexError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -78,7 +89,14 @@ class GGUFSource:
             )
         self._tensors = self.file.tensors
         self._names = {self._rename(name): name for name in self._tensors if name not in _ROPE_TENSORS}
-        self.config = self._config()
+        try:
+            self.config = self._config()
+        except ModelError:
+            raise
+        except _DAMAGED as error:
+            raise ModelError(
+                f"{path}: its metadata or tensors do not make a {self.architecture} model: {error}"
+            ) from error
         self._heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
         self._norm_offset = FAMILIES[self.config.model_type].norm_offset
 

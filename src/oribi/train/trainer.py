@@ -245,6 +245,12 @@ class SFTTrainer(BaseTrainer):
         require_finite(self.model)
         super().save_model(output_dir, _internal_call)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        device = self.args.device
+        # several processes on a CPU compute on "cpu:0", a place that torch.load does not know
+        with held(self.args, _setup_devices=torch.device("cpu") if device.type == "cpu" else device):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         write = super()._save_checkpoint
         write_checkpoint(self, lambda: write(model, trial), self._get_output_dir(trial))
