@@ -23,7 +23,7 @@ from oribi.models.gguf_source import GGUFSource
 EXAMPLES = int(os.environ.get("ORIBI_FUZZ", 300))
 FUZZ = settings(
     max_examples=EXAMPLES,
-    deadline=2000,
+    deadline=20_000,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 MOST_BYTES = 64 << 20  # the files have a few KiB

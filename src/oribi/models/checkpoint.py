@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import bitsandbytes as bnb
@@ -92,6 +93,9 @@ class PickleSource:
 
     Args:
         files, rename: as for `SafetensorsSource`.
+
+    Raises:
+        ModelError: a file holds anything but named tensors.
     """
 
     def __init__(
@@ -99,7 +103,15 @@ class PickleSource:
     ) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
         for path in files:
-            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                shard = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise ModelError(
+                    f"{path} is no file of tensors alone, so it is not read: {reason}"
+                ) from error
+            if not isinstance(shard, dict) or not all(torch.is_tensor(value) for value in shard.values()):
+                raise ModelError(f"{path} does not hold named tensors and nothing else")
             for stored, tensor in shard.items():
                 if (name := rename(stored)) is not None:
                     self._tensors[name] = tensor

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
@@ -154,9 +154,17 @@ def _indexed(index: Path) -> list[str] | None:
     if not index.is_file():
         return None
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError) as error:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is no index of shards: {error}") from error
+    outside = [
+        name for name in names if not isinstance(name, str) or name != PurePath(name).name or "\\" in name
+    ]
+    if outside:
+        raise ModelError(
+            f"{index} names the shard {outside[0]!r}; shards lie beside their index, so this is refused"
+        )
+    return names
 
 
 def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location:
