@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-fast test-gpu lint format clean
+.PHONY: demo test test-fast test-gpu lint format clean test-faults test-matrix soak
 
 demo: $(READY)
 	$(BIN)/oribi demo
@@ -19,6 +19,28 @@ test-fast: $(READY)
 test-gpu: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
+# long: a hundred kills at random moments, and thousands of damaged files
+test-faults: $(READY)
+	HF_HUB_OFFLINE=1 ORIBI_KILLS=100 ORIBI_FUZZ=20000 $(BIN)/python -m pytest tests/trust
+
+soak: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.trust.soak 2000
+
+# oldest and newest releases that pyproject.toml allows, each in a virtual environment of its own
+OLDEST := transformers==5.17.* trl==1.15.* peft==0.21.* datasets==4.8.*
+NEWEST := transformers==5.23.* trl==1.16.* peft==0.21.* datasets==5.2.*
+MATRIX_TESTS ?= -m "not slow" tests/train tests/trust tests/models tests/lora tests/save
+
+test-matrix: .venv-oldest/.ready .venv-newest/.ready
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest $(MATRIX_TESTS)
+	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest $(MATRIX_TESTS)
+
+.venv-oldest/.ready .venv-newest/.ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(if $(findstring oldest,$@),$(OLDEST),$(NEWEST)) --editable ".[dev]"
+	touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -28,7 +50,7 @@ format: $(READY)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv .venv-oldest .venv-newest build dist src/*.egg-info
 
 # the stamp is written last, so an interrupted install is started again
 $(READY): pyproject.toml
