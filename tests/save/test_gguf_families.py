@@ -73,7 +73,7 @@ def test_a_window_that_llama_cpp_ignores_is_reported(tmp_path):
 
 
 def test_a_weight_that_is_not_finite_stops_the_export(tmp_path):
-    model = tiny_model(export_config("llama"))
+    model = tiny_model(export_config("llama")).requires_grad_(False)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 4] = float("nan")
     with pytest.raises(

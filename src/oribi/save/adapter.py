@@ -268,5 +268,9 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
     if not hasattr(model, "peft_config"):
         raise ExportError("save_method='lora' needs a model with an adapter; this model has none")
     require_finite(model)
-    model.save_pretrained(folder)
+    # PEFT would ask the hub whether the vocabulary grew; where oribi loaded the model, it is known
+    source = getattr(model, "oribi", None)
+    model.save_pretrained(
+        folder, save_embedding_layers="auto" if source is None or source.new_token_ids else False
+    )
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form of blanks

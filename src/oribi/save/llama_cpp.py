@@ -45,7 +45,9 @@ class LlamaCpp:
         params.n_ctx = context
         params.n_parallel = 1
         params.n_gpu_layers = 0
-        params.cpuparams.n_threads = min(os.cpu_count() or 1, 8)
+        # a small model's layers are shorter than the wait of one thread for another
+        small = Path(path).stat().st_size < 512 << 20
+        params.cpuparams.n_threads = 1 if small else min(os.cpu_count() or 1, 8)
         # its defaults of float16 in the cache and in attention would be differences of llama.cpp's, not of the file's
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -93,5 +95,5 @@ class LlamaCpp:
         )
         # the server is in this process: a proxy of the environment must not see it
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=60) as answer:
+        with opener.open(request, timeout=600) as answer:
             return json.loads(answer.read())
