@@ -139,7 +139,9 @@ def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Device memory that training may use: what is free, and what the allocator holds without using it."""
+    """Memory that training may use: what is free, on a GPU also what the allocator holds without using it."""
+    if device.type != "cuda":
+        return int(HOST_SHARE * psutil.virtual_memory().available)
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + cached - MARGIN * total)
@@ -149,7 +151,7 @@ def choose(decoder: DecoderForCausalLM, tokens: int, longest: int, budget: int |
     """Sets every layer's `keep` for batches of this size, and says in one line what was chosen.
 
     Args:
-        decoder: the model, on a GPU unless a budget is given.
+        decoder: the model.
         tokens, longest: as in `items`.
         budget: bytes for activations and workspace; None measures what is free, 0 keeps the least there is.
     """

@@ -292,7 +292,7 @@ class SFTTrainer(BaseTrainer):
         """Whether what layers keep follows from the free memory."""
         base = base_model(model)
         choice = getattr(getattr(base, "oribi", None), "checkpointing", False)
-        return base.device.type == "cuda" and choice in (True, "auto", "oribi", "unsloth", "memory")
+        return choice in (True, "auto", "oribi", "unsloth", "memory")
 
     def _release_steps(self) -> None:
         """Frees recorded graphs and what layers keep from step to step; the next training chooses again."""
