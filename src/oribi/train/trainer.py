@@ -258,7 +258,8 @@ class SFTTrainer(BaseTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         self.guard.keep(self.state.global_step + 1, inputs)
-        if not self.own_loss or num_items_in_batch is None:  # a mean of the micro-batch cannot be cut into parts
+        # a mean of the micro-batch cannot be cut into parts
+        if not self.own_loss or num_items_in_batch is None:
             return self._micro_step(model, inputs, num_items_in_batch)
         if self._smaller is None:
             self._smaller = SmallerSteps(
