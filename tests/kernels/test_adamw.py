@@ -315,9 +315,9 @@ def test_accelerate_prepares_steps_and_restores_it(tmp_path):
     from accelerate.state import AcceleratorState, GradientAccumulationPlugin
 
     AcceleratorState._reset_state(True)
-    accelerator = Accelerator(
-        cpu=DEVICE == "cpu", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=2)
-    )
+    # an earlier test's data loader, still at its end, would ask for a step each time
+    every_second = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=DEVICE == "cpu", gradient_accumulation_plugin=every_second)
     model = torch.nn.Linear(64, 80)
     model, optimizer = accelerator.prepare(
         model, FlatAdamW(model.to(accelerator.device).parameters(), lr=1e-2)
