@@ -30,7 +30,7 @@ MOST_BYTES = 64 << 20  # the files have a few KiB
 
 
 @pytest.fixture(scope="module")
-def gguf_bytes(tmp_path_factory) -> bytes:
+def whole_gguf(tmp_path_factory) -> Path:
     """A whole llama of one layer."""
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
@@ -56,7 +56,7 @@ def gguf_bytes(tmp_path_factory) -> bytes:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path.read_bytes()
+    return path
 
 
 def damaged(draw, whole: bytes) -> bytes:
@@ -96,9 +96,9 @@ def within_memory(action, *arguments) -> None:
 
 @FUZZ
 @given(st.data())
-def test_a_damaged_gguf_file_is_an_error_or_reads(gguf_bytes, tmp_path, data):
+def test_a_damaged_gguf_file_is_an_error_or_reads(whole_gguf, tmp_path, data):
     path = tmp_path / "model.gguf"
-    path.write_bytes(damaged(data.draw, gguf_bytes))
+    path.write_bytes(damaged(data.draw, whole_gguf.read_bytes()))
     within_memory(read_everything, path)
 
 

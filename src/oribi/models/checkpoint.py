@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from oribi.errors import ModelError
@@ -80,7 +80,10 @@ class SafetensorsSource:
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         path, stored = self._home[name]
         if self._mapped is None or self._mapped[0] != path:
-            self._mapped = (path, safe_open(path, framework="pt", device="cpu"))
+            try:
+                self._mapped = (path, safe_open(path, framework="pt", device="cpu"))
+            except SafetensorError as error:
+                raise ModelError(f"{path} has a damaged header: {error}. Download it again") from error
         # without a copy the tensor would change with the file and keep the shard mapped
         return self._mapped[1].get_tensor(stored).to(device=device, dtype=dtype, copy=True)
 
