@@ -103,6 +103,8 @@ class RunConfig:
     )
     quantization_method: list[str] = setting([], "GGUF files to write, e.g. q8_0 or q4_k_m")
 
+    report: bool = setting(True, "Measure the model before and after, and write report.html and report.md")
+
     def to_yaml(self) -> str:
         """The settings as a file that `read_config` reads back."""
         return yaml.safe_dump({f.name: getattr(self, f.name) for f in fields(self)}, sort_keys=False)

@@ -1,5 +1,7 @@
 """The seven steps for one config: environment, model, adapter, data, trainer, training, saving."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from oribi.config import RunConfig
 from oribi.data import PreparedData, get_chat_template, prepare_dataset
+from oribi.data.report import DataReport
 from oribi.environment import detect
 from oribi.language_model import FastLanguageModel
 from oribi.save import save_gguf, save_merged
 from oribi.train.arguments import SFTConfig
 from oribi.train.memory import refuse_what_cannot_fit
+from oribi.train.progress import peak_memory_bytes
+from oribi.train.report import Measured, measure, write_report
 from oribi.train.trainer import SFTTrainer
 
 # where each form of the model goes within the run
@@ -63,9 +68,16 @@ def run(config: RunConfig) -> dict[str, Path]:
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    reports = config.report and trainer.is_world_process_zero()
+    measured_rows = None if held_out is None else held_out.dataset
+    measures = {"base": measure(model, tokenizer, measured_rows)} if reports else {}
     checkpoint = get_last_checkpoint(config.output_dir) if config.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)  # 6
-    return save(config, model, tokenizer)  # 7
+    saved = save(config, model, tokenizer)  # 7
+    if reports:
+        measures["tuned"] = measure(model, tokenizer, measured_rows)
+        saved["report"] = report(config, rows.report, measures, saved)
+    return saved
 
 
 def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, PreparedData | None]:
@@ -109,6 +121,24 @@ def training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
     )
+
+
+def report(
+    config: RunConfig, data: DataReport, measures: dict[str, Measured], saved: dict[str, Path]
+) -> Path:
+    """Write the run's report; returns the page."""
+    folder, here = Path(config.output_dir), detect()
+    machine = {
+        "device": here.device_name,
+        "dtype": str(here.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype,
+        "attention": here.attention,
+        "peak memory": f"{peak_memory_bytes() / 2**30:.2f} GiB",
+    }
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    write_report(
+        folder, config=asdict(config), log=log, data=data.to_dict(), machine=machine, measures=measures, exports=saved
+    )  # fmt: skip
+    return folder / "report.html"
 
 
 def save(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, Path]:

@@ -25,11 +25,18 @@ def init(
         str | None, typer.Option(help="GPU of the table to fit; this machine's if not given.")
     ] = None,
     max_seq_length: Annotated[int, typer.Option(min=16, help="Longest example in tokens.")] = 2048,
+    schema: Annotated[
+        Path | None,
+        typer.Option(help="Write the JSON schema there, too, and name it in the config for editors."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: Json = False,
 ) -> None:
     """Write a commented config for a model, a data set and a GPU."""
     with chatter_aside():
+        from json import dumps
+
+        from oribi.config_schema import json_schema
         from oribi.config_text import config_text, write_config
         from oribi.models.tokens import tokenizer_of
         from oribi.train.architecture import architecture_of
@@ -50,6 +57,9 @@ def init(
             notes.append("the model has no chat template of its own; chatml is trained")
         values |= _sizes(architecture, values, gpu, notes)
     text = config_text(values, f"oribi train {output}", notes=notes, shown=SHOWN)
+    if schema is not None:
+        write_config(schema, dumps(json_schema(), indent=1) + "\n", force=True)
+        text = f"# yaml-language-server: $schema={schema}\n{text}"
     write_config(output, text, force)
     out = Output(json)
     for note in notes:

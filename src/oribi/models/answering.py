@@ -1,6 +1,7 @@
 """Answers of a loaded model to conversations and texts, one at a time, and whether it stopped by itself."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,21 +64,45 @@ def answer(
         )
     if top_p is not None:
         settings |= {"top_p": top_p}
-    batch = torch.tensor([ids], device=model.device)
     started = time.monotonic()
+    (new,) = _generate(model, tokenizer, [ids], max_new_tokens, {"streamer": streamer, **settings})
+    return _answer(tokenizer, new, _ends(model, tokenizer), time.monotonic() - started)
+
+
+def answers(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, max_new_tokens: int = 256
+) -> list[Answer]:
+    """Greedy answers to several prompts at once, given as token ids; each is timed as its share of the whole."""
+    if not prompts:
+        return []
+    started = time.monotonic()
+    rows = _generate(model, tokenizer, list(prompts), max_new_tokens, {"do_sample": False})
+    seconds, ends = (time.monotonic() - started) / len(prompts), _ends(model, tokenizer)
+    return [_answer(tokenizer, new, ends, seconds) for new in rows]
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, settings: dict[str, Any]
+) -> list[list[int]]:
+    """New tokens of each prompt, padding included."""
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.no_grad():
-        out = model.generate(
-            input_ids=batch,
-            attention_mask=torch.ones_like(batch),
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            **settings,
-        )
-    new = out[0, len(ids) :].tolist()
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    return Answer(text, len(new), bool(new) and new[-1] in ends, time.monotonic() - started)
+        out = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens, **settings)
+    return out[:, longest:].tolist()
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    known = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+
+
+def _answer(tokenizer: Any, new: list[int], ends: set[int], seconds: float) -> Answer:
+    last = next((i for i, token in enumerate(new) if token in ends), None)
+    kept = new if last is None else new[: last + 1]
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), last is not None, seconds)
 
 
 def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]] | list[int]) -> list[int]:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from oribi.data.collate import PackCollator, PaddedCollator
-from oribi.models.answering import answer
+from oribi.models.answering import answers
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.generation import inference_mode_of
 from oribi.train.setup import base_model
@@ -82,7 +82,7 @@ def held_out_loss(model: nn.Module, rows: Dataset, limit: int | None = None) -> 
 
 def text_loss(model: nn.Module, tokenizer: Any, text: str, window: int = 512) -> HeldOut:
     """Mean loss of a text, read in windows of so many tokens."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, verbose=False)["input_ids"])  # longer than the model on purpose
     parts = [ids[start : start + window] for start in range(0, len(ids), window)]
     rows = Dataset.from_dict({"input_ids": parts, "labels": [list(part) for part in parts]})
     return held_out_loss(model, rows)
@@ -99,27 +99,27 @@ def answer_rows(
         count: how many.
         max_new_tokens: the longest answer.
     """
-    found: list[Sample] = []
+    prompts, texts = [], []
     for row in rows:
-        if len(found) == count:
+        if len(prompts) == count:
             break
         ids, labels = row["input_ids"], row["labels"]
         first = next((i for i, label in enumerate(labels) if label != -100 and i), None)
         if first is None or all(label != -100 for label in labels[1:]):
             continue  # plain text: there is no prompt to answer
         last = next((i for i in range(first, len(ids)) if labels[i] == -100), len(ids))
-        with inference_mode_of(model):
-            said = answer(model, tokenizer, ids[:first], max_new_tokens=max_new_tokens, temperature=0)
-        found.append(
-            Sample(
-                tokenizer.decode(ids[:first], skip_special_tokens=True).strip(),
-                tokenizer.decode(ids[first:last], skip_special_tokens=True).strip(),
-                said.text.strip(),
-                said.tokens,
-                said.stopped,
-            )
-        )
-    return found
+        prompts.append(list(ids[:first]))
+        texts.append([_text(tokenizer, ids[:first]), _text(tokenizer, ids[first:last])])
+    with inference_mode_of(model):
+        said = answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    return [
+        Sample(prompt, expected, one.text.strip(), one.tokens, one.stopped)
+        for (prompt, expected), one in zip(texts, said)
+    ]
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
 def stop_rate(samples: Sequence[Sample]) -> float | None:

@@ -1,0 +1,80 @@
+"""Curves of a run as SVG for a page and PNG for a folder, drawn by matplotlib without its global state."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK, PALE, ACCENT, POINT = "#1f2937", "#9db8d9", "#1d4ed8", "#c2410c"
+SMOOTHING = 0.9  # share of the past in the smoothed line, as in the progress line
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential mean that starts without a bias towards zero."""
+    total, weight, found = 0.0, 0.0, []
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        found.append(total / weight)
+    return found
+
+
+def loss_chart(log: Sequence[dict[str, Any]]) -> Figure:
+    """Training loss a step, smoothed, and the loss of each evaluation."""
+    figure, axes = _axes((7.2, 3.2), "loss, nats a token")
+    steps, losses = _series(log, "loss")
+    axes.plot(steps, losses, color=PALE, linewidth=1, label="each log")
+    axes.plot(steps, smoothed(losses), color=ACCENT, linewidth=1.8, label="smoothed")
+    at, evaluated = _series(log, "eval_loss")
+    if at:
+        axes.plot(at, evaluated, "o-", color=POINT, linewidth=1.2, markersize=4.5, label="held out")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def small_chart(log: Sequence[dict[str, Any]], key: str, title: str) -> Figure | None:
+    """One figure of the log against the step; None where the log has fewer than two of it."""
+    steps, values = _series(log, key)
+    if len(steps) < 2:
+        return None
+    figure, axes = _axes((3.5, 2.1), title)
+    axes.plot(steps, values, color=ACCENT, linewidth=1.4)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as an element for a page; letters are drawn as shapes, so no font is needed."""
+    FigureCanvasSVG(figure)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """The figure as a file."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=144)
+
+
+def _axes(size: tuple[float, float], title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, loc="left", color=INK)
+    axes.set_xlabel("step", fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure, axes
+
+
+def _series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [(entry["step"], entry[key]) for entry in log if isinstance(entry.get(key), (int, float))]
+    return [step for step, _ in found], [float(value) for _, value in found]

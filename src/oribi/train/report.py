@@ -1,0 +1,340 @@
+"""The report of a run: report.json with every figure, and report.md and report.html made from it.
+
+The page needs nothing else: charts are inline SVG, there is no script and no request.
+"""
+
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import oribi
+from oribi.train.charts import as_svg, loss_chart, save_png, small_chart
+from oribi.train.evaluate import HeldOut, Sample, answer_rows, held_out_loss, stop_rate, text_loss
+from oribi.train.general_text import TEXT
+from oribi.train.progress import clock
+
+ROWS = 200  # held-out rows that are measured
+SAMPLES = 6
+ANSWER_TOKENS = 64
+# a general text that became this much less likely is worth a warning
+FORGOTTEN = 1.25
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model, before or after training.
+
+    Args:
+        held_out: on held-out rows; None without them.
+        general: on the general text.
+        samples: greedy answers to held-out prompts.
+    """
+
+    held_out: HeldOut | None
+    general: HeldOut
+    samples: list[Sample]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "held_out": None if self.held_out is None else self.held_out.to_json(),
+            "general": self.general.to_json(),
+            "stop_rate": stop_rate(self.samples),
+            "samples": [asdict(sample) for sample in self.samples],
+        }
+
+
+def measure(model: nn.Module, tokenizer: Any, rows: Any) -> Measured:
+    """What a report says of a model.
+
+    Args:
+        model, tokenizer: as trained.
+        rows: held-out rows (input_ids, labels), or None.
+    """
+    return Measured(
+        None if rows is None else held_out_loss(model, rows, ROWS),
+        text_loss(model, tokenizer, TEXT),
+        [] if rows is None else answer_rows(model, tokenizer, rows, SAMPLES, ANSWER_TOKENS),
+    )
+
+
+def write_report(
+    folder: Path,
+    *,
+    config: dict[str, Any],
+    log: Sequence[dict[str, Any]],
+    data: dict[str, Any],
+    machine: dict[str, Any],
+    measures: dict[str, Measured],
+    exports: dict[str, Path],
+) -> dict[str, Any]:
+    """Write report.json, report.md, report.html and loss.png into a run's folder.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        log: lines of log.jsonl.
+        data: the training data's report.
+        machine: name -> text.
+        measures: "base" and "tuned".
+        exports: form -> folder or file; checks are read from the export_report.json there.
+
+    Returns:
+        What report.json holds.
+    """
+    report = {
+        "oribi": oribi.__version__,
+        "config": config,
+        "machine": machine,
+        "data": data,
+        "training": training_figures(log),
+        "measures": {name: measured.to_json() for name, measured in measures.items()},
+        "exports": [_export(form, Path(path)) for form, path in exports.items()],
+    }
+    report["warnings"] = warnings_of(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
+    _write(folder / "report.md", as_markdown(report))
+    chart = loss_chart(log)
+    save_png(chart, folder / "loss.png")
+    small = [
+        small_chart(log, "learning_rate", "learning rate"),
+        small_chart(log, "grad_norm", "gradient norm"),
+        small_chart(log, "tokens_per_second", "tokens a second"),
+    ]
+    charts = [as_svg(loss_chart(log)), *(as_svg(figure) for figure in small if figure is not None)]
+    _write(folder / "report.html", as_page(report, charts))
+    return report
+
+
+def training_figures(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of the training itself, from its log."""
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    speeds = sorted(entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry)
+    end = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
+    return {
+        "steps": log[-1]["step"] if log else 0,
+        "seconds": end.get("train_runtime"),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+    }
+
+
+def warnings_of(report: dict[str, Any]) -> list[str]:
+    """What a reader should know before using the model."""
+    found, measures = [], report["measures"]
+    base, tuned = measures.get("base"), measures.get("tuned")
+    if base and tuned:
+        ratio = tuned["general"]["perplexity"] / base["general"]["perplexity"]
+        if ratio > FORGOTTEN:
+            found.append(
+                f"a general text became less likely: perplexity {base['general']['perplexity']:.1f} before, "
+                f"{tuned['general']['perplexity']:.1f} after. Lower learning_rate or train fewer steps, or mix general "
+                "data in, if the model is meant for more than this task"
+            )
+        if base["held_out"] and tuned["held_out"]["loss"] > base["held_out"]["loss"]:
+            found.append(
+                "the held-out loss is higher than before training: the run overfits, or learns nothing"
+            )
+    if tuned and tuned["stop_rate"] is not None and tuned["stop_rate"] < 0.5:
+        found.append(
+            f"only {tuned['stop_rate']:.0%} of the answers ended by themselves within {ANSWER_TOKENS} tokens; look at "
+            "`oribi inspect data`: is the end of a turn trained?"
+        )
+    found += [f"export {e['form']} failed its check" for e in report["exports"] if e["passed"] is False]
+    return found
+
+
+def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, figure, remark) of what matters most."""
+    measures, training = report["measures"], report["training"]
+    base, tuned = measures.get("base"), measures.get("tuned")
+    found = []
+
+    def pair(name: str, read: Any, form: str, remark: str) -> None:
+        after = None if tuned is None else read(tuned)
+        if after is not None:
+            before = None if base is None else read(base)
+            text = f"{after:{form}}" if before is None else f"{before:{form}} \u2192 {after:{form}}"
+            found.append((name, text, remark))
+
+    pair(
+        "held-out loss",
+        lambda m: m["held_out"] and m["held_out"]["loss"],
+        ".3f",
+        "before \u2192 after, nats a token",
+    )
+    pair("answers that stop", lambda m: m["stop_rate"], ".0%", f"within {ANSWER_TOKENS} tokens")
+    pair("general text", lambda m: m["general"]["perplexity"], ".1f", "perplexity; much higher is forgetting")
+    if training["seconds"]:
+        found.append(("training", clock(training["seconds"]), f"{training['steps']} steps"))
+    if training["tokens_per_second"]:
+        found.append(("speed", f"{training['tokens_per_second']:,.0f}", "tokens a second, median"))
+    if report["machine"].get("peak memory"):
+        found.append(("peak memory", report["machine"]["peak memory"], report["machine"].get("device", "")))
+    return found
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as text."""
+    lines = [f"# {_title(report)}", ""]
+    lines += [f"> **Note:** {warning}\n" for warning in report["warnings"]]
+    lines += ["| | | |", "|---|---|---|"]
+    lines += [f"| {name} | **{figure}** | {remark} |" for name, figure, remark in headline(report)]
+    lines += ["", "![loss](loss.png)", ""]
+    for i, (prompt, expected, answers) in enumerate(_side_by_side(report)):
+        lines += [f"### Sample {i + 1}", "", *_quoted("prompt", prompt), *_quoted("expected", expected)]
+        for name, text in answers.items():
+            lines += _quoted(name, text)
+    lines += ["## Data", "", "```", *(f"{k}: {v}" for k, v in _data_facts(report).items()), "```", ""]
+    lines += ["## Exports", "", "| form | checks | where |", "|---|---|---|"]
+    lines += [f"| {e['form']} | {_verdict(e)} | {e['path']} |" for e in report["exports"]]
+    lines += [
+        "",
+        "## Settings",
+        "",
+        "```yaml",
+        *(f"{k}: {v}" for k, v in report["config"].items()),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def as_page(report: dict[str, Any], charts: Sequence[str]) -> str:
+    """The report as a page of its own."""
+    e = html.escape
+    cards = "".join(
+        f"<div class=card><div class=name>{e(name)}</div><div class=figure>{e(figure)}</div>"
+        f"<div class=remark>{e(remark)}</div></div>"
+        for name, figure, remark in headline(report)
+    )
+    notes = "".join(f"<p class=note>{e(warning)}</p>" for warning in report["warnings"])
+    samples = "".join(
+        f"<tr><td>{e(prompt)}</td><td>{e(expected)}</td>"
+        + "".join(f"<td>{e(text)}</td>" for text in answers.values())
+        for prompt, expected, answers in _side_by_side(report)
+    )
+    names = list(report["measures"])
+    head = "".join(f"<th>{e(name)}</th>" for name in ("prompt", "expected", *names))
+    exports = "".join(
+        f"<tr><td>{e(x['form'])}</td><td>{e(_verdict(x))}</td><td>{e(_checks(x))}</td><td><code>{e(x['path'])}</code></td>"
+        for x in report["exports"]
+    )
+    body = [
+        f"<h1>{e(_title(report))}</h1>{notes}<div class=cards>{cards}</div>",
+        f"<h2>Curves</h2><div class=charts><div class=wide>{charts[0]}</div>{''.join(charts[1:])}</div>",
+        f"<h2>Held-out answers</h2><table class=samples><tr>{head}</tr>{samples}</table>" if samples else "",
+        f"<h2>Data</h2>{_facts(_data_facts(report))}",
+        f"<h2>Exports</h2><table><tr><th>form<th>verdict<th>checks<th>where</tr>{exports}</table>"
+        if exports
+        else "",
+        f"<h2>Machine</h2>{_facts(report['machine'])}",
+        f"<h2>Settings</h2>{_facts(report['config'])}",
+    ]
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{e(_title(report))}</title><style>{STYLE}</style><main>{''.join(body)}</main></html>\n"
+    )
+
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;background:#f8fafc;margin:0}
+main{max-width:68rem;margin:2rem auto;padding:0 1.5rem}
+h1{font-size:1.5rem;margin-bottom:.5rem}h2{font-size:1.1rem;margin:2rem 0 .6rem;border-bottom:1px solid #e5e7eb}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:.8rem;margin-top:1rem}
+.card{background:#fff;border:1px solid #e5e7eb;border-radius:.5rem;padding:.8rem 1rem}
+.name,.remark{color:#64748b;font-size:.85rem}.figure{font-size:1.35rem;font-weight:600;white-space:nowrap}
+.note{background:#fff7ed;border-left:4px solid #c2410c;padding:.5rem .8rem;margin:.6rem 0}
+.charts{display:grid;grid-template-columns:repeat(3,1fr);gap:.6rem;background:#fff;border:1px solid #e5e7eb;
+border-radius:.5rem;padding:.8rem}.wide{grid-column:1/-1}svg{width:100%;height:auto}
+table{border-collapse:collapse;width:100%;background:#fff}th,td{border:1px solid #e5e7eb;padding:.4rem .6rem;
+text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f1f5f9;font-weight:600}
+.samples td{white-space:pre-wrap;font-size:.9rem}.facts td:first-child{width:15rem;color:#64748b}
+""".replace("\n", "")
+
+
+def _title(report: dict[str, Any]) -> str:
+    config = report["config"]
+    model = Path(str(config.get("model", ""))).name or "model"
+    names = [Path(str(source)).name for source in config.get("dataset", [])]
+    return f"{model} on {', '.join(names)}" if names else model
+
+
+def _side_by_side(report: dict[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
+    """Prompt, expected answer, and every model's answer."""
+    measures = report["measures"]
+    first = next(iter(measures.values()), {"samples": []})["samples"]
+    return [
+        (
+            sample["prompt"],
+            sample["expected"],
+            {name: m["samples"][i]["said"] for name, m in measures.items()},
+        )
+        for i, sample in enumerate(first)
+    ]
+
+
+def _data_facts(report: dict[str, Any]) -> dict[str, Any]:
+    data = report["data"]
+    facts = {
+        name: f"{data[name]:,}" if isinstance(data[name], int) else data[name]
+        for name in ("source", "format", "rows_in", "rows_kept", "rows_cut", "rows_dropped", "examples", "tokens",
+                     "trained_tokens")
+        if name in data
+    }  # fmt: skip
+    if data.get("length_percentiles"):
+        facts["lengths"] = ", ".join(
+            f"{name} {value:,}" for name, value in data["length_percentiles"].items()
+        )
+    facts |= {f"note {i + 1}": note for i, note in enumerate(data.get("notes", []))}
+    return {name.replace("_", " "): value for name, value in facts.items()}
+
+
+def _facts(values: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td>" for k, v in values.items()
+    )
+    return f"<table class=facts>{rows}</table>"
+
+
+def _export(form: str, path: Path) -> dict[str, Any]:
+    """A form with the checks that its folder's export_report.json tells."""
+    file = (path if path.is_dir() else path.parent) / "export_report.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {
+        "form": form,
+        "path": str(path),
+        "passed": found.get("passed") if found.get("checks") else None,
+        "checks": [
+            {"name": check["name"], "passed": check["passed"], **check.get("figures", {})}
+            for check in found.get("checks", [])
+        ],
+    }
+
+
+def _verdict(export: dict[str, Any]) -> str:
+    return {True: "passed", False: "FAILED", None: "not checked"}[export["passed"]]
+
+
+def _checks(export: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{check['name']}" + (f" (KL {check['kl']:.2g})" if isinstance(check.get("kl"), float) else "")
+        for check in export["checks"]
+    )
+
+
+def _quoted(name: str, text: str) -> list[str]:
+    return [f"**{name}**", "", *(f"> {line}" for line in (text or " ").splitlines()), ""]
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

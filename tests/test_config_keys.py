@@ -1,0 +1,131 @@
+"""Every key of a run config reaches something: with another value, the seven steps are called differently."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+import oribi.run
+from oribi.config import RunConfig, read_config
+from oribi.data import PreparedData
+from oribi.data.report import DataReport
+from oribi.errors import ConfigError
+
+# key -> another value than the default, and what has to be set with it
+OTHER: dict[str, dict[str, Any]] = {
+    "model": {"model": "other"},
+    "revision": {"revision": "v2"},
+    "trust_remote_code": {"trust_remote_code": True},
+    "max_seq_length": {"max_seq_length": 77},
+    "load_in_4bit": {"load_in_4bit": False},
+    "dtype": {"dtype": "float32"},
+    "full_finetuning": {"full_finetuning": True},
+    "lora_r": {"lora_r": 7},
+    "lora_alpha": {"lora_alpha": 7},
+    "lora_dropout": {"lora_dropout": 0.1},
+    "target_modules": {"target_modules": ["q_proj"]},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "use_rslora": {"use_rslora": True},
+    "use_dora": {"use_dora": True},
+    "gradient_checkpointing": {"gradient_checkpointing": "false"},
+    "dataset": {"dataset": ["other.jsonl"]},
+    "split": {"split": "test"},
+    "dataset_text_field": {"dataset_text_field": "body"},
+    "eval_dataset": {"eval_dataset": ["held_out.jsonl"]},
+    "eval_fraction": {"eval_fraction": 0.5},
+    "chat_template": {"chat_template": "chatml"},
+    "train_on_responses_only": {"train_on_responses_only": False},
+    "overlong": {"overlong": "drop"},
+    "packing": {"packing": False},
+    "dataset_num_proc": {"dataset_num_proc": 3},
+    "output_dir": {"output_dir": "elsewhere"},
+    "num_train_epochs": {"num_train_epochs": 2.0},
+    "max_steps": {"max_steps": 9},
+    "per_device_train_batch_size": {"per_device_train_batch_size": 5},
+    "per_device_eval_batch_size": {"per_device_eval_batch_size": 5},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 5},
+    "learning_rate": {"learning_rate": 1e-5},
+    "embedding_learning_rate": {"embedding_learning_rate": 1e-6},
+    "lr_scheduler_type": {"lr_scheduler_type": "cosine"},
+    "warmup_steps": {"warmup_steps": 11},
+    "optim": {"optim": "adamw_torch"},
+    "weight_decay": {"weight_decay": 0.5},
+    "max_grad_norm": {"max_grad_norm": 0.3},
+    "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
+    "seed": {"seed": 1},
+    "logging_steps": {"logging_steps": 10},
+    "eval_steps": {"eval_steps": 3, "eval_fraction": 0.5},
+    "save_steps": {"save_steps": 3},
+    "save_total_limit": {"save_total_limit": 2},
+    "resume": {"resume": True},
+    "report_to": {"report_to": ["tensorboard"]},
+    "save_method": {"save_method": ["merged_16bit"]},
+    "quantization_method": {"quantization_method": ["q8_0"]},
+    "report": {"report": False},
+}  # fmt: skip
+
+
+def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
+    """What `run` calls for a config, with everything that takes time replaced by a recorder."""
+    seen: list[str] = []
+
+    def record(name: str, result: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            seen.append(f"{name}{arguments[1:] if name != 'load' else arguments}{sorted(keywords.items())}")
+            return result
+
+        return call
+
+    rows = Dataset.from_dict({"input_ids": [[1, 2]] * 8, "labels": [[1, 2]] * 8})
+    prepared = PreparedData(rows, DataReport("rows"))
+    model, tokenizer = SimpleNamespace(), SimpleNamespace()
+    trained = SimpleNamespace(
+        train=lambda resume_from_checkpoint: seen.append(f"resume {resume_from_checkpoint}"),
+        is_world_process_zero=lambda: True,
+    )
+
+    def make_trainer(model, arguments, **keywords):
+        settings = {k: v for k, v in arguments.to_dict().items() if k != "logging_dir"}
+        seen.append(f"trainer {sorted(settings.items(), key=str)} {keywords['eval_dataset'] is None}")
+        return trained
+
+    def prepare(sources, tokenizer, **keywords):
+        seen.append(f"prepare {sources} {sorted(keywords.items())}")
+        return prepared
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(oribi.run.FastLanguageModel, "from_pretrained", record("load", (model, tokenizer)))
+    monkeypatch.setattr(oribi.run.FastLanguageModel, "get_peft_model", record("attach", model))
+    monkeypatch.setattr(oribi.run, "get_chat_template", record("template", tokenizer))
+    monkeypatch.setattr(oribi.run, "prepare_dataset", prepare)
+    monkeypatch.setattr(oribi.run, "SFTTrainer", make_trainer)
+    monkeypatch.setattr(oribi.run, "save_merged", record("merged", None))
+    monkeypatch.setattr(oribi.run, "save_gguf", record("gguf", {"gguf_files": ["file"]}))
+    monkeypatch.setattr(oribi.run, "measure", record("measure", None))
+    monkeypatch.setattr(oribi.run, "report", record("report", Path("report.html")))
+    monkeypatch.setattr(oribi.run, "get_last_checkpoint", lambda folder: "checkpoint-3")
+    oribi.run.run(config)
+    return seen
+
+
+def test_every_key_is_here():
+    assert set(OTHER) == {f.name for f in fields(RunConfig)}
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_key_changes_what_is_called(key, monkeypatch, tmp_path):
+    beside = {name: value for name, value in OTHER[key].items() if name != key}
+    usual = replace(RunConfig(), model="model", dataset=["rows.jsonl"], output_dir="run", **beside)
+    before = calls_of(usual, monkeypatch, tmp_path)
+    after = calls_of(replace(usual, **{key: OTHER[key][key]}), monkeypatch, tmp_path)
+    assert before != after
+    assert before == calls_of(usual, monkeypatch, tmp_path)  # nothing else makes the difference
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_key_refuses_what_it_cannot_be(key):
+    with pytest.raises(ConfigError, match=key):
+        read_config(None, ["--model", "m", "--dataset", "d", f"--{key}", "{a: 1}"])
