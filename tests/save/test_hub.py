@@ -22,6 +22,7 @@ class FakeHub:
 
     def upload_folder(self, *, repo_id, folder_path, **keywords):
         names = sorted(path.name for path in Path(folder_path).iterdir())
+        self.card = (Path(folder_path) / "README.md").read_text()
         self.commits.append({"repo_id": repo_id, "names": names, **keywords})
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
@@ -35,13 +36,14 @@ def test_a_merged_model_is_pushed_whole(tuned):
     hub = FakeHub()
     url = push_merged(
         tuned, "me/model", byte_level_tokenizer(), save_method="merged_16bit", token="", private=True,
-        commit_message="First", create_pr=True, api=hub,
+        commit_message="First", create_pr=True, tags=["cron"], api=hub,
     )  # fmt: skip
     assert url == "https://hub/me/model/commit/1"
     assert hub.created == [("me/model", {"private": True, "exist_ok": True})]
     (commit,) = hub.commits
     assert commit["commit_message"] == "First"
     assert commit["create_pr"] is True
+    assert "tags:\n- oribi\n- cron\n---" in hub.card
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "export_report.json"} <= set(
         commit["names"]
     )

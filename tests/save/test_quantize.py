@@ -157,3 +157,13 @@ def test_methods_are_named_as_people_name_them():
         mix_of("q7_0")
     with pytest.raises(ConfigError, match="needs an importance matrix"):
         mix_of("IQ2_XXS")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
+def test_a_gpu_quantises_as_near_as_the_cpu(type):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    values = tensors()["long tails"]
+    here, there = quantize(values, type), quantize(values.cuda(), type)
+    assert error(values.numpy(), there, type) <= 1.001 * error(values.numpy(), here, type)

@@ -181,6 +181,17 @@ def test_a_template_without_bos_keeps_llama_cpp_from_adding_one(tmp_path):
     assert result["report"].passed
 
 
+def test_a_template_with_bos_gets_one_bos_in_llama_cpp(tmp_path):
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    result = save_gguf(tuned_model(), tmp_path / "gguf", tokenizer, "f32")
+    assert not result["fix_bos_token"]
+    assert "<s>" not in (tmp_path / "gguf" / "Modelfile").read_text()
+
+
 def test_rows_of_unknown_kind_are_named():
     with pytest.raises(ConfigError, match="a held-out row is '3.5'; expected a text, messages, or token ids"):
         rows_of(byte_level_tokenizer(), [3.5], VOCAB)

@@ -1,4 +1,10 @@
-"""The weights under the adapter: the loaded ones, the 16-bit checkpoint they came from, or another."""
+"""The weights under the adapter.
+
+"dequantized"  the loaded weights themselves, NF4 read back: exactly the function that was trained, no download
+"original"     the 16-bit checkpoint that was loaded: better weights, not those the adapter was trained on
+"auto"         of these two the one with the lower loss on the held-out rows
+a folder       another 16-bit checkpoint of the same model, or a GGUF file of it
+"""
 
 import json
 import os

@@ -19,6 +19,7 @@ from oribi.save.folder import finished_folder, gigabytes
 from oribi.save.gguf.adapter import save_gguf_adapter
 from oribi.save.gguf.layout import check_config
 from oribi.save.gguf.mixes import METHODS, mix_of
+from oribi.save.gguf.tokenizer import Vocabulary
 from oribi.save.gguf.writer import plan_file, write_files
 from oribi.save.modelfile import NoModelfile, modelfile
 from oribi.save.naming import model_name
@@ -69,37 +70,16 @@ def save_gguf(
         return save_gguf_adapter(model, directory, quantization_method)
     asked = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     methods = list(dict.fromkeys(mix_of(method).name for method in asked))
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    notes = check_config(inner.config)
+    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    notes = check_config(config)
     trained = trained_answers(model, tokenizer, held_out, verify or base == "auto")
     chosen, reason = choose_base(model, base, trained)
     source = MergedModel(model, open_base(model, chosen))
-    report = ExportReport(str(directory), "gguf", chosen, {}, notes=[*notes, *[reason] * bool(reason)])
-    name = name or model_name(model)
-    sizes = {m: sum(e.nbytes for e in plan_file(inner.config, source.shapes(), m)) for m in methods}
-    for method, size in sizes.items():
-        print(f"oribi: {method}, {METHODS[method].words}: {gigabytes(size)} into {directory}", flush=True)
-    files = {method: f"{name}.{method.upper()}.gguf" for method in methods}
-    with finished_folder(directory, sum(sizes.values()) + (16 << 20)) as partial:
-        paths = {method: partial / file for method, file in files.items()}
-        device = next(inner.parameters()).device
-        with torch.no_grad():
-            vocabulary = write_files(paths, source, inner.config, tokenizer, name=name, device=device)
-        has_modelfile = _write_modelfile(
-            partial, files[methods[0]], model, tokenizer, vocabulary.adds_bos, report
-        )
-        if verify:
-            report.checked_on = trained.rows.origin
-            expected = expected_answers(trained, source, chosen)
-            for method, path in paths.items():
-                _check_gguf(method, path, expected, tokenizer, report)
-        report.files = file_sizes(partial, "*.gguf")
-        usage = f"```\nllama-cli -m {files[methods[0]]}\n```" + (
-            f"\n\n```\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"
-            if has_modelfile
-            else ""
-        )
-        finish_export(report, partial, model, usage)
+    notes += [reason] * bool(reason)
+    report = ExportReport(str(directory), "gguf", chosen, {}, notes=notes, tags=options.tags)
+    files = {method: f"{name or model_name(model)}.{method.upper()}.gguf" for method in methods}
+    expected = expected_answers(trained if verify else None, source, chosen)
+    vocabulary, has_modelfile = _write(model, source, tokenizer, files, report, expected)
     return {
         "save_directory": str(directory),
         "gguf_directory": str(directory),
@@ -112,10 +92,42 @@ def save_gguf(
     }
 
 
-def _write_modelfile(
-    folder: Path, file: str, model: nn.Module, tokenizer: Any, adds_bos: bool, report: ExportReport
-) -> bool:
+def _write(
+    model: nn.Module,
+    source: MergedModel,
+    tokenizer: Any,
+    files: dict[str, str],
+    report: ExportReport,
+    expected: Trained | None,
+) -> tuple[Vocabulary, bool]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    sizes = {m: sum(e.nbytes for e in plan_file(inner.config, source.shapes(), m)) for m in files}
+    for method, size in sizes.items():
+        print(
+            f"oribi: {method}, {METHODS[method].words}: {gigabytes(size)} into {report.directory}", flush=True
+        )
+    first = next(iter(files.values()))
+    usage = f"```\nllama-cli -m {first}\n```"
+    with finished_folder(report.directory, sum(sizes.values()) + (16 << 20)) as partial:
+        paths = {method: partial / file for method, file in files.items()}
+        device, name = next(inner.parameters()).device, first.rsplit(".", 2)[0]
+        with torch.no_grad():
+            vocabulary = write_files(paths, source, inner.config, tokenizer, name=name, device=device)
+        has_modelfile = _write_modelfile(partial, first, inner, tokenizer, vocabulary.adds_bos, report)
+        if has_modelfile:
+            usage += f"\n\n```\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"
+        if expected is not None:
+            report.checked_on = expected.rows.origin
+            for method, path in paths.items():
+                _check_gguf(method, path, expected, tokenizer, report)
+        report.files = file_sizes(partial, "*.gguf")
+        finish_export(report, partial, model, usage)
+    return vocabulary, has_modelfile
+
+
+def _write_modelfile(
+    folder: Path, file: str, inner: nn.Module, tokenizer: Any, adds_bos: bool, report: ExportReport
+) -> bool:
     generation = getattr(inner, "generation_config", None)
     stops = stop_ids(tokenizer, getattr(generation, "eos_token_id", None))
     try:

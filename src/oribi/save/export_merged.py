@@ -46,7 +46,7 @@ def save_merged(
         directory: created; files of an earlier export in it are replaced at once when this one is complete.
         tokenizer: saved with the model; None saves none.
         save_method: "merged_16bit", "merged_4bit" (the merge quantised to NF4 again), or "lora".
-        base: "dequantized" (the trained function exactly), "original", "auto", or a folder; see `save.merge`.
+        base: "dequantized" (the trained function exactly), "original", "auto", or a folder; see `save.base`.
         dtype: dtype of "merged_16bit"; None takes bfloat16 or float16 of the model, and bfloat16 for float32.
         max_shard_size: a shard ends before it would pass this size.
         held_out: texts, lists of messages, or rows of a dataset on which the written model is compared with the trained
@@ -69,14 +69,16 @@ def save_merged(
         return None
     save_method = save_method.removesuffix("_forced")
     if save_method == "lora":
-        report = _save_adapter(model, Path(directory), tokenizer, verify)
+        report = ExportReport(str(directory), "lora", "", {}, tags=options.tags)
+        _save_adapter(model, report, tokenizer, verify)
     else:
         trained = trained_answers(model, tokenizer, held_out, verify or base == "auto")
         chosen, reason = choose_base(model, base, trained)
         merged = MergedModel(model, open_base(model, chosen))
         quantized = save_method == "merged_4bit"
         checkpoint = Checkpoint(model, merged, merged_dtype(model, dtype), quantized=quantized)
-        report = ExportReport(str(directory), save_method, chosen, {}, notes=[reason] * bool(reason))
+        notes = [reason] * bool(reason)
+        report = ExportReport(str(directory), save_method, chosen, {}, notes=notes, tags=options.tags)
         expected = expected_answers(trained if verify else None, merged, chosen)
         _write_checkpoint(checkpoint, report, tokenizer, max_shard_size, expected)
     if options.push_to_hub:
@@ -129,10 +131,10 @@ def _write_generation_config(model: nn.Module, tokenizer: Any, folder: Path) -> 
     generation.save_pretrained(folder)
 
 
-def _save_adapter(model: nn.Module, directory: Path, tokenizer: Any, verify: bool) -> ExportReport:
+def _save_adapter(model: nn.Module, report: ExportReport, tokenizer: Any, verify: bool) -> None:
+    directory = Path(report.directory)
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     print(f"oribi: adapter: {gigabytes(size)} into {directory}", flush=True)
-    report = ExportReport(str(directory), "lora", "", {})
     with finished_folder(directory, size) as partial:
         write_adapter(model, partial)
         if tokenizer is not None:
@@ -149,7 +151,6 @@ def _save_adapter(model: nn.Module, directory: Path, tokenizer: Any, verify: boo
             "or `peft.AutoPeftModelForCausalLM`."
         )
         finish_export(report, partial, model, usage)
-    return report
 
 
 def _check_adapter(model: nn.Module, folder: Path) -> Check:

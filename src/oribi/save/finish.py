@@ -19,6 +19,7 @@ from oribi.save.verify import KL_TOLERANCE, SIXTEEN_BIT, Trained
 def trained_answers(
     model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | None, needed: bool
 ) -> Trained | None:
+    """The trained model's answers on the held-out rows; None if nobody asks for them."""
     if not needed:
         return None
     if held_out is None:
@@ -39,12 +40,13 @@ def kl_tolerance(key: str, trained: Trained) -> float:
 
 
 def file_sizes(folder: Path, pattern: str) -> dict[str, int]:
+    """Bytes of the files of a folder that match."""
     return {path.name: path.stat().st_size for path in sorted(folder.glob(pattern))}
 
 
 def finish_export(report: ExportReport, partial: Path, model: nn.Module, usage: str) -> None:
     """Print and write the report; a failed one moves the files aside and raises."""
-    report.print()
+    report.show()
     report.write(partial, model_card(report, Path(report.directory).name, base_name(model), usage))
     if not report.passed:
         reject(partial, report.directory)

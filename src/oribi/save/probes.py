@@ -8,7 +8,8 @@ import torch
 
 from oribi.errors import ConfigError
 
-MAX_TOKENS = 384  # of all rows together: 384 rows of logits of a 128k vocabulary are 200 MB
+_MAX_TOKENS = 384  # of all rows together
+_MAX_LOGITS = 50_000_000  # 200 MB of float32
 _MAX_ROW = 96
 
 CONVERSATIONS: list[list[dict[str, str]]] = [
@@ -71,8 +72,9 @@ def rows_of(tokenizer: Any, held_out: Sequence[Any] | None, vocab_size: int) -> 
         rows = torch.randint(vocab_size, (4, 48), generator=generator).tolist()
         origin = "4 rows of random tokens (neither held-out rows nor a tokenizer were given)"
     kept: list[list[int]] = []
+    most = min(_MAX_TOKENS, _MAX_LOGITS // vocab_size)
     for row in rows:
-        room = MAX_TOKENS - sum(map(len, kept))
+        room = most - sum(map(len, kept))
         if len(row) > 1 and room > 1:
             kept.append(row[: min(_MAX_ROW, room)])
     if not kept:

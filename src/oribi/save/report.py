@@ -25,6 +25,7 @@ class ExportReport:
         checked_on: which rows.
         checks: every comparison; empty if the caller asked for none.
         notes: what differs in special cases, and what was not written and why.
+        tags: for the model card.
     """
 
     directory: str
@@ -34,6 +35,7 @@ class ExportReport:
     checked_on: str = ""
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tags: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -52,10 +54,10 @@ class ExportReport:
             "notes": self.notes,
         }
 
-    def print(self) -> None:
-        """The checks and notes, one line each."""
-        for line in [f"oribi: checked on {self.checked_on}"] * bool(self.checked_on):
-            print(line)
+    def show(self) -> None:
+        """Print the checks and notes, one line each."""
+        if self.checks:
+            print(f"oribi: checked on {self.checked_on}")
         for check in self.checks:
             print(f"oribi:   {check.line()}")
         for note in self.notes:
@@ -90,17 +92,13 @@ def model_card(report: ExportReport, name: str, base_model: str, usage: str) -> 
         usage: how to run it, as Markdown.
     """
     is_hub_name = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
-    front = [
-        "---",
-        f"library_name: {'peft' if report.kind == 'lora' else 'gguf' if report.kind == 'gguf' else 'transformers'}",
-    ]
+    library = {"lora": "peft", "gguf": "gguf"}.get(report.kind, "transformers")
+    front = ["---", f"library_name: {library}"]
     front += [f"base_model: {base_model}"] * is_hub_name
-    front += ["tags:", "- oribi", "---"]
+    front += ["tags:", "- oribi", *(f"- {tag}" for tag in report.tags), "---"]
     sizes = [f"| {file} | {gigabytes(size)} |" for file, size in report.files.items()]
     checks = [
-        f"| {check.name} | {'passed' if check.passed else '**failed**'} | "
-        + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in check.figures.items())
-        + " |"
+        f"| {check.name} | {'passed' if check.passed else '**failed**'} | {check.shown()} |"
         for check in report.checks
     ]
     parts = [

@@ -49,15 +49,18 @@ class Check:
     figures: dict[str, Any] = field(default_factory=dict)
     advice: str = ""
 
-    def line(self) -> str:
-        """The check in one line."""
-        shown = ", ".join(
+    def shown(self) -> str:
+        """The figures in words."""
+        return ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in self.figures.items()
         )
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {shown}" + (
-            "" if self.passed else f". {self.advice}"
-        )
+
+    def line(self) -> str:
+        """The check in one line."""
+        if self.passed:
+            return f"ok   {self.name}: {self.shown()}"
+        return f"FAIL {self.name}: {self.shown()}. {self.advice}"
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value != ""}
@@ -120,17 +123,15 @@ def check_weights(name: str, trained: Trained, logits: torch.Tensor, tolerance: 
         "loss": _loss(ours, trained.rows),
         "loss_of_trained": trained.loss,
     }
-    if (
-        math.isfinite(kl)
-        and kl <= tolerance
-        and trained.other_base
-        and figures["loss"] > _WORSE * trained.loss + 0.05
-    ):
-        return Check(name, False, figures, "this base does not suit the adapter; take base='dequantized'")
-    advice = "this format loses too much of this model; choose one with more bits"
-    if tolerance < 0.1:
-        advice = "the written weights are not those that were trained"
-    return Check(name, math.isfinite(kl) and kl <= tolerance, figures, advice)
+    passed, advice = (
+        math.isfinite(kl) and kl <= tolerance,
+        "the written weights are not those that were trained",
+    )
+    if tolerance >= 0.1:
+        advice = "this format loses too much of this model; choose one with more bits"
+    if passed and trained.other_base and figures["loss"] > _WORSE * trained.loss + 0.05:
+        passed, advice = False, "this base does not suit the adapter; take base='dequantized'"
+    return Check(name, passed, figures, advice)
 
 
 def check_source(name: str, trained: Trained, source: TensorSource, tolerance: float) -> Check:
