@@ -318,9 +318,8 @@ def _outside(value: Any, limits: Any) -> str | None:
     if limits["choices"]:
         items = value if isinstance(value, list) else [value]
         if any(item not in limits["choices"] for item in items):
-            return (
-                f"must be {'one of ' if len(limits['choices']) > 2 else ''}{' or '.join(limits['choices'])}"
-            )
+            allowed = limits["choices"]
+            return f"must be one of {', '.join(allowed)}" if len(allowed) > 2 else f"must be {' or '.join(allowed)}"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if limits["low"] is not None and not value >= limits["low"]:
             return f"must be at least {limits['low']:g}"

@@ -1,0 +1,99 @@
+"""Plausible mistakes and the words that answer them, kept as they are in `mistakes.txt`.
+
+ORIBI_WRITE_SNAPSHOTS=1 writes the file anew; read the difference before keeping it.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+SNAPSHOT = Path(__file__).parent / "mistakes.txt"
+# name -> what config.yaml holds beside model and dataset, and the command line after `oribi`
+MISTAKES: dict[str, tuple[str, list[str]]] = {
+    "a key with a letter missing": ("learning_rte: 1e-4", ["train", "CONFIG", "--check"]),
+    "a key of no program": ("colour: blue", ["train", "CONFIG", "--check"]),
+    "rank 0": ("lora_r: 0", ["train", "CONFIG", "--check"]),
+    "a word for a number": ("lora_r: sixteen", ["train", "CONFIG", "--check"]),
+    "half a rank": ("lora_r: 8.5", ["train", "CONFIG", "--check"]),
+    "a learning rate above 1": ("learning_rate: 2", ["train", "CONFIG", "--check"]),
+    "yes in quotes": ("packing: 'yes'", ["train", "CONFIG", "--check"]),
+    "an unknown dtype": ("dtype: float8", ["train", "CONFIG", "--check"]),
+    "two names of one setting": ("sequence_len: 64\ncutoff_len: 128", ["train", "CONFIG", "--check"]),
+    "a key given twice": ("lora_r: 8\nlora_r: 16", ["train", "CONFIG", "--check"]),
+    "a nested file": ("lora:\n  r: 8", ["train", "CONFIG", "--check"]),
+    "4 bits and every weight": ("full_finetuning: true\nload_in_4bit: true", ["train", "CONFIG", "--check"]),
+    "two sources of evaluation": ("eval_dataset: a.jsonl\neval_fraction: 0.1", ["train", "CONFIG", "--check"]),
+    "evaluation of nothing": ("eval_steps: 5", ["train", "CONFIG", "--check"]),
+    "no steps": ("max_steps: 0", ["train", "CONFIG", "--check"]),
+    "an adapter of a whole model": ("full_finetuning: true\nload_in_4bit: false\nsave_method: lora", ["train", "CONFIG", "--check"]),
+    "three mistakes at once": ("lora_r: 0\nepochs: 3\nwarmup_steps: -1", ["train", "CONFIG", "--check"]),
+    "no YAML": ("lora_r: [8", ["train", "CONFIG", "--check"]),
+    "no model and no data": ("", ["train", "--lora_r", "8", "--check"]),
+    "a flag without its dashes": ("", ["train", "CONFIG", "lora_r", "8", "--check"]),
+    "a config that is not there": ("", ["train", "absent.yaml"]),
+    "a model that is not there": ("", ["train", "CONFIG", "--model", "./absent"]),
+    "data that is not there": ("", ["train", "CONFIG", "--dataset", "absent.jsonl"]),
+    "a layer that is not there": ("target_modules: [q_porj]", ["train", "CONFIG"]),
+    "a template that is not there": ("chat_template: lama3", ["train", "CONFIG"]),
+    "a run that is not there": ("", ["inspect", "run", "absent"]),
+    "a folder that is no run": ("", ["inspect", "run", "MODEL"]),
+    "an adapter that is a model": ("", ["inspect", "adapter", "MODEL"]),
+    "chat with nothing": ("", ["chat", "./absent", "-p", "hello"]),
+    "the base of a model without adapter": ("", ["chat", "MODEL", "--base", "-p", "hello"]),
+    "evaluation without rows": ("", ["eval", "MODEL"]),
+    "a form that is not there": ("", ["export", "MODEL", "--to", "onnx", "--output", "out"]),
+    "a method that is not there": ("", ["export", "MODEL", "--to", "gguf:q9_k", "--output", "out"]),
+    "the adapter of a model": ("", ["export", "MODEL", "--to", "adapter", "--output", "out"]),
+    "a tokenizer without a name": ("", ["inspect", "data", "rows.jsonl"]),
+    "a GPU that is not there": ("", ["estimate", "CONFIG", "--gpu", "H1000"]),
+    "a config that needs no conversion": ("", ["convert", "CONFIG"]),
+    "a config that exists already": ("", ["init", "MODEL", "rows.jsonl", "--output", "CONFIG"]),
+}  # fmt: skip
+
+
+def snapshots() -> dict[str, str]:
+    """Name -> message, of the file."""
+    parts = re.split(r"^## (.+)\n", SNAPSHOT.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return {name: text.strip() for name, text in zip(parts[::2], parts[1::2])}
+
+
+@pytest.fixture
+def said(oribi, tiny_folder, tmp_path, monkeypatch):
+    """The message that a mistake brings, with this machine's paths left out."""
+
+    def ask(settings: str, words: list[str]) -> str:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "rows.jsonl").write_text(
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        )
+        config = tmp_path / "config.yaml"
+        config.write_text(f"model: {tiny_folder}\ndataset: rows.jsonl\n{settings}\n")
+        places = {"CONFIG": "config.yaml", "MODEL": str(tiny_folder)}
+        result = oribi(*(places.get(word, word) for word in words))
+        assert result.code == 1, result.err
+        assert "Traceback" not in result.err
+        kept = [line for line in result.err.splitlines() if not line.startswith(NOISE)]
+        return "\n".join(kept).replace(str(tiny_folder), "MODEL").replace(str(tmp_path), "FOLDER").strip()
+
+    return ask
+
+
+NOISE = ("Writing model", "Preparing", "Failed to load CPU gemm", "oribi: ", "Loading", "[transformers]")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_answered_in_these_words(name, said):
+    message = said(*MISTAKES[name])
+    if os.environ.get("ORIBI_WRITE_SNAPSHOTS"):
+        known = snapshots() if SNAPSHOT.exists() else {}
+        known[name] = message
+        text = "".join(f"## {n}\n{known[n]}\n\n" for n in MISTAKES if n in known)
+        SNAPSHOT.write_text(text, encoding="utf-8")
+    assert message == snapshots()[name]
+
+
+def test_there_are_as_many_answers_as_mistakes():
+    assert len(MISTAKES) >= 30
+    assert set(snapshots()) == set(MISTAKES)

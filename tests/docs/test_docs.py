@@ -1,0 +1,120 @@
+"""Documents name only commands, options and Python names that exist, and the first one is executed word for word."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import oribi
+from oribi.cli import build
+from oribi.config import ALIASES, RunConfig
+from tests.train.conftest import some_conversations, tiny_folder  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(kind: str) -> list[tuple[Path, str]]:
+    return [
+        (page, text)
+        for page in PAGES
+        for found, text in BLOCK.findall(page.read_text(encoding="utf-8"))
+        if found == kind
+    ]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every `oribi ...` in a block of shell, and in running text."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [
+            line
+            for kind, block in BLOCK.findall(text)
+            if kind in ("bash", "sh")
+            for line in block.splitlines()
+        ]
+        lines += re.findall(r"`(oribi [^`\n]+)`", BLOCK.sub("", text))
+        found += [
+            (page.name, shlex.split(line, comments=True)) for line in lines if line.startswith("oribi ")
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: " ".join(value)[:60])
+def test_a_documented_command_exists(page, words):
+    group = typer.main.get_command(build())
+    verb = words[1]
+    if verb.isupper():  # a placeholder
+        return
+    assert verb in group.commands or verb.startswith("--"), f"{page}: oribi {verb}"
+    if verb.startswith("--"):
+        return
+    command, rest = group.commands[verb], words[2:]
+    while hasattr(command, "commands") and rest and rest[0] in command.commands:
+        command, rest = command.commands[rest[0]], rest[1:]
+    options = {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]}
+    settings = (
+        {f"--{name}" for name in [*RunConfig.__dataclass_fields__, *ALIASES]}
+        if verb in ("train", "estimate")
+        else set()
+    )
+    for word in rest:
+        if word.startswith("-"):
+            assert word.partition("=")[0] in options | settings | {"--help"}, f"{page}: {' '.join(words)}"
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"), ids=lambda value: getattr(value, "name", "code"))
+def test_documented_python_imports_what_exists(page, text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "oribi":
+            for name in node.names:
+                assert name.name in oribi.__all__, f"{page.name}: {name.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for name in re.findall(r"`((?:examples|tests|benchmarks)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@pytest.mark.slow
+def test_getting_started_runs_as_it_is_written(tiny_folder, tmp_path):  # noqa: F811
+    """Every `oribi` line of the page, with a model of this machine in place of the hub's and sizes that take seconds."""
+    import json
+
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some_conversations(40)))
+    text = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    lines = [line for kind, block in BLOCK.findall(text) if kind == "bash" for line in block.splitlines()]
+    lines = [
+        line.replace("meta-llama/Llama-3.2-1B-Instruct", str(tiny_folder))
+        for line in lines
+        if line.startswith("oribi")
+    ]
+    assert [line.split()[1] for line in lines] == [
+        "doctor", "init", "inspect", "estimate", "train", "train", "chat", "eval", "export",
+    ]  # fmt: skip
+    scripts = Path(sys.executable).parent
+    for line in lines:
+        if " train " in line or line.startswith("oribi estimate"):
+            line += " --max_steps 2 --max_seq_length 128 --dtype float32"
+        if line.startswith("oribi train config.yaml --max_steps"):
+            line += " --output_dir runs/latest"
+        done = subprocess.run(
+            [str(scripts / "oribi"), *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+            input="the red fox\n", env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+    assert len(list((tmp_path / "runs" / "latest" / "gguf").glob("*.gguf"))) == 2
+    assert (tmp_path / "runs" / "latest" / "report.html").is_file()
