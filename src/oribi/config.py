@@ -319,7 +319,11 @@ def _outside(value: Any, limits: Any) -> str | None:
         items = value if isinstance(value, list) else [value]
         if any(item not in limits["choices"] for item in items):
             allowed = limits["choices"]
-            return f"must be one of {', '.join(allowed)}" if len(allowed) > 2 else f"must be {' or '.join(allowed)}"
+            return (
+                f"must be one of {', '.join(allowed)}"
+                if len(allowed) > 2
+                else f"must be {' or '.join(allowed)}"
+            )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if limits["low"] is not None and not value >= limits["low"]:
             return f"must be at least {limits['low']:g}"

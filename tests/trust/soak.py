@@ -41,6 +41,7 @@ def main(steps: int = 2000) -> int:
         subject = Subject(str(write_small_model(folder / "model")), "cpu")
         trainer = trainer_in(
             subject, folder / "run", max_steps=steps, save_strategy="steps", save_steps=steps // 10, save_total_limit=2,
+            logging_steps=100,  # the trainer's own log history grows by a KiB a log
         )  # fmt: skip
         trainer.add_callback(watch)
         trainer.train()

@@ -61,9 +61,7 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
         f"before training: {score(before):.1%} of {held_out_size} right (format and examples in the prompt)",
         flush=True,
     )
-    model = FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=32, target_modules="all-linear", use_gradient_checkpointing=False
-    )
+    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, target_modules="all-linear")
     trainer = SFTTrainer(
         model,
         SFTConfig(
