@@ -1,0 +1,7 @@
+#!/bin/sh
+# One process a GPU: each takes its share of the rows, gradients are averaged over all of them.
+# usage: examples/two_gpus.sh MODEL DATA OUTPUT [more settings]
+set -e
+model=$1 data=$2 output=$3
+shift 3
+torchrun --nproc-per-node 2 -m oribi train --model "$model" --dataset "$data" --output_dir "$output" "$@"
