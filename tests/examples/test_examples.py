@@ -1,0 +1,67 @@
+"""Every example runs as it stands, on a tiny model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.conftest import tiny_folder  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+LEFT = {
+    "chat": "adapter/adapter_model.safetensors",
+    "completion": "adapter/adapter_model.safetensors",
+    "continued_pretraining": "merged/model.safetensors",
+    "tool_calling": "adapter/adapter_model.safetensors",
+    "reasoning": "gguf/*.gguf",
+    "dpo": "adapter/adapter_model.safetensors",
+}
+# TRL's DPOTrainer takes log-probabilities from a Triton kernel of its own and has no other way: here is one for the CPU
+DPO_ON_CPU = """
+import runpy, sys
+import torch
+import trl.trainer.utils as utils
+
+class Reference:
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+        z = torch.nn.functional.linear(hidden.float(), weight.float(), bias) * logit_scale / temperature
+        log_probs = z.log_softmax(-1)
+        chosen = log_probs.gather(1, targets[:, None])[:, 0]
+        extra = {
+            "entropy": -(log_probs.exp() * log_probs).sum(-1),
+            "log_sum_sq_probs": (2 * log_probs).logsumexp(-1),
+            "mean_logits": z.mean(-1),
+            "is_top1": z.argmax(-1) == targets,
+        }
+        return chosen, *(value if name in outputs else None for name, value in extra.items())
+
+utils._ChunkedLogProbFunction = Reference
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=surroundings)
+
+
+def test_every_example_is_known_here():
+    assert set(SCRIPTS) == set(LEFT)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_runs(name, tiny_folder, tmp_path):  # noqa: F811
+    script = [f"examples/{name}.py"]
+    if name == "dpo" and not torch.cuda.is_available():
+        script = ["-c", DPO_ON_CPU, *script]
+    words = ["--model", str(tiny_folder), "--output", str(tmp_path), "--max_steps", "2"]
+    done = run(sys.executable, *script, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(tmp_path.glob(LEFT[name])), sorted(path.name for path in tmp_path.rglob("*"))
