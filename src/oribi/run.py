@@ -30,7 +30,7 @@ def run(config: RunConfig) -> dict[str, Path]:
         config: as `read_config` returns it.
 
     Returns:
-        Form of the model -> where it was saved.
+        Form of the model -> where it was saved; nothing in processes that are not the main one.
     """
     folder = Path(config.output_dir)
     environment = detect()  # 1
@@ -67,13 +67,15 @@ def run(config: RunConfig) -> dict[str, Path]:
         model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    reports = config.report and trainer.is_world_process_zero()
+    is_main = trainer.is_world_process_zero()
+    if is_main:
+        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    reports = config.report and is_main
     measured_rows = None if held_out is None else held_out.dataset
     measures = {"base": measure(model, tokenizer, measured_rows)} if reports else {}
     checkpoint = get_last_checkpoint(config.output_dir) if config.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)  # 6
-    saved = save(config, model, tokenizer)  # 7
+    saved = save(config, model, tokenizer) if is_main else {}  # 7
     if reports:
         measures["tuned"] = measure(model, tokenizer, measured_rows)
         saved["report"] = report(config, rows.report, measures, saved)

@@ -65,3 +65,16 @@ def test_an_example_runs(name, tiny_folder, tmp_path):  # noqa: F811
     done = run(sys.executable, *script, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(tmp_path.glob(LEFT[name])), sorted(path.name for path in tmp_path.rglob("*"))
+
+
+def test_two_processes_train_one_model(tiny_folder, tmp_path):  # noqa: F811
+    done = run(
+        "examples/two_gpus.sh", str(tiny_folder), "examples/data/chat.jsonl", str(tmp_path / "run"), "--max_steps", "2",
+        "--max_seq_length", "128", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert sum('"loss"' in line for line in log) == 2
+    assert done.stderr.count("step 2/2") == 1  # the two know of each other, and one of them speaks
+    assert done.stdout.count("report.html") == 1

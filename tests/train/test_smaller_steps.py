@@ -48,6 +48,7 @@ def trained(load, conversations, folder, limit: int | None = None, **settings) -
     return weights, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"packing": True}, {"padding_free": False}], ids=["rows", "packs", "padded"]
 )

@@ -1,11 +1,13 @@
 """STEP 5: how to train. `SFTConfig` is TRL's, with defaults for LoRA and the older names that scripts still use."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import trl
 from transformers import TrainingArguments
 
+from oribi.environment import detect
 from oribi.errors import ConfigError
 
 # optimizers that run as oribi's flat AdamW, and the bits of its state
@@ -88,6 +90,11 @@ class SFTConfig(trl.SFTConfig):
                 self.warmup_steps = self.warmup_ratio
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
+        if detect().device.type == "cpu":
+            # without this, processes of torchrun on a machine without GPUs would each train alone
+            self.use_cpu = True
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                self.ddp_backend = self.ddp_backend or "gloo"
         # transformers refuses bf16 where it finds no GPU; here the loaded model's dtype says whether it can
         bf16, self.bf16 = bool(self.bf16), False
         super().__post_init__()

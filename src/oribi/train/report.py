@@ -232,7 +232,7 @@ def as_page(report: dict[str, Any], charts: Sequence[str]) -> str:
         f"<h2>Curves</h2><div class=charts><div class=wide>{charts[0]}</div>{''.join(charts[1:])}</div>",
         f"<h2>Held-out answers</h2><table class=samples><tr>{head}</tr>{samples}</table>" if samples else "",
         f"<h2>Data</h2>{_facts(_data_facts(report))}",
-        f"<h2>Exports</h2><table><tr><th>form<th>verdict<th>checks<th>where</tr>{exports}</table>"
+        f"<h2>Exports</h2><table class=exports><tr><th>form<th>verdict<th>checks<th>where</tr>{exports}</table>"
         if exports
         else "",
         f"<h2>Machine</h2>{_facts(report['machine'])}",
@@ -256,7 +256,8 @@ h1{font-size:1.5rem;margin-bottom:.5rem}h2{font-size:1.1rem;margin:2rem 0 .6rem;
 border-radius:.5rem;padding:.8rem}.wide{grid-column:1/-1}svg{width:100%;height:auto}
 table{border-collapse:collapse;width:100%;background:#fff}th,td{border:1px solid #e5e7eb;padding:.4rem .6rem;
 text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f1f5f9;font-weight:600}
-.samples td{white-space:pre-wrap;font-size:.9rem}.facts td:first-child{width:15rem;color:#64748b}
+.samples{table-layout:fixed}.samples td{white-space:pre-wrap;font-size:.9rem}
+.exports td:nth-child(-n+2),.exports th{white-space:nowrap}.facts td:first-child{width:15rem;color:#64748b}
 """.replace("\n", "")
 
 
