@@ -95,6 +95,11 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
         "train_seconds": train_seconds,
         **save(model, tokenizer, folder, held_out),
         "samples": samples(before, after),
+        "mistakes": [
+            {"request": a.request.text, "expected": a.request.expression, "tuned": a.text}
+            for a in after
+            if not a.right
+        ],
         "device": detect().device_name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
