@@ -10,7 +10,18 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from oribi.kernels import adamw_step, cross_entropy, dispatch, embedding, gated_mlp, lora, nf4, rms_norm, rope
+from oribi.kernels import (
+    adamw_step,
+    cross_entropy,
+    dispatch,
+    embedding,
+    flash_attention,
+    gated_mlp,
+    lora,
+    nf4,
+    rms_norm,
+    rope,
+)
 from oribi.kernels.adamw import FlatAdamW
 
 pytestmark = [
@@ -18,7 +29,9 @@ pytestmark = [
     pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing"),
 ]
 
-MODULES = (rms_norm, rope, gated_mlp, nf4, cross_entropy, adamw_step, lora)
+MODULES = (rms_norm, rope, gated_mlp, nf4, cross_entropy, adamw_step, lora, flash_attention)
+# bytes of shared memory that a program may have; of 8.x, the cards with least
+SHARED = {80: 101376, 90: 232448}
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -45,7 +58,7 @@ def launches(monkeypatch) -> list[Launch]:
 
     for module in MODULES:
         monkeypatch.setattr(module, "launch", record)
-        monkeypatch.setattr(module, "use_triton", lambda x: True)
+        monkeypatch.setattr(module, "use_triton", lambda x: True, raising=False)
     torch.manual_seed(0)
     return recorded
 
@@ -192,3 +205,15 @@ def test_embedding_rows_compile(capability, dtype):
     loads, stores = vectors(compiled(gather, capability).asm["ptx"])
     assert loads > 0
     assert stores > 0
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [t for t in TARGETS if t[0] >= 80])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_attention_compiles_within_shared_memory(launches, capability, dtype, width):
+    q, k = torch.randn(200, 4, width).to(dtype), torch.randn(200, 2, width).to(dtype)
+    offsets = torch.tensor([0, 150, 200], dtype=torch.int32)
+    out, lse = flash_attention.flash_attention_forward(q, k, k, offsets, 150, 0.1, 64, 50.0)
+    flash_attention.flash_attention_backward(out, q, k, k, out, lse, offsets, 150, 0.1, None, 50.0)
+    assert len(launches) == 3
+    for launch in launches:
+        assert compiled(launch, capability).metadata.shared <= SHARED[capability]

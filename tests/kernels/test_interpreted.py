@@ -27,6 +27,7 @@ LOOPS_FAIL = (
     ("file", "chosen", "least"),
     [
         ("test_triton.py", "", 150),
+        ("test_flash_attention.py", "", 13),
         ("test_adamw.py", "nearest or two_dtypes or torch_adamw_with or finite", 8),
     ],
 )

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from oribi.errors import ModelError
+from oribi.models import fused_layer as fused_layer_file
 from oribi.models import layers as layers_file
 from oribi.models.families import FAMILIES
 from oribi.models.fused_layer import POLICIES, Keep
@@ -82,6 +83,21 @@ def test_gradients_do_not_depend_on_what_is_kept(model_type, keep):
     model.get_base_model().set_recompute_policy([KEEPS[keep]] * 4)
     for name, grad in gradients(model, **batch).items():
         assert torch.equal(grad, everything[name]), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_an_mlp_in_portions_gives_the_gradients_of_the_whole(model_type, keep, monkeypatch):
+    model = adapt(tiny_pair(tiny_config(model_type))[0])
+    batch = batch_of(rows=3, length=150)
+    whole = gradients(model, **batch)
+    monkeypatch.setattr(fused_layer_file, "MLP_TOKENS", 200)
+    assert [(p.start, p.stop) for p in fused_layer_file.portions(450)] == [(0, 256), (256, 450)]
+    in_portions = gradients(model, **batch)
+    assert max(relative(in_portions[name], whole[name]) for name in whole) < TOLERANCE
+    model.get_base_model().set_recompute_policy([KEEPS[keep]] * 4)
+    for name, grad in gradients(model, **batch).items():
+        assert torch.equal(grad, in_portions[name]), name
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -107,7 +107,10 @@ def test_a_layer_keeps_what_was_estimated(load, keep, monkeypatch):
     ids = torch.randint(3, 100, (2, 32))
     base(input_ids=ids, labels=ids)
     # the log-sum-exp is a GPU backend's; the reference keeps something else
-    held = sum(t.nbytes for name, t in seen["node"].kept.items() if name != "attention_extra")
+    kept = dict(seen["node"].kept)
+    for portion in kept.pop("mlp"):
+        kept |= portion
+    held = sum(t.nbytes for name, t in kept.items() if name != "attention_extra")
     training = Training(
         Architecture("tiny", base.config, None, build(base.config, dtype=torch.float32)), RunConfig(lora_r=4)
     )
@@ -128,7 +131,7 @@ def test_more_memory_keeps_more_and_never_passes_the_device():
 
 def test_the_largest_batch_and_context_are_the_largest():
     training = training_of("Llama-3.1-8B", max_seq_length=2048)
-    size = gpu_named("RTX 4090").memory_bytes
+    size = gpu_named("T4").memory_bytes
     rows, context = largest_batch(training, size), largest_context(training, size)
     assert training.fits(rows * 2048, 2048, size)
     assert not training.fits((rows + 1) * 2048, 2048, size)
@@ -146,7 +149,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would():
     )
     with pytest.raises(ConfigError, match="needs about .* GiB and Tesla T4 has 13.1 GiB") as refused:
         require_fit(training, "Tesla T4", size)
-    assert "per_device_train_batch_size: 16 with gradient_accumulation_steps: 4" in str(refused.value)
+    assert "per_device_train_batch_size: 32 with gradient_accumulation_steps: 2" in str(refused.value)
     kept = training_of("Llama-3.1-8B", per_device_train_batch_size=2, gradient_checkpointing="false")
     with pytest.raises(ConfigError, match="gradient_checkpointing: oribi"):
         require_fit(kept, "Tesla T4", size)

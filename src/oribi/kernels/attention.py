@@ -3,14 +3,18 @@
 B rows, S queries a row, C keys a row, H query heads, K key/value heads, E head_dim. q [B, S, H, E]; k, v [B, C, K, E].
 `out[b, s, h] = softmax(scale * q[b, s, h] @ k[b, :, h // (H/K)]^T + mask) @ v`, mask from `Visibility`.
 
-Backends: `cudnn` (dense rows), `flash` (dense or packed documents, windows) and `reference` (PyTorch on any device,
-each document apart, so that no document can touch another). Packs of equally long documents are dense rows.
+Backends: `cudnn` (dense rows), `flash` (dense or packed documents, windows), `triton` (the same with soft caps) and
+`reference` (PyTorch on any device, each document apart, so that no document can touch another). Packs of equally long
+documents are dense rows.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+
+from oribi.kernels.dispatch import use_triton
+from oribi.kernels.flash_attention import flash_attention_backward, flash_attention_forward
 
 # keys up to which the reference lays documents side by side and keeps their scores: a call a document costs more
 SHORT = 512
@@ -53,6 +57,13 @@ class Visibility:
             place = torch.arange(self.length, device=starts.device) - starts[document]
             self._slots = document * self.max_length + place
         return self._slots
+
+    def documents(self, device: torch.device) -> tuple[torch.Tensor, int]:
+        """Offsets [docs + 1] int32 of the documents, each dense row being one, and the length of the longest."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens, self.max_length
+        end = self.batch * self.length
+        return torch.arange(0, end + 1, self.length, dtype=torch.int32, device=device), self.length
 
     def bounds(self) -> list[int]:
         """Document offsets on the host; synchronises once a forward if they lie on a GPU."""
@@ -146,13 +157,18 @@ def attention(
 
 
 def choose_backend(q: torch.Tensor, visibility: Visibility, window: int | None, softcap: float | None) -> str:
-    """Name of the fastest backend that computes this attention exactly: "cudnn", "flash" or "reference"."""
+    """Name of the fastest backend that computes this attention: "cudnn", "flash", "triton" or "reference"."""
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if not q.is_cuda or not half or softcap is not None or visibility.real is not None or visibility.past:
+    if not q.is_cuda or not half or visibility.real is not None or visibility.past or q.shape[-1] > 256:
         return "reference"
     major = torch.cuda.get_device_capability(q.device)[0]
-    if major < 8 or q.shape[-1] > 256 or q.shape[-1] % 8:
+    if major < 8 or q.shape[-1] % 8:
         return "reference"
+    if softcap is not None:
+        return "triton" if use_triton(q) else "reference"
+    # cuDNN's backward adds up in an order that changes from run to run; flash has one that does not, and heeds the wish
+    if torch.are_deterministic_algorithms_enabled():
+        return "flash"
     # measured on an H100: cuDNN is 1.7-1.9 times as fast as the built-in flash kernels
     if major >= 9 and visibility.cu_seqlens is None and window is None and q.shape[-1] <= 128:
         return "cudnn"
@@ -173,6 +189,11 @@ def attention_forward(
             qh, kh, vh, None, True, 0.0, True, False, scale=how.scale
         )
         return out.transpose(1, 2).reshape(shape), (lse, seed, offset)
+    if how.backend == "triton":
+        out, lse = flash_attention_forward(
+            q, k, v, *how.visibility.documents(q.device), how.scale, how.window, how.softcap
+        )
+        return out.view(shape), (lse,)
     out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, *_flash_extent(q, how), 0.0, True, False, scale=how.scale, **_flash_window(how)
     )
@@ -203,6 +224,19 @@ def attention_backward(
             scale=how.scale,
         )  # fmt: skip
         grads = [x.transpose(1, 2) for x in grads]
+    elif how.backend == "triton":
+        grads = flash_attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            *saved,
+            *how.visibility.documents(q.device),
+            how.scale,
+            how.window,
+            how.softcap,
+        )
     else:
         lse, seed, offset = saved
         grads = torch.ops.aten._flash_attention_backward(
@@ -213,7 +247,9 @@ def attention_backward(
 
 
 def _laid_out(x: torch.Tensor, how: Attend) -> torch.Tensor:
-    """A view as the backend wants it: [tokens, heads, E] of a pack for flash, else [rows, tokens, heads, E]."""
+    """As the backend wants it: [tokens, heads, E] for triton and of a pack for flash, else [rows, tokens, heads, E]."""
+    if how.backend == "triton":
+        return x.flatten(0, 1)
     if how.packed and how.backend == "flash":
         return x[0]
     rows = how.visibility.batch

@@ -6,11 +6,13 @@
 T tokens (rows flattened), D hidden size. Backward needs x, q|k|v, a, x_mid and gate|up; `Keep` says of each whether it
 stays, waits in host memory or is computed again. The output of the down projection is needed by nobody and is never
 computed again; norms, rope and h are rebuilt on the way. Each group of weights is dequantised once in forward and once
-in backward, where recomputation and the gradient share it. The gradients do not depend on `Keep`, to the bit.
+in backward, where recomputation and the gradient share it. The MLP takes the tokens in portions: its gate|up and h are
+the widest results there are, and must not grow with the context. The gradients do not depend on `Keep`, to the bit.
 
 The LoRA pairs are the only parameters trained here; a layer with anything else to train takes PyTorch's autograd.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from oribi.models.layers import Batch, DecoderLayer, RMSNorm
 
 Place = Literal["keep", "host", "recompute"]
+
+# tokens that an MLP computes at a time; so many keep the matrix products at full speed
+MLP_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class _FusedLayer(torch.autograd.Function):
         step = _Step(layer, groups, batch, keep, x.dtype, x.device)
         kept: dict[str, object] = {}
 
-        def leave(name: str, tensor: torch.Tensor | None) -> None:
+        def leave(name: str, tensor: torch.Tensor | None, kept: dict[str, object] = kept) -> None:
             place = getattr(keep, name)
             if tensor is not None and place != "recompute":
                 kept[name] = batch.host_memory.put(tensor, step) if place == "host" and x.is_cuda else tensor
@@ -137,17 +142,10 @@ class _FusedLayer(torch.autograd.Function):
             leave("x_mid", x_mid)
             leave("o", product)
             del a, product
-            weight = step.weight("gate_up")
-            room, _ = step.enter(step.norm_before_mlp, x_mid, weight)
-            gate_up = lora.forward(room, weight)
-            kept["low_gate_up"] = room[:, weight.in_features :].clone()
-            del room
-            leave("gate_up", gate_up)
-            h = step.gated(gate_up, weight)
-            del gate_up
-            weight = step.weight("down")
-            y, kept["low_down"], product = step.leave(h, x_mid, weight, step.norm_after_mlp)
-            leave("down", product)
+            weights = step.weight("gate_up"), step.weight("down")
+            kept["mlp"] = [{} for _ in portions(len(flat))]
+            ys = [_mlp(step, x_mid[r], weights, leave, k) for r, k in zip(portions(len(flat)), kept["mlp"])]
+            y = ys[0] if len(ys) == 1 else torch.cat(ys)
         ctx.step, ctx.kept, ctx.shape = step, kept, x.shape
         return y.view(x.shape)
 
@@ -165,18 +163,82 @@ class _FusedLayer(torch.autograd.Function):
         return (None if dx is None else dx.view(ctx.shape), None, None, None, None, *factors)
 
 
+def portions(tokens: int) -> list[slice]:
+    """The rows that an MLP computes at a time: equal portions of at most MLP_TOKENS, whatever is kept of them."""
+    count = max(-(-tokens // MLP_TOKENS), 1)
+    size = max(-(-tokens // (count * 128)), 1) * 128  # a matrix tile's rows
+    return [slice(first, min(first + size, tokens)) for first in range(0, max(tokens, 1), size)]
+
+
+def _mlp(
+    step: "_Step",
+    x: torch.Tensor,
+    weights: tuple[GroupWeight, GroupWeight],
+    leave: Callable[..., None],
+    kept: dict[str, object],
+) -> torch.Tensor:
+    """y of some rows of x_mid [t, D]; weights are those of gate|up and down."""
+    weight, weight_down = weights
+    room, _ = step.enter(step.norm_before_mlp, x, weight)
+    gate_up = lora.forward(room, weight)
+    kept["low_gate_up"] = room[:, weight.in_features :].clone()
+    del room
+    leave("gate_up", gate_up, kept)
+    h = step.gated(gate_up, weight)
+    del gate_up
+    y, kept["low_down"], product = step.leave(h, x, weight_down, step.norm_after_mlp)
+    leave("down", product, kept)
+    return y
+
+
+def _mlp_backward(
+    step: "_Step",
+    kept: dict[str, object],
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    weights: tuple[GroupWeight, GroupWeight],
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
+    """For some rows of x_mid and dy [t, D]: gradient of norm(x_mid), 1/rms of x_mid, and the factors' gradients."""
+    weight, weight_down = weights
+    room, rstd = step.enter(step.norm_before_mlp, x, weight)
+    gate_up, down = _fetch(kept, "gate_up"), _fetch(kept, "down")
+    if gate_up is None:
+        gate_up = lora.forward(room, weight)
+    n2 = room[:, : weight.in_features]
+    if down is None and step.norm_after_mlp is not None:
+        down = step.leave(step.gated(gate_up, weight), x, weight_down, step.norm_after_mlp)[2]
+    dout = step.add_backward(dy, down, step.norm_after_mlp, weight_down)
+    u = lora.backward_low(dout, weight_down)
+    dh = lora.backward_input(dout, weight_down)
+    del down
+    gate, up = gate_up[:, : weight.out_features].chunk(2, dim=1)
+    # gate|up becomes its gradient and dh becomes h: at 8B and 4096 tokens that saves 350 MB
+    gated_mlp_backward(dh, gate, up, step.layer.mlp.activation, dgate=gate, dup=up, h=dh)
+    factors = step.factors("down", dout, u, dh, kept.pop("low_down"))
+    del dout, dh, gate, up
+    u = lora.backward_low(gate_up, weight)
+    dn = lora.backward_input(gate_up, weight)
+    return dn, rstd, step.factors("gate_up", gate_up, u, n2, kept.pop("low_gate_up")) + factors
+
+
+def _fetch(kept: dict[str, object], name: str) -> torch.Tensor | None:
+    value = kept.pop(name, None)
+    return value.take() if isinstance(value, Parcel) else value
+
+
+def _sum(grads: list[list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
+    """The portions' gradients of each factor, added."""
+    return [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*grads)]
+
+
 def _backward(
     step: "_Step", kept: dict[str, object], dy: torch.Tensor, needs_dx: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x [T, D] and of every factor, in order; empties `kept`."""
 
-    def fetch(name: str) -> torch.Tensor | None:
-        value = kept.pop(name, None)
-        return value.take() if isinstance(value, Parcel) else value
-
-    x = fetch("x")
+    x = _fetch(kept, "x")
     # what forward did not keep, up to gate|up; nobody needs the output of the down projection
-    weight_qkv, qkv = None, fetch("qkv")
+    weight_qkv, qkv = None, _fetch(kept, "qkv")
     was_kept = qkv is not None
     if not was_kept:
         weight_qkv = step.weight("qkv")
@@ -184,49 +246,30 @@ def _backward(
     spare = qkv.shape[1] - sum(step.layer.self_attn.sizes)
     rotated = step.rotate(qkv, spare, already=was_kept)
     how = step.attend(rotated)
-    a, extra = fetch("attention"), kept.pop("attention_extra")
+    a, extra = _fetch(kept, "attention"), kept.pop("attention_extra")
     if a is None:
         a, extra = attention_forward(rotated.q, rotated.k, rotated.v, how)
         a = a.reshape(len(x), -1)
-    weight_o, x_mid, o = None, fetch("x_mid"), fetch("o")
+    weight_o, x_mid, o = None, _fetch(kept, "x_mid"), _fetch(kept, "o")
     if x_mid is None or (o is None and step.norm_after_attention is not None):
         weight_o = step.weight("o")
         x_mid, _, o = step.leave(a, x, weight_o, step.norm_after_attention)
-    weight = step.weight("gate_up")
-    room, rstd = step.enter(step.norm_before_mlp, x_mid, weight)
-    gate_up = fetch("gate_up")
-    if gate_up is None:
-        gate_up = lora.forward(room, weight)
-    n2 = room[:, : weight.in_features]
-
-    down = fetch("down")
-    weight_down = step.weight("down")
-    if down is None and step.norm_after_mlp is not None:
-        down = step.leave(step.gated(gate_up, weight), x_mid, weight_down, step.norm_after_mlp)[2]
-    dout = step.add_backward(dy, down, step.norm_after_mlp, weight_down)
-    u = lora.backward_low(dout, weight_down)
-    dh = lora.backward_input(dout, weight_down)
-    del weight_down, down
-    gate, up = gate_up[:, : weight.out_features].chunk(2, dim=1)
-    # gate|up becomes its gradient and dh becomes h: at 8B and 4096 tokens that saves 350 MB
-    gated_mlp_backward(dh, gate, up, step.layer.mlp.activation, dgate=gate, dup=up, h=dh)
-    factors_down = step.factors("down", dout, u, dh, kept.pop("low_down"))
-    del dout, dh, gate, up
-    u = lora.backward_low(gate_up, weight)
-    dn = lora.backward_input(gate_up, weight)
-    factors_gate_up = step.factors("gate_up", gate_up, u, n2, kept.pop("low_gate_up"))
-    del gate_up, room, n2, weight
-
-    if weight_o is None:
-        weight_o = step.weight("o")
-    room = None
-    if step.norm_after_attention is None and step.layer.residual_scale == 1.0:
-        room = weight_o.output_room(
-            len(x)
-        )  # the gradient of x_mid is that of o's output: written where it is needed
-    dx_mid = step.enter_backward(dn, x_mid, rstd, dy, step.norm_before_mlp, room)
-    del dn, x_mid
-    dout = step.add_backward(dx_mid, o, step.norm_after_attention, weight_o) if room is None else room
+    weights = step.weight("gate_up"), step.weight("down")
+    # the gradient of x_mid is that of o's output unless something lies between: then it is written where it is needed
+    shared = step.norm_after_attention is None and step.layer.residual_scale == 1.0
+    room = dx_mid = None
+    factors_mlp = []
+    for rows, mlp in zip(portions(len(x)), kept.pop("mlp")):
+        dn, rstd, factors = _mlp_backward(step, mlp, x_mid[rows], dy[rows], weights)
+        factors_mlp.append(factors)
+        if dx_mid is None:  # not before the widest buffers are free
+            weight_o = weight_o or step.weight("o")
+            room = weight_o.output_room(len(x)) if shared else torch.empty_like(x_mid)
+            dx_mid = room[:, : x_mid.shape[1]]
+        step.enter_backward(dn, x_mid[rows], rstd, dy[rows], step.norm_before_mlp, dx_mid[rows])
+        del dn
+    del weights, x_mid
+    dout = room if shared else step.add_backward(dx_mid, o, step.norm_after_attention, weight_o)
     del room
     u = lora.backward_low(dout, weight_o)
     da = lora.backward_input(dout, weight_o)
@@ -247,7 +290,7 @@ def _backward(
     if needs_dx:
         dn = lora.backward_input(qkv, weight_qkv)
         dx = step.enter_backward(dn, x, rstd, dx_mid, step.norm_before_attention)
-    return dx, factors_qkv + factors_o + factors_gate_up + factors_down
+    return dx, factors_qkv + factors_o + _sum(factors_mlp)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from oribi.config import RunConfig
 from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
-from oribi.models.fused_layer import POLICIES, Keep
+from oribi.models.fused_layer import MLP_TOKENS, POLICIES, Keep
 from oribi.train.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.train.arguments import FLAT_OPTIMIZERS
 from oribi.train.gpus import Gpu
@@ -183,16 +183,29 @@ class Training:
         """Device bytes of a layer's backward beside what it kept."""
         width, config = self.architecture.decoder.dtype.itemsize, self.architecture.config
         d, inner = config.hidden_size, config.intermediate_size
-        size = tokens * width * (d + d + self.groups["gate_up"][2] + d + self.groups["down"][2] + inner)
+        portion = min(tokens, MLP_TOKENS)
+        spare = self.groups["gate_up"][2] + self.groups["down"][2]
+        size = width * (tokens * d + portion * (2 * d + inner + spare))
         if keep.weights != "keep":
             size += self.weight_buffer("gate_up") + self.weight_buffer("down")
             size += self.weight_buffer("qkv") * (keep.qkv == "recompute")
             size += self.weight_buffer("o") * (keep.x_mid == "recompute")
         for name, one in self.results(tokens).items():
             place = getattr(keep, name)
+            part = portion / tokens if name in ("gate_up", "down") and place == "recompute" else 1
             # what comes from the host is on its way for the layer below, too
-            size += one * {"keep": 0, "recompute": 1, "host": 2}[place]
-        return int(BACKWARD_FACTOR * size)
+            size += part * one * {"keep": 0, "recompute": 1, "host": 2}[place]
+        return int(BACKWARD_FACTOR * max(size, self.in_attention_backward(keep, tokens)))
+
+    def in_attention_backward(self, keep: Keep, tokens: int) -> int:
+        """Device bytes of attention's backward, which takes more than the MLP's portions on long rows."""
+        width, d = self.architecture.decoder.dtype.itemsize, self.architecture.config.hidden_size
+        sizes = self.architecture.decoder.model.layers[0].self_attn.sizes
+        # dy, the gradient of x_mid, those of a, q, k and v, and that of q once more in float32
+        size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 2 * sizes[0])
+        for name in ("x", "qkv", "attention"):
+            size += self.results(tokens)[name] * {"keep": 0, "recompute": 1, "host": 2}[getattr(keep, name)]
+        return size
 
     def by_autograd(self, tokens: int) -> int:
         """Bytes that PyTorch's autograd keeps of one layer."""

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.fused_layer import Keep
+from oribi.models.fused_layer import MLP_TOKENS, Keep
 
 # share of the device's memory that no plan counts on: fragments, library workspaces, a longer batch
 MARGIN = 0.06
@@ -131,9 +131,13 @@ def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
     """
     config, width = decoder.config, decoder.dtype.itemsize
     hidden, inner = config.hidden_size, config.intermediate_size
-    heads_width = sum(decoder.model.layers[0].self_attn.sizes)
-    activations = tokens * width * (8 * hidden + 2 * heads_width + 3 * inner)
-    weights = width * hidden * (3 * inner + heads_width)
+    sizes = decoder.model.layers[0].self_attn.sizes
+    qkv, heads = sum(sizes), sizes[0]
+    mlp = tokens * (5 * hidden + heads + qkv) + min(tokens, MLP_TOKENS) * 3 * (hidden + inner)
+    # attention's backward adds up the gradient of q in float32
+    attention = tokens * (3 * hidden + 4 * heads + 2 * qkv)
+    activations = width * max(mlp, attention)
+    weights = width * hidden * (3 * inner + qkv)
     loss = tokens * hidden * width * 3 + 2 * 256 * 2**20
     return max(activations + weights, loss)
 

@@ -1,0 +1,245 @@
+"""Causal attention with soft caps, which no built-in kernel computes: no score ever reaches device memory.
+
+T tokens in documents that lie one after the other, H query heads, K key/value heads, E head_dim. A document's query i
+sees its keys max(i - window + 1, 0) .. i, with scores softcap * tanh(scale * q . k / softcap).
+
+Forward keeps out and the log-sum-exp of each query's scores. Backward computes the scores again in two passes, one that
+owns rows of dq and one that owns rows of dk and dv, so that nothing is added atomically: two runs are equal to the bit.
+
+Source: FlashAttention-2, Dao 2023 (arXiv:2307.08691).
+"""
+
+import torch
+
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl
+
+
+def flash_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_length: int,
+    scale: float,
+    window: int | None,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every document.
+
+    Args:
+        q: [T, H, E]; k, v: [T, K, E], last dimension contiguous.
+        cu_seqlens: [docs + 1] int32 offsets of the documents; the last is T. max_length: tokens of the longest.
+        scale, window, softcap: as above.
+
+    Returns:
+        out [T, H, E] in q's dtype, and the log-sum-exp [H, T] float32.
+    """
+    tokens, heads, width = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
+    tile = 128 if width <= 128 else 64
+    launch(
+        _forward_kernel, _programs(cu_seqlens, max_length, tile) * heads, q, k, v, out, lse, cu_seqlens,
+        -(-max_length // tile), tokens, *_shape(q, k, v), scale, softcap, window or 0,
+        width, next_power_of_2(width), tile, 64 if width <= 128 else 32, window is not None,
+        num_warps=8 if width > 64 else 4, num_stages=2,
+    )  # fmt: skip
+    return out, lse
+
+
+def flash_attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_length: int,
+    scale: float,
+    window: int | None,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, contiguous, in their dtypes; dout and out are [T, H, E], the rest as in forward."""
+    tokens, heads, width = q.shape
+    dout, out = dout.contiguous(), out.contiguous()
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    delta = torch.empty_like(lse)  # sum of dout * out of each query: the softmax's gradient subtracts it
+    tile = 64 if width <= 128 else 32
+    programs = _programs(cu_seqlens, max_length, tile)
+    shared = (
+        cu_seqlens, -(-max_length // tile), tokens, *_shape(q, k, v), scale, softcap, window or 0,
+        width, next_power_of_2(width), tile, tile, window is not None,
+    )  # fmt: skip
+    options = {"num_warps": 4, "num_stages": 2 if width <= 128 else 1}
+    launch(_dq_kernel, programs * heads, q, k, v, dout, out, dq, lse, delta, *shared, **options)
+    launch(_dkv_kernel, programs * k.shape[1], q, k, v, dout, dk, dv, lse, delta, *shared, **options)
+    return dq, dk, dv
+
+
+def _programs(cu_seqlens: torch.Tensor, max_length: int, tile: int) -> int:
+    return (len(cu_seqlens) - 1) * -(-max_length // tile)
+
+
+def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
+    """H, heads of q a head of k, and the strides of tokens and heads."""
+    strides = (x.stride(i) for x in (q, k, v) for i in (0, 1))
+    return q.shape[1], q.shape[1] // k.shape[1], *strides
+
+
+@jit
+def _place(cu_seqlens, blocks, heads):
+    """This program's block, head, and its document's first token and length."""
+    program = tl.program_id(0)
+    document = program // heads // blocks
+    start = tl.load(cu_seqlens + document)
+    return program // heads % blocks, program % heads, start, tl.load(cu_seqlens + document + 1) - start
+
+
+@jit
+def _tile(x, start, rows, length, token_stride, columns, WIDTH: tl.constexpr):
+    """[rows, columns] of one head, zero outside the document."""
+    at = (start + rows).to(tl.int64)[:, None] * token_stride + columns[None, :]
+    return tl.load(x + at, mask=(rows < length)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@jit
+def _store_tile(x, values, start, rows, length, token_stride, columns, WIDTH: tl.constexpr):
+    at = (start + rows).to(tl.int64)[:, None] * token_stride + columns[None, :]
+    tl.store(
+        x + at, values.to(x.dtype.element_ty), mask=(rows < length)[:, None] & (columns < WIDTH)[None, :]
+    )
+
+
+@jit
+def _scores(products, scale, softcap):
+    """Scores of q . k, and their slope by scale * q . k."""
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * scale / softcap * products))
+    return softcap * tanh, 1.0 - tanh * tanh
+
+
+@jit
+def _seen(queries, keys, length, window, WINDOWED: tl.constexpr):
+    seen = (keys <= queries) & (queries < length)
+    if WINDOWED:
+        seen = seen & (queries - keys < window)
+    return seen
+
+
+@jit
+def _forward_kernel(
+    q, k, v, out, lse, cu_seqlens, blocks, tokens, heads, group, q_token, q_head, k_token, k_head, v_token, v_head,
+    scale, softcap, window,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    block, head, start, length = _place(cu_seqlens, blocks, heads)
+    first = block * QUERIES
+    if first >= length:
+        return
+    queries, columns = first + tl.arange(0, QUERIES), tl.arange(0, COLUMNS)
+    q_tile = _tile(q + head * q_head, start, queries, length, q_token, columns, WIDTH)
+    top = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    sums = tl.zeros([QUERIES, COLUMNS], tl.float32)
+    lowest = 0
+    if WINDOWED:
+        lowest = tl.maximum(first - window + 1, 0) // KEYS * KEYS
+    for at in range(lowest, tl.minimum(first + QUERIES, length), KEYS):
+        keys = at + tl.arange(0, KEYS)
+        k_tile = _tile(k + head // group * k_head, start, keys, length, k_token, columns, WIDTH)
+        scores, _ = _scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap)
+        scores = tl.where(
+            _seen(queries[:, None], keys[None, :], length, window, WINDOWED), scores, -float("inf")
+        )
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that sees none of these keys
+        p = tl.exp2((scores - base[:, None]) * 1.4426950408889634)
+        shrink = tl.exp2((top - base) * 1.4426950408889634)
+        total = total * shrink + tl.sum(p, 1)
+        v_tile = _tile(v + head // group * v_head, start, keys, length, v_token, columns, WIDTH)
+        sums = sums * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile)
+        top = new_top
+    inside = queries < length
+    total = tl.where(inside, total, 1.0)
+    _store_tile(
+        out + head * WIDTH, sums / total[:, None], start, queries, length, heads * WIDTH, columns, WIDTH
+    )
+    tl.store(lse + head.to(tl.int64) * tokens + start + queries, top + tl.log(total), mask=inside)
+
+
+@jit
+def _dq_kernel(
+    q, k, v, dout, out, dq, lse, delta, cu_seqlens, blocks, tokens, heads, group,
+    q_token, q_head, k_token, k_head, v_token, v_head, scale, softcap, window,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    block, head, start, length = _place(cu_seqlens, blocks, heads)
+    first = block * QUERIES
+    if first >= length:
+        return
+    queries, columns = first + tl.arange(0, QUERIES), tl.arange(0, COLUMNS)
+    q_tile = _tile(q + head * q_head, start, queries, length, q_token, columns, WIDTH)
+    d_tile = _tile(dout + head * WIDTH, start, queries, length, heads * WIDTH, columns, WIDTH)
+    o_tile = _tile(out + head * WIDTH, start, queries, length, heads * WIDTH, columns, WIDTH)
+    at_row = head.to(tl.int64) * tokens + start + queries
+    row_delta = tl.sum(d_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    tl.store(delta + at_row, row_delta, mask=queries < length)
+    row_lse = tl.load(lse + at_row, mask=queries < length, other=0.0)
+    sums = tl.zeros([QUERIES, COLUMNS], tl.float32)
+    lowest = 0
+    if WINDOWED:
+        lowest = tl.maximum(first - window + 1, 0) // KEYS * KEYS
+    for at in range(lowest, tl.minimum(first + QUERIES, length), KEYS):
+        keys = at + tl.arange(0, KEYS)
+        k_tile = _tile(k + head // group * k_head, start, keys, length, k_token, columns, WIDTH)
+        v_tile = _tile(v + head // group * v_head, start, keys, length, v_token, columns, WIDTH)
+        scores, slope = _scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap)
+        seen = _seen(queries[:, None], keys[None, :], length, window, WINDOWED)
+        p = tl.where(seen, tl.exp2((scores - row_lse[:, None]) * 1.4426950408889634), 0.0)
+        dp = tl.dot(d_tile, tl.trans(v_tile))
+        ds = p * (dp - row_delta[:, None]) * slope * scale
+        sums += tl.dot(ds.to(k_tile.dtype), k_tile)
+    _store_tile(dq + head * WIDTH, sums, start, queries, length, heads * WIDTH, columns, WIDTH)
+
+
+@jit
+def _dkv_kernel(
+    q, k, v, dout, dk, dv, lse, delta, cu_seqlens, blocks, tokens, heads, group,
+    q_token, q_head, k_token, k_head, v_token, v_head, scale, softcap, window,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    kv_heads = heads // group
+    block, kv_head, start, length = _place(cu_seqlens, blocks, kv_heads)
+    first = block * KEYS
+    if first >= length:
+        return
+    keys, columns = first + tl.arange(0, KEYS), tl.arange(0, COLUMNS)
+    k_tile = _tile(k + kv_head * k_head, start, keys, length, k_token, columns, WIDTH)
+    v_tile = _tile(v + kv_head * v_head, start, keys, length, v_token, columns, WIDTH)
+    k_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
+    v_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
+    highest = length
+    if WINDOWED:
+        highest = tl.minimum(first + KEYS - 1 + window, length)
+    for member in range(0, group):
+        head = kv_head * group + member
+        for at in range(first // QUERIES * QUERIES, highest, QUERIES):
+            queries = at + tl.arange(0, QUERIES)
+            inside = queries < length
+            at_row = head.to(tl.int64) * tokens + start + queries
+            row_lse = tl.load(lse + at_row, mask=inside, other=0.0)
+            row_delta = tl.load(delta + at_row, mask=inside, other=0.0)
+            q_tile = _tile(q + head * q_head, start, queries, length, q_token, columns, WIDTH)
+            d_tile = _tile(dout + head * WIDTH, start, queries, length, heads * WIDTH, columns, WIDTH)
+            scores, slope = _scores(tl.dot(k_tile, tl.trans(q_tile)), scale, softcap)
+            seen = _seen(queries[None, :], keys[:, None], length, window, WINDOWED)
+            p = tl.where(seen, tl.exp2((scores - row_lse[None, :]) * 1.4426950408889634), 0.0)
+            v_sums += tl.dot(p.to(d_tile.dtype), d_tile)
+            dp = tl.dot(v_tile, tl.trans(d_tile))
+            ds = p * (dp - row_delta[None, :]) * slope * scale
+            k_sums += tl.dot(ds.to(q_tile.dtype), q_tile)
+    _store_tile(dk + kv_head * WIDTH, k_sums, start, keys, length, kv_heads * WIDTH, columns, WIDTH)
+    _store_tile(dv + kv_head * WIDTH, v_sums, start, keys, length, kv_heads * WIDTH, columns, WIDTH)
