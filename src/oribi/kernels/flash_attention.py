@@ -224,7 +224,7 @@ def _dkv_kernel(
     highest = length
     if WINDOWED:
         highest = tl.minimum(first + KEYS - 1 + window, length)
-    for member in range(0, group):
+    for member in range(group):
         head = kv_head * group + member
         for at in range(first // QUERIES * QUERIES, highest, QUERIES):
             queries = at + tl.arange(0, QUERIES)
