@@ -49,7 +49,7 @@ def test_the_usual_script_runs(llama, capsys):
     inputs = tokenizer(["the cat"], return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=4, use_cache=True).shape[1] >= inputs["input_ids"].shape[1]
     printed = capsys.readouterr().out
-    assert printed.startswith("oribi: oribi 0.1.0, ")
+    assert printed.startswith("oribi: version 0.1.0 on ")
     assert "trainable params: " in printed
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import oribi
 from oribi.environment import detect
 from oribi.errors import ConfigError
-from oribi.lora.attach import PROJECTIONS, attach_lora, set_checkpointing
+from oribi.lora.attach import PROJECTIONS, attach_lora, set_checkpointing, switch_checkpointing
 from oribi.models.load import load_model
 
 Model = PreTrainedModel | PeftModel
@@ -177,7 +177,7 @@ class FastLanguageModel:
         """Puts the model into inference mode: no dropout, no checkpointing, cached generation."""
         model.eval()
         base = _base(model)
-        base.gradient_checkpointing_disable()
+        switch_checkpointing(base, on=False)
         base.config.use_cache = True
         return model
 
@@ -278,10 +278,11 @@ def _base(model: Model) -> PreTrainedModel:
 def _announce(model: Model) -> None:
     environment = detect()
     dtype = str(_base(model).dtype).removeprefix("torch.")
+    kernels = "Triton" if environment.triton else "reference"
     _print_notes(
         [
-            f"oribi {oribi.__version__}, {environment.device_name}, {environment.memory_bytes / 2**30:.0f} GiB, {dtype}, "
-            f"attention {environment.attention}, Triton {'on' if environment.triton else 'off'}",
+            f"version {oribi.__version__} on {environment.device_name}, {environment.memory_bytes / 2**30:.0f} GiB, {dtype}, "
+            f"{kernels} kernels, {environment.attention} attention",
             *model.oribi.notes,
         ]
     )

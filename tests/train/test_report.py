@@ -7,11 +7,20 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 
 from oribi.train.evaluate import answer_rows, held_out_loss, stop_rate, text_loss
 from oribi.train.general_text import TEXT
-from oribi.train.report import Measured, as_markdown, measure, training_figures, warnings_of, write_report
+from oribi.train.report import (
+    Measured,
+    as_markdown,
+    as_page,
+    measure,
+    training_figures,
+    warnings_of,
+    write_report,
+)
 
 LOG = [
     {"step": 1, "loss": 3.0, "learning_rate": 1e-3, "tokens_per_second": 100.0, "grad_norm": 1.0},
@@ -86,8 +95,9 @@ def test_the_general_text_is_read_whole(load):
 
 def test_figures_are_those_of_the_log():
     assert training_figures(LOG) == {
-        "steps": 3, "seconds": 65.0, "first_loss": 3.0, "last_loss": 1.0, "tokens_per_second": 200.0,
+        "steps": 3, "seconds": 65.0, "first_loss": 3.0, "last_loss": 1.0, "tokens_per_second": 200.0, "mfu": None,
     }  # fmt: skip
+    assert training_figures([{**entry, "mfu": 0.4} for entry in LOG])["mfu"] == 0.4
 
 
 class Page(HTMLParser):
@@ -153,7 +163,21 @@ def test_the_markdown_says_the_same(load, rows, tmp_path):
     loss = report["measures"]["tuned"]["held_out"]["loss"]
     assert f"{loss:.3f} \u2192 {loss:.3f}" in text
     assert "| lora | passed |" in text
-    assert re.search(r"learning_rate: 0.0002", text)
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)\n```", text, re.DOTALL).group(1))
+    assert settings == {"model": "m/<b>n</b>", "dataset": ["rows.jsonl"], "learning_rate": 2e-4}
+
+
+def test_an_answer_that_does_not_end_is_marked_and_quoted_as_it_is(load, rows, tmp_path):
+    report = written(tmp_path / "run", load, rows)
+    first, second = report["measures"]["tuned"]["samples"][:2]
+    first |= {"said": "* * *\n```sh\nls", "stopped": False}
+    second |= {"said": "done", "stopped": True}
+    report["measures"] = {"tuned": report["measures"]["tuned"]}
+    text, page = as_markdown(report), as_page(report, ["<svg>"])
+    assert "**tuned (still going after 64 tokens)**\n\n````text\n* * *\n```sh\nls\n````\n" in text
+    assert "**tuned**\n\n```text\ndone\n```\n" in text
+    assert "<td>done</td>" in page
+    assert "ls<i> still going after 64 tokens</i></td>" in page
 
 
 @pytest.mark.parametrize(

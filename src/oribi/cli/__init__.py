@@ -4,6 +4,8 @@ Files of verbs import nothing heavy at their top, so that `--help` answers at on
 wrong and one message on standard error says what; 2 the command line itself is wrong; 130 stopped from the keyboard.
 """
 
+import logging
+import os
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -53,8 +55,27 @@ def build() -> typer.Typer:
     return app
 
 
+class ToStderr(logging.Handler):
+    """Messages of oribi's modules as plain lines on standard error, wherever that leads at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"oribi: {self.format(record)}", err=True)
+
+
+def set_up_logging() -> None:
+    """Let oribi's own messages through, and keep back one of bitsandbytes'."""
+    log = logging.getLogger("oribi")
+    # one of several processes speaks
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    if not any(isinstance(handler, ToStderr) for handler in log.handlers):
+        log.addHandler(ToStderr())
+    # asks for a package that would bring kernels for its own 4-bit layers, which oribi does not run
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def main() -> None:
     """Run the command line; what goes wrong on purpose is told in one message, without a traceback."""
+    set_up_logging()
     try:
         build()(prog_name="oribi")
     except OribiError as error:

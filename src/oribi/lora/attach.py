@@ -133,15 +133,21 @@ def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int) -> PeftM
 
 def set_checkpointing(model: PreTrainedModel, choice: bool | str) -> None:
     """Sets what the model keeps between forward and backward; `choice` as in `attach_lora`."""
-    if choice is False:
-        model.gradient_checkpointing_disable()
-    elif hasattr(model, "set_recompute_policy"):
+    if choice is not False and hasattr(model, "set_recompute_policy"):
         model.set_recompute_policy(choice if choice in ("memory", "balanced", "speed") else "balanced")
-    elif choice == "speed":
-        model.gradient_checkpointing_disable()
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing(model, choice not in (False, "speed"))
     model.oribi.checkpointing = choice
+
+
+def switch_checkpointing(model: PreTrainedModel, on: bool) -> None:
+    """Switches gradient checkpointing by the name that the installed transformers has for it."""
+    # renamed in 5.23, where the older name warns
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def _check_range(r: int, alpha: float, dropout: float, bias: str, checkpointing: bool | str) -> None:

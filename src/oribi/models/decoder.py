@@ -65,6 +65,22 @@ class DecoderPreTrainedModel(PreTrainedModel):
             layer.keep = keep
             layer.dequantized.clear()
 
+    # transformers 5.23 warns of these three names, which PEFT and TRL still use, and calls what a class has for them
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, **options: object
+    ) -> None:
+        """Each layer keeps what its `keep` says; the options of transformers' own checkpointing choose nothing here."""
+        self._set_gradient_checkpointing(enable=True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Each layer keeps everything."""
+        self._set_gradient_checkpointing(enable=False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any layer's `keep` counts."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     def release(self) -> None:
         """Frees what training keeps from step to step: dequantised weights and pinned host memory."""
         for module in self.modules():

@@ -38,6 +38,10 @@ SIXTEEN_BIT = 0.01  # added where the trained model itself computes in 16 bit
 _WORSE = 1.05  # a base other than the trained one may have a loss so many times as high, and 0.05 more
 _IN_LLAMA_CPP = 0.03  # it rounds activations to 8 bits where weights are quantised
 _ANSWER_TOKENS = 48
+# figures in the printed line; the loss is the whole texts', prompts included
+_WORDS = {"kl_tolerance": "at most", "same_top_token": "same likeliest token", "loss": "loss of all tokens",
+          "loss_of_trained": "the trained model's", "went_on_after_end_token": "went on after the end",
+          "same_as_trained": "same as trained"}  # fmt: skip
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Check:
     def shown(self) -> str:
         """The figures in words."""
         return ", ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            f"{_WORDS.get(key, key)} {value:.4g}" if isinstance(value, float) else f"{_WORDS.get(key, key)} {value}"
             for key, value in self.figures.items()
         )
 

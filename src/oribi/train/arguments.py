@@ -90,6 +90,10 @@ class SFTConfig(trl.SFTConfig):
                 self.warmup_steps = self.warmup_ratio
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            # from 5.23 on transformers has a new name, and warns where only the older one is set, as it is here
+            if getattr(self, f"activation_{name}", self) is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         if detect().device.type == "cpu":
             # without this, processes of torchrun on a machine without GPUs would each train alone
             self.use_cpu = True

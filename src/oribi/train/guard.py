@@ -26,6 +26,7 @@ HISTORY = 50  # logs that a spike is compared with
 FEWEST = 10  # logs before anything is called a spike
 # a loss this many typical deviations, and this share, above its recent median; a norm this many times its median
 DEVIATIONS, SHARE, NORM_RATIO = 8.0, 0.25, 10.0
+LEAST_JUMP = 0.1  # nats a token: near a loss of zero every batch with one hard answer is many deviations above
 
 
 class LossGuard(TrainerCallback):
@@ -83,7 +84,9 @@ class LossGuard(TrainerCallback):
     def _warn_of_spikes(self, step: int, loss: float, norm: float) -> None:
         usual = median(self.losses) if self.losses else loss
         deviation = median(abs(x - usual) for x in self.losses) if self.losses else 0.0
-        if len(self.losses) >= FEWEST and loss - usual > max(DEVIATIONS * deviation, SHARE * abs(usual)):
+        if len(self.losses) >= FEWEST and loss - usual > max(
+            DEVIATIONS * deviation, SHARE * abs(usual), LEAST_JUMP
+        ):
             logger.warning(
                 "step %d: the loss jumped to %.4f from about %.4f; if it does not come back, lower learning_rate",
                 step, loss, usual,

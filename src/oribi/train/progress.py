@@ -16,13 +16,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger(__name__)
 
 SMOOTHING = 0.9  # share of the past in the smoothed loss
+LINE_SECONDS = 10.0  # between two plain lines; log.jsonl has every log
 
 
 class Progress(TrainerCallback):
-    """Step, loss, smoothed loss, learning rate, tokens a second, time left and peak memory.
+    """Step, loss, smoothed loss, learning rate, tokens a second, MFU on known GPUs, time left and peak memory.
 
     Args:
-        live: rewrite one line; False, and any output that is no terminal, gets a line a log.
+        live: rewrite one line; False, and any output that is no terminal, gets a line now and then.
         console: where to; None takes standard error.
     """
 
@@ -31,12 +32,13 @@ class Progress(TrainerCallback):
         self.live = Live(console=self.console, transient=False) if live and self.console.is_terminal else None
         self.weighted, self.weight = 0.0, 0.0
         self.first_step, self.started = 0, 0.0
+        self.told: float | None = None  # when the last plain line was written
         self.line = Text()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.first_step, self.started = state.global_step, time.monotonic()
+        self.first_step, self.started, self.told = state.global_step, time.monotonic(), None
         if self.live is not None:
             self.live.start()
 
@@ -54,7 +56,8 @@ class Progress(TrainerCallback):
             self.line = Text(self._describe(state, logs))
             if self.live is not None:
                 self.live.update(self.line)
-            else:
+            elif self._is_due(state):
+                self.told = time.monotonic()
                 self.console.print(self.line)
         elif any(key.endswith("_loss") and key != "train_loss" for key in logs):
             losses = "  ".join(f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("_loss"))
@@ -70,15 +73,20 @@ class Progress(TrainerCallback):
         if self.live is not None:
             self.live.stop()
 
+    def _is_due(self, state: TrainerState) -> bool:
+        first = self.told is None
+        return first or state.global_step >= state.max_steps or time.monotonic() - self.told >= LINE_SECONDS
+
     def _describe(self, state: TrainerState, logs: dict[str, Any]) -> str:
         self.weighted = SMOOTHING * self.weighted + (1 - SMOOTHING) * logs["loss"]
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         step, total = state.global_step, state.max_steps
         elapsed = time.monotonic() - self.started
         left = elapsed / max(step - self.first_step, 1) * (total - step)
+        mfu = f"  MFU {logs['mfu']:.1%}" if "mfu" in logs else ""
         return (
             f"step {step}/{total}  loss {logs['loss']:.4f}  smoothed {self.weighted / self.weight:.4f}  "
-            f"lr {logs.get('learning_rate', 0.0):.2e}  {logs.get('tokens_per_second', 0):,.0f} tokens/s  "
+            f"lr {logs.get('learning_rate', 0.0):.2e}  {logs.get('tokens_per_second', 0):,.0f} tokens/s{mfu}  "
             f"left {clock(left)}  peak {peak_memory_bytes() / 2**30:.2f} GiB"
         )
 

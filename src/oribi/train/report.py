@@ -6,11 +6,13 @@ The page needs nothing else: charts are inline SVG, there is no script and no re
 import html
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
 import oribi
@@ -116,6 +118,7 @@ def training_figures(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Figures of the training itself, from its log."""
     losses = [entry["loss"] for entry in log if "loss" in entry]
     speeds = sorted(entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry)
+    shares = sorted(entry["mfu"] for entry in log if "mfu" in entry)
     end = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
     return {
         "steps": log[-1]["step"] if log else 0,
@@ -123,6 +126,7 @@ def training_figures(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+        "mfu": shares[len(shares) // 2] if shares else None,
     }
 
 
@@ -175,7 +179,8 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     if training["seconds"]:
         found.append(("training", clock(training["seconds"]), f"{training['steps']} steps"))
     if training["tokens_per_second"]:
-        found.append(("speed", f"{training['tokens_per_second']:,.0f}", "tokens a second, median"))
+        share = f"; MFU {training['mfu']:.0%}" if training.get("mfu") is not None else ""
+        found.append(("speed", f"{training['tokens_per_second']:,.0f}", f"tokens a second, median{share}"))
     if report["machine"].get("peak memory"):
         found.append(("peak memory", report["machine"]["peak memory"], report["machine"].get("device", "")))
     return found
@@ -190,8 +195,9 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines += ["", "![loss](loss.png)", ""]
     for i, (prompt, expected, answers) in enumerate(_side_by_side(report)):
         lines += [f"### Sample {i + 1}", "", *_quoted("prompt", prompt), *_quoted("expected", expected)]
-        for name, text in answers.items():
-            lines += _quoted(name, text)
+        for name, (text, stopped) in answers.items():
+            going = "" if stopped else f" (still going after {ANSWER_TOKENS} tokens)"
+            lines += _quoted(name + going, text)
     lines += ["## Data", "", "```", *(f"{k}: {v}" for k, v in _data_facts(report).items()), "```", ""]
     lines += ["## Exports", "", "| form | checks | where |", "|---|---|---|"]
     lines += [f"| {e['form']} | {_verdict(e)} | {e['path']} |" for e in report["exports"]]
@@ -200,7 +206,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "## Settings",
         "",
         "```yaml",
-        *(f"{k}: {v}" for k, v in report["config"].items()),
+        _settings(report),
         "```",
         "",
     ]
@@ -218,7 +224,10 @@ def as_page(report: dict[str, Any], charts: Sequence[str]) -> str:
     notes = "".join(f"<p class=note>{e(warning)}</p>" for warning in report["warnings"])
     samples = "".join(
         f"<tr><td>{e(prompt)}</td><td>{e(expected)}</td>"
-        + "".join(f"<td>{e(text)}</td>" for text in answers.values())
+        + "".join(
+            f"<td>{e(text)}{'' if stopped else f'<i> still going after {ANSWER_TOKENS} tokens</i>'}</td>"
+            for text, stopped in answers.values()
+        )
         for prompt, expected, answers in _side_by_side(report)
     )
     names = list(report["measures"])
@@ -236,7 +245,7 @@ def as_page(report: dict[str, Any], charts: Sequence[str]) -> str:
         if exports
         else "",
         f"<h2>Machine</h2>{_facts(report['machine'])}",
-        f"<h2>Settings</h2>{_facts(report['config'])}",
+        f"<h2>Settings</h2><pre>{e(_settings(report))}</pre>",
     ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -256,6 +265,7 @@ h1{font-size:1.5rem;margin-bottom:.5rem}h2{font-size:1.1rem;margin:2rem 0 .6rem;
 border-radius:.5rem;padding:.8rem}.wide{grid-column:1/-1}svg{width:100%;height:auto}
 table{border-collapse:collapse;width:100%;background:#fff}th,td{border:1px solid #e5e7eb;padding:.4rem .6rem;
 text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f1f5f9;font-weight:600}
+pre{background:#fff;border:1px solid #e5e7eb;padding:.8rem 1rem;overflow-x:auto;font-size:.85rem}td i{color:#c2410c}
 .samples{table-layout:fixed}.samples td{white-space:pre-wrap;font-size:.9rem}
 .exports td:nth-child(-n+2),.exports th{white-space:nowrap}.facts td:first-child{width:15rem;color:#64748b}
 """.replace("\n", "")
@@ -268,15 +278,20 @@ def _title(report: dict[str, Any]) -> str:
     return f"{model} on {', '.join(names)}" if names else model
 
 
-def _side_by_side(report: dict[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
-    """Prompt, expected answer, and every model's answer."""
+def _settings(report: dict[str, Any]) -> str:
+    """All settings as the file that would repeat the run."""
+    return yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _side_by_side(report: dict[str, Any]) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
+    """Prompt, expected answer, and every model's answer with whether it ended by itself."""
     measures = report["measures"]
     first = next(iter(measures.values()), {"samples": []})["samples"]
     return [
         (
             sample["prompt"],
             sample["expected"],
-            {name: m["samples"][i]["said"] for name, m in measures.items()},
+            {name: (m["samples"][i]["said"], m["samples"][i]["stopped"]) for name, m in measures.items()},
         )
         for i, sample in enumerate(first)
     ]
@@ -290,10 +305,17 @@ def _data_facts(report: dict[str, Any]) -> dict[str, Any]:
                      "trained_tokens")
         if name in data
     }  # fmt: skip
+    if data.get("end_tokens"):
+        facts["ends of turns"] = ", ".join(
+            f"{token} trained {count:,} times" for token, count in data["end_tokens"].items()
+        )
     if data.get("length_percentiles"):
         facts["lengths"] = ", ".join(
             f"{name} {value:,}" for name, value in data["length_percentiles"].items()
         )
+    held_out = next((m["held_out"] for m in report["measures"].values()), None)
+    if held_out:
+        facts["held out"] = f"{held_out['rows']:,} rows measured, {held_out['tokens']:,} trained tokens"
     facts |= {f"note {i + 1}": note for i, note in enumerate(data.get("notes", []))}
     return {name.replace("_", " "): value for name, value in facts.items()}
 
@@ -332,7 +354,10 @@ def _checks(export: dict[str, Any]) -> str:
 
 
 def _quoted(name: str, text: str) -> list[str]:
-    return [f"**{name}**", "", *(f"> {line}" for line in (text or " ").splitlines()), ""]
+    fence = "`" * max(
+        [3, *(len(run) + 1 for run in re.findall("`+", text))]
+    )  # longer than any that is quoted
+    return [f"**{name}**", "", f"{fence}text", text, fence, ""]
 
 
 def _write(path: Path, text: str) -> None:

@@ -44,6 +44,7 @@ from oribi.train.setup import (
     train_on,
 )
 from oribi.train.smaller_steps import SmallerSteps
+from oribi.train.utilisation import Utilisation, utilisation_of
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class SFTTrainer(BaseTrainer):
         self._steps_chosen = False
         self._smaller: SmallerSteps | None = None
         self._parameters: int | None = None
+        self._utilisation: Utilisation | None = None
         self.data_reports: dict[str, Any] = {}
         self.tokens_seen, self._logged = 0, (0, time.monotonic())
         self._packing, self._train_on, self._noise = args.packing, train_on(args), None
@@ -227,6 +229,7 @@ class SFTTrainer(BaseTrainer):
         alpha = self.args.neftune_noise_alpha
         if alpha is not None:
             self._noise = EmbeddingNoise(base_model(self.model).get_input_embeddings(), alpha)
+        self._utilisation = utilisation_of(self.model, self.train_dataset)
         self._logged = (self.tokens_seen, time.monotonic())
         try:
             with self.stop_on_signal.listening():
@@ -310,6 +313,8 @@ class SFTTrainer(BaseTrainer):
         base = base_model(model)
         if not self.own_loss:
             return
+        # how a CPU is spared is nothing to read about in every run
+        level = logging.INFO if base.device.type == "cuda" else logging.DEBUG
         longest = longest_row(self.train_dataset) or self.args.max_length
         tokens = self.args.per_device_train_batch_size * longest
         reliance = 1.0
@@ -317,9 +322,8 @@ class SFTTrainer(BaseTrainer):
             tokens, reliance = max(tokens // self._smaller.parts, longest), self._smaller.reliance
         if self._plans_memory(model):
             least = base.oribi.checkpointing == "memory"
-            logger.info(
-                choose(base, tokens, longest, 0 if least else int(reliance * free_bytes(base.device)))
-            )
+            budget = 0 if least else int(reliance * free_bytes(base.device))
+            logger.log(level, choose(base, tokens, longest, budget))
         if self.step_runner is None:
             scaled = self.accelerator.scaler is not None
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -330,8 +334,8 @@ class SFTTrainer(BaseTrainer):
                 self.step_runner = StepGraphs(model, base, optimizer)
                 # the same effect without a walk over all modules in every step
                 model.zero_grad = optimizer.zero_grad
-            logger.info(
-                "steps run as recorded CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
+            logger.log(
+                level, "steps run as recorded CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
             )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -377,7 +381,10 @@ class SFTTrainer(BaseTrainer):
         if "loss" in logs:
             tokens, since = self._logged
             self._logged = (self.tokens_seen, time.monotonic())
-            logs["tokens_per_second"] = (self.tokens_seen - tokens) / max(self._logged[1] - since, 1e-9)
+            speed = (self.tokens_seen - tokens) / max(self._logged[1] - since, 1e-9)
+            logs["tokens_per_second"] = speed
+            if self._utilisation is not None:
+                logs["mfu"] = self._utilisation.of(speed / self.args.world_size)
             logs["num_tokens"] = self.tokens_seen
         super().log(logs, start_time)
 

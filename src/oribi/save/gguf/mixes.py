@@ -32,7 +32,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("f32", Type.F32, _FILE.ALL_F32, "float32, exact and twice as large as the model"),
-        Method("f16", Type.F16, _FILE.MOSTLY_F16, "float16, the largest that one serves"),
+        Method("f16", Type.F16, _FILE.MOSTLY_F16, "16 bits a weight, all but exact"),
         Method("bf16", Type.BF16, _FILE.MOSTLY_BF16, "bfloat16, as most checkpoints are"),
         Method("q8_0", Type.Q8_0, _FILE.MOSTLY_Q8_0, "8.5 bits a weight, hardly to be told from f16"),
         Method("q6_k", Type.Q6_K, _FILE.MOSTLY_Q6_K, "6.6 bits, close to q8_0"),
