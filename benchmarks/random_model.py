@@ -131,7 +131,8 @@ def _tokenizer():
     vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2}
     for letter in pre_tokenizers.ByteLevel.alphabet():
         vocabulary[letter] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    vocabulary["Ġt"] = len(vocabulary)  # llama.cpp loads no BPE tokenizer without merges
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "t")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

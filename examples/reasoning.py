@@ -2,7 +2,7 @@
 
 import argparse
 
-from oribi import FastLanguageModel, SFTConfig, SFTTrainer
+from oribi import FastLanguageModel, SFTConfig, SFTTrainer, save_gguf
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="meta-llama/Llama-3.2-1B-Instruct")
@@ -22,4 +22,4 @@ trainer = SFTTrainer(
     processing_class=tokenizer,
 )
 trainer.train()
-model.save_pretrained_gguf(f"{options.output}/gguf", tokenizer, quantization_method="q8_0")
+save_gguf(model, f"{options.output}/gguf", tokenizer, "q8_0")

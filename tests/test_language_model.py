@@ -217,5 +217,13 @@ def test_methods_are_bound_to_the_instance_and_no_class(llama, tmp_path):
         str(tmp_path / "merged"), tokenizer, save_method="merged_16bit", verify=False
     )
     assert (tmp_path / "merged/model.safetensors").is_file()
-    model.save_pretrained_gguf(str(tmp_path / "gguf"), tokenizer, quantization_method="f16", verify=False)
-    assert list((tmp_path / "gguf").glob("*.gguf"))
+
+
+def test_gguf_files_lie_where_scripts_look_for_them(llama, tmp_path):
+    model, tokenizer = load(llama)
+    written = model.save_pretrained_gguf(f"{tmp_path}/model/", tokenizer, "f16", verify=False)
+    assert written["save_directory"] == f"{tmp_path}/model/"
+    assert written["gguf_directory"] == f"{tmp_path}/model_gguf"
+    assert [path.parent.name for path in tmp_path.rglob("*.gguf")] == ["model_gguf"]
+    assert written["gguf_files"] == [str(path) for path in tmp_path.rglob("*.gguf")]
+    assert not (tmp_path / "model").exists()

@@ -325,10 +325,12 @@ def _push_merged(
 def _save_gguf(
     self: Model, save_directory: str, tokenizer: Any = None, quantization_method: Any = "q8_0", **options: Any
 ) -> Any:
-    """`oribi.save.save_gguf` of this model."""
+    """`oribi.save.save_gguf` of this model into `<save_directory>_gguf`, where scripts that make this call look."""
     from oribi.save import save_gguf
 
-    return save_gguf(self, save_directory, tokenizer, quantization_method=quantization_method, **options)
+    folder = f"{os.path.normpath(save_directory)}_gguf"
+    written = save_gguf(self, folder, tokenizer, quantization_method=quantization_method, **options)
+    return None if written is None else {**written, "save_directory": str(save_directory)}
 
 
 def _push_gguf(

@@ -75,6 +75,14 @@ def test_values_are_as_near_as_llama_cpps(type, name):
     assert error(values, ours, type) <= 1.02 * error(values, theirs, type)
 
 
+@pytest.mark.parametrize("name", tensors())
+def test_q8_0_is_llama_cpps_byte_by_byte(name):
+    values = tensors()[name].numpy()
+    theirs = np.empty((64, quantized_bytes((1024,), Type.Q8_0)), np.uint8)
+    ggml()(int(Type.Q8_0), values.ctypes.data, theirs.ctypes.data, 0, 64, 1024, None)
+    assert np.array_equal(quantize(torch.from_numpy(values), Type.Q8_0), theirs)
+
+
 @pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
 def test_zeros_and_single_values_survive(type):
     values = torch.zeros(3, 256)

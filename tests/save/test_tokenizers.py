@@ -1,9 +1,12 @@
 """llama.cpp splits text into the same tokens as the tokenizer that was exported."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from oribi.errors import ExportError
 from oribi.models.gguf_source import GGUFSource
@@ -142,6 +145,23 @@ def test_a_split_that_llama_cpp_lacks_is_named():
         ExportError, match=r"no pre-tokenizer that splits text by \['x\+'\] with ignore_merges=True"
     ):
         read_vocabulary(with_splits("x+", whole_words=True), VOCAB)
+
+
+def test_what_llama_cpp_would_not_load_is_refused():
+    letters = byte_level_tokenizer()
+    spec = json.loads(letters.backend_tokenizer.to_str())
+    spec["model"]["merges"] = []
+    letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
+    with pytest.raises(ExportError, match="no merges"):
+        read_vocabulary(letters, VOCAB)
+    pieces = sentencepiece_tokenizer()
+    spec = json.loads(pieces.backend_tokenizer.to_str())
+    spec["model"]["vocab"] = {
+        token.replace("<0x41>", "letter A"): id for token, id in spec["model"]["vocab"].items()
+    }
+    pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
+    with pytest.raises(ExportError, match="byte tokens <0x00>..<0xFF>; this one lacks them"):
+        read_vocabulary(pieces, VOCAB)
 
 
 def test_more_tokens_than_rows_are_refused():

@@ -94,6 +94,14 @@ def test_wrong_weights_are_refused_and_kept_aside(tmp_path, monkeypatch):
     assert not json.loads((tmp_path / "gguf.rejected" / "export_report.json").read_text())["passed"]
 
 
+def test_a_file_that_llama_cpp_does_not_load_is_refused(tmp_path, monkeypatch):
+    extra = {"unknown.weight": torch.zeros(32)}
+    monkeypatch.setattr("oribi.save.gguf.writer.rope_tensors", lambda config: extra)
+    with pytest.raises(ExportError, match="FAIL f16: loads in llama.cpp: loaded 0, of 1"):
+        save_gguf(tuned_model(), tmp_path / "gguf", byte_level_tokenizer(), "f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["gguf.rejected"]
+
+
 def test_a_format_that_loses_too_much_is_refused(tmp_path):
     with pytest.raises(ExportError, match="q2_k: weights read back: kl .* choose one with more bits"):
         save_gguf(

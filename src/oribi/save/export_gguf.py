@@ -104,7 +104,8 @@ def _write(
     sizes = {m: sum(e.nbytes for e in plan_file(inner.config, source.shapes(), m)) for m in files}
     for method, size in sizes.items():
         print(
-            f"oribi: GGUF {method} ({METHODS[method].words}): {gigabytes(size)} into {report.directory}", flush=True
+            f"oribi: GGUF {method} ({METHODS[method].words}): {gigabytes(size)} into {report.directory}",
+            flush=True,
         )
     first = next(iter(files.values()))
     usage = f"```\nllama-cli -m {first}\n```"

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.error import HTTPError
+
+from oribi.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class LlamaCpp:
         path: the file.
         context: tokens of prompt and answer together.
         adapter: LoRA adapter as GGUF, applied at full strength.
+
+    Raises:
+        ExportError: llama.cpp does not load the file; it prints why.
     """
 
     def __init__(self, path: str | Path, context: int = 512, adapter: str | Path | None = None) -> None:
@@ -52,10 +58,13 @@ class LlamaCpp:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.warmup = False
-        params.verbosity = 0
+        params.verbosity = 1  # errors alone
         if adapter is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = xllamacpp.Server(params)
+        try:
+            self._server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise ExportError(f"llama.cpp does not load {path}: {error}") from error
 
     def generate(self, ids: Sequence[int], tokens: int, top: int = 1) -> Answer:
         """Greedy continuation of a prompt.
@@ -95,5 +104,8 @@ class LlamaCpp:
         )
         # the server is in this process: a proxy of the environment must not see it
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=600) as answer:
-            return json.loads(answer.read())
+        try:
+            with opener.open(request, timeout=600) as answer:
+                return json.loads(answer.read())
+        except HTTPError as error:
+            raise ExportError(f"llama.cpp refuses {path}: {error.read().decode()}") from error

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oribi.errors import ExportError
 from oribi.models.checkpoint import SafetensorsSource, TensorSource
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.gguf_source import GGUFSource
@@ -56,7 +57,9 @@ class Check:
     def shown(self) -> str:
         """The figures in words."""
         return ", ".join(
-            f"{_WORDS.get(key, key)} {value:.4g}" if isinstance(value, float) else f"{_WORDS.get(key, key)} {value}"
+            f"{_WORDS.get(key, key)} {value:.4g}"
+            if isinstance(value, float)
+            else f"{_WORDS.get(key, key)} {value}"
             for key, value in self.figures.items()
         )
 
@@ -217,7 +220,12 @@ def check_gguf_tokenizer(tokenizer: Any, path: Path) -> Check:
 
 def check_in_llama_cpp(trained: Trained, tokenizer: Any, path: Path) -> list[Check]:
     """What llama.cpp makes of a file: token ids, probabilities along its greedy answers, and where it stops."""
-    peer = LlamaCpp(path, context=1024)
+    try:
+        peer = LlamaCpp(path, context=1024)
+    except ExportError:
+        return [
+            Check("loads in llama.cpp", False, {"loaded": 0, "of": 1}, "llama.cpp's own message stands above")
+        ]
     different, total = [], 0
     prompts: list[list[int]] = []
     for messages in CONVERSATIONS:

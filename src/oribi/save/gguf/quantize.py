@@ -72,8 +72,9 @@ def _rounded(columns: torch.Tensor, scale: torch.Tensor, low: int, high: int) ->
 
 
 def _q8_0(x: torch.Tensor) -> list[torch.Tensor]:
-    d, scale = _half(x.abs().amax(1) / 127)
-    return [d, (x * inverse(scale)[:, None]).round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8)]
+    scale = x.abs().amax(1) / 127
+    # by the scale before it is stored as float16, as llama.cpp rounds: the same bytes
+    return [_half(scale)[0], (x * inverse(scale)[:, None]).round_().to(torch.int8).view(torch.uint8)]
 
 
 def _legacy_symmetric(x: torch.Tensor, bits: int) -> list[torch.Tensor]:

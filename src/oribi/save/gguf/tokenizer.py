@@ -102,11 +102,13 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
         repeated = next(t for t in tokens if tokens.count(t) > 1)
         raise ExportError(f"the tokenizer has the token {repeated!r} twice; llama.cpp needs every token once")
     if byte_level:
+        if not merges:
+            raise ExportError("the tokenizer has no merges; llama.cpp loads no BPE tokenizer without")
         pre = pre_tokenizer_name(spec)
         return Vocabulary("gpt2", pre, tokens, kinds, merges=[f"{left} {right}" for left, right in merges])
-    if not model.get("byte_fallback"):
+    if not model.get("byte_fallback") or kinds.count(gguf.TokenType.BYTE) < 256:
         raise ExportError(
-            "llama.cpp's SentencePiece tokenizer needs byte tokens <0x00>..<0xFF>; this one has no byte_fallback"
+            "llama.cpp's SentencePiece tokenizer needs byte_fallback and byte tokens <0x00>..<0xFF>; this one lacks them"
         )
     scores = _scores(tokens, kinds, merges)
     return Vocabulary("llama", "default", tokens, kinds, scores=scores, space_prefix=_prefixes_space(spec))
