@@ -39,10 +39,9 @@ def test_inputs_go_to_the_host_only_where_nothing_else_fits(decoder):
     assert all(keep.x == "keep" for keep in plan(decoder, TOKENS, LONGEST, workspace + 4 * TOKENS * 64 * 4))
 
 
-def test_what_a_layer_sends_to_the_host_hides_behind_its_arithmetic(decoder, monkeypatch):
+def test_what_a_layer_sends_to_the_host_hides_behind_its_arithmetic(decoder):
     # a hidden size as in real models: there a byte of a linear layer's output costs enough arithmetic to hide its copy
-    monkeypatch.setattr(recompute, "FLOP_PER_HOST_BYTE", 100.0)
-    for keep in plan(decoder, TOKENS, LONGEST, 0):
+    for keep in plan(decoder, TOKENS, LONGEST, 0, host_bytes_per_flop=0.01):
         sizes = {item.name: item.bytes for item in items(decoder, TOKENS, LONGEST)}
         sizes["x"] = TOKENS * decoder.config.hidden_size * decoder.dtype.itemsize
         sent = sum(size for name, size in sizes.items() if vars(keep)[name] == "host")

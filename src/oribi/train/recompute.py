@@ -4,7 +4,9 @@ Every result that a layer keeps saves the work of computing it again. With M byt
 most time a byte come first, in as many layers as they fit; what is left out is computed again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import psutil
 import torch
@@ -14,9 +16,10 @@ from oribi.models.fused_layer import MLP_TOKENS, Keep
 
 # share of the device's memory that no plan counts on: fragments, library workspaces, a longer batch
 MARGIN = 0.06
-# arithmetic that hides the copy of one byte to pinned host memory: an H100 multiplies at 650 TFLOP/s and copies 49 GB/s;
-# smaller cards have the same ratio within a factor of two
-FLOP_PER_HOST_BYTE = 650e12 / 49e9
+# what copies to host memory may take of the time that a layer computes in forward
+HOST_TIME_SHARE = 0.8
+# where nothing can be measured: an H100 copies 49 GB/s to pinned memory while it multiplies at 650 TFLOP/s
+HOST_BYTES_PER_FLOP = 49e9 / 650e12
 # share of the host's free memory that activations may take
 HOST_SHARE = 0.4
 ALL_AGAIN = Keep(
@@ -78,6 +81,7 @@ def plan(
     longest: int,
     free_bytes: int,
     host_bytes: int | None = None,
+    host_bytes_per_flop: float = HOST_BYTES_PER_FLOP,
 ) -> list[Keep]:
     """One `Keep` a layer that fits the memory.
 
@@ -86,6 +90,7 @@ def plan(
         tokens, longest: as in `items`.
         free_bytes: device memory free for training's activations and workspace.
         host_bytes: free host memory; None asks this machine.
+        host_bytes_per_flop: of copies to host memory beside the layers' arithmetic, as `measured_host_speed` gives it.
     """
     if host_bytes is None:
         host_bytes = psutil.virtual_memory().available
@@ -94,7 +99,7 @@ def plan(
     inputs = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
     x = "keep" if spare >= layers * inputs else "host"
     # what a layer's forward can copy out while the next one computes
-    host = forward_flop(decoder, tokens) / FLOP_PER_HOST_BYTE
+    host = HOST_TIME_SHARE * host_bytes_per_flop * forward_flop(decoder, tokens)
     host = min(host, HOST_SHARE * host_bytes / layers)
     if x == "keep":
         spare -= layers * inputs
@@ -151,6 +156,28 @@ def free_bytes(device: torch.device) -> int:
     return int(free + cached - MARGIN * total)
 
 
+@lru_cache
+def measured_host_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes that a GPU copies to pinned host memory in the time of one operation of a large matrix product.
+
+    Machines differ: the same GPU may have half the host link. Takes about 50 ms, once a process.
+    """
+    matrix = torch.randn(4096, 4096, device=device).to(dtype)
+    host = torch.empty(matrix.shape, dtype=dtype, pin_memory=True)
+
+    def seconds(work: Callable[[], object]) -> float:
+        work()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+        for mark in marks:
+            mark.record()
+            work()
+        torch.cuda.synchronize(device)
+        return min(a.elapsed_time(b) for a, b in zip(marks, marks[1:])) / 1e3
+
+    rate = host.nbytes / seconds(lambda: host.copy_(matrix, non_blocking=True))
+    return rate / (2 * 4096**3 / seconds(lambda: matrix @ matrix))
+
+
 def choose(decoder: DecoderForCausalLM, tokens: int, longest: int, budget: int | None = None) -> str:
     """Sets every layer's `keep` for batches of this size, and says in one line what was chosen.
 
@@ -160,7 +187,9 @@ def choose(decoder: DecoderForCausalLM, tokens: int, longest: int, budget: int |
         budget: bytes for activations and workspace; None measures what is free, 0 keeps the least there is.
     """
     budget = free_bytes(decoder.device) if budget is None else budget
-    keeps = plan(decoder, tokens, longest, budget)
+    device = decoder.device
+    speed = measured_host_speed(device, decoder.dtype) if device.type == "cuda" else HOST_BYTES_PER_FLOP
+    keeps = plan(decoder, tokens, longest, budget, host_bytes_per_flop=speed)
     freed = decoder.offload_embedding() if keeps[0].x == "host" else 0
     decoder.set_recompute_policy(keeps)
     names = ["x", *(item.name for item in items(decoder, tokens, longest))]
