@@ -1,6 +1,7 @@
 """Every export is checked against the trained model: a good one passes with its figures, a wrong one is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,24 @@ def test_a_good_gguf_export_reports_every_check(tmp_path):
         "save_directory", "gguf_directory", "gguf_files", "modelfile_location", "want_full_precision", "is_vlm",
         "fix_bos_token", "report",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("save", "form", "words"),
+    [
+        (save_merged, "merged_16bit", "merged_16bit, 67 tensors in bfloat16: 0.4 MB"),
+        (save_gguf, ["q8_0", "f16"], "GGUF f16 ("),
+    ],
+)
+def test_sizes_are_printed_and_too_little_disk_stops_before_any_work(
+    save, form, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("oribi.save.folder.shutil.disk_usage", lambda _: SimpleNamespace(free=150_000))
+    monkeypatch.setattr("oribi.save.finish.Trained", None)  # would be asked for the model's answers
+    with pytest.raises(ExportError, match=r"needs 0\.[3-8] MB and its disk has 0\.1 MB free"):
+        save(tuned_model(), tmp_path / "a/b", byte_level_tokenizer(), form)
+    assert f"oribi: {words}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_merged_export_reports_its_loss(tmp_path):

@@ -15,7 +15,7 @@ from oribi.save.accepted import GGUF_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel
 from oribi.save.base import choose_base, open_base
 from oribi.save.finish import expected_answers, file_sizes, finish_export, kl_tolerance, trained_answers
-from oribi.save.folder import finished_folder, gigabytes
+from oribi.save.folder import announce, finished_folder
 from oribi.save.gguf.adapter import save_gguf_adapter
 from oribi.save.gguf.layout import check_config
 from oribi.save.gguf.mixes import METHODS, mix_of
@@ -26,6 +26,8 @@ from oribi.save.naming import model_name
 from oribi.save.report import ExportReport
 from oribi.save.stopping import stop_ids
 from oribi.save.verify import Trained, check_gguf_tokenizer, check_in_llama_cpp, check_source
+
+_METADATA = 16 << 20  # bytes of a file; a vocabulary of 128k tokens and its merges takes 8 MB
 
 
 def save_gguf(
@@ -72,6 +74,9 @@ def save_gguf(
     methods = list(dict.fromkeys(mix_of(method).name for method in asked))
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     notes = check_config(config)
+    shapes = MergedModel(model).shapes()
+    sizes = {m: sum(entry.nbytes for entry in plan_file(config, shapes, m)) for m in methods}
+    announce(directory, {f"GGUF {m} ({METHODS[m].words})": size for m, size in sizes.items()})
     trained = trained_answers(model, tokenizer, held_out, verify or base == "auto")
     chosen, reason = choose_base(model, base, trained)
     source = MergedModel(model, open_base(model, chosen))
@@ -79,7 +84,8 @@ def save_gguf(
     report = ExportReport(str(directory), "gguf", chosen, {}, notes=notes, tags=options.tags)
     files = {method: f"{name or model_name(model)}.{method.upper()}.gguf" for method in methods}
     expected = expected_answers(trained if verify else None, source, chosen)
-    vocabulary, has_modelfile = _write(model, source, tokenizer, files, report, expected)
+    with finished_folder(directory, sum(sizes.values()) + _METADATA * len(files)) as partial:
+        vocabulary, has_modelfile = _write(partial, model, source, tokenizer, files, report, expected)
     return {
         "save_directory": str(directory),
         "gguf_directory": str(directory),
@@ -93,6 +99,7 @@ def save_gguf(
 
 
 def _write(
+    partial: Path,
     model: nn.Module,
     source: MergedModel,
     tokenizer: Any,
@@ -101,28 +108,21 @@ def _write(
     expected: Trained | None,
 ) -> tuple[Vocabulary, bool]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    sizes = {m: sum(e.nbytes for e in plan_file(inner.config, source.shapes(), m)) for m in files}
-    for method, size in sizes.items():
-        print(
-            f"oribi: GGUF {method} ({METHODS[method].words}): {gigabytes(size)} into {report.directory}",
-            flush=True,
-        )
     first = next(iter(files.values()))
     usage = f"```\nllama-cli -m {first}\n```"
-    with finished_folder(report.directory, sum(sizes.values()) + (16 << 20)) as partial:
-        paths = {method: partial / file for method, file in files.items()}
-        device, name = next(inner.parameters()).device, first.rsplit(".", 2)[0]
-        with torch.no_grad():
-            vocabulary = write_files(paths, source, inner.config, tokenizer, name=name, device=device)
-        has_modelfile = _write_modelfile(partial, first, inner, tokenizer, vocabulary.adds_bos, report)
-        if has_modelfile:
-            usage += f"\n\n```\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"
-        if expected is not None:
-            report.checked_on = expected.rows.origin
-            for method, path in paths.items():
-                _check_gguf(method, path, expected, tokenizer, report)
-        report.files = file_sizes(partial, "*.gguf")
-        finish_export(report, partial, model, usage)
+    paths = {method: partial / file for method, file in files.items()}
+    device, name = next(inner.parameters()).device, first.rsplit(".", 2)[0]
+    with torch.no_grad():
+        vocabulary = write_files(paths, source, inner.config, tokenizer, name=name, device=device)
+    has_modelfile = _write_modelfile(partial, first, inner, tokenizer, vocabulary.adds_bos, report)
+    if has_modelfile:
+        usage += f"\n\n```\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"
+    if expected is not None:
+        report.checked_on = expected.rows.origin
+        for method, path in paths.items():
+            _check_gguf(method, path, expected, tokenizer, report)
+    report.files = file_sizes(partial, "*.gguf")
+    finish_export(report, partial, model, usage)
     return vocabulary, has_modelfile
 
 

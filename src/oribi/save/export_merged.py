@@ -16,7 +16,7 @@ from oribi.save.accepted import MERGED_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel, write_adapter
 from oribi.save.base import choose_base, open_base
 from oribi.save.finish import expected_answers, file_sizes, finish_export, kl_tolerance, trained_answers
-from oribi.save.folder import finished_folder, gigabytes
+from oribi.save.folder import announce, finished_folder
 from oribi.save.merge import Checkpoint, merged_dtype
 from oribi.save.report import ExportReport
 from oribi.save.stopping import stop_ids
@@ -72,11 +72,12 @@ def save_merged(
         report = ExportReport(str(directory), "lora", "", {}, tags=options.tags)
         _save_adapter(model, report, tokenizer, verify)
     else:
+        dtype, quantized = merged_dtype(model, dtype), save_method == "merged_4bit"
+        _announce(Checkpoint(model, MergedModel(model), dtype, quantized=quantized), directory, save_method)
         trained = trained_answers(model, tokenizer, held_out, verify or base == "auto")
         chosen, reason = choose_base(model, base, trained)
         merged = MergedModel(model, open_base(model, chosen))
-        quantized = save_method == "merged_4bit"
-        checkpoint = Checkpoint(model, merged, merged_dtype(model, dtype), quantized=quantized)
+        checkpoint = Checkpoint(model, merged, dtype, quantized=quantized)
         notes = [reason] * bool(reason)
         report = ExportReport(str(directory), save_method, chosen, {}, notes=notes, tags=options.tags)
         expected = expected_answers(trained if verify else None, merged, chosen)
@@ -84,6 +85,11 @@ def save_merged(
     if options.push_to_hub:
         upload_folder(Path(directory), Path(directory).name, options)
     return report
+
+
+def _announce(planned: Checkpoint, directory: str | os.PathLike, save_method: str) -> None:
+    words = f"{save_method}, {len(planned.plans)} tensors in {str(planned.dtype).removeprefix('torch.')}"
+    announce(directory, {words: planned.nbytes})
 
 
 def _write_checkpoint(
@@ -95,10 +101,6 @@ def _write_checkpoint(
 ) -> None:
     directory = Path(report.directory)
     model = checkpoint.model
-    words = (
-        f"{report.kind}, {len(checkpoint.plans)} tensors in {str(checkpoint.dtype).removeprefix('torch.')}"
-    )
-    print(f"oribi: {words}: {gigabytes(checkpoint.nbytes)} into {directory}", flush=True)
     with finished_folder(directory, checkpoint.nbytes) as partial:
         checkpoint.write(partial, max_shard_size)
         _write_generation_config(model, tokenizer, partial)
@@ -134,7 +136,7 @@ def _write_generation_config(model: nn.Module, tokenizer: Any, folder: Path) -> 
 def _save_adapter(model: nn.Module, report: ExportReport, tokenizer: Any, verify: bool) -> None:
     directory = Path(report.directory)
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    print(f"oribi: adapter: {gigabytes(size)} into {directory}", flush=True)
+    announce(directory, {"adapter": size})
     with finished_folder(directory, size) as partial:
         write_adapter(model, partial)
         if tokenizer is not None:

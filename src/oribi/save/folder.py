@@ -50,13 +50,38 @@ def reject(partial: Path, final: str | os.PathLike) -> None:
     partial.rename(rejected)
 
 
+def announce(directory: str | os.PathLike, sizes: dict[str, int]) -> None:
+    """Print what an export will write, before any work on it.
+
+    Args:
+        directory: where it will be.
+        sizes: bytes of each part, by a few words on it.
+
+    Raises:
+        ExportError: the disk is too small for all parts.
+    """
+    for words, size in sizes.items():
+        print(f"oribi: {words}: {gigabytes(size)} into {directory}", flush=True)
+    needed = sum(sizes.values())
+    print(f"oribi: this disk has {gigabytes(free_bytes(directory))} free", flush=True)
+    require_disk(Path(directory), needed)
+
+
+def free_bytes(folder: str | os.PathLike) -> int:
+    """Free space of the disk where a folder is or will be."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
 def require_disk(folder: Path, needed_bytes: int) -> None:
-    """Raise unless the disk of an existing folder has room for so many bytes and one per cent.
+    """Raise unless the disk of a folder, which need not exist yet, has room for so many bytes and one per cent.
 
     Raises:
         ExportError: it has not.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed_bytes * 1.01:
         raise ExportError(
             f"writing to {folder} needs {gigabytes(needed_bytes)} and its disk has {gigabytes(free)} free; "

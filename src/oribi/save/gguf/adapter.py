@@ -15,7 +15,7 @@ from torch import nn
 
 from oribi.errors import ConfigError, ExportError
 from oribi.save.adapter import changes_of
-from oribi.save.folder import finished_folder, gigabytes
+from oribi.save.folder import announce, finished_folder
 from oribi.save.gguf.layout import layout_of, tensors_of
 from oribi.save.gguf.quantize import Type, quantize, quantized_bytes
 from oribi.save.naming import base_name, model_name
@@ -49,7 +49,7 @@ def save_gguf_adapter(
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     alpha, pairs = _pairs(model, config)
     size = sum(pair.numel() * 4 for pair in pairs.values()) * len(names)
-    print(f"oribi: adapter as GGUF: up to {gigabytes(size)} into {directory}", flush=True)
+    announce(directory, {"adapter as GGUF, at most": size})
     files = {name.lower(): f"{model_name(model)}-lora.{name.upper()}.gguf" for name in names}
     with finished_folder(directory, size + (1 << 20)) as partial:
         for name, file in files.items():
