@@ -157,7 +157,7 @@ def test_what_llama_cpp_would_not_load_is_refused():
     pieces = sentencepiece_tokenizer()
     spec = json.loads(pieces.backend_tokenizer.to_str())
     spec["model"]["vocab"] = {
-        token.replace("<0x41>", "letter A"): id for token, id in spec["model"]["vocab"].items()
+        token.replace("<0x07>", "bell"): id for token, id in spec["model"]["vocab"].items()
     }
     pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
     with pytest.raises(ExportError, match="byte tokens <0x00>..<0xFF>; this one lacks them"):

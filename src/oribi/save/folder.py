@@ -62,9 +62,8 @@ def announce(directory: str | os.PathLike, sizes: dict[str, int]) -> None:
     """
     for words, size in sizes.items():
         print(f"oribi: {words}: {gigabytes(size)} into {directory}", flush=True)
-    needed = sum(sizes.values())
     print(f"oribi: this disk has {gigabytes(free_bytes(directory))} free", flush=True)
-    require_disk(Path(directory), needed)
+    require_disk(Path(directory), sum(sizes.values()))
 
 
 def free_bytes(folder: str | os.PathLike) -> int:

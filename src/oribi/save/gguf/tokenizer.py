@@ -106,7 +106,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
             raise ExportError("the tokenizer has no merges; llama.cpp loads no BPE tokenizer without")
         pre = pre_tokenizer_name(spec)
         return Vocabulary("gpt2", pre, tokens, kinds, merges=[f"{left} {right}" for left, right in merges])
-    if not model.get("byte_fallback") or kinds.count(gguf.TokenType.BYTE) < 256:
+    # Gemma has a token of its own for the tab and none for its byte: llama.cpp takes either
+    lacking = {byte for byte in range(256) if not {f"<0x{byte:02X}>", chr(byte)} & model["vocab"].keys()}
+    if not model.get("byte_fallback") or lacking:
         raise ExportError(
             "llama.cpp's SentencePiece tokenizer needs byte_fallback and byte tokens <0x00>..<0xFF>; this one lacks them"
         )
