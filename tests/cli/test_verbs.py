@@ -106,6 +106,17 @@ def test_exports_are_written_and_checked(oribi, trained_run, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_an_export_beyond_its_tolerance_fails_and_says_what_to_do(oribi, trained_run, tmp_path, monkeypatch):
+    from oribi.save.verify import KL_TOLERANCE
+
+    monkeypatch.setitem(KL_TOLERANCE, "q8_0", -1.0)
+    result = oribi("export", trained_run, "--to", "gguf:q8_0", "--output", tmp_path)
+    assert result.code == 1
+    assert "FAIL q8_0: weights read back: kl" in result.err
+    assert str(tmp_path / "gguf.rejected") in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["gguf.rejected"]
+
+
 @pytest.mark.parametrize(
     ("text", "forms"),
     [

@@ -1,6 +1,7 @@
 """Every export is checked against the trained model: a good one passes with its figures, a wrong one is refused."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -173,9 +174,19 @@ def test_auto_takes_the_base_with_the_lower_loss(tmp_path):
 def test_auto_without_the_original_stays_with_what_was_trained(tmp_path):
     tuned = tuned_model()
     tuned.config._name_or_path = "someone/somewhere"
-    report = save_merged(tuned, tmp_path / "auto", byte_level_tokenizer(), base="auto", dtype="float32")
+    save = partial(save_merged, tuned, tmp_path / "auto", byte_level_tokenizer(), base="auto")
+    report = save(held_out=["the cat on the mat"], dtype="float32")
     assert report.base == "dequantized"
     assert "not on this machine" in report.notes[0]
+
+
+def test_auto_without_held_out_rows_stays_with_what_was_trained(tmp_path):
+    save_merged(tiny_model(export_config("llama")), tmp_path / "original", dtype="float32")
+    tuned = tuned_model()
+    tuned.config._name_or_path = str(tmp_path / "original")
+    report = save_merged(tuned, tmp_path / "auto", byte_level_tokenizer(), base="auto", dtype="float32")
+    assert report.base == "dequantized"
+    assert report.notes == ["base='auto' chose dequantized: no held-out rows were given to compare bases on"]
 
 
 def test_a_base_that_does_not_suit_the_adapter_is_refused(tmp_path):

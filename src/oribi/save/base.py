@@ -2,7 +2,7 @@
 
 "dequantized"  the loaded weights themselves, NF4 read back: exactly the function that was trained, no download
 "original"     the 16-bit checkpoint that was loaded: better weights, not those the adapter was trained on
-"auto"         of these two the one with the lower loss on the held-out rows
+"auto"         of these two the one with the lower loss on held-out rows; without such rows "dequantized"
 a folder       another 16-bit checkpoint of the same model, or a GGUF file of it
 """
 
@@ -29,13 +29,13 @@ def choose_base(model: nn.Module, base: str, trained: Trained | None) -> tuple[s
     Args:
         model: the trained model.
         base: "dequantized", "original", a folder, or "auto".
-        trained: the trained model's answers; needed by "auto", which merges into both and measures.
+        trained: the trained model's answers; needed by "auto", which adds the adapter to both and measures.
 
     Returns:
         The base, never "auto", and the measured reason, "" where none was asked for.
 
     Raises:
-        ConfigError: "auto" without held-out rows, or for a model outside the family table.
+        ConfigError: "auto" for a model outside the family table.
     """
     if base != "auto":
         return base, ""
@@ -43,6 +43,8 @@ def choose_base(model: nn.Module, base: str, trained: Trained | None) -> tuple[s
         raise ConfigError(
             "base='auto' measures models of oribi's family table; give 'dequantized' or 'original'"
         )
+    if not trained.rows.held_out:  # general texts do not tell how well a base serves what was trained
+        return "dequantized", "base='auto' chose dequantized: no held-out rows were given to compare bases on"
     losses = {}
     for candidate in ("dequantized", "original"):
         try:

@@ -31,11 +31,18 @@ TEXTS: list[str] = [
 
 @dataclass(frozen=True)
 class Rows:
-    """Token rows packed one after the other: ids and positions [1, S], and where they come from."""
+    """Token rows packed one after the other.
+
+    Args:
+        ids, positions: [1, S] int64; positions restart at 0 at each row.
+        origin: where they come from, in words.
+        held_out: whether they are of the data that was trained on, and not general texts.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
     origin: str
+    held_out: bool = False
 
     @property
     def documents(self) -> list[list[int]]:
@@ -61,11 +68,12 @@ def rows_of(tokenizer: Any, held_out: Sequence[Any] | None, vocab_size: int) -> 
     Raises:
         ConfigError: a row is of another kind, or none has two tokens.
     """
-    if held_out is not None and len(held_out) > 0:
+    given = held_out is not None and len(held_out) > 0
+    if given:
         rows, origin = [_ids(tokenizer, row) for row in list(held_out)[:32]], f"{len(held_out)} held-out rows"
     elif tokenizer is not None:
-        given = CONVERSATIONS if tokenizer.chat_template else []
-        rows = [_ids(tokenizer, row) for row in [*given, *TEXTS]]
+        conversations = CONVERSATIONS if tokenizer.chat_template else []
+        rows = [_ids(tokenizer, row) for row in [*conversations, *TEXTS]]
         origin = f"oribi's own {len(rows)} conversations and texts (no held-out rows were given)"
     else:
         generator = torch.Generator().manual_seed(0)
@@ -79,13 +87,13 @@ def rows_of(tokenizer: Any, held_out: Sequence[Any] | None, vocab_size: int) -> 
             kept.append(row[: min(_MAX_ROW, room)])
     if not kept:
         raise ConfigError("the held-out rows have no row of two tokens or more")
-    return pack(kept, origin)
+    return pack(kept, origin, held_out=given)
 
 
-def pack(rows: list[list[int]], origin: str) -> Rows:
+def pack(rows: list[list[int]], origin: str, *, held_out: bool = False) -> Rows:
     """Rows of ids one after the other."""
     positions = torch.cat([torch.arange(len(row)) for row in rows])
-    return Rows(torch.tensor([id for row in rows for id in row])[None], positions[None], origin)
+    return Rows(torch.tensor([id for row in rows for id in row])[None], positions[None], origin, held_out)
 
 
 def _ids(tokenizer: Any, row: Any) -> list[int]:
