@@ -3,9 +3,12 @@
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from oribi.errors import ExportError
+from oribi.kernels.nf4 import dequantize
 from oribi.lora.attach import attach_lora
 from oribi.models.checkpoint import SafetensorsSource
 from oribi.models.gguf_source import GGUFSource
@@ -36,9 +39,9 @@ def checkpoint(tmp_path):
     return tmp_path / "base"
 
 
-def trained(checkpoint, **settings):
+def trained(checkpoint, dtype=torch.float32, **settings):
     """An NF4 model of the checkpoint with an adapter that does something."""
-    model, tokenizer = load_model(str(checkpoint), load_in_4bit=True, dtype=torch.float32)
+    model, tokenizer = load_model(str(checkpoint), load_in_4bit=True, dtype=dtype)
     model = attach_lora(model, r=4, lora_alpha=8, **settings)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -63,6 +66,23 @@ def test_the_dequantised_merge_is_the_trained_function(checkpoint, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert relative(logits_of(merged), logits_of(model)) < 1e-5
     assert report.checks[0].figures["kl"] < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_a_gpu_is_exported_as_it_stands(checkpoint, tmp_path):
+    model, tokenizer = trained(checkpoint, dtype=torch.bfloat16)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    assert save_gguf(model, tmp_path / "gguf", tokenizer, ["f32", "q8_0"])["report"].passed
+    save_merged(model, tmp_path / "merged", tokenizer, dtype="float32")
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    source = GGUFSource(next((tmp_path / "gguf").glob("*F32.gguf")))
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            exact = dequantize([layer.base_layer.weight], torch.float32) + layer.get_delta_weight("default")
+            assert relative(written[f"{name}.weight"], exact.cpu()) < 1e-6
+            from_gguf = source.read(f"{name}.weight", torch.device("cpu"), torch.float32)
+            assert relative(from_gguf, exact.cpu()) < 1e-6
 
 
 def test_the_original_merge_is_the_adapter_on_the_original(checkpoint, tmp_path):

@@ -168,10 +168,9 @@ def test_methods_are_named_as_people_name_them():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
 def test_a_gpu_quantises_as_near_as_the_cpu(type):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     values = tensors()["long tails"]
     here, there = quantize(values, type), quantize(values.cuda(), type)
     assert error(values.numpy(), there, type) <= 1.001 * error(values.numpy(), here, type)
