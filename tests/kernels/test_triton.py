@@ -106,7 +106,11 @@ def test_fused_residual_equals_the_separate_addition(dtype, scale, shape):
     y, total, rstd = rms_norm.rms_norm_forward(
         x, weight, 1e-5, residual=residual, residual_scale=scale, out=out
     )
-    assert torch.equal(total, residual + x * scale if scale != 1.0 else residual + x)
+    apart = residual + x * scale if scale != 1.0 else residual + x
+    if dtype is torch.float32:  # the kernel rounds the product and the sum at once
+        assert relative_error(total, apart) < 1e-7
+    else:
+        assert torch.equal(total, apart)
     alone, _, rstd_alone = rms_norm.rms_norm_forward(total, weight, 1e-5)
     assert relative_error(y, alone) < (1e-6 if dtype is torch.float32 else 1e-3)
     assert relative_error(rstd, rstd_alone) < 1e-6

@@ -128,7 +128,9 @@ class TestOnTheGpu:
         steps = StepGraphs(model, decoder, optimizer)
         batch = pack([32, 32])
         kept_alive = model(**batch).loss  # its graph holds on to the default stream
+        stream = torch.cuda.current_stream()
         with caplog.at_level(logging.WARNING):
             losses = [steps(model, batch, 64) for _ in range(3)]
         assert torch.equal(losses[0], losses[2])
         assert kept_alive.grad_fn is not None
+        assert torch.cuda.current_stream() == stream

@@ -197,6 +197,10 @@ class GroupWeight:
         """[N, P]: block diagonal scale_i B_i, and the biases."""
         return self.buffer[: self.out_features, self.in_features :]
 
+    def low(self, room: torch.Tensor) -> torch.Tensor:
+        """S [T, P], copied out of a room [T, K + P] that `forward` has filled."""
+        return room[:, self.in_features :].clone()
+
     def input_room(self, tokens: int) -> torch.Tensor:
         """Uninitialised [T, K + P]: x goes into the first K columns."""
         return self.buffer.new_empty(tokens, self.in_features + self.spare)
@@ -273,9 +277,8 @@ def forward_onto(
     Returns:
         y [T, N] and S [T, P] (None where P is 0).
     """
-    low = None
-    if group.spare:
-        low = x @ group.a.t()
+    low = forward_low(x, group)
+    if low is not None:
         if group.bias_column is not None:
             low[:, group.bias_column] = 1
         y = expand(low, group.scaled_b, residual)
@@ -284,6 +287,11 @@ def forward_onto(
     else:
         y = residual.clone()
     return y.addmm_(x, group.w.t()), low
+
+
+def forward_low(x: torch.Tensor, group: GroupWeight) -> torch.Tensor | None:
+    """S = x A^T [T, P] of x [T, K]; None where P is 0."""
+    return x @ group.a.t() if group.spare else None
 
 
 def backward_low(dy_room: torch.Tensor, group: GroupWeight) -> torch.Tensor | None:

@@ -12,7 +12,6 @@ the widest results there are, and must not grow with the context. The gradients 
 The LoRA pairs are the only parameters trained here; a layer with anything else to train takes PyTorch's autograd.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -116,35 +115,33 @@ class _FusedLayer(torch.autograd.Function):
     def forward(ctx, x, layer, groups, batch, keep, *factors):
         step = _Step(layer, groups, batch, keep, x.dtype, x.device)
         kept: dict[str, object] = {}
-
-        def leave(name: str, tensor: torch.Tensor | None, kept: dict[str, object] = kept) -> None:
-            place = getattr(keep, name)
-            if tensor is not None and place != "recompute":
-                kept[name] = batch.host_memory.put(tensor, step) if place == "host" and x.is_cuda else tensor
-
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
-            leave("x", flat)
+            step.put(kept, "x", flat)
             weight = step.weight("qkv")
             room, _ = step.enter(step.norm_before_attention, flat, weight)
             qkv = lora.forward(room, weight)
-            kept["low_qkv"] = room[:, weight.in_features :].clone()
+            if keep.qkv != "recompute":
+                kept["low_qkv"] = weight.low(room)
             del room
             rotated = step.rotate(qkv, weight.spare)
-            leave("qkv", qkv)
+            step.put(kept, "qkv", qkv)
             a, extra = attention_forward(rotated.q, rotated.k, rotated.v, step.attend(rotated))
             del rotated, qkv
             a = a.reshape(len(flat), -1)
-            leave("attention", a)
-            kept["attention_extra"] = extra
+            step.put(kept, "attention", a)
+            if keep.attention != "recompute":
+                kept["attention_extra"] = extra
             weight = step.weight("o")
-            x_mid, kept["low_o"], product = step.leave(a, flat, weight, step.norm_after_attention)
-            leave("x_mid", x_mid)
-            leave("o", product)
+            x_mid, low, product = step.leave(a, flat, weight, step.norm_after_attention)
+            if keep.x_mid != "recompute":
+                kept["low_o"] = low
+            step.put(kept, "x_mid", x_mid)
+            step.put(kept, "o", product)
             del a, product
             weights = step.weight("gate_up"), step.weight("down")
             kept["mlp"] = [{} for _ in portions(len(flat))]
-            ys = [_mlp(step, x_mid[r], weights, leave, k) for r, k in zip(portions(len(flat)), kept["mlp"])]
+            ys = [_mlp(step, x_mid[r], weights, k) for r, k in zip(portions(len(flat)), kept["mlp"])]
             y = ys[0] if len(ys) == 1 else torch.cat(ys)
         ctx.step, ctx.kept, ctx.shape = step, kept, x.shape
         return y.view(x.shape)
@@ -174,20 +171,22 @@ def _mlp(
     step: "_Step",
     x: torch.Tensor,
     weights: tuple[GroupWeight, GroupWeight],
-    leave: Callable[..., None],
     kept: dict[str, object],
 ) -> torch.Tensor:
     """y of some rows of x_mid [t, D]; weights are those of gate|up and down."""
     weight, weight_down = weights
     room, _ = step.enter(step.norm_before_mlp, x, weight)
     gate_up = lora.forward(room, weight)
-    kept["low_gate_up"] = room[:, weight.in_features :].clone()
+    step.put(kept, "gate_up", gate_up)
+    if "gate_up" in kept:
+        kept["low_gate_up"] = weight.low(room)
     del room
-    leave("gate_up", gate_up, kept)
     h = step.gated(gate_up, weight)
     del gate_up
-    y, kept["low_down"], product = step.leave(h, x, weight_down, step.norm_after_mlp)
-    leave("down", product, kept)
+    y, low, product = step.leave(h, x, weight_down, step.norm_after_mlp)
+    if "gate_up" in kept:
+        kept["low_down"] = low
+    step.put(kept, "down", product)
     return y
 
 
@@ -202,8 +201,11 @@ def _mlp_backward(
     weight, weight_down = weights
     room, rstd = step.enter(step.norm_before_mlp, x, weight)
     gate_up, down = _fetch(kept, "gate_up"), _fetch(kept, "down")
-    if gate_up is None:
+    low, low_down = kept.pop("low_gate_up", None), kept.pop("low_down", None)
+    again = gate_up is None
+    if again:
         gate_up = lora.forward(room, weight)
+        low = weight.low(room)
     n2 = room[:, : weight.in_features]
     if down is None and step.norm_after_mlp is not None:
         down = step.leave(step.gated(gate_up, weight), x, weight_down, step.norm_after_mlp)[2]
@@ -214,11 +216,13 @@ def _mlp_backward(
     gate, up = gate_up[:, : weight.out_features].chunk(2, dim=1)
     # gate|up becomes its gradient and dh becomes h: at 8B and 4096 tokens that saves 350 MB
     gated_mlp_backward(dh, gate, up, step.layer.mlp.activation, dgate=gate, dup=up, h=dh)
-    factors = step.factors("down", dout, u, dh, kept.pop("low_down"))
+    if again:
+        low_down = lora.forward_low(dh, weight_down)
+    factors = step.factors("down", dout, u, dh, low_down)
     del dout, dh, gate, up
     u = lora.backward_low(gate_up, weight)
     dn = lora.backward_input(gate_up, weight)
-    return dn, rstd, step.factors("gate_up", gate_up, u, n2, kept.pop("low_gate_up")) + factors
+    return dn, rstd, step.factors("gate_up", gate_up, u, n2, low) + factors
 
 
 def _fetch(kept: dict[str, object], name: str) -> torch.Tensor | None:
@@ -239,21 +243,24 @@ def _backward(
     x = _fetch(kept, "x")
     # what forward did not keep, up to gate|up; nobody needs the output of the down projection
     weight_qkv, qkv = None, _fetch(kept, "qkv")
-    was_kept = qkv is not None
+    low_qkv, was_kept = kept.pop("low_qkv", None), qkv is not None
     if not was_kept:
         weight_qkv = step.weight("qkv")
-        qkv = lora.forward(step.enter(step.norm_before_attention, x, weight_qkv)[0], weight_qkv)
+        room = step.enter(step.norm_before_attention, x, weight_qkv)[0]
+        qkv = lora.forward(room, weight_qkv)
+        low_qkv = weight_qkv.low(room)
+        del room
     spare = qkv.shape[1] - sum(step.layer.self_attn.sizes)
     rotated = step.rotate(qkv, spare, already=was_kept)
     how = step.attend(rotated)
-    a, extra = _fetch(kept, "attention"), kept.pop("attention_extra")
+    a, extra = _fetch(kept, "attention"), kept.pop("attention_extra", None)
     if a is None:
         a, extra = attention_forward(rotated.q, rotated.k, rotated.v, how)
         a = a.reshape(len(x), -1)
-    weight_o, x_mid, o = None, _fetch(kept, "x_mid"), _fetch(kept, "o")
+    weight_o, x_mid, o, low_o = None, _fetch(kept, "x_mid"), _fetch(kept, "o"), kept.pop("low_o", None)
     if x_mid is None or (o is None and step.norm_after_attention is not None):
         weight_o = step.weight("o")
-        x_mid, _, o = step.leave(a, x, weight_o, step.norm_after_attention)
+        x_mid, low_o, o = step.leave(a, x, weight_o, step.norm_after_attention)
     weights = step.weight("gate_up"), step.weight("down")
     # the gradient of x_mid is that of o's output unless something lies between: then it is written where it is needed
     shared = step.norm_after_attention is None and step.layer.residual_scale == 1.0
@@ -273,7 +280,7 @@ def _backward(
     del room
     u = lora.backward_low(dout, weight_o)
     da = lora.backward_input(dout, weight_o)
-    factors_o = step.factors("o", dout, u, a, kept.pop("low_o"))
+    factors_o = step.factors("o", dout, u, a, low_o)
     del dout, weight_o, o
     shape = rotated.q.shape
     grads = attention_backward(da.view(shape), rotated.q, rotated.k, rotated.v, a.view(shape), extra, how)
@@ -285,7 +292,7 @@ def _backward(
     u = lora.backward_low(qkv, weight_qkv)
     room, rstd = step.enter(step.norm_before_attention, x, weight_qkv)
     n1 = room[:, : weight_qkv.in_features]
-    factors_qkv = step.factors("qkv", qkv, u, n1, kept.pop("low_qkv"))
+    factors_qkv = step.factors("qkv", qkv, u, n1, low_qkv)
     dx = None
     if needs_dx:
         dn = lora.backward_input(qkv, weight_qkv)
@@ -317,7 +324,7 @@ class _Step:
         device: torch.device,
     ) -> None:
         self.layer, self.groups, self.batch, self.dtype, self.device = layer, groups, batch, dtype, device
-        self.keeps_weights = keep.weights == "keep"
+        self.keep = keep
         self.norm_before_attention = layer.input_layernorm if layer.norms != "post" else None
         self.norm_after_attention = layer.post_attention_layernorm if layer.norms != "pre" else None
         self.norm_before_mlp = {
@@ -327,10 +334,17 @@ class _Step:
         }[layer.norms]
         self.norm_after_mlp = layer.post_feedforward_layernorm if layer.norms != "pre" else None
 
+    def put(self, kept: dict[str, object], name: str, tensor: torch.Tensor | None) -> None:
+        """Leaves a result for backward where `Keep` wants it."""
+        place = getattr(self.keep, name)
+        if tensor is not None and place != "recompute":
+            waits = place == "host" and tensor.is_cuda
+            kept[name] = self.batch.host_memory.put(tensor, self) if waits else tensor
+
     def weight(self, name: str) -> GroupWeight:
         """A group's weights, dequantised, with their LoRA pairs."""
         projections = getattr(self.groups, name)
-        if not self.keeps_weights:
+        if self.keep.weights != "keep":
             return augmented_weight(projections, self.dtype, self.device)
         # what the buffer was made of: a loaded, merged or moved weight is another one
         source = (self.dtype, *((p.weight.data_ptr(), p.weight._version) for p in projections))

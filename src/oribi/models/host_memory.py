@@ -9,6 +9,8 @@ import weakref
 
 import torch
 
+from oribi.kernels.dispatch import next_power_of_2
+
 
 class Parcel:
     """One tensor on its way out, waiting, or on its way back."""
@@ -22,7 +24,8 @@ class Parcel:
         self._device = tensor.device
         self._back: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        self._host: torch.Tensor | None = store.borrow(tensor)
+        self._buffer = store.borrow(tensor.nbytes)
+        self._host: torch.Tensor | None = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._store.send(tensor, self._host, group)
 
     @property
@@ -41,7 +44,7 @@ class Parcel:
         self.start_return()
         self._start_group_below()
         torch.cuda.current_stream(self._device).wait_event(self._arrived)
-        self._store.give_back(self._host)
+        self._store.give_back(self._buffer)
         back, self._back, self._host = self._back, None, None
         return back
 
@@ -66,8 +69,9 @@ class HostMemory:
         # sources of copies under way, with their groups: freed when the computing stream has waited for their copies,
         # so that their memory is never handed out while it is still being read
         self._leaving: list[tuple[object, torch.Tensor, torch.cuda.Event]] = []
-        # pinned buffers that wait for the next step: pinning takes long, and none may be pinned inside a CUDA graph
-        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        # pinned buffers that wait for the next step, by size: pinning takes long, and none may be pinned inside a CUDA
+        # graph. Sizes are powers of two, so that batches of any length share few of them
+        self._free: dict[int, list[torch.Tensor]] = {}
 
     def put(self, tensor: torch.Tensor, group: object) -> Parcel:
         """Starts copying a tensor [...] to the host.
@@ -100,11 +104,12 @@ class HostMemory:
         while self._leaving:
             torch.cuda.current_stream(self._device).wait_event(self._leaving.pop(0)[2])
 
-    def borrow(self, like: torch.Tensor) -> torch.Tensor:
-        """A pinned buffer with the shape and dtype of a tensor."""
-        free = self._free.get((like.shape, like.dtype))
-        return free.pop() if free else torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+    def borrow(self, size: int) -> torch.Tensor:
+        """A pinned buffer [at least `size`] of bytes."""
+        size = next_power_of_2(size)
+        free = self._free.get(size)
+        return free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Frees a buffer whose last copy has been ordered; later copies come after it on the same stream."""
-        self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+        self._free.setdefault(len(buffer), []).append(buffer)

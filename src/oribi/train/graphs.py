@@ -106,13 +106,16 @@ class StepGraphs:
         if self._decoder.model.host_memory is not None:
             self._decoder.model.host_memory.flush()  # nor may one reach into it
         torch.cuda.empty_cache()  # the usual steps' cache and the graph's pool do not share memory
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._run(own, own_targets)
         except RuntimeError as error:
             # most often a loss that somebody keeps with its whole graph, which ties gradients to another stream
             self._failed = True
+            torch.cuda.set_stream(
+                stream
+            )  # PyTorch leaves the recording's own stream behind as the current one
             _fresh_random_state(own_targets.device)
             logger.warning(
                 "no CUDA graphs: recording a step failed (%s); steps run as usual", str(error).splitlines()[0]
@@ -190,7 +193,7 @@ def reason_against(
     """
     if not isinstance(decoder, DecoderForCausalLM):
         return "the model is not oribi's decoder"
-    if next(decoder.parameters()).device.type != "cuda":
+    if decoder.device.type != "cuda":
         return "there is no GPU"
     if not isinstance(optimizer, FlatAdamW):
         return 'the optimizer moves its gradients; choose optim="adamw_8bit"'

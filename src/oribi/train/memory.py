@@ -175,9 +175,11 @@ class Training:
     def kept(self, keep: Keep, tokens: int) -> int:
         """Device bytes that a layer keeps from forward to backward."""
         config, width = self.architecture.config, self.architecture.decoder.dtype.itemsize
-        always = tokens * 4 * config.num_attention_heads  # attention's log-sum-exp
-        always += sum(tokens * p * width for _, _, p in self.groups.values())  # x A^T of each group
-        return always + sum(b for name, b in self.results(tokens).items() if getattr(keep, name) == "keep")
+        # attention's log-sum-exp, and x A^T of each group, go with the result that they belong to
+        beside = 0 if keep.attention == "recompute" else tokens * 4 * config.num_attention_heads
+        for name, of in (("qkv", "qkv"), ("o", "x_mid"), ("gate_up", "gate_up"), ("down", "gate_up")):
+            beside += tokens * self.groups[name][2] * width * (getattr(keep, of) != "recompute")
+        return beside + sum(b for name, b in self.results(tokens).items() if getattr(keep, name) == "keep")
 
     def in_backward(self, keep: Keep, tokens: int) -> int:
         """Device bytes of a layer's backward beside what it kept."""
