@@ -43,8 +43,8 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def ggml():
-    """llama.cpp's quantiser, from the library inside xllamacpp."""
+def quantize_in_llama_cpp(values: torch.Tensor, type: Type) -> np.ndarray:
+    """A tensor's bytes [N, bytes of a row] by llama.cpp's own quantiser, from the library inside xllamacpp."""
     package = pytest.importorskip("xllamacpp", reason="it carries llama.cpp's quantiser")
     library = ctypes.CDLL(str(next(Path(package.__file__).parent.glob("xllamacpp*.so"))))
     function = library.ggml_quantize_chunk
@@ -56,7 +56,11 @@ def ggml():
         *[ctypes.c_int64] * 3,
         ctypes.c_void_p,
     ]
-    return function
+    values = np.ascontiguousarray(values.numpy(), np.float32)
+    rows, row = values.shape
+    out = np.empty((rows, quantized_bytes((row,), type)), np.uint8)
+    function(int(type), values.ctypes.data, out.ctypes.data, 0, rows, row, None)
+    return out
 
 
 def error(values: np.ndarray, packed: np.ndarray, type: Type) -> float:
@@ -67,20 +71,16 @@ def error(values: np.ndarray, packed: np.ndarray, type: Type) -> float:
 @pytest.mark.parametrize("name", tensors())
 @pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
 def test_values_are_as_near_as_llama_cpps(type, name):
-    values = tensors()[name].numpy()
-    theirs = np.empty((64, quantized_bytes((1024,), type)), np.uint8)
-    ggml()(int(type), values.ctypes.data, theirs.ctypes.data, 0, 64, 1024, None)
-    ours = quantize(torch.from_numpy(values), type)
+    values = tensors()[name]
+    ours, theirs = quantize(values, type), quantize_in_llama_cpp(values, type)
     assert ours.shape == theirs.shape
-    assert error(values, ours, type) <= 1.02 * error(values, theirs, type)
+    assert error(values.numpy(), ours, type) <= 1.02 * error(values.numpy(), theirs, type)
 
 
 @pytest.mark.parametrize("name", tensors())
 def test_q8_0_is_llama_cpps_byte_by_byte(name):
-    values = tensors()[name].numpy()
-    theirs = np.empty((64, quantized_bytes((1024,), Type.Q8_0)), np.uint8)
-    ggml()(int(Type.Q8_0), values.ctypes.data, theirs.ctypes.data, 0, 64, 1024, None)
-    assert np.array_equal(quantize(torch.from_numpy(values), Type.Q8_0), theirs)
+    values = tensors()[name]
+    assert np.array_equal(quantize(values, Type.Q8_0), quantize_in_llama_cpp(values, Type.Q8_0))
 
 
 @pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
@@ -141,8 +141,16 @@ def test_every_tensor_gets_the_type_llama_cpp_gives_it(method, tmp_path):
     )
     assert done == 0
     ours = save_gguf(model, tmp_path / "ours", byte_level_tokenizer(), method, verify=False)["gguf_files"][0]
-    expected = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(theirs).tensors}
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs).tensors}
+    expected = {name: tensor.tensor_type.name for name, tensor in written.items()}
     assert {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(ours).tensors} == expected
+    # its files hold what its quantiser gives, with which other tests compare
+    for tensor in gguf.GGUFReader(result["gguf_files"][0]).tensors:
+        if written[tensor.name].tensor_type in QUANTISED:
+            packed = quantize_in_llama_cpp(
+                torch.from_numpy(np.array(tensor.data)), written[tensor.name].tensor_type
+            )
+            assert np.array_equal(written[tensor.name].data, packed), tensor.name
 
 
 @pytest.mark.parametrize("method", ["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "q5_1", "q4_0"])
