@@ -1,8 +1,10 @@
 """Tokenizers are repaired where training would go wrong, say so in one line, and never change their vocabulary."""
 
+import json
+
 import pytest
 from tokenizers import AddedToken
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from oribi.errors import ModelError
 from oribi.models.load import load_model
@@ -162,6 +164,24 @@ def test_fix_tokenizer_false_repairs_nothing(tmp_path):
     )
     assert made.pad_token == made.eos_token
     assert model.oribi.notes == []
+
+
+def test_a_class_that_cuts_otherwise_than_the_file_is_not_taken(tmp_path):
+    checkpoint(tmp_path)
+    expected = byte_level_tokenizer()
+    expected.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    # as DeepSeek-R1-Distill-Llama has it
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
+    text = "The cat's 1234 hats\n\n你好"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] != expected(text)["input_ids"]
+    model, loaded = load_model(str(tmp_path), max_seq_length=64)
+    assert loaded(text)["input_ids"] == expected(text)["input_ids"]
+    assert loaded.chat_template == expected.chat_template
+    assert sum("takes it for a LlamaTokenizer" in note for note in model.oribi.notes) == 1
+    loaded.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again(text)["input_ids"] == expected(text)["input_ids"]
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path):

@@ -161,7 +161,7 @@ def _load_checkpoint(location: Location, request: Request) -> tuple[PreTrainedMo
     generation = None
     if (directory / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(directory)
-    tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code)
+    tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code, notes=notes)
     kind = "bnb-4bit" if stored is not None else "pickle" if pickled else "safetensors"
     return _finish(model, tokenizer, generation, location, request, quantization, kind, fused, notes)
 
@@ -174,7 +174,9 @@ def _load_gguf(location: Location, request: Request) -> tuple[PreTrainedModel, P
     quantization = choose_quantization(request, notes)
     _choose_positions(config, request, notes)
     if (location.directory / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(location.directory, trust_remote_code=request.trust_remote_code)
+        tokenizer = load_tokenizer(
+            location.directory, trust_remote_code=request.trust_remote_code, notes=notes
+        )
         notes.append("tokenizer: read from the tokenizer.json beside the GGUF file")
     else:
         tokenizer = rebuild_tokenizer(source.value, str(location.file))
@@ -207,7 +209,9 @@ def _load_adapter(location: Location, request: Request) -> tuple[PeftModel, PreT
     if any(location.directory.glob("tokenizer*")):
         generation = base.generation_config
         vocab_size = base.get_input_embeddings().weight.shape[0]
-        tokenizer = load_tokenizer(location.directory, trust_remote_code=request.trust_remote_code)
+        tokenizer = load_tokenizer(
+            location.directory, trust_remote_code=request.trust_remote_code, notes=notes
+        )
         if len(tokenizer) > vocab_size:
             base.resize_token_embeddings(len(tokenizer))
             notes.append(

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from oribi.errors import ModelError
 
@@ -32,6 +39,8 @@ CHATML = (
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _PROBE = "oribi"
+# what rules of cutting differ on; the leading space is one that some classes add
+_CUTS = " Hello world's  1234567 naïve\n\n\tx=(y+1); 你好ですか? I'LL 👍🏽"
 
 
 @dataclass
@@ -50,19 +59,53 @@ class Repaired:
 
 
 def load_tokenizer(
-    directory: Path, *, trust_remote_code: bool = False, config: PretrainedConfig | None = None
+    directory: Path,
+    *,
+    trust_remote_code: bool = False,
+    config: PretrainedConfig | None = None,
+    notes: list[str] | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory.
+
+    Args:
+        directory: with tokenizer.json or what the tokenizer's class reads.
+        trust_remote_code: whether a class of the directory's own may run.
+        config: the model's config; None reads the directory's.
+        notes: gets a line if tokenizer.json is taken and not the class that transformers chose.
 
     Raises:
         ModelError: there is none, or it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             directory, config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        if _cuts_as_stored(tokenizer, directory / "tokenizer.json"):
+            return tokenizer
+        stored = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"no tokenizer can be loaded from {directory}: {error}") from error
+    if notes is not None:
+        notes.append(
+            f"tokenizer: transformers takes it for a {type(tokenizer).__name__}, which cuts text otherwise than its "
+            "tokenizer.json; the file is taken as it stands"
+        )
+    return stored
+
+
+def _cuts_as_stored(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    """Whether a byte-level tokenizer gives the ids of its own tokenizer.json; others are not compared.
+
+    transformers 5 rebuilds a tokenizer by the rules of the class it is saved under. Checkpoints that name LlamaTokenizer
+    and hold a byte-level BPE (DeepSeek-R1-Distill) get other ids than they were trained with.
+    """
+    if not (tokenizer.is_fast and file.is_file()):
+        return True
+    stored = Tokenizer.from_file(str(file))
+    if not isinstance(stored.decoder, decoders.ByteLevel):
+        return True
+    ids = tokenizer(_CUTS, add_special_tokens=False)["input_ids"]
+    return ids == stored.encode(_CUTS, add_special_tokens=False).ids
 
 
 def repair(
