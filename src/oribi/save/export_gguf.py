@@ -19,7 +19,7 @@ from oribi.save.folder import announce, finished_folder
 from oribi.save.gguf.adapter import save_gguf_adapter
 from oribi.save.gguf.layout import check_config
 from oribi.save.gguf.mixes import METHODS, mix_of
-from oribi.save.gguf.tokenizer import Vocabulary
+from oribi.save.gguf.tokenizer import CUT_BY_CASE, Vocabulary
 from oribi.save.gguf.writer import plan_file, write_files
 from oribi.save.modelfile import NoModelfile, modelfile
 from oribi.save.naming import model_name
@@ -114,6 +114,11 @@ def _write(
     device, name = next(inner.parameters()).device, first.rsplit(".", 2)[0]
     with torch.no_grad():
         vocabulary = write_files(paths, source, inner.config, tokenizer, name=name, device=device)
+    if vocabulary.pre in CUT_BY_CASE:
+        report.notes.append(
+            f"llama.cpp cuts some words beyond ASCII otherwise than this tokenizer (rule {vocabulary.pre}): those with "
+            "combining marks, as in Hindi, or with capitals"
+        )
     has_modelfile = _write_modelfile(partial, first, inner, tokenizer, vocabulary.adds_bos, report)
     if has_modelfile:
         usage += f"\n\n```\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"

@@ -33,6 +33,8 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {}
 for _names, _rules in RULES.items():
     for _name in _names:
         _PRE_TOKENIZERS.setdefault((_rules, _name in WHOLE_WORDS), _name)
+# llama.cpp's own form of these rules knows no case and no combining marks of letters beyond ASCII
+CUT_BY_CASE = ("tekken", "gpt-4o")
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
