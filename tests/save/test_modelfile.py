@@ -107,7 +107,8 @@ def test_ollama_renders_every_named_template_as_trained(name):
 def test_stops_and_parameters_are_written():
     tokenizer = byte_level_tokenizer()
     generation = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, eos_token_id=0)
-    text = modelfile("m.Q4_K_M.gguf", tokenizer, stop_ids(tokenizer, 0), generation, adds_bos=False)
+    stops = [*stop_ids(tokenizer, 0), tokenizer.convert_tokens_to_ids("#")]
+    text = modelfile("m.Q4_K_M.gguf", tokenizer, stops, generation, adds_bos=False)
     assert text.startswith("FROM ./m.Q4_K_M.gguf\n")
     assert text.count("PARAMETER stop") == 2
     assert 'PARAMETER stop "<|endoftext|>"\nPARAMETER stop "<|im_end|>"\n' in text

@@ -209,7 +209,9 @@ def modelfile(file: str, tokenizer: Any, stops: list[int], generation: Any, *, a
     lines = [f"FROM ./{file}", f'TEMPLATE """{template}"""']
     if turns.default:
         lines.append(f'SYSTEM """{turns.default}"""')
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(id)}"' for id in stops]
+    # Ollama stops at the text: that of an ordinary token may stand in any answer
+    ends = [tokenizer.convert_ids_to_tokens(id) for id in stops if id in tokenizer.added_tokens_decoder]
+    lines += [f'PARAMETER stop "{end}"' for end in ends]
     for ours, theirs in _PARAMETERS.items():
         value = getattr(generation, ours, None)
         if value is not None and getattr(generation, "do_sample", False):
