@@ -178,6 +178,19 @@ def test_an_adapter_as_gguf_turns_the_base_into_the_trained_model(family, settin
     assert (found - before).abs().max() > 0.1
 
 
+def test_an_adapter_as_gguf_is_read_back(tmp_path):
+    tuned = adapted(tiny_model(export_config("llama")), use_rslora=True)
+    written = save_gguf_adapter(tuned, tmp_path / "lora", ["f32", "f16", "bf16", "q8_0"])
+    errors = [check.figures["largest error"] for check in written["report"].checks]
+    assert errors[0] == 0 < errors[1] < errors[2]
+    assert (tmp_path / "lora" / "export_report.json").exists()
+    with torch.no_grad():  # below what float16 can say
+        tuned.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.mul_(1e-6)
+    with pytest.raises(ExportError, match="FAIL f16: adapter read back: .*take f32"):
+        save_gguf_adapter(tuned, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
 def test_what_llama_cpp_cannot_apply_is_refused(tmp_path):
     dora = adapted(tiny_model(export_config("llama")), use_dora=True)
     with pytest.raises(ExportError, match="no DoRA, bias, new token or fully trained module"):

@@ -108,7 +108,8 @@ def _write(
         written = save_gguf(loaded.model, target, loaded.tokenizer, methods, **options)
         checks, files = written["report"].checks, [Path(file) for file in written["gguf_files"]]
     elif form == "gguf-adapter":
-        files = [Path(f) for f in save_gguf_adapter(loaded.model, target, methods)["gguf_files"]]
+        written = save_gguf_adapter(loaded.model, target, methods, verify=options["verify"])
+        checks, files = written["report"].checks, [Path(file) for file in written["gguf_files"]]
     else:
         report = save_merged(loaded.model, target, loaded.tokenizer, form, **options)
         checks, files = report.checks, [target / name for name in report.files]

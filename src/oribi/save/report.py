@@ -19,7 +19,7 @@ class ExportReport:
 
     Args:
         directory: the folder.
-        kind: "merged_16bit", "merged_4bit", "lora" or "gguf".
+        kind: "merged_16bit", "merged_4bit", "lora", "gguf" or "gguf-adapter".
         base: the weights under the adapter.
         files: name and bytes of each file of weights.
         checked_on: which rows.
@@ -92,7 +92,7 @@ def model_card(report: ExportReport, name: str, base_model: str, usage: str) -> 
         usage: how to run it, as Markdown.
     """
     is_hub_name = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
-    library = {"lora": "peft", "gguf": "gguf"}.get(report.kind, "transformers")
+    library = {"lora": "peft", "gguf": "gguf", "gguf-adapter": "gguf"}.get(report.kind, "transformers")
     front = ["---", f"library_name: {library}"]
     front += [f"base_model: {base_model}"] * is_hub_name
     front += ["tags:", "- oribi", *(f"- {tag}" for tag in report.tags), "---"]

@@ -11,36 +11,47 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf.quants import dequantize
 from torch import nn
 
 from oribi.errors import ConfigError, ExportError
 from oribi.save.adapter import changes_of
+from oribi.save.finish import file_sizes, finish_export
 from oribi.save.folder import announce, finished_folder
 from oribi.save.gguf.layout import layout_of, tensors_of
 from oribi.save.gguf.quantize import Type, quantize, quantized_bytes
 from oribi.save.naming import base_name, model_name
+from oribi.save.report import ExportReport
+from oribi.save.verify import Check
 from oribi.save.weights import LoadedModel
 
 _TYPES = {"auto": Type.F16, "f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
+# of the norm of a factor; float16 passes it only where a factor's values are too small for it
+_TOLERANCE = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 1e-2}
 _FLOAT32 = np.dtype(np.float32)
 
 
 def save_gguf_adapter(
-    model: nn.Module, directory: str | Path, quantization_method: str | Sequence[str] = "f16"
+    model: nn.Module,
+    directory: str | Path,
+    quantization_method: str | Sequence[str] = "f16",
+    *,
+    verify: bool = True,
 ) -> dict[str, Any]:
-    """Write the active LoRA adapter as GGUF.
+    """Write the active LoRA adapter as GGUF and check that the file holds it.
 
     Args:
         model: PEFT's model with one active adapter, LoRA or rsLoRA alone.
         directory: where the file goes; created.
         quantization_method: f32, f16, bf16 or q8_0 (where rows allow it, f16 elsewhere), or several.
+        verify: whether to read the files back.
 
     Returns:
-        gguf_directory and gguf_files.
+        gguf_directory, gguf_files (paths) and report (`ExportReport`).
 
     Raises:
         ConfigError: an unknown type.
-        ExportError: the adapter has parts that llama.cpp cannot apply.
+        ExportError: the adapter has parts that llama.cpp cannot apply, or a file differs from it.
     """
     names = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     unknown = [name for name in names if name.lower() not in _TYPES]
@@ -51,10 +62,17 @@ def save_gguf_adapter(
     size = sum(pair.numel() * 4 for pair in pairs.values()) * len(names)
     announce(directory, {"adapter as GGUF, at most": size})
     files = {name.lower(): f"{model_name(model)}-lora.{name.upper()}.gguf" for name in names}
+    report = ExportReport(str(directory), "gguf-adapter", "", {}, checked_on="every factor of the adapter")
+    usage = f"```\nllama-cli -m BASE.gguf --lora {next(iter(files.values()))}\n```"
     with finished_folder(directory, size + (1 << 20)) as partial:
         for name, file in files.items():
             _write(partial / file, config, alpha, pairs, _TYPES[name], base_name(model))
+            if verify:
+                report.checks.append(_check(name, partial / file, alpha, pairs, _TYPES[name]))
+        report.files = file_sizes(partial, "*.gguf")
+        finish_export(report, partial, model, usage)
     return {
+        "report": report,
         "gguf_directory": str(directory),
         "gguf_files": [str(Path(directory) / file) for file in files.values()],
     }
@@ -108,3 +126,19 @@ def _write(
     for name, pair in pairs.items():
         writer.write_tensor_data(quantize(pair.contiguous(), types[name]))
     writer.close()
+
+
+def _check(name: str, path: Path, alpha: float, pairs: dict[str, torch.Tensor], type: Type) -> Check:
+    """Compare a written file's factors with the adapter's."""
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    worst = 0.0 if reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents() == np.float32(alpha) else np.inf
+    for key, pair in pairs.items():
+        difference = torch.from_numpy(np.array(found[key], np.float32)).view(pair.shape) - pair
+        worst = max(worst, (difference.norm() / pair.norm().clamp_min(1e-30)).item())
+    tolerance = _TOLERANCE[type]
+    figures = {"factors": len(found), "of": len(pairs), "largest error": worst, "at most": tolerance}
+    advice = "the adapter's values do not fit this type; take f32"
+    return Check(
+        f"{name}: adapter read back", worst <= tolerance and len(found) == len(pairs), figures, advice
+    )
