@@ -56,6 +56,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"max_grad_norm": 0.3},
     "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
     "seed": {"seed": 1},
+    "deterministic": {"deterministic": True},
     "logging_steps": {"logging_steps": 10},
     "eval_steps": {"eval_steps": 3, "eval_fraction": 0.5},
     "save_steps": {"save_steps": 3},

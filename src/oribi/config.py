@@ -89,6 +89,7 @@ class RunConfig:
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 never", low=0)
     neftune_noise_alpha: float | None = setting(None, "NEFTune noise on the embeddings", low=0)
     seed: int = setting(3407, "Seed of data order, dropout and adapter", low=0)
+    deterministic: bool = setting(False, "Two runs are equal to the bit; slower on a GPU")
     logging_steps: int = setting(1, "Steps between two log lines", low=1)
     eval_steps: int | None = setting(
         None, "Steps between two evaluations; none evaluates at each epoch", low=1
@@ -152,6 +153,7 @@ ALIASES = {
     "optimizer": "optim",
     "random_seed": "seed",
     "random_state": "seed",
+    "full_determinism": "deterministic",
     "resume_from_checkpoint": "resume",
     "quantization": "quantization_method",
 }

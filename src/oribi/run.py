@@ -14,6 +14,7 @@ from oribi.environment import detect
 from oribi.language_model import FastLanguageModel
 from oribi.save import save_gguf, save_merged
 from oribi.train.arguments import SFTConfig
+from oribi.train.determinism import settle_cublas
 from oribi.train.memory import refuse_what_cannot_fit
 from oribi.train.progress import peak_memory_bytes
 from oribi.train.report import Measured, measure, write_report
@@ -33,6 +34,8 @@ def run(config: RunConfig) -> dict[str, Path]:
         Form of the model -> where it was saved; nothing in processes that are not the main one.
     """
     folder = Path(config.output_dir)
+    if config.deterministic:
+        settle_cublas()
     environment = detect()  # 1
     refuse_what_cannot_fit(config, environment)
     model, tokenizer = FastLanguageModel.from_pretrained(  # 2
@@ -111,8 +114,8 @@ def training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
     same = (
         "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
         "gradient_accumulation_steps", "learning_rate", "embedding_learning_rate", "lr_scheduler_type", "warmup_steps",
-        "optim", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "seed", "logging_steps", "save_total_limit",
-        "report_to", "packing", "eval_steps",
+        "optim", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "seed", "deterministic", "logging_steps",
+        "save_total_limit", "report_to", "packing", "eval_steps",
     )  # fmt: skip
     evaluation = "no" if not evaluates else "steps" if config.eval_steps else "epoch"
     return SFTConfig(

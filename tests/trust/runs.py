@@ -1,6 +1,6 @@
 """Runs of the small model that tests stop, kill and resume; as a script, trains in a folder and prints its losses.
 
-python -m tests.trust.runs MODEL FOLDER [key=value ...]
+python -m tests.trust.runs MODEL FOLDER [key=value ...]: settings of the trainer, and resume, device, dtype, packs.
 """
 
 import json
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from oribi.selftest.subject import Subject
+from oribi.data.packing import pack
+from oribi.selftest.subject import LONGEST, Subject
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
 from oribi.train.trainer import SFTTrainer
@@ -30,12 +31,21 @@ SETTINGS = {
 }
 
 
-def trainer_in(subject: Subject, folder: Path | str, evaluates: int = 0, **settings: Any) -> SFTTrainer:
-    """A trainer of the small model on random rows; so many of them are evaluated on, too."""
-    model, tokenizer = subject.load()
+def trainer_in(
+    subject: Subject,
+    folder: Path | str,
+    evaluates: int = 0,
+    dtype: str = "float32",
+    packs: bool = False,
+    **settings: Any,
+) -> SFTTrainer:
+    """A trainer of the small model on random rows or packs of them; so many of them are evaluated on, too."""
+    model, tokenizer = subject.load(dtype)
     args = SFTConfig(output_dir=str(folder), **{**SETTINGS, **settings})
     rows = subject.rows(ROWS, model.get_base_model().config.vocab_size)
     held_out = rows.select(range(evaluates)) if evaluates else None
+    if packs:
+        rows = pack(rows, 2 * LONGEST)
     trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=held_out, tokenizer=tokenizer)
     trainer.remove_callback(Progress)
     return trainer
@@ -51,8 +61,8 @@ def weights_of(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
 
 def main(model: str, folder: str, *settings: str) -> None:
     given = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in settings)}
-    resume = given.pop("resume", None)
-    trainer = trainer_in(Subject(model, "cpu"), folder, **given)
+    resume, device = given.pop("resume", None), given.pop("device", "cpu")
+    trainer = trainer_in(Subject(model, device), folder, **given)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.args.process_index == 0:
         print("losses", json.dumps(losses_of(trainer)), flush=True)

@@ -39,10 +39,10 @@ class Subject:
     path: str
     device: str | None = None
 
-    def load(self) -> tuple[PeftModel, Any]:
-        """The model in NF4, computing in float32, with LoRA whose B is not zero: at zero A would have no gradient."""
+    def load(self, dtype: str = "float32") -> tuple[PeftModel, Any]:
+        """The model in NF4, computing in `dtype`, with LoRA whose B is not zero: at zero A would have no gradient."""
         model, tokenizer = load_model(
-            self.path, dtype="float32", device_map=self.device, max_seq_length=4 * LONGEST
+            self.path, dtype=dtype, device_map=self.device, max_seq_length=4 * LONGEST
         )
         if not isinstance(model, DecoderForCausalLM):
             raise ModelError(

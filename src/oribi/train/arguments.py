@@ -39,6 +39,7 @@ class SFTConfig(trl.SFTConfig):
         overlong: what happens to an example longer than max_length: "truncate", "drop", "split" or "error"; None splits
             text files and truncates otherwise.
         embedding_learning_rate: learning rate of trained embeddings and head; None takes learning_rate.
+        deterministic: two runs are equal to the bit, on a GPU too, where it is slower; full_determinism is the same.
 
     Raises:
         ConfigError: an older name and its successor are both given and differ, or a value is out of range.
@@ -74,6 +75,7 @@ class SFTConfig(trl.SFTConfig):
     embedding_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of trained embeddings and head."}
     )
+    deterministic: bool = field(default=False, metadata={"help": "Two runs are equal to the bit."})
 
     def __post_init__(self) -> None:
         if self.max_seq_length is not None:
@@ -88,6 +90,9 @@ class SFTConfig(trl.SFTConfig):
                 raise ConfigError(f"warmup_ratio = {self.warmup_ratio}; must be at least 0 and below 1")
             if not self.warmup_steps:  # steps win, as they did when both were arguments
                 self.warmup_steps = self.warmup_ratio
+        # transformers' own way changes variables that CUDA has read by then, and waits for every kernel
+        self.deterministic |= self.full_determinism
+        self.full_determinism = False
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         for name in ("checkpointing", "checkpointing_kwargs"):

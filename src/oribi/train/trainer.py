@@ -28,6 +28,7 @@ from oribi.models.load import load_model
 from oribi.save.finite import require_finite
 from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
 from oribi.train.checkpoints import StopOnSignal, any_process, require_writable, write_checkpoint
+from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, settle_cublas
 from oribi.train.graphs import StepGraphs, reason_against
 from oribi.train.guard import LossGuard, require_targets
 from oribi.train.neftune import EmbeddingNoise
@@ -104,6 +105,8 @@ class SFTTrainer(BaseTrainer):
         if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
             raise ConfigError("tokenizer and processing_class name the same thing; give one of them")
         args = adopt(args)
+        if args.deterministic:
+            settle_cublas()
         for old, new in MOVED_KEYWORDS.items():
             value = kwargs.pop(old, None)
             if value is not None:
@@ -231,8 +234,11 @@ class SFTTrainer(BaseTrainer):
             self._noise = EmbeddingNoise(base_model(self.model).get_input_embeddings(), alpha)
         self._utilisation = utilisation_of(self.model, self.train_dataset)
         self._logged = (self.tokens_seen, time.monotonic())
+        deterministic = self.args.deterministic
+        if self.args.device.type == "cuda" and self.args.process_index == 0 and not deterministic:
+            print(f"oribi: {LEFT_OPEN}")
         try:
-            with self.stop_on_signal.listening():
+            with deterministic_algorithms(deterministic), self.stop_on_signal.listening():
                 output = super().train(*args, **kwargs)
         finally:
             self._release_steps()
