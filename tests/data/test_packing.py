@@ -115,3 +115,12 @@ def test_many_short_documents_fill_their_packs():
     lengths = np.random.default_rng(0).integers(20, 400, 20_000)
     packs = best_fit(lengths, 2048)
     assert lengths.sum() / (2048 * len(packs)) > 0.999
+
+
+def test_packs_know_where_each_document_came_from(documents, tmp_path, monkeypatch):
+    monkeypatch.setattr("oribi.data.packing.WRITTEN_TOKENS", 200)
+    named = [{**row, "origin": f"file:{row['input_ids'][0]}"} for row in documents]
+    packs = pack(datasets.Dataset.from_list(named), 64, cache_dir=tmp_path)
+    for row in packs:
+        starts = [sum(row["seq_lengths"][:n]) for n in range(len(row["seq_lengths"]))]
+        assert row["origins"] == [f"file:{row['input_ids'][start]}" for start in starts]

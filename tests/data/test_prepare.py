@@ -35,7 +35,7 @@ def trained(tokenizer, prepared):
 def test_the_report_counts_rows_and_tokens(prepare, chatml_tokenizer):
     prepared = prepare([{"messages": ONE_TURN}, {"messages": TWO_TURNS}], chatml_tokenizer)
     report, rows = prepared.report, list(prepared.dataset)
-    assert prepared.dataset.column_names == ["input_ids", "labels"]
+    assert prepared.dataset.column_names == ["input_ids", "labels", "origin"]
     assert trained(chatml_tokenizer, prepared) == [
         "It is this.<|im_end|>",
         "It is this.<|im_end|>That, too.<|im_end|>",
@@ -375,7 +375,7 @@ def test_streams_are_prepared_as_they_are_read(prepare, chatml_tokenizer):
     first = next(iter(prepared.dataset))
     assert 0 < len(read) < 1000
     assert chatml_tokenizer.decode([x for x in first["labels"] if x != UNTRAINED]) == "It is this.<|im_end|>"
-    assert prepared.dataset.column_names == ["input_ids", "labels"]
+    assert prepared.dataset.column_names == ["input_ids", "labels", "origin"]
 
 
 def test_a_stream_read_twice_is_counted_once(prepare, chatml_tokenizer):

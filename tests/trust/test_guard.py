@@ -1,5 +1,6 @@
 """Values that are not finite stop a run, are named, and reach no file."""
 
+import json
 import logging
 import math
 
@@ -10,7 +11,9 @@ from datasets import Dataset
 from oribi.errors import ExportError, TrainingError
 from oribi.save.finite import require_finite
 from oribi.selftest.subject import Subject, write_small_model
-from oribi.train.guard import LossGuard, contains, documents_of, offending_module
+from oribi.train.arguments import SFTConfig
+from oribi.train.guard import LossGuard, documents_of, offending_module, origin_at, place_of
+from oribi.train.trainer import SFTTrainer
 from tests.trust.runs import trainer_in, weights_of
 
 BAD = 7  # an id whose embedding the tests spoil
@@ -40,6 +43,27 @@ def spoiled(subject, folder, value=math.nan, **settings):
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight[BAD] = value
     return trainer
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_file_and_line_of_a_bad_row_are_named(subject, tmp_path, packing):
+    model, tokenizer = subject.load()
+    texts = [f"row {number} of twelve" + "!" * number for number in range(12)]
+    texts[7] = "here is a ~ that no other row has"
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
+    args = SFTConfig(
+        output_dir=str(tmp_path / "run"), max_steps=4, max_length=96, packing=packing, save_strategy="no",
+        disable_tqdm=True, per_device_train_batch_size=2, gradient_accumulation_steps=4,
+    )  # fmt: skip
+    trainer = SFTTrainer(model, args, train_dataset=str(data), tokenizer=tokenizer)
+    assert len(trainer.train_dataset) == 12 or (packing and len(trainer.train_dataset) < 12)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("~", add_special_tokens=False)["input_ids"][0]] = (
+            math.nan
+        )
+    with pytest.raises(TrainingError, match=r"Row \d+ of the prepared data, rows\.jsonl:8 \(.*embed_tokens"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch"])
@@ -151,8 +175,13 @@ def test_documents_are_taken_apart_as_they_were_put_together():
         PaddedCollator(0, padding_side="left"),
     ):
         assert [d["input_ids"][0].tolist() for d in documents_of(collate(rows))] == [[5, 6, 7], [8, 9]]
-    assert contains([1, 2, 3, 4], [3, 4])
-    assert not contains([1, 2, 3, 4], [2, 4])
+    assert place_of([1, 2, 3, 4], [3, 4]) == 2
+    assert place_of([1, 2, 3, 4], [2, 4]) is None
+    assert place_of([1], [1, 2]) is None
+    pack = {"seq_lengths": [2, 3], "origins": ["a:1", "b:7"]}
+    assert [origin_at(pack, start) for start in range(5)] == ["a:1", "a:1", "b:7", "b:7", "b:7"]
+    assert origin_at({"origin": "a:3"}, 0) == "a:3"
+    assert origin_at({}, 0) is None
 
 
 def test_looking_for_the_module_leaves_the_model_as_it_was(subject):

@@ -34,6 +34,7 @@ class Encoded:
     ids: list[int]
     labels: list[int]
     split_tokens: int = 0  # tokens that reach from context into a trained span: not trained
+    origin: str = ""  # the row it was, as file:line
 
 
 def added_tokens(tokenizer: Any) -> re.Pattern[str] | None:

@@ -22,6 +22,7 @@ from oribi.errors import DataError
 PACK_FEATURES = datasets.Features(
     {name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels", "seq_lengths")}
 )
+ORIGINS = {"origins": datasets.List(datasets.Value("string"))}
 WRITTEN_TOKENS = 1 << 22  # tokens gathered in memory at a time
 
 
@@ -78,13 +79,14 @@ def pack(
     """Pack a prepared data set: each row of the result is one pack.
 
     Args:
-        dataset: columns input_ids and labels.
+        dataset: columns input_ids and labels, and origin where it is known.
         max_tokens: room of a pack, in tokens.
         seed: order of the packs; best fit alone would put the longest documents first.
         cache_dir: where the packs are written; None is a folder that is emptied when the program ends.
 
     Returns:
-        A data set with columns input_ids, labels and seq_lengths (the documents' lengths, in order).
+        A data set with columns input_ids, labels, seq_lengths (the documents' lengths, in order), and origins (their rows)
+        where the data set has them.
 
     Raises:
         DataError: a document is longer than a pack.
@@ -101,7 +103,10 @@ def pack(
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.time_ns()}")
         per_write = max(1, WRITTEN_TOKENS // max_tokens)
-        with datasets.arrow_writer.ArrowWriter(features=PACK_FEATURES, path=str(temporary)) as writer:
+        features = datasets.Features(
+            {**PACK_FEATURES, **(ORIGINS if "origin" in dataset.column_names else {})}
+        )
+        with datasets.arrow_writer.ArrowWriter(features=features, path=str(temporary)) as writer:
             for first in range(0, len(packs), per_write):
                 writer.write_table(_gather(table, packs[first : first + per_write], lengths))
             writer.finalize()
@@ -129,4 +134,7 @@ def _gather(table: datasets.Dataset, packs: list[list[int]], lengths: np.ndarray
     columns["seq_lengths"] = pa.ListArray.from_arrays(
         pa.array(documents_before, pa.int32()), pa.array(lengths[documents], pa.int32())
     )
+    if "origin" in rows.column_names:
+        origins = rows["origin"].combine_chunks().cast(pa.string())
+        columns["origins"] = pa.ListArray.from_arrays(pa.array(documents_before, pa.int32()), origins)
     return pa.table(columns)

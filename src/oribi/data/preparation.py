@@ -30,9 +30,9 @@ OVERLONG = ("error", "drop", "truncate", "split")
 MALFORMED = ("error", "drop")
 BATCH_ROWS = 512
 PAIR_TEMPLATE = "alpaca"  # for base models, which have no chat template
-CACHE_FORMAT = 1  # raise it when the same input gives other tokens
+CACHE_FORMAT = 2  # raise it when the same input gives other tokens or columns
 _IDS = datasets.List(datasets.Value("int32"))
-FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS})
+FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS, "origin": datasets.Value("string")})
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Preparation:
         self.tally = Tally(self.report)
         for encoded in self.batches():
             for example in encoded:
-                yield {"input_ids": example.ids, "labels": example.labels}
+                yield {"input_ids": example.ids, "labels": example.labels, "origin": example.origin}
         self.finish()
 
     def batches(self) -> Iterator[list[Encoded]]:
@@ -291,6 +291,7 @@ class Preparation:
         self.report.rows_kept += 1
         self.report.examples += len(kept)
         for piece in kept:
+            piece.origin = origin
             self.report.tokens += len(piece.ids)
             self.tally.trained(piece.labels)
         return kept
@@ -357,4 +358,5 @@ class Preparation:
 def _table(encoded: Iterable[Encoded]) -> pa.Table:
     kind = pa.list_(pa.int32())
     columns = {"input_ids": [e.ids for e in encoded], "labels": [e.labels for e in encoded]}
-    return pa.table({name: pa.array(values, type=kind) for name, values in columns.items()})
+    arrays = {name: pa.array(values, type=kind) for name, values in columns.items()}
+    return pa.table({**arrays, "origin": pa.array([e.origin for e in encoded], type=pa.string())})

@@ -20,7 +20,13 @@ from oribi.data.sources import open_source
 
 @dataclass
 class PreparedData:
-    """`dataset` has columns input_ids and labels (int32 lists; labels not shifted, -100 untrained); `report` says how it came about."""
+    """What preparation made.
+
+    Args:
+        dataset: columns input_ids and labels (int32 lists; labels not shifted, -100 untrained), and origin, the row that
+            each example was, as file:line.
+        report: how it came about.
+    """
 
     dataset: datasets.Dataset | datasets.IterableDataset
     report: DataReport

@@ -8,6 +8,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -26,7 +27,9 @@ HISTORY = 50  # logs that a spike is compared with
 FEWEST = 10  # logs before anything is called a spike
 # a loss this many typical deviations, and this share, above its recent median; a norm this many times its median
 DEVIATIONS, SHARE, NORM_RATIO = 8.0, 0.25, 10.0
-LEAST_JUMP = 0.1  # nats a token: near a loss of zero every batch with one hard answer is many deviations above
+LEAST_JUMP = (
+    0.1  # nats a token: near a loss of zero every batch with one hard answer is many deviations above
+)
 
 
 class LossGuard(TrainerCallback):
@@ -130,17 +133,25 @@ class LossGuard(TrainerCallback):
         begins = f" ({self.decode(ids[:24])!r} ...)" if self.decode is not None else ""
         if isinstance(self.rows, Dataset) and "input_ids" in self.rows.column_names:
             for index, row in enumerate(self.rows):
-                if contains(row["input_ids"], ids):
-                    origin = f", {row['origin']}" if row.get("origin") else ""
-                    return f"Row {index} of the prepared data{origin}{begins}"
+                start = place_of(row["input_ids"], ids)
+                if start is not None:
+                    origin = origin_at(row, start)
+                    return f"Row {index} of the prepared data{f', {origin}' if origin else ''}{begins}"
         return f"A document{begins}"
 
 
-def contains(row: list[int], ids: list[int]) -> bool:
-    """Whether a row is, or a pack holds, these ids."""
-    if len(row) < len(ids):
-        return False
-    return any(row[i : i + len(ids)] == ids for i in range(len(row) - len(ids) + 1) if row[i] == ids[0])
+def place_of(row: list[int], ids: list[int]) -> int | None:
+    """Where these ids begin in a row or pack; None if it does not hold them."""
+    places = range(len(row) - len(ids) + 1)
+    return next((i for i in places if row[i] == ids[0] and row[i : i + len(ids)] == ids), None)
+
+
+def origin_at(row: dict[str, Any], start: int) -> str | None:
+    """Which row of the source the document at token `start` was, as file:line; None where that is not known."""
+    if row.get("origins"):
+        ends = accumulate(row["seq_lengths"])
+        return next(origin for origin, end in zip(row["origins"], ends) if start < end)
+    return row.get("origin") or None
 
 
 def documents_of(inputs: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
