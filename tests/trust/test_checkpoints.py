@@ -77,6 +77,27 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(subjec
     assert len(losses_of(resumed)) == step + 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_answers_a_signal_with_its_code_after_saving(subject, tmp_path, number, code):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    data.write_text("\n".join(json.dumps({"text": f"row {n} of many"}) for n in range(40)) + "\n")
+    command = f"train --model {subject.path} --dataset {data} --output_dir {out} --max_steps 4000 --max_seq_length 64"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "oribi", *command.split(), "--dtype", "float32", "--report", "false"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    log, deadline = out / "log.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors[-2000:]
+    assert "Traceback" not in errors
+    assert "holds the run, which goes on from there" in said
+    assert read(Path(get_last_checkpoint(str(out)))) >= 3
+
+
 def test_a_stopped_run_resumes_bit_for_bit(subject, tmp_path):
     """Losses, weights, optimizer, schedule and random state, with 8-bit states and noise on the embeddings."""
     whole = trainer_in(subject, tmp_path / "whole", max_steps=8, save_strategy="no")
@@ -188,6 +209,50 @@ def test_a_folder_of_another_user_is_refused_before_training(tmp_path):
     )
     assert done.returncode == 1
     assert "cannot be written to (Permission denied)" in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes; afterwards it is gone."""
+    mounted = []
+
+    def mount(size: int, *options: str) -> Path:
+        place = tmp_path / "disk"
+        place.mkdir(exist_ok=True)
+        words = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", str(place)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+needs_mount = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs root to mount a file system"
+)
+
+
+@needs_mount
+def test_a_read_only_folder_is_refused_before_training(subject, small_disk):
+    place = small_disk(1 << 20, "ro")
+    with pytest.raises(ConfigError, match=r"run: cannot be written to \(Read-only file system\)"):
+        trainer_in(subject, place / "run")
+
+
+@needs_mount
+def test_a_disk_that_fills_up_keeps_the_earlier_checkpoints_and_the_run(subject, small_disk, caplog):
+    place = small_disk(1 << 20)  # bytes: one checkpoint of this model and half of another
+    trainer = trainer_in(subject, place, max_steps=3, save_steps=1)
+    with pytest.raises(TrainingError, match=r"checkpoint-3 could not be written: .*in this process's memory"):
+        trainer.train()
+    assert "checkpoint-2 could not be written" in caplog.text
+    assert [read(path) for path in sorted(place.glob("checkpoint-*"))] == [1]
+    assert not (place / "_partial").exists()
+    assert all(weight.isfinite().all() for weight in weights_of(trainer).values())
 
 
 def test_a_log_that_cannot_be_written_does_not_end_a_training(subject, tmp_path, caplog):
