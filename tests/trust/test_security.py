@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import socket
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,48 @@ def test_a_damaged_index_is_an_error(folder, text):
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(OribiError):
         load(folder)
+
+
+@pytest.mark.parametrize("name", ["rows.pkl", "rows.zip", "rows.tar.gz", "rows.jsonl.pkl"])
+def test_archives_and_pickles_of_data_are_refused_unopened(tmp_path, name):
+    from oribi.data.sources import open_source
+
+    bomb = pickle.dumps(Bomb(tmp_path / "boom"))
+    if name.endswith("zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("../escaped.jsonl", '{"text": "a"}')
+    elif name.endswith("tar.gz"):
+        (tmp_path / "inner").write_bytes(bomb)
+        with tarfile.open(tmp_path / name, "w:gz") as archive:
+            archive.add(tmp_path / "inner", arcname="../escaped")
+    else:
+        (tmp_path / name).write_bytes(bomb)
+    with pytest.raises(OribiError, match="cannot read"):
+        open_source(str(tmp_path / name))
+    assert not (tmp_path / "boom").exists()
+    assert not list(tmp_path.parent.glob("escaped*"))
+
+
+def test_a_link_out_of_a_folder_of_data_is_not_followed(tmp_path):
+    from oribi.data.sources import open_source
+
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "own.jsonl").write_text('{"text": "own"}\n')
+    (data / "link.jsonl").symlink_to(data / "own.jsonl")
+    assert len(list(open_source(str(data))[0].rows())) == 2
+    (data / "out.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(OribiError, match=r"out\.jsonl: a link to .*secret\.jsonl, outside its folder"):
+        open_source(str(data))
+    # as the hub's cache lays them out
+    snapshot = tmp_path / "datasets--a--b/snapshots/1"
+    snapshot.mkdir(parents=True)
+    blob = tmp_path / "datasets--a--b/blobs/x"
+    blob.parent.mkdir()
+    blob.write_text('{"text": "own"}\n')
+    (snapshot / "rows.jsonl").symlink_to(blob)
+    assert len(list(open_source(str(snapshot))[0].rows())) == 1
 
 
 @pytest.mark.parametrize(

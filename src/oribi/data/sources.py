@@ -174,6 +174,14 @@ def _open_folder(path: Path, split: str) -> Part:
     files = sorted(
         f for f in path.rglob("*") if f.is_file() and suffix_of(f) in READERS and not f.name.startswith(".")
     )
+    # the hub's cache keeps a snapshot's files two folders up
+    inside = (path.parent.parent if path.parent.name == "snapshots" else path).resolve()
+    for file in files:
+        if not file.resolve().is_relative_to(inside):
+            raise DataError(
+                f"{file}: a link to {file.resolve()}, outside its folder, so it is not read. If it is meant, name that file "
+                "as a source itself."
+            )
     of_split = [f for f in files if f.name.startswith(split)]
     files = of_split or files
     if not files:
