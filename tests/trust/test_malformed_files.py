@@ -102,6 +102,17 @@ def test_a_damaged_gguf_file_is_an_error_or_reads(whole_gguf, tmp_path, data):
     within_memory(read_everything, path)
 
 
+@pytest.mark.parametrize("heads", [3, 257])
+def test_heads_that_do_not_divide_the_rows_are_named(whole_gguf, tmp_path, heads):
+    key = b"llama.attention.head_count_kv" + struct.pack("<I", 4)
+    whole = whole_gguf.read_bytes()
+    assert whole.count(key + struct.pack("<I", 1)) == 1
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole.replace(key + struct.pack("<I", 1), key + struct.pack("<I", heads)))
+    with pytest.raises(ModelError, match=f"{heads} heads cannot share 16 rows"):
+        read_everything(path)
+
+
 @FUZZ
 @given(st.binary(max_size=400))
 def test_random_bytes_behind_the_magic_are_an_error(tmp_path, tail):

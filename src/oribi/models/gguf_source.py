@@ -318,5 +318,10 @@ _DETAILS: dict[str, Callable[[GGUFSource], dict[str, Any]]] = {
 
 def _split_halves(value: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of each head from alternating between its halves to one half after the other; value [N, ...]."""
+    if heads < 1 or value.shape[0] % (2 * heads):
+        raise ModelError(
+            f"the GGUF file is damaged: {heads} heads cannot share {value.shape[0]} rows of a query or key matrix. "
+            "Download it again"
+        )
     half = value.shape[0] // heads // 2
     return value.view(heads, half, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
