@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from gguf.quants import dequantize
 
 from oribi.errors import ConfigError
@@ -28,18 +29,21 @@ QUANTISED = [
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """Weights of several shapes: bell curves, long tails, outlier columns, all above zero, half of them zero."""
+    """Weights of several shapes: bell curves, long tails, outlier columns, all above zero, half zero, NF4 and an adapter."""
     torch.manual_seed(0)
     normal = torch.randn(64, 1024) * 0.02
     outliers = normal.clone()
     outliers[:, torch.randint(0, 1024, (12,))] *= 8
     sparse = normal * (torch.rand_like(normal) < 0.5)
+    codes, state = quantize_4bit(normal, blocksize=64, quant_type="nf4")
+    merged = dequantize_4bit(codes, state) + torch.randn(64, 8) @ torch.randn(8, 1024) * 1e-4
     return {
         "normal": normal,
         "long tails": torch.distributions.StudentT(4.0).sample((64, 1024)) * 0.02,
         "outlier columns": outliers,
         "above zero": torch.rand(64, 1024) * 0.1 + 0.05,
         "half zero": sparse,
+        "nf4 and an adapter": merged,
     }
 
 
