@@ -174,11 +174,12 @@ def test_a_class_that_cuts_otherwise_than_the_file_is_not_taken(tmp_path):
     # as DeepSeek-R1-Distill-Llama has it
     file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
     text = "The cat's 1234 hats\n\n你好"
-    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] != expected(text)["input_ids"]
+    mistaken = AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] != expected(text)["input_ids"]
+    # transformers 5.17 takes the class at its word, 5.23 goes by the file
     model, loaded = load_model(str(tmp_path), max_seq_length=64)
     assert loaded(text)["input_ids"] == expected(text)["input_ids"]
     assert loaded.chat_template == expected.chat_template
-    assert sum("takes it for a LlamaTokenizer" in note for note in model.oribi.notes) == 1
+    assert sum("takes it for a LlamaTokenizer" in note for note in model.oribi.notes) == int(mistaken)
     loaded.save_pretrained(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again(text)["input_ids"] == expected(text)["input_ids"]
