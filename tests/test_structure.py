@@ -95,7 +95,11 @@ def test_light_modules_import_nothing_heavy(module):
 
 def test_nothing_writes_environment_variables():
     wrong = []
+    # cuBLAS reads how it adds from a variable alone, and a run that is asked to repeat to the bit sets it
+    asked_for = ROOT / "train" / "determinism.py"
     for path, _ in sources():
+        if path == asked_for:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             text = (
                 ast.unparse(node)

@@ -97,7 +97,9 @@ class RunConfig:
     save_steps: int | None = setting(None, "Steps between two checkpoints; none saves only at the end", low=1)
     save_total_limit: int | None = setting(None, "Checkpoints kept", low=1)
     resume: bool = setting(False, "Go on from the newest checkpoint in output_dir")
-    report_to: list[str] = setting(["none"], "Trackers, e.g. wandb or tensorboard")
+    report_to: list[str] = setting(
+        ["none"], "Trackers", choices=("none", "tensorboard", "wandb", "mlflow", "trackio")
+    )
     # what is saved
     save_method: list[str] = setting(
         ["lora"], "Forms in which the model is saved", choices=("lora", "merged_16bit", "merged_4bit")
@@ -108,7 +110,12 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """The settings as a file that `read_config` reads back."""
-        return yaml.safe_dump({f.name: getattr(self, f.name) for f in fields(self)}, sort_keys=False)
+        return as_yaml({f.name: getattr(self, f.name) for f in fields(self)})
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    """Settings as a file that `read_config` reads back."""
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 # names of Axolotl, LLaMA-Factory, TRL and Unsloth

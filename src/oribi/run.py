@@ -18,6 +18,7 @@ from oribi.train.determinism import settle_cublas
 from oribi.train.memory import refuse_what_cannot_fit
 from oribi.train.progress import peak_memory_bytes
 from oribi.train.report import Measured, measure, write_report
+from oribi.train.trackers import require_trackers
 from oribi.train.trainer import SFTTrainer
 
 # where each form of the model goes within the run
@@ -36,6 +37,7 @@ def run(config: RunConfig) -> dict[str, Path]:
     folder = Path(config.output_dir)
     if config.deterministic:
         settle_cublas()
+    require_trackers(config.report_to)
     environment = detect()  # 1
     refuse_what_cannot_fit(config, environment)
     model, tokenizer = FastLanguageModel.from_pretrained(  # 2
@@ -123,6 +125,7 @@ def training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
         max_length=config.max_seq_length,
         eval_packing=False,
         eval_strategy=evaluation,
+        run_name=Path(config.output_dir).name,  # in trackers
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
     )

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from oribi.environment import detect
 from oribi.errors import ConfigError
+from oribi.train.trackers import require_trackers
 
 # optimizers that run as oribi's flat AdamW, and the bits of its state
 FLAT_OPTIMIZERS = {
@@ -42,7 +43,8 @@ class SFTConfig(trl.SFTConfig):
         deterministic: two runs are equal to the bit, on a GPU too, where it is slower; full_determinism is the same.
 
     Raises:
-        ConfigError: an older name and its successor are both given and differ, or a value is out of range.
+        ConfigError: an older name and its successor are both given and differ, a value is out of range, or a tracker is
+            unknown or not installed.
     """
 
     output_dir: str | None = field(
@@ -78,6 +80,7 @@ class SFTConfig(trl.SFTConfig):
     deterministic: bool = field(default=False, metadata={"help": "Two runs are equal to the bit."})
 
     def __post_init__(self) -> None:
+        require_trackers(self.report_to)
         if self.max_seq_length is not None:
             if self.max_length not in (None, self.max_seq_length):
                 raise ConfigError(

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 import oribi
+from oribi.config import as_yaml
 from oribi.train.charts import as_svg, loss_chart, save_png, small_chart
 from oribi.train.evaluate import HeldOut, Sample, answer_rows, held_out_loss, stop_rate, text_loss
 from oribi.train.general_text import TEXT
@@ -280,7 +280,7 @@ def _title(report: dict[str, Any]) -> str:
 
 def _settings(report: dict[str, Any]) -> str:
     """All settings as the file that would repeat the run."""
-    return yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True).rstrip()
+    return as_yaml(report["config"]).rstrip()
 
 
 def _side_by_side(report: dict[str, Any]) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
