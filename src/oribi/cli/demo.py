@@ -8,8 +8,17 @@ import typer
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    prepare: Annotated[
+        Path | None, typer.Option(help="Only write the demo's model and data into this folder.")
+    ] = None,
 ) -> None:
     """Teach a small model to turn English schedules into cron expressions, in minutes, without a GPU."""
+    if prepare is not None:
+        from oribi.demo.lesson import write_materials
+
+        for path in write_materials(prepare):
+            typer.echo(path)
+        return
     from rich.console import Console
     from rich.table import Table
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -108,6 +109,29 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
     }
     write_json(folder / "result.json", result)
     return result
+
+
+def write_materials(folder: Path, train_size: int = 4000) -> list[Path]:
+    """The demo's model and training data as files, to run any verb on.
+
+    Args:
+        folder: where `SmolLM2-135M-Instruct.gguf` (98 MB) and `train.jsonl` go.
+        train_size: number of conversations.
+
+    Raises:
+        ModelError: the package with the model is not installed.
+    """
+    source = model_file()
+    folder.mkdir(parents=True, exist_ok=True)
+    model, data = folder / "SmolLM2-135M-Instruct.gguf", folder / "train.jsonl"
+    unfinished = model.with_suffix(".unfinished")
+    shutil.copyfile(source, unfinished)
+    unfinished.replace(model)
+    rows = [json.dumps({"messages": messages(request)}) for request in make_split(train_size, 1)[0]]
+    unfinished = data.with_suffix(".unfinished")
+    unfinished.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    unfinished.replace(data)
+    return [model, data]
 
 
 def model_file() -> Path:
