@@ -52,6 +52,11 @@ def write_config(path: Path, text: str, force: bool) -> None:
     if path.exists() and not force:
         raise ConfigError(f"{path} exists; choose another name, or overwrite it with --force")
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

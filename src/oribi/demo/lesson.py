@@ -1,7 +1,6 @@
 """The demo's lesson: score the model, teach it by QLoRA, score it again, save it in three forms and compare them."""
 
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oribi.config_text import write_whole
 from oribi.demo.cron import first_expression, same_meaning
 from oribi.demo.requests import EXAMPLES, Request, make_split, messages
 from oribi.environment import detect
@@ -108,7 +108,7 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
         "peak_rss_bytes": peak_memory_bytes(),
         "total_seconds": time.monotonic() - started,
     }
-    write_json(folder / "result.json", result)
+    write_whole(folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
 
 
@@ -129,9 +129,7 @@ def write_materials(folder: Path, train_size: int = 4000) -> list[Path]:
     shutil.copyfile(source, unfinished)
     unfinished.replace(model)
     rows = [json.dumps({"messages": messages(request)}) for request in make_split(train_size, 1)[0]]
-    unfinished = data.with_suffix(".unfinished")
-    unfinished.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    unfinished.replace(data)
+    write_whole(data, "\n".join(rows) + "\n")
     return [model, data]
 
 
@@ -260,10 +258,3 @@ def compare_with_llama_cpp(
         theirs = [token for token in peer.generate(ids, ANSWER_TOKENS).tokens if token not in ends]
         same += theirs == generate(model, tokenizer, [conversation])[0]
     return {"prompts": len(requests), "same_greedy_tokens": same}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -5,7 +5,6 @@ The page needs nothing else: charts are inline SVG, there is no script and no re
 
 import html
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch import nn
 
 import oribi
 from oribi.config import as_yaml
+from oribi.config_text import write_whole
 from oribi.train.charts import as_svg, loss_chart, save_png, small_chart
 from oribi.train.evaluate import HeldOut, Sample, answer_rows, held_out_loss, stop_rate, text_loss
 from oribi.train.general_text import TEXT
@@ -100,8 +100,8 @@ def write_report(
     }
     report["warnings"] = warnings_of(report)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
-    _write(folder / "report.md", as_markdown(report))
+    write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
+    write_whole(folder / "report.md", as_markdown(report))
     chart = loss_chart(log)
     save_png(chart, folder / "loss.png")
     small = [
@@ -110,7 +110,7 @@ def write_report(
         small_chart(log, "tokens_per_second", "tokens a second"),
     ]
     charts = [as_svg(loss_chart(log)), *(as_svg(figure) for figure in small if figure is not None)]
-    _write(folder / "report.html", as_page(report, charts))
+    write_whole(folder / "report.html", as_page(report, charts))
     return report
 
 
@@ -354,13 +354,6 @@ def _checks(export: dict[str, Any]) -> str:
 
 
 def _quoted(name: str, text: str) -> list[str]:
-    fence = "`" * max(
-        [3, *(len(run) + 1 for run in re.findall("`+", text))]
-    )  # longer than any that is quoted
+    # longer than any that is quoted
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return [f"**{name}**", "", f"{fence}text", text, fence, ""]
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
