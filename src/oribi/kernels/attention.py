@@ -41,6 +41,7 @@ class Visibility:
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict, repr=False)
     _bounds: list[int] | None = field(default=None, repr=False)
     _slots: torch.Tensor | None = field(default=None, repr=False)
+    _starts: torch.Tensor | None = field(default=None, repr=False)
     _rows: "Visibility | None" = field(default=None, repr=False)
 
     @property
@@ -62,8 +63,10 @@ class Visibility:
         """Offsets [docs + 1] int32 of the documents, each dense row being one, and the length of the longest."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens, self.max_length
-        end = self.batch * self.length
-        return torch.arange(0, end + 1, self.length, dtype=torch.int32, device=device), self.length
+        if self._starts is None:
+            end = self.batch * self.length
+            self._starts = torch.arange(0, end + 1, self.length, dtype=torch.int32, device=device)
+        return self._starts, self.length
 
     def bounds(self) -> list[int]:
         """Document offsets on the host; synchronises once a forward if they lie on a GPU."""
@@ -190,9 +193,8 @@ def attention_forward(
         )
         return out.transpose(1, 2).reshape(shape), (lse, seed, offset)
     if how.backend == "triton":
-        out, lse = flash_attention_forward(
-            q, k, v, *how.visibility.documents(q.device), how.scale, how.window, how.softcap
-        )
+        documents = how.visibility.documents(q.device)
+        out, lse = flash_attention_forward(q, k, v, *documents, how.scale, how.window, how.softcap)
         return out.view(shape), (lse,)
     out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, *_flash_extent(q, how), 0.0, True, False, scale=how.scale, **_flash_window(how)
@@ -225,17 +227,9 @@ def attention_backward(
         )  # fmt: skip
         grads = [x.transpose(1, 2) for x in grads]
     elif how.backend == "triton":
+        documents = how.visibility.documents(q.device)
         grads = flash_attention_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            *saved,
-            *how.visibility.documents(q.device),
-            how.scale,
-            how.window,
-            how.softcap,
+            dout, q, k, v, out, *saved, *documents, how.scale, how.window, how.softcap
         )
     else:
         lse, seed, offset = saved

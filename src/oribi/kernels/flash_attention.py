@@ -119,6 +119,20 @@ def _scores(products, scale, softcap):
 
 
 @jit
+def _exp(x):
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@jit
+def _first_key(first_query, window, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
+    """Where the tiles of keys begin that the queries from `first_query` on see."""
+    lowest = 0
+    if WINDOWED:
+        lowest = tl.maximum(first_query - window + 1, 0) // KEYS * KEYS
+    return lowest
+
+
+@jit
 def _seen(queries, keys, length, window, WINDOWED: tl.constexpr):
     seen = (keys <= queries) & (queries < length)
     if WINDOWED:
@@ -142,10 +156,7 @@ def _forward_kernel(
     top = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     sums = tl.zeros([QUERIES, COLUMNS], tl.float32)
-    lowest = 0
-    if WINDOWED:
-        lowest = tl.maximum(first - window + 1, 0) // KEYS * KEYS
-    for at in range(lowest, tl.minimum(first + QUERIES, length), KEYS):
+    for at in range(_first_key(first, window, KEYS, WINDOWED), tl.minimum(first + QUERIES, length), KEYS):
         keys = at + tl.arange(0, KEYS)
         k_tile = _tile(k + head // group * k_head, start, keys, length, k_token, columns, WIDTH)
         scores, _ = _scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap)
@@ -154,8 +165,8 @@ def _forward_kernel(
         )
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that sees none of these keys
-        p = tl.exp2((scores - base[:, None]) * 1.4426950408889634)
-        shrink = tl.exp2((top - base) * 1.4426950408889634)
+        p = _exp(scores - base[:, None])
+        shrink = _exp(top - base)
         total = total * shrink + tl.sum(p, 1)
         v_tile = _tile(v + head // group * v_head, start, keys, length, v_token, columns, WIDTH)
         sums = sums * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile)
@@ -188,16 +199,13 @@ def _dq_kernel(
     tl.store(delta + at_row, row_delta, mask=queries < length)
     row_lse = tl.load(lse + at_row, mask=queries < length, other=0.0)
     sums = tl.zeros([QUERIES, COLUMNS], tl.float32)
-    lowest = 0
-    if WINDOWED:
-        lowest = tl.maximum(first - window + 1, 0) // KEYS * KEYS
-    for at in range(lowest, tl.minimum(first + QUERIES, length), KEYS):
+    for at in range(_first_key(first, window, KEYS, WINDOWED), tl.minimum(first + QUERIES, length), KEYS):
         keys = at + tl.arange(0, KEYS)
         k_tile = _tile(k + head // group * k_head, start, keys, length, k_token, columns, WIDTH)
         v_tile = _tile(v + head // group * v_head, start, keys, length, v_token, columns, WIDTH)
         scores, slope = _scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap)
         seen = _seen(queries[:, None], keys[None, :], length, window, WINDOWED)
-        p = tl.where(seen, tl.exp2((scores - row_lse[:, None]) * 1.4426950408889634), 0.0)
+        p = tl.where(seen, _exp(scores - row_lse[:, None]), 0.0)
         dp = tl.dot(d_tile, tl.trans(v_tile))
         ds = p * (dp - row_delta[:, None]) * slope * scale
         sums += tl.dot(ds.to(k_tile.dtype), k_tile)
@@ -236,7 +244,7 @@ def _dkv_kernel(
             d_tile = _tile(dout + head * WIDTH, start, queries, length, heads * WIDTH, columns, WIDTH)
             scores, slope = _scores(tl.dot(k_tile, tl.trans(q_tile)), scale, softcap)
             seen = _seen(queries[None, :], keys[:, None], length, window, WINDOWED)
-            p = tl.where(seen, tl.exp2((scores - row_lse[None, :]) * 1.4426950408889634), 0.0)
+            p = tl.where(seen, _exp(scores - row_lse[None, :]), 0.0)
             v_sums += tl.dot(p.to(d_tile.dtype), d_tile)
             dp = tl.dot(v_tile, tl.trans(d_tile))
             ds = p * (dp - row_delta[None, :]) * slope * scale
