@@ -140,8 +140,9 @@ class _FusedLayer(torch.autograd.Function):
             step.put(kept, "o", product)
             del a, product
             weights = step.weight("gate_up"), step.weight("down")
-            kept["mlp"] = [{} for _ in portions(len(flat))]
-            ys = [_mlp(step, x_mid[r], weights, k) for r, k in zip(portions(len(flat)), kept["mlp"])]
+            parts = portions(len(flat))
+            kept["mlp"] = [{} for _ in parts]
+            ys = [_mlp(step, x_mid[rows], weights, mlp) for rows, mlp in zip(parts, kept["mlp"])]
             y = ys[0] if len(ys) == 1 else torch.cat(ys)
         ctx.step, ctx.kept, ctx.shape = step, kept, x.shape
         return y.view(x.shape)
@@ -162,9 +163,10 @@ class _FusedLayer(torch.autograd.Function):
 
 def portions(tokens: int) -> list[slice]:
     """The rows that an MLP computes at a time: equal portions of at most MLP_TOKENS, whatever is kept of them."""
-    count = max(-(-tokens // MLP_TOKENS), 1)
-    size = max(-(-tokens // (count * 128)), 1) * 128  # a matrix tile's rows
-    return [slice(first, min(first + size, tokens)) for first in range(0, max(tokens, 1), size)]
+    tokens = max(tokens, 1)  # an empty batch is one empty portion
+    count = -(-tokens // MLP_TOKENS)
+    size = -(-tokens // (count * 128)) * 128  # a matrix tile's rows
+    return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
 
 
 def _mlp(
@@ -239,7 +241,6 @@ def _backward(
     step: "_Step", kept: dict[str, object], dy: torch.Tensor, needs_dx: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x [T, D] and of every factor, in order; empties `kept`."""
-
     x = _fetch(kept, "x")
     # what forward did not keep, up to gate|up; nobody needs the output of the down projection
     weight_qkv, qkv = None, _fetch(kept, "qkv")

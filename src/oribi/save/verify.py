@@ -56,12 +56,8 @@ class Check:
 
     def shown(self) -> str:
         """The figures in words."""
-        return ", ".join(
-            f"{_WORDS.get(key, key)} {value:.4g}"
-            if isinstance(value, float)
-            else f"{_WORDS.get(key, key)} {value}"
-            for key, value in self.figures.items()
-        )
+        values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in self.figures.items()}
+        return ", ".join(f"{_WORDS.get(key, key)} {value}" for key, value in values.items())
 
     def line(self) -> str:
         """The check in one line."""

@@ -113,9 +113,8 @@ class StepGraphs:
         except RuntimeError as error:
             # most often a loss that somebody keeps with its whole graph, which ties gradients to another stream
             self._failed = True
-            torch.cuda.set_stream(
-                stream
-            )  # PyTorch leaves the recording's own stream behind as the current one
+            # PyTorch leaves the recording's own stream behind as the current one
+            torch.cuda.set_stream(stream)
             _fresh_random_state(own_targets.device)
             logger.warning(
                 "no CUDA graphs: recording a step failed (%s); steps run as usual", str(error).splitlines()[0]

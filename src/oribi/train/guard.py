@@ -27,9 +27,8 @@ HISTORY = 50  # logs that a spike is compared with
 FEWEST = 10  # logs before anything is called a spike
 # a loss this many typical deviations, and this share, above its recent median; a norm this many times its median
 DEVIATIONS, SHARE, NORM_RATIO = 8.0, 0.25, 10.0
-LEAST_JUMP = (
-    0.1  # nats a token: near a loss of zero every batch with one hard answer is many deviations above
-)
+# nats a token: near a loss of zero every batch with one hard answer is many deviations above
+LEAST_JUMP = 0.1
 
 
 class LossGuard(TrainerCallback):

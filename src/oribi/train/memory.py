@@ -29,6 +29,9 @@ from oribi.train.recompute import MARGIN, plan
 LIBRARIES = 131 * 2**20
 # a layer's backward takes so much more than the tensors named below: Llama-3.1-8B on an H100, keeping all and nothing
 BACKWARD_FACTOR = 1.25
+# tensors in a layer's backward of a result that is there, made there, or comes from the host, on its way for the layer
+# below, too
+COPIES = {"keep": 0, "recompute": 1, "host": 2}
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
 SPARE_STEP = 64  # `kernels.lora` rounds the spare columns of a group up to this
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -195,8 +198,7 @@ class Training:
         for name, one in self.results(tokens).items():
             place = getattr(keep, name)
             part = portion / tokens if name in ("gate_up", "down") and place == "recompute" else 1
-            # what comes from the host is on its way for the layer below, too
-            size += part * one * {"keep": 0, "recompute": 1, "host": 2}[place]
+            size += part * one * COPIES[place]
         return int(BACKWARD_FACTOR * max(size, self.in_attention_backward(keep, tokens)))
 
     def in_attention_backward(self, keep: Keep, tokens: int) -> int:
@@ -205,9 +207,8 @@ class Training:
         sizes = self.architecture.decoder.model.layers[0].self_attn.sizes
         # dy, the gradient of x_mid, those of a, q, k and v, and that of q once more in float32
         size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 2 * sizes[0])
-        for name in ("x", "qkv", "attention"):
-            size += self.results(tokens)[name] * {"keep": 0, "recompute": 1, "host": 2}[getattr(keep, name)]
-        return size
+        results = self.results(tokens)
+        return size + sum(results[name] * COPIES[getattr(keep, name)] for name in ("x", "qkv", "attention"))
 
     def by_autograd(self, tokens: int) -> int:
         """Bytes that PyTorch's autograd keeps of one layer."""
