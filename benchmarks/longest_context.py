@@ -12,7 +12,7 @@ import json
 import time
 from pathlib import Path
 
-from train_step import HERE, MODES, load, same_factors, versions
+from train_step import HERE, MODES, TRAINING, load, same_factors, versions
 
 
 def main() -> None:
@@ -79,10 +79,8 @@ def climb(name: str, mode: str, args: argparse.Namespace) -> list[dict]:
             print(f"{name}:{mode} {args.gib:g} GiB {rows[-1]}", flush=True)
 
     config = config_class(
-        output_dir="/tmp/oribi-bench", per_device_train_batch_size=1, gradient_accumulation_steps=1,
-        max_steps=len(lengths), learning_rate=2e-4, warmup_steps=0, lr_scheduler_type="constant", optim="adamw_8bit",
-        logging_steps=1, report_to="none", save_strategy="no", seed=0, bf16=True, max_length=lengths[-1],
-        packing=False, train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True}, **extra,
+        per_device_train_batch_size=1, max_steps=len(lengths), max_length=lengths[-1],
+        train_sampling_strategy="sequential", **TRAINING, **extra,
     )  # fmt: skip
     trainer = trainer_class(
         model=model, args=config, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),

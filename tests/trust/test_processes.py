@@ -29,8 +29,8 @@ def subject(tmp_path_factory) -> Subject:
     return Subject(str(write_small_model(tmp_path_factory.mktemp("small"))), "cpu")
 
 
-def two_processes(subject: Subject, folder: Path, *settings: str) -> tuple[list[float], str]:
-    """Losses that the first of two processes logged, and what both wrote to standard error."""
+def said_by_two_processes(command: list[str], timeout: int) -> tuple[str, str]:
+    """What the first of two processes wrote to standard output, and both to standard error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -38,7 +38,6 @@ def two_processes(subject: Subject, folder: Path, *settings: str) -> tuple[list[
         **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.trust.runs", subject.path, str(folder), "use_cpu=true", *settings]
     processes = [
         subprocess.Popen(
             command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, text=True,
@@ -47,13 +46,20 @@ def two_processes(subject: Subject, folder: Path, *settings: str) -> tuple[list[
         for rank in "01"
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=240) for process in processes]
+        said = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
     errors = "\n".join(text for _, text in said)
     assert [process.returncode for process in processes] == [0, 0], errors[-4000:]
-    lines = [line for line in said[0][0].splitlines() if line.startswith("losses ")]
+    return said[0][0], errors
+
+
+def two_processes(subject: Subject, folder: Path, *settings: str) -> tuple[list[float], str]:
+    """Losses that the first of two processes logged, and what both wrote to standard error."""
+    command = [sys.executable, "-m", "tests.trust.runs", subject.path, str(folder), "use_cpu=true", *settings]
+    said, errors = said_by_two_processes(command, timeout=240)
+    lines = [line for line in said.splitlines() if line.startswith("losses ")]
     return json.loads(lines[0].removeprefix("losses ")), errors
 
 
@@ -109,27 +115,8 @@ dist.destroy_process_group()
 
 def test_gradients_of_a_model_that_fsdp_shards_equal_one_process(subject):
     """PyTorch's fully_shard around each layer and the whole, LoRA on float32 weights, two processes with gloo."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARDED, subject.path], env={**shared, "RANK": rank, "LOCAL_RANK": rank}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said[0][1][-3000:]
-    line = next(line for line in said[0][0].splitlines() if line.startswith("worst "))
+    said, _ = said_by_two_processes([sys.executable, "-c", SHARDED, subject.path], timeout=120)
+    line = next(line for line in said.splitlines() if line.startswith("worst "))
     _, worst, count = line.split()
     assert int(count) == 28  # A and B of seven layers in each of two
     assert float(worst) < 1e-5
