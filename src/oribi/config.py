@@ -67,7 +67,7 @@ class RunConfig:
     chat_template: str | None = setting(None, "Name of a chat template in place of the model's own")
     train_on_responses_only: bool = setting(True, "Train on the assistant's words only")
     overlong: str = setting(
-        "truncate", "Examples above max_seq_length", choices=("truncate", "drop", "error")
+        "truncate", "Examples above max_seq_length", choices=("truncate", "drop", "split", "error")
     )
     packing: bool = setting(True, "Fill rows of max_seq_length with several examples each")
     dataset_num_proc: int | None = setting(None, "Processes that prepare the data", low=1)
@@ -294,6 +294,13 @@ def _resolve(
             found[key] = (line, value)
             written[key] = name
     return found
+
+
+def problem_with(key: str, value: Any) -> str | None:
+    """What a setting may be, if it may not be this."""
+    converted, expected = _convert(value, get_type_hints(RunConfig)[key])
+    limits = next(f.metadata for f in fields(RunConfig) if f.name == key)
+    return expected or _outside(converted, limits)
 
 
 def _convert(value: Any, kind: Any) -> tuple[Any, str | None]:

@@ -90,7 +90,7 @@ def test_all_problems_come_at_once_with_their_lines(read):
         "line 4: lora_r = 0 must be at least 1",
         "line 5: lora_dropout = 1.5 must be below 1",
         "line 6: warmup_steps = soon must be a number",
-        "line 7: overlong = cut must be one of truncate, drop, error",
+        "line 7: overlong = cut must be one of truncate, drop, split, error",
         "line 8: packing = 3 must be true or false",
     ]
 

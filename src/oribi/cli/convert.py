@@ -16,10 +16,14 @@ def convert(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write; the terminal if not given.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --output.")] = False,
     json: Json = False,
 ) -> None:
-    """Read another program's config as one of oribi's, and say what became of each of its keys."""
+    """Read another program's config as one of oribi's, and say what became of each of its keys.
+
+    Defaults of that program that differ from oribi's are written out. A config that asks for another training than
+    oribi's can describe, such as DPO, is refused; every such line is named.
+    """
     from oribi.config_text import config_text, write_config
     from oribi.dialects import convert_file
 
@@ -27,7 +31,8 @@ def convert(
     out = Output(json)
     heading = f"converted from {file.name} ({found.dialect})"
     unsupported = [f"{key}: {why}" for key, why in found.unsupported.items()]
-    text = config_text(found.values, heading, notes=[f"not taken over: {line}" for line in unsupported])
+    remarks = [*found.differences, *(f"not taken over: {line}" for line in unsupported)]
+    text = config_text(found.values, heading, notes=remarks)
     if output is None:
         out.text(text.rstrip())
     else:
@@ -37,11 +42,11 @@ def convert(
         typer.echo(note, err=True)
     for key, why in found.idle.items():
         typer.echo(f"{key} is not needed: {why}", err=True)
-    for line in unsupported:
-        typer.secho(f"not taken over: {line}", fg="yellow", err=True)
+    for line in remarks:
+        typer.secho(line, fg="yellow", err=True)
     out.record(
-        dialect=found.dialect, values=found.values, notes=found.notes, not_needed=found.idle,
-        unsupported=found.unsupported, output=output,
+        dialect=found.dialect, values=found.values, notes=found.notes, differences=found.differences,
+        not_needed=found.idle, unsupported=found.unsupported, output=output,
     )  # fmt: skip
     missing = [name for name in ("model", "dataset") if name not in found.values]
     if missing:

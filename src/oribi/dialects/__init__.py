@@ -1,0 +1,99 @@
+"""Configs of Axolotl, LLaMA-Factory, Unsloth's command line and TRL, read as a run config of oribi's.
+
+Nothing is lost in silence. Each key became a setting, or nothing comes of it and why, or it asks for something beside the
+training that oribi does not do; a config whose training would be another one here is refused as a whole.
+"""
+
+from pathlib import Path
+
+from oribi.dialects import axolotl, llama_factory, trl, unsloth
+from oribi.dialects.converted import Converted, Dialect, put_plain
+from oribi.dialects.reading import read_entries
+from oribi.errors import ConfigError
+
+__all__ = ["Converted", "convert_file"]
+# settings that say nothing where every weight is trained
+ADAPTER = {
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "modules_to_save",
+    "use_rslora",
+    "use_dora",
+}
+
+
+def convert_file(path: str | Path) -> Converted:
+    """Read another program's config.
+
+    Args:
+        path: YAML or JSON, or a shell script with the program's flags.
+
+    Raises:
+        ConfigError: the file cannot be read, is no config of a program that is known here, or asks for a training that
+            oribi's config cannot describe; then every such line is named.
+    """
+    path = Path(path)
+    command, entries = read_entries(path)
+    dialect = _dialect_of(set(entries), entries, command)
+    if dialect is None:
+        raise ConfigError(
+            f"{path}: neither Axolotl's, LLaMA-Factory's, TRL's nor Unsloth's; it has the keys "
+            f"{', '.join(list(entries)[:8])}. A config of oribi's own needs no conversion"
+        )
+    found = Converted(dialect.name, path, entries)
+    if dialect is trl.DIALECT:
+        trl.refuse_other_trainers(found, command)
+    dialect.prepare(found)
+    for key, value in found.entries.items():
+        dialect.handlers.get(key, put_plain)(found, key, value)
+    dialect.finish(found)
+    for key, value in dialect.defaults.items():
+        found.put_default(key, value)
+    _settle(found)
+    if found.refused:
+        raise ConfigError(_refusal(found))
+    return found
+
+
+def _settle(found: Converted) -> None:
+    """Take back what has no meaning beside the other settings, and say so."""
+    values = found.values
+    if values.get("full_finetuning"):
+        values["load_in_4bit"] = False
+        for key in ADAPTER & set(values):
+            del values[key]
+        if values.get("save_method") == ["lora"]:
+            del values["save_method"]
+    if "eval_steps" in values and not (values.get("eval_dataset") or values.get("eval_fraction")):
+        found.idle["eval_steps"] = "there are no rows for an evaluation"
+        del values["eval_steps"]
+
+
+def _refusal(found: Converted) -> str:
+    width = max(map(len, found.refused)) + 2
+    lines = [f"  {said:<{width}}{why}" for said, why in found.refused.items()]
+    count = "1 line asks" if len(lines) == 1 else f"{len(lines)} lines ask"
+    return "\n".join(
+        [
+            f"{found.path} ({found.dialect}): {count} for a training that oribi's config does not describe",
+            *lines,
+            "Take out what you can do without, and convert again.",
+        ]
+    )
+
+
+def _dialect_of(keys: set[str], entries: dict, command: list[str]) -> Dialect | None:
+    programs = {Path(word).name for word in command}
+    if "unsloth" in programs or any(
+        isinstance(entries.get(section), dict) for section in ("training", "lora", "data")
+    ):
+        return unsloth.DIALECT
+    if "base_model" in keys:
+        return axolotl.DIALECT
+    if "model_name_or_path" in keys:
+        if "llamafactory-cli" in programs or keys & llama_factory.SIGNS:
+            return llama_factory.DIALECT
+        return trl.DIALECT
+    return unsloth.SCRIPT if "model_name" in keys or "unsloth-cli.py" in programs else None

@@ -1,0 +1,361 @@
+"""Axolotl's YAML.
+
+Checked against axolotl-ai-cloud/axolotl (2026-11-25): utils/schemas/config.py@002a637c and @70be5461, training.py@002a637c,
+peft.py@00564c8f, datasets.py@07e83ab8, enums.py@002a637c, model.py@04980d49, deprecated.py@1377ccc3;
+core/builders/base.py@ceda25b6, causal.py@03ad8389; utils/config/__init__.py@00ce8882; loaders/adapter.py@01883e35;
+prompt_strategies/chat_template.py@01f6a5c1, completion.py@01528e78; prompters.py@00482020;
+utils/chat_templates/templates/*.jinja@1377ccc3, @3d67dfc0.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from oribi.dialects import shared
+from oribi.dialects.converted import (  # fmt: skip
+    Converted,
+    Dialect,
+    Handler,
+    idle,
+    inverted,
+    is_off,
+    lacking,
+    only,
+    read_elsewhere,
+    refusing,
+    renamed,
+)
+
+# name there -> name of the same template here
+TEMPLATES = {
+    "chatml": "chatml", "gemma": "gemma", "gemma3": "gemma3", "llama3": "llama3", "phi_35": "phi-3.5",
+    "qwen_25": "qwen-2.5", "qwen3": "qwen3", "mistral_v3_tekken": "mistral-tekken", "cohere": "command-r",
+}  # fmt: skip
+MESSAGE_COLUMNS = {"messages", "conversations", "conversation", "chat", "dialogue"}
+ROLES = {"human", "user", "gpt", "assistant", "system", "tool", "model", "bot", "chatgpt", "input", "output"}
+HARMLESS_PLUGINS = ("liger", "cut_cross_entropy")
+BUILDERS = {"json", "csv", "parquet", "text"}
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz")
+
+
+def _prepare(found: Converted) -> None:
+    """Which of LoRA, QLoRA and full fine-tuning it is."""
+    entries, adapter = found.entries, found.entries.get("adapter")
+    peft = entries.get("peft") or {}
+    four_bits = entries.get("load_in_4bit") or (isinstance(peft, dict) and peft.get("weight_dtype") == "nf4")
+    if is_off(adapter):
+        if four_bits or entries.get("load_in_8bit"):
+            found.refuse(
+                "adapter",
+                "quantised weights cannot be trained; set adapter to qlora or lora, or load_in_4bit to false",
+            )
+        shared.without_adapter(found, "no adapter")
+    elif adapter not in ("lora", "qlora"):
+        found.refuse("adapter", "oribi trains LoRA adapters (lora, qlora), or every weight")
+    elif adapter == "qlora" or four_bits:
+        found.put("load_in_4bit", True, f"adapter = {adapter}")
+    if is_off(entries.get("load_in_4bit")):
+        entries.pop("load_in_4bit", None)  # adapter and peft say it
+
+
+def _finish(found: Converted) -> None:
+    entries, values = found.entries, found.values
+    micro = entries.get("micro_batch_size") or 1
+    if entries.get("batch_size"):
+        total = entries["batch_size"]
+        found.put("gradient_accumulation_steps", max(1, int(total) // int(micro)), f"batch_size = {total} in micro-batches of {micro}")  # fmt: skip
+    found.put_default("per_device_eval_batch_size", micro)
+    if not values.get("full_finetuning"):
+        if "target_modules" not in values:
+            found.refuse("adapter", "lora_target_linear or lora_target_modules must say which layers get it")
+        for key in ("lora_r", "lora_alpha"):
+            if key not in values:
+                found.refuse(key, "missing, and Axolotl has no default for it")
+    if "overlong" not in values and entries.get("excess_length_strategy"):
+        asked = entries["excess_length_strategy"]
+        found.put("overlong", {"raise": "error"}.get(asked, asked), f"excess_length_strategy = {asked}")
+    if not (entries.get("save_steps") or entries.get("save_strategy") or entries.get("saves_per_epoch")):
+        found.differences.append(
+            "Axolotl saves a checkpoint each epoch; oribi every save_steps, or at the end only"
+        )
+    _precision(found)
+
+
+def _precision(found: Converted) -> None:
+    shared.precision(found)
+    entries = found.entries
+    asked_for_none = entries.get("bf16", "auto") in (False, None) and "bf16" in entries
+    if asked_for_none and "dtype" not in found.values:
+        found.put("dtype", "float32", "bf16 = false")
+
+
+def _datasets(found: Converted, key: str, value: Any) -> None:
+    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in (value if isinstance(value, list) else [value])]  # fmt: skip
+    sources: list[str] = []
+    splits: list[str] = []
+    kinds: list[str] = []
+    for entry in entries:
+        _check_entry(found, entry)
+        files = _files(found, entry)
+        sources += files
+        splits.append(str(entry.get("split") or "train"))
+        if "[" in splits[-1] and any(name.endswith(SUFFIXES) for name in files):
+            found.refuse(
+                "datasets: split", f"a part of the file {files[0]} cannot be named; cut the file before"
+            )
+        kinds.append(_kind(found, entry))
+    found.put("dataset", sources, "datasets")
+    if len(set(splits)) > 1:
+        found.refuse("datasets: split", f"one split for all data sets; {', '.join(splits)} are several")
+    elif splits[0] != "train":
+        found.put("split", splits[0], "datasets: split")
+    _put_format(found, set(kinds), entries)
+
+
+def _files(found: Converted, entry: dict[str, Any]) -> list[str]:
+    """Files or the hub name behind an entry."""
+    path, files = entry.get("path"), entry.get("data_files")
+    files = files if isinstance(files, list) else [files] if files else []
+    if files and path and path not in BUILDERS:
+        if not Path(path).is_dir():
+            found.refuse(
+                "datasets: data_files",
+                f"single files of the hub's {path} cannot be named; download them and name them",
+            )
+        files = [str(Path(path) / name) for name in files]
+    return [str(name) for name in files] or ([str(path)] if path else [])
+
+
+def _kind(found: Converted, entry: dict[str, Any]) -> str:
+    kind = entry.get("type")
+    if isinstance(kind, dict):
+        found.refuse("datasets: type", "a prompt format of its own; write the rows as prompt + completion")
+    elif kind not in (None, "alpaca", "chat_template", "completion") and not str(kind).startswith("sharegpt"):
+        found.refuse(f"datasets: type = {kind}", "oribi reads alpaca, chat_template, completion and tokenised rows; write the rows as messages, or prompt + completion")  # fmt: skip
+    return "tokens" if kind is None else str(kind).split(".")[0] if isinstance(kind, str) else "own"
+
+
+def _put_format(found: Converted, kinds: set[str], entries: list[dict[str, Any]]) -> None:
+    """The form of the prompts, and what happens to long rows."""
+    asked = {entry.get("chat_template") for entry in entries if not is_off(entry.get("chat_template"))}
+    asked |= {found.entries.get("chat_template")} if not is_off(found.entries.get("chat_template")) else set()
+    if "alpaca" in kinds:
+        if kinds - {"alpaca", "completion", "tokens"}:
+            found.refuse(
+                "datasets: type", "alpaca and chat_template have different prompts; a run has one template"
+            )
+        found.put("chat_template", "alpaca", "datasets: type = alpaca")
+        found.differences.append(
+            "rows with an input: oribi writes it below the instruction, without Axolotl's heading '### Input:'"
+        )
+    elif len(asked) > 1:
+        found.refuse(
+            "datasets: chat_template",
+            f"one template for all; {', '.join(sorted(map(str, asked)))} are several",
+        )
+    elif asked:
+        _put_template(found, str(asked.pop()))
+    if kinds == {"completion"}:
+        found.put("overlong", "split", "datasets: type = completion")
+        field = entries[0].get("field")
+        if any(entry.get("field") != field for entry in entries):
+            found.refuse("datasets: field", "one column of text for all data sets")
+        elif field:
+            found.put("dataset_text_field", field, "datasets: field")
+    elif "completion" in kinds:
+        found.unsupported["datasets: type = completion"] = (
+            "beside other rows, its long texts are dropped as those are, where Axolotl would cut them into pieces"
+        )
+
+
+def _put_template(found: Converted, name: str) -> None:
+    if name == "tokenizer_default":
+        found.idle["chat_template"] = "the model's own template is used"
+    elif name.startswith("tokenizer_default_fallback_"):
+        found.unsupported["chat_template"] = "the model's own template is used; a model without one is refused, unless chat_template names one"  # fmt: skip
+    elif name in TEMPLATES:
+        found.put("chat_template", TEMPLATES[name], f"chat_template = {name}")
+    else:
+        found.refuse(
+            f"chat_template = {name}",
+            "no template of this name here; tokenizer_default takes the model's own",
+        )
+
+
+def _check_entry(found: Converted, entry: dict[str, Any]) -> None:
+    """What an entry says of its rows beyond their place and form."""
+    # value -> whether it is what oribi does anyway
+    accepted = {
+        "field_messages": lambda v: v in MESSAGE_COLUMNS,
+        "message_property_mappings": lambda v: set(v.items()) <= {("role", "role"), ("content", "content"), ("role", "from"), ("content", "value")},
+        "message_field_role": lambda v: v in ("role", "from"),
+        "message_field_content": lambda v: v in ("content", "value"),
+        "message_field_training": lambda v: v == "train",
+        "roles": lambda v: {name for names in v.values() for name in names} <= ROLES and set(v) <= {"user", "assistant", "system", "tool"},
+        "roles_to_train": lambda v: set(v) <= {"assistant", "gpt"} and v != [],
+        "train_on_eos": lambda v: v == "turn",
+        "train_on_eot": lambda v: v == "turn",
+        "field_tools": lambda v: v == "tools",
+        "field_thinking": lambda v: v == "reasoning_content",
+        "template_thinking_key": lambda v: v == "reasoning_content",
+        "trust_remote_code": lambda v: False,
+        "shards": lambda v: v == 1,
+        "preprocess_shards": lambda v: True,
+        "ds_type": lambda v: True,
+        "conversation": lambda v: v in ("chatml", None),
+    }  # fmt: skip
+    read = {"path", "type", "split", "data_files", "field", "chat_template"}
+    for name, value in entry.items():
+        if name in read or value is None or value is False or (is_off(value) and name != "roles_to_train"):
+            continue
+        if name in accepted and accepted[name](value):
+            found.idle[f"datasets: {name}"] = "it is how oribi reads rows"
+        else:
+            found.refuse(f"datasets: {name} = {value}", "oribi's config cannot say this of a data set; bring the rows into a form of docs/data-formats.md")  # fmt: skip
+
+
+def _test_datasets(found: Converted, key: str, value: Any) -> None:
+    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in value or []]
+    train = found.entries.get("datasets") or [{}]
+    split = (train[0] if isinstance(train[0], dict) else {}).get("split") or "train"
+    files = [name for entry in entries for name in _files(found, entry)]
+    other = {str(entry.get("split") or "train") for entry in entries} - {split}
+    if other and not all(name.endswith(SUFFIXES) for name in files):
+        found.unsupported[key] = (
+            f"its split {', '.join(other)} is not the training's {split}; save it as a file for eval_dataset"
+        )
+    else:
+        found.put("eval_dataset", files, key)
+
+
+def _val_set_size(found: Converted, key: str, value: Any) -> None:
+    if value and value >= 1:
+        found.unsupported[key] = f"{value} rows; eval_fraction is a share of the rows"
+    elif value:
+        found.put("eval_fraction", value, key)
+
+
+def _targets(found: Converted, key: str, value: Any) -> None:
+    linear, listed = found.entries.get("lora_target_linear"), found.entries.get("lora_target_modules")
+    if not linear or key == "lora_target_linear":
+        shared.targets(found, key, value)
+    elif set(listed or []) - shared.PROJECTIONS:
+        found.refuse(
+            key, "all linear layers and further ones; list them all and leave lora_target_linear out"
+        )
+
+
+def _plugins(found: Converted, key: str, value: Any) -> None:
+    others = [name for name in value or [] if not any(word in name.lower() for word in HARMLESS_PLUGINS)]
+    if others:
+        found.refuse(f"plugins = {', '.join(others)}", "a plugin may change the training in any way")
+    elif value:
+        found.idle[key] = "oribi's own kernels run"
+
+
+def _peft(found: Converted, key: str, value: Any) -> None:
+    rest = {
+        k: v
+        for k, v in (value or {}).items()
+        if v and (k, v) not in (("backend", "bnb"), ("weight_dtype", "nf4"))
+    }
+    if rest:
+        found.refuse(
+            f"peft = {rest}",
+            "4-bit weights are bitsandbytes' NF4; loftq: in Python get_peft_model(loftq_config=...)",
+        )
+
+
+def _special_tokens(found: Converted, key: str, value: Any) -> None:
+    rest = {
+        name: token
+        for name, token in (value or {}).items()
+        if token and name not in ("pad_token", "unk_token", "bos_token")
+    }
+    if rest:
+        found.unsupported[key] = (
+            f"{rest}: the end of a turn is the chat template's; new tokens in Python: oribi.add_new_tokens"
+        )
+    elif value:
+        found.idle[key] = "padding is left out by its place, whatever the token"
+
+
+def _strategy(found: Converted, key: str, value: Any) -> None:
+    if value not in (None, False, "no", "steps", "epoch"):
+        found.unsupported[key] = (
+            "oribi saves every save_steps or at the end, and evaluates every eval_steps or once an epoch"
+        )
+    elif value == "epoch" and key == "save_strategy":
+        found.unsupported[key] = "oribi saves every save_steps, or at the end only"
+    elif value:
+        found.idle[key] = "save_steps and eval_steps say it"
+
+
+HANDLERS: dict[str, Handler] = {
+    **shared.HANDLERS,
+    "adapter": read_elsewhere,
+    "batch_size": read_elsewhere,
+    **lacking(("evals_per_epoch",), "oribi evaluates every eval_steps, or once an epoch"),
+    **lacking(("saves_per_epoch",), "oribi saves every save_steps, or at the end only"),
+    "datasets": _datasets,
+    "test_datasets": _test_datasets,
+    "chat_template": read_elsewhere,
+    "val_set_size": _val_set_size,
+    "lora_target_linear": _targets,
+    "lora_target_modules": _targets,
+    "train_on_inputs": inverted("train_on_responses_only"),
+    "excess_length_strategy": read_elsewhere,
+    "save_strategy": _strategy,
+    "eval_strategy": _strategy,
+    "evaluation_strategy": _strategy,
+    "revision_of_model": renamed("revision"),
+    "noisy_embedding_alpha": renamed("neftune_noise_alpha"),
+    "auto_resume_from_checkpoints": shared.resume,
+    "plugins": _plugins,
+    "peft": _peft,
+    "special_tokens": _special_tokens,
+    "peft_init_lora_weights": only([True], "adapters start as PEFT starts them; in Python: get_peft_model(init_lora_weights=...)"),
+    "use_wandb": shared.tracker("wandb"),
+    "wandb_project": shared.tracker("wandb"),
+    "use_mlflow": shared.tracker("mlflow"),
+    "mlflow_experiment_name": shared.tracker("mlflow"),
+    "use_tensorboard": shared.tracker("tensorboard"),
+    "use_trackio": shared.tracker("trackio"),
+    "trackio_project_name": shared.tracker("trackio"),
+    **lacking(("use_comet", "use_swanlab"), "a run is reported to tensorboard, wandb, mlflow, trackio"),
+    **idle(
+        ("pad_to_sequence_len", "eval_sample_packing", "sample_packing_group_size", "sample_packing_bin_size",
+         "sample_packing_sequentially", "sample_packing_eff_est", "multipack_real_batches", "batch_flattening",
+         "pretrain_multipack_buffer_size", "pretrain_multipack_attn", "shuffle_merged_datasets", "loss_watchdog_threshold",
+         "loss_watchdog_patience", "is_falcon_derived_model", "is_llama_derived_model", "is_mistral_derived_model",
+         "is_qwen_derived_model", "tokenizer_use_fast", "tokenizer_legacy", "tokenizer_save_jinja_files", "processor_type",
+         "resize_token_embeddings_to_32x", "mean_resizing_embeddings", "shrink_embeddings", "embeddings_skip_upcast",
+         "lora_fan_in_fan_out", "loraplus_lr_embedding", "max_prompt_len", "eval_sequence_len", "eval_table_size",
+         "eval_max_new_tokens", "save_first_step", "profiler_steps", "eot_tokens", "peft_autocast_adapter_dtype",
+         "merge_lora", "merge_method", "use_ray", "flash_attn_cross_entropy", "flash_attn_rms_norm", "unsloth_rms_norm",
+         "unsloth_rope", "unsloth_cross_entropy_loss", "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o",
+         "qlora_sharded_model_loading", "experimental_skip_move_to_device"),
+        "it is how oribi works, or what another setting says already",
+    ),
+    **lacking(("bnb_config_kwargs",), "4-bit weights are NF4 with double quantisation"),
+    **lacking(("min_sample_len",), "short rows are kept; take them out of the data before"),
+    **lacking(("dataset_exact_deduplication",), "equal rows are all kept; take them out of the data before"),
+    **lacking(("do_bench_eval", "do_causal_lm_eval", "bench_dataset", "eval_causal_lm_metrics"), "oribi eval measures held-out rows and any file"),
+    **refusing(("rl", "reward_model", "process_reward_model", "num_labels", "trl", "vllm"), "oribi train is supervised; use trl's trainers on oribi's model (examples/dpo.py)"),
+    **refusing(("pretraining_dataset",), "a stream; name its files or data set under datasets, with type: completion"),
+    **refusing(("lora_model_dir",), "oribi starts a new adapter; in Python an adapter can be loaded and trained on: FastLanguageModel.from_pretrained(ADAPTER)"),
+    **refusing(("unfrozen_parameters",), "oribi trains an adapter with modules_to_save, or every weight"),
+    **refusing(("relora", "relora_steps", "jagged_restart_steps", "lisa_step_interval", "lisa_n_layers", "qat", "quantization", "fp8", "gptq", "use_pose", "s2_attention", "curriculum_sampling", "trainer_cls", "diffusion"), "oribi has no such training"),
+    **refusing(("peft_layers_to_transform", "peft_layers_pattern", "peft_layer_replication", "peft_trainable_token_indices", "lora_exclude_modules"), "all layers of a kind get an adapter; in Python: get_peft_model(layers_to_transform=...)"),
+    **refusing(("tokens", "added_tokens_overrides"), "in Python: oribi.add_new_tokens"),
+    **refusing(("tokenizer_config", "base_model_config", "overrides_of_model_config", "model_config", "tokenizer_use_mistral_common"), "the model is read with its own config and tokenizer"),
+    **refusing(("chat_template_jinja", "chat_template_kwargs", "default_system_message"), "in Python: oribi.get_chat_template(tokenizer, (jinja, end of a turn))"),
+    **refusing(("dataset_shard_num", "dataset_shard_idx"), "a part of the rows cannot be named; cut the data before"),
+    **dict.fromkeys(("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"), only([1, 0], "each GPU holds whole sequences and the whole model")),
+}  # fmt: skip
+
+DEFAULTS = {
+    "max_seq_length": 512, "overlong": "drop", "load_in_4bit": False, "packing": False, "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1, "optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "weight_decay": 0.0,
+    "warmup_steps": 0.03, "seed": 42, "output_dir": "./model-out",
+}  # fmt: skip
+DIALECT = Dialect("Axolotl", HANDLERS, DEFAULTS, _prepare, _finish)

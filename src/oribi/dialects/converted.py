@@ -1,0 +1,178 @@
+"""What becomes of a foreign config, and the few ways in which a key of it is read."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from oribi.config import ALIASES, RunConfig, problem_with
+
+KNOWN = {f.name for f in fields(RunConfig)}
+
+
+@dataclass
+class Converted:
+    """A foreign config in oribi's words; every key of it ends in one of the lists.
+
+    Args:
+        dialect: whose it was.
+        path: where it lies.
+        entries: what it says.
+        values: settings.
+        notes: one line for each key that was read under another name, and for each default of that program.
+        differences: what is done a little otherwise here, or needs a look.
+        idle: key -> why nothing comes of it.
+        unsupported: key -> what to do instead; what is learned stays the same, or nearly so.
+        refused: key with its value -> why. Something else would be learned, so nothing is converted.
+    """
+
+    dialect: str
+    path: Path
+    entries: dict[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    idle: dict[str, str] = field(default_factory=dict)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def put(self, key: str, value: Any, said: str) -> None:
+        """A setting, and the words of the file that it comes from."""
+        if value is None:
+            return
+        problem = problem_with(key, value)
+        if problem is not None:
+            self.refused[said if " = " in said else f"{said} = {value}"] = problem
+        elif self.values.get(key, value) != value:
+            self.refused[said] = f"{key} is {self.values[key]} already, by another line"
+        else:
+            self.values[key] = value
+            if said.split(" ")[0] != key:
+                self.notes.append(f"{said} read as {key} = {value}")
+
+    def put_default(self, key: str, value: Any) -> None:
+        """A setting of a program that its file leaves out."""
+        if key not in self.values:
+            self.put(key, value, f"default of {self.dialect}")
+
+    def refuse(self, key: str, why: str) -> None:
+        """A key that asks for something else than oribi would do."""
+        self.refused[f"{key} = {self.entries[key]}" if key in self.entries else key] = why
+
+
+Handler = Callable[[Converted, str, Any], None]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one program's config is read.
+
+    Args:
+        name: the program.
+        handlers: key -> what is made of it; other keys are read by their names here.
+        defaults: what the program does where its file says nothing and oribi would do something else.
+        prepare: looks at the entries before they are read one by one.
+        finish: sets what several keys say together.
+    """
+
+    name: str
+    handlers: Mapping[str, Handler]
+    defaults: Mapping[str, Any]
+    prepare: Callable[[Converted], None] = lambda found: None
+    finish: Callable[[Converted], None] = lambda found: None
+
+
+def is_off(value: Any) -> bool:
+    """Whether a key asks for nothing."""
+    return value in (None, False, "", "none", "None", [], {}, 0)
+
+
+def put_plain(found: Converted, key: str, value: Any) -> None:
+    """A key that is called here as it is there, or by a known other name."""
+    name = ALIASES.get(key, key)
+    if name in KNOWN:
+        found.put(name, None if value == "" else value, key)
+    elif not is_off(value):
+        found.unsupported[key] = "oribi has no such setting"
+
+
+def renamed(name: str) -> Handler:
+    """A key that is called otherwise here."""
+
+    def handle(found: Converted, key: str, value: Any) -> None:
+        found.put(name, value, key)
+
+    return handle
+
+
+def inverted(name: str) -> Handler:
+    """A key that says the opposite of a setting."""
+
+    def handle(found: Converted, key: str, value: Any) -> None:
+        if value is not None:
+            found.put(name, not value, f"{key} = {str(value).lower()}")
+
+    return handle
+
+
+def idle(keys: Iterable[str], why: str) -> dict[str, Handler]:
+    """Keys that nothing comes of."""
+
+    def handle(found: Converted, key: str, value: Any) -> None:
+        if value is not None:
+            found.idle[key] = why
+
+    return dict.fromkeys(keys, handle)
+
+
+def lacking(keys: Iterable[str], why: str) -> dict[str, Handler]:
+    """Keys that oribi does not follow, though the same is learned without them."""
+
+    def handle(found: Converted, key: str, value: Any) -> None:
+        if not is_off(value):
+            found.unsupported[key] = why
+
+    return dict.fromkeys(keys, handle)
+
+
+def refusing(keys: Iterable[str], why: str) -> dict[str, Handler]:
+    """Keys that change what is learned, in a way that oribi's config cannot."""
+
+    def handle(found: Converted, key: str, value: Any) -> None:
+        if not is_off(value):
+            found.refuse(key, why)
+
+    return dict.fromkeys(keys, handle)
+
+
+def only(allowed: Iterable[Any], why: str) -> Handler:
+    """A key that may say what oribi does anyway, and nothing else."""
+    allowed = list(allowed)
+
+    def handle(found: Converted, key: str, value: Any) -> None:
+        if value is None or value in allowed:
+            found.idle[key] = "it is what oribi does"
+        else:
+            found.refuse(key, why)
+
+    return handle
+
+
+def read_elsewhere(found: Converted, key: str, value: Any) -> None:
+    """A key that the dialect's `prepare` or `finish` reads."""
+
+
+def names_of(value: Any) -> list[str]:
+    """A list, or names with commas between them."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def names(setting: str) -> Handler:
+    """A key that holds a list, or names with commas between them."""
+
+    def handle(found: Converted, key: str, value: Any) -> None:
+        if not is_off(value):
+            found.put(setting, names_of(value), key)
+
+    return handle

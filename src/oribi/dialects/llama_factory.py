@@ -1,0 +1,258 @@
+"""LLaMA-Factory's YAML, and the flags of `llamafactory-cli train`.
+
+Checked against hiyouga/LLaMA-Factory (2026-11-25): hparams/data_args.py@072bfe29, finetuning_args.py@00577a85,
+model_args.py@00577a85, training_args.py@00577a85, parser.py@f74d33f7; data/parser.py@01d3ac67, data_utils.py@0a97c776,
+template.py@00577a85, processor/supervised.py@0b3022bb, processor/pretrain.py@4c2aff46; transformers 5.17's TrainingArguments.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from oribi.dialects import shared
+from oribi.dialects.converted import (  # fmt: skip
+    Converted,
+    Dialect,
+    Handler,
+    idle,
+    inverted,
+    is_off,
+    lacking,
+    names,
+    names_of,
+    only,
+    read_elsewhere,
+    refusing,
+)
+from oribi.errors import ConfigError
+
+# keys that only LLaMA-Factory has, of the programs that call their model model_name_or_path
+SIGNS = {
+    "finetuning_type",
+    "cutoff_len",
+    "lora_rank",
+    "stage",
+    "lora_target",
+    "template",
+    "dataset",
+    "quantization_bit",
+}
+# name there -> name of the same template here; most others are a model's own
+TEMPLATES = {
+    "alpaca": "alpaca", "chatml": "chatml", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "granite3": "granite",
+    "llama3": "llama3", "phi": "phi-3", "phi4": "phi-4", "qwen": "qwen-2.5", "qwen3": "qwen3",
+    "yi": "chatml",
+}  # fmt: skip
+# columns that rows may have under these names, for oribi to know them by itself
+COLUMNS = {
+    "prompt": {"instruction", "prompt", "question", "query", "problem"}, "query": {"input"},
+    "response": {"output", "response", "answer", "completion", "solution"}, "history": {"history"},
+    "system": {"system"}, "tools": {"tools"}, "messages": {"messages", "conversations", "conversation", "chat", "dialogue"},
+}  # fmt: skip
+TAGS = {
+    "role_tag": {"role", "from"}, "content_tag": {"content", "value"}, "user_tag": {"user", "human"},
+    "assistant_tag": {"assistant", "gpt", "model"}, "observation_tag": {"tool", "observation"}, "system_tag": {"system"},
+}  # fmt: skip
+STAGES = {"rm": "reward modelling", "ppo": "PPO", "dpo": "preference training", "kto": "preference training"}
+
+
+def _prepare(found: Converted) -> None:
+    entries = found.entries
+    kind = entries.get("finetuning_type") or "lora"
+    if kind == "full":
+        shared.without_adapter(found, "finetuning_type = full")
+        if not entries.get("pure_bf16"):
+            found.differences.append(shared.MASTER_WEIGHTS)
+    elif kind != "lora":
+        found.refuse("finetuning_type", "oribi trains LoRA adapters, or every weight")
+    stage = entries.get("stage") or "sft"
+    if stage == "pt":
+        found.put("train_on_responses_only", False, "stage = pt")
+        found.put("overlong", "split", "stage = pt")
+        found.differences.append(
+            "texts are cut into pieces of max_seq_length and packed apart from each other; LLaMA-Factory runs them together"
+        )
+    elif stage != "sft":
+        found.refuse(
+            "stage",
+            f"{STAGES.get(stage, stage)}; oribi train is supervised: use trl's trainers on oribi's model (examples/dpo.py)",
+        )
+
+
+def _finish(found: Converted) -> None:
+    entries = found.entries
+    packing, plain_text = entries.get("packing"), entries.get("stage") == "pt"
+    if entries.get("neat_packing") or (plain_text if packing is None else packing):
+        found.put(
+            "packing",
+            True,
+            "neat_packing" if entries.get("neat_packing") else "packing" if packing else "stage = pt",
+        )
+        if not entries.get("neat_packing"):
+            found.differences.append("packing: oribi's packs keep their examples apart, as neat_packing does")
+    if not found.values.get("full_finetuning"):
+        found.put_default("lora_r", 8)
+        found.put_default("lora_alpha", 2 * found.values["lora_r"])
+    shared.checkpoints(found, "steps")
+    shared.precision(found)
+
+
+def _dataset(found: Converted, key: str, value: Any) -> None:
+    if not is_off(value):
+        found.put(key, [_source(found, name) for name in names_of(value)], key)
+
+
+def _source(found: Converted, name: str) -> str:
+    """The file or hub name behind a name of dataset_info.json."""
+    folder = found.entries.get("dataset_dir") or "data"
+    if folder == "ONLINE":
+        return name
+    beside = found.path.parent
+    for place in (
+        Path(folder),
+        beside / folder,
+        beside,
+        beside.parent / folder,
+        beside.parent.parent / folder,
+    ):
+        if (place / "dataset_info.json").is_file():
+            return _listed(found, name, place)
+    found.unsupported[f"dataset: {name}"] = (
+        f"a name of dataset_info.json, which is not in {folder}; write the file's or the hub's name in its place"
+    )
+    return name
+
+
+def _listed(found: Converted, name: str, place: Path) -> str:
+    table = place / "dataset_info.json"
+    try:
+        entry = json.loads(table.read_text(encoding="utf-8")).get(name)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{table}: no valid table of data sets: {error}") from error
+    if not isinstance(entry, dict):
+        found.refuse(f"dataset = {name}", f"{table} has no such name")
+        return name
+    _check_columns(found, name, entry)
+    if "hf_hub_url" in entry:
+        return entry["hf_hub_url"]
+    if "file_name" in entry:
+        return str(place / entry["file_name"])
+    found.refuse(f"dataset = {name}", f"{table} names neither file_name nor hf_hub_url for it")
+    return name
+
+
+def _check_columns(found: Converted, name: str, entry: dict[str, Any]) -> None:
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    if found.entries.get("stage") == "pt":
+        text = columns.get("prompt", "instruction")
+        found.put("dataset_text_field", text, f"{name}: prompt")
+        return
+    for what, known in ((columns, COLUMNS), (tags, TAGS)):
+        for part, there in what.items():
+            if there not in known.get(part, ()):
+                found.refuse(
+                    f"{name}: {part} = {there}",
+                    "rows are recognised by their usual column names; rename it in the file (docs/data-formats.md)",
+                )
+    for part in ("ranking", "subset", "folder"):
+        if entry.get(part):
+            found.refuse(
+                f"{name}: {part} = {entry[part]}",
+                "oribi's config cannot say this of a data set; save what is meant as a file",
+            )
+    if entry.get("num_samples"):
+        found.unsupported[f"{name}: num_samples"] = "all rows are taken; cut the data set before"
+    if entry.get("split", "train") != "train":
+        found.put("split", entry["split"], f"{name}: split")
+
+
+def _template(found: Converted, key: str, value: Any) -> None:
+    if found.entries.get("stage") == "pt":
+        found.idle[key] = "plain text has no turns"
+    elif value in TEMPLATES:
+        found.put("chat_template", TEMPLATES[value], f"{key} = {value}")
+        if value == "qwen3":
+            found.differences.append(
+                "LLaMA-Factory writes an empty <think> block into every answer without reasoning; oribi, as Qwen3's own "
+                "template does, into the last answer only"
+            )
+    elif value in ("empty", "default", "fewshot"):
+        found.refuse(key, "no template of this form here; write the rows as prompt + completion")
+    elif not is_off(value):
+        found.unsupported[key] = (
+            f"{value}: the model's own chat template is taken; look at oribi inspect data"
+        )
+
+
+def _bits(found: Converted, key: str, value: Any) -> None:
+    method = found.entries.get("quantization_method") or "bnb"
+    if value == 8 and method in ("bnb", "bitsandbytes"):
+        found.unsupported[key] = (
+            "weights are NF4 or 16 bit; 16 bit is taken, which is exact and needs more memory"
+        )
+    elif value is not None and (value != 4 or method not in ("bnb", "bitsandbytes")):
+        found.refuse(key, f"by {method}; oribi's weights are bitsandbytes' NF4 (4), or 16 bit")
+    elif value == 4:
+        found.put("load_in_4bit", True, "quantization_bit = 4")
+
+
+def _val_size(found: Converted, key: str, value: Any) -> None:
+    if value and value > 1:
+        found.unsupported[key] = f"{value} rows; eval_fraction is a share of the rows"
+    elif value:
+        found.put("eval_fraction", value, key)
+
+
+NO_TRAINING = "oribi has no such training"
+HANDLERS: dict[str, Handler] = {
+    **shared.HANDLERS,
+    "stage": read_elsewhere,
+    "finetuning_type": read_elsewhere,
+    "dataset": _dataset,
+    "eval_dataset": _dataset,
+    "dataset_dir": read_elsewhere,
+    "template": _template,
+    "quantization_bit": _bits,
+    "quantization_method": read_elsewhere,
+    "quantization_type": only(["nf4"], "4-bit weights are NF4"),
+    "lora_target": shared.targets,
+    "additional_target": names("modules_to_save"),
+    "train_on_prompt": inverted("train_on_responses_only"),
+    "val_size": _val_size,
+    "packing": read_elsewhere,
+    "neat_packing": read_elsewhere,
+    **dict.fromkeys(("save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps"), read_elsewhere),
+    "do_train": only([True], "it asks for no training"),
+    "mix_strategy": only(["concat"], "data sets follow each other; in Python: a list of sources with weights"),
+    "ignore_pad_token_for_loss": only([True], "padding is never trained"),
+    "use_swanlab": lacking(("use_swanlab",), "a run is reported to tensorboard, wandb, mlflow, trackio")["use_swanlab"],
+    **idle(
+        ("media_dir", "eval_on_each_dataset", "eval_num_beams", "buffer_size", "loraplus_lr_embedding", "pissa_iter",
+         "pissa_convert", "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "freeze_vision_tower",
+         "freeze_multi_modal_projector", "freeze_language_model", "compute_accuracy", "predict_with_generate",
+         "include_effective_tokens_per_second", "use_fast_tokenizer", "upcast_layernorm", "upcast_lmhead_output",
+         "print_param_status", "use_kv_cache", "infer_backend", "infer_dtype", "cache_dir", "offload_folder",
+         "image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels", "export_dir", "export_size",
+         "export_device", "export_legacy_format", "swanlab_project", "swanlab_run_name", "swanlab_mode", "swanlab_workspace",
+         "ray_run_name", "ray_storage_path", "ray_num_workers", "resources_per_worker", "placement_strategy"),
+        "it is how oribi works, or what another setting says already",
+    ),
+    **lacking(("max_samples",), "all rows are taken; cut the data sets before"),
+    **lacking(("disable_shuffling",), "rows come in random order"),
+    **lacking(("tool_format",), "tools are written as the chat template writes them"),
+    **lacking(("enable_thinking", "preserve_thinking"), "reasoning is written as the chat template writes it"),
+    **refusing(("mask_history",), "every answer of a conversation is trained; in Python: prepare_dataset(train_on='last_response')"),
+    **refusing(("default_system",), "write the system message into the rows"),
+    **refusing(("interleave_probs",), "data sets follow each other; in Python: a list of sources with weights"),
+    **refusing(("adapter_name_or_path", "adapter_folder"), "oribi starts a new adapter; in Python an adapter can be loaded and trained on: FastLanguageModel.from_pretrained(ADAPTER)"),
+    **refusing(("add_tokens", "add_special_tokens", "new_special_tokens_config", "resize_vocab"), "in Python: oribi.add_new_tokens"),
+    **refusing(("pissa_init",), "adapters start as PEFT starts them; in Python: get_peft_model(init_lora_weights=...)"),
+    **refusing(("use_llama_pro", "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_dft_loss", "use_asft_loss", "use_eaft_loss", "shift_attn", "mixture_of_depths", "moe_aux_loss_coef", "train_from_scratch", "use_mca", "use_kt", "fp8"), NO_TRAINING),
+}  # fmt: skip
+
+DEFAULTS = {
+    "load_in_4bit": False, "packing": False, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    "learning_rate": 5e-5, "num_train_epochs": 3.0, "warmup_steps": 0, "optim": "adamw_torch_fused", "weight_decay": 0.0,
+    "logging_steps": 500, "seed": 42,
+}  # fmt: skip
+DIALECT = Dialect("LLaMA-Factory", HANDLERS, DEFAULTS, _prepare, _finish)

@@ -1,0 +1,81 @@
+"""A config's entries: from YAML, JSON, or the flags of a command in a shell script."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oribi.config import YamlReader
+from oribi.errors import ConfigError
+
+
+def read_entries(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """What a file says.
+
+    Returns:
+        The words before the first flag of a shell script, none for other files; and key -> value.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML or JSON, or its flags cannot be known without running it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return _read_flags(path, text) if path.suffix == ".sh" else ([], _read_mapping(path, text))
+
+
+def _read_mapping(path: Path, text: str) -> dict[str, Any]:
+    try:
+        entries = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=YamlReader)  # noqa: S506
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else getattr(error, "lineno", None)
+        raise ConfigError(f"{path}{f':{line}' if line else ''}: no valid YAML or JSON") from error
+    if not isinstance(entries, dict) or not entries:
+        raise ConfigError(f"{path}: expected lines of 'key: value'")
+    return {str(key): value for key, value in entries.items()}
+
+
+def _read_flags(path: Path, text: str) -> tuple[list[str], dict[str, Any]]:
+    """Comments and line ends with a backslash are understood; variables are not, since only a shell knows their values."""
+    try:
+        words = shlex.split(re.sub(r"\\\n", " ", text), comments=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: {error}; a shell script with one command and its flags is expected"
+        ) from error
+    command: list[str] = []
+    entries: dict[str, Any] = {}
+    key = None
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            entries[key] = _value(value) if equals else True
+        elif key is None:
+            command.append(word)
+        else:
+            before = entries[key]
+            first = [] if before is True else before if isinstance(before, list) else [before]
+            entries[key] = [*first, _value(word)] if first else _value(word)
+    unknown = [name for name, value in entries.items() if "$" in str(value)]
+    if unknown:
+        raise ConfigError(
+            f"{path}: --{', --'.join(unknown)}: a shell variable; write its value in the script first"
+        )
+    if not entries:
+        raise ConfigError(
+            f"{path}: no flags (--name value) in it; if it names a config file, convert that one"
+        )
+    return command, entries
+
+
+def _value(word: str) -> Any:
+    try:
+        return None if word == "None" else yaml.load(word, Loader=YamlReader)  # noqa: S506
+    except yaml.YAMLError:
+        return word  # a name with braces, say

@@ -1,0 +1,257 @@
+"""Keys that several programs have, most of them from transformers' TrainingArguments and PEFT's LoraConfig."""
+
+import re
+from typing import Any
+
+from oribi.dialects.converted import (
+    Converted,
+    Handler,
+    idle,
+    is_off,
+    lacking,
+    names,
+    names_of,
+    only,
+    read_elsewhere,
+    refusing,
+)
+
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
+# of transformers 5.17: schedules and optimizers that need no further arguments
+SCHEDULES = {"linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"}  # fmt: skip
+OPTIMIZERS = {
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_8bit", "adamw_bnb_8bit",
+    "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb",
+    "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "schedule_free_adamw",
+    "schedule_free_radam", "schedule_free_sgd", "stable_adamw", "grokadamw",
+}  # fmt: skip
+# other names of the same computation
+SAME_OPTIMIZER = {
+    "adamw_hf": "adamw_torch", "optimi_adamw": "adamw_torch", "ao_adamw_8bit": "adamw_8bit",
+    "ao_adamw_4bit": "adamw_torch_4bit", "paged_adamw": "paged_adamw_32bit",
+}  # fmt: skip
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def schedule(found: Converted, key: str, value: Any) -> None:
+    """The learning rate's schedule."""
+    if value in SCHEDULES:
+        found.put("lr_scheduler_type", value, key)
+    elif not is_off(value):
+        found.refuse(key, f"oribi's config has {', '.join(sorted(SCHEDULES))}")
+
+
+def optimizer(found: Converted, key: str, value: Any) -> None:
+    """The optimizer."""
+    name = SAME_OPTIMIZER.get(str(value), value)
+    if name in OPTIMIZERS:
+        found.put("optim", name, key if name == value else f"{key} = {value}")
+    elif not is_off(value):
+        found.refuse(
+            key, "another optimizer than oribi's config has; adamw_torch and adamw_8bit are the usual ones"
+        )
+
+
+def report_to(found: Converted, key: str, value: Any) -> None:
+    """Trackers; those that oribi does not call are named and left out."""
+    asked = names_of(value or "none")
+    for name in asked:
+        if name not in TRACKERS:
+            found.unsupported[f"{key}: {name}"] = (
+                f"a run is reported to {', '.join(TRACKERS[1:])}, and log.jsonl has it all"
+            )
+    found.put("report_to", [name for name in asked if name in TRACKERS] or ["none"], key)
+
+
+def tracker(name: str) -> Handler:
+    """A key that turns a tracker on."""
+
+    def handle(found: Converted, key: str, value: Any) -> None:
+        if not is_off(value):
+            others = [other for other in found.values.get("report_to", []) if other not in ("none", name)]
+            found.values["report_to"] = [*others, name]
+            found.notes.append(
+                f"{key} read as report_to = {found.values['report_to']}; {name} reads its own environment variables"
+            )
+
+    return handle
+
+
+def warmup(found: Converted, key: str, value: Any) -> None:
+    """Warm-up in steps wins over a share, where both are given."""
+    steps = found.entries.get("warmup_steps")
+    if key == "warmup_steps" and (value or is_off(found.entries.get("warmup_ratio"))):
+        found.put("warmup_steps", value, key)
+    elif key == "warmup_ratio" and value is not None:
+        if steps:
+            found.idle[key] = "warmup_steps wins"
+        else:
+            found.put("warmup_steps", value, key)
+
+
+def steps(setting: str) -> Handler:
+    """Steps between two events; nothing, 0 and -1 mean never."""
+
+    def handle(found: Converted, key: str, value: Any) -> None:
+        if value is None or (isinstance(value, (int, float)) and value <= 0):
+            return
+        if isinstance(value, float) and value < 1:
+            found.unsupported[key] = f"{value} of all steps; {setting} is a whole number of steps"
+        else:
+            found.put(setting, value, key)
+
+    return handle
+
+
+def resume(found: Converted, key: str, value: Any) -> None:
+    """Going on from a checkpoint: only from oribi's own."""
+    if value is True:
+        found.put("resume", True, key)
+    elif not is_off(value):
+        found.unsupported[key] = "resume: true goes on from oribi's newest checkpoint in output_dir"
+
+
+def targets(found: Converted, key: str, value: Any) -> None:
+    """The layers that get an adapter."""
+    if value is True or value in ("all", "all-linear", ["all-linear"], ["all"]):
+        found.put("target_modules", ["all-linear"], f"{key} = {value}")
+    elif not is_off(value):
+        listed = names_of(value)
+        if all(re.fullmatch(r"[\w.]+", name) for name in listed):
+            found.put("target_modules", listed, key)
+        else:
+            found.refuse(key, "a pattern; oribi's config takes the layers' names, or all-linear")
+
+
+def checkpoints(found: Converted, default: str) -> None:
+    """save_strategy, save_steps, eval_strategy and eval_steps of TrainingArguments, together."""
+    entries = found.entries
+    saving = entries.get("save_strategy") or default
+    if saving == "steps":
+        steps("save_steps")(found, "save_steps", entries.get("save_steps", 500))
+    elif saving not in ("no", False):
+        found.unsupported["save_strategy"] = f"{saving}; oribi saves every save_steps, or at the end only"
+    evaluating = entries.get("eval_strategy") or entries.get("evaluation_strategy") or "no"
+    if evaluating == "steps":
+        every = entries.get("eval_steps") or entries.get("logging_steps") or found.values.get("logging_steps")
+        steps("eval_steps")(found, "eval_steps", every)
+    elif "eval_steps" in entries and not is_off(entries["eval_steps"]):
+        found.idle["eval_steps"] = f"eval_strategy is {evaluating}"
+
+
+def precision(found: Converted) -> None:
+    """bf16 and fp16, where one of them is asked for; nothing said leaves it to the machine."""
+    entries = found.entries
+    if any(entries.get(name) in (True, "full") for name in ("bf16", "bfloat16", "pure_bf16")):
+        found.put("dtype", "bfloat16", "bf16 = true")
+    elif any(entries.get(name) is True for name in ("fp16", "float16")):
+        found.put("dtype", "float16", "fp16 = true")
+
+
+def without_adapter(found: Converted, why: str) -> None:
+    """Every weight is trained, so what the file says of an adapter counts for nothing there, and nothing here."""
+    found.put("full_finetuning", True, why)
+    for key in [key for key in found.entries if key.startswith(("lora_", "peft_", "loraplus_")) or key in ("use_rslora", "use_dora", "r")]:  # fmt: skip
+        value = found.entries.pop(key)
+        if not is_off(value):
+            found.idle[key] = "every weight is trained"
+
+
+MASTER_WEIGHTS = (
+    "trained weights are float32 there, and arithmetic bf16; oribi trains them in the dtype that it computes in: dtype: float32 "
+    "is exact, and slower"
+)
+PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
+GOES_ON = "oribi trains one model from start to end and keeps its last weights; stop early by hand, or in Python with callbacks"
+HANDLERS: dict[str, Handler] = {
+    "lr_scheduler_type": schedule,
+    "lr_scheduler": schedule,
+    "optim": optimizer,
+    "optimizer": optimizer,
+    "report_to": report_to,
+    "warmup_steps": warmup,
+    "warmup_ratio": warmup,
+    "max_steps": steps("max_steps"),
+    "save_steps": steps("save_steps"),
+    "eval_steps": steps("eval_steps"),
+    "logging_steps": steps("logging_steps"),
+    "resume_from_checkpoint": resume,
+    "lora_modules_to_save": names("modules_to_save"),
+    "lora_target_modules": targets,
+    "adam_beta1": only([0.9], "AdamW runs with 0.9, 0.999 and 1e-8 here"),
+    "adam_beta2": only([0.999], "AdamW runs with 0.9, 0.999 and 1e-8 here"),
+    "adam_epsilon": only([1e-8], "AdamW runs with 0.9, 0.999 and 1e-8 here"),
+    "bias": only(["none"], "an adapter trains no biases here"),
+    "lora_bias": only(["none", False], "an adapter trains no biases here"),
+    "bnb_4bit_quant_type": only(["nf4"], "4-bit weights are NF4"),
+    **dict.fromkeys(PRECISION, read_elsewhere),
+    **idle(("tf32", "float32", "fp16_opt_level", "bf16_full_eval", "fp16_full_eval"), "the model's dtype decides the precision"),
+    **idle(
+        ("flash_attention", "flash_attn", "attn_implementation", "xformers_attention", "sdp_attention", "flex_attention",
+         "eager_attention", "sage_attention", "flash_attention_2", "flash_optimum"),
+        "the decoder chooses its attention backend",
+    ),
+    **idle(
+        ("dataset_prepared_path", "overwrite_cache", "tokenized_path", "preprocessing_batch_size", "dataset_keep_in_memory",
+         "skip_prepare_dataset"),
+        "prepared data is cached under a fingerprint of its content",
+    ),
+    **idle(
+        ("gradient_checkpointing", "gradient_checkpointing_kwargs", "use_gradient_checkpointing", "activation_offloading",
+         "activation_checkpointing", "disable_gradient_checkpointing", "use_reentrant_gc", "use_unsloth_gc", "max_memory",
+         "gpu_memory_limit", "device_map", "lora_on_cpu", "low_cpu_mem_usage", "auto_find_batch_size",
+         "torch_empty_cache_steps", "gc_steps"),
+        "oribi keeps and recomputes by the memory that is free; gradient_checkpointing sets it by hand",
+    ),
+    **idle(
+        ("liger_rope", "liger_rms_norm", "liger_glu_activation", "use_liger_kernel", "liger_fused_linear_cross_entropy",
+         "liger_layer_norm", "liger_cross_entropy", "enable_liger_kernel", "use_unsloth", "lora_mlp_kernel", "lora_qkv_kernel",
+         "lora_o_kernel", "lora_embedding_kernel", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+         "cut_cross_entropy", "use_kernels", "unsloth_force_compile", "use_v1_kernels"),
+        "oribi's own kernels run",
+    ),
+    **idle(
+        ("do_eval", "do_predict", "plot_loss", "overwrite_output_dir", "strict", "model_type", "tokenizer_type", "debug",
+         "group_by_length", "train_sampling_strategy", "remove_unused_columns", "padding_free", "pad_to_multiple_of",
+         "ddp_timeout", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "dataloader_num_workers", "dataloader_pin_memory",
+         "dataloader_prefetch_factor", "dataloader_drop_last", "dataloader_persistent_workers", "save_only_model",
+         "save_safetensors", "include_tokens_per_second", "include_num_input_tokens_seen", "include_tkps", "disable_tqdm",
+         "logging_dir", "logging_first_step", "logging_strategy", "log_level", "double_quantization", "use_bnb_nested_quant",
+         "bnb_4bit_quant_storage", "average_tokens_across_devices", "label_names", "metric_for_best_model",
+         "greater_is_better", "eval_on_start", "eval_accumulation_steps", "local_rank", "world_size", "ddp", "data_seed",
+         "eval_do_concat_batches", "save_on_each_node"),
+        "it is how oribi works, or what another setting says already",
+    ),
+    **idle(
+        ("wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "wandb_run_id", "wandb_mode", "run_name",
+         "mlflow_tracking_uri", "mlflow_run_name", "hf_mlflow_log_artifacts", "comet_api_key", "comet_project_name",
+         "trackio_run_name", "trackio_space_id", "tensorboard_dir"),
+        "a run is reported under the name of output_dir; the tracker reads its own environment variables",
+    ),
+    **idle(
+        ("hf_token", "hub_token", "wandb_token", "token", "hf_hub_token", "hf_use_auth_token"),
+        "tokens do not belong in files; log in with the hub's own program",
+    ),
+    **lacking(("load_in_8bit",), "weights are NF4 or 16 bit; 16 bit is taken, which is exact and needs more memory"),
+    **lacking(
+        ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type"),
+        "several GPUs work as plain data parallelism, each with the whole model; start oribi with torchrun",
+    ),
+    **lacking(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "push_model", "push_gguf", "push_dataset_to_hub"),
+        "in Python: model.push_to_hub_merged, model.push_to_hub_gguf",
+    ),
+    **lacking(("streaming", "dataset_streaming"), "data is prepared whole before training; in Python a stream can be passed to SFTTrainer"),
+    **refusing(("load_best_model_at_end", "early_stopping_patience", "early_stopping_steps"), GOES_ON),
+    **refusing(
+        ("lr_scheduler_kwargs", "cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup", "lr_groups",
+         "embedding_lr_scale", "loraplus_lr_ratio"),
+        "the learning rate follows lr_scheduler_type alone; embedding_learning_rate is the only second one",
+    ),
+    **refusing(("optim_args", "optim_target_modules"), "optimizers run with their usual arguments, on all that is trained"),
+    **refusing(("label_smoothing_factor",), "the loss is plain cross-entropy"),
+    **refusing(("rope_scaling",), "in Python: FastLanguageModel.from_pretrained(rope_scaling=...)"),
+    **refusing(("loftq_config", "use_loftq"), "in Python: FastLanguageModel.get_peft_model(loftq_config=...)"),
+    **refusing(("lora_target_parameters", "lora_rank_pattern", "lora_alpha_pattern"), "one rank for all layers, and only layers get an adapter; in Python: get_peft_model(...)"),
+}  # fmt: skip

@@ -1,0 +1,168 @@
+"""The YAML and flags of `trl sft`.
+
+Checked against huggingface/trl 1.15.0 (2026-11-25): scripts/sft.py, scripts/utils.py, trainer/sft_config.py, base_config.py,
+model_config.py, utils.py; transformers 5.17's TrainingArguments; PEFT 0.21.2's utils/constants.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from oribi.dialects import shared
+from oribi.dialects.converted import (  # fmt: skip
+    Converted,
+    Dialect,
+    Handler,
+    idle,
+    lacking,
+    only,
+    read_elsewhere,
+    refusing,
+    renamed,
+)
+
+# commands and scripts of trl that train otherwise
+OTHER_TRAINERS = {"dpo", "grpo", "kto", "orpo", "cpo", "rloo", "ppo", "reward", "reward_modeling", "bco", "gkd", "prm", "online_dpo", "nash_md", "xpo"}  # fmt: skip
+SUPERVISED = "oribi train is supervised; use trl's trainers on oribi's model (examples/dpo.py)"
+
+
+def refuse_other_trainers(found: Converted, command: list[str]) -> None:
+    """Refuse a script that starts another trainer than `trl sft`."""
+    for word in command:
+        if Path(word).name.removesuffix(".py").replace("-", "_") in OTHER_TRAINERS:
+            found.refuse(word, SUPERVISED)
+
+
+def _prepare(found: Converted) -> None:
+    entries = found.entries
+    if entries.get("config"):
+        found.refuse("config", "convert that file, and add the flags of the command to what comes out")
+    if entries.get("use_peft"):
+        return
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if entries.get(key):
+            found.refuse(key, "quantised weights cannot be trained without use_peft")
+        entries.pop(key, None)
+    shared.without_adapter(found, "use_peft unset")
+    found.differences.append(shared.MASTER_WEIGHTS)
+
+
+def _finish(found: Converted) -> None:
+    entries = found.entries
+    if not found.values.get("full_finetuning") and "target_modules" not in found.values:
+        # PEFT knows these from the model's kind, which a config does not say
+        qkv = ["qkv_proj"] if "phi-3" in str(found.values.get("model", "")).lower() else ["q_proj", "v_proj"]
+        found.put("target_modules", qkv, "default of PEFT")
+    if "max_length" in entries and entries["max_length"] is None:
+        found.refuse("max_length", "without it trl cuts nothing; give the length of the longest example")
+    _masking(found)
+    shared.checkpoints(found, "steps")
+    if (
+        entries.get("eval_strategy") or entries.get("evaluation_strategy") or "no"
+    ) != "no" and "eval_fraction" not in found.values:
+        found.unsupported["dataset_test_split"] = (
+            "no evaluation; eval_fraction takes a share of the training rows, eval_dataset files, or data sets of the same split"
+        )
+    _precision(found)
+
+
+def _masking(found: Converted) -> None:
+    entries = found.entries
+    asked = [key for key in ("assistant_only_loss", "completion_only_loss") if entries.get(key)]
+    if asked:
+        found.put("train_on_responses_only", True, asked[0])
+    elif entries.get("completion_only_loss") is None:
+        found.differences.append(
+            "trl trains on everything in messages and text, but not on the prompt of prompt + completion rows: for these set "
+            "train_on_responses_only: true"
+        )
+
+
+def _precision(found: Converted) -> None:
+    shared.precision(found)
+    entries = found.entries
+    dtype = entries.get("dtype") or entries.get("torch_dtype")
+    if "dtype" not in found.values and entries.get("bf16") is False:
+        found.put("dtype", "float32" if dtype in (None, "auto") else dtype, "bf16 = false")
+    elif "dtype" not in found.values and dtype in ("bfloat16", "float16"):
+        found.put("dtype", dtype, f"dtype = {dtype}")
+
+
+def _datasets(found: Converted, key: str, value: Any) -> None:
+    """A mixture; its entries may name a path, a split, and files of a local kind."""
+    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in value or []]
+    splits = {str(entry.get("split") or "train") for entry in entries}
+    for entry in entries:
+        for name, said in entry.items():
+            if name not in ("path", "split") and said is not None:
+                found.refuse(
+                    f"datasets: {name} = {said}",
+                    "oribi's config names files and data sets; save what is meant as a file",
+                )
+    if len(splits) > 1:
+        found.refuse(
+            "datasets: split", f"one split for all data sets; {', '.join(sorted(splits))} are several"
+        )
+    if entries:
+        found.put("dataset", [str(entry.get("path")) for entry in entries], "datasets")
+        found.put("split", splits.pop(), "datasets: split")
+
+
+def _packing_strategy(found: Converted, key: str, value: Any) -> None:
+    if value in ("bfd_split", "bfd-requeue", "wrapped") and found.entries.get("packing"):
+        found.put("overlong", "split", f"{key} = {value}")
+    elif value:
+        found.idle[key] = "packs are filled by best fit; examples above max_seq_length are cut"
+
+
+def _loss_type(found: Converted, key: str, value: Any) -> None:
+    if value in (None, "nll", "chunked_nll"):
+        found.idle[key] = "it is oribi's loss"
+    else:
+        found.refuse(key, SUPERVISED if value != "dft" else "the loss is plain cross-entropy")
+
+
+HANDLERS: dict[str, Handler] = {
+    **shared.HANDLERS,
+    "use_peft": read_elsewhere,
+    "config": read_elsewhere,
+    "dtype": read_elsewhere,
+    "torch_dtype": read_elsewhere,
+    "max_length": lambda found, key, value: found.put("max_seq_length", value, key),
+    "max_seq_length": renamed("max_seq_length"),
+    "datasets": _datasets,
+    "dataset_name": lambda found, key, value: found.put("dataset", [value] if value and not found.entries.get("datasets") else None, key),
+    "dataset_train_split": renamed("split"),
+    "test_split_size": renamed("eval_fraction"),
+    "assistant_only_loss": read_elsewhere,
+    "completion_only_loss": read_elsewhere,
+    "packing_strategy": _packing_strategy,
+    "loss_type": _loss_type,
+    "truncation_mode": only(["keep_start"], "examples are cut at their end"),
+    "lora_task_type": only(["CAUSAL_LM"], "oribi trains causal language models"),
+    **dict.fromkeys(("save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps"), read_elsewhere),
+    **idle(("dataset_test_split", "eval_packing", "shuffle_dataset", "ignore_bias_buffers", "report_to_hub", "pad_token", "dataset_batch_size"), "it is how oribi works, or what another setting says already"),
+    **lacking(("env",), "set environment variables in the shell"),
+    **lacking(("config_file", "num_processes", "num_machines", "mixed_precision", "main_process_port"), "it is accelerate's; start oribi with torchrun for several GPUs"),
+    **refusing(("dataset_config",), "oribi's config cannot name a configuration of a data set; save it as a file"),
+    **refusing(("chat_template_path",), "in Python: oribi.get_chat_template(tokenizer, (jinja, end of a turn))"),
+    **refusing(("eos_token",), "the end of a turn is the chat template's; in Python: tokenizer.eos_token = ..."),
+    **refusing(("model_init_kwargs", "dataset_kwargs", "router_aux_loss_coef"), "oribi's config has nothing like it; in Python: FastLanguageModel.from_pretrained(...)"),
+    **refusing(("beta", "max_prompt_length", "num_generations", "reward_funcs", "reward_model_name_or_path", "reward_model_path", "max_completion_length", "ref_model_init_kwargs", "precompute_ref_log_probs", "desirable_weight", "undesirable_weight", "teacher_model_name_or_path", "use_vllm", "num_ppo_epochs"), SUPERVISED),
+}  # fmt: skip
+
+DEFAULTS = {
+    "load_in_4bit": False, "packing": False, "max_seq_length": 1024, "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1, "learning_rate": 2e-5, "num_train_epochs": 3.0, "warmup_steps": 0,
+    "optim": "adamw_torch_fused", "weight_decay": 0.0, "train_on_responses_only": False, "logging_steps": 10, "seed": 42,
+}  # fmt: skip
+ADAPTER_DEFAULTS = {"lora_alpha": 32, "lora_dropout": 0.05}
+
+
+def _finish_all(found: Converted) -> None:
+    _finish(found)
+    if not found.values.get("full_finetuning"):
+        for key, value in ADAPTER_DEFAULTS.items():
+            found.put_default(key, value)
+
+
+DIALECT = Dialect("TRL", HANDLERS, DEFAULTS, _prepare, _finish_all)
