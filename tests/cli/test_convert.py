@@ -11,6 +11,7 @@ from oribi.data.templates import NAMES
 from oribi.dialects import axolotl, convert_file, llama_factory, shared, trl, unsloth
 from oribi.dialects.converted import is_off, read_elsewhere
 from oribi.errors import ConfigError
+from tests.train.conftest import tiny_folder  # noqa: F401 (a fixture)
 
 HANDLERS = {
     dialect.name: dialect.handlers
@@ -369,6 +370,7 @@ REFUSED = [
     ("axolotl", "plugins: [axolotl.integrations.kd.KDPlugin]", "plugins = axolotl.integrations.kd"),
     ("axolotl", "datasets: [{path: d, type: {field_instruction: q, format: '{instruction}'}}]", "datasets: type .*prompt format"),
     ("axolotl", "datasets: [{path: d, type: orcamini}]", "type = orcamini"),
+    ("axolotl", "datasets: [{path: d, type: sharegpt}]", "type = sharegpt .*chat_template"),
     ("axolotl", "datasets: [{path: a, type: alpaca}, {path: b, type: chat_template}]", "different prompts"),
     ("axolotl", "datasets: [{path: a, type: chat_template, roles_to_train: [assistant, user]}]", "roles_to_train"),
     ("axolotl", "datasets: [{path: a, type: chat_template, roles_to_train: []}]", "roles_to_train"),
@@ -526,6 +528,32 @@ def test_names_of_llama_factorys_table_become_files(tmp_path):
     table.write_text("[")
     with pytest.raises(ConfigError, match="no valid table of data sets"):
         convert(tmp_path, text)
+
+
+def test_a_converted_config_trains(oribi, tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    """Long texts of a column of their own, cut into pieces, as `stage: pt` asks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.jsonl").write_text(
+        "".join(json.dumps({"body": "once upon a time " * 60}) + "\n" for _ in range(3))
+    )
+    table = {"book": {"file_name": "book.jsonl", "columns": {"prompt": "body"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(table))
+    (tmp_path / "pt.yaml").write_text(
+        f"model_name_or_path: {tiny_folder}\nstage: pt\ndo_train: true\nfinetuning_type: lora\nlora_target: all\n"
+        "dataset: book\ndataset_dir: .\ncutoff_len: 64\nlearning_rate: 1.0e-3\nmax_steps: 2\n"
+        "per_device_train_batch_size: 1\nlogging_steps: 1\nsave_strategy: 'no'\noutput_dir: out\n"
+    )
+    assert oribi("convert", "pt.yaml", "-o", "config.yaml").code == 0
+    looked = oribi("inspect", "data", "config.yaml", "--json")
+    assert looked.code == 0, looked.err
+    counted = looked.records[-1]
+    assert counted["rows_cut"] == 3
+    assert counted["tokens_cut"] == 0
+    assert counted["examples"] > 3
+    trained = oribi("train", "config.yaml", "--dtype", "float32", "--report", "false")
+    assert trained.code == 0, trained.err
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2]
 
 
 def test_the_names_that_are_written_are_known_here():

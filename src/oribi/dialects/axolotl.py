@@ -62,7 +62,8 @@ def _finish(found: Converted) -> None:
     micro = entries.get("micro_batch_size") or 1
     if entries.get("batch_size"):
         total = entries["batch_size"]
-        found.put("gradient_accumulation_steps", max(1, int(total) // int(micro)), f"batch_size = {total} in micro-batches of {micro}")  # fmt: skip
+        said = f"batch_size = {total} in micro-batches of {micro}"
+        found.put("gradient_accumulation_steps", max(1, int(total) // int(micro)), said)
     found.put_default("per_device_eval_batch_size", micro)
     if not values.get("full_finetuning"):
         if "target_modules" not in values:
@@ -89,7 +90,8 @@ def _precision(found: Converted) -> None:
 
 
 def _datasets(found: Converted, key: str, value: Any) -> None:
-    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in (value if isinstance(value, list) else [value])]  # fmt: skip
+    listed = value if isinstance(value, list) else [value]
+    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in listed]
     sources: list[str] = []
     splits: list[str] = []
     kinds: list[str] = []
@@ -129,9 +131,18 @@ def _kind(found: Converted, entry: dict[str, Any]) -> str:
     kind = entry.get("type")
     if isinstance(kind, dict):
         found.refuse("datasets: type", "a prompt format of its own; write the rows as prompt + completion")
-    elif kind not in (None, "alpaca", "chat_template", "completion") and not str(kind).startswith("sharegpt"):
-        found.refuse(f"datasets: type = {kind}", "oribi reads alpaca, chat_template, completion and tokenised rows; write the rows as messages, or prompt + completion")  # fmt: skip
-    return "tokens" if kind is None else str(kind).split(".")[0] if isinstance(kind, str) else "own"
+    elif str(kind).startswith("sharegpt"):
+        found.refuse(
+            f"datasets: type = {kind}",
+            "no longer Axolotl's; type: chat_template with field_messages: conversations is",
+        )
+    elif kind not in (None, "alpaca", "chat_template", "completion"):
+        found.refuse(
+            f"datasets: type = {kind}",
+            "oribi reads alpaca, chat_template, completion and tokenised rows; write the rows as messages, or as prompt + "
+            "completion",
+        )
+    return "tokens" if kind is None else str(kind)
 
 
 def _put_format(found: Converted, kinds: set[str], entries: list[dict[str, Any]]) -> None:
@@ -171,7 +182,9 @@ def _put_template(found: Converted, name: str) -> None:
     if name == "tokenizer_default":
         found.idle["chat_template"] = "the model's own template is used"
     elif name.startswith("tokenizer_default_fallback_"):
-        found.unsupported["chat_template"] = "the model's own template is used; a model without one is refused, unless chat_template names one"  # fmt: skip
+        found.unsupported["chat_template"] = (
+            "the model's own template is used; a model without one is refused, unless chat_template names one"
+        )
     elif name in TEMPLATES:
         found.put("chat_template", TEMPLATES[name], f"chat_template = {name}")
     else:
@@ -201,7 +214,6 @@ def _check_entry(found: Converted, entry: dict[str, Any]) -> None:
         "shards": lambda v: v == 1,
         "preprocess_shards": lambda v: True,
         "ds_type": lambda v: True,
-        "conversation": lambda v: v in ("chatml", None),
     }  # fmt: skip
     read = {"path", "type", "split", "data_files", "field", "chat_template"}
     for name, value in entry.items():

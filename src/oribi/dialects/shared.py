@@ -152,10 +152,11 @@ def precision(found: Converted) -> None:
 def without_adapter(found: Converted, why: str) -> None:
     """Every weight is trained, so what the file says of an adapter counts for nothing there, and nothing here."""
     found.put("full_finetuning", True, why)
-    for key in [key for key in found.entries if key.startswith(("lora_", "peft_", "loraplus_")) or key in ("use_rslora", "use_dora", "r")]:  # fmt: skip
-        value = found.entries.pop(key)
-        if not is_off(value):
-            found.idle[key] = "every weight is trained"
+    for key in list(found.entries):
+        if key.startswith(("lora_", "peft_", "loraplus_")) or key in ("use_rslora", "use_dora", "r"):
+            value = found.entries.pop(key)
+            if not is_off(value):
+                found.idle[key] = "every weight is trained"
 
 
 MASTER_WEIGHTS = (
