@@ -71,6 +71,17 @@ def test_float32_reference_equals_the_definition(lengths, window, softcap):
     assert max(errors(visibility, lengths, q, k, v, window, softcap)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("backend", "queries", "kv_heads", "groups"),
+    [
+        ("cudnn", 4096 * 32, 8, 1), ("cudnn", 32768 * 32, 8, 4), ("flash", 2**24, 8, 8), ("flash", 2**24, 6, 6),
+        ("flash", 5 * 2**18, 6, 3), ("triton", 2**24, 8, 1), ("reference", 2**24, 8, 1),
+    ],
+)  # fmt: skip
+def test_portions_of_the_heads_grow_in_number_with_the_context(backend, queries, kv_heads, groups):
+    assert op.head_groups(backend, queries, kv_heads) == groups
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -106,6 +117,21 @@ class TestOnTheGpu:
             op.choose_backend = reference
         for mine, theirs in zip(ours, math):
             assert mine <= max(2 * theirs, 1e-2 if dtype is torch.bfloat16 else 2e-3)
+
+    def test_portions_of_the_heads_give_the_gradients_of_the_whole(
+        self, head_dim, dtype, lengths, window, softcap, backend, kv_heads, monkeypatch
+    ):
+        q, k, v = inputs(1, sum(lengths), 8, kv_heads, head_dim, dtype)
+        visibility = pack_of(lengths) if len(lengths) > 1 else Visibility(1, lengths[0])
+        how = decide(q, visibility, SCALE, window, softcap)
+        out, saved = attention_forward(q, k, v, how)
+        whole = attention_backward(out, q, k, v, out, saved, how)
+        monkeypatch.setattr(op, "GROUP_QUERIES", 1)
+        assert op.head_groups(how.backend, q[..., 0].numel(), kv_heads) == (
+            kv_heads if how.backend in ("cudnn", "flash") else 1
+        )
+        for a, b in zip(attention_backward(out, q, k, v, out, saved, how), whole):
+            assert relative_error(a, b) < (4e-3 if dtype is torch.bfloat16 else 5e-4)
 
     def test_a_changed_document_leaves_the_others_bit_identical(
         self, head_dim, dtype, lengths, window, softcap, backend, kv_heads

@@ -18,6 +18,8 @@ from oribi.kernels.flash_attention import flash_attention_backward, flash_attent
 
 # keys up to which the reference lays documents side by side and keeps their scores: a call a document costs more
 SHORT = 512
+# queries of all heads that keep a GPU busy through attention's backward: more are taken in portions of the heads
+GROUP_QUERIES = 2**18
 
 
 @dataclass
@@ -214,30 +216,65 @@ def attention_backward(
     """Gradients of q, k and v, shaped as they are; dout is shaped as out. "reference" runs its forward again."""
     shapes = q.shape, k.shape, v.shape
     dout, q, k, v, out = (_laid_out(x, how) for x in (dout, q, k, v, out))
+    groups = head_groups(how.backend, q.numel() // q.shape[-1], k.shape[-2])
+    if groups == 1:
+        grads = _backward(dout, q, k, v, out, saved, how)
+    else:
+        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        lse, *rest = saved
+        heads = 1 if lse.dim() > 2 else 0  # of a pack [H, T], of rows [B, H, S] and more
+        parts = zip(*(x.chunk(groups, -2) for x in (dout, q, k, v, out, *grads)), lse.chunk(groups, heads))
+        for *inputs, dq, dk, dv, one_lse in parts:
+            for place, grad in zip((dq, dk, dv), _backward(*inputs, (one_lse.contiguous(), *rest), how)):
+                place.copy_(grad)
+    return tuple(grad.reshape(shape) for grad, shape in zip(grads, shapes))
+
+
+def head_groups(backend: str, queries: int, kv_heads: int) -> int:
+    """Portions of the heads in which attention's backward runs, so that its work space does not grow with the context.
+
+    Args:
+        backend: as `choose_backend` names it.
+        queries: B * S * H. kv_heads: K, which the portions divide.
+    """
+    if backend not in ("cudnn", "flash"):
+        return 1
+    return max(
+        n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= max(queries // GROUP_QUERIES, 1)
+    )
+
+
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    saved: tuple[torch.Tensor, ...],
+    how: Attend,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k and v, all laid out for the backend."""
     if how.backend == "reference":
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            grads = torch.autograd.grad(_reference(*inputs, how), inputs, dout)
-    elif how.backend == "cudnn":
-        lse, seed, offset = saved
-        doh, qh, kh, vh, oh = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            doh, qh, kh, vh, oh, lse, seed, offset, None, None, None, q.shape[1], k.shape[1], 0.0, True,
-            scale=how.scale,
-        )  # fmt: skip
-        grads = [x.transpose(1, 2) for x in grads]
-    elif how.backend == "triton":
+            return torch.autograd.grad(_reference(*inputs, how), inputs, dout)
+    if how.backend == "triton":
         documents = how.visibility.documents(q.device)
-        grads = flash_attention_backward(
+        return flash_attention_backward(
             dout, q, k, v, out, *saved, *documents, how.scale, how.window, how.softcap
         )
-    else:
-        lse, seed, offset = saved
-        grads = torch.ops.aten._flash_attention_backward(
+    lse, seed, offset = saved
+    if how.backend == "flash":
+        return torch.ops.aten._flash_attention_backward(
             dout, q, k, v, out, lse, *_flash_extent(q, how), 0.0, True, seed, offset,
             scale=how.scale, **_flash_window(how),
         )  # fmt: skip
-    return tuple(grad.reshape(shape) for grad, shape in zip(grads, shapes))
+    doh, qh, kh, vh, oh = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        doh, qh, kh, vh, oh, lse, seed, offset, None, None, None, q.shape[1], k.shape[1], 0.0, True,
+        scale=how.scale,
+    )  # fmt: skip
+    return tuple(x.transpose(1, 2) for x in grads)
 
 
 def _laid_out(x: torch.Tensor, how: Attend) -> torch.Tensor:

@@ -154,6 +154,8 @@ class _FusedLayer(torch.autograd.Function):
             raise ModelError(
                 "backward was called twice on one forward; oribi's layers free what they kept, call forward again"
             )
+        if ctx.step.batch.host_memory is not None:
+            ctx.step.batch.host_memory.turn()
         needs_dx, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         with torch.autocast(dy.device.type, enabled=False):
             dx, factors = _backward(ctx.step, kept, dy.reshape(-1, dy.shape[-1]), needs_dx)

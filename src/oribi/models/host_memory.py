@@ -42,21 +42,26 @@ class Parcel:
     def take(self) -> torch.Tensor:
         """The tensor on its device; it can be taken once."""
         self.start_return()
-        self._start_group_below()
+        self.start_group_below()
         torch.cuda.current_stream(self._device).wait_event(self._arrived)
         self._store.give_back(self._buffer)
         back, self._back, self._host = self._back, None, None
         return back
 
-    def _start_group_below(self) -> None:
-        parcel, group = self.below, None
-        while parcel is not None:
-            if parcel.group is not self.group:
-                group = group or parcel.group
-                if parcel.group is not group:
-                    return
+    def start_group(self) -> None:
+        """Begins the copies back of this parcel's group, of which it is the last."""
+        parcel: Parcel | None = self
+        while parcel is not None and parcel.group is self.group:
             parcel.start_return()
             parcel = parcel.below
+
+    def start_group_below(self) -> None:
+        """Begins the copies back of the group that was stored before this parcel's."""
+        parcel = self.below
+        while parcel is not None and parcel.group is self.group:
+            parcel = parcel.below
+        if parcel is not None:
+            parcel.start_group()
 
 
 class HostMemory:
@@ -98,6 +103,13 @@ class HostMemory:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             return self._stream.record_event()
+
+    def turn(self) -> None:
+        """For backward to begin with: the group stored last starts back, and what was sent out is let go of."""
+        self.flush()
+        top = self._top() if self._top is not None else None
+        if top is not None:
+            top.start_group()
 
     def flush(self) -> None:
         """Makes the current stream wait for every copy to the host, and lets go of their sources."""

@@ -17,6 +17,7 @@ import torch
 from oribi.config import RunConfig
 from oribi.environment import Environment
 from oribi.errors import ConfigError
+from oribi.kernels.attention import head_groups
 from oribi.kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 from oribi.models.fused_layer import MLP_TOKENS, POLICIES, Keep
 from oribi.train.architecture import Architecture, OutsideFamilyTable, architecture_of
@@ -204,11 +205,16 @@ class Training:
     def in_attention_backward(self, keep: Keep, tokens: int) -> int:
         """Device bytes of attention's backward, which takes more than the MLP's portions on long rows."""
         width, d = self.architecture.decoder.dtype.itemsize, self.architecture.config.hidden_size
-        sizes = self.architecture.decoder.model.layers[0].self_attn.sizes
-        # dy, the gradient of x_mid, those of a, q, k and v, and that of q once more in float32
-        size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 2 * sizes[0])
-        results = self.results(tokens)
-        return size + sum(results[name] * COPIES[getattr(keep, name)] for name in ("x", "qkv", "attention"))
+        attn = self.architecture.decoder.model.layers[0].self_attn
+        sizes = attn.sizes
+        groups = head_groups("flash", tokens * sizes[0] // attn.head_dim, sizes[1] // attn.head_dim)
+        # dy, the gradients of x_mid, a, q, k and v; for a group of heads that of q in float32, of k and v by query head
+        size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 4 * sizes[0] // groups)
+        for name, one in self.results(tokens).items():
+            place = getattr(keep, name)
+            # what only the MLP needs is gone, but the next layer's may be on its way back
+            size += one * (COPIES[place] if name in ("x", "qkv", "attention") else place == "host")
+        return size
 
     def by_autograd(self, tokens: int) -> int:
         """Bytes that PyTorch's autograd keeps of one layer."""

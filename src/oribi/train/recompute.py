@@ -5,14 +5,15 @@ most time a byte come first, in as many layers as they fit; what is left out is 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import psutil
 import torch
 
+from oribi.kernels.attention import head_groups
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.fused_layer import MLP_TOKENS, Keep
+from oribi.models.fused_layer import MLP_TOKENS, Keep, Place
 
 # share of the device's memory that no plan counts on: fragments, library workspaces, a longer batch
 MARGIN = 0.06
@@ -23,9 +24,6 @@ FORWARD_BY_PRODUCTS = 1.3
 HOST_BYTES_PER_FLOP = 49e9 / 650e12
 # share of the host's free memory that activations may take
 HOST_SHARE = 0.4
-ALL_AGAIN = Keep(
-    "keep", "recompute", "recompute", "recompute", "recompute", "recompute", "recompute", "recompute"
-)
 # moving a byte through device memory takes as long as this much arithmetic: 3.0 TB/s beside 650 TFLOP/s
 FLOP_PER_DEVICE_BYTE = 650e12 / 3.0e12
 
@@ -98,27 +96,43 @@ def plan(
     layers = len(decoder.model.layers)
     spare = free_bytes - workspace_bytes(decoder, tokens)
     inputs = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
-    x = "keep" if spare >= layers * inputs else "host"
-    # what a layer's forward can copy out while the next one computes
-    host = FORWARD_BY_PRODUCTS * host_bytes_per_flop * forward_flop(decoder, tokens)
-    host = min(host, HOST_SHARE * host_bytes / layers)
-    if x == "keep":
+    wanted = items(decoder, tokens, longest)
+    attention = next(item.flop for item in wanted if item.name == "attention")
+    # what can be copied out while the layers' forward computes
+    forward = layers * (FORWARD_BY_PRODUCTS * forward_flop(decoder, tokens) + attention / 2)
+    host = min(host_bytes_per_flop * forward, HOST_SHARE * host_bytes)
+    if spare >= layers * inputs:
+        places = {"x": spread(layers, 0, layers)}
         spare -= layers * inputs
     else:
-        host -= inputs
-    keeps = [replace(ALL_AGAIN, x=x)] * layers
-    for item in items(decoder, tokens, longest):
-        fits = min(layers, max(spare, 0) // item.bytes)
-        spare -= fits * item.bytes
-        rest = "recompute"
-        if item.name != "weights" and item.bytes <= host and fits < layers:
-            rest, host = "host", host - item.bytes
-        # the last layers are the first to be needed again, and the first whose memory backward gives back
-        keeps = [
-            replace(keep, **{item.name: "keep" if i >= layers - fits else rest})
-            for i, keep in enumerate(keeps)
-        ]
-    return keeps
+        places = {"x": spread(0, layers, layers)}
+        host -= layers * inputs
+    for item in wanted:
+        fits, out, back = min(layers, int(max(spare, 0) // item.bytes)), 0, 0
+        if item.name != "weights" and fits < layers:
+            # coming back, two lie on the device; the workspace has room for all but the widest
+            back = 2 * item.bytes if item.name == "gate_up" else 0
+            beside = int(max(spare - back, 0) // item.bytes)
+            out = min(layers - beside, int(max(host, 0) // item.bytes)) if spare >= back or not back else 0
+            fits, out = (beside, out) if beside + out > fits else (fits, 0)
+        spare -= fits * item.bytes + (back if out else 0)
+        host -= out * item.bytes
+        places[item.name] = spread(fits, out, layers)
+    return [Keep(**dict(zip(places, one))) for one in zip(*places.values())]
+
+
+def spread(fits: int, out: int, layers: int) -> list[Place]:
+    """Where each layer's result of one kind is, if the device takes `fits` of them and the host `out`.
+
+    The host's are spread over all layers, whose work hides the copies. The last layer's result is the first to be
+    needed: it never leaves, and lies where a returning one would.
+    """
+    if out == layers > 1:
+        fits, out = 1, layers - 1
+    hosts = {i * (layers - 1) // out for i in range(out)} if layers > 1 else set(range(out))
+    others = [i for i in range(layers) if i not in hosts]
+    kept = set(others[len(others) - fits :])
+    return ["host" if i in hosts else "keep" if i in kept else "recompute" for i in range(layers)]
 
 
 def forward_flop(decoder: DecoderForCausalLM, tokens: int) -> float:
@@ -137,11 +151,12 @@ def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
     """
     config, width = decoder.config, decoder.dtype.itemsize
     hidden, inner = config.hidden_size, config.intermediate_size
-    sizes = decoder.model.layers[0].self_attn.sizes
+    sizes, head_dim = decoder.model.layers[0].self_attn.sizes, decoder.model.layers[0].self_attn.head_dim
     qkv, heads = sum(sizes), sizes[0]
     mlp = tokens * (5 * hidden + heads + qkv) + min(tokens, MLP_TOKENS) * 3 * (hidden + inner)
-    # attention's backward adds up the gradient of q in float32
-    attention = tokens * (3 * hidden + 4 * heads + 2 * qkv)
+    # attention's backward adds up the gradient of q in float32, and those of k and v by query head
+    groups = head_groups("flash", tokens * heads // head_dim, sizes[1] // head_dim)
+    attention = tokens * (3 * hidden + 2 * heads + 4 * heads // groups + 2 * qkv)
     activations = width * max(mlp, attention)
     weights = width * hidden * (3 * inner + qkv)
     loss = tokens * hidden * width * 3 + 2 * 256 * 2**20
