@@ -61,7 +61,10 @@ class RunConfig:
     # the data
     dataset: list[str] = setting([], "Files or hub data sets to train on")
     split: str = setting("train", "Split of a hub data set")
-    dataset_text_field: str = setting("text", "Column of plain text")
+    dataset_text_field: str | None = setting(
+        None,
+        "Column of plain text to train on, whatever else the rows hold; none takes text if they hold nothing better",
+    )
     eval_dataset: list[str] = setting([], "Files or hub data sets to evaluate on")
     eval_fraction: float = setting(0.0, "Share of the training rows kept for evaluation", low=0, below=1)
     chat_template: str | None = setting(None, "Name of a chat template in place of the model's own")

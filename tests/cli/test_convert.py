@@ -292,6 +292,7 @@ MEANINGS = [
     ("axolotl", "datasets: [{path: book.jsonl, ds_type: json, type: completion, field: body}]", {"dataset": ["book.jsonl"], "overlong": "split", "dataset_text_field": "body", "chat_template": ABSENT}),
     ("axolotl", "datasets: [{path: json, data_files: [a.jsonl, b.jsonl], type: chat_template}]", {"dataset": ["a.jsonl", "b.jsonl"]}),
     ("axolotl", "datasets: [{path: d/e, type: chat_template, split: 'train[:20%]', field_messages: conversations, message_property_mappings: {role: from, content: value}}]", {"split": "train[:20%]"}),
+    ("axolotl", "datasets: [{path: book.jsonl, type: completion}]", {"dataset_text_field": "text", "overlong": "split"}),
     ("axolotl", "chat_template: chatml", {"chat_template": "chatml"}),
     ("axolotl", "chat_template: tokenizer_default", {"chat_template": ABSENT}),
     ("axolotl", "excess_length_strategy: truncate", {"overlong": "truncate"}),
@@ -554,6 +555,28 @@ def test_a_converted_config_trains(oribi, tiny_folder, tmp_path, monkeypatch):  
     assert trained.code == 0, trained.err
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [1, 2]
+
+
+def test_rows_of_alpaca_with_a_column_of_text_train_on_their_outputs(
+    oribi, tiny_folder, tmp_path, monkeypatch
+):  # noqa: F811
+    """tatsu-lab/alpaca has both; its `text` holds the prompt, too."""
+    monkeypatch.chdir(tmp_path)
+    row = {
+        "instruction": "Add.",
+        "input": "",
+        "output": "It is four.",
+        "text": "### Instruction: Add. ### Response: It is four.",
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    text = AXOLOTL_LEAST.replace("m/n", str(tiny_folder)).replace(
+        "{path: d/e, type: chat_template}", "{path: rows.jsonl, type: alpaca}"
+    )
+    (tmp_path / "axolotl.yml").write_text(text)
+    assert oribi("convert", "axolotl.yml", "-o", "config.yaml").code == 0
+    counted = oribi("inspect", "data", "config.yaml", "--json").records[-1]
+    assert counted["format"] == "instruction (Alpaca) + output"
+    assert counted["trained_tokens"] < counted["tokens"] / 2
 
 
 def test_the_names_that_are_written_are_known_here():

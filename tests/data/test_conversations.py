@@ -94,6 +94,12 @@ def test_text_field_wins_over_messages_only_if_asked():
     assert convert(row, text_field="text")[1] == Document("rendered")
 
 
+def test_a_text_field_that_no_row_has_is_refused():
+    with pytest.raises(DataError, match="no 'bdoy', the column of plain text that was asked for"):
+        convert({"body": "rendered", "text": "raw"}, text_field="bdoy")
+    assert convert({"text": "a file of text"}, text_field="body")[1] == Document("a file of text")
+
+
 @pytest.mark.parametrize(
     ("more", "labels"),
     [

@@ -112,6 +112,13 @@ def recognise(
     renamed = _rename(row, columns)
     roles = {**ROLE_ALIASES, **(role_aliases or {})}
     name, convert = _choose(renamed, text_field, roles)
+    # files of plain text and of tokens may stand beside; and trl's trainers pass "text" whether it is there or not
+    alone = set(row) <= {"text", "begins", "ends"} or "input_ids" in row
+    if text_field not in (None, "text") and text_field not in row and not alone:
+        raise DataError(
+            f"row has keys {list(row)}, and no {text_field!r}, the column of plain text that was asked for "
+            "(dataset_text_field): correct its name, or leave it out."
+        )
     is_pair = isinstance(convert, partial) and convert.func in (_from_instruction, _from_pair)
     if not columns:
         return RowFormat(name, convert, is_pair)
