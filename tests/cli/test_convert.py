@@ -11,7 +11,6 @@ from oribi.data.templates import NAMES
 from oribi.dialects import axolotl, convert_file, llama_factory, shared, trl, unsloth
 from oribi.dialects.converted import is_off, read_elsewhere
 from oribi.errors import ConfigError
-from tests.train.conftest import tiny_folder  # noqa: F401 (a fixture)
 
 HANDLERS = {
     dialect.name: dialect.handlers
@@ -531,7 +530,7 @@ def test_names_of_llama_factorys_table_become_files(tmp_path):
         convert(tmp_path, text)
 
 
-def test_a_converted_config_trains(oribi, tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_converted_config_trains(oribi, tiny_folder, tmp_path, monkeypatch):
     """Long texts of a column of their own, cut into pieces, as `stage: pt` asks."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.jsonl").write_text(
@@ -559,7 +558,7 @@ def test_a_converted_config_trains(oribi, tiny_folder, tmp_path, monkeypatch):  
 
 def test_rows_of_alpaca_with_a_column_of_text_train_on_their_outputs(
     oribi, tiny_folder, tmp_path, monkeypatch
-):  # noqa: F811
+):
     """tatsu-lab/alpaca has both; its `text` holds the prompt, too."""
     monkeypatch.chdir(tmp_path)
     row = {
