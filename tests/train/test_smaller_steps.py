@@ -4,12 +4,17 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 
 from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.errors import TrainingError
+from oribi.lora.attach import attach_lora
+from oribi.models.load import load_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.smaller_steps import SmallerSteps, cut
 from oribi.train.trainer import SFTTrainer
+from tests.models.tiny import tiny_config, tiny_pair
+from tests.train.conftest import chatml_tokenizer
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -160,3 +165,41 @@ def test_the_next_step_starts_in_parts(load, conversations, tmp_path, caplog):
     assert (
         len({r.message.split(":")[0] for r in caplog.records}) <= 2
     )  # short once, or once more for a longer batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_that_runs_out_trains_on_in_parts(tmp_path, caplog):
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "vocab_size": 8000}
+    config = tiny_config("llama", **sizes, num_attention_heads=8, num_key_value_heads=4, head_dim=128)
+    tiny_pair(config)[1].to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    chatml_tokenizer().save_pretrained(tmp_path / "model")
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 200, (2048,), generator=draw).tolist() for _ in range(24)]
+    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+    def losses(gib: float | None) -> list[float]:
+        torch.manual_seed(0)
+        model, tokenizer = load_model(str(tmp_path / "model"), load_in_4bit=False, max_seq_length=2048)
+        model = attach_lora(model, use_gradient_checkpointing="speed")
+        total = torch.cuda.get_device_properties(0).total_memory
+        share = 1.0 if gib is None else (torch.cuda.memory_allocated() + gib * 2**30) / total
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(share)
+        try:
+            args = SFTConfig(
+                output_dir=str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=8, warmup_steps=0,
+                save_strategy="no", disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
+            )  # fmt: skip
+            trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+            trainer.train()
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = losses(None)
+    assert not any("out of memory" in record.message for record in caplog.records)
+    with caplog.at_level(logging.WARNING, logger="oribi.train.smaller_steps"):
+        parts = losses(1.5)
+    assert any("out of memory" in record.message for record in caplog.records)
+    assert parts == pytest.approx(whole, rel=2e-3)
