@@ -69,9 +69,10 @@ class RunConfig:
     eval_fraction: float = setting(0.0, "Share of the training rows kept for evaluation", low=0, below=1)
     chat_template: str | None = setting(None, "Name of a chat template in place of the model's own")
     train_on_responses_only: bool = setting(True, "Train on the assistant's words only")
-    overlong: str = setting(
-        "truncate", "Examples above max_seq_length", choices=("truncate", "drop", "split", "error")
-    )
+    overlong: str | None = setting(
+        None, "Examples above max_seq_length; none splits text files and truncates otherwise",
+        choices=("truncate", "drop", "split", "error"),
+    )  # fmt: skip
     packing: bool = setting(True, "Fill rows of max_seq_length with several examples each")
     dataset_num_proc: int | None = setting(None, "Processes that prepare the data", low=1)
     # the training
