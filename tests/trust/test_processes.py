@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from oribi.errors import ConfigError
+from oribi.models.decoder import build
 from oribi.selftest.invariance import ROWS, reference_step, step_error, steps_of_ranks
 from oribi.selftest.subject import Subject, reference_of, write_small_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.setup import settle
+from oribi.train.sharding import is_sharded
 from tests.trust.runs import losses_of, trainer_in
 
 pytestmark = [
@@ -75,16 +78,20 @@ SHARDED = """
 import sys
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from oribi.data.collate import PackCollator
-from oribi.lora.attach import attach_lora
+from oribi.errors import ExportError
 from oribi.models.load import load_model
+from oribi.lora.attach import attach_lora
+from oribi.save import save_merged
 from oribi.selftest.subject import Subject
+from oribi.train.guard import LossGuard
+from oribi.train.sharding import is_sharded, sharded
 
 def load():
-    model, _ = load_model(sys.argv[1], dtype="float32", device_map="cpu", max_seq_length=128, load_in_4bit=False)
-    model = attach_lora(model, r=8, lora_alpha=8, use_gradient_checkpointing=False)
+    model, _ = load_model(
+        sys.argv[1], dtype="float32", device_map="cpu", max_seq_length=128, load_in_4bit=sys.argv[2] == "nf4"
+    )
+    model = attach_lora(model, r=8, lora_alpha=8, use_gradient_checkpointing=sys.argv[3] == "checkpointed")
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -93,46 +100,86 @@ def load():
     return model.train()
 
 def gradients(model, rows, targets):
+    model.zero_grad()
     model(**PackCollator()(rows), num_items_in_batch=targets, use_cache=False).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 dist.init_process_group("gloo")
 rows = list(Subject(sys.argv[1], "cpu").rows(8, 320))
 targets = sum(label != -100 for row in rows for label in row["labels"][1:])
 expected = gradients(load(), rows, targets)
-model, mesh = load(), init_device_mesh("cpu", (2,))
-for layer in model.get_base_model().model.layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
-# FSDP takes the mean over the processes
-found = gradients(model, rows[dist.get_rank() :: 2], targets / 2)
-errors = [(found[name].full_tensor() - g).norm() / g.norm() for name, g in expected.items()]
+model = load()
+assert not is_sharded(model)
+whole = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+wrapped = sharded(model, model.get_base_model(), torch.device("cpu"))
+assert is_sharded(model)
+own = sum(p.to_local().numel() for p in model.parameters() if not p.requires_grad)
+errors = []
+for _ in range(2):  # DDP takes the mean over the processes
+    found = gradients(wrapped, rows[dist.get_rank() :: 2], targets / 2)
+    errors += [float((found[name] - g).norm() / g.norm()) for name, g in expected.items()]
+refused = ""
+try:
+    save_merged(model, sys.argv[4], None)
+except ExportError as error:
+    refused = str(error)
+said = LossGuard()._find(model)
 if dist.get_rank() == 0:
-    print("worst", max(errors).item(), len(errors), flush=True)
+    print("worst", max(errors), len(expected), own / whole, flush=True)
+    print("refused", refused, flush=True)
+    print("guard", said, flush=True)
 dist.destroy_process_group()
 """
 
 
-def test_gradients_of_a_model_that_fsdp_shards_equal_one_process(subject):
-    """PyTorch's fully_shard around each layer and the whole, LoRA on float32 weights, two processes with gloo."""
-    said, _ = said_by_two_processes([sys.executable, "-c", SHARDED, subject.path], timeout=120)
-    line = next(line for line in said.splitlines() if line.startswith("worst "))
-    _, worst, count = line.split()
+@pytest.mark.parametrize(("kind", "keeps"), [("nf4", "checkpointed"), ("float32", "all")])
+def test_gradients_of_a_sharded_model_equal_one_process(subject, tmp_path, kind, keeps):
+    """Twice, since weights are gathered into the same memory again; half of them lies in each process."""
+    command = [sys.executable, "-c", SHARDED, subject.path, kind, keeps, str(tmp_path / "merged")]
+    said, errors = said_by_two_processes(command, timeout=120)
+    lines = dict(
+        line.split(" ", 1)
+        for line in said.splitlines()
+        if line.split(" ")[0] in ("worst", "refused", "guard")
+    )
+    worst, count, share = lines["worst"].split()
     assert int(count) == 28  # A and B of seven layers in each of two
     assert float(worst) < 1e-5
+    assert float(share) == pytest.approx(0.5, abs=0.01)
+    assert "is sharded over several processes" in lines["refused"]
+    assert "no process can run the sharded model alone" in lines["guard"]
+    assert "view tensor" not in errors
 
 
-def test_fsdp_is_refused_where_it_cannot_be(subject, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="shards on GPUs only"):
-        trainer_in(subject, tmp_path, fsdp=True)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="shards on GPUs only"):
-        trainer_in(subject, tmp_path)
+def test_sharding_is_refused_where_it_cannot_be(subject, monkeypatch):
     model, _ = subject.load()
     base = model.get_base_model()
-    monkeypatch.setattr(type(base), "device", torch.device("cuda"))
-    with pytest.raises(ConfigError, match="packed weights lose their shape"):
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    settle(SFTConfig(max_length=64, fsdp=True), base)  # plain QLoRA can be
+    options = {"version": 1, "cpu_offload": True}
+    with pytest.raises(ConfigError, match="(?s)asks for version 1.*no cpu_offload of fsdp_config"):
+        settle(SFTConfig(max_length=64, fsdp=True, fsdp_config=options), base)
+    monkeypatch.setattr(base.model.layers[0].mlp.up_proj, "lora_variant", {"default": object()})
+    with pytest.raises(ConfigError, match="layers.0.mlp.up_proj has an adapter that PEFT runs"):
+        settle(SFTConfig(max_length=64, fsdp=True), base)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="Start with `torchrun`"):
         settle(SFTConfig(max_length=64), base)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    with pytest.raises(ConfigError, match="Linear runs unfused"):
+        settle(SFTConfig(max_length=64, fsdp=True), torch.nn.Linear(2, 2))
+    whole = build(
+        LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1), device="cpu"
+    )
+    with pytest.raises(ConfigError, match="every weight is trained"):
+        settle(SFTConfig(max_length=64, fsdp=True), whole)
+
+
+def test_one_process_shards_nothing(subject, tmp_path):
+    trainer = trainer_in(subject, tmp_path, fsdp=True, max_steps=1, save_strategy="no")
+    trainer.train()
+    assert not is_sharded(trainer.model)
+    assert "ACCELERATE_USE_FSDP" not in os.environ  # accelerate's mark, which it reads again
 
 
 # Noise on the embeddings is drawn by each process for itself. With Adam's usual epsilon, and with 8-bit states, a
@@ -164,6 +211,31 @@ def test_a_run_moves_between_one_and_two_processes(subject, tmp_path):
     on_two, _ = two_processes(
         subject, tmp_path / "one-two", "gradient_accumulation_steps=1", f"resume={resume}", *SAME
     )
+    assert on_two == pytest.approx(losses_of(one), rel=1e-5)
+    on_one = trainer_in(subject, tmp_path / "two-one", **SETTINGS)
+    on_one.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-3"))
+    assert losses_of(on_one) == pytest.approx(losses_of(one), rel=1e-5)
+
+
+def test_a_sharded_run_saves_whole_adapters_and_goes_on_unsharded(subject, tmp_path):
+    one = trainer_in(subject, tmp_path / "one", evaluates=16, eval_strategy="steps", eval_steps=3, **SETTINGS)
+    one.train()
+    more = ("gradient_accumulation_steps=1", "evaluates=16", 'eval_strategy="steps"', "eval_steps=3")
+    both, _ = two_processes(subject, tmp_path / "two", "fsdp=true", *more, *SAME)
+    assert both == pytest.approx(losses_of(one), rel=1e-5)
+    logs = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
+    evaluated = [entry["eval_loss"] for entry in logs if "eval_loss" in entry]
+    expected = [entry["eval_loss"] for entry in one.state.log_history if "eval_loss" in entry]
+    assert len(expected) == 2
+    assert evaluated == pytest.approx(expected, rel=1e-5)
+    weights = [
+        load_file(tmp_path / name / "checkpoint-6/adapter_model.safetensors") for name in ("one", "two")
+    ]
+    assert set(weights[0]) == set(weights[1])
+    for name, weight in weights[0].items():
+        assert (weights[1][name] - weight).norm() <= 1e-5 * weight.norm(), name
+    resume = json.dumps(str(tmp_path / "one/checkpoint-3"))
+    on_two, _ = two_processes(subject, tmp_path / "one-two", "fsdp=true", f"resume={resume}", *more, *SAME)
     assert on_two == pytest.approx(losses_of(one), rel=1e-5)
     on_one = trainer_in(subject, tmp_path / "two-one", **SETTINGS)
     on_one.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-3"))

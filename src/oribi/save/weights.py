@@ -87,8 +87,13 @@ def plain_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """A parameter's values where they lie; NF4 weights dequantised in float32.
 
     Raises:
-        ExportError: the weight is quantised in another way, or has no storage.
+        ExportError: the weight is quantised in another way, sharded, or has no storage.
     """
+    if type(tensor).__name__ == "DTensor":
+        raise ExportError(
+            f"{name} is sharded over several processes. Save the adapter (save_pretrained), and export it from one process "
+            "that loads it without fsdp"
+        )
     if tensor.device.type == "meta":
         raise ExportError(f"{name} has no values: the model is offloaded or was never loaded")
     if getattr(tensor, "quant_state", None) is not None:

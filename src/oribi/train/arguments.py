@@ -114,6 +114,11 @@ class SFTConfig(trl.SFTConfig):
         if bf16:
             self.mixed_precision = "bf16"
 
+    @property
+    def place_model_on_device(self) -> bool | None:
+        # what is sharded moves there in parts; whole, it may not fit
+        return False if self.fsdp else None
+
 
 def adopt(args: TrainingArguments | dict[str, Any] | None) -> SFTConfig:
     """An `SFTConfig` with the values of any training arguments; an `SFTConfig` is returned as it is."""

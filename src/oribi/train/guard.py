@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from oribi.errors import DataError, TrainingError
 from oribi.save.finite import first_non_finite
+from oribi.train.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ class LossGuard(TrainerCallback):
         bad = first_non_finite(model)
         if bad is not None:
             return f"The weights of {bad} are no longer finite."
+        if is_sharded(model):
+            return "The row behind it was not looked for: no process can run the sharded model alone."
         documents = 0
         for step, inputs in self.batches:
             for document in documents_of(inputs):

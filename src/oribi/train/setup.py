@@ -1,6 +1,5 @@
 """Between a model, its arguments and TRL's constructor: what is settled before it, and kept through it."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.train.arguments import SFTConfig
+from oribi.train.sharding import settle_sharding
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -39,7 +39,7 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
         ConfigError: bf16 or fp16 contradicts the model's dtype, a loss is asked for that the model cannot give, or FSDP
             is asked for where it cannot be.
     """
-    _require_shardable(args, base)
+    settle_sharding(args, base)
     source = getattr(base, "oribi", None)
     if args.max_length is None:
         args.max_length = getattr(source, "max_seq_length", None) or base.config.max_position_embeddings
@@ -59,22 +59,6 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
                 f"dtype={asked} or leave out {flag}: the model's dtype decides"
             )
     args.mixed_precision = "fp16" if base.config.dtype is torch.float16 else "no"
-
-
-def _require_shardable(args: SFTConfig, base: nn.Module) -> None:
-    # `accelerate launch --use_fsdp` says it in the environment
-    if not args.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return
-    if base.device.type == "cpu":
-        raise ConfigError(
-            "fsdp is set, but accelerate shards on GPUs only and would go on with plain data parallelism; leave out fsdp"
-        )
-    packed = any(type(parameter).__name__ == "Params4bit" for parameter in base.parameters())
-    if packed and isinstance(base, DecoderForCausalLM):
-        raise ConfigError(
-            "fsdp is set and the model is in 4 bits: packed weights lose their shape and scales when FSDP splits them. "
-            "Load it with load_in_4bit=False, or leave out fsdp: each GPU then holds the whole 4-bit model"
-        )
 
 
 def train_on(args: SFTConfig) -> str:

@@ -44,6 +44,7 @@ from oribi.train.setup import (
     settle,
     train_on,
 )
+from oribi.train.sharding import is_sharded, sharded
 from oribi.train.smaller_steps import SmallerSteps
 from oribi.train.utilisation import Utilisation, utilisation_of
 
@@ -250,6 +251,16 @@ class SFTTrainer(BaseTrainer):
         self.stop_on_signal.leave(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
         return output
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        model = super()._wrap_model(model, training, dataloader)
+        if not training or not self.args.fsdp or not self.own_loss or model is not self.model:
+            return model
+        if self._parameters is None:  # a 4-bit weight tells no more when it is sharded
+            self._parameters = model.num_parameters(exclude_embeddings=True)
+        handler = self.accelerator.ddp_handler
+        options = {} if handler is None else handler.to_kwargs()
+        return sharded(model, base_model(model), self.args.device, **options)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         require_finite(self.model)
         super().save_model(output_dir, _internal_call)
@@ -299,10 +310,10 @@ class SFTTrainer(BaseTrainer):
             torch.cuda.empty_cache()
 
     def _plans_memory(self, model: nn.Module) -> bool:
-        """Whether what layers keep follows from the free memory."""
+        """Whether what layers keep follows from the free memory; the plan takes weights for whole and lying still."""
         base = base_model(model)
         choice = getattr(getattr(base, "oribi", None), "checkpointing", False)
-        return choice in (True, "auto", "oribi", "unsloth", "memory")
+        return choice in (True, "auto", "oribi", "unsloth", "memory") and not is_sharded(base)
 
     def _release_steps(self) -> None:
         """Frees recorded graphs and what layers keep from step to step; the next training chooses again."""
@@ -330,6 +341,8 @@ class SFTTrainer(BaseTrainer):
             least = base.oribi.checkpointing == "memory"
             budget = 0 if least else int(reliance * free_bytes(base.device))
             logger.log(level, choose(base, tokens, longest, budget))
+        elif is_sharded(base) and base.oribi.checkpointing == "memory":
+            base.set_recompute_policy("memory")
         if self.step_runner is None:
             scaled = self.accelerator.scaler is not None
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)

@@ -1,0 +1,167 @@
+"""Frozen weights sharded over the processes of a training, trained ones whole on each: `fsdp = True`.
+
+A QLoRA run's memory is its frozen weights; adapters with their gradients and optimizer states are a hundredth of them. So
+PyTorch's `fully_shard` (FSDP2) splits what is frozen, 4-bit codes included, and `DistributedDataParallel` averages the
+gradients of what is trained. Optimizer, clipping, checkpoints and saved adapters are those of any other run, which goes
+on with another number of processes, sharded or not. The scales of 4-bit weights, a thirtieth of them, stay whole.
+
+Accelerate's own FSDP shards on GPUs only, and leaves out codes that are stored as bytes.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from oribi.errors import ConfigError
+from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.layers import DecoderLayer
+from oribi.models.projections import read
+from oribi.train.arguments import SFTConfig
+
+logger = logging.getLogger(__name__)
+
+# options of fsdp_config that would change what is sharded here; others choose how accelerate does it
+REFUSED_OPTIONS = ("activation_checkpointing", "cpu_offload", "xla")
+
+
+def settle_sharding(args: SFTConfig, base: nn.Module) -> None:
+    """Decide who shards the model that `args.fsdp` asks to shard; with one process nobody does.
+
+    Args:
+        args: its fsdp is None afterwards where there is nothing to share, and accelerate does not see it where oribi
+            shards.
+        base: the model, taken out of PEFT's wrapper.
+
+    Raises:
+        ConfigError: the model cannot be sharded, or not as it was asked for.
+    """
+    # `accelerate launch --use_fsdp` says it in the environment
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not args.fsdp and not launched:
+        return
+    if not isinstance(base, DecoderForCausalLM):
+        if args.device.type == "cpu":
+            raise ConfigError(
+                f"fsdp is set, and {type(base).__name__} runs unfused: accelerate would shard it, on GPUs only. Leave "
+                "out fsdp"
+            )
+        return
+    if launched:
+        raise ConfigError(
+            "fsdp was asked of accelerate's launcher, which leaves 4-bit weights whole. Start with `torchrun` or "
+            "`accelerate launch --multi_gpu`, and set fsdp = True in the trainer's arguments"
+        )
+    args.fsdp_plugin_args = None  # what accelerate would be made with
+    if args.world_size == 1:
+        logger.info("fsdp: there is one process, which keeps the whole model")
+        args.fsdp = None
+        return
+    problems = list(_problems(args, base))
+    if problems:
+        raise ConfigError("fsdp is set, but " + "; ".join(problems))
+    for parameter in base.parameters():
+        if parameter.requires_grad:  # the optimizer is made before the rest moves
+            parameter.data = parameter.data.to(args.device)
+
+
+def _problems(args: SFTConfig, base: DecoderForCausalLM) -> Iterator[str]:
+    options = args.fsdp_config or {}
+    if int(options.get("version", 2)) != 2:
+        yield "fsdp_config asks for version 1; leave it out: PyTorch's second FSDP shards single weights"
+    refused = [name for name in REFUSED_OPTIONS if str(options.get(name, False)).lower() != "false"]
+    if refused:
+        yield f"oribi has no {', '.join(refused)} of fsdp_config; use_gradient_checkpointing chooses what layers keep"
+    if all(parameter.requires_grad for parameter in base.parameters()):
+        yield "every weight is trained, and only frozen ones are sharded: train LoRA, or leave out fsdp"
+    if any(type(parameter).__name__ == "Int8Params" for parameter in base.parameters()):
+        yield "the model is in 8 bits; load it in 4 or 16, or leave out fsdp"
+    for name, module in base.named_modules():
+        packed = hasattr(getattr(getattr(module, "base_layer", None), "weight", None), "quant_state")
+        if packed and read(module) is None:
+            yield (
+                f"{name} has an adapter that PEFT runs, DoRA for one, and PEFT reads no sharded 4-bit weight: train plain "
+                "LoRA, load with load_in_4bit=False, or leave out fsdp"
+            )
+            return
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold only parts of the model's frozen weights: each forward then needs all of them."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule  # not in every build of PyTorch
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def sharded(model: nn.Module, base: DecoderForCausalLM, device: torch.device, **options: Any) -> nn.Module:
+    """Splits the frozen weights between the processes, in place, and averages the gradients of the others.
+
+    Args:
+        model: what is trained, the same in every process: `base` or PEFT's wrapper around it. It may lie in host memory,
+            from where one layer at a time moves to the device; what is
+            trained lies there.
+        base: the decoder.
+        device: where this process computes.
+        options: of DistributedDataParallel.
+
+    Returns:
+        The model as a trainer calls it.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not is_sharded(base):
+        _shard(model, base, device)
+    if device.type != "cpu":
+        options["device_ids"] = [device]
+    # nothing to make equal at the start: the shards differ, and what is trained was sent to all
+    return DistributedDataParallel(model, init_sync=False, **options)
+
+
+def _shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    whole_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    for parameter in trained:
+        dist.broadcast(parameter.data, src=0)
+    processes = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (processes,))
+    states = dict(_take_scales(base, device))
+    layers = [module for module in base.modules() if isinstance(module, DecoderLayer)]
+    for module in (*layers, base):
+        # embedding and head too: one process that saves alone would give up what the others still hold gathered
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(trained))
+    # gathered once: the whole codes are the same tensor object ever after, and carry their scales
+    for layer in layers:
+        layer.unshard()
+        for module in layer.modules():
+            if module in states:
+                module.weight.quant_state = states[module]
+        layer.reshard()
+    # a layer's output is never written over, which this is about
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    own_bytes = sum(p.to_local().nbytes for p in model.parameters() if not p.requires_grad)
+    logger.info(
+        "frozen weights are sharded: %.0f of %.0f MiB on each of %d processes",
+        own_bytes / 2**20, whole_bytes / 2**20, processes,
+    )  # fmt: skip
+
+
+def _take_scales(base: nn.Module, device: torch.device) -> Iterator[tuple[nn.Module, object]]:
+    """Makes plain tensors of the codes of 4-bit weights; yields each module and its quantisation state."""
+    for module in base.modules():
+        # PEFT's layers pass on the weight of the one inside them
+        state = getattr(module.weight, "quant_state", None) if isinstance(module, nn.Linear) else None
+        if state is not None:
+            state.to(device)
+            codes = module.weight.detach().as_subclass(torch.Tensor)
+            module.weight = nn.Parameter(codes, requires_grad=False)
+            yield module, state
