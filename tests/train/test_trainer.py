@@ -1,6 +1,7 @@
 """SFTTrainer: what it trains on, what it divides by, and what it leaves as it found it."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -65,6 +66,19 @@ def test_training_lowers_the_loss_and_logs_every_step(make, conversations, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines[:20]] == list(range(1, 21))
     assert {"loss", "learning_rate", "tokens_per_second", "grad_norm", "num_tokens"} <= lines[0].keys()
+
+
+def test_one_process_trains_on_one_of_several_gpus(load, conversations, tmp_path, caplog):
+    model, tokenizer = load()
+    args = SFTConfig(output_dir=str(tmp_path), max_steps=1, disable_tqdm=True, save_strategy="no")
+    assert args.n_gpu == 0
+    args._n_gpu = 2  # what transformers finds where two are visible
+    with caplog.at_level(logging.INFO, logger="oribi.train.setup"):
+        trainer = SFTTrainer(model, args, train_dataset=conversations, tokenizer=tokenizer)
+    assert "torchrun --nproc-per-node 2" in caplog.text
+    trainer.train()
+    assert trainer.model_wrapped is trainer.model
+    assert len(losses_of(trainer)) == 1
 
 
 def test_rows_show_ids_and_exact_labels(make, conversations):

@@ -1,5 +1,6 @@
 """Between a model, its arguments and TRL's constructor: what is settled before it, and kept through it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.train.arguments import SFTConfig
 from oribi.train.sharding import settle_sharding
+
+logger = logging.getLogger(__name__)
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -39,6 +42,12 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
         ConfigError: bf16 or fp16 contradicts the model's dtype, a loss is asked for that the model cannot give, or FSDP
             is asked for where it cannot be.
     """
+    if args.n_gpu > 1:  # the Trainer would copy the model to all of them, step by step
+        logger.info(
+            "%d GPUs are visible, and this process trains on one; `torchrun --nproc-per-node %d` uses all",
+            args.n_gpu, args.n_gpu,
+        )  # fmt: skip
+        args._n_gpu = 1
     settle_sharding(args, base)
     source = getattr(base, "oribi", None)
     if args.max_length is None:
