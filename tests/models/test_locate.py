@@ -1,6 +1,8 @@
 """A name on the hub brings only the files that are needed, and what the hub refuses is said in its own words."""
 
+import json
 import shutil
+import sys
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +14,8 @@ from oribi.errors import ModelError
 from oribi.models import locate as module
 from oribi.models.load import load_model
 from oribi.models.locate import HubOptions, locate, weight_files
+from oribi.models.tokens import tokenizer_of
+from oribi.train.architecture import architecture_of
 from tests.models.tiny_checkpoint import checkpoint
 
 
@@ -170,3 +174,125 @@ def test_weight_files_of_a_single_file_with_another_name(tmp_path):
     assert [p.name for p in weight_files(locate(str(tmp_path), HubOptions()), HubOptions())] == [
         "weights.safetensors"
     ]
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """A saved adapter on the model in tmp_path/models/llama."""
+    from oribi.lora.attach import attach_lora
+
+    checkpoint(tmp_path / "models/llama")
+    model, _ = load(str(tmp_path / "models/llama"))
+    attach_lora(model, r=4, lora_alpha=4).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def no_hub(monkeypatch) -> list[str]:
+    """Names that the hub was asked for, while it cannot be reached."""
+    asked = []
+
+    def refuse(name, **keywords):
+        asked.append(name)
+        raise errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(module, "snapshot_download", refuse)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("base", "words", "names"),
+    [
+        ("/home/someone/llama", "there is no directory or file /home/someone/llama", []),
+        ("C:\\models\\llama", r"there is no directory or file C:\\models", []),
+        ("../llama", r"there is no directory or file \.\./llama", []),
+        ("./models/llama", r"there is no directory or file \./models/llama", []),
+        ("someone/llama", "is not in the hub's cache, and the hub was not reached", ["someone/llama"]),
+        ("", "names no base_model_name_or_path", []),
+        (None, "names no base_model_name_or_path", []),
+        (["llama"], "names no base_model_name_or_path", []),
+    ],
+)
+def test_a_base_that_is_not_here_is_named_with_what_to_do(adapter, no_hub, base, words, names):
+    edit(adapter / "adapter_config.json", base_model_name_or_path=base)
+    for attempt in (load, tokenizer_of, architecture_of):
+        with pytest.raises(ModelError, match=words) as caught:
+            attempt(str(adapter))
+        assert str(adapter / "adapter_config.json") in str(caught.value)
+        assert "on the hub" in str(caught.value)
+    assert no_hub == 3 * names
+
+
+def test_an_adapter_on_an_adapter_is_refused(adapter):
+    edit(adapter / "adapter_config.json", base_model_name_or_path=str(adapter))
+    with pytest.raises(ModelError, match="which is an adapter itself"):
+        load(str(adapter))
+
+
+def test_a_folder_with_a_name_like_the_hubs_is_kept_as_a_folder(adapter, no_hub, tmp_path, monkeypatch):
+    from oribi.lora.attach import attach_lora
+
+    monkeypatch.chdir(tmp_path)
+    model, _ = load("models/llama")
+    attach_lora(model, r=4, lora_alpha=4).save_pretrained("mine")
+    model, _ = load("mine")
+    note = f"mine is an adapter on ./models/llama, found at {tmp_path / 'models/llama'}"
+    assert note in model.oribi.notes
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="there is no directory or file ./models/llama"):
+        load(str(tmp_path / "mine"))
+    assert no_hub == []
+
+
+TEXTS = [
+    "config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "additional_chat_templates/x.jinja",
+    "code.py",
+]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_linked_text_of_a_model_must_lie_in_its_folder_or_the_hubs_cache(tmp_path, name):
+    folder = tmp_path / "model"
+    checkpoint(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    content = (folder / name).read_text() if (folder / name).exists() else "{{ messages }}"
+    (tmp_path / "secret").write_text(content)
+
+    def link(target: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(content)
+        (folder / name).symlink_to(target)
+
+    link(tmp_path / "secret")
+    with pytest.raises(ModelError, match=r"a link to .*secret, outside its folder"):
+        load(str(folder))
+    link(tmp_path / "hub/models--a--b/blobs/1234")
+    load(str(folder))
+    link(folder / "inner/own")
+    load(str(folder))
+    (tmp_path / "short").symlink_to(folder)
+    load(str(tmp_path / "short"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
+def test_linked_weights_may_lie_anywhere_and_must_be_weights(tmp_path):
+    checkpoint(tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    (tmp_path / "large").mkdir()
+    weights.rename(tmp_path / "large/weights")
+    weights.symlink_to(tmp_path / "large/weights")
+    load(str(tmp_path / "model"))
+    (tmp_path / "large/weights").write_text("secret:x:0:0\n" * 10)
+    with pytest.raises(ModelError, match="model.safetensors") as caught:
+        load(str(tmp_path / "model"))
+    assert "secret" not in str(caught.value)
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

@@ -25,7 +25,15 @@ from oribi.models.decoder import build
 from oribi.models.families import family_of
 from oribi.models.gguf_source import GGUFSource
 from oribi.models.gguf_tokenizer import rebuild_tokenizer
-from oribi.models.locate import Location, adapter_weights, locate, read_json, weight_files
+from oribi.models.locate import (
+    Location,
+    adapter_weights,
+    locate,
+    locate_base,
+    read_json,
+    weight_files,
+    written_name,
+)
 from oribi.models.request import Options, Request, choose_device, choose_dtype, choose_quantization
 from oribi.models.tokenizer import load_tokenizer, repair
 from oribi.models.unfused import load_unfused
@@ -114,11 +122,12 @@ def load_model(
         revision=revision,
         options=Options(**options),
     )
-    return _load(str(model_name), request)
+    return _load(locate(str(model_name), request.hub, request.options.gguf_file), request)
 
 
-def _load(name: str, request: Request) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    location = locate(name, request.hub, request.options.gguf_file)
+def _load(
+    location: Location, request: Request
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     if location.kind == "adapter":
         return _load_adapter(location, request)
     if location.kind == "gguf":
@@ -199,13 +208,12 @@ def _load_adapter(location: Location, request: Request) -> tuple[PeftModel, PreT
         )
     adapter_weights(location, request.hub, request.options.use_safetensors is False)
     settings = PeftConfig.from_pretrained(str(location.directory))
-    base_name = settings.base_model_name_or_path
-    if not base_name:
-        raise ModelError(f"{location.directory / 'adapter_config.json'} names no base_model_name_or_path")
     options = replace(request.options, subfolder="", gguf_file=None)
-    base, tokenizer = _load(base_name, replace(request, revision=settings.revision, options=options))
+    request = replace(request, revision=settings.revision, options=options)
+    base_location = locate_base(location, request.hub)
+    base, tokenizer = _load(base_location, request)
     notes = base.oribi.notes
-    notes[:0] = [*location.notes, f"{location.name} is an adapter on {base_name}"]
+    notes[:0] = location.notes
     if any(location.directory.glob("tokenizer*")):
         generation = base.generation_config
         vocab_size = base.get_input_embeddings().weight.shape[0]
@@ -223,7 +231,7 @@ def _load_adapter(location: Location, request: Request) -> tuple[PeftModel, PreT
     try:
         model = PeftModel.from_pretrained(base, str(location.directory), is_trainable=True)
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{location.name} does not fit {base_name}: {error}") from error
+        raise ModelError(f"{location.name} does not fit {base_location.name}: {error}") from error
     train_in_float32(model)
     return model.train(), tokenizer
 
@@ -250,7 +258,7 @@ def _finish(
     notes: list[str],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What every loaded model needs: names, generation settings, the mark of quantisation, the repaired tokenizer."""
-    model.config._name_or_path = model.name_or_path = location.name
+    model.config._name_or_path = model.name_or_path = written_name(location.name)
     if generation is not None:
         model.generation_config = generation
     if fused and quantization.enabled:

@@ -86,6 +86,42 @@ def locate(name: str, options: HubOptions, gguf_file: str | None = None) -> Loca
     return replace(location, name=name)
 
 
+def locate_base(adapter: Location, options: HubOptions) -> Location:
+    """The model that an adapter was trained on, as its adapter_config.json names it.
+
+    Args:
+        adapter: of kind "adapter".
+        options: for the hub.
+
+    Raises:
+        ModelError: the config names no model, or there is none of that name.
+    """
+    file = adapter.directory / "adapter_config.json"
+    base = read_json(file).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ModelError(
+            f"{file} names no base_model_name_or_path; put the folder of the model there, or its name on the hub"
+        )
+    advice = f"Put the folder of the model, or its name on the hub, in base_model_name_or_path of {file}"
+    try:
+        found = locate(base, options)
+    except ModelError as error:
+        raise ModelError(f"{adapter.name} is an adapter on {base!r}: {error}. {advice}") from error
+    if found.kind == "adapter":
+        raise ModelError(f"{adapter.name} is an adapter on {base!r}, which is an adapter itself. {advice}")
+    note = f"{adapter.name} is an adapter on {base}"
+    if Path(base).expanduser().exists() and not Path(base).is_absolute():
+        note += f", found at {found.directory.resolve()}"
+    return replace(found, notes=(note, *found.notes))
+
+
+def written_name(name: str) -> str:
+    """A model's name for adapters to keep: `models/llama` that is a folder here must not be asked of a hub elsewhere."""
+    path = Path(name)
+    relative = path.exists() and not path.is_absolute() and not name.startswith((".", "~"))
+    return f"./{name}" if relative else name
+
+
 def weight_files(location: Location, options: HubOptions, allow_pickle: bool = False) -> list[Path]:
     """The shards of a checkpoint, downloaded if need be.
 
@@ -168,6 +204,7 @@ def _indexed(index: Path) -> list[str] | None:
 
 
 def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location:
+    _refuse_links_out(directory)
     if gguf_file:
         file = directory / gguf_file
         if not file.is_file():
@@ -191,6 +228,23 @@ def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location
         f"{name} has neither config.json nor adapter_config.json, so there is no model to load; a GGUF file of a hub "
         "repository is named with gguf_file="
     )
+
+
+def _refuse_links_out(directory: Path) -> None:
+    """A link of a downloaded folder must not bring a file of this machine into what is saved and uploaded.
+
+    Weights are left out: linked ones are common, and what is not a file of tensors is refused when it is read.
+    """
+    inside = directory.resolve()
+    for pattern in [*_SMALL_FILES, "*.py", "additional_chat_templates/*"]:
+        for file in directory.glob(pattern):
+            target = file.resolve()
+            cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+            if not target.is_relative_to(inside) and not cached:
+                raise ModelError(
+                    f"{file}: a link to {target}, outside its folder, so it is not read. If it is meant, put a copy in its "
+                    "place"
+                )
 
 
 def _inside_run(directory: Path) -> Path | None:

@@ -4,10 +4,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from oribi.errors import ModelError
 from oribi.models.gguf_source import GGUFSource
 from oribi.models.gguf_tokenizer import rebuild_tokenizer
-from oribi.models.locate import HubOptions, locate, read_json
+from oribi.models.locate import HubOptions, locate, locate_base, read_json
 from oribi.models.tokenizer import load_tokenizer, repair
 
 
@@ -38,9 +37,7 @@ def tokenizer_of(
         repair(tokenizer, config.vocab_size, generation, max_seq_length=config.max_position_embeddings)
         return tokenizer
     if location.kind == "adapter" and not any(location.directory.glob("tokenizer*")):
-        base = read_json(location.directory / "adapter_config.json").get("base_model_name_or_path")
-        if not base:
-            raise ModelError(f"{location.directory / 'adapter_config.json'} names no base_model_name_or_path")
+        base = locate_base(location, HubOptions(token=token)).name
         return tokenizer_of(base, token=token, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(location.directory, trust_remote_code=trust_remote_code)
     if (location.directory / "generation_config.json").is_file():

@@ -12,7 +12,7 @@ from oribi.errors import ModelError
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.families import family_of
 from oribi.models.gguf_source import GGUFSource
-from oribi.models.locate import HubOptions, Location, locate, read_json
+from oribi.models.locate import HubOptions, Location, locate, locate_base
 
 # NF4 with double quantisation: half a byte of codes; a byte for every 64 weights, of which 256 share a float32
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -98,9 +98,7 @@ def architecture_of(
     """
     location = locate(name, HubOptions(token=token, revision=revision))
     if location.kind == "adapter":
-        base = read_json(location.directory / "adapter_config.json").get("base_model_name_or_path")
-        if not base:
-            raise ModelError(f"{location.directory / 'adapter_config.json'} names no base_model_name_or_path")
+        base = locate_base(location, HubOptions(token=token)).name
         return replace(architecture_of(base, dtype=dtype, token=token), name=name)
     if location.kind == "gguf":
         config = GGUFSource(location.file).config
