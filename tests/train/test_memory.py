@@ -44,6 +44,15 @@ MEASURED = [
 ]
 
 
+# one row of Llama-3.1-8B, 250 GB of host memory: gradient checkpointing, rank, tokens, GPU memory, GiB, milliseconds
+LONG = [
+    ("memory", 16, 32768, 80, 10.53, 4028.0),
+    ("oribi", 16, 32768, 80, 70.84, 3635.0),
+    ("memory", 32, 131072, 24, 18.79, None),
+    ("memory", 32, 163840, 24, 22.09, None),
+]
+
+
 def training_of(name: str, **settings) -> Training:
     config = replace(RunConfig(), **{"model": name, "gradient_accumulation_steps": 1, **settings})
     architecture = Architecture(name, MODELS[name], None, build(MODELS[name], dtype=torch.bfloat16))
@@ -60,6 +69,35 @@ def test_peak_and_time_are_those_measured(name, mode, rows, length, gib, millise
     assert found.peak / GIB == pytest.approx(gib, rel=0.03)
     if milliseconds is not None:
         assert 1e3 * duration(training, found, h100).step == pytest.approx(milliseconds, rel=0.06)
+
+
+@pytest.mark.parametrize(("mode", "rank", "length", "gpu_gib", "gib", "milliseconds"), LONG)
+def test_long_rows_take_what_was_measured(mode, rank, length, gpu_gib, gib, milliseconds):
+    settings = {"gradient_checkpointing": mode, "per_device_train_batch_size": 1, "max_seq_length": length}
+    training = replace(training_of("Llama-3.1-8B", lora_r=rank, **settings), host_bytes=240 * 2**30)
+    h100 = gpu_named("H100")
+    found = training.estimate(length, length, h100.memory_bytes if gpu_gib == 80 else gpu_gib * 2**30)
+    assert found.peak / GIB == pytest.approx(gib, rel=0.1)
+    if milliseconds is not None:
+        assert 1e3 * duration(training, found, h100).step == pytest.approx(milliseconds, rel=0.1)
+
+
+def test_long_rows_need_host_memory():
+    settings = {
+        "gradient_checkpointing": "memory",
+        "per_device_train_batch_size": 1,
+        "max_seq_length": 131072,
+    }
+    training = replace(training_of("Llama-3.1-8B", **settings), host_bytes=24 * GIB)
+    least = training.estimate(131072, 131072, 24 * GIB, least=True)
+    assert least.host == 31 * 2**30  # one layer's input is 1 GiB
+    assert least.peak < memory.usable(24 * GIB)
+    with pytest.raises(
+        ConfigError, match=r"needs about 31.0 GiB and this machine's host memory has 21.6 GiB"
+    ) as caught:
+        memory.require_fit(training, "RTX 4090", 24 * GIB)
+    assert "max_seq_length: " in str(caught.value)
+    memory.require_fit(replace(training, host_bytes=64 * GIB), "RTX 4090", 24 * GIB)
 
 
 def test_parameters_are_the_published_ones():

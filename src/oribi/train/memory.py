@@ -19,6 +19,7 @@ from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.kernels.attention import head_groups
 from oribi.kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
+from oribi.kernels.dispatch import next_power_of_2
 from oribi.models.fused_layer import MLP_TOKENS, POLICIES, Keep
 from oribi.train.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.train.arguments import FLAT_OPTIMIZERS
@@ -33,6 +34,7 @@ BACKWARD_FACTOR = 1.25
 # tensors in a layer's backward of a result that is there, made there, or comes from the host, on its way for the layer
 # below, too
 COPIES = {"keep": 0, "recompute": 1, "host": 2}
+HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
 SPARE_STEP = 64  # `kernels.lora` rounds the spare columns of a group up to this
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -53,6 +55,7 @@ class Estimate:
         trainable: trained parameters.
         tokens, longest: of a micro-batch, and of its longest document.
         measured: whether a run of this kind was measured; the others are sums of what autograd keeps.
+        host: pinned host memory, in bytes, of what waits there between forward and backward.
     """
 
     parts: dict[str, int]
@@ -62,6 +65,7 @@ class Estimate:
     tokens: int
     longest: int
     measured: bool = True
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -200,7 +204,7 @@ class Training:
             place = getattr(keep, name)
             part = portion / tokens if name in ("gate_up", "down") and place == "recompute" else 1
             size += part * one * COPIES[place]
-        return int(BACKWARD_FACTOR * max(size, self.in_attention_backward(keep, tokens)))
+        return int(max(BACKWARD_FACTOR * size, self.in_attention_backward(keep, tokens)))
 
     def in_attention_backward(self, keep: Keep, tokens: int) -> int:
         """Device bytes of attention's backward, which takes more than the MLP's portions on long rows."""
@@ -282,11 +286,19 @@ class Training:
             moments["a layer's backward", sum(kept[: i + 1])] = work[i]
         (at, activations), working = max(moments.items(), key=lambda item: item[0][1] + item[1])
         parts = {**fixed, "activations": activations, "in work": working, "libraries": LIBRARIES}
-        return Estimate(parts, at, keeps, self.trainable, tokens, longest, self.by_hand)
+        # pinned buffers are powers of two
+        host = sum(
+            next_power_of_2(size)
+            for name, size in self.results(tokens).items()
+            for keep in keeps
+            if getattr(keep, name) == "host"
+        )
+        return Estimate(parts, at, keeps, self.trainable, tokens, longest, self.by_hand, host)
 
     def fits(self, tokens: int, longest: int, memory_bytes: int) -> bool:
-        """Whether a micro-batch trains on a device of so much memory."""
-        return self.estimate(tokens, longest, memory_bytes, least=True).peak <= usable(memory_bytes)
+        """Whether a micro-batch trains on a device of so much memory, beside this host's."""
+        found = self.estimate(tokens, longest, memory_bytes, least=True)
+        return found.peak <= usable(memory_bytes) and found.host <= HOST_LIMIT * self.host_bytes
 
 
 def usable(memory_bytes: int) -> int:
@@ -347,11 +359,14 @@ def require_fit(training: Training, gpu_name: str, memory_bytes: int) -> None:
     rows, longest = config.per_device_train_batch_size, config.max_seq_length
     if training.fits(rows * longest, longest, memory_bytes):
         return
-    peak = training.estimate(rows * longest, longest, memory_bytes, least=True).peak
+    found = training.estimate(rows * longest, longest, memory_bytes, least=True)
+    needed, place, room = found.peak, gpu_name, usable(memory_bytes)
+    if needed <= room:
+        needed, place, room = found.host, "this machine's host memory", int(HOST_LIMIT * training.host_bytes)
     proposals = _proposals(training, memory_bytes)
     raise ConfigError(
-        f"{config.model} with {rows} x {longest} tokens needs about {peak / 2**30:.1f} GiB and {gpu_name} has "
-        f"{usable(memory_bytes) / 2**30:.1f} GiB for it. "
+        f"{config.model} with {rows} x {longest} tokens needs about {needed / 2**30:.1f} GiB and {place} has "
+        f"{room / 2**30:.1f} GiB for it. "
         + (
             f"What fits: {'; or '.join(proposals)}"
             if proposals
