@@ -1,7 +1,8 @@
 """Gradient checkpointing by budget: what each layer keeps for backward, chosen from the memory that is free.
 
 Every result that a layer keeps saves the work of computing it again. With M bytes to spend, the results that save the
-most time a byte come first, in as many layers as they fit; what is left out is computed again.
+most time a byte come first, in as many layers as they fit; of what is left out, as much waits in host memory as can be
+copied beside the computation, and the rest is computed again.
 """
 
 from collections.abc import Callable
@@ -108,17 +109,30 @@ def plan(
         places = {"x": spread(0, layers, layers)}
         host -= layers * inputs
     for item in wanted:
-        fits, out, back = min(layers, int(max(spare, 0) // item.bytes)), 0, 0
-        if item.name != "weights" and fits < layers:
-            # coming back, two lie on the device; the workspace has room for all but the widest
-            back = 2 * item.bytes if item.name == "gate_up" else 0
-            beside = int(max(spare - back, 0) // item.bytes)
-            out = min(layers - beside, int(max(host, 0) // item.bytes)) if spare >= back or not back else 0
-            fits, out = (beside, out) if beside + out > fits else (fits, 0)
-        spare -= fits * item.bytes + (back if out else 0)
+        fits, out, taken = shares(item, spare, host, layers)
+        spare -= taken
         host -= out * item.bytes
         places[item.name] = spread(fits, out, layers)
     return [Keep(**dict(zip(places, one))) for one in zip(*places.values())]
+
+
+def shares(item: Item, spare: float, host: float, layers: int) -> tuple[int, int, float]:
+    """How many layers keep a result on the device, how many in host memory, and the device memory that this takes.
+
+    Args:
+        item: the result. spare, host: bytes left on the device, and for the host.
+        layers: of the model.
+    """
+    fits = min(layers, int(max(spare, 0) // item.bytes))
+    if item.name == "weights" or fits == layers:
+        return fits, 0, fits * item.bytes
+    # coming back, two lie on the device; the workspace has room for all but the widest
+    back = 2 * item.bytes if item.name == "gate_up" else 0
+    beside = int(max(spare - back, 0) // item.bytes)
+    out = min(layers - beside, int(max(host, 0) // item.bytes))
+    if (back and spare < back) or beside + out <= fits:
+        return fits, 0, fits * item.bytes
+    return beside, out, beside * item.bytes + back
 
 
 def spread(fits: int, out: int, layers: int) -> list[Place]:
