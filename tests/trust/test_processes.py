@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
@@ -17,7 +19,7 @@ from oribi.models.decoder import build
 from oribi.selftest.invariance import ROWS, reference_step, step_error, steps_of_ranks
 from oribi.selftest.subject import Subject, reference_of, write_small_model
 from oribi.train.arguments import SFTConfig
-from oribi.train.setup import settle
+from oribi.train.setup import settle, without_repeats
 from oribi.train.sharding import is_sharded
 from tests.trust.runs import losses_of, trainer_in
 
@@ -218,16 +220,18 @@ def test_a_run_moves_between_one_and_two_processes(subject, tmp_path):
 
 
 def test_a_sharded_run_saves_whole_adapters_and_goes_on_unsharded(subject, tmp_path):
-    one = trainer_in(subject, tmp_path / "one", evaluates=16, eval_strategy="steps", eval_steps=3, **SETTINGS)
+    one = trainer_in(subject, tmp_path / "one", evaluates=5, eval_strategy="steps", eval_steps=3, **SETTINGS)
     one.train()
-    more = ("gradient_accumulation_steps=1", "evaluates=16", 'eval_strategy="steps"', "eval_steps=3")
+    more = ("gradient_accumulation_steps=1", "evaluates=5", 'eval_strategy="steps"', "eval_steps=3")
     both, _ = two_processes(subject, tmp_path / "two", "fsdp=true", *more, *SAME)
     assert both == pytest.approx(losses_of(one), rel=1e-5)
     logs = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
     evaluated = [entry["eval_loss"] for entry in logs if "eval_loss" in entry]
     expected = [entry["eval_loss"] for entry in one.state.log_history if "eval_loss" in entry]
     assert len(expected) == 2
-    assert evaluated == pytest.approx(expected, rel=1e-5)
+    assert evaluated == pytest.approx(
+        expected, rel=1e-5
+    )  # five rows: accelerate fills up with some of them again
     weights = [
         load_file(tmp_path / name / "checkpoint-6/adapter_model.safetensors") for name in ("one", "two")
     ]
@@ -240,3 +244,27 @@ def test_a_sharded_run_saves_whole_adapters_and_goes_on_unsharded(subject, tmp_p
     on_one = trainer_in(subject, tmp_path / "two-one", **SETTINGS)
     on_one.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-3"))
     assert losses_of(on_one) == pytest.approx(losses_of(one), rel=1e-5)
+
+
+@pytest.mark.parametrize(("process", "own"), [(0, 2), (1, 1), (2, 0)])
+@pytest.mark.parametrize("batches", ["rectangle", "rows", "packs"])
+def test_rows_that_fill_up_the_last_batches_are_not_evaluated_again(process, own, batches):
+    """Nine rows in batches of two for three processes: three are left for the last round."""
+    state = SimpleNamespace(end_of_dataloader=True, remainder=3)
+    accelerator = SimpleNamespace(
+        num_processes=3, process_index=process, split_batches=False, gradient_state=state
+    )
+    columns = {"input_ids": [[5] * 4] * 9}
+    if batches == "packs":
+        columns["seq_lengths"] = [[4]] * 6 + [[1, 3], [2, 1, 1], [3, 1]]
+    rows = Dataset.from_dict(columns)
+    inputs = {"labels": torch.ones(2, 4, dtype=torch.int64)}
+    if batches != "rectangle":
+        taken = [6 + i if i < 3 else i - 3 for i in (2 * process, 2 * process + 1)]
+        lengths = [n for i in taken for n in (rows[i]["seq_lengths"] if batches == "packs" else [4])]
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        inputs = {"labels": inputs["labels"].view(1, 8), "cu_seq_lens_q": ends}
+    labels = without_repeats(inputs, accelerator, rows, 2)["labels"].view(2, 4)
+    assert labels.tolist() == [[1] * 4] * own + [[-100] * 4] * (2 - own)
+    state.end_of_dataloader = False
+    assert without_repeats(inputs, accelerator, rows, 2) is inputs

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pyarrow.compute as compute
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import nn
 
@@ -94,6 +95,37 @@ def leave_held_out(base: nn.Module, rows: Dataset | IterableDataset) -> None:
         base.oribi.held_out = [
             {"input_ids": row["input_ids"]} for row in rows.select(range(min(len(rows), 32)))
         ]
+
+
+def without_repeats(
+    inputs: dict[str, Any], accelerator: Accelerator, rows: Any, batch_size: int
+) -> dict[str, Any]:
+    """An evaluation batch whose rows count once: accelerate fills the last batches of several processes with the first rows.
+
+    Args:
+        inputs: a batch as the collators make it.
+        accelerator: knows whether the batch is one of the last, and how many rows were left for these.
+        rows: the data set, read in order.
+        batch_size: rows of a process's batch.
+
+    Returns:
+        The batch, nothing labelled in rows that another batch has.
+    """
+    state = accelerator.gradient_state
+    last = state.end_of_dataloader and state.remainder > 0
+    if accelerator.num_processes == 1 or accelerator.split_batches or not last:
+        return inputs
+    before = accelerator.process_index * batch_size
+    own = min(max(state.remainder - before, 0), batch_size)
+    labels = inputs["labels"].clone()
+    if inputs.get("cu_seq_lens_q") is None:
+        labels[own:] = -100
+    else:
+        first = len(rows) - state.remainder + before
+        packs = "seq_lengths" in rows.column_names
+        documents = sum(len(rows[i]["seq_lengths"]) if packs else 1 for i in range(first, first + own))
+        labels[:, inputs["cu_seq_lens_q"][documents] :] = -100
+    return {**inputs, "labels": labels}
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from oribi.train.setup import (
     make_collator,
     settle,
     train_on,
+    without_repeats,
 )
 from oribi.train.sharding import is_sharded, sharded
 from oribi.train.smaller_steps import SmallerSteps
@@ -377,7 +378,10 @@ class SFTTrainer(BaseTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if not self.own_loss:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        rows = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         inputs = self._prepare_inputs(inputs)
+        if isinstance(rows, Dataset):
+            inputs = without_repeats(inputs, self.accelerator, rows, self.args.per_device_eval_batch_size)
         labels, logits = inputs["labels"], None
         targets = (labels[..., 1:] != -100).sum()
         with torch.no_grad(), self.compute_loss_context_manager():
