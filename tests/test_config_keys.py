@@ -1,4 +1,7 @@
-"""Every key of a run config reaches something: with another value, the seven steps are called differently."""
+"""Every key of a run config reaches something: with another value, the seven steps are called differently.
+
+What the steps then do with it is in test_config_effects.py.
+"""
 
 from dataclasses import fields, replace
 from pathlib import Path
