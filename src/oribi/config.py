@@ -32,6 +32,21 @@ def setting(
     return field(default=default, metadata=limits)
 
 
+# of transformers 5.17: schedules and optimizers that need no arguments of their own
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
+OPTIMIZERS = (
+    "adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_bnb_8bit",
+    "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb",
+    "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "schedule_free_adamw",
+    "schedule_free_radam", "schedule_free_sgd", "stable_adamw", "grokadamw",
+)  # fmt: skip
+# what a run is trained on and by, and no config
+OTHER_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".gguf", ".safetensors")
+
+
 @dataclass
 class RunConfig:
     """Every setting of a run. `read_config` makes one from a file and flags."""
@@ -86,9 +101,11 @@ class RunConfig:
     embedding_learning_rate: float | None = setting(
         None, "Learning rate of trained embeddings", low=0, below=1
     )
-    lr_scheduler_type: str = setting("linear", "How the learning rate falls, e.g. linear or cosine")
+    lr_scheduler_type: str = setting(
+        "linear", "How the learning rate falls, e.g. linear or cosine", choices=SCHEDULES
+    )
     warmup_steps: float = setting(5, "Steps of warm-up; below 1 a share of all steps", low=0)
-    optim: str = setting("adamw_8bit", "Optimizer")
+    optim: str = setting("adamw_8bit", "Optimizer", choices=OPTIMIZERS)
     weight_decay: float = setting(0.01, "Weight decay", low=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 never", low=0)
     neftune_noise_alpha: float | None = setting(None, "NEFTune noise on the embeddings", low=0)
@@ -212,7 +229,9 @@ def read_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple[Run
         converted, expected = _convert(value, types_of[key])
         if expected is None:
             expected = _outside(converted, known[key].metadata)
-        if expected is not None:
+        if expected is not None and value is True and line is None:
+            problems.append(Problem(line, f"--{key}", f"its value is missing; {expected}"))
+        elif expected is not None:
             problems.append(Problem(line, f"{key} = {value}", expected))
         else:
             setattr(config, key, converted)
@@ -223,6 +242,14 @@ def read_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple[Run
 
 
 def _read_file(path: Path, problems: list[Problem]) -> list[tuple[str, int, Any]]:
+    if path.is_dir():
+        own = path / "config.yaml"
+        raise ConfigError(
+            f"{path} is a folder, and a config is a YAML file"
+            + (f", such as its own {own}" if own.is_file() else "; oribi init writes one")
+        )
+    if path.suffix in OTHER_FILES:
+        raise ConfigError(f"{path} is no config: a config is a YAML file, and `oribi init MODEL DATA` writes one")
     try:
         text = path.read_text(encoding="utf-8")
         loader = YamlReader(text)

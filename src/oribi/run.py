@@ -13,6 +13,7 @@ from oribi.data.report import DataReport
 from oribi.environment import detect
 from oribi.language_model import FastLanguageModel
 from oribi.save import save_gguf, save_merged
+from oribi.save.gguf.mixes import mix_of
 from oribi.train.arguments import SFTConfig
 from oribi.train.determinism import settle_cublas
 from oribi.train.memory import refuse_what_cannot_fit
@@ -38,6 +39,8 @@ def run(config: RunConfig) -> dict[str, Path]:
     if config.deterministic:
         settle_cublas()
     require_trackers(config.report_to)
+    for method in config.quantization_method:
+        mix_of(method)  # an unknown one is told before training, not after
     environment = detect()  # 1
     refuse_what_cannot_fit(config, environment)
     model, tokenizer = FastLanguageModel.from_pretrained(  # 2

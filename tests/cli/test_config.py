@@ -159,3 +159,9 @@ def test_a_run_can_be_repeated_from_its_folder(trained_run):
     assert Path(config.output_dir) == trained_run
     assert {path.name for path in trained_run.iterdir()} >= {"adapter", "config.yaml", "log.jsonl"}
     assert (trained_run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_runs_folder_names_its_config(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: m\ndataset: d\n")
+    with pytest.raises(ConfigError, match=r"is a folder, .* such as its own .*config\.yaml"):
+        read_config(tmp_path)

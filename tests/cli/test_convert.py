@@ -6,7 +6,7 @@ import pytest
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from oribi.config import RunConfig, read_config
+from oribi.config import OPTIMIZERS, SCHEDULES, RunConfig, read_config
 from oribi.data.templates import NAMES
 from oribi.dialects import axolotl, convert_file, llama_factory, shared, trl, unsloth
 from oribi.dialects.converted import is_off, read_elsewhere
@@ -581,8 +581,8 @@ def test_rows_of_alpaca_with_a_column_of_text_train_on_their_outputs(
 def test_the_names_that_are_written_are_known_here():
     assert set(axolotl.TEMPLATES.values()) | set(llama_factory.TEMPLATES.values()) <= set(NAMES)
     known = {name.value for name in OptimizerNames}
-    assert shared.OPTIMIZERS | set(shared.SAME_OPTIMIZER.values()) <= known
-    assert {name.value for name in SchedulerType} >= shared.SCHEDULES
+    assert set(OPTIMIZERS) | set(shared.SAME_OPTIMIZER.values()) <= known
+    assert {name.value for name in SchedulerType} >= set(SCHEDULES)
     assert set(shared.TRACKERS) == set(RunConfig.__dataclass_fields__["report_to"].metadata["choices"])
 
 

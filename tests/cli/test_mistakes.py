@@ -49,8 +49,37 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a tokenizer without a name": ("", ["inspect", "data", "rows.jsonl"]),
     "a GPU that is not there": ("", ["estimate", "CONFIG", "--gpu", "H1000"]),
     "a config that needs no conversion": ("", ["convert", "CONFIG"]),
+    "a schedule with a letter missing": ("lr_scheduler_type: cosin", ["train", "CONFIG", "--check"]),
+    "an optimizer with a letter missing": ("optim: adamw8bit", ["train", "CONFIG", "--check"]),
+    "a flag without its value": ("", ["train", "CONFIG", "--learning_rate"]),
+    "a flag given twice": ("", ["train", "CONFIG", "--lora_r", "8", "--lora_r", "16"]),
+    "a GGUF for a form of saving": ("save_method: gguf", ["train", "CONFIG", "--check"]),
+    "data for a config": ("", ["train", "rows.jsonl"]),
+    "a folder for a config": ("", ["train", "MODEL"]),
+    "a GGUF method with a letter wrong": ("quantization_method: q4_k_n", ["train", "CONFIG"]),
+    "a column that is not there": ("dataset_text_field: bdoy", ["train", "CONFIG"]),
+    "columns of no known name": ("", ["inspect", "data", "columns.jsonl", "--model", "MODEL"]),
+    "data of preferences": ("", ["inspect", "data", "pairs.jsonl", "--model", "MODEL"]),
+    "an empty file": ("", ["inspect", "data", "empty.jsonl", "--model", "MODEL"]),
+    "a line that broke off": ("", ["inspect", "data", "broken.jsonl", "--model", "MODEL"]),
+    "a table without rows": ("", ["inspect", "data", "head.csv", "--model", "MODEL"]),
+    "chat with data": ("", ["chat", "rows.jsonl"]),
+    "a config of data that is not there": ("", ["init", "MODEL", "absent.jsonl"]),
+    "a config of another trainer": ("", ["convert", "dpo.yaml"]),
+    "a script with a variable": ("", ["convert", "run.sh"]),
     "a config that exists already": ("", ["init", "MODEL", "rows.jsonl", "--output", "CONFIG"]),
 }  # fmt: skip
+
+# what else lies in the folder
+FILES = {
+    "columns.jsonl": '{"q": "a", "a": "b", "lang": "en"}\n',
+    "pairs.jsonl": '{"prompt": "x", "chosen": "a", "rejected": "b"}\n',
+    "empty.jsonl": "",
+    "broken.jsonl": '{"messages": [{"role": "user", "content": "a"}\n',
+    "head.csv": "messages\n",
+    "dpo.yaml": "model_name_or_path: a/b\ndataset: d\nstage: dpo\nuse_galore: true\n",
+    "run.sh": "trl sft --model_name_or_path $MODEL --dataset_name d\n",
+}
 
 
 def snapshots() -> dict[str, str]:
@@ -68,6 +97,8 @@ def said(oribi, tiny_folder, tmp_path, monkeypatch):
         (tmp_path / "rows.jsonl").write_text(
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
         )
+        for name, text in FILES.items():
+            (tmp_path / name).write_text(text)
         config = tmp_path / "config.yaml"
         config.write_text(f"model: {tiny_folder}\ndataset: rows.jsonl\n{settings}\n")
         places = {"CONFIG": "config.yaml", "MODEL": str(tiny_folder)}

@@ -153,12 +153,12 @@ WRONG = {
     "unknown keys": (
         {"lang": "en", "page": 3},
         "row has keys ['lang', 'page']; expected 'messages', 'prompt' + 'completion', 'instruction' + 'output', 'question' + 'answer', or "
-        "'text' alone. Name the columns with columns={'instruction': '<your column>', ...}, or pass formatting_func.",
+        "'text' alone. Rename the columns in the file; in Python name them with columns={'instruction': '<your column>', ...}, or pass formatting_func.",
     ),
     "preferences": (
         {"chosen": "a", "rejected": "b"},
-        "row has 'chosen' and 'rejected': a preference data set. oribi does supervised fine-tuning; rename the column to train on with "
-        "columns={'messages': 'chosen'} or columns={'completion': 'chosen'}.",
+        "row has 'chosen' and 'rejected': a preference data set. oribi does supervised fine-tuning; rename the column to train on in "
+        "the file; in Python with columns={'messages': 'chosen'} or columns={'completion': 'chosen'}.",
     ),
     "no messages": ({"messages": []}, "'messages' is an empty list: remove the row."),
     "no role": (

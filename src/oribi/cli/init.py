@@ -38,9 +38,14 @@ def init(
 
         from oribi.config_schema import json_schema
         from oribi.config_text import config_text, write_config
+        from oribi.data.readers import READERS, suffix_of
+        from oribi.errors import ConfigError
         from oribi.models.tokens import tokenizer_of
         from oribi.train.architecture import architecture_of
 
+        for source in dataset:
+            if suffix_of(Path(source)) in READERS and not Path(source).exists():
+                raise ConfigError(f"{source}: no such file.")
         architecture = architecture_of(model)
         tokenizer = tokenizer_of(model)
         max_seq_length = min(max_seq_length, architecture.config.max_position_embeddings)

@@ -149,14 +149,15 @@ def _choose(
     if "chosen" in row and "rejected" in row:
         raise DataError(
             "row has 'chosen' and 'rejected': a preference data set. oribi does supervised fine-tuning; "
-            "rename the column to train on with columns={'messages': 'chosen'} or columns={'completion': 'chosen'}."
+            "rename the column to train on in the file; in Python with columns={'messages': 'chosen'} or "
+            "columns={'completion': 'chosen'}."
         )
     if "text" in row or (len(row) == 1 and isinstance(next(iter(row.values())), str)):
         column = "text" if "text" in row else next(iter(row))
         return f"text (column {column!r})", partial(_from_text, column=column)
     raise DataError(
-        f"row has keys {list(row)}; {EXPECTED} alone. Name the columns with columns={{'instruction': '<your column>', ...}}, "
-        "or pass formatting_func."
+        f"row has keys {list(row)}; {EXPECTED} alone. Rename the columns in the file; in Python name them with "
+        "columns={'instruction': '<your column>', ...}, or pass formatting_func."
     )
 
 

@@ -171,7 +171,9 @@ def _put_format(found: Converted, kinds: set[str], entries: list[dict[str, Any]]
         if any(entry.get("field") != field for entry in entries):
             found.refuse("datasets: field", "one column of text for all data sets")
         else:
-            found.put("dataset_text_field", field or "text", "datasets: field" if field else "default of Axolotl")
+            found.put(
+                "dataset_text_field", field or "text", "datasets: field" if field else "default of Axolotl"
+            )
     elif "completion" in kinds:
         found.unsupported["datasets: type = completion"] = (
             "beside other rows, its long texts are dropped as those are, where Axolotl would cut them into pieces"

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from oribi.config import OPTIMIZERS, SCHEDULES
 from oribi.dialects.converted import (
     Converted,
     Handler,
@@ -17,15 +18,6 @@ from oribi.dialects.converted import (
 )
 
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
-# of transformers 5.17: schedules and optimizers that need no further arguments
-SCHEDULES = {"linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"}  # fmt: skip
-OPTIMIZERS = {
-    "adamw_torch", "adamw_torch_fused", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_8bit", "adamw_bnb_8bit",
-    "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb",
-    "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
-    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "schedule_free_adamw",
-    "schedule_free_radam", "schedule_free_sgd", "stable_adamw", "grokadamw",
-}  # fmt: skip
 # other names of the same computation
 SAME_OPTIMIZER = {
     "adamw_hf": "adamw_torch", "optimi_adamw": "adamw_torch", "ao_adamw_8bit": "adamw_8bit",
@@ -39,7 +31,7 @@ def schedule(found: Converted, key: str, value: Any) -> None:
     if value in SCHEDULES:
         found.put("lr_scheduler_type", value, key)
     elif not is_off(value):
-        found.refuse(key, f"oribi's config has {', '.join(sorted(SCHEDULES))}")
+        found.refuse(key, f"oribi's config has {', '.join(SCHEDULES)}")
 
 
 def optimizer(found: Converted, key: str, value: Any) -> None:
