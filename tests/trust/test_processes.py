@@ -112,10 +112,10 @@ targets = sum(label != -100 for row in rows for label in row["labels"][1:])
 expected = gradients(load(), rows, targets)
 model = load()
 assert not is_sharded(model)
-whole = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+whole = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 wrapped = sharded(model, model.get_base_model(), torch.device("cpu"))
 assert is_sharded(model)
-own = sum(p.to_local().numel() for p in model.parameters() if not p.requires_grad)
+own = sum(p.to_local().nbytes for p in model.parameters() if not p.requires_grad)
 errors = []
 for _ in range(2):  # DDP takes the mean over the processes
     found = gradients(wrapped, rows[dist.get_rank() :: 2], targets / 2)

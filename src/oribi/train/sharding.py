@@ -156,12 +156,15 @@ def _shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> 
 
 
 def _take_scales(base: nn.Module, device: torch.device) -> Iterator[tuple[nn.Module, object]]:
-    """Makes plain tensors of the codes of 4-bit weights; yields each module and its quantisation state."""
+    """Makes plain 16-bit tensors of the codes of 4-bit weights; yields each module and its quantisation state.
+
+    Before PyTorch 2.13 `fully_shard` takes no bytes, and it does nothing with values but copy them.
+    """
     for module in base.modules():
         # PEFT's layers pass on the weight of the one inside them
         state = getattr(module.weight, "quant_state", None) if isinstance(module, nn.Linear) else None
         if state is not None:
             state.to(device)
             codes = module.weight.detach().as_subclass(torch.Tensor)
-            module.weight = nn.Parameter(codes, requires_grad=False)
+            module.weight = nn.Parameter(codes.view(-1).view(torch.bfloat16), requires_grad=False)
             yield module, state
