@@ -244,3 +244,19 @@ def test_doctor_fails_over_a_package_outside_its_range(oribi, monkeypatch):
 def test_a_wrong_command_line_ends_with_2(oribi):
     assert oribi("chatt").code == 2
     assert oribi("chat").code == 2
+
+
+def test_training_prints_results_only_and_no_warning_of_libraries(oribi, config_file, tmp_path, caplog):
+    """Also with rows cut far shorter than the texts that the check of an export tokenises."""
+    out = tmp_path / "out"
+    done = oribi("train", config_file, "--output_dir", out, "--max_seq_length", 32, "--max_steps", 1)
+    assert done.code == 0
+    assert [line.split() for line in done.out.splitlines()] == [
+        ["lora", str(out / "adapter")],
+        ["report", str(out / "report.html")],
+    ]
+    assert "rows      40 in" in done.err
+    assert "longer than the specified maximum" not in caplog.text
+    report = json.loads((out / "adapter" / "export_report.json").read_text())
+    assert report["checks"]
+    assert not any("advice" in check for check in report["checks"])  # nothing is to be done where all is well

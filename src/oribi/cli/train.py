@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from oribi.cli.output import chatter_aside
+
 
 def train(
     context: typer.Context,
@@ -27,7 +29,9 @@ def train(
     if check:
         typer.echo(settings.to_yaml(), nl=False)
         return
-    from oribi.run import run
+    with chatter_aside():
+        from oribi.run import run
 
-    for name, path in run(settings).items():
+        saved = run(settings)
+    for name, path in saved.items():
         typer.echo(f"{name:<14}{path}")

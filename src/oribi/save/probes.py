@@ -103,7 +103,7 @@ def _ids(tokenizer: Any, row: Any) -> list[int]:
                 row = row[key]
                 break
     if isinstance(row, str):
-        return list(tokenizer(row)["input_ids"])
+        return list(tokenizer(row, verbose=False)["input_ids"])
     if isinstance(row, torch.Tensor):
         row = row.tolist()
     if isinstance(row, list) and row and isinstance(row[0], dict):
@@ -116,4 +116,4 @@ def _ids(tokenizer: Any, row: Any) -> list[int]:
 def rendered_ids(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
     """Token ids of a conversation in the tokenizer's template; `prompt` adds the start of an answer."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -66,7 +66,8 @@ class Check:
         return f"FAIL {self.name}: {self.shown()}. {self.advice}"
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value != ""}
+        left_out = "advice" if self.passed else None
+        return {key: value for key, value in asdict(self).items() if value != "" and key != left_out}
 
 
 class Trained:
@@ -179,7 +180,7 @@ def _tokenized(tokenizer: Any, special: bool) -> dict[str, list[int]]:
     found = {}
     for messages in CONVERSATIONS:
         text = messages[0]["content"]
-        found[text] = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        found[text] = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
         if tokenizer.chat_template:
             found[f"conversation about {text!r}"] = rendered_ids(tokenizer, messages)
             found[f"prompt about {text!r}"] = rendered_ids(tokenizer, messages[:1], prompt=True)
