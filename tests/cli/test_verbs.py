@@ -260,3 +260,12 @@ def test_training_prints_results_only_and_no_warning_of_libraries(oribi, config_
     report = json.loads((out / "adapter" / "export_report.json").read_text())
     assert report["checks"]
     assert not any("advice" in check for check in report["checks"])  # nothing is to be done where all is well
+
+
+def test_a_verb_that_is_stopped_says_so_in_one_line(oribi, monkeypatch):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("oribi.environment.detect", stop)
+    done = oribi("doctor")
+    assert (done.code, done.out, done.err) == (130, "", "stopped\n")

@@ -17,6 +17,7 @@ from oribi.errors import OribiError
 VERBS = (
     "init", "convert", "inspect", "estimate", "train", "chat", "eval", "export", "doctor", "selftest", "demo",
 )  # fmt: skip
+STOPPED = 130
 # a verb that takes settings as flags leaves their names to the config
 FREE_FLAGS = {
     verb: {"allow_extra_args": True, "ignore_unknown_options": True} for verb in ("train", "estimate")
@@ -81,6 +82,7 @@ def main() -> None:
     except OribiError as error:
         typer.secho(str(error), fg="red", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.secho("stopped", err=True)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == STOPPED:  # typer ends so, without a word
+            typer.echo("stopped", err=True)
+        raise

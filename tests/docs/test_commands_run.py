@@ -1,0 +1,50 @@
+"""Every command line of the documents is executed on a tiny run, or stands in a list with the reason why not here."""
+
+# ruff: noqa: F811 (fixtures)
+
+import shlex
+
+import pytest
+
+from tests.cli.conftest import config_file, data_file, oribi, trained_run  # noqa: F401 (fixtures)
+from tests.docs.test_docs import commands
+from tests.train.conftest import tiny_folder  # noqa: F401 (a fixture)
+
+# run word for word, or with a local model in place of the hub's, by tests of test_docs.py
+WHOLE_PAGES = {"README.md", "getting-started.md"}
+ELSEWHERE = {
+    "oribi convert axolotl.yml --output config.yaml": "tests/cli/test_convert.py has the four programs' files",
+}
+
+
+def lines() -> list[str]:
+    """Command lines of the other pages, once each; what names a verb or a flag in running text is no command line."""
+    found = {shlex.join(words) for page, words in commands() if page not in WHOLE_PAGES}
+    names = {"oribi inspect data"}
+    return sorted(
+        line
+        for line in found - names
+        if line == "oribi doctor"
+        or (len(line.split()) > 2 and "..." not in line and not line.split()[2].isupper())
+    )
+
+
+def test_every_reason_belongs_to_a_documented_command():
+    assert set(ELSEWHERE) <= {shlex.join(words) for _, words in commands()}
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if line not in ELSEWHERE])
+def test_a_documented_command_runs(
+    line, oribi, trained_run, config_file, data_file, tiny_folder, tmp_path, monkeypatch
+):
+    places = {
+        "runs/latest": trained_run, "config.yaml": config_file, "run.yaml": config_file, "train.jsonl": data_file,
+        "meta-llama/Llama-3.2-1B-Instruct": tiny_folder, "/tmp/exports": tmp_path / "exports",
+    }  # fmt: skip
+    words = [str(places.get(word, word)) for word in shlex.split(line)[1:]]
+    if words[0] == "export" and "--output" not in words:
+        words += ["--output", str(tmp_path / "exports")]
+    monkeypatch.chdir(tmp_path)
+    done = oribi(*words)
+    assert done.code == 0, done.err[-2000:]
+    assert done.out.strip()
