@@ -82,7 +82,8 @@ def main() -> None:
     except OribiError as error:
         typer.secho(str(error), fg="red", err=True)
         sys.exit(1)
-    except SystemExit as ended:
-        if ended.code == STOPPED:  # typer ends so, without a word
-            typer.echo("stopped", err=True)
-        raise
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != STOPPED:
+            raise
+        typer.echo("stopped", err=True)  # typer ends with the code, but without a word
+        sys.exit(STOPPED)
