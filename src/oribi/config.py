@@ -249,7 +249,9 @@ def _read_file(path: Path, problems: list[Problem]) -> list[tuple[str, int, Any]
             + (f", such as its own {own}" if own.is_file() else "; oribi init writes one")
         )
     if path.suffix in OTHER_FILES:
-        raise ConfigError(f"{path} is no config: a config is a YAML file, and `oribi init MODEL DATA` writes one")
+        raise ConfigError(
+            f"{path} is no config: a config is a YAML file, and `oribi init MODEL DATA` writes one"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         loader = YamlReader(text)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ def test_one_process_trains_on_one_of_several_gpus(load, conversations, tmp_path
     trainer.train()
     assert trainer.model_wrapped is trainer.model
     assert len(losses_of(trainer)) == 1
+
+
+def test_a_checkpoint_asks_nobody_whether_the_vocabulary_grew(make, conversations, monkeypatch):
+    trainer = make(conversations, max_steps=1, save_strategy="steps", save_steps=1)
+
+    def asked(*_):
+        raise AssertionError("PEFT asked the hub")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", asked)
+    trainer.model.peft_config["default"].base_model_name_or_path = "/nowhere/model.gguf"
+    trainer.train()
+    assert "save_pretrained" not in vars(trainer.model)
+    (saved,) = Path(trainer.args.output_dir).glob("checkpoint-1/adapter_model.safetensors")
+    assert saved.stat().st_size
 
 
 def test_rows_show_ids_and_exact_labels(make, conversations):

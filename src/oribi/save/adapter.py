@@ -268,9 +268,13 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
     if not hasattr(model, "peft_config"):
         raise ExportError("save_method='lora' needs a model with an adapter; this model has none")
     require_finite(model)
-    # PEFT would ask the hub whether the vocabulary grew; where oribi loaded the model, it is known
-    source = getattr(model, "oribi", None)
-    model.save_pretrained(
-        folder, save_embedding_layers="auto" if source is None or source.new_token_ids else False
-    )
+    model.save_pretrained(folder, save_embedding_layers=saves_embeddings(model))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form of blanks
+
+
+def saves_embeddings(model: nn.Module) -> str | bool:
+    """PEFT's `save_embedding_layers`: it would ask the hub whether the vocabulary grew, which is known of a model that
+    oribi loaded.
+    """
+    source = getattr(model, "oribi", None)
+    return "auto" if source is None or source.new_token_ids else False

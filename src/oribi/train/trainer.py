@@ -6,6 +6,7 @@ Only methods that a subclass may override are used; nothing is assigned into ano
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -25,6 +26,7 @@ from oribi.errors import ConfigError
 from oribi.kernels.adamw import FlatAdamW
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
+from oribi.save.adapter import saves_embeddings
 from oribi.save.finite import require_finite
 from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
 from oribi.train.checkpoints import StopOnSignal, any_process, require_writable, write_checkpoint
@@ -265,6 +267,13 @@ class SFTTrainer(BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         require_finite(self.model)
         super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        write = self.model.save_pretrained
+        if isinstance(self.model, peft.PeftModel):
+            write = partial(write, save_embedding_layers=saves_embeddings(self.model))
+        with held(self.model, save_pretrained=write):
+            super()._save(output_dir, state_dict)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         device = self.args.device
