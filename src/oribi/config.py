@@ -43,6 +43,7 @@ OPTIMIZERS = (
     "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "schedule_free_adamw",
     "schedule_free_radam", "schedule_free_sgd", "stable_adamw", "grokadamw",
 )  # fmt: skip
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 # what a run is trained on and by, and no config
 OTHER_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".gguf", ".safetensors")
 
@@ -118,9 +119,7 @@ class RunConfig:
     save_steps: int | None = setting(None, "Steps between two checkpoints; none saves only at the end", low=1)
     save_total_limit: int | None = setting(None, "Checkpoints kept", low=1)
     resume: bool = setting(False, "Go on from the newest checkpoint in output_dir")
-    report_to: list[str] = setting(
-        ["none"], "Trackers", choices=("none", "tensorboard", "wandb", "mlflow", "trackio")
-    )
+    report_to: list[str] = setting(["none"], "Trackers", choices=TRACKERS)
     # what is saved
     save_method: list[str] = setting(
         ["lora"], "Forms in which the model is saved", choices=("lora", "merged_16bit", "merged_4bit")
@@ -224,11 +223,8 @@ def read_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple[Run
     given = _resolve([] if path is None else _read_file(Path(path), problems), problems, notes)
     given |= _resolve(_read_flags(list(flags), problems), problems, notes)
     config = RunConfig()
-    types_of, known = get_type_hints(RunConfig), {f.name: f for f in fields(RunConfig)}
     for key, (line, value) in given.items():
-        converted, expected = _convert(value, types_of[key])
-        if expected is None:
-            expected = _outside(converted, known[key].metadata)
+        converted, expected = _checked(key, value)
         if expected is not None and value is True and line is None:
             problems.append(Problem(line, f"--{key}", f"its value is missing; {expected}"))
         elif expected is not None:
@@ -331,9 +327,14 @@ def _resolve(
 
 def problem_with(key: str, value: Any) -> str | None:
     """What a setting may be, if it may not be this."""
+    return _checked(key, value)[1]
+
+
+def _checked(key: str, value: Any) -> tuple[Any, str | None]:
+    """The value as its setting's type, and what is allowed if it is not."""
     converted, expected = _convert(value, get_type_hints(RunConfig)[key])
     limits = next(f.metadata for f in fields(RunConfig) if f.name == key)
-    return expected or _outside(converted, limits)
+    return converted, expected or _outside(converted, limits)
 
 
 def _convert(value: Any, kind: Any) -> tuple[Any, str | None]:

@@ -331,11 +331,16 @@ MEANINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("program", "lines", "expected"), MEANINGS)
-def test_a_line_means_this(tmp_path, program, lines, expected):
+def least_with(program: str, lines: str) -> str:
+    """The shortest config of a program, with these lines in place of those of the same keys."""
     given = [line.partition(":")[0] for line in lines.splitlines()]
     kept = [line for line in LEAST[program].splitlines() if line.partition(":")[0] not in given]
-    found = convert(tmp_path, "\n".join([*kept, lines, ""]))
+    return "\n".join([*kept, lines, ""])
+
+
+@pytest.mark.parametrize(("program", "lines", "expected"), MEANINGS)
+def test_a_line_means_this(tmp_path, program, lines, expected):
+    found = convert(tmp_path, least_with(program, lines))
     assert {key: found.values.get(key, ABSENT) for key in expected} == expected
     path = tmp_path / "converted.yaml"
     path.write_text(json.dumps(found.values))
@@ -400,10 +405,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("program", "lines", "message"), REFUSED)
 def test_another_training_is_refused(tmp_path, program, lines, message):
-    given = [line.partition(":")[0] for line in lines.splitlines()]
-    kept = [line for line in LEAST[program].splitlines() if line.partition(":")[0] not in given]
     with pytest.raises(ConfigError, match=message):
-        convert(tmp_path, "\n".join([*kept, lines, ""]))
+        convert(tmp_path, least_with(program, lines))
 
 
 def test_all_reasons_are_told_at_once_and_nothing_is_written(oribi, tmp_path):
@@ -438,9 +441,7 @@ NOT_TAKEN_OVER = [
 
 @pytest.mark.parametrize(("program", "lines", "key"), NOT_TAKEN_OVER)
 def test_what_is_not_taken_over_is_named(tmp_path, program, lines, key):
-    given = [line.partition(":")[0] for line in lines.splitlines()]
-    kept = [line for line in LEAST[program].splitlines() if line.partition(":")[0] not in given]
-    assert key in convert(tmp_path, "\n".join([*kept, lines, ""])).unsupported
+    assert key in convert(tmp_path, least_with(program, lines)).unsupported
 
 
 def test_the_flags_of_unsloths_script(tmp_path):

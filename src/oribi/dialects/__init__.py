@@ -42,9 +42,7 @@ def convert_file(path: str | Path) -> Converted:
             f"{path}: neither Axolotl's, LLaMA-Factory's, TRL's nor Unsloth's; it has the keys "
             f"{', '.join(list(entries)[:8])}. A config of oribi's own needs no conversion"
         )
-    found = Converted(dialect.name, path, entries)
-    if dialect is trl.DIALECT:
-        trl.refuse_other_trainers(found, command)
+    found = Converted(dialect.name, path, entries, command)
     dialect.prepare(found)
     for key, value in found.entries.items():
         dialect.handlers.get(key, put_plain)(found, key, value)

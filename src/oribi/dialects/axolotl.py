@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oribi.dialects import shared
-from oribi.dialects.converted import (  # fmt: skip
+from oribi.dialects.converted import (
     Converted,
     Dialect,
     Handler,
@@ -23,6 +23,7 @@ from oribi.dialects.converted import (  # fmt: skip
     read_elsewhere,
     refusing,
     renamed,
+    sources_of,
 )
 
 # name there -> name of the same template here
@@ -90,22 +91,21 @@ def _precision(found: Converted) -> None:
 
 
 def _datasets(found: Converted, key: str, value: Any) -> None:
-    listed = value if isinstance(value, list) else [value]
-    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in listed]
-    sources: list[str] = []
+    entries = sources_of(value if isinstance(value, list) else [value])
+    files_of_all: list[str] = []
     splits: list[str] = []
     kinds: list[str] = []
     for entry in entries:
         _check_entry(found, entry)
         files = _files(found, entry)
-        sources += files
+        files_of_all += files
         splits.append(str(entry.get("split") or "train"))
         if "[" in splits[-1] and any(name.endswith(SUFFIXES) for name in files):
             found.refuse(
                 "datasets: split", f"a part of the file {files[0]} cannot be named; cut the file before"
             )
         kinds.append(_kind(found, entry))
-    found.put("dataset", sources, "datasets")
+    found.put("dataset", files_of_all, "datasets")
     if len(set(splits)) > 1:
         found.refuse("datasets: split", f"one split for all data sets; {', '.join(splits)} are several")
     elif splits[0] != "train":
@@ -228,7 +228,7 @@ def _check_entry(found: Converted, entry: dict[str, Any]) -> None:
 
 
 def _test_datasets(found: Converted, key: str, value: Any) -> None:
-    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in value or []]
+    entries = sources_of(value)
     train = found.entries.get("datasets") or [{}]
     split = (train[0] if isinstance(train[0], dict) else {}).get("split") or "train"
     files = [name for entry in entries for name in _files(found, entry)]
@@ -327,7 +327,7 @@ HANDLERS: dict[str, Handler] = {
     "plugins": _plugins,
     "peft": _peft,
     "special_tokens": _special_tokens,
-    "peft_init_lora_weights": only([True], "adapters start as PEFT starts them; in Python: get_peft_model(init_lora_weights=...)"),
+    "peft_init_lora_weights": only([True], shared.ADAPTERS_START),
     "use_wandb": shared.tracker("wandb"),
     "wandb_project": shared.tracker("wandb"),
     "use_mlflow": shared.tracker("mlflow"),
@@ -356,7 +356,7 @@ HANDLERS: dict[str, Handler] = {
     **lacking(("do_bench_eval", "do_causal_lm_eval", "bench_dataset", "eval_causal_lm_metrics"), "oribi eval measures held-out rows and any file"),
     **refusing(("rl", "reward_model", "process_reward_model", "num_labels", "trl", "vllm"), "oribi train is supervised; use trl's trainers on oribi's model (examples/dpo.py)"),
     **refusing(("pretraining_dataset",), "a stream; name its files or data set under datasets, with type: completion"),
-    **refusing(("lora_model_dir",), "oribi starts a new adapter; in Python an adapter can be loaded and trained on: FastLanguageModel.from_pretrained(ADAPTER)"),
+    **refusing(("lora_model_dir",), shared.NEW_ADAPTER),
     **refusing(("unfrozen_parameters",), "oribi trains an adapter with modules_to_save, or every weight"),
     **refusing(("relora", "relora_steps", "jagged_restart_steps", "lisa_step_interval", "lisa_n_layers", "qat", "quantization", "fp8", "gptq", "use_pose", "s2_attention", "curriculum_sampling", "trainer_cls", "diffusion"), "oribi has no such training"),
     **refusing(("peft_layers_to_transform", "peft_layers_pattern", "peft_layer_replication", "peft_trainable_token_indices", "lora_exclude_modules"), "all layers of a kind get an adapter; in Python: get_peft_model(layers_to_transform=...)"),

@@ -18,6 +18,7 @@ class Converted:
         dialect: whose it was.
         path: where it lies.
         entries: what it says.
+        command: the words before the first flag, where it is a shell script.
         values: settings.
         notes: one line for each key that was read under another name, and for each default of that program.
         differences: what is done a little otherwise here, or needs a look.
@@ -29,6 +30,7 @@ class Converted:
     dialect: str
     path: Path
     entries: dict[str, Any]
+    command: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
@@ -166,6 +168,11 @@ def names_of(value: Any) -> list[str]:
     """A list, or names with commas between them."""
     parts = value if isinstance(value, list) else str(value).split(",")
     return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def sources_of(value: list[Any] | None) -> list[dict[str, Any]]:
+    """A list of data sets; an entry that is no mapping is a path."""
+    return [entry if isinstance(entry, dict) else {"path": entry} for entry in value or []]
 
 
 def names(setting: str) -> Handler:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oribi.dialects import shared
-from oribi.dialects.converted import (  # fmt: skip
+from oribi.dialects.converted import (
     Converted,
     Dialect,
     Handler,
@@ -187,9 +187,7 @@ def _template(found: Converted, key: str, value: Any) -> None:
 def _bits(found: Converted, key: str, value: Any) -> None:
     method = found.entries.get("quantization_method") or "bnb"
     if value == 8 and method in ("bnb", "bitsandbytes"):
-        found.unsupported[key] = (
-            "weights are NF4 or 16 bit; 16 bit is taken, which is exact and needs more memory"
-        )
+        found.unsupported[key] = shared.EIGHT_BITS
     elif value is not None and (value != 4 or method not in ("bnb", "bitsandbytes")):
         found.refuse(key, f"by {method}; oribi's weights are bitsandbytes' NF4 (4), or 16 bit")
     elif value == 4:
@@ -221,11 +219,11 @@ HANDLERS: dict[str, Handler] = {
     "val_size": _val_size,
     "packing": read_elsewhere,
     "neat_packing": read_elsewhere,
-    **dict.fromkeys(("save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps"), read_elsewhere),
+    **shared.CHECKPOINTS,
     "do_train": only([True], "it asks for no training"),
     "mix_strategy": only(["concat"], "data sets follow each other; in Python: a list of sources with weights"),
     "ignore_pad_token_for_loss": only([True], "padding is never trained"),
-    "use_swanlab": lacking(("use_swanlab",), "a run is reported to tensorboard, wandb, mlflow, trackio")["use_swanlab"],
+    **lacking(("use_swanlab",), "a run is reported to tensorboard, wandb, mlflow, trackio"),
     **idle(
         ("media_dir", "eval_on_each_dataset", "eval_num_beams", "buffer_size", "loraplus_lr_embedding", "pissa_iter",
          "pissa_convert", "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "freeze_vision_tower",
@@ -244,9 +242,9 @@ HANDLERS: dict[str, Handler] = {
     **refusing(("mask_history",), "every answer of a conversation is trained; in Python: prepare_dataset(train_on='last_response')"),
     **refusing(("default_system",), "write the system message into the rows"),
     **refusing(("interleave_probs",), "data sets follow each other; in Python: a list of sources with weights"),
-    **refusing(("adapter_name_or_path", "adapter_folder"), "oribi starts a new adapter; in Python an adapter can be loaded and trained on: FastLanguageModel.from_pretrained(ADAPTER)"),
+    **refusing(("adapter_name_or_path", "adapter_folder"), shared.NEW_ADAPTER),
     **refusing(("add_tokens", "add_special_tokens", "new_special_tokens_config", "resize_vocab"), "in Python: oribi.add_new_tokens"),
-    **refusing(("pissa_init",), "adapters start as PEFT starts them; in Python: get_peft_model(init_lora_weights=...)"),
+    **refusing(("pissa_init",), shared.ADAPTERS_START),
     **refusing(("use_llama_pro", "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_dft_loss", "use_asft_loss", "use_eaft_loss", "shift_attn", "mixture_of_depths", "moe_aux_loss_coef", "train_from_scratch", "use_mca", "use_kt", "fp8"), NO_TRAINING),
 }  # fmt: skip
 

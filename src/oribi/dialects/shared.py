@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from oribi.config import OPTIMIZERS, SCHEDULES
+from oribi.config import OPTIMIZERS, SCHEDULES, TRACKERS
 from oribi.dialects.converted import (
     Converted,
     Handler,
@@ -17,7 +17,6 @@ from oribi.dialects.converted import (
     refusing,
 )
 
-TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 # other names of the same computation
 SAME_OPTIMIZER = {
     "adamw_hf": "adamw_torch", "optimi_adamw": "adamw_torch", "ao_adamw_8bit": "adamw_8bit",
@@ -116,6 +115,11 @@ def targets(found: Converted, key: str, value: Any) -> None:
             found.refuse(key, "a pattern; oribi's config takes the layers' names, or all-linear")
 
 
+def evaluation(found: Converted) -> str:
+    """eval_strategy of TrainingArguments, by its newer or its older name."""
+    return found.entries.get("eval_strategy") or found.entries.get("evaluation_strategy") or "no"
+
+
 def checkpoints(found: Converted, default: str) -> None:
     """save_strategy, save_steps, eval_strategy and eval_steps of TrainingArguments, together."""
     entries = found.entries
@@ -124,7 +128,7 @@ def checkpoints(found: Converted, default: str) -> None:
         steps("save_steps")(found, "save_steps", entries.get("save_steps", 500))
     elif saving not in ("no", False):
         found.unsupported["save_strategy"] = f"{saving}; oribi saves every save_steps, or at the end only"
-    evaluating = entries.get("eval_strategy") or entries.get("evaluation_strategy") or "no"
+    evaluating = evaluation(found)
     if evaluating == "steps":
         every = entries.get("eval_steps") or entries.get("logging_steps") or found.values.get("logging_steps")
         steps("eval_steps")(found, "eval_steps", every)
@@ -154,6 +158,13 @@ def without_adapter(found: Converted, why: str) -> None:
 MASTER_WEIGHTS = (
     "trained weights are float32 there, and arithmetic bf16; oribi trains them in the dtype that it computes in: dtype: float32 "
     "is exact, and slower"
+)
+EIGHT_BITS = "weights are NF4 or 16 bit; 16 bit is taken, which is exact and needs more memory"
+NEW_ADAPTER = "oribi starts a new adapter; in Python an adapter can be loaded and trained on: FastLanguageModel.from_pretrained(ADAPTER)"
+ADAPTERS_START = "adapters start as PEFT starts them; in Python: get_peft_model(init_lora_weights=...)"
+# `checkpoints` reads them
+CHECKPOINTS: dict[str, Handler] = dict.fromkeys(
+    ("save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps"), read_elsewhere
 )
 PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
 GOES_ON = "oribi trains one model from start to end and keeps its last weights; stop early by hand, or in Python with callbacks"
@@ -226,7 +237,7 @@ HANDLERS: dict[str, Handler] = {
         ("hf_token", "hub_token", "wandb_token", "token", "hf_hub_token", "hf_use_auth_token"),
         "tokens do not belong in files; log in with the hub's own program",
     ),
-    **lacking(("load_in_8bit",), "weights are NF4 or 16 bit; 16 bit is taken, which is exact and needs more memory"),
+    **lacking(("load_in_8bit",), EIGHT_BITS),
     **lacking(
         ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type"),
         "several GPUs work as plain data parallelism, each with the whole model; start oribi with torchrun",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oribi.dialects import shared
-from oribi.dialects.converted import (  # fmt: skip
+from oribi.dialects.converted import (
     Converted,
     Dialect,
     Handler,
@@ -18,6 +18,7 @@ from oribi.dialects.converted import (  # fmt: skip
     read_elsewhere,
     refusing,
     renamed,
+    sources_of,
 )
 
 # commands and scripts of trl that train otherwise
@@ -25,15 +26,11 @@ OTHER_TRAINERS = {"dpo", "grpo", "kto", "orpo", "cpo", "rloo", "ppo", "reward", 
 SUPERVISED = "oribi train is supervised; use trl's trainers on oribi's model (examples/dpo.py)"
 
 
-def refuse_other_trainers(found: Converted, command: list[str]) -> None:
-    """Refuse a script that starts another trainer than `trl sft`."""
-    for word in command:
-        if Path(word).name.removesuffix(".py").replace("-", "_") in OTHER_TRAINERS:
-            found.refuse(word, SUPERVISED)
-
-
 def _prepare(found: Converted) -> None:
     entries = found.entries
+    for word in found.command:
+        if Path(word).name.removesuffix(".py").replace("-", "_") in OTHER_TRAINERS:
+            found.refuse(word, SUPERVISED)
     if entries.get("config"):
         found.refuse("config", "convert that file, and add the flags of the command to what comes out")
     if entries.get("use_peft"):
@@ -56,13 +53,14 @@ def _finish(found: Converted) -> None:
         found.refuse("max_length", "without it trl cuts nothing; give the length of the longest example")
     _masking(found)
     shared.checkpoints(found, "steps")
-    if (
-        entries.get("eval_strategy") or entries.get("evaluation_strategy") or "no"
-    ) != "no" and "eval_fraction" not in found.values:
+    if shared.evaluation(found) != "no" and "eval_fraction" not in found.values:
         found.unsupported["dataset_test_split"] = (
             "no evaluation; eval_fraction takes a share of the training rows, eval_dataset files, or data sets of the same split"
         )
     _precision(found)
+    if not found.values.get("full_finetuning"):
+        found.put_default("lora_alpha", 32)
+        found.put_default("lora_dropout", 0.05)
 
 
 def _masking(found: Converted) -> None:
@@ -89,7 +87,7 @@ def _precision(found: Converted) -> None:
 
 def _datasets(found: Converted, key: str, value: Any) -> None:
     """A mixture; its entries may name a path, a split, and files of a local kind."""
-    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in value or []]
+    entries = sources_of(value)
     splits = {str(entry.get("split") or "train") for entry in entries}
     for entry in entries:
         for name, said in entry.items():
@@ -127,7 +125,7 @@ HANDLERS: dict[str, Handler] = {
     "config": read_elsewhere,
     "dtype": read_elsewhere,
     "torch_dtype": read_elsewhere,
-    "max_length": lambda found, key, value: found.put("max_seq_length", value, key),
+    "max_length": renamed("max_seq_length"),
     "max_seq_length": renamed("max_seq_length"),
     "datasets": _datasets,
     "dataset_name": lambda found, key, value: found.put("dataset", [value] if value and not found.entries.get("datasets") else None, key),
@@ -139,7 +137,7 @@ HANDLERS: dict[str, Handler] = {
     "loss_type": _loss_type,
     "truncation_mode": only(["keep_start"], "examples are cut at their end"),
     "lora_task_type": only(["CAUSAL_LM"], "oribi trains causal language models"),
-    **dict.fromkeys(("save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps"), read_elsewhere),
+    **shared.CHECKPOINTS,
     **idle(("dataset_test_split", "eval_packing", "shuffle_dataset", "ignore_bias_buffers", "report_to_hub", "pad_token", "dataset_batch_size"), "it is how oribi works, or what another setting says already"),
     **lacking(("env",), "set environment variables in the shell"),
     **lacking(("config_file", "num_processes", "num_machines", "mixed_precision", "main_process_port"), "it is accelerate's; start oribi with torchrun for several GPUs"),
@@ -155,14 +153,4 @@ DEFAULTS = {
     "gradient_accumulation_steps": 1, "learning_rate": 2e-5, "num_train_epochs": 3.0, "warmup_steps": 0,
     "optim": "adamw_torch_fused", "weight_decay": 0.0, "train_on_responses_only": False, "logging_steps": 10, "seed": 42,
 }  # fmt: skip
-ADAPTER_DEFAULTS = {"lora_alpha": 32, "lora_dropout": 0.05}
-
-
-def _finish_all(found: Converted) -> None:
-    _finish(found)
-    if not found.values.get("full_finetuning"):
-        for key, value in ADAPTER_DEFAULTS.items():
-            found.put_default(key, value)
-
-
-DIALECT = Dialect("TRL", HANDLERS, DEFAULTS, _prepare, _finish_all)
+DIALECT = Dialect("TRL", HANDLERS, DEFAULTS, _prepare, _finish)

@@ -7,7 +7,7 @@ commands/train.py@07d36caa, studio/backend/core/training/trainer.py@0013644c; un
 from typing import Any
 
 from oribi.dialects import shared
-from oribi.dialects.converted import (  # fmt: skip
+from oribi.dialects.converted import (
     Converted,
     Dialect,
     Handler,
@@ -76,7 +76,7 @@ HANDLERS: dict[str, Handler] = {
     "target_modules": shared.targets,
     "enable_wandb": shared.tracker("wandb"),
     "enable_tensorboard": shared.tracker("tensorboard"),
-    "wandb_project": idle(("wandb_project",), "the tracker reads its own environment variables")["wandb_project"],
+    **idle(("wandb_project",), "the tracker reads its own environment variables"),
     **idle(("finetune_vision_layers", "vision_all_linear", "dry_run"), "oribi trains language models"),
     **dict.fromkeys(("finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules"), only([True], "target_modules names the layers that get an adapter")),
 }  # fmt: skip

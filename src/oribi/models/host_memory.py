@@ -42,7 +42,7 @@ class Parcel:
     def take(self) -> torch.Tensor:
         """The tensor on its device; it can be taken once."""
         self.start_return()
-        self.start_group_below()
+        self._start_group_below()
         torch.cuda.current_stream(self._device).wait_event(self._arrived)
         self._store.give_back(self._buffer)
         back, self._back, self._host = self._back, None, None
@@ -55,7 +55,7 @@ class Parcel:
             parcel.start_return()
             parcel = parcel.below
 
-    def start_group_below(self) -> None:
+    def _start_group_below(self) -> None:
         """Begins the copies back of the group that was stored before this parcel's."""
         parcel = self.below
         while parcel is not None and parcel.group is self.group:

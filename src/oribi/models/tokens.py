@@ -24,6 +24,8 @@ def tokenizer_of(
         ModelError: there is none.
     """
     location = locate(name, HubOptions(token=token, revision=revision))
+    if location.kind == "adapter" and not any(location.directory.glob("tokenizer*")):
+        location = locate_base(location, HubOptions(token=token))
     generation = GenerationConfig()
     if location.kind == "gguf":
         source = GGUFSource(location.file)
@@ -36,9 +38,6 @@ def tokenizer_of(
         generation.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
         repair(tokenizer, config.vocab_size, generation, max_seq_length=config.max_position_embeddings)
         return tokenizer
-    if location.kind == "adapter" and not any(location.directory.glob("tokenizer*")):
-        base = locate_base(location, HubOptions(token=token)).name
-        return tokenizer_of(base, token=token, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(location.directory, trust_remote_code=trust_remote_code)
     if (location.directory / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(location.directory)

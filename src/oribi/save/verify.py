@@ -7,7 +7,7 @@ S tokens, V vocabulary.
 
 import copy
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ class Check:
         return f"FAIL {self.name}: {self.shown()}. {self.advice}"
 
     def to_json(self) -> dict[str, Any]:
-        left_out = "advice" if self.passed else None
-        return {key: value for key, value in asdict(self).items() if value != "" and key != left_out}
+        said = asdict(replace(self, advice="") if self.passed else self)
+        return {key: value for key, value in said.items() if value != ""}
 
 
 class Trained:

@@ -98,8 +98,7 @@ def architecture_of(
     """
     location = locate(name, HubOptions(token=token, revision=revision))
     if location.kind == "adapter":
-        base = locate_base(location, HubOptions(token=token)).name
-        return replace(architecture_of(base, dtype=dtype, token=token), name=name)
+        location, trust_remote_code = locate_base(location, HubOptions(token=token)), False
     if location.kind == "gguf":
         config = GGUFSource(location.file).config
     else:
@@ -108,14 +107,14 @@ def architecture_of(
                 location.directory, trust_remote_code=trust_remote_code, local_files_only=True
             )
         except (ValueError, KeyError, OSError, TypeError) as error:
-            raise ModelError(f"{name}: its config.json cannot be read: {error}") from error
+            raise ModelError(f"{location.name}: its config.json cannot be read: {error}") from error
     text = getattr(config, "text_config", None)
     if text is not None and family_of(config) is None and family_of(text) is not None:
         text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
         config = text
     if family_of(config) is None:
         raise OutsideFamilyTable(
-            f"{name}: model_type {config.model_type!r} is outside oribi's family table; it trains as transformers' "
+            f"{location.name}: model_type {config.model_type!r} is outside oribi's family table; it trains as transformers' "
             "class, whose memory is not estimated"
         )
     config.__dict__.pop("quantization_config", None)

@@ -17,14 +17,13 @@ import torch
 from oribi.config import RunConfig
 from oribi.environment import Environment
 from oribi.errors import ConfigError
-from oribi.kernels.attention import head_groups
 from oribi.kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 from oribi.kernels.dispatch import next_power_of_2
 from oribi.models.fused_layer import MLP_TOKENS, POLICIES, Keep
 from oribi.train.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.train.arguments import FLAT_OPTIMIZERS
 from oribi.train.gpus import Gpu
-from oribi.train.recompute import MARGIN, plan
+from oribi.train.recompute import MARGIN, attention_portions, plan
 
 # cuBLAS workspaces of two streams, rotary tables, batches: what three runs of Llama-3.2-1B and Qwen2.5-0.5B on an H100
 # took beyond the sums below, within 4 MiB of each other
@@ -211,9 +210,9 @@ class Training:
         width, d = self.architecture.decoder.dtype.itemsize, self.architecture.config.hidden_size
         attn = self.architecture.decoder.model.layers[0].self_attn
         sizes = attn.sizes
-        groups = head_groups("flash", tokens * sizes[0] // attn.head_dim, sizes[1] // attn.head_dim)
+        portions = attention_portions(attn, tokens)
         # dy, the gradients of x_mid, a, q, k and v; for a group of heads that of q in float32, of k and v by query head
-        size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 4 * sizes[0] // groups)
+        size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 4 * sizes[0] // portions)
         for name, one in self.results(tokens).items():
             place = getattr(keep, name)
             # what only the MLP needs is gone, but the next layer's may be on its way back

@@ -15,6 +15,7 @@ import torch
 from oribi.kernels.attention import head_groups
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.fused_layer import MLP_TOKENS, Keep, Place
+from oribi.models.layers import Attention
 
 # share of the device's memory that no plan counts on: fragments, library workspaces, a longer batch
 MARGIN = 0.06
@@ -143,7 +144,7 @@ def spread(fits: int, out: int, layers: int) -> list[Place]:
     """
     if out == layers > 1:
         fits, out = 1, layers - 1
-    hosts = {i * (layers - 1) // out for i in range(out)} if layers > 1 else set(range(out))
+    hosts = {i * max(layers - 1, 1) // out for i in range(out)}
     others = [i for i in range(layers) if i not in hosts]
     kept = set(others[len(others) - fits :])
     return ["host" if i in hosts else "keep" if i in kept else "recompute" for i in range(layers)]
@@ -156,6 +157,12 @@ def forward_flop(decoder: DecoderForCausalLM, tokens: int) -> float:
     return 2.0 * tokens * config.hidden_size * weights
 
 
+def attention_portions(attn: Attention, tokens: int) -> int:
+    """Portions of its heads in which a layer's attention runs backward."""
+    queries, kv_heads = tokens * attn.sizes[0] // attn.head_dim, attn.sizes[1] // attn.head_dim
+    return head_groups("flash", queries, kv_heads)
+
+
 def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
     """Device memory of one layer's backward and of the loss, whichever is more.
 
@@ -165,12 +172,11 @@ def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
     """
     config, width = decoder.config, decoder.dtype.itemsize
     hidden, inner = config.hidden_size, config.intermediate_size
-    sizes, head_dim = decoder.model.layers[0].self_attn.sizes, decoder.model.layers[0].self_attn.head_dim
-    qkv, heads = sum(sizes), sizes[0]
+    attn = decoder.model.layers[0].self_attn
+    qkv, heads = sum(attn.sizes), attn.sizes[0]
     mlp = tokens * (5 * hidden + heads + qkv) + min(tokens, MLP_TOKENS) * 3 * (hidden + inner)
     # attention's backward adds up the gradient of q in float32, and those of k and v by query head
-    groups = head_groups("flash", tokens * heads // head_dim, sizes[1] // head_dim)
-    attention = tokens * (3 * hidden + 2 * heads + 4 * heads // groups + 2 * qkv)
+    attention = tokens * (3 * hidden + 2 * heads + 4 * heads // attention_portions(attn, tokens) + 2 * qkv)
     activations = width * max(mlp, attention)
     weights = width * hidden * (3 * inner + qkv)
     loss = tokens * hidden * width * 3 + 2 * 256 * 2**20

@@ -104,9 +104,8 @@ def sharded(model: nn.Module, base: DecoderForCausalLM, device: torch.device, **
     """Splits the frozen weights between the processes, in place, and averages the gradients of the others.
 
     Args:
-        model: what is trained, the same in every process: `base` or PEFT's wrapper around it. It may lie in host memory,
-            from where one layer at a time moves to the device; what is
-            trained lies there.
+        model: what is trained, the same in every process: `base` or PEFT's wrapper around it. Frozen weights may lie in
+            host memory, from where one layer at a time moves to the device; trained ones lie on the device.
         base: the decoder.
         device: where this process computes.
         options: of DistributedDataParallel.
