@@ -90,6 +90,17 @@ def test_hosts_are_spread_and_the_last_layer_stays(fits, out, expected):
     assert recompute.spread(0, 1, 1) == ["host"]
 
 
+def test_the_last_layer_keeps_what_its_backward_would_make_first(decoder, monkeypatch):
+    def gate_up() -> list[str]:
+        return [keep.gate_up for keep in plan(decoder, TOKENS, LONGEST, 0)]
+
+    assert gate_up() == ["recompute"] * 4  # beside the loss of this small model it would not be free
+    monkeypatch.setattr(recompute, "loss_bytes", lambda *_: 0)
+    assert gate_up() == ["recompute"] * 3 + ["keep"]
+    monkeypatch.setattr(recompute, "MLP_TOKENS", TOKENS - 1)  # made in portions, it takes less than kept
+    assert gate_up() == ["recompute"] * 4
+
+
 def test_with_room_for_all_nothing_is_computed_again(decoder):
     wanted = {item.name for item in items(decoder, TOKENS, LONGEST)}
     for keep in plan(decoder, TOKENS, LONGEST, 10**12):

@@ -19,7 +19,7 @@ from oribi.kernels.embedding import embedding
 from oribi.models.families import Family, family_of
 from oribi.models.fused_layer import POLICIES, Keep
 from oribi.models.generation import GeneratesInAnyMode
-from oribi.models.host_memory import HostMemory
+from oribi.models.host_memory import HostMemory, pinned
 from oribi.models.layers import Batch, DecoderLayer, RMSNorm
 from oribi.models.projections import read
 from oribi.models.rope import RotaryAngles
@@ -105,7 +105,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
         shared = head is not None and getattr(head, "weight", None) is weight
         if weight is None or shared or weight.requires_grad or not weight.is_cuda:
             return 0
-        weight.data = weight.data.cpu().pin_memory()
+        home = pinned(weight.nbytes, weight).view(weight.dtype).view(weight.shape)
+        weight.data = home.copy_(weight.data)
         return weight.nbytes
 
     def enable_input_require_grads(self) -> None:

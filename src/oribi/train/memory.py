@@ -18,8 +18,8 @@ from oribi.config import RunConfig
 from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
-from oribi.kernels.dispatch import next_power_of_2
 from oribi.models.fused_layer import MLP_TOKENS, POLICIES, Keep
+from oribi.models.host_memory import buffer_size
 from oribi.train.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.train.arguments import FLAT_OPTIMIZERS
 from oribi.train.gpus import Gpu
@@ -285,9 +285,8 @@ class Training:
             moments["a layer's backward", sum(kept[: i + 1])] = work[i]
         (at, activations), working = max(moments.items(), key=lambda item: item[0][1] + item[1])
         parts = {**fixed, "activations": activations, "in work": working, "libraries": LIBRARIES}
-        # pinned buffers are powers of two
         host = sum(
-            next_power_of_2(size)
+            buffer_size(size)
             for name, size in self.results(tokens).items()
             for keep in keeps
             if getattr(keep, name) == "host"

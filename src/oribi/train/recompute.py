@@ -111,6 +111,8 @@ def plan(
         host -= layers * inputs
     for item in wanted:
         fits, out, taken = shares(item, spare, host, layers)
+        if item.name == "gate_up" and last_waits_free(decoder, tokens):
+            fits = max(fits, 1)
         spare -= taken
         host -= out * item.bytes
         places[item.name] = spread(fits, out, layers)
@@ -163,13 +165,26 @@ def attention_portions(attn: Attention, tokens: int) -> int:
     return head_groups("flash", queries, kv_heads)
 
 
-def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
-    """Device memory of one layer's backward and of the loss, whichever is more.
+def last_waits_free(decoder: DecoderForCausalLM, tokens: int) -> bool:
+    """Whether the last layer's gate|up, which its backward makes first anyhow, can stay through the loss at no cost."""
+    config, width = decoder.config, decoder.dtype.itemsize
+    kept = tokens * 2 * config.intermediate_size * width
+    beside = loss_bytes(decoder, tokens) + kept <= backward_bytes(decoder, tokens)
+    return tokens <= MLP_TOKENS and beside  # more are made in portions
 
-    Args:
-        decoder: the model.
-        tokens: tokens of a micro-batch.
-    """
+
+def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
+    """Device memory of one layer's backward and of the loss, whichever is more."""
+    return max(backward_bytes(decoder, tokens), loss_bytes(decoder, tokens))
+
+
+def loss_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
+    """Device memory of the loss of so many tokens."""
+    return tokens * decoder.config.hidden_size * decoder.dtype.itemsize * 3 + 2 * 256 * 2**20
+
+
+def backward_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
+    """Device memory of one layer's backward on so many tokens, what it computes again included."""
     config, width = decoder.config, decoder.dtype.itemsize
     hidden, inner = config.hidden_size, config.intermediate_size
     attn = decoder.model.layers[0].self_attn
@@ -178,9 +193,7 @@ def workspace_bytes(decoder: DecoderForCausalLM, tokens: int) -> int:
     # attention's backward adds up the gradient of q in float32, and those of k and v by query head
     attention = tokens * (3 * hidden + 2 * heads + 4 * heads // attention_portions(attn, tokens) + 2 * qkv)
     activations = width * max(mlp, attention)
-    weights = width * hidden * (3 * inner + qkv)
-    loss = tokens * hidden * width * 3 + 2 * 256 * 2**20
-    return max(activations + weights, loss)
+    return activations + width * hidden * (3 * inner + qkv)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -188,8 +201,10 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return int(HOST_SHARE * psutil.virtual_memory().available)
     free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + cached - MARGIN * total)
+    allocated = torch.cuda.memory_allocated(device)
+    usable = free + torch.cuda.memory_reserved(device) - allocated
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device)
+    return int(min(usable, allowed - allocated) - MARGIN * allowed)
 
 
 @lru_cache
