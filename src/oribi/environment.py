@@ -109,7 +109,9 @@ def _choose_attention(device: torch.device, capability: tuple[int, int] | None) 
     if device.type != "cuda" or capability is None:
         return "reference", "the fused backends need an NVIDIA GPU"
     if capability[0] >= 9:
-        return "cudnn", "cuDNN for dense rows, flash for packed documents and windows"
+        third = capability[0] == 9 and importlib.util.find_spec("flash_attn_3") is not None
+        others = "FlashAttention 3" if third else "flash"
+        return "cudnn", f"cuDNN for dense rows, {others} for packed documents and windows"
     if capability[0] >= 8:
         return "flash", "PyTorch's flash kernels"
     return "reference", f"compute capability {capability[0]}.{capability[1]} is below 8.0"

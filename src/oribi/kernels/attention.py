@@ -3,9 +3,9 @@
 B rows, S queries a row, C keys a row, H query heads, K key/value heads, E head_dim. q [B, S, H, E]; k, v [B, C, K, E].
 `out[b, s, h] = softmax(scale * q[b, s, h] @ k[b, :, h // (H/K)]^T + mask) @ v`, mask from `Visibility`.
 
-Backends: `cudnn` (dense rows), `flash` (dense or packed documents, windows), `triton` (the same with soft caps) and
-`reference` (PyTorch on any device, each document apart, so that no document can touch another). Packs of equally long
-documents are dense rows.
+Backends: `cudnn` (dense rows), `flash` (dense or packed documents, windows), `flash3` (the same, where FlashAttention 3
+is installed), `triton` (with soft caps too) and `reference` (PyTorch on any device, each document apart, so that no
+document can touch another). Packs of equally long documents are dense rows. FlashAttention 2 is PyTorch's own `flash`.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from oribi.kernels import flash_attention_3
 from oribi.kernels.dispatch import use_triton
 from oribi.kernels.flash_attention import flash_attention_backward, flash_attention_forward
 
@@ -162,7 +163,7 @@ def attention(
 
 
 def choose_backend(q: torch.Tensor, visibility: Visibility, window: int | None, softcap: float | None) -> str:
-    """Name of the fastest backend that computes this attention: "cudnn", "flash", "triton" or "reference"."""
+    """Name of the fastest backend that computes this attention: "cudnn", "flash3", "flash", "triton" or "reference"."""
     half = q.dtype in (torch.float16, torch.bfloat16)
     if not q.is_cuda or not half or visibility.real is not None or visibility.past or q.shape[-1] > 256:
         return "reference"
@@ -177,7 +178,7 @@ def choose_backend(q: torch.Tensor, visibility: Visibility, window: int | None, 
     # measured on an H100: cuDNN is 1.7-1.9 times as fast as the built-in flash kernels
     if major >= 9 and visibility.cu_seqlens is None and window is None and q.shape[-1] <= 128:
         return "cudnn"
-    return "flash"
+    return "flash3" if major == 9 and flash_attention_3.installed() else "flash"
 
 
 def attention_forward(
@@ -198,6 +199,9 @@ def attention_forward(
         documents = how.visibility.documents(q.device)
         out, lse = flash_attention_forward(q, k, v, *documents, how.scale, how.window, how.softcap)
         return out.view(shape), (lse,)
+    if how.backend == "flash3":
+        out, lse = flash_attention_3.forward(q, k, v, **_flash3_extent(how))
+        return out.reshape(shape), (lse,)
     out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, *_flash_extent(q, how), 0.0, True, False, scale=how.scale, **_flash_window(how)
     )
@@ -237,7 +241,7 @@ def head_groups(backend: str, queries: int, kv_heads: int) -> int:
         backend: as `choose_backend` names it.
         queries: B * S * H. kv_heads: K, which the portions divide.
     """
-    if backend not in ("cudnn", "flash"):
+    if backend not in ("cudnn", "flash", "flash3"):
         return 1
     return max(
         n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= max(queries // GROUP_QUERIES, 1)
@@ -263,6 +267,8 @@ def _backward(
         return flash_attention_backward(
             dout, q, k, v, out, *saved, *documents, how.scale, how.window, how.softcap
         )
+    if how.backend == "flash3":
+        return flash_attention_3.backward(dout, q, k, v, out, *saved, **_flash3_extent(how))
     lse, seed, offset = saved
     if how.backend == "flash":
         return torch.ops.aten._flash_attention_backward(
@@ -278,10 +284,10 @@ def _backward(
 
 
 def _laid_out(x: torch.Tensor, how: Attend) -> torch.Tensor:
-    """As the backend wants it: [tokens, heads, E] for triton and of a pack for flash, else [rows, tokens, heads, E]."""
+    """As the backend wants it: [tokens, heads, E] for triton and of a pack for flash and flash3, else [rows, tokens, heads, E]."""
     if how.backend == "triton":
         return x.flatten(0, 1)
-    if how.packed and how.backend == "flash":
+    if how.packed and how.backend in ("flash", "flash3"):
         return x[0]
     rows = how.visibility.batch
     return x if x.shape[0] == rows else x.view(rows, -1, *x.shape[2:])
@@ -295,6 +301,11 @@ def _flash_extent(q: torch.Tensor, how: Attend) -> tuple[torch.Tensor | None, to
 
 def _flash_window(how: Attend) -> dict[str, int]:
     return {"window_size_left": -1 if how.window is None else how.window - 1, "window_size_right": 0}
+
+
+def _flash3_extent(how: Attend) -> dict[str, object]:
+    visibility = how.visibility
+    return flash_attention_3.extent_of(visibility.cu_seqlens, visibility.max_length, how.scale, how.window)
 
 
 class _Attention(torch.autograd.Function):
