@@ -3,8 +3,8 @@
     python benchmarks/loss_trace.py --workload llama-3.1-8b:2x2048 --stack oribi:memory --stack unsloth:default
 
 Model, factors and trainers are those of train_step.py, but every step trains on the same tokens, so that the loss falls
-and a wrong gradient shows, and every stack keeps its factors in float32 (TRL rounds them to bfloat16 otherwise). The
-reference is transformers with PEFT and bitsandbytes. Writes results/<gpu>_loss_trace.json.
+and a wrong gradient shows; every stack keeps its factors in float32 (TRL rounds them to bfloat16 otherwise) and steps by
+PyTorch's AdamW, so that nothing but the gradients differs. The reference is transformers with PEFT and bitsandbytes. Writes results/<gpu>_loss_trace.json.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def trace(stack: str, args: argparse.Namespace) -> dict:
     data = Dataset.from_dict({"input_ids": ids * args.steps, "labels": ids * args.steps})
     config = config_class(
         per_device_train_batch_size=batch, max_steps=args.steps, max_length=length,
-        train_sampling_strategy="sequential", **TRAINING, **extra,
+        train_sampling_strategy="sequential", **{**TRAINING, "optim": "adamw_torch"}, **extra,
     )  # fmt: skip
     trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     for parameter in trained(model):
