@@ -25,6 +25,10 @@ from oribi.models.layers import Batch, DecoderLayer, RMSNorm
 from oribi.models.projections import read
 from oribi.models.rope import RotaryAngles
 
+# layers that fp8 leaves alone: the first makes the few huge activations that all others read. SmolLM2-135M's gradient has a
+# cosine of 0.79 to the exact one where they, too, are rounded, and of 0.96 where they are not
+EXACT_LAYERS = 1
+
 
 class DecoderPreTrainedModel(PreTrainedModel):
     config_class = PretrainedConfig
@@ -70,12 +74,12 @@ class DecoderPreTrainedModel(PreTrainedModel):
         """Chooses whether training multiplies frozen weights in fp8, approximately.
 
         Returns:
-            In how many layers it does, if their modules are in training mode: those that are differentiated by hand and
-            whose sizes the matrix units take.
+            In how many layers it does, if their modules are in training mode: those after the first that are
+            differentiated by hand and whose sizes the matrix units take.
         """
         layers = [module for module in self.modules() if isinstance(module, DecoderLayer)]
-        for layer in layers:
-            groups = fusible_groups(layer) if wanted else None
+        for index, layer in enumerate(layers):
+            groups = fusible_groups(layer) if wanted and index >= EXACT_LAYERS else None
             layer.fp8 = groups is not None and all(map(fp8.fits, groups.all()))
             layer.dequantized.clear()
         return sum(layer.fp8 for layer in layers)
