@@ -123,8 +123,7 @@ def training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
         "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
         "gradient_accumulation_steps", "learning_rate", "embedding_learning_rate", "lr_scheduler_type", "warmup_steps",
         "optim", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "seed", "fp8", "deterministic",
-        "logging_steps",
-        "save_total_limit", "report_to", "packing", "eval_steps",
+        "logging_steps", "save_total_limit", "report_to", "packing", "eval_steps",
     )  # fmt: skip
     evaluation = "no" if not evaluates else "steps" if config.eval_steps else "epoch"
     return SFTConfig(

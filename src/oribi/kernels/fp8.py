@@ -24,7 +24,7 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 # rows and weights without anything above it count as zeros: the inverse of their scale would overflow
 SMALLEST = 2.0**-100
-# sums of products kept to 14 bits inside the matrix unit, not to float32's 24; e4m3 itself has 4
+# Hopper's units then add to about 14 bits instead of float32's 24; operands have 4
 FAST_ACCUMULATION = True
 # of the matrix units: sizes are multiples of it
 MULTIPLE = 16
@@ -78,7 +78,7 @@ def dequantize_e4m3(
     transposed: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights below each other, each value rounded to float32, multiplied by `inverse` and rounded to e4m3.
+    """e4m3 of weights below each other times `inverse`, product and value rounded to float32 before.
 
     Args:
         weights: [N_i, K] each: bitsandbytes' Params4bit, or dense.
@@ -122,7 +122,7 @@ def product(
     weight_scales: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(scales codes) (weight_scales weight)^T, summed in float32.
+    """(scales codes) (weight_scales weight)^T.
 
     Args:
         codes: [T, K] e4m3. scales: [T, 1] float32.

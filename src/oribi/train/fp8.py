@@ -55,8 +55,9 @@ def _problems(args: TrainingArguments, base: nn.Module) -> Iterator[str]:
         return
     if base.device.type != "cuda":
         yield "the model lies in host memory: load it on the GPU"
-    if base.dtype is not torch.bfloat16:
-        yield f"the model computes in {str(base.dtype).removeprefix('torch.')}: load it with dtype='bfloat16'"
+    dtype = base.model.norm.weight.dtype
+    if dtype is not torch.bfloat16:
+        yield f"the model computes in {str(dtype).removeprefix('torch.')}: load it with dtype='bfloat16'"
     if args.fsdp:
         yield "fsdp gathers the frozen weights anew in every step"
     training = base.training
