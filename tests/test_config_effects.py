@@ -158,6 +158,8 @@ EFFECTS = {
 # these reach nothing on a machine without the hub; what they are passed to is tested in tests/models/test_locate.py
 # (revision, trust_remote_code) and tests/train/test_trainer.py (dataset_num_proc)
 PASSED_ON = {"revision", "trust_remote_code", "dataset_num_proc"}
+# and this one needs a GPU: tests/train/test_fp8.py
+ON_A_GPU = {"fp8"}
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ def ran(places, tmp_path_factory) -> Callable[..., Ran]:
 
 
 def test_every_key_is_here():
-    assert set(EFFECTS) | PASSED_ON == {f.name for f in fields(RunConfig)}
+    assert set(EFFECTS) | PASSED_ON | ON_A_GPU == {f.name for f in fields(RunConfig)}
 
 
 @pytest.mark.parametrize("key", EFFECTS)

@@ -59,6 +59,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"max_grad_norm": 0.3},
     "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
     "seed": {"seed": 1},
+    "fp8": {"fp8": True},
     "deterministic": {"deterministic": True},
     "logging_steps": {"logging_steps": 10},
     "eval_steps": {"eval_steps": 3, "eval_fraction": 0.5},
@@ -105,6 +106,7 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(oribi.run.FastLanguageModel, "get_peft_model", record("attach", model))
     monkeypatch.setattr(oribi.run, "get_chat_template", record("template", tokenizer))
     monkeypatch.setattr(oribi.run, "prepare_dataset", prepare)
+    monkeypatch.setattr(oribi.run, "require_fp8_gpu", lambda environment: None)
     monkeypatch.setattr(oribi.run, "SFTTrainer", make_trainer)
     monkeypatch.setattr(oribi.run, "save_merged", record("merged", None))
     monkeypatch.setattr(oribi.run, "save_gguf", record("gguf", {"gguf_files": ["file"]}))

@@ -111,6 +111,10 @@ class RunConfig:
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 never", low=0)
     neftune_noise_alpha: float | None = setting(None, "NEFTune noise on the embeddings", low=0)
     seed: int = setting(3407, "Seed of data order, dropout and adapter", low=0)
+    fp8: bool = setting(
+        False,
+        "Approximate: products of frozen weights in 8-bit floating point while training; NVIDIA GPUs from 8.9 on",
+    )
     deterministic: bool = setting(False, "Two runs are equal to the bit; slower on a GPU")
     logging_steps: int = setting(1, "Steps between two log lines", low=1)
     eval_steps: int | None = setting(
@@ -398,6 +402,17 @@ def _contradictions(config: RunConfig, given: dict[str, tuple[int | None, Any]])
                 "load_in_4bit = true",
                 "4-bit weights cannot be trained; full_finetuning needs false",
             )
+        )
+    against = {
+        "full_finetuning": config.full_finetuning,
+        "lora_dropout": config.lora_dropout > 0,
+        "use_dora": config.use_dora,
+        "dtype": config.dtype in ("float16", "float32"),
+    }
+    if config.fp8 and any(against.values()):
+        names = " and ".join(name for name, stands in against.items() if stands)
+        found.append(
+            Problem(at("fp8"), "fp8 = true", f"takes plain LoRA without dropout in bfloat16; change {names}")
         )
     if config.eval_dataset and config.eval_fraction:
         found.append(

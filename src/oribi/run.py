@@ -16,6 +16,7 @@ from oribi.save import save_gguf, save_merged
 from oribi.save.gguf.mixes import mix_of
 from oribi.train.arguments import SFTConfig
 from oribi.train.determinism import settle_cublas
+from oribi.train.fp8 import require_fp8_gpu
 from oribi.train.memory import refuse_what_cannot_fit
 from oribi.train.progress import peak_memory_bytes
 from oribi.train.report import Measured, measure, write_report
@@ -42,6 +43,8 @@ def run(config: RunConfig) -> dict[str, Path]:
     for method in config.quantization_method:
         mix_of(method)  # an unknown one is told before training, not after
     environment = detect()  # 1
+    if config.fp8:
+        require_fp8_gpu(environment)
     refuse_what_cannot_fit(config, environment)
     model, tokenizer = FastLanguageModel.from_pretrained(  # 2
         config.model,
@@ -119,8 +122,8 @@ def training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
     same = (
         "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
         "gradient_accumulation_steps", "learning_rate", "embedding_learning_rate", "lr_scheduler_type", "warmup_steps",
-        "optim", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "seed", "deterministic", "logging_steps",
-        "save_total_limit", "report_to", "packing", "eval_steps",
+        "optim", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "seed", "fp8", "deterministic",
+        "logging_steps", "save_total_limit", "report_to", "packing", "eval_steps",
     )  # fmt: skip
     evaluation = "no" if not evaluates else "steps" if config.eval_steps else "epoch"
     return SFTConfig(

@@ -19,6 +19,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "half a rank": ("lora_r: 8.5", ["train", "CONFIG", "--check"]),
     "a learning rate above 1": ("learning_rate: 2", ["train", "CONFIG", "--check"]),
     "yes in quotes": ("packing: 'yes'", ["train", "CONFIG", "--check"]),
+    "fp8 beside what it cannot be": ("fp8: true\nlora_dropout: 0.1\ndtype: float32", ["train", "CONFIG", "--check"]),
     "an unknown dtype": ("dtype: float8", ["train", "CONFIG", "--check"]),
     "two names of one setting": ("sequence_len: 64\ncutoff_len: 128", ["train", "CONFIG", "--check"]),
     "a key given twice": ("lora_r: 8\nlora_r: 16", ["train", "CONFIG", "--check"]),

@@ -16,6 +16,7 @@ from oribi.kernels import (
     dispatch,
     embedding,
     flash_attention,
+    fp8,
     gated_mlp,
     lora,
     nf4,
@@ -29,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing"),
 ]
 
-MODULES = (rms_norm, rope, gated_mlp, nf4, cross_entropy, adamw_step, lora, flash_attention)
+MODULES = (rms_norm, rope, gated_mlp, nf4, cross_entropy, adamw_step, lora, flash_attention, fp8)
 # bytes of shared memory that a program may have; of 8.x, the cards with least
 SHARED = {80: 101376, 90: 232448}
 TYPES = {
@@ -37,6 +38,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -144,6 +146,29 @@ def test_nf4_compiles_with_16_byte_stores_and_without_shared_memory(
         assert "fma" not in kernel.asm["ptx"]
 
 
+@pytest.mark.parametrize(
+    "capability", [89, 90]
+)  # older matrix units do not take e4m3, and have no cast to it
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_fp8_compiles_with_vectors_in_both_orientations(launches, capability, double_quant):
+    weights = []
+    for n in (128, 32, 32):
+        weight, state = nf4.quantize(torch.randn(n, 512), double_quant=double_quant)
+        weight.quant_state = state
+        weights.append(weight)
+    for transposed in (False, True):
+        fp8.dequantize_e4m3(weights, torch.ones(1), transposed)
+    for k in (4096, 28672):
+        fp8.quantize_rows(torch.randn(3, k + 64).bfloat16()[:, :k])
+    assert len(launches) == 4
+    for launch in launches:
+        kernel = compiled(launch, capability)
+        assert vectors(kernel.asm["ptx"])[1] == 4
+        assert "cvt.rn.satfinite.e4m3x2" in kernel.asm["ptx"]
+        if launch.kernel.__name__ == "_weights_kernel":
+            assert "fma" not in kernel.asm["ptx"]  # as in nf4: each product and sum is rounded
+
+
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)
 @pytest.mark.parametrize("vocab_size", [128256, 151])
 def test_cross_entropy_compiles(launches, capability, dtype, vocab_size):
@@ -188,10 +213,12 @@ def test_lora_packing_and_expansion_compile(launches, capability, dtype, ranks):
     low, residual = torch.randn(5, group.spare).to(dtype), torch.randn(5, group.out_features).to(dtype)
     lora.expand(low, group.scaled_b, None)
     lora.expand(low, group.scaled_b, residual)
+    room = torch.empty(5, group.out_features + group.spare, dtype=dtype)[:, : group.out_features]
+    lora.expand(low, group.scaled_b, residual, residual, out=room)
+    lora.expand(low, group.a.t(), torch.empty(5, 256, dtype=dtype))
     assert [launch.kernel.__name__ for launch in launches] == [
         "_pack_kernel",
-        "_expand_kernel",
-        "_expand_kernel",
+        *["_expand_kernel"] * 4,
     ]
     for launch in launches:
         assert compiled(launch, capability).asm["cubin"]

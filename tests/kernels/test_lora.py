@@ -147,6 +147,25 @@ def test_expansion_in_one_pass(dtype, tokens, n, p, with_residual):
     assert relative_error(expand(low, b, residual), truth) <= max(2 * plain_error, 2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", ["new", "residual", "product", "wider"])
+def test_expansion_of_a_transpose_onto_two_sums_and_into_either_of_them(dtype, place):
+    tokens, n, p = 70, 136, 16
+    low, a = (
+        torch.randn(tokens, p, device=DEVICE).to(dtype),
+        torch.randn(p, n + 8, device=DEVICE).to(dtype)[:, :n],
+    )
+    residual, product = (torch.randn(tokens, n, device=DEVICE).to(dtype) for _ in range(2))
+    truth = low.double() @ a.double() + residual.double() + product.double()
+    plain_error = relative_error(low @ a + residual + product, truth)
+    wider = torch.full((tokens, n + 24), 7.0, dtype=dtype, device=DEVICE)
+    out = {"new": None, "residual": residual, "product": product, "wider": wider[:, :n]}[place]
+    got = expand(low, a.t(), residual, product, out=out)
+    assert out is None or got is out
+    assert relative_error(got, truth) <= max(2 * plain_error, 2e-6)
+    assert (wider[:, n:] == 7).all()
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_kept_weights_give_the_same_output_and_follow_another_adapter(name):
     projections, _ = group(name, torch.float32, packed=True)

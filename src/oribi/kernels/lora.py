@@ -19,6 +19,7 @@ Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (ar
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def _kept_group_linear(x: torch.Tensor, projections: Sequence[Projection]) -> to
     group = _kept.groups[key][1]
     room = group.input_room(x[..., 0].numel())
     room[:, : group.in_features] = x.reshape(len(room), -1)
-    return forward(room, group)[:, : group.out_features].unflatten(0, x.shape[:-1])
+    return group.forward(room)[:, : group.out_features].unflatten(0, x.shape[:-1])
 
 
 def _composed(x: torch.Tensor, p: Projection) -> torch.Tensor:
@@ -140,7 +141,7 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         room = group.input_room(len(rows))
         room[:, : group.in_features] = rows
-        y = forward(room, group)[:, : group.out_features]
+        y = group.forward(room)[:, : group.out_features]
         ctx.save_for_backward(room if any(ctx.needs_input_grad[2:]) else None)
         ctx.projections, ctx.shape = projections, x.shape
         return y.unflatten(0, x.shape[:-1])
@@ -151,8 +152,8 @@ class _LoraLinear(torch.autograd.Function):
         group = augmented_weight(ctx.projections, dy.dtype, dy.device)
         dy_room = group.output_room(dy[..., 0].numel())
         dy_room[:, : group.out_features] = dy.reshape(len(dy_room), -1)
-        u = backward_low(dy_room, group)
-        dx = backward_input(dy_room, group).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        u = group.backward_low(dy_room)
+        dx = group.backward_input(dy_room).view(ctx.shape) if ctx.needs_input_grad[0] else None
         factors: list[torch.Tensor | None] = [None] * (len(ctx.needs_input_grad) - 2)
         if room is not None:
             k = group.in_features
@@ -163,39 +164,33 @@ class _LoraLinear(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class GroupWeight:
-    """A group's weights, LoRA pairs and biases in one buffer, as this file's docstring draws it.
+class GroupWeight(ABC):
+    """A group's LoRA pairs and biases, and its products in a layer; the frozen weights are the subclasses'.
 
     Args:
-        buffer: [N + P, K + P].
-        out_features, in_features: N and K.
+        a: [P, K], zero below the last A.
+        scaled_b: [N, P]: block diagonal scale_i B_i, and the biases.
         bias_column: which of the P columns holds the biases, None without any.
     """
 
-    buffer: torch.Tensor
-    out_features: int
-    in_features: int
+    a: torch.Tensor
+    scaled_b: torch.Tensor
     bias_column: int | None
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.scaled_b.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.a.shape[1]
 
     @property
     def spare(self) -> int:
         """P."""
-        return self.buffer.shape[0] - self.out_features
-
-    @property
-    def w(self) -> torch.Tensor:
-        """[N, K]"""
-        return self.buffer[: self.out_features, : self.in_features]
-
-    @property
-    def a(self) -> torch.Tensor:
-        """[P, K], zero below the last A."""
-        return self.buffer[self.out_features :, : self.in_features]
-
-    @property
-    def scaled_b(self) -> torch.Tensor:
-        """[N, P]: block diagonal scale_i B_i, and the biases."""
-        return self.buffer[: self.out_features, self.in_features :]
+        return self.a.shape[0]
 
     def low(self, room: torch.Tensor) -> torch.Tensor:
         """S [T, P], copied out of a room [T, K + P] that `forward` has filled."""
@@ -203,11 +198,97 @@ class GroupWeight:
 
     def input_room(self, tokens: int) -> torch.Tensor:
         """Uninitialised [T, K + P]: x goes into the first K columns."""
-        return self.buffer.new_empty(tokens, self.in_features + self.spare)
+        return self.a.new_empty(tokens, self.in_features + self.spare)
 
     def output_room(self, tokens: int) -> torch.Tensor:
         """Uninitialised [T, N + P]: dy goes into the first N columns."""
-        return self.buffer.new_empty(tokens, self.out_features + self.spare)
+        return self.a.new_empty(tokens, self.out_features + self.spare)
+
+    def forward(self, room: torch.Tensor) -> torch.Tensor:
+        """y of x in `room` [T, K + P], whose last P columns become S (and a column of ones where a bias is).
+
+        Returns:
+            [T, N + P] with y in the first N columns; the others are `backward_low`'s.
+        """
+        k = self.in_features
+        if self.spare:
+            torch.mm(room[:, :k], self.a.t(), out=room[:, k:])
+            if self.bias_column is not None:
+                room[:, k + self.bias_column] = 1
+        out = self.output_room(len(room))
+        self._forward(room, out[:, : self.out_features])
+        return out
+
+    def forward_onto(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y = residual + x W^T + S (sB)^T, for an x that has no room beside it.
+
+        Args:
+            x: [T, K], rows may be strided.
+            residual: [T, N] in x's dtype, or None for zero.
+
+        Returns:
+            y [T, N] and S [T, P] (None where P is 0).
+        """
+        low = self.forward_low(x)
+        if self.bias_column is not None:
+            low[:, self.bias_column] = 1
+        return self._forward_onto(x, low, residual), low
+
+    def forward_low(self, x: torch.Tensor) -> torch.Tensor | None:
+        """S = x A^T [T, P] of x [T, K]; None where P is 0."""
+        return x @ self.a.t() if self.spare else None
+
+    def backward_low(self, dy_room: torch.Tensor) -> torch.Tensor | None:
+        """U = dy (sB) [T, P], written into the last P columns of dy_room [T, N + P]; None where P is 0."""
+        n = self.out_features
+        if not self.spare:
+            return None
+        return torch.mm(dy_room[:, :n], self.scaled_b, out=dy_room[:, n:])
+
+    @abstractmethod
+    def backward_input(self, dy_room: torch.Tensor) -> torch.Tensor:
+        """dx [T, K] of a dy_room that `backward_low` has filled."""
+
+    @abstractmethod
+    def _forward(self, room: torch.Tensor, y: torch.Tensor) -> None:
+        """Writes x W^T + S (sB)^T into y [T, N], whose rows are strided."""
+
+    @abstractmethod
+    def _forward_onto(
+        self, x: torch.Tensor, low: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """residual + x W^T + S (sB)^T [T, N]."""
+
+
+@dataclass(frozen=True)
+class AugmentedWeight(GroupWeight):
+    """A group's weights, LoRA pairs and biases in one buffer [N + P, K + P], as this file's docstring draws it."""
+
+    buffer: torch.Tensor
+
+    @property
+    def w(self) -> torch.Tensor:
+        """[N, K]"""
+        return self.buffer[: self.out_features, : self.in_features]
+
+    def backward_input(self, dy_room: torch.Tensor) -> torch.Tensor:
+        return dy_room @ self.buffer[:, : self.in_features]
+
+    def _forward(self, room: torch.Tensor, y: torch.Tensor) -> None:
+        torch.mm(room, self.buffer[: self.out_features].t(), out=y)
+
+    def _forward_onto(
+        self, x: torch.Tensor, low: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        if low is not None:
+            y = expand(low, self.scaled_b, residual)
+        elif residual is None:
+            return x @ self.w.t()
+        else:
+            y = residual.clone()
+        return y.addmm_(x, self.w.t())
 
 
 def augmented_weight(
@@ -215,7 +296,7 @@ def augmented_weight(
     dtype: torch.dtype,
     device: torch.device,
     dequantized: torch.Tensor | None = None,
-) -> GroupWeight:
+) -> AugmentedWeight:
     """Dequantises a group's weights and lays its LoRA pairs and biases beside them.
 
     Args:
@@ -223,19 +304,28 @@ def augmented_weight(
         dtype, device: of the buffer.
         dequantized: an earlier buffer of the same weights; only its LoRA pairs are written again.
     """
-    n, k = sum(p.shape[0] for p in projections), projections[0].shape[1]
-    rank = sum(0 if p.a is None else p.a.shape[0] for p in projections)
-    biased = any(p.bias is not None for p in projections)
-    step = 64 if device.type == "cuda" else 16  # rows of a multiple of 128 bytes keep the fast matrix kernels
-    pad = -(-(rank + biased) // step) * step
+    n, k = group_shape(projections)
+    pad, bias_column = spare_columns(projections, device)
     buffer = dequantized
     if buffer is None or buffer.shape != (n + pad, k + pad):
         buffer = torch.empty(n + pad, k + pad, dtype=dtype, device=device)
         _dequantize_group(projections, buffer[:n, :k])
-    group = GroupWeight(buffer, n, k, rank if biased else None)
-    if pad:
-        _pack_factors(projections, group)
+    group = AugmentedWeight(buffer[n:, :k], buffer[:n, k:], bias_column, buffer)
+    pack_factors(projections, group)
     return group
+
+
+def group_shape(projections: Sequence[Projection]) -> tuple[int, int]:
+    """(N, K) of a group."""
+    return sum(p.shape[0] for p in projections), projections[0].shape[1]
+
+
+def spare_columns(projections: Sequence[Projection], device: torch.device) -> tuple[int, int | None]:
+    """P of a group, and the column of its biases, None without any."""
+    rank = sum(0 if p.a is None else p.a.shape[0] for p in projections)
+    biased = any(p.bias is not None for p in projections)
+    step = 64 if device.type == "cuda" else 16  # rows of a multiple of 128 bytes keep the fast matrix kernels
+    return -(-(rank + biased) // step) * step, rank if biased else None
 
 
 def _dequantize_group(projections: Sequence[Projection], out: torch.Tensor) -> None:
@@ -247,64 +337,6 @@ def _dequantize_group(projections: Sequence[Projection], out: torch.Tensor) -> N
             nf4.dequantize([p.weight], out.dtype, out=part)
         else:
             part.copy_(p.weight.detach())
-
-
-def forward(room: torch.Tensor, group: GroupWeight) -> torch.Tensor:
-    """y of x in `room` [T, K + P], whose last P columns become S (and a column of ones where a bias is).
-
-    Returns:
-        [T, N + P] with y in the first N columns; the others are `backward_low`'s.
-    """
-    k, n = group.in_features, group.out_features
-    if group.spare:
-        torch.mm(room[:, :k], group.a.t(), out=room[:, k:])
-        if group.bias_column is not None:
-            room[:, k + group.bias_column] = 1
-    out = group.output_room(len(room))
-    torch.mm(room, group.buffer[:n].t(), out=out[:, :n])
-    return out
-
-
-def forward_onto(
-    x: torch.Tensor, group: GroupWeight, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y = residual + x W^T + S (sB)^T, for an x that has no room beside it.
-
-    Args:
-        x: [T, K], rows may be strided.
-        residual: [T, N] in x's dtype, or None for zero.
-
-    Returns:
-        y [T, N] and S [T, P] (None where P is 0).
-    """
-    low = forward_low(x, group)
-    if low is not None:
-        if group.bias_column is not None:
-            low[:, group.bias_column] = 1
-        y = expand(low, group.scaled_b, residual)
-    elif residual is None:
-        return x @ group.w.t(), None
-    else:
-        y = residual.clone()
-    return y.addmm_(x, group.w.t()), low
-
-
-def forward_low(x: torch.Tensor, group: GroupWeight) -> torch.Tensor | None:
-    """S = x A^T [T, P] of x [T, K]; None where P is 0."""
-    return x @ group.a.t() if group.spare else None
-
-
-def backward_low(dy_room: torch.Tensor, group: GroupWeight) -> torch.Tensor | None:
-    """U = dy (sB) [T, P], written into the last P columns of dy_room [T, N + P]; None where P is 0."""
-    n = group.out_features
-    if not group.spare:
-        return None
-    return torch.mm(dy_room[:, :n], group.scaled_b, out=dy_room[:, n:])
-
-
-def backward_input(dy_room: torch.Tensor, group: GroupWeight) -> torch.Tensor:
-    """dx [T, K] of a dy_room that `backward_low` has filled."""
-    return dy_room @ group.buffer[:, : group.in_features]
 
 
 def backward_factors(
@@ -348,33 +380,49 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left @ right
 
 
-def expand(low: torch.Tensor, scaled_b: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """residual + low @ scaled_b^T in one pass over the result.
+def expand(
+    low: torch.Tensor,
+    scaled_b: torch.Tensor,
+    residual: torch.Tensor | None,
+    product: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual + product + low @ scaled_b^T in one pass over the result.
 
     Args:
-        low: [T, P]. scaled_b: [N, P], rows may be strided. residual: [T, N] or None for zero.
+        low: [T, P].
+        scaled_b: [N, P], strided in any way.
+        residual, product: [T, N] or None for zero, rows may be strided.
+        out: [T, N] for the result, rows may be strided; may be residual or product.
 
     Returns:
         [T, N] in low's dtype.
     """
+    if residual is None:
+        residual, product = product, None
     if not use_triton(low):
-        product = low @ scaled_b.t()
-        return product if residual is None else product.add_(residual)
+        sum_ = low @ scaled_b.t()
+        for one in (residual, product):
+            sum_ = sum_ if one is None else sum_.add_(one)
+        return sum_ if out is None else out.copy_(sum_)
     tokens, n = low.shape[0], scaled_b.shape[0]
-    out = low.new_empty(tokens, n)
-    base = out if residual is None else residual
+    if out is None:
+        out = low.new_empty(tokens, n)
+    first, second = (out if one is None else one for one in (residual, product))
     columns = -(-n // 128)
     launch(
-        _expand_kernel, columns * -(-tokens // 64), out, low, scaled_b, base, tokens, n, columns,
-        low.stride(0), scaled_b.stride(0), base.stride(0),
-        low.shape[1], residual is not None, 64, 128, 16 if low.shape[1] % 64 else 64, num_warps=4,
+        _expand_kernel, columns * -(-tokens // 64), out, low, scaled_b, first, second, tokens, n, columns,
+        out.stride(0), low.stride(0), *scaled_b.stride(), first.stride(0), second.stride(0),
+        low.shape[1], residual is not None, product is not None, 64, 128, 16 if low.shape[1] % 64 else 64, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _pack_factors(projections: Sequence[Projection], group: GroupWeight) -> None:
-    """Fills the spare rows and columns of a group's buffer."""
-    if use_triton(group.buffer) and len(projections) <= 3:
+def pack_factors(projections: Sequence[Projection], group: GroupWeight) -> None:
+    """Fills a group's `a` and `scaled_b`."""
+    if not group.spare:
+        return
+    if use_triton(group.a) and len(projections) <= 3:
         _pack_factors_triton(projections, group)
         return
     group.a.zero_()
@@ -399,22 +447,23 @@ def _pack_factors_triton(projections: Sequence[Projection], group: GroupWeight) 
         # an absent factor is never read: its sizes are 0, and any pointer will do
         a, b, bias = (None, None, None) if p is None else (p.a, p.b, p.bias)
         arguments += [
-            group.buffer if a is None else a, group.buffer if b is None else b, group.buffer if bias is None else bias,
+            group.a if a is None else a, group.a if b is None else b, group.a if bias is None else bias,
             0 if p is None else p.shape[0], 0 if a is None else a.shape[0], int(bias is not None),
             1.0 if p is None else float(p.scale),
         ]  # fmt: skip
     n, k, pad = group.out_features, group.in_features, group.spare
     b_blocks, a_blocks = -(-n // 32), -(-k // 2048)
     launch(
-        _pack_kernel, b_blocks + pad * a_blocks, group.buffer, group.buffer.stride(0), n, k, b_blocks, a_blocks,
+        _pack_kernel, b_blocks + pad * a_blocks, group.scaled_b, group.a, group.scaled_b.stride(0), group.a.stride(0),
+        n, k, b_blocks, a_blocks,
         *arguments, pad, next_power_of_2(pad), 32, 2048, num_warps=4,
     )  # fmt: skip
 
 
 @jit
 def _expand_kernel(
-    out, low, b, base, tokens, n, columns, low_stride, b_stride, base_stride,
-    P: tl.constexpr, ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    out, low, b, first, second, tokens, n, columns, out_stride, low_stride, b_stride_n, b_stride_p, first_stride,
+    second_stride, P: tl.constexpr, ADD_FIRST: tl.constexpr, ADD_SECOND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) // columns * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -423,13 +472,17 @@ def _expand_kernel(
     for start in tl.static_range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         s = tl.load(low + t[:, None].to(tl.int64) * low_stride + p[None, :], mask=t_in[:, None], other=0.0)
-        w = tl.load(b + c[None, :].to(tl.int64) * b_stride + p[:, None], mask=c_in[None, :], other=0.0)
+        at = b + c[None, :].to(tl.int64) * b_stride_n + p[:, None].to(tl.int64) * b_stride_p
+        w = tl.load(at, mask=c_in[None, :], other=0.0)
         sum_ = tl.dot(s, w, sum_, input_precision="ieee")
     inside = t_in[:, None] & c_in[None, :]
-    if ADD:
-        at = base + t[:, None].to(tl.int64) * base_stride + c[None, :]
+    if ADD_FIRST:
+        at = first + t[:, None].to(tl.int64) * first_stride + c[None, :]
         sum_ += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = out + t[:, None].to(tl.int64) * n + c[None, :]
+    if ADD_SECOND:
+        at = second + t[:, None].to(tl.int64) * second_stride + c[None, :]
+        sum_ += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = out + t[:, None].to(tl.int64) * out_stride + c[None, :]
     tl.store(at, sum_.to(out.dtype.element_ty), mask=inside)
 
 
@@ -442,7 +495,7 @@ def _block(source, row, col, rows, cols):
 
 @jit
 def _pack_kernel(
-    buffer, stride, n, k, b_blocks, a_blocks,
+    b_out, a_out, b_stride, a_stride, n, k, b_blocks, a_blocks,
     a0, b0, bias0, n0, r0, has0, s0, a1, b1, bias1, n1, r1, has1, s1, a2, b2, bias2, n2, r2, has2, s2,
     P: tl.constexpr, P2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -456,8 +509,8 @@ def _pack_kernel(
         value += _block(b2, row - n0 - n1, col - r0 - r1, n2, r2) * s2
         value += _block(bias2, row - n0 - n1, bias, n2 * has2, 1)
         tl.store(
-            buffer + row.to(tl.int64) * stride + k + col,
-            value.to(buffer.dtype.element_ty),
+            b_out + row.to(tl.int64) * b_stride + col,
+            value.to(b_out.dtype.element_ty),
             mask=(row < n) & (col < P),
         )
     else:  # rows of [P, K]
@@ -465,5 +518,5 @@ def _pack_kernel(
         line = (pid - b_blocks) // a_blocks + place * 0
         factor = _block(a0, line, place, r0, k) + _block(a1, line - r0, place, r1, k)
         factor += _block(a2, line - r0 - r1, place, r2, k)
-        start = buffer + (n + line).to(tl.int64) * stride
-        tl.store(start + place, factor.to(buffer.dtype.element_ty), mask=place < k)
+        start = a_out + line.to(tl.int64) * a_stride
+        tl.store(start + place, factor.to(a_out.dtype.element_ty), mask=place < k)

@@ -47,7 +47,7 @@ def dequantize(
         return _dequantize_one(weights[0], dtype)
     if out is None:
         out = torch.empty(sum(n for n, _ in shapes), shapes[0][1], dtype=dtype, device=weights[0].device)
-    if on_triton and len(weights) <= _GROUP and _kernel_reads(weights, out):
+    if on_triton and kernel_reads(weights, out.shape[1]):
         _launch(weights, out)
         return out
     for part, weight in zip(out.split([n for n, _ in shapes]), weights):
@@ -110,13 +110,19 @@ def reference(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One packed weight dequantised by the formula above, on any device."""
     state = weight.quant_state
     count = state.shape.numel()
-    absmax = state.absmax
-    if state.nested:
-        scale2 = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: absmax.numel()]
-        absmax = state.state2.code[absmax.int()] * scale2 + state.offset
+    absmax = block_scales(weight)
     pairs = torch.stack([state.code.repeat_interleave(16), state.code.repeat(16)], dim=1)
     values = pairs[_bytes(weight).int()].view(-1)[:count]
     return (values * absmax.repeat_interleave(state.blocksize)[:count]).to(dtype).view(state.shape)
+
+
+def block_scales(weight: torch.Tensor) -> torch.Tensor:
+    """absmax of every block of a packed weight, float32, by the formula above."""
+    state = weight.quant_state
+    if not state.nested:
+        return state.absmax
+    scale2 = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: state.absmax.numel()]
+    return state.state2.code[state.absmax.int()] * scale2 + state.offset
 
 
 def _dequantize_one(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -138,71 +144,75 @@ def _dequantize_one(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return flat.view(state.shape)
 
 
-def _kernel_reads(weights: Sequence[torch.Tensor], out: torch.Tensor) -> bool:
-    """Whether the kernel's assumptions hold: NF4 alike in all weights, whole words of 8 codes in a row."""
+def kernel_reads(weights: Sequence[torch.Tensor], row_length: int) -> bool:
+    """Whether kernels can read a group: at most three weights, NF4 alike in all, whole words of 8 codes in a row."""
     first = weights[0].quant_state
-    return out.shape[1] % 8 == 0 and all(
-        s.quant_type == "nf4"
-        and s.blocksize == first.blocksize
-        and s.nested == first.nested
-        and (not s.nested or s.state2.blocksize == 256)
-        and s.absmax.dtype is (torch.uint8 if s.nested else torch.float32)
-        for s in (w.quant_state for w in weights)
+    return (
+        len(weights) <= _GROUP
+        and row_length % 8 == 0
+        and all(
+            s.quant_type == "nf4"
+            and s.blocksize == first.blocksize
+            and s.nested == first.nested
+            and (not s.nested or s.state2.blocksize == 256)
+            and s.absmax.dtype is (torch.uint8 if s.nested else torch.float32)
+            for s in (w.quant_state for w in weights)
+        )
     )
 
 
-def _launch(weights: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    state, size = weights[0].quant_state, out.shape[1]
-    arguments = []
-    programs = 0
-    for weight in weights:
+def kernel_arguments(weights: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[object]:
+    """What `group_member` chooses from: codes and scales of each weight of a group, and its size."""
+    arguments: list[object] = []
+    for weight, size in zip(weights, sizes):
         s = weight.quant_state
-        words = s.shape[0] * size // 8
         if s.nested:
-            arguments += [weight, s.absmax, s.state2.absmax, s.state2.code, s.offset, words]
+            arguments += [weight, s.absmax, s.state2.absmax, s.state2.code, s.offset, size]
         else:  # the last three are not read
-            arguments += [weight, s.absmax, s.absmax, s.absmax, s.absmax, words]
-        programs += -(-words // _WORDS)
-    arguments += arguments[-6:] * (_GROUP - len(weights))  # no program reaches the places left over
+            arguments += [weight, s.absmax, s.absmax, s.absmax, s.absmax, size]
+    return arguments + arguments[-6:] * (_GROUP - len(weights))  # no program reaches the places left over
+
+
+def _launch(weights: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    state, row_words = weights[0].quant_state, out.shape[1] // 8
+    words = [w.quant_state.shape[0] * row_words for w in weights]
     flat = out.is_contiguous()
     launch(
-        _kernel, programs, out, state.code, *arguments, 0 if flat else out.stride(0), 1 if flat else size // 8,
-        state.blocksize // 8, _WORDS, state.nested, flat, num_warps=4, enable_fp_fusion=False,
+        _kernel, sum(-(-n // _WORDS) for n in words), out, state.code, *kernel_arguments(weights, words),
+        0 if flat else out.stride(0), 1 if flat else row_words, state.blocksize // 8, _WORDS, state.nested, flat,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-# Launched without fused multiply-adds: bitsandbytes rounds every product and sum.
-@jit(
-    do_not_specialize=["words_0", "words_1", "words_2"],
-    # as if unaligned: a thread then loads single words of codes, the layout in which it stores 8 values at once, and
-    # weights that start anywhere in a shared buffer need no kernel of their own
-    do_not_specialize_on_alignment=[
-        f"{name}_{i}" for name in ("packed", "absmax", "absmax2", "code2", "offset") for i in range(_GROUP)
-    ],
-)
-def _kernel(
-    out_ptr, lut_ptr,
-    packed_0, absmax_0, absmax2_0, code2_0, offset_0, words_0,
-    packed_1, absmax_1, absmax2_1, code2_1, offset_1, words_1,
-    packed_2, absmax_2, absmax2_2, code2_2, offset_2, words_2,
-    out_stride, ROW_WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, WORDS: tl.constexpr,
-    NESTED: tl.constexpr, CONTIGUOUS: tl.constexpr,
+@jit
+def group_member(
+    program, programs_0, programs_1,
+    packed_0, absmax_0, absmax2_0, code2_0, offset_0, size_0,
+    packed_1, absmax_1, absmax2_1, code2_1, offset_1, size_1,
+    packed_2, absmax_2, absmax2_2, code2_2, offset_2, size_2,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    packed, absmax, absmax2, code2, offset, words = packed_0, absmax_0, absmax2_0, code2_0, offset_0, words_0
-    before = words_0 * 0  # words of the weights above this program's
-    if program >= tl.cdiv(words_0, WORDS):
-        program -= tl.cdiv(words_0, WORDS)
+    """A program's place among those of its weight, the sizes of the weights above it, its weight's size and pointers."""
+    packed, absmax, absmax2, code2, offset, size = packed_0, absmax_0, absmax2_0, code2_0, offset_0, size_0
+    before = size_0 * 0
+    if program >= programs_0:
+        program -= programs_0
         packed, absmax, absmax2, code2, offset = packed_1, absmax_1, absmax2_1, code2_1, offset_1
-        before += words_0
-        words = words_1
-        if program >= tl.cdiv(words_1, WORDS):
-            program -= tl.cdiv(words_1, WORDS)
+        before += size_0
+        size = size_1
+        if program >= programs_1:
+            program -= programs_1
             packed, absmax, absmax2, code2, offset = packed_2, absmax_2, absmax2_2, code2_2, offset_2
-            before += words_1
-            words = words_2
-    word = program * WORDS + tl.arange(0, WORDS)
-    inside = word < words
+            before += size_1
+            size = size_2
+    return program, before, size, packed, absmax, absmax2, code2, offset
+
+
+# Kernels that call this are launched without fused multiply-adds: bitsandbytes rounds every product and sum.
+@jit
+def decode(
+    word, inside, lut, packed, absmax, absmax2, code2, offset, BLOCK_WORDS: tl.constexpr, NESTED: tl.constexpr
+):
+    """float32 values [..., 8] of 4-byte words of codes [...], zero outside."""
     codes = tl.load(packed.to(tl.pointer_type(tl.int32)) + word, mask=inside, other=0)
     block = word // BLOCK_WORDS
     if NESTED:
@@ -213,8 +223,40 @@ def _kernel(
         scale = tl.load(absmax + block, mask=inside, other=0.0)
     # value j of a word: bytes in order, the high half of each byte first
     place = tl.arange(0, 8)
-    code = (codes[:, None] >> ((place ^ 1) * 4)[None, :]) & 15
-    values = (tl.load(lut_ptr + code) * scale[:, None]).to(out_ptr.dtype.element_ty)
+    code = (tl.expand_dims(codes, -1) >> ((place ^ 1) * 4)) & 15
+    return tl.load(lut + code) * tl.expand_dims(scale, -1)
+
+
+# As if unaligned: a thread then loads single words of codes, the layout in which it stores 8 values at once, and weights
+# that start anywhere in a shared buffer need no kernel of their own.
+UNSPECIALIZED = {
+    "do_not_specialize": [f"size_{i}" for i in range(_GROUP)],
+    "do_not_specialize_on_alignment": [
+        f"{name}_{i}" for name in ("packed", "absmax", "absmax2", "code2", "offset") for i in range(_GROUP)
+    ],
+}
+
+
+@jit(**UNSPECIALIZED)
+def _kernel(
+    out_ptr, lut,
+    packed_0, absmax_0, absmax2_0, code2_0, offset_0, size_0,
+    packed_1, absmax_1, absmax2_1, code2_1, offset_1, size_1,
+    packed_2, absmax_2, absmax2_2, code2_2, offset_2, size_2,
+    out_stride, ROW_WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, WORDS: tl.constexpr,
+    NESTED: tl.constexpr, CONTIGUOUS: tl.constexpr,
+):  # fmt: skip
+    program, before, words, packed, absmax, absmax2, code2, offset = group_member(
+        tl.program_id(0), tl.cdiv(size_0, WORDS), tl.cdiv(size_1, WORDS),
+        packed_0, absmax_0, absmax2_0, code2_0, offset_0, size_0,
+        packed_1, absmax_1, absmax2_1, code2_1, offset_1, size_1,
+        packed_2, absmax_2, absmax2_2, code2_2, offset_2, size_2,
+    )  # fmt: skip
+    word = program * WORDS + tl.arange(0, WORDS)
+    inside = word < words
+    values = decode(word, inside, lut, packed, absmax, absmax2, code2, offset, BLOCK_WORDS, NESTED)
+    values = values.to(out_ptr.dtype.element_ty)
+    place = tl.arange(0, 8)
     if CONTIGUOUS:
         start = (before.to(tl.int64) + program * WORDS) * 8
         at = tl.arange(0, WORDS)[:, None] * 8 + place[None, :]

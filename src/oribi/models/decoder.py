@@ -13,16 +13,21 @@ from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig,
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from oribi.errors import ModelError
+from oribi.kernels import fp8
 from oribi.kernels.attention import Visibility
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
 from oribi.kernels.embedding import embedding
 from oribi.models.families import Family, family_of
-from oribi.models.fused_layer import POLICIES, Keep
+from oribi.models.fused_layer import POLICIES, Keep, fusible_groups
 from oribi.models.generation import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory, pinned
 from oribi.models.layers import Batch, DecoderLayer, RMSNorm
 from oribi.models.projections import read
 from oribi.models.rope import RotaryAngles
+
+# layers that fp8 leaves alone: the first makes the few huge activations that all others read. SmolLM2-135M's gradient has a
+# cosine of 0.79 to the exact one where they, too, are rounded, and of 0.96 where they are not
+EXACT_LAYERS = 1
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -64,6 +69,20 @@ class DecoderPreTrainedModel(PreTrainedModel):
         for layer, keep in zip(layers, policy):
             layer.keep = keep
             layer.dequantized.clear()
+
+    def use_fp8(self, wanted: bool) -> int:
+        """Chooses whether training multiplies frozen weights in fp8, approximately.
+
+        Returns:
+            In how many layers it does, if their modules are in training mode: those after the first that are
+            differentiated by hand and whose sizes the matrix units take.
+        """
+        layers = [module for module in self.modules() if isinstance(module, DecoderLayer)]
+        for index, layer in enumerate(layers):
+            groups = fusible_groups(layer) if wanted and index >= EXACT_LAYERS else None
+            layer.fp8 = groups is not None and all(map(fp8.fits, groups.all()))
+            layer.dequantized.clear()
+        return sum(layer.fp8 for layer in layers)
 
     # transformers 5.23 warns of these three names, which PEFT and TRL still use, and calls what a class has for them
     def gradient_checkpointing_enable(

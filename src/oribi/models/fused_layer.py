@@ -10,15 +10,18 @@ in backward, where recomputation and the gradient share it. The MLP takes the to
 the widest results there are, and must not grow with the context. The gradients do not depend on `Keep`, to the bit.
 
 The LoRA pairs are the only parameters trained here; a layer with anything else to train takes PyTorch's autograd.
+
+With `layer.fp8`, products of the frozen weights are those of `kernels/fp8.py`, and the gradients are of the layer so
+computed. Evaluation, generation and exports never come here: they are exact.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from oribi.errors import ModelError
-from oribi.kernels import lora
+from oribi.kernels import fp8, lora
 from oribi.kernels.attention import Attend, attention_backward, attention_forward, decide
 from oribi.kernels.gated_mlp import gated_mlp_backward, gated_mlp_forward
 from oribi.kernels.lora import GroupWeight, Projection, augmented_weight
@@ -81,9 +84,13 @@ class LayerGroups:
     gate_up: list[Projection]
     down: list[Projection]
 
+    def all(self) -> tuple[list[Projection], ...]:
+        """The groups in order."""
+        return self.qkv, self.o, self.gate_up, self.down
+
     def factors(self) -> list[torch.Tensor | None]:
         """A and B of every projection in order, as the autograd function takes them."""
-        return [t for group in (self.qkv, self.o, self.gate_up, self.down) for p in group for t in (p.a, p.b)]
+        return [t for group in self.all() for p in group for t in (p.a, p.b)]
 
 
 def fusible_groups(layer: "DecoderLayer") -> LayerGroups | None:
@@ -95,7 +102,7 @@ def fusible_groups(layer: "DecoderLayer") -> LayerGroups | None:
             for modules in (attn.qkv_modules(), [attn.o_proj], mlp.gate_up_modules(), [mlp.down_proj])
         )
     )
-    for group in (groups.qkv, groups.o, groups.gate_up, groups.down):
+    for group in groups.all():
         if any(p is None or not p.fusible for p in group):
             return None
     if any(norm.weight.requires_grad or norm.observed for norm in layer.norm_modules()):
@@ -120,7 +127,7 @@ class _FusedLayer(torch.autograd.Function):
             step.put(kept, "x", flat)
             weight = step.weight("qkv")
             room, _ = step.enter(step.norm_before_attention, flat, weight)
-            qkv = lora.forward(room, weight)
+            qkv = weight.forward(room)
             if keep.qkv != "recompute":
                 kept["low_qkv"] = weight.low(room)
             del room
@@ -180,7 +187,7 @@ def _mlp(
     """y of some rows of x_mid [t, D]; weights are those of gate|up and down."""
     weight, weight_down = weights
     room, _ = step.enter(step.norm_before_mlp, x, weight)
-    gate_up = lora.forward(room, weight)
+    gate_up = weight.forward(room)
     step.put(kept, "gate_up", gate_up)
     if "gate_up" in kept:
         kept["low_gate_up"] = weight.low(room)
@@ -208,24 +215,24 @@ def _mlp_backward(
     low, low_down = kept.pop("low_gate_up", None), kept.pop("low_down", None)
     again = gate_up is None
     if again:
-        gate_up = lora.forward(room, weight)
+        gate_up = weight.forward(room)
         low = weight.low(room)
     n2 = room[:, : weight.in_features]
     if down is None and step.norm_after_mlp is not None:
         down = step.leave(step.gated(gate_up, weight), x, weight_down, step.norm_after_mlp)[2]
     dout = step.add_backward(dy, down, step.norm_after_mlp, weight_down)
-    u = lora.backward_low(dout, weight_down)
-    dh = lora.backward_input(dout, weight_down)
+    u = weight_down.backward_low(dout)
+    dh = weight_down.backward_input(dout)
     del down
     gate, up = gate_up[:, : weight.out_features].chunk(2, dim=1)
     # gate|up becomes its gradient and dh becomes h: at 8B and 4096 tokens that saves 350 MB
     gated_mlp_backward(dh, gate, up, step.layer.mlp.activation, dgate=gate, dup=up, h=dh)
     if again:
-        low_down = lora.forward_low(dh, weight_down)
+        low_down = weight_down.forward_low(dh)
     factors = step.factors("down", dout, u, dh, low_down)
     del dout, dh, gate, up
-    u = lora.backward_low(gate_up, weight)
-    dn = lora.backward_input(gate_up, weight)
+    u = weight.backward_low(gate_up)
+    dn = weight.backward_input(gate_up)
     return dn, rstd, step.factors("gate_up", gate_up, u, n2, low) + factors
 
 
@@ -250,7 +257,7 @@ def _backward(
     if not was_kept:
         weight_qkv = step.weight("qkv")
         room = step.enter(step.norm_before_attention, x, weight_qkv)[0]
-        qkv = lora.forward(room, weight_qkv)
+        qkv = weight_qkv.forward(room)
         low_qkv = weight_qkv.low(room)
         del room
     spare = qkv.shape[1] - sum(step.layer.self_attn.sizes)
@@ -281,8 +288,8 @@ def _backward(
     del weights, x_mid
     dout = room if shared else step.add_backward(dx_mid, o, step.norm_after_attention, weight_o)
     del room
-    u = lora.backward_low(dout, weight_o)
-    da = lora.backward_input(dout, weight_o)
+    u = weight_o.backward_low(dout)
+    da = weight_o.backward_input(dout)
     factors_o = step.factors("o", dout, u, a, low_o)
     del dout, weight_o, o
     shape = rotated.q.shape
@@ -292,13 +299,13 @@ def _backward(
     del grads, rotated
     if weight_qkv is None:
         weight_qkv = step.weight("qkv")
-    u = lora.backward_low(qkv, weight_qkv)
+    u = weight_qkv.backward_low(qkv)
     room, rstd = step.enter(step.norm_before_attention, x, weight_qkv)
     n1 = room[:, : weight_qkv.in_features]
     factors_qkv = step.factors("qkv", qkv, u, n1, low_qkv)
     dx = None
     if needs_dx:
-        dn = lora.backward_input(qkv, weight_qkv)
+        dn = weight_qkv.backward_input(qkv)
         dx = step.enter_backward(dn, x, rstd, dx_mid, step.norm_before_attention)
     return dx, factors_qkv + factors_o + _sum(factors_mlp)
 
@@ -347,13 +354,21 @@ class _Step:
     def weight(self, name: str) -> GroupWeight:
         """A group's weights, dequantised, with their LoRA pairs."""
         projections = getattr(self.groups, name)
-        if self.keep.weights != "keep":
+        keeps = self.keep.weights == "keep"
+        if not (keeps or self.layer.fp8):
             return augmented_weight(projections, self.dtype, self.device)
-        # what the buffer was made of: a loaded, merged or moved weight is another one
+        # what the weights were made of: a loaded, merged or moved weight is another one
         source = (self.dtype, *((p.weight.data_ptr(), p.weight._version) for p in projections))
         known = self.layer.dequantized.get(name)
-        buffer = known[1] if known is not None and known[0] == source else None
-        group = augmented_weight(projections, self.dtype, self.device, buffer)
+        earlier = known[1] if known is not None and known[0] == source else None
+        if self.layer.fp8:
+            rounded = earlier or fp8.rounded_weights(projections)
+            self.layer.dequantized[name] = (source, rounded)
+            # of a copy that is not kept, only the scale stays
+            return fp8.fp8_weight(
+                projections, rounded if keeps else replace(rounded), self.dtype, self.device
+            )
+        group = augmented_weight(projections, self.dtype, self.device, earlier)
         self.layer.dequantized[name] = (source, group.buffer)
         return group
 
@@ -396,8 +411,8 @@ class _Step:
         """residual + scale * norm(x W) [T, D], S, and the product before the norm where one follows."""
         scale = self.layer.residual_scale
         if norm is None and scale == 1.0:
-            return *lora.forward_onto(x, weight, residual), None
-        product, low = lora.forward_onto(x, weight, None)
+            return *weight.forward_onto(x, residual), None
+        product, low = weight.forward_onto(x, None)
         h = product if norm is None else rms_norm_forward(product, norm.weight, norm.eps, norm.offset)[0]
         return residual + (h * scale if scale != 1.0 else h), low, None if norm is None else product
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PretrainedConfig
 
 from oribi.kernels.attention import Visibility, attention
+from oribi.kernels.fp8 import RoundedWeights
 from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.rms_norm import rms_norm
 from oribi.kernels.rope import rope
@@ -143,9 +144,9 @@ class DecoderLayer(nn.Module):
         self.residual_scale = float(config.residual_multiplier) if family.multipliers else 1.0
         self.gradient_checkpointing = False  # set by transformers' gradient_checkpointing_enable
         self.keep = POLICIES["balanced"]  # what stays between forward and backward where it is set
-        self.dequantized: dict[
-            str, tuple[tuple, torch.Tensor]
-        ] = {}  # group -> what it was made of, and the weights
+        self.fp8 = False  # set by `use_fp8`
+        # group -> what it was made of, and the weights
+        self.dequantized: dict[str, tuple[tuple, torch.Tensor | RoundedWeights]] = {}
 
     def norm_modules(self) -> list[RMSNorm]:
         """Every norm of the layer."""

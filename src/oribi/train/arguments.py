@@ -40,6 +40,8 @@ class SFTConfig(trl.SFTConfig):
         overlong: what happens to an example longer than max_length: "truncate", "drop", "split" or "error"; None splits
             text files and truncates otherwise.
         embedding_learning_rate: learning rate of trained embeddings and head; None takes learning_rate.
+        fp8: approximate: the products of frozen weights are computed in 8-bit floating point while training; evaluation
+            and exports stay exact. Needs a model in bfloat16 on an NVIDIA GPU of compute capability 8.9 or higher.
         deterministic: two runs are equal to the bit, on a GPU too, where it is slower; full_determinism is the same.
 
     Raises:
@@ -76,6 +78,9 @@ class SFTConfig(trl.SFTConfig):
     )
     embedding_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of trained embeddings and head."}
+    )
+    fp8: bool = field(
+        default=False, metadata={"help": "Approximate: products of frozen weights in fp8 while training."}
     )
     deterministic: bool = field(default=False, metadata={"help": "Two runs are equal to the bit."})
 

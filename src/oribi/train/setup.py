@@ -16,6 +16,7 @@ from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.train.arguments import SFTConfig
+from oribi.train.fp8 import settle_fp8
 from oribi.train.sharding import settle_sharding
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
 
     Raises:
         ConfigError: bf16 or fp16 contradicts the model's dtype, a loss is asked for that the model cannot give, or FSDP
-            is asked for where it cannot be.
+            or fp8 is asked for where it cannot be.
     """
     if args.n_gpu > 1:  # the Trainer would copy the model to all of them, step by step
         logger.info(
@@ -50,6 +51,7 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
         )  # fmt: skip
         args._n_gpu = 1
     settle_sharding(args, base)
+    settle_fp8(args, base)
     source = getattr(base, "oribi", None)
     if args.max_length is None:
         args.max_length = getattr(source, "max_seq_length", None) or base.config.max_position_embeddings

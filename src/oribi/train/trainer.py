@@ -31,6 +31,7 @@ from oribi.save.finite import require_finite
 from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
 from oribi.train.checkpoints import StopOnSignal, any_process, require_writable, write_checkpoint
 from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, settle_cublas
+from oribi.train.fp8 import switch_on
 from oribi.train.graphs import StepGraphs, reason_against
 from oribi.train.guard import LossGuard, require_targets
 from oribi.train.neftune import EmbeddingNoise
@@ -332,10 +333,11 @@ class SFTTrainer(BaseTrainer):
             del self.model_wrapped.zero_grad
         self._steps_chosen = False
         if self.own_loss:
+            base_model(self.model).use_fp8(False)
             base_model(self.model).release()
 
     def _choose_steps(self, model: nn.Module) -> None:
-        """Once, before the first step: what layers keep for backward, and whether steps run as recorded graphs."""
+        """Once, before the first step: what layers keep for backward, and how steps are computed."""
         self._steps_chosen = True
         base = base_model(model)
         if not self.own_loss:
@@ -353,6 +355,8 @@ class SFTTrainer(BaseTrainer):
             logger.log(level, choose(base, tokens, longest, budget))
         elif is_sharded(base) and base.oribi.checkpointing == "memory":
             base.set_recompute_policy("memory")
+        if self.args.fp8:
+            logger.info(switch_on(base))
         if self.step_runner is None:
             scaled = self.accelerator.scaler is not None
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
