@@ -30,9 +30,10 @@ TRAINING = {
     "save_strategy": "no", "seed": 0, "bf16": True, "packing": False,
     "dataset_kwargs": {"skip_prepare_dataset": True},
 }  # fmt: skip
-# oribi's modes are its recompute policies; peers' modes are the forms of checkpointing that they offer
+# oribi's modes are its recompute policies, and "fp8": auto, approximately; peers' modes are the forms of checkpointing
+# that they offer
 MODES = {
-    "oribi": ("auto", "memory", "balanced", "speed"),
+    "oribi": ("auto", "memory", "balanced", "speed", "fp8"),
     "unsloth": ("default", "off"),
     "hf": ("default", "off"),
     "liger": ("default", "off"),
@@ -189,10 +190,11 @@ def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
         from oribi import FastLanguageModel, SFTConfig, SFTTrainer
 
         model, tokenizer = FastLanguageModel.from_pretrained(str(path), max_seq_length=length)
+        extra, policy = ({"fp8": True}, "auto") if mode == "fp8" else ({}, mode)
         model = FastLanguageModel.get_peft_model(
-            model, r=rank, lora_alpha=16, target_modules=TARGETS, use_gradient_checkpointing=mode
+            model, r=rank, lora_alpha=16, target_modules=TARGETS, use_gradient_checkpointing=policy
         )
-        return model, tokenizer, SFTTrainer, SFTConfig, {}
+        return model, tokenizer, SFTTrainer, SFTConfig, extra
     if name == "unsloth":
         import unsloth  # noqa: F401  it must come first
         from trl import SFTConfig, SFTTrainer
