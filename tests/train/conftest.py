@@ -73,7 +73,7 @@ def load(tiny_folder):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
-                    parameter.normal_(0, 0.05, generator=generator)
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.05, generator=generator))
         return model, tokenizer
 
     return load_with_lora
