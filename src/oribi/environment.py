@@ -110,8 +110,8 @@ def _choose_attention(device: torch.device, capability: tuple[int, int] | None) 
         return "reference", "the fused backends need an NVIDIA GPU"
     if capability[0] >= 9:
         third = capability[0] == 9 and importlib.util.find_spec("flash_attn_3") is not None
-        others = "FlashAttention 3" if third else "flash"
-        return "cudnn", f"cuDNN for dense rows, {others} for packed documents and windows"
+        others = "FlashAttention 3 for long rows," if third else "flash for"
+        return "cudnn", f"cuDNN for dense rows, {others} packed documents and windows"
     if capability[0] >= 8:
         return "flash", "PyTorch's flash kernels"
     return "reference", f"compute capability {capability[0]}.{capability[1]} is below 8.0"

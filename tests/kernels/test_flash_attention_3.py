@@ -3,7 +3,7 @@
 import importlib.util
 import re
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +111,23 @@ def test_packs_and_windows_are_told_to_the_operators(package, lengths, window, g
     grads = attention_backward(dout, q, k, v, out, saved, how)
     for mine, theirs in zip(grads, torch.autograd.grad(expected, leaves, dout.double()), strict=True):
         assert relative_error(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("length", "lengths", "window", "major", "without", "with_it"),
+    [
+        (2048, None, None, 9, "cudnn", "cudnn"), (8192, None, None, 9, "cudnn", "flash3"),
+        (2048, [2000, 48], None, 9, "flash", "flash3"), (2048, None, 100, 9, "flash", "flash3"),
+        (8192, None, None, 10, "cudnn", "cudnn"), (8192, None, None, 8, "flash", "flash"),
+    ],
+)  # fmt: skip
+def test_it_runs_on_hopper_where_it_is_faster(length, lengths, window, major, without, with_it, monkeypatch):
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, length, 32, 128), device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    visibility = pack_of(lengths) if lengths else Visibility(1, length)
+    for third, expected in ((False, without), (True, with_it)):
+        monkeypatch.setattr(flash_attention_3, "installed", lambda third=third: third)
+        assert op.choose_backend(q, visibility, window, None) == expected
 
 
 def test_without_the_package_it_is_not_used():

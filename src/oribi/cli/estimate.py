@@ -151,7 +151,7 @@ def _tell_parts(output: Output, training: Any, gpu: Any) -> None:
         output.text(f"  {describe(list(found.keeps), [*training.results(1), 'weights'])}")
     else:
         output.text("  PyTorch's autograd keeps what these settings need; such runs were not measured")
-    output.text("rows: largest per_device_train_batch_size; context: longest row alone; * not measured")
+    output.text("rows: largest per_device_train_batch_size; context: longest row alone; * GPU not measured")
 
 
 def _record(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:
