@@ -16,6 +16,7 @@ from pathlib import Path
 from train_step import HERE, TRAINING, load, same_factors, trained, versions
 
 REFERENCE = "hf:default"
+OPTIMIZER = "adamw_torch"
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def trace(stack: str, args: argparse.Namespace) -> dict:
     data = Dataset.from_dict({"input_ids": ids * args.steps, "labels": ids * args.steps})
     config = config_class(
         per_device_train_batch_size=batch, max_steps=args.steps, max_length=length,
-        train_sampling_strategy="sequential", **{**TRAINING, "optim": "adamw_torch"}, **extra,
+        train_sampling_strategy="sequential", **{**TRAINING, "optim": OPTIMIZER}, **extra,
     )  # fmt: skip
     trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     for parameter in trained(model):
@@ -83,7 +84,7 @@ def trace(stack: str, args: argparse.Namespace) -> dict:
     same_factors(model)
     trainer.train()
     return {
-        "stack": name, "mode": mode, "workload": args.workload,
+        "stack": name, "mode": mode, "workload": args.workload, "optim": OPTIMIZER,
         "gpu": torch.cuda.get_device_name().split()[1].lower(),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "unmoved": sum(not p.ne(q).any() for p, q in zip(trained(model), same_factors.values)),
