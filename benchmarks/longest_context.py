@@ -3,8 +3,8 @@
     python benchmarks/longest_context.py --stack oribi:memory --gib 24 --length 65536 --length 131072
 
 The process may take no more than --gib of the device, which is counted from what PyTorch's allocator reserves. Model,
-adapter, optimizer and trainer are those of train_step.py. Prints one line a row and writes
-results/<gpu>_longest_context.json, where a run of another stack or size stays.
+adapter, optimizer and trainer are those of train_step.py; rows beyond 131,072 tokens want `--model llama-3.1-8b-1m`.
+Prints one line a row and writes results/<gpu>_longest_context.json, where a run of another stack or size stays.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def climb(name: str, mode: str, args: argparse.Namespace) -> list[dict]:
 
     config = config_class(
         per_device_train_batch_size=1, max_steps=len(lengths), max_length=lengths[-1],
-        train_sampling_strategy="sequential", **TRAINING, **extra,
+        train_sampling_strategy="sequential", **{**TRAINING, **extra},
     )  # fmt: skip
     trainer = trainer_class(
         model=model, args=config, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),

@@ -1,10 +1,11 @@
 """Whether a stack computes the same training as the reference path: the losses of the same steps, beside transformers'.
 
-    python benchmarks/loss_trace.py --workload llama-3.1-8b:2x2048 --stack oribi:memory --stack unsloth:default
+    python benchmarks/loss_trace.py --workload llama-3.1-8b:2x2048 --stack hf:default --stack oribi:memory
 
 Model, factors and trainers are those of train_step.py, but every step trains on the same tokens, so that the loss falls
 and a wrong gradient shows; every stack keeps its factors in float32 (TRL rounds them to bfloat16 otherwise) and steps by
-PyTorch's AdamW, so that nothing but the gradients differs. The reference is transformers with PEFT and bitsandbytes. Writes results/<gpu>_loss_trace.json.
+PyTorch's AdamW, so that nothing but the gradients differs. The reference is transformers with PEFT and bitsandbytes in
+float32, on the same NF4 weights: how far transformers in bfloat16 is from it, is a stack's fair share of rounding. Writes results/<gpu>_loss_trace.json.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from train_step import HERE, TRAINING, load, same_factors, trained, versions
 
-REFERENCE = "hf:default"
+REFERENCE = "hf:float32"
 OPTIMIZER = "adamw_torch"
 
 
@@ -76,7 +77,7 @@ def trace(stack: str, args: argparse.Namespace) -> dict:
     data = Dataset.from_dict({"input_ids": ids * args.steps, "labels": ids * args.steps})
     config = config_class(
         per_device_train_batch_size=batch, max_steps=args.steps, max_length=length,
-        train_sampling_strategy="sequential", **{**TRAINING, "optim": OPTIMIZER}, **extra,
+        train_sampling_strategy="sequential", **{**TRAINING, **extra, "optim": OPTIMIZER},
     )  # fmt: skip
     trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     for parameter in trained(model):

@@ -31,11 +31,11 @@ TRAINING = {
     "dataset_kwargs": {"skip_prepare_dataset": True},
 }  # fmt: skip
 # oribi's modes are its recompute policies, and "fp8": auto, approximately; peers' modes are the forms of checkpointing
-# that they offer
+# that they offer, and "float32": the same weights computed with in float32
 MODES = {
     "oribi": ("auto", "memory", "balanced", "speed", "fp8"),
     "unsloth": ("default", "off"),
-    "hf": ("default", "off"),
+    "hf": ("default", "off", "float32"),
     "liger": ("default", "off"),
 }
 
@@ -159,7 +159,7 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
     clock = Clock()
     config = config_class(
         per_device_train_batch_size=rows, max_steps=steps + args.warmup, max_length=length, weight_decay=0.01,
-        **TRAINING, **extra,
+        **{**TRAINING, **extra},
     )  # fmt: skip
     trainer = trainer_class(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock]
@@ -214,10 +214,17 @@ def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.bfloat16, device_map={"": 0})
+    exact = mode == "float32"
+    dtype = torch.float32 if exact else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, device_map={"": 0})
+    for module in model.modules() if exact else ():
+        if hasattr(module, "compute_dtype"):  # of a 4-bit layer, as its checkpoint says
+            module.compute_dtype = dtype
     config = LoraConfig(r=rank, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
-    extra = {"gradient_checkpointing": mode == "default", "use_liger_kernel": name == "liger"}
+    extra = {
+        "gradient_checkpointing": mode != "off", "use_liger_kernel": name == "liger", "bf16": not exact,
+    }  # fmt: skip
     return model, AutoTokenizer.from_pretrained(str(path)), SFTTrainer, SFTConfig, extra
 
 
