@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--model 8b|1b|0.5b|tiny] [--tokens 4096] [--device cuda|cpu] [--only nf4]
 
 GB/s count each operand once, read or written; "of copy" is that over the bandwidth of a large device copy measured in
-the same run. The loss counts the arithmetic of its two products instead. Between calls a buffer larger than the L2
+the same run. Products, attention and the loss count arithmetic instead. Between calls a buffer larger than the L2
 cache is overwritten. Every number is a median.
 """
 
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from oribi.kernels import cross_entropy, gated_mlp, nf4, rms_norm, rope
+from oribi.kernels import attention, cross_entropy, flash_attention_3, fp8, gated_mlp, nf4, rms_norm, rope
 from oribi.kernels.adamw import FlatAdamW
+from oribi.kernels.attention import Visibility
+from oribi.kernels.lora import Projection
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,69 @@ def nf4_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterato
             yield Case(op, "unsloth", lambda w=weights: [unsloth(x, x.quant_state) for x in w], moved)
 
 
+def fp8_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    n, k = 2 * m.intermediate_size, m.hidden_size
+    weights = []
+    for _ in range(2):
+        weight, state = nf4.quantize((torch.randn(n // 2, k, device=device) * 0.02).to(dtype))
+        weight.quant_state = state
+        weights.append(weight)
+    x = torch.randn(tokens, k, device=device).to(dtype)
+    rounded = fp8.rounded_weights([Projection(weight) for weight in weights])
+    yield Case(
+        f"e4m3 rows {tokens}x{k}", "oribi", lambda: fp8.quantize_rows(x), x.numel() * (1 + x.element_size())
+    )
+    for transposed in (False, True):
+        yield Case(
+            f"nf4 to e4m3 {n}x{k}{', transposed' * transposed}", "oribi",
+            lambda t=transposed: fp8.dequantize_e4m3(weights, rounded.inverse, t), n * k * (1 + 0.5 + 1 / 64),
+        )  # fmt: skip
+    flop = 2.0 * tokens * n * k
+    codes = fp8.quantize_rows(x)
+    yield Case(
+        f"product {tokens}x{n}x{k}", "oribi, e4m3",
+        lambda: fp8.product(*codes, rounded.plain, rounded.scales[:, :n], dtype), flop=flop,
+    )  # fmt: skip
+    dense = nf4.dequantize(weights, dtype)
+    yield Case(f"product {tokens}x{n}x{k}", f"torch, {dtype}", lambda: x @ dense.t(), flop=flop)
+
+
+def attention_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    width = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+    qkv = torch.randn(1, tokens, width, device=device).to(dtype)
+    sizes = [heads * m.head_dim for heads in (m.num_heads, m.num_kv_heads, m.num_kv_heads)]
+    q, k, v = (x.unflatten(2, (-1, m.head_dim)) for x in qkv.split(sizes, 2))
+    bounds = [0, tokens // 5, tokens // 2, tokens]
+    longest = max(b - a for a, b in zip(bounds, bounds[1:]))
+    pack = torch.tensor(bounds, dtype=torch.int32, device=device)
+    kinds = {
+        "one row": (Visibility(1, tokens), None, tokens**2 / 2),
+        "pack of 3": (
+            Visibility(1, tokens, cu_seqlens=pack, max_length=longest),
+            None,
+            sum((b - a) ** 2 for a, b in zip(bounds, bounds[1:])) / 2,
+        ),
+        "window": (Visibility(1, tokens), tokens // 4, tokens**2 * 7 / 32),
+    }
+    backends = ["reference"] if device == "cpu" else ["flash", "triton"]
+    if device == "cuda" and flash_attention_3.installed():
+        backends.append("flash3")
+    for name, (visibility, window, pairs) in kinds.items():
+        dense = device == "cuda" and name == "one row" and torch.cuda.get_device_capability()[0] >= 9
+        for backend in [*backends, *(["cudnn"] if dense else [])]:
+            how = attention.Attend(backend, m.head_dim**-0.5, window, None, visibility)
+            out, saved = attention.attention_forward(q, k, v, how)
+            flop = 4.0 * pairs * m.num_heads * m.head_dim
+            op = f"attention, {name} of {tokens}"
+            yield Case(
+                f"{op}, forward", backend, lambda h=how: attention.attention_forward(q, k, v, h), flop=flop
+            )
+            yield Case(
+                f"{op}, backward", backend,
+                lambda h=how, o=out, s=saved: attention.attention_backward(o, q, k, v, o, s, h), flop=2.5 * flop,
+            )  # fmt: skip
+
+
 def loss_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
     rows = torch.randn(tokens, m.hidden_size, device=device).to(dtype)
     head = (torch.randn(m.vocab_size, m.hidden_size, device=device) * 0.02).to(dtype)
@@ -273,6 +338,8 @@ CASES = {
     "rope": rope_cases,
     "gated_mlp": mlp_cases,
     "nf4": nf4_cases,
+    "fp8": fp8_cases,
+    "attention": attention_cases,
     "cross_entropy": loss_cases,
     "adamw": adamw_cases,
 }
