@@ -261,7 +261,8 @@ def attention_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> I
     for name, (visibility, window, pairs) in kinds.items():
         dense = device == "cuda" and name == "one row" and torch.cuda.get_device_capability()[0] >= 9
         for backend in [*backends, *(["cudnn"] if dense else [])]:
-            how = attention.Attend(backend, m.head_dim**-0.5, window, None, visibility)
+            softcap = 50.0 if backend == "triton" else None  # which is what that one is for
+            how = attention.Attend(backend, m.head_dim**-0.5, window, softcap, visibility)
             out, saved = attention.attention_forward(q, k, v, how)
             flop = 4.0 * pairs * m.num_heads * m.head_dim
             op = f"attention, {name} of {tokens}"
