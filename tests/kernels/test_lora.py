@@ -166,6 +166,29 @@ def test_expansion_of_a_transpose_onto_two_sums_and_into_either_of_them(dtype, p
     assert (wider[:, n:] == 7).all()
 
 
+@pytest.mark.parametrize("magnitude", [0.0, 8.0])
+def test_a_small_adapter_is_not_rounded_away_beside_a_large_residual(magnitude):
+    """Its term is a tenth of the spacing of bfloat16 numbers at the residual's magnitude, but 65,536 sums find it."""
+    tokens, n, k, rank = 256, 256, 64, 8
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE)
+
+    torch.manual_seed(0)
+    weight, a, b = (normal(n, k) * 0.05).bfloat16(), normal(rank, k) * 0.02, normal(n, rank) * 0.01
+    x = normal(tokens, k).bfloat16()
+    residual = (normal(tokens, n) * magnitude).bfloat16() if magnitude else None
+    with_it, without = (
+        augmented_weight(
+            [Projection(weight, None, a, factor)], torch.bfloat16, x.device
+        ).forward_onto(x, residual)[0].double()
+        for factor in (b, b * 0)
+    )  # fmt: skip
+    term = x.double() @ a.double().t() @ b.double().t()
+    share = ((with_it - without) * term).sum() / term.square().sum()
+    assert 0.7 < share < 1.3
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_kept_weights_give_the_same_output_and_follow_another_adapter(name):
     projections, _ = group(name, torch.float32, packed=True)

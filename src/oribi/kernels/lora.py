@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from oribi.kernels import nf4
-from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton, wide
 
 
 @dataclass(frozen=True)
@@ -282,13 +282,13 @@ class AugmentedWeight(GroupWeight):
     def _forward_onto(
         self, x: torch.Tensor, low: torch.Tensor | None, residual: torch.Tensor | None
     ) -> torch.Tensor:
-        if low is not None:
-            y = expand(low, self.scaled_b, residual)
-        elif residual is None:
-            return x @ self.w.t()
-        else:
-            y = residual.clone()
-        return y.addmm_(x, self.w.t())
+        if low is None:
+            return x @ self.w.t() if residual is None else torch.addmm(residual, x, self.w.t())
+        if residual is None:
+            return expand(low, self.scaled_b, None).addmm_(x, self.w.t())
+        # all at once: added to a residual alone, an adapter's small term would be rounded away
+        product = x @ self.w.t()
+        return expand(low, self.scaled_b, residual, product, out=product)
 
 
 def augmented_weight(
@@ -401,10 +401,10 @@ def expand(
     if residual is None:
         residual, product = product, None
     if not use_triton(low):
-        sum_ = low @ scaled_b.t()
+        sum_ = wide(low) @ wide(scaled_b).t()
         for one in (residual, product):
             sum_ = sum_ if one is None else sum_.add_(one)
-        return sum_ if out is None else out.copy_(sum_)
+        return sum_.to(low.dtype) if out is None else out.copy_(sum_)
     tokens, n = low.shape[0], scaled_b.shape[0]
     if out is None:
         out = low.new_empty(tokens, n)
