@@ -177,12 +177,13 @@ def mlp_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterato
         yield Case("gated_mlp silu backward", "unsloth", lambda: backward(dh, gate, up), 6 * size)
 
 
-def nf4_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    def packed(n: int, k: int) -> torch.Tensor:
-        weight, state = nf4.quantize((torch.randn(n, k, device=device) * 0.02).to(dtype))
-        weight.quant_state = state
-        return weight
+def packed(n: int, k: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    weight, state = nf4.quantize((torch.randn(n, k, device=device) * 0.02).to(dtype))
+    weight.quant_state = state
+    return weight
 
+
+def nf4_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
     unsloth = peer("unsloth.kernels.utils", "fast_dequantize")
     bitsandbytes = peer("bitsandbytes.functional", "dequantize_4bit")
     kv = m.num_kv_heads * m.head_dim
@@ -193,7 +194,7 @@ def nf4_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterato
         "down": [(m.hidden_size, m.intermediate_size)],
     }
     for name, shapes in groups.items():
-        weights = [packed(*shape) for shape in shapes]
+        weights = [packed(*shape, dtype, device) for shape in shapes]
         count = sum(n * k for n, k in shapes)
         moved = count * (2 + 0.5 + 1 / 64 + 4 / 64 / 256)
         rows, k = sum(n for n, _ in shapes), shapes[0][1]
@@ -213,11 +214,7 @@ def nf4_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterato
 
 def fp8_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
     n, k = 2 * m.intermediate_size, m.hidden_size
-    weights = []
-    for _ in range(2):
-        weight, state = nf4.quantize((torch.randn(n // 2, k, device=device) * 0.02).to(dtype))
-        weight.quant_state = state
-        weights.append(weight)
+    weights = [packed(n // 2, k, dtype, device) for _ in range(2)]
     x = torch.randn(tokens, k, device=device).to(dtype)
     rounded = fp8.rounded_weights([Projection(weight) for weight in weights])
     yield Case(

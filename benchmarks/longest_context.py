@@ -12,7 +12,7 @@ import json
 import time
 from pathlib import Path
 
-from train_step import HERE, MODES, TRAINING, load, same_factors, versions
+from train_step import HERE, MODES, TRAINING, gpu_name, load, same_factors, versions
 
 
 def main() -> None:
@@ -29,9 +29,7 @@ def main() -> None:
     if mode not in MODES.get(name, ()):
         parser.error(f"{args.stack!r} is no stack with a mode; there are {MODES}")
     rows = climb(name, mode, args)
-    import torch
-
-    path = args.output / f"{torch.cuda.get_device_name().split()[1].lower()}_longest_context.json"
+    path = args.output / f"{gpu_name()}_longest_context.json"
     args.output.mkdir(parents=True, exist_ok=True)
     others = json.loads(path.read_text()) if path.exists() else []
     key = ("stack", "mode", "model", "gib", "rank")

@@ -5,7 +5,8 @@
 Model, factors and trainers are those of train_step.py, but every step trains on the same tokens, so that the loss falls
 and a wrong gradient shows; every stack keeps its factors in float32 (TRL rounds them to bfloat16 otherwise) and steps by
 PyTorch's AdamW, so that nothing but the gradients differs. The reference is transformers with PEFT and bitsandbytes in
-float32, on the same NF4 weights: how far transformers in bfloat16 is from it, is a stack's fair share of rounding. Writes results/<gpu>_loss_trace.json.
+float32, on the same NF4 weights: how far transformers in bfloat16 is from it, is a stack's fair share of rounding.
+Writes results/<gpu>_loss_trace.json.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from train_step import HERE, TRAINING, load, same_factors, trained, versions
+from train_step import HERE, TRAINING, gpu_name, load, result_in, same_factors, trained, versions
 
 REFERENCE = "hf:float32"
 OPTIMIZER = "adamw_torch"
@@ -39,17 +40,17 @@ def main() -> None:
             "--steps", str(args.steps), "--models", str(args.models),
         ]  # fmt: skip
         output = subprocess.run(command, capture_output=True, text=True)
-        found = [line for line in output.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
+        row = result_in(output.stdout)
+        if row is None:
             sys.exit(f"{stack}: {output.stderr[-2000:]}")
-        rows.append(json.loads(found[0].removeprefix("RESULT ")))
-        rows[-1]["largest_difference"] = max(
-            abs(a - b) for a, b in zip(rows[-1]["losses"], rows[0]["losses"], strict=True)
+        rows.append(row)
+        row["largest_difference"] = max(
+            abs(a - b) for a, b in zip(row["losses"], rows[0]["losses"], strict=True)
         )
-        losses = rows[-1]["losses"]
+        losses = row["losses"]
         print(
             f"{args.workload} {stack:16s} loss {losses[0]:.4f} .. {losses[-1]:.4f}, "
-            f"largest difference {rows[-1]['largest_difference']:.4f}, {rows[-1]['unmoved']} factors without gradient",
+            f"largest difference {row['largest_difference']:.4f}, {row['unmoved']} factors without gradient",
             flush=True,
         )
     path = args.output / f"{rows[0]['gpu']}_loss_trace.json"
@@ -86,7 +87,7 @@ def trace(stack: str, args: argparse.Namespace) -> dict:
     trainer.train()
     return {
         "stack": name, "mode": mode, "workload": args.workload, "optim": OPTIMIZER,
-        "gpu": torch.cuda.get_device_name().split()[1].lower(),
+        "gpu": gpu_name(),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "unmoved": sum(not p.ne(q).any() for p, q in zip(trained(model), same_factors.values)),
         "versions": versions(name),

@@ -109,10 +109,13 @@ def finish(process: subprocess.Popen, workload: str, stack: str, timeout: int) -
     except subprocess.TimeoutExpired:
         process.kill()
         return {**failed, "error": f"longer than {timeout} s"}
-    for line in output.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    return {**failed, "error": "\n".join(output.strip().splitlines()[-25:])}
+    return result_in(output) or {**failed, "error": "\n".join(output.strip().splitlines()[-25:])}
+
+
+def result_in(output: str) -> dict | None:
+    """The row that a process printed for the one that started it."""
+    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return json.loads(lines[0].removeprefix("RESULT ")) if lines else None
 
 
 def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
@@ -170,7 +173,7 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
     times = clock.times[args.warmup :]
     return {
         "stack": name, "mode": mode, "model": model_name, "batch": rows, "seq": length, "rank": args.rank,
-        "workload": workload, "gpu": torch.cuda.get_device_name().split()[1].lower(),
+        "workload": workload, "gpu": gpu_name(),
         "ms": statistics.median(times), "ms_p10": sorted(times)[len(times) // 10],
         "ms_p90": sorted(times)[len(times) * 9 // 10],
         "tokens_per_s": rows * length / statistics.median(times) * 1e3,
@@ -245,6 +248,13 @@ def same_factors(model) -> None:
         value = torch.randn(parameter.shape, generator=generator) * 0.01
         parameter.data.copy_(value)
         same_factors.values.append(parameter.data.clone())
+
+
+def gpu_name() -> str:
+    """As files of results are named: "h100"."""
+    import torch
+
+    return torch.cuda.get_device_name().split()[1].lower()
 
 
 def versions(stack: str) -> dict[str, str]:

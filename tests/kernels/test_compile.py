@@ -24,6 +24,7 @@ from oribi.kernels import (
     rope,
 )
 from oribi.kernels.adamw import FlatAdamW
+from tests.kernels.truth import nf4_packed
 
 pytestmark = [
     pytest.mark.skipif(dispatch.triton is None, reason="Triton is not installed"),
@@ -130,11 +131,7 @@ def test_norm_rope_and_gated_mlp_compile_with_16_byte_loads_and_stores(launches,
 def test_nf4_compiles_with_16_byte_stores_and_without_shared_memory(
     launches, capability, dtype, double_quant
 ):
-    weights = []
-    for n in (128, 32, 32):
-        weight, state = nf4.quantize(torch.randn(n, 512), double_quant=double_quant)
-        weight.quant_state = state
-        weights.append(weight)
+    weights = [nf4_packed(torch.randn(n, 512), double_quant=double_quant) for n in (128, 32, 32)]
     nf4.dequantize(weights[:1], dtype)
     nf4.dequantize(weights, dtype, out=torch.empty(192, 576, dtype=dtype)[:, :512])
     assert len(launches) == 2
@@ -151,11 +148,7 @@ def test_nf4_compiles_with_16_byte_stores_and_without_shared_memory(
 )  # older matrix units do not take e4m3, and have no cast to it
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_fp8_compiles_with_vectors_in_both_orientations(launches, capability, double_quant):
-    weights = []
-    for n in (128, 32, 32):
-        weight, state = nf4.quantize(torch.randn(n, 512), double_quant=double_quant)
-        weight.quant_state = state
-        weights.append(weight)
+    weights = [nf4_packed(torch.randn(n, 512), double_quant=double_quant) for n in (128, 32, 32)]
     for transposed in (False, True):
         fp8.dequantize_e4m3(weights, torch.ones(1), transposed)
     for k in (4096, 28672):

@@ -9,12 +9,17 @@ import torch
 
 from oribi.kernels import dispatch, fp8, nf4
 from oribi.kernels.lora import Projection, augmented_weight
-from tests.kernels.truth import DEVICE, DTYPES, needs_kernels, poisoned, relative_error
-
-HAS_E4M3 = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
-needs_e4m3 = pytest.mark.skipif(
-    not HAS_E4M3, reason="needs an NVIDIA GPU of compute capability 8.9 or higher"
+from tests.kernels.truth import (
+    DEVICE,
+    DTYPES,
+    HAS_E4M3,
+    needs_e4m3,
+    needs_kernels,
+    nf4_packed,
+    poisoned,
+    relative_error,
 )
+
 GROUPS = [((64,), 64), ((144, 16, 32), 192), ((64, 64, 64), 1088), ((272,), 48)]
 # half the distance of neighbours with three bits of mantissa
 ROUNDING = 2.0**-4
@@ -26,9 +31,7 @@ def seed():
 
 
 def packed(n: int, k: int, **settings: object) -> torch.Tensor:
-    weight, state = nf4.quantize(torch.randn(n, k, device=DEVICE) * 0.02, **settings)
-    weight.quant_state = state
-    return weight
+    return nf4_packed(torch.randn(n, k, device=DEVICE) * 0.02, **settings)
 
 
 def rows(dtype: torch.dtype, tokens: int, k: int) -> torch.Tensor:

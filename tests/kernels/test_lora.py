@@ -6,7 +6,14 @@ import torch.nn.functional as F
 
 from oribi.kernels import dispatch, nf4
 from oribi.kernels.lora import Projection, augmented_weight, expand, lora_linear, weights_kept
-from tests.kernels.truth import DEVICE, DTYPES, assert_twice_as_good, needs_kernels, relative_error
+from tests.kernels.truth import (
+    DEVICE,
+    DTYPES,
+    assert_twice_as_good,
+    needs_kernels,
+    nf4_packed,
+    relative_error,
+)
 
 GROUPS = {
     "q|k|v": [(96, 4, True), (32, 4, True), (32, 4, True)],
@@ -31,9 +38,7 @@ def group(name: str, dtype: torch.dtype, packed: bool = False) -> tuple[list[Pro
     for n, rank, biased in GROUPS[name]:
         weight = (normal(n, IN_FEATURES) * 0.1).to(dtype)
         if packed:
-            codes, state = nf4.quantize(weight.float())
-            codes.quant_state = state
-            weight = codes
+            weight = nf4_packed(weight.float())
         factors = dtype if dtype is torch.float64 else torch.float32
         projections.append(
             Projection(

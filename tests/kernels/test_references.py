@@ -8,6 +8,7 @@ from oribi.errors import DataError, ModelError
 from oribi.kernels import cross_entropy, dispatch, gated_mlp, nf4, rms_norm, rope
 from tests.kernels.truth import (
     assert_twice_as_good,
+    nf4_packed,
     plain_gated_mlp,
     plain_loss,
     plain_rms_norm,
@@ -118,9 +119,7 @@ def test_an_unknown_activation_is_refused():
 
 
 def packed_weight(n: int, k: int, **settings: object) -> torch.Tensor:
-    weight, state = nf4.quantize(torch.randn(n, k) * 0.02, **settings)
-    weight.quant_state = state
-    return weight
+    return nf4_packed(torch.randn(n, k) * 0.02, **settings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,9 +148,7 @@ def test_nf4_equals_bitsandbytes(dtype):
 
 def test_nf4_is_close_to_the_weight_it_came_from():
     dense = torch.randn(128, 256) * 0.02
-    weight, state = nf4.quantize(dense)
-    weight.quant_state = state
-    assert relative_error(nf4.dequantize([weight], torch.float32), dense) < 0.1
+    assert relative_error(nf4.dequantize([nf4_packed(dense)], torch.float32), dense) < 0.1
 
 
 def test_nf4_refuses_repacked_weights_and_unequal_rows():

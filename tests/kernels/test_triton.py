@@ -13,6 +13,7 @@ from tests.kernels.truth import (
     DTYPES,
     assert_twice_as_good,
     needs_kernels,
+    nf4_packed,
     plain_gated_mlp,
     plain_loss,
     plain_rms_norm,
@@ -233,9 +234,7 @@ def test_gated_mlp_survives_extreme_gates():
 def packed_weight(
     n: int, k: int, double_quant: bool = True, dtype: torch.dtype = torch.float16
 ) -> torch.Tensor:
-    weight, state = nf4.quantize(torch.randn(n, k, device=DEVICE).to(dtype) * 0.02, double_quant=double_quant)
-    weight.quant_state = state
-    return weight
+    return nf4_packed(torch.randn(n, k, device=DEVICE).to(dtype) * 0.02, double_quant=double_quant)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oribi.kernels import dispatch
+from oribi.kernels import dispatch, nf4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_TRITON = dispatch.INTERPRETED or DEVICE == "cuda"
@@ -20,6 +20,19 @@ DTYPES = [torch.float32, torch.float16] + ([] if dispatch.INTERPRETED else [torc
 needs_kernels = pytest.mark.skipif(
     not ON_TRITON, reason="needs a CUDA device (or TRITON_INTERPRET=1, which test_interpreted.py sets)"
 )
+
+
+HAS_E4M3 = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+needs_e4m3 = pytest.mark.skipif(
+    not HAS_E4M3, reason="needs an NVIDIA GPU of compute capability 8.9 or higher"
+)
+
+
+def nf4_packed(dense: torch.Tensor, **settings: object) -> torch.Tensor:
+    """A dense weight [N, K] packed as the kernels read it; settings as `nf4.quantize`."""
+    codes, state = nf4.quantize(dense, **settings)
+    codes.quant_state = state
+    return codes
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:

@@ -14,11 +14,10 @@ from oribi.errors import ConfigError
 from oribi.train import fp8
 from oribi.train.arguments import SFTConfig
 from oribi.train.trainer import SFTTrainer
+from tests.kernels.truth import HAS_E4M3, needs_e4m3
 from tests.models.test_fused_layer import adapt
 from tests.models.tiny import tiny_config, tiny_pair
 
-CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= fp8.NEEDED
-needs_fp8 = pytest.mark.skipif(not CAPABLE, reason="needs an NVIDIA GPU of compute capability 8.9 or higher")
 SETTINGS = {"disable_tqdm": True, "save_strategy": "no", "max_steps": 2, "fp8": True}
 
 
@@ -41,7 +40,7 @@ def test_other_devices_are_refused_by_name(name, capability, words):
     fp8.require_fp8_gpu(machine("NVIDIA L4", (8, 9)))
 
 
-@pytest.mark.skipif(CAPABLE, reason="this machine can")
+@pytest.mark.skipif(HAS_E4M3, reason="this machine can")
 def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(oribi.run.FastLanguageModel, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
     flags = ["--model", "absent", "--dataset", "absent.jsonl", "--fp8", "--output_dir", str(tmp_path)]
@@ -49,7 +48,7 @@ def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
         oribi.run.run(read_config(None, flags)[0])
 
 
-@pytest.mark.skipif(CAPABLE, reason="this machine can")
+@pytest.mark.skipif(HAS_E4M3, reason="this machine can")
 def test_a_trainer_is_refused_before_its_rows_are_prepared(load, tmp_path):
     model, tokenizer = load()
     with pytest.raises(ConfigError, match="fp8 = true needs an NVIDIA GPU"):
@@ -123,7 +122,7 @@ def test_training_says_where_it_is_approximate_and_leaves_it_exact(
     assert trainer.evaluate()["eval_loss"] < before
 
 
-@needs_fp8
+@needs_e4m3
 @pytest.mark.gpu
 def test_on_a_gpu_the_loss_falls_as_in_bfloat16(load, conversations, tmp_path, caplog):
     """Through recorded CUDA graphs, packs of one length."""

@@ -205,7 +205,7 @@ def attention_forward(
         out, lse = flash_attention_forward(q, k, v, *documents, how.scale, how.window, how.softcap)
         return out.view(shape), (lse,)
     if how.backend == "flash3":
-        out, lse = flash_attention_3.forward(q, k, v, **_flash3_extent(how))
+        out, lse = flash_attention_3.forward(q, k, v, **_flash3_extent(q, how))
         return out.reshape(shape), (lse,)
     out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, *_flash_extent(q, how), 0.0, True, False, scale=how.scale, **_flash_window(how)
@@ -273,7 +273,7 @@ def _backward(
             dout, q, k, v, out, *saved, *documents, how.scale, how.window, how.softcap
         )
     if how.backend == "flash3":
-        return flash_attention_3.backward(dout, q, k, v, out, *saved, **_flash3_extent(how))
+        return flash_attention_3.backward(dout, q, k, v, out, *saved, **_flash3_extent(q, how))
     lse, seed, offset = saved
     if how.backend == "flash":
         return torch.ops.aten._flash_attention_backward(
@@ -289,7 +289,7 @@ def _backward(
 
 
 def _laid_out(x: torch.Tensor, how: Attend) -> torch.Tensor:
-    """As the backend wants it: [tokens, heads, E] for triton and of a pack for flash and flash3, else [rows, tokens, heads, E]."""
+    """As the backend wants it: [tokens, heads, E] for triton, and of a pack for both flash; else [rows, tokens, heads, E]."""
     if how.backend == "triton":
         return x.flatten(0, 1)
     if how.packed and how.backend in ("flash", "flash3"):
@@ -308,9 +308,11 @@ def _flash_window(how: Attend) -> dict[str, int]:
     return {"window_size_left": -1 if how.window is None else how.window - 1, "window_size_right": 0}
 
 
-def _flash3_extent(how: Attend) -> dict[str, object]:
-    visibility = how.visibility
-    return flash_attention_3.extent_of(visibility.cu_seqlens, visibility.max_length, how.scale, how.window)
+def _flash3_extent(q: torch.Tensor, how: Attend) -> dict[str, object]:
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    packed = dict(zip(names, _flash_extent(q, how))) if how.packed else {}
+    windowed = {} if how.window is None else _flash_window(how)
+    return {**packed, **windowed, "softmax_scale": how.scale, "is_causal": how.window is None}
 
 
 class _Attention(torch.autograd.Function):

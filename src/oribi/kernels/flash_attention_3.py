@@ -16,7 +16,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# arguments that are passed by name below; a package whose operators lack one is left alone
+# arguments that are passed by name; a package whose operators lack one is left alone
 _ARGUMENTS = {
     "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "is_causal", "window_size_left",
     "window_size_right",
@@ -46,7 +46,7 @@ def forward(
     """out, shaped as q, and the log-sum-exp of the scores ([H, T] of a pack, [B, H, S] of rows, float32).
 
     Args:
-        extent: as `extent_of` gives it.
+        extent: the operators' arguments that say what a query may see, and the scale.
     """
     return torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **extent)[:2]
 
@@ -62,19 +62,3 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k and v."""
     return torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, **extent)[:3]
-
-
-def extent_of(
-    cu_seqlens: torch.Tensor | None, max_length: int, scale: float, window: int | None
-) -> dict[str, Any]:
-    """The operators' arguments for causal attention.
-
-    Args:
-        cu_seqlens: [docs + 1] int32 offsets of a pack, None for rows. max_length: of its longest document.
-        scale: factor on the scores. window: keys a query may look back over, itself included.
-    """
-    packed = {} if cu_seqlens is None else {
-        "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": max_length, "max_seqlen_k": max_length,
-    }  # fmt: skip
-    windowed = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    return {**packed, **windowed, "softmax_scale": scale, "is_causal": window is None}

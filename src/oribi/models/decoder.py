@@ -58,7 +58,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
         Raises:
             ModelError: unknown name, or a list of another length than the layers.
         """
-        layers = [module for module in self.modules() if isinstance(module, DecoderLayer)]
+        layers = self._decoder_layers()
         if isinstance(policy, str):
             if policy not in POLICIES:
                 raise ModelError(f"recompute policy {policy!r}; it can be {', '.join(map(repr, POLICIES))}")
@@ -70,6 +70,9 @@ class DecoderPreTrainedModel(PreTrainedModel):
             layer.keep = keep
             layer.dequantized.clear()
 
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return [module for module in self.modules() if isinstance(module, DecoderLayer)]
+
     def use_fp8(self, wanted: bool) -> int:
         """Chooses whether training multiplies frozen weights in fp8, approximately.
 
@@ -77,7 +80,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
             In how many layers it does, if their modules are in training mode: those after the first that are
             differentiated by hand and whose sizes the matrix units take.
         """
-        layers = [module for module in self.modules() if isinstance(module, DecoderLayer)]
+        layers = self._decoder_layers()
         for index, layer in enumerate(layers):
             groups = fusible_groups(layer) if wanted and index >= EXACT_LAYERS else None
             layer.fp8 = groups is not None and all(map(fp8.fits, groups.all()))
