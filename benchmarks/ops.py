@@ -1,6 +1,6 @@
 """Times every kernel beside the peers that are installed, and prints one table.
 
-    python benchmarks/kernels.py [--model 8b|1b|0.5b|tiny] [--tokens 4096] [--device cuda|cpu] [--only nf4]
+    python benchmarks/ops.py [--model 8b|1b|0.5b|tiny] [--tokens 4096] [--device cuda|cpu] [--only nf4]
 
 GB/s count each operand once, read or written; "of copy" is that over the bandwidth of a large device copy measured in
 the same run. Products, attention and the loss count arithmetic instead. Between calls a buffer larger than the L2
