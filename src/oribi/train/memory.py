@@ -30,9 +30,8 @@ from oribi.train.recompute import MARGIN, attention_portions, plan
 LIBRARIES = 131 * 2**20
 # a layer's backward takes so much more than the tensors named below: Llama-3.1-8B on an H100, keeping all and nothing
 BACKWARD_FACTOR = 1.25
-# tensors in a layer's backward of a result that is there, made there, or comes from the host, on its way for the layer
-# below, too
-COPIES = {"keep": 0, "recompute": 1, "host": 2}
+# tensors in a layer's backward of a result that is there already, made there, or came back from the host
+COPIES = {"keep": 0, "recompute": 1, "host": 1}
 HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
 SPARE_STEP = 64  # `kernels.lora` rounds the spare columns of a group up to this
@@ -188,8 +187,12 @@ class Training:
             beside += tokens * self.groups[name][2] * width * (getattr(keep, of) != "recompute")
         return beside + sum(b for name, b in self.results(tokens).items() if getattr(keep, name) == "keep")
 
-    def in_backward(self, keep: Keep, tokens: int) -> int:
-        """Device bytes of a layer's backward beside what it kept."""
+    def in_host(self, keep: Keep, tokens: int) -> int:
+        """Bytes of a layer's results that wait in host memory."""
+        return sum(one for name, one in self.results(tokens).items() if getattr(keep, name) == "host")
+
+    def in_backward(self, keep: Keep, tokens: int, arriving: int) -> int:
+        """Device bytes of a layer's backward beside what it kept; `arriving` come back meanwhile, for the layer below."""
         width, config = self.architecture.decoder.dtype.itemsize, self.architecture.config
         d, inner = config.hidden_size, config.intermediate_size
         portion = min(tokens, MLP_TOKENS)
@@ -203,7 +206,7 @@ class Training:
             place = getattr(keep, name)
             part = portion / tokens if name in ("gate_up", "down") and place == "recompute" else 1
             size += part * one * COPIES[place]
-        return int(max(BACKWARD_FACTOR * size, self.in_attention_backward(keep, tokens)))
+        return arriving + int(max(BACKWARD_FACTOR * size, self.in_attention_backward(keep, tokens)))
 
     def in_attention_backward(self, keep: Keep, tokens: int) -> int:
         """Device bytes of attention's backward, which takes more than the MLP's portions on long rows."""
@@ -213,10 +216,9 @@ class Training:
         portions = attention_portions(attn, tokens)
         # dy, the gradients of x_mid, a, q, k and v; for a group of heads that of q in float32, of k and v by query head
         size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 4 * sizes[0] // portions)
-        for name, one in self.results(tokens).items():
-            place = getattr(keep, name)
-            # what only the MLP needs is gone, but the next layer's may be on its way back
-            size += one * (COPIES[place] if name in ("x", "qkv", "attention") else place == "host")
+        # what only the MLP needs is gone
+        for name in ("x", "qkv", "attention"):
+            size += self.results(tokens)[name] * COPIES[getattr(keep, name)]
         return size
 
     def by_autograd(self, tokens: int) -> int:
@@ -270,17 +272,21 @@ class Training:
             one, keeps = self.by_autograd(tokens), [Keep()] * layers
             kept = [self.results(tokens)["x"] if checkpointed else one] * layers
             work = [one * (2 if checkpointed else 1) + self.weight_buffer("gate_up")] * layers
+            leaving = 0
         else:
             keeps = self.keeps(tokens, longest, 0 if least and automatic else memory_bytes)
             kept = [self.kept(keep, tokens) for keep in keeps]
-            work = [self.in_backward(keep, tokens) for keep in keeps]
+            away = [self.in_host(keep, tokens) for keep in keeps]
+            work = [self.in_backward(keep, tokens, below) for keep, below in zip(keeps, [0, *away])]
+            # `HostMemory` holds the sources of the last two layers that it copies until backward begins
+            leaving = sum([one for one in away if one][-2:])
             fixed["weights"] += sum(
                 sum(map(self.weight_buffer, GROUPS)) for keep in keeps if keep.weights == "keep"
             )
             frozen = not self.whole and not self.architecture.tied
             if keeps[0].x == "host" and frozen:  # `recompute.choose` moves it
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
-        moments = {("the loss", sum(kept)): self.in_loss(tokens)}
+        moments = {("the loss", sum(kept)): self.in_loss(tokens) + leaving}
         for i in range(layers):
             moments["a layer's backward", sum(kept[: i + 1])] = work[i]
         (at, activations), working = max(moments.items(), key=lambda item: item[0][1] + item[1])
