@@ -286,10 +286,9 @@ class Training:
             frozen = not self.whole and not self.architecture.tied
             if keeps[0].x == "host" and frozen:  # `recompute.choose` moves it
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
-        moments = {("the loss", sum(kept)): self.in_loss(tokens) + leaving}
-        for i in range(layers):
-            moments["a layer's backward", sum(kept[: i + 1])] = work[i]
-        (at, activations), working = max(moments.items(), key=lambda item: item[0][1] + item[1])
+        moments = [("the loss", sum(kept), self.in_loss(tokens) + leaving)]
+        moments += [("a layer's backward", sum(kept[: i + 1]), work[i]) for i in range(layers)]
+        at, activations, working = max(moments, key=lambda moment: moment[1] + moment[2])
         parts = {**fixed, "activations": activations, "in work": working, "libraries": LIBRARIES}
         host = sum(
             buffer_size(size)
