@@ -28,7 +28,7 @@ soak: $(READY)
 
 # oldest and newest releases that pyproject.toml allows, each in a virtual environment of its own
 OLDEST := transformers==5.17.* trl==1.15.* peft==0.21.* datasets==4.8.*
-NEWEST := transformers==5.23.* trl==1.16.* peft==0.21.* datasets==5.2.*
+NEWEST := transformers==5.24.* trl==1.16.* peft==0.21.* datasets==5.2.*
 MATRIX_TESTS ?= -m "not slow" tests/train tests/trust tests/models tests/lora tests/save
 
 test-matrix: .venv-oldest/.ready .venv-newest/.ready

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oribi.models import families as table
+from oribi.models.decoder import CACHE
 from oribi.models.families import FAMILIES
 from tests.models.tiny import MIXED, ROPES, tiny_config, tiny_pair
 
@@ -75,15 +76,16 @@ def test_greedy_generation_with_cache_and_left_padding_equals_transformers(model
     assert torch.equal(ours.generate(ids, **arguments), theirs.generate(ids, **arguments))
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # transformers' before and from 5.24 on
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_cached_logits_equal_uncached(model_type):
+def test_cached_logits_equal_uncached(model_type, name):
     model = tiny_pair(tiny_config(model_type))[0].eval()
     ids = torch.randint(3, 128, (2, 14))
     whole = model(input_ids=ids).logits
     cache, parts = None, []
     for piece in ids.split([6, 1, 3, 4], dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=piece, use_cache=True, **{name: cache})
+        cache = getattr(out, CACHE)
         parts.append(out.logits)
     assert relative(torch.cat(parts, 1), whole) < TOLERANCE
 

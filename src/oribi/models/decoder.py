@@ -29,13 +29,16 @@ from oribi.models.rope import RotaryAngles
 # cosine of 0.79 to the exact one where they, too, are rounded, and of 0.96 where they are not
 EXACT_LAYERS = 1
 
+# transformers' word for the cache, in arguments and outputs: another one from 5.24 on
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class DecoderPreTrainedModel(PreTrainedModel):
     config_class = PretrainedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     # what Trainer asks before it divides by num_items_in_batch itself
     accepts_loss_kwargs = True
@@ -163,6 +166,7 @@ class DecoderModel(DecoderPreTrainedModel):
         max_length_q: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm, [B, S, D]. Arguments as in `DecoderForCausalLM.forward`."""
@@ -176,9 +180,10 @@ class DecoderModel(DecoderPreTrainedModel):
         if self.embedding_multiplier != 1.0:
             x = x * self.embedding_multiplier
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        batch = self._batch(x, attention_mask, position_ids, past_key_values, cu_seq_lens_q, max_length_q)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        batch = self._batch(x, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q)
         states = [x] if output_hidden_states else None
         for layer in self.layers:
             x = layer(x, batch)
@@ -189,8 +194,8 @@ class DecoderModel(DecoderPreTrainedModel):
             states[-1] = x
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=None if states is None else tuple(states),
+            **{CACHE: cache if use_cache else None},
         )
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -251,6 +256,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """Loss and logits of a batch.
@@ -259,7 +265,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             input_ids: [B, S] int64. A pack is one row of documents whose position_ids restart at 0.
             attention_mask: [B, past + S] of 0 and 1, padding on either side; None where nothing is padded.
             position_ids: [B, S] int64; counted from the cached length if None.
-            past_key_values: cache to read and extend.
+            past_key_values, cache: the cache to read and extend, by either of transformers' names.
             inputs_embeds: [B, S, D] in place of input_ids.
             labels: [B, S] int64, not shifted; -100 is not trained on.
             logits_to_keep: only the last so many positions' logits (0: all), or their indices.
@@ -268,7 +274,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             kwargs: cu_seq_lens_q [docs + 1] int32 and max_length_q (int) of a pack, output_hidden_states.
 
         Returns:
-            loss (float32 scalar or None), logits ([B, S, V] or None), past_key_values, hidden_states.
+            loss (float32 scalar or None), logits ([B, S, V] or None), the cache, hidden_states.
         """
         targets = labelled = None
         if labels is not None:
@@ -280,6 +286,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -294,8 +301,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
