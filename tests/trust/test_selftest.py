@@ -41,7 +41,7 @@ def test_the_whole_table_holds(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     checks = json.loads(table.read_text())
-    assert len(checks) > 30
+    assert len(checks) >= 29  # 36 where the machine trains in 16 bit: kernels are checked in both dtypes
     assert all(check["passed"] for check in checks)
     assert {"kernels", "a step's gradients", "recompute policies", "documents of a pack", "files"} == {
         check["group"] for check in checks
