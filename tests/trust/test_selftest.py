@@ -12,6 +12,7 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 from oribi.cli import build
+from oribi.environment import detect
 from oribi.errors import ModelError
 from oribi.selftest import suite
 from oribi.selftest.check import Check, broken
@@ -41,7 +42,8 @@ def test_the_whole_table_holds(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     checks = json.loads(table.read_text())
-    assert len(checks) >= 29  # 36 where the machine trains in 16 bit: kernels are checked in both dtypes
+    # seven ops are checked in the machine's training dtype, too, where that is not float32
+    assert len(checks) >= (29 if detect().dtype is torch.float32 else 36)
     assert all(check["passed"] for check in checks)
     assert {"kernels", "a step's gradients", "recompute policies", "documents of a pack", "files"} == {
         check["group"] for check in checks

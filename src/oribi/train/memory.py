@@ -30,8 +30,6 @@ from oribi.train.recompute import MARGIN, attention_portions, plan
 LIBRARIES = 131 * 2**20
 # a layer's backward takes so much more than the tensors named below: Llama-3.1-8B on an H100, keeping all and nothing
 BACKWARD_FACTOR = 1.25
-# tensors in a layer's backward of a result that is there already, made there, or came back from the host
-COPIES = {"keep": 0, "recompute": 1, "host": 1}
 HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
 SPARE_STEP = 64  # `kernels.lora` rounds the spare columns of a group up to this
@@ -187,9 +185,9 @@ class Training:
             beside += tokens * self.groups[name][2] * width * (getattr(keep, of) != "recompute")
         return beside + sum(b for name, b in self.results(tokens).items() if getattr(keep, name) == "keep")
 
-    def in_host(self, keep: Keep, tokens: int) -> int:
-        """Bytes of a layer's results that wait in host memory."""
-        return sum(one for name, one in self.results(tokens).items() if getattr(keep, name) == "host")
+    def in_host(self, keep: Keep, tokens: int) -> list[int]:
+        """Bytes of each of a layer's results that waits in host memory."""
+        return [one for name, one in self.results(tokens).items() if getattr(keep, name) == "host"]
 
     def in_backward(self, keep: Keep, tokens: int, arriving: int) -> int:
         """Device bytes of a layer's backward beside what it kept; `arriving` come back meanwhile, for the layer below."""
@@ -205,7 +203,7 @@ class Training:
         for name, one in self.results(tokens).items():
             place = getattr(keep, name)
             part = portion / tokens if name in ("gate_up", "down") and place == "recompute" else 1
-            size += part * one * COPIES[place]
+            size += part * one * (place != "keep")  # made there, or back from the host
         return arriving + int(max(BACKWARD_FACTOR * size, self.in_attention_backward(keep, tokens)))
 
     def in_attention_backward(self, keep: Keep, tokens: int) -> int:
@@ -216,10 +214,11 @@ class Training:
         portions = attention_portions(attn, tokens)
         # dy, the gradients of x_mid, a, q, k and v; for a group of heads that of q in float32, of k and v by query head
         size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 4 * sizes[0] // portions)
+        results = self.results(tokens)
         # what only the MLP needs is gone
-        for name in ("x", "qkv", "attention"):
-            size += self.results(tokens)[name] * COPIES[getattr(keep, name)]
-        return size
+        return size + sum(
+            results[name] for name in ("x", "qkv", "attention") if getattr(keep, name) != "keep"
+        )
 
     def by_autograd(self, tokens: int) -> int:
         """Bytes that PyTorch's autograd keeps of one layer."""
@@ -276,7 +275,7 @@ class Training:
         else:
             keeps = self.keeps(tokens, longest, 0 if least and automatic else memory_bytes)
             kept = [self.kept(keep, tokens) for keep in keeps]
-            away = [self.in_host(keep, tokens) for keep in keeps]
+            away = [sum(self.in_host(keep, tokens)) for keep in keeps]
             work = [self.in_backward(keep, tokens, below) for keep, below in zip(keeps, [0, *away])]
             # `HostMemory` holds the sources of the last two layers that it copies until backward begins
             leaving = sum([one for one in away if one][-2:])
@@ -290,12 +289,7 @@ class Training:
         moments += [("a layer's backward", sum(kept[: i + 1]), work[i]) for i in range(layers)]
         at, activations, working = max(moments, key=lambda moment: moment[1] + moment[2])
         parts = {**fixed, "activations": activations, "in work": working, "libraries": LIBRARIES}
-        host = sum(
-            buffer_size(size)
-            for name, size in self.results(tokens).items()
-            for keep in keeps
-            if getattr(keep, name) == "host"
-        )
+        host = sum(buffer_size(size) for keep in keeps for size in self.in_host(keep, tokens))
         return Estimate(parts, at, keeps, self.trainable, tokens, longest, self.by_hand, host)
 
     def fits(self, tokens: int, longest: int, memory_bytes: int) -> bool:
