@@ -1,6 +1,7 @@
 """STEP 2: a model and its tokenizer from a directory, a hub name, a GGUF file or a LoRA adapter, in NF4 or 16 bit."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from oribi.models.decoder import build
 from oribi.models.families import family_of
 from oribi.models.gguf_source import GGUFSource
 from oribi.models.gguf_tokenizer import rebuild_tokenizer
+from oribi.models.identity import BaseIdentity, identify
 from oribi.models.locate import (
     Location,
     adapter_weights,
@@ -52,6 +54,7 @@ class ModelSource:
         fused: whether oribi's decoder runs it; False is transformers' own class.
         checkpointing: what was asked of gradient checkpointing (`lora.attach.set_checkpointing`).
         new_token_ids: rows of the embeddings that `add_new_tokens` made.
+        identity: the base's files and how they lie in memory.
         notes: what was repaired or decided, one line each.
     """
 
@@ -63,6 +66,7 @@ class ModelSource:
     fused: bool = True
     checkpointing: bool | str = False
     new_token_ids: tuple[int, ...] = ()
+    identity: BaseIdentity | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -172,7 +176,10 @@ def _load_checkpoint(location: Location, request: Request) -> tuple[PreTrainedMo
         generation = GenerationConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code, notes=notes)
     kind = "bnb-4bit" if stored is not None else "pickle" if pickled else "safetensors"
-    return _finish(model, tokenizer, generation, location, request, quantization, kind, fused, notes)
+    return _finish(
+        model, tokenizer, generation, location, [directory / "config.json", *files], request, quantization, kind,
+        fused, notes,
+    )  # fmt: skip
 
 
 def _load_gguf(location: Location, request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -197,7 +204,9 @@ def _load_gguf(location: Location, request: Request) -> tuple[PreTrainedModel, P
     )  # fmt: skip
     generation = GenerationConfig.from_model_config(config)
     generation.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
-    return _finish(model, tokenizer, generation, location, request, quantization, "gguf", True, notes)
+    return _finish(
+        model, tokenizer, generation, location, [location.file], request, quantization, "gguf", True, notes
+    )
 
 
 def _load_adapter(location: Location, request: Request) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -251,6 +260,7 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationConfig | None,
     location: Location,
+    files: list[Path],
     request: Request,
     quantization: Quantization,
     kind: Literal["safetensors", "pickle", "gguf", "bnb-4bit"],
@@ -272,6 +282,7 @@ def _finish(
         notes.append(
             f"tokenizer: it has {len(tokenizer)} tokens but the model only {vocab_size} rows; resize_model_vocab= adds them"
         )
+    identity = identify(location.name, files, model, request.revision, tokenizer.chat_template)
     max_seq_length = request.max_seq_length or model.config.max_position_embeddings
     if request.options.fix_tokenizer:
         repaired = repair(tokenizer, vocab_size, model.generation_config, max_seq_length=max_seq_length)
@@ -286,6 +297,7 @@ def _finish(
         load_in_4bit=quantization.enabled,
         full_finetuning=request.full_finetuning,
         fused=fused,
+        identity=identity,
         notes=notes,
     )
     model.max_seq_length = max_seq_length

@@ -1,0 +1,141 @@
+"""What a loaded base model is: enough to tell later whether an adapter meets the weights that it was trained on."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bitsandbytes.nn import Params4bit
+from torch import nn
+
+from oribi.errors import ModelError
+
+_WHOLE_BYTES = 4 << 20  # files up to this size are hashed whole
+_HEAD_BYTES = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
+_WORDS = {
+    "name": "base model",
+    "revision": "revision of the base",
+    "weights": "the base's weights in memory",
+    "chat_template_sha256": "the base's chat template (SHA-256)",
+}
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """A base model as it was loaded.
+
+    Args:
+        name: as the user called it.
+        revision: the revision asked for, or the commit of the hub's snapshot; None for a local model.
+        files: file name -> {"bytes": size, "sample_sha256": hash}, of the weights and config.json; see `fingerprint`.
+        weights: how the frozen weights lay in memory: "nf4" (its scales quantised, too), "nf4, single" (they are not),
+            "float16", "bfloat16" or "float32".
+        chat_template_sha256: of the tokenizer's chat template; None if it has none.
+    """
+
+    name: str
+    revision: str | None
+    files: dict[str, dict[str, Any]]
+    weights: str
+    chat_template_sha256: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON keeps them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BaseIdentity":
+        """The identity that `to_dict` wrote; fields of a later version are ignored.
+
+        Raises:
+            ModelError: a field is missing or of another type.
+        """
+        try:
+            found = cls(**{field.name: values[field.name] for field in fields(cls)})
+            valid = isinstance(found.name, str) and isinstance(found.weights, str)
+            valid = valid and all(isinstance(entry, dict) for entry in found.files.values())
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"the record of a base model is damaged: {error!r}") from error
+        if not valid:
+            raise ModelError(f"the record of a base model is damaged: {values!r:.200}")
+        return found
+
+    @property
+    def in_nf4(self) -> bool:
+        """Whether linear layers were quantised to NF4."""
+        return self.weights.startswith("nf4")
+
+    def differences(self, other: "BaseIdentity") -> list[str]:
+        """What differs, one line per field with both values, this model's first; empty if nothing does.
+
+        A name or revision alone makes no other model: they are told only where a file differs.
+        """
+        lines = self.changed_files(other)
+        names = ["weights", "chat_template_sha256"]
+        if lines:
+            names = ["name", "revision", *names]
+        told = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        told = [f"{_WORDS[name]}: {ours!r}, not {theirs!r}" for name, ours, theirs in told if ours != theirs]
+        return told + lines
+
+    def changed_files(self, other: "BaseIdentity") -> list[str]:
+        """A line for each file that is missing in one of the two, or differs."""
+        return [
+            f"{name}: {_described(self.files.get(name))}, not {_described(other.files.get(name))}"
+            for name in dict.fromkeys([*self.files, *other.files])
+            if self.files.get(name) != other.files.get(name)
+        ]
+
+
+def _described(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "no such file"
+    return f"{entry.get('bytes')} bytes (SHA-256 of samples {str(entry.get('sample_sha256'))[:12]})"
+
+
+def identify(
+    name: str, files: Sequence[Path], model: nn.Module, revision: str | None, chat_template: Any
+) -> BaseIdentity:
+    """The identity of a model that was just loaded.
+
+    Args:
+        name: as the user called it.
+        files: config.json and the files of weights; those of a hub snapshot lie in a folder named by the commit.
+        model: loaded from them, without adapter.
+        revision: the revision asked for.
+        chat_template: the tokenizer's: a text, several by name, or None.
+    """
+    if revision is None:
+        folders = (folder for folder in files[-1].parents if folder.parent.name == "snapshots")
+        revision = next((folder.name for folder in folders), None)
+    template = None if chat_template is None else hashlib.sha256(str(chat_template).encode()).hexdigest()
+    entries = {path.name: fingerprint(path) for path in files}
+    return BaseIdentity(name, revision, entries, _in_memory(model), template)
+
+
+def _in_memory(model: nn.Module) -> str:
+    for parameter in model.parameters():
+        if isinstance(parameter, Params4bit):
+            return "nf4" if parameter.quant_state.nested else "nf4, single"
+    return str(model.dtype).removeprefix("torch.")
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, in milliseconds whatever its size.
+
+    A small file is hashed whole. Of a large one the first MiB, which holds the header of tensors, and samples spread
+    evenly over the rest: models of one shape have equal headers.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _WHOLE_BYTES:
+            digest.update(file.read())
+        else:
+            digest.update(file.read(_HEAD_BYTES))
+            for index in range(1, _SAMPLES + 1):
+                file.seek(_HEAD_BYTES + (size - _HEAD_BYTES - _SAMPLE_BYTES) * index // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return {"bytes": size, "sample_sha256": digest.hexdigest()}
