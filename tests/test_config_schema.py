@@ -15,7 +15,8 @@ def test_every_key_and_every_alias_is_in_the_schema():
 def test_limits_choices_and_defaults_are_the_configs():
     properties = json_schema()["properties"]
     assert properties["lora_r"] == {
-        "description": "Rank of the adapter.", "type": "integer", "minimum": 1, "default": 16,
+        "description": "Rank of the adapter.", "type": "integer", "minimum": 1, "maximum": 65536,
+        "default": 16,
     }  # fmt: skip
     assert properties["learning_rate"]["exclusiveMaximum"] == 1
     assert properties["overlong"]["anyOf"][0]["enum"] == ["truncate", "drop", "split", "error"]

@@ -4,17 +4,21 @@ Keys are Hugging Face's where they exist; the names that other trainers use are 
 a file is found before the first is told.
 """
 
-import difflib
-import re
+import math
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from oribi.config_hints import hint_for
+from oribi.config_yaml import YamlReader, compose, read_text, value_of
 from oribi.errors import ConfigError
+from oribi.text import nearest, one_of, shown
+
+MOST = 2**31 - 1  # of whole numbers without a limit of their own
 
 
 def setting(
@@ -22,11 +26,18 @@ def setting(
     help: str,
     *,
     low: float | None = None,
+    high: float | None = None,
     below: float | None = None,
     choices: Iterable[str] = (),
+    same: Mapping[str, str] | None = None,
 ) -> Any:
-    """A field with its explanation and what it may be: at least `low`, below `below`, one of `choices`."""
-    limits = {"help": help, "low": low, "below": below, "choices": tuple(choices)}
+    """A field with its explanation and what it may be: from `low` to `high`, below `below`, one of `choices`.
+
+    `same` has other words for some of the choices.
+    """
+    limits = {
+        "help": help, "low": low, "high": high, "below": below, "choices": tuple(choices), "same": same or {}
+    }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=limits)
     return field(default=default, metadata=limits)
@@ -56,14 +67,15 @@ class RunConfig:
     model: str = setting("", "Hub name, local folder or GGUF file of the model")
     revision: str | None = setting(None, "Branch, tag or commit of the model on the hub")
     trust_remote_code: bool = setting(False, "Run code that the model's repository ships")
-    max_seq_length: int = setting(2048, "Longest example in tokens", low=1)
+    max_seq_length: int = setting(2048, "Longest example in tokens", low=1, high=2**24)
     load_in_4bit: bool = setting(True, "Keep frozen weights in NF4 (QLoRA)")
     dtype: str = setting(
-        "auto", "What the network computes in", choices=("auto", "bfloat16", "float16", "float32")
-    )
+        "auto", "What the network computes in", choices=("auto", "bfloat16", "float16", "float32"),
+        same={"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"},
+    )  # fmt: skip
     full_finetuning: bool = setting(False, "Train every weight instead of an adapter")
     # the adapter
-    lora_r: int = setting(16, "Rank of the adapter", low=1)
+    lora_r: int = setting(16, "Rank of the adapter", low=1, high=65536)
     lora_alpha: int = setting(16, "Scale of the adapter: alpha / r, with rsLoRA alpha / sqrt(r)", low=0)
     lora_dropout: float = setting(0.0, "Dropout before the adapter", low=0, below=1)
     target_modules: list[str] = setting(["all-linear"], "Layers that get an adapter, or all-linear")
@@ -72,7 +84,7 @@ class RunConfig:
     use_dora: bool = setting(False, "Weight-decomposed LoRA")
     gradient_checkpointing: str = setting(
         "oribi", "What is recomputed instead of kept: oribi chooses by free memory, memory as much as can be, false nothing",
-        choices=("oribi", "memory", "balanced", "speed", "true", "false"),
+        choices=("oribi", "memory", "balanced", "speed", "true", "false"), same={"auto": "oribi", "unsloth": "oribi"},
     )  # fmt: skip
     # the data
     dataset: list[str] = setting([], "Files or hub data sets to train on")
@@ -90,10 +102,10 @@ class RunConfig:
         choices=("truncate", "drop", "split", "error"),
     )  # fmt: skip
     packing: bool = setting(True, "Fill rows of max_seq_length with several examples each")
-    dataset_num_proc: int | None = setting(None, "Processes that prepare the data", low=1)
+    dataset_num_proc: int | None = setting(None, "Processes that prepare the data", low=1, high=1024)
     # the training
     output_dir: str = setting("runs/latest", "Folder of the run")
-    num_train_epochs: float = setting(1.0, "Passes over the data", low=0)
+    num_train_epochs: float = setting(1.0, "Passes over the data", low=0, high=1e6)
     max_steps: int = setting(-1, "Optimizer steps; overrides num_train_epochs if positive", low=-1)
     per_device_train_batch_size: int = setting(2, "Rows a micro-batch", low=1)
     per_device_eval_batch_size: int = setting(8, "Rows a batch of evaluation", low=1)
@@ -126,8 +138,9 @@ class RunConfig:
     report_to: list[str] = setting(["none"], "Trackers", choices=TRACKERS)
     # what is saved
     save_method: list[str] = setting(
-        ["lora"], "Forms in which the model is saved", choices=("lora", "merged_16bit", "merged_4bit")
-    )
+        ["lora"], "Forms in which the model is saved", choices=("lora", "merged_16bit", "merged_4bit"),
+        same={"adapter": "lora", "merged": "merged_16bit"},
+    )  # fmt: skip
     quantization_method: list[str] = setting([], "GGUF files to write, e.g. q8_0 or q4_k_m")
 
     report: bool = setting(True, "Measure the model before and after, and write report.html and report.md")
@@ -199,13 +212,13 @@ class Problem:
     allowed: str
 
 
-class YamlReader(yaml.SafeLoader):
-    """YAML as people write it: 2e-4 is a number (YAML 1.1 asks for 2.0e-4)."""
+@dataclass
+class Given:
+    """A setting as it was given: under which name, on which line of the file, and what."""
 
-
-YamlReader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+    name: str
+    line: int | None
+    value: Any
 
 
 def read_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple[RunConfig, list[str]]:
@@ -227,21 +240,24 @@ def read_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple[Run
     given = _resolve([] if path is None else _read_file(Path(path), problems), problems, notes)
     given |= _resolve(_read_flags(list(flags), problems), problems, notes)
     config = RunConfig()
-    for key, (line, value) in given.items():
-        converted, expected = _checked(key, value)
-        if expected is not None and value is True and line is None:
-            problems.append(Problem(line, f"--{key}", f"its value is missing; {expected}"))
+    for key, one in given.items():
+        converted, expected = _checked(key, one.value)
+        if expected is not None and one.value is True and one.line is None:
+            problems.append(Problem(one.line, f"--{one.name}", f"its value is missing; {expected}"))
         elif expected is not None:
-            problems.append(Problem(line, f"{key} = {value}", expected))
+            problems.append(Problem(one.line, f"{one.name} = {shown(one.value)}", expected))
         else:
             setattr(config, key, converted)
+    if config.full_finetuning:  # defaults of an adapter mean nothing
+        config.load_in_4bit &= "load_in_4bit" in given
+        config.save_method = config.save_method if "save_method" in given else ["merged_16bit"]
     problems += _contradictions(config, given)
     if problems:
         raise ConfigError(_report(origin, problems))
     return config, notes
 
 
-def _read_file(path: Path, problems: list[Problem]) -> list[tuple[str, int, Any]]:
+def _read_file(path: Path, problems: list[Problem]) -> list[Given]:
     if path.is_dir():
         own = path / "config.yaml"
         raise ConfigError(
@@ -252,36 +268,50 @@ def _read_file(path: Path, problems: list[Problem]) -> list[tuple[str, int, Any]
         raise ConfigError(
             f"{path} is no config: a config is a YAML file, and `oribi init MODEL DATA` writes one"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-        loader = YamlReader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return []
-            if not isinstance(node, yaml.MappingNode):
-                raise ConfigError(f"{path}: expected lines of 'key: value', got a {node.id}")
-            entries = []
-            for key, value in node.value:
-                name, line = str(loader.construct_object(key)), key.start_mark.line + 1
-                if isinstance(value, yaml.MappingNode):
-                    problems.append(
-                        Problem(line, f"{name}: ...", "the file is flat; write its keys one level up")
-                    )
-                    continue
-                entries.append((name, line, loader.construct_object(value, deep=True)))
-            return entries
-        finally:
-            loader.dispose()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: no valid YAML: {getattr(error, 'problem', error)}") from error
+    reader, node = compose(read_text(path), str(path))
+    if node is None:
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected lines of 'key: value', got a {node.id}")
+    entries = []
+    for key, value in node.value:
+        name, line = (
+            str(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}",
+            key.start_mark.line + 1,
+        )
+        if name == "<<":
+            problems.append(Problem(line, "<<", "merge keys are not read; write the settings out"))
+        elif not isinstance(key, yaml.ScalarNode):
+            problems.append(Problem(line, name, "a key is one word"))
+        elif isinstance(value, yaml.MappingNode):
+            problems.append(Problem(line, f"{name}: ...", "the file is flat; write its keys one level up"))
+        else:
+            entries.append(Given(name, line, _value(reader, value, name, str(path))))
+    return entries
 
 
-def _read_flags(flags: list[str], problems: list[Problem]) -> list[tuple[str, None, Any]]:
+def _value(reader: YamlReader, node: yaml.Node, name: str, origin: str) -> Any:
+    """A node's value; for settings that are words, the words as they are written, not what YAML makes of 1.0 or no."""
+    if not _is_words(ALIASES.get(name, name)):
+        return value_of(reader, node, origin)
+    value = value_of(reader, node, origin)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(reader, child, name, origin) for child in node.value]
+    return value if value is None or not isinstance(node, yaml.ScalarNode) else node.value
+
+
+def _is_words(key: str) -> bool:
+    """Whether a setting is a name or names; one that may be true or false as well is read as YAML."""
+    kind = get_type_hints(RunConfig).get(key)
+    words = kind is not None and any(str in (option, *get_args(option)) for option in (kind, *get_args(kind)))
+    return words and "true" not in _limits(key)["choices"]
+
+
+def _limits(key: str) -> Mapping[str, Any]:
+    return next(f.metadata for f in fields(RunConfig) if f.name == key)
+
+
+def _read_flags(flags: list[str], problems: list[Problem]) -> list[Given]:
     entries = []
     while flags:
         flag = flags.pop(0)
@@ -289,43 +319,50 @@ def _read_flags(flags: list[str], problems: list[Problem]) -> list[tuple[str, No
             problems.append(Problem(None, flag, "flags are written --key value"))
             continue
         key, equals, text = flag[2:].partition("=")
-        if not equals:
-            values = []
-            while flags and not flags[0].startswith("--"):
-                values.append(flags.pop(0))
-            text = "true" if not values else values[0] if len(values) == 1 else f"[{', '.join(values)}]"
-        try:
-            value = yaml.load(text, Loader=YamlReader)  # noqa: S506 (a SafeLoader)
-        except yaml.YAMLError:
-            value = text  # a name with braces, say; its setting says whether it will do
-        entries.append((key.replace("-", "_"), None, value))
+        key = key.replace("-", "_")
+        words = [text] if equals else []
+        while not equals and flags and not flags[0].startswith("--"):
+            words.append(flags.pop(0))
+        values = [_flag_value(word, key) for word in words]
+        entries.append(Given(key, None, True if not values else values[0] if len(values) == 1 else values))
     return entries
 
 
-def _resolve(
-    entries: list[tuple[str, int | None, Any]], problems: list[Problem], notes: list[str]
-) -> dict[str, tuple[int | None, Any]]:
-    """Entries by their name here; an entry without value counts as not given."""
+def _flag_value(word: str, name: str) -> Any:
+    try:
+        reader, node = compose(word, "flags")
+        return None if node is None else _value(reader, node, name, "flags")
+    except ConfigError:
+        return word  # a name with braces, say; its setting says whether it will do
+
+
+def _resolve(entries: list[Given], problems: list[Problem], notes: list[str]) -> dict[str, Given]:
+    """Entries by their key; an entry without value counts as not given."""
     known = [f.name for f in fields(RunConfig)]
-    found: dict[str, tuple[int | None, Any]] = {}
-    written: dict[str, str] = {}
-    for name, line, value in entries:
-        key = ALIASES.get(name, name)
+    found: dict[str, Given] = {}
+    for one in entries:
+        key = ALIASES.get(one.name, one.name)
         if key not in known:
-            near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(Problem(line, name, f"unknown key{hint}"))
+            near = nearest(one.name, [*known, *ALIASES])
+            advice = hint_for(one.name) or (f"did you mean {ALIASES.get(near, near)}?" if near else "")
+            problems.append(Problem(one.line, one.name, f"unknown key{f'; {advice}' if advice else ''}"))
             continue
-        if key in found and found[key][1] != value:
-            other = written[key]
-            why = "given twice" if other == name else f"means the same as {other}"
-            problems.append(Problem(line, f"{name} = {value}", f"{why}, which is {found[key][1]}; keep one"))
+        if key in found and found[key].value != one.value:
+            first = found[key]
+            where = f" on line {first.line}" if first.line else ""
+            why = "given twice" if first.name == one.name else f"means the same as {first.name}"
+            problems.append(
+                Problem(
+                    one.line,
+                    f"{one.name} = {shown(one.value)}",
+                    f"{why}, {shown(first.value)}{where}; keep one",
+                )
+            )
             continue
-        if name != key:
-            notes.append(f"{name} read as {key}")
-        if value is not None:
-            found[key] = (line, value)
-            written[key] = name
+        if one.name != key:
+            notes.append(f"{one.name} read as {key}")
+        if one.value is not None:
+            found[key] = one
     return found
 
 
@@ -336,73 +373,81 @@ def problem_with(key: str, value: Any) -> str | None:
 
 def _checked(key: str, value: Any) -> tuple[Any, str | None]:
     """The value as its setting's type, and what is allowed if it is not."""
-    converted, expected = _convert(value, get_type_hints(RunConfig)[key])
-    limits = next(f.metadata for f in fields(RunConfig) if f.name == key)
-    return converted, expected or _outside(converted, limits)
+    limits = _limits(key)
+    converted, expected = _convert(value, get_type_hints(RunConfig)[key], limits)
+    expected = expected or _outside(converted, limits)
+    if expected is not None and isinstance(value, str) and not _is_words(key):
+        unquoted = _flag_value(value, key)
+        if not isinstance(unquoted, str) and _checked(key, unquoted)[1] is None:
+            expected += "; write it without the quotes"
+    return converted, expected
 
 
-def _convert(value: Any, kind: Any) -> tuple[Any, str | None]:
+def _convert(value: Any, kind: Any, limits: Mapping[str, Any]) -> tuple[Any, str | None]:
     """The value as its field's type, or what was expected instead."""
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     kind = next(option for option in options if option is not type(None))
     if get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
-        return (
-            ([str(item) for item in items], None)
-            if _plain(items)
-            else (None, "must be a name or a list of names")
+        found = [_convert(item, str, limits) for item in items]
+        problem = next((problem for _, problem in found if problem), None)
+        return [item for item, _ in found], problem and problem.replace(
+            "one name", "a name or a list of names"
         )
     if kind is bool:
         return (value, None) if isinstance(value, bool) else (None, "must be true or false")
     if kind is str:
-        text = str(value).lower() if isinstance(value, bool) else value
-        return (str(text), None) if _plain([value]) else (None, "must be one name")
+        if isinstance(value, bool):
+            return (str(value).lower(), None) if "true" in limits["choices"] else (None, "must be one name")
+        return (
+            _word(str(value), limits) if isinstance(value, (str, int, float)) else (None, "must be one name")
+        )
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
-        return (int(value), None) if number and value == int(value) else (None, "must be a whole number")
-    return (float(value), None) if number else (None, "must be a number")
+        whole = number and (isinstance(value, int) or (math.isfinite(value) and value == int(value)))
+        return (int(value), None) if whole else (None, "must be a whole number")
+    finite = number and (isinstance(value, float) or value.bit_length() < 1000) and math.isfinite(value)
+    return (float(value), None) if finite else (None, "must be a number")
 
 
-def _plain(items: list[Any]) -> bool:
-    return all(isinstance(item, (str, int, float)) for item in items)
+def _word(text: str, limits: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    if not text.strip():
+        return None, "is empty; write one name, or leave the line out"
+    if not text.isprintable():  # names of files with a NUL, say
+        return None, "must be one name without control characters"
+    return limits["same"].get(text.lower(), text), None
 
 
-def _outside(value: Any, limits: Any) -> str | None:
+def _outside(value: Any, limits: Mapping[str, Any]) -> str | None:
     """What is allowed, if the value is not."""
-    if limits["choices"]:
-        items = value if isinstance(value, list) else [value]
-        if any(item not in limits["choices"] for item in items):
-            allowed = limits["choices"]
-            return (
-                f"must be one of {', '.join(allowed)}"
-                if len(allowed) > 2
-                else f"must be {' or '.join(allowed)}"
-            )
+    if limits["choices"] and value is not None:
+        wrong = [
+            item for item in (value if isinstance(value, list) else [value]) if item not in limits["choices"]
+        ]
+        if wrong:
+            return one_of(wrong[0], limits["choices"])
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        high = MOST if limits["high"] is None and isinstance(value, int) else limits["high"]
         if limits["low"] is not None and not value >= limits["low"]:
             return f"must be at least {limits['low']:g}"
         if limits["below"] is not None and not value < limits["below"]:
             return f"must be below {limits['below']:g}"
+        if high is not None and not value <= high:
+            return f"must be at most {high:,}"
     return None
 
 
-def _contradictions(config: RunConfig, given: dict[str, tuple[int | None, Any]]) -> list[Problem]:
-    def at(key: str) -> int | None:
-        return given[key][0] if key in given else None
-
+def _contradictions(config: RunConfig, given: dict[str, Given]) -> list[Problem]:
     found = [
-        Problem(None, name, "missing; every run needs it")
-        for name in ("model", "dataset")
-        if name not in given
+        Problem(None, key, "missing; every run needs it") for key in ("model", "dataset") if key not in given
     ]
-    if config.full_finetuning and config.load_in_4bit and "load_in_4bit" in given:
-        found.append(
-            Problem(
-                at("load_in_4bit"),
-                "load_in_4bit = true",
-                "4-bit weights cannot be trained; full_finetuning needs false",
-            )
-        )
+
+    def refuse(key: str, why: str) -> None:
+        one = given.get(key, Given(key, None, getattr(config, key)))
+        found.append(Problem(one.line, f"{one.name} = {shown(one.value)}", why))
+
+    if config.full_finetuning and config.load_in_4bit:
+        refuse("load_in_4bit", "4-bit weights cannot be trained; full_finetuning needs false")
     against = {
         "full_finetuning": config.full_finetuning,
         "lora_dropout": config.lora_dropout > 0,
@@ -411,35 +456,17 @@ def _contradictions(config: RunConfig, given: dict[str, tuple[int | None, Any]])
     }
     if config.fp8 and any(against.values()):
         names = " and ".join(name for name, stands in against.items() if stands)
-        found.append(
-            Problem(at("fp8"), "fp8 = true", f"takes plain LoRA without dropout in bfloat16; change {names}")
-        )
+        refuse("fp8", f"takes plain LoRA without dropout in bfloat16; change {names}")
     if config.eval_dataset and config.eval_fraction:
-        found.append(
-            Problem(
-                at("eval_fraction"),
-                f"eval_fraction = {config.eval_fraction}",
-                "eval_dataset is given already",
-            )
-        )
+        refuse("eval_fraction", "eval_dataset is given already")
     if config.eval_steps and not (config.eval_dataset or config.eval_fraction):
-        found.append(
-            Problem(
-                at("eval_steps"), f"eval_steps = {config.eval_steps}", "needs eval_dataset or eval_fraction"
-            )
-        )
+        refuse("eval_steps", "needs eval_dataset or eval_fraction")
     if config.num_train_epochs == 0 and config.max_steps < 1:
-        found.append(Problem(at("num_train_epochs"), "num_train_epochs = 0", "must be above 0"))
+        refuse("num_train_epochs", "must be above 0")
     if config.max_steps == 0:
-        found.append(
-            Problem(at("max_steps"), "max_steps = 0", "must be positive, or -1 to train num_train_epochs")
-        )
-    if config.full_finetuning and "lora" in config.save_method and "save_method" in given:
-        found.append(
-            Problem(
-                at("save_method"), "save_method = lora", "full_finetuning has no adapter; use merged_16bit"
-            )
-        )
+        refuse("max_steps", "must be positive, or -1 to train num_train_epochs")
+    if config.full_finetuning and "lora" in config.save_method:
+        refuse("save_method", "full_finetuning has no adapter; use merged_16bit")
     return found
 
 

@@ -37,9 +37,11 @@ def _property(kind: Any, limits: Any) -> dict[str, Any]:
     bounds = {}
     if limits["low"] is not None:
         bounds["minimum"] = limits["low"]
+    if limits["high"] is not None:
+        bounds["maximum"] = limits["high"]
     if limits["below"] is not None:
         bounds["exclusiveMaximum"] = limits["below"]
-    choices = list(limits["choices"])
+    choices = [*limits["choices"], *limits["same"]]
     if get_origin(kind) is list:
         item = {"enum": choices} if choices else {"type": "string"}
         shape: dict[str, Any] = {

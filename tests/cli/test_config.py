@@ -89,15 +89,15 @@ def test_all_problems_come_at_once_with_their_lines(read):
         "line 3: learning_rte unknown key; did you mean learning_rate?",
         "line 4: lora_r = 0 must be at least 1",
         "line 5: lora_dropout = 1.5 must be below 1",
-        "line 6: warmup_steps = soon must be a number",
-        "line 7: overlong = cut must be one of truncate, drop, split, error",
+        "line 6: warmup_steps = 'soon' must be a number",
+        "line 7: overlong = 'cut' must be one of truncate, drop, split, error",
         "line 8: packing = 3 must be true or false",
     ]
 
 
 def test_two_names_of_one_setting_may_not_differ(read):
     found = problems(read, "lora_r: 8\nlora_rank: 16\n")
-    assert "line 4: lora_rank = 16 means the same as lora_r, which is 8; keep one" in found
+    assert "line 4: lora_rank = 16 means the same as lora_r, 8 on line 3; keep one" in found
     assert "given twice" in problems(read, "lora_r: 8\nlora_r: 16\n")
     assert read("lora_r: 8\nlora_rank: 8\n")[0].lora_r == 8
 

@@ -6,9 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from oribi.config import YamlReader
+from oribi.config_yaml import parse, read_text
 from oribi.errors import ConfigError
 
 
@@ -21,20 +19,19 @@ def read_entries(path: Path) -> tuple[list[str], dict[str, Any]]:
     Raises:
         ConfigError: the file cannot be read, is no YAML or JSON, or its flags cannot be known without running it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    text = read_text(path)
     return _read_flags(path, text) if path.suffix == ".sh" else ([], _read_mapping(path, text))
 
 
 def _read_mapping(path: Path, text: str) -> dict[str, Any]:
     try:
-        entries = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=YamlReader)  # noqa: S506
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else getattr(error, "lineno", None)
-        raise ConfigError(f"{path}{f':{line}' if line else ''}: no valid YAML or JSON") from error
+        entries = json.loads(text) if path.suffix == ".json" else parse(text, str(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: no valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: no valid JSON: {error}") from error
     if not isinstance(entries, dict) or not entries:
         raise ConfigError(f"{path}: expected lines of 'key: value'")
     return {str(key): value for key, value in entries.items()}
@@ -76,6 +73,6 @@ def _read_flags(path: Path, text: str) -> tuple[list[str], dict[str, Any]]:
 
 def _value(word: str) -> Any:
     try:
-        return None if word == "None" else yaml.load(word, Loader=YamlReader)  # noqa: S506
-    except yaml.YAMLError:
+        return None if word == "None" else parse(word, "flags")
+    except ConfigError:
         return word  # a name with braces, say

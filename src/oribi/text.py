@@ -1,0 +1,46 @@
+"""Words for people: the nearest of the allowed names, and values as messages show them."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_SHOWN = 80  # characters of a value in a message
+
+
+def nearest(word: Any, allowed: Iterable[str]) -> str | None:
+    """The allowed name that was probably meant; case, dashes, dots and underscores do not count."""
+    meant, names = _bare(str(word)[:_SHOWN]), {}
+    for name in allowed:
+        names.setdefault(_bare(name), name)
+    begun = [bare for bare in names if len(meant) > 2 and bare.startswith(meant)]
+    found = begun or difflib.get_close_matches(meant, names, n=1)
+    return names[found[0]] if found else None
+
+
+def one_of(word: Any, allowed: Iterable[str]) -> str:
+    """What may be written instead of a word: the nearest name; all of them where they are few or none is near."""
+    names = list(allowed)
+    near = nearest(word, names)
+    if near is not None and len(names) > 5:
+        return f"did you mean {near}?"
+    listed = " or ".join(names) if len(names) < 3 else f"one of {', '.join(names)}"
+    return f"must be {listed}" + (f"; did you mean {near}?" if near is not None else "")
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: Python's repr, except true, false and null, cut off where it is long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, dict)):
+        text = "a list" if isinstance(value, list) else "keys with values"
+        # a list may hold itself many times over, so its repr may have any length
+        parts = [shown(item) for item in value[:4]] if isinstance(value, list) else []
+        text = f"[{', '.join(parts)}{', ...' if len(value) > 4 else ''}]" if parts else text
+    else:
+        text = repr(value) if not isinstance(value, int) or value.bit_length() < 256 else "a huge number"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[-_. ]", "", name.casefold())
