@@ -87,7 +87,7 @@ from oribi.lora.attach import attach_lora
 from oribi.save import save_merged
 from oribi.selftest.subject import Subject
 from oribi.train.guard import LossGuard
-from oribi.train.sharding import is_sharded, sharded
+from oribi.train.sharding import is_sharded, own_bytes, sharded
 
 def load():
     model, _ = load_model(
@@ -115,7 +115,7 @@ assert not is_sharded(model)
 whole = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 wrapped = sharded(model, model.get_base_model(), torch.device("cpu"))
 assert is_sharded(model)
-own = sum(p.to_local().nbytes for p in model.parameters() if not p.requires_grad)
+own = own_bytes(model.get_base_model())
 errors = []
 for _ in range(2):  # DDP takes the mean over the processes
     found = gradients(wrapped, rows[dist.get_rank() :: 2], targets / 2)

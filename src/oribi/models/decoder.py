@@ -152,6 +152,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.embedding_scale = config.hidden_size**0.5 if family.embedding_scale else 1.0
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
         self.host_memory: HostMemory | None = None
+        self.shards: object | None = None  # set by `train.sharding` where processes share the layers' weights
         self.post_init()
 
     def forward(

@@ -89,7 +89,7 @@ def plain_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         ExportError: the weight is quantised in another way, sharded, or has no storage.
     """
-    if type(tensor).__name__ == "DTensor":
+    if type(tensor).__name__ == "DTensor" or getattr(tensor, "is_sharded", False):
         raise ExportError(
             f"{name} is sharded over several processes. Save the adapter (save_pretrained), and export it from one process "
             "that loads it without fsdp"

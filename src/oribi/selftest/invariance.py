@@ -5,10 +5,6 @@ divided by its targets once; in float64, and what it errs in float32 itself is t
 (deep models).
 """
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +21,7 @@ from oribi.data.collate import PackCollator
 from oribi.data.packing import pack
 from oribi.models.fused_layer import POLICIES
 from oribi.selftest.check import Check, broken
+from oribi.selftest.processes import run_together
 from oribi.selftest.subject import LONGEST, Subject, reference_of
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
@@ -33,7 +30,6 @@ from oribi.train.trainer import SFTTrainer
 GROUP = "a step's gradients"
 LIMITS = {"cpu": 1e-5, "cuda": 1e-4}  # relative, float32; a GPU sums in another order in every kernel
 ROWS = 8
-RANK_SECONDS = 600  # two processes that wait for each other are stopped then
 
 
 @dataclass
@@ -220,28 +216,6 @@ def steps_of_ranks(subject: Subject, folder: Path, ranks: int = 2) -> Step:
         RuntimeError: a process failed; the message ends with what it said.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": str(max(torch.get_num_threads() // ranks, 1)),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "oribi.selftest.rank", subject.path, str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=RANK_SECONDS)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, said) in enumerate(zip(processes, errors)):
-        if process.returncode:
-            raise RuntimeError(f"process {rank} ended with {process.returncode}: {said.strip()[-600:]}")
+    run_together(["-m", "oribi.selftest.rank", subject.path, str(folder)], ranks)
     saved = load_file(folder / "step.safetensors")
     return Step(saved.pop("loss").item(), saved)

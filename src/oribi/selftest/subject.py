@@ -91,8 +91,8 @@ def quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def write_small_model(folder: Path) -> Path:
-    """A random llama of two layers with a byte tokenizer, as a checkpoint in `folder`."""
+def write_small_model(folder: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> Path:
+    """A random llama with a byte tokenizer, as a checkpoint in `folder`: of two layers, unless `sizes` of its config differ."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<pad>", "<s>", "</s>", *alphabet]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
@@ -101,17 +101,18 @@ def write_small_model(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    small = {
+        "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    config = LlamaConfig(**{**small, **sizes}, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     generator = torch.Generator().manual_seed(3)
     model = build(config, device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             center = 1.0 if "norm" in name else 0.0
             parameter.normal_(center, 0.1, generator=generator)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

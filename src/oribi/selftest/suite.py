@@ -8,6 +8,7 @@ import torch
 
 from oribi.models.request import choose_device
 from oribi.selftest.check import Check
+from oribi.selftest.codes import check_codes
 from oribi.selftest.files import check_files
 from oribi.selftest.invariance import check_steps
 from oribi.selftest.kernels import check_kernels
@@ -43,4 +44,5 @@ def selftest(
 def _all(subject: Subject, folder: Path) -> Iterator[Check]:
     yield from check_kernels(torch.device(choose_device(subject.device)))
     yield from check_steps(subject, folder)
+    yield from check_codes()
     yield from check_files(subject, folder)

@@ -1,16 +1,17 @@
 """Frozen weights sharded over the processes of a training, trained ones whole on each: `fsdp = True`.
 
 A QLoRA run's memory is its frozen weights; adapters with their gradients and optimizer states are a hundredth of them. So
-PyTorch's `fully_shard` (FSDP2) splits what is frozen, 4-bit codes included, and `DistributedDataParallel` averages the
-gradients of what is trained. Optimizer, clipping, checkpoints and saved adapters are those of any other run, which goes
-on with another number of processes, sharded or not. The scales of 4-bit weights, a thirtieth of them, stay whole.
+`LayerShards` splits the layers as bytes, PyTorch's `fully_shard` (FSDP2) splits embedding and head, and
+`DistributedDataParallel` averages the gradients of what is trained. Optimizer, clipping, checkpoints and saved adapters
+are those of any other run, which goes on with another number of processes, sharded or not. The scales of 4-bit weights,
+a thirtieth of them, stay whole.
 
-Accelerate's own FSDP shards on GPUs only, and leaves out codes that are stored as bytes.
+Accelerate's own FSDP shards on GPUs only, and leaves out codes that are stored as bytes. PyTorch's refuses them before
+2.13, and copies them wrongly on GPUs as a floating dtype.
 """
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.layers import DecoderLayer
 from oribi.models.projections import read
 from oribi.train.arguments import SFTConfig
+from oribi.train.layer_shards import LayerShards
 
 logger = logging.getLogger(__name__)
 
@@ -131,39 +133,21 @@ def _shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> 
     whole_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     for parameter in trained:
         dist.broadcast(parameter.data, src=0)
-    processes = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (processes,))
-    states = dict(_take_scales(base, device))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = [module for module in base.modules() if isinstance(module, DecoderLayer)]
-    for module in (*layers, base):
-        # embedding and head too: one process that saves alone would give up what the others still hold gathered
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(trained))
-    # gathered once: the whole codes are the same tensor object ever after, and carry their scales
-    for layer in layers:
-        layer.unshard()
-        for module in layer.modules():
-            if module in states:
-                module.weight.quant_state = states[module]
-        layer.reshard()
-    # a layer's output is never written over, which this is about
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    own_bytes = sum(p.to_local().nbytes for p in model.parameters() if not p.requires_grad)
+    base.model.shards = LayerShards(layers, device, mesh.get_group())
+    ignored = {*trained, *(p for layer in layers for p in layer.parameters())}
+    # embedding and head, which hold floating-point values and no codes
+    fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
     logger.info(
-        "frozen weights are sharded: %.0f of %.0f MiB on each of %d processes",
-        own_bytes / 2**20, whole_bytes / 2**20, processes,
+        "frozen weights are sharded: %.0f of %.0f MiB on each of %d processes, and two layers whole",
+        own_bytes(base) / 2**20, whole_bytes / 2**20, mesh.size(),
     )  # fmt: skip
 
 
-def _take_scales(base: nn.Module, device: torch.device) -> Iterator[tuple[nn.Module, object]]:
-    """Makes plain 16-bit tensors of the codes of 4-bit weights; yields each module and its quantisation state.
+def own_bytes(base: DecoderForCausalLM) -> int:
+    """What this process keeps of the sharded weights: its part of the layers, and of embedding and head."""
+    from torch.distributed.tensor import DTensor
 
-    Before PyTorch 2.13 `fully_shard` takes no bytes, and it does nothing with values but copy them.
-    """
-    for module in base.modules():
-        # PEFT's layers pass on the weight of the one inside them
-        state = getattr(module.weight, "quant_state", None) if isinstance(module, nn.Linear) else None
-        if state is not None:
-            state.to(device)
-            codes = module.weight.detach().as_subclass(torch.Tensor)
-            module.weight = nn.Parameter(codes.view(-1).view(torch.bfloat16), requires_grad=False)
-            yield module, state
+    ends = sum(p.to_local().nbytes for p in base.parameters() if isinstance(p, DTensor))
+    return base.model.shards.own_bytes + ends

@@ -1,0 +1,101 @@
+"""One process, DDP and sharded processes train the same on two GPUs, and sharded codes arrive as they were loaded.
+
+python -m pytest -m gpu -s tests/train/test_two_gpus.py     prints the table
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from oribi.errors import TrainingError
+from oribi.selftest.codes import check_codes, decoder_of_all_words
+from oribi.selftest.processes import run_together
+from oribi.selftest.subject import write_small_model
+from oribi.train import layer_shards
+from oribi.train.layer_shards import LayerShards
+
+TWO_GPUS = torch.cuda.device_count() > 1
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not TWO_GPUS, reason="needs two CUDA devices")]
+ABOUT_1B = {
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 2048,
+}  # fmt: skip
+HEAD = f"{'model':6} {'weights':7} {'mode':8} {'first loss':>10} {'last loss':>10} {'first norm':>10} {'tokens/s':>9} {'own MiB':>8} {'peak MiB':>9} changed layers"
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="torch.distributed with gloo is tested on POSIX")
+
+
+@posix
+@pytest.mark.slow
+def test_codes_that_hold_every_word_are_gathered_byte_for_byte():
+    checks = list(check_codes())
+    assert len(checks) == (2 if TWO_GPUS else 1)
+    for check in checks:
+        assert check.passed, check.note
+
+
+@posix
+def test_a_gathered_layer_that_differs_from_the_loaded_one_stops_the_run(tmp_path, monkeypatch):
+    """A NaN among 16-bit floats becomes another NaN, as PyTorch's own copy makes of it on GPUs."""
+    real = layer_shards._all_gather
+
+    def as_floats(whole, own, **options):
+        work = real(whole, own, **options)
+        work.wait()
+        values = whole.view(torch.bfloat16)
+        values[values.isnan()] = float("nan")
+        return work
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        layers = list(decoder_of_all_words().model.layers)
+        LayerShards(layers, torch.device("cpu"), dist.group.WORLD)
+        monkeypatch.setattr(layer_shards, "_all_gather", as_floats)
+        layers = list(decoder_of_all_words().model.layers)
+        with pytest.raises(TrainingError, match="layers 0, 1, 2 gathered from 1 processes differ"):
+            LayerShards(layers, torch.device("cpu"), dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def compare(
+    tmp_path, name: str, bits: str, device: str, modes=("one", "ddp", "sharded"), **sizes: int
+) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    path = write_small_model(tmp_path / "model", dtype, **sizes)
+    found = {}
+    print(f"\n{HEAD}")
+    for mode in modes:
+        command = ["-m", "tests.train.two_gpus", str(path), str(tmp_path / mode), mode, bits, device]
+        said = run_together(command, 1 if mode == "one" else 2, on_gpus=device == "cuda")
+        found[mode] = run = json.loads(said.splitlines()[-1])
+        print(
+            f"{name:6} {bits:7} {mode:8} {run['losses'][0]:10.5f} {run['losses'][-1]:10.5f} {run['norms'][0]:10.5f} "
+            f"{run['tokens_per_second']:9.0f} {run['own_mib']:8.1f} {run['peak_mib']:9.0f} "
+            f"{run['changed_layers']} of {run['layers']}"
+        )
+    assert [mode for mode, run in found.items() if run["sharded"]] == ["sharded"]
+    for mode, run in found.items():
+        assert run["changed_layers"] == 0, mode
+        assert run["losses"][0] == pytest.approx(found["one"]["losses"][0], abs=1e-3), mode
+        assert run["norms"][0] == pytest.approx(found["one"]["norms"][0], rel=2e-3), mode
+        assert run["losses"][-1] == pytest.approx(found["one"]["losses"][-1], rel=2e-3), mode
+    assert found["sharded"]["own_mib"] < 0.6 * found["one"]["own_mib"]
+
+
+@posix
+@pytest.mark.slow
+def test_one_process_and_shards_train_the_same_on_a_cpu(tmp_path):
+    compare(tmp_path, "tiny", "nf4", "cpu", ("one", "sharded"), max_position_embeddings=512)
+
+
+@pytest.mark.parametrize("bits", ["nf4", "16bit"])
+@pytest.mark.parametrize(("name", "sizes"), [("tiny", {"max_position_embeddings": 512}), ("1B", ABOUT_1B)])
+class TestTwoGpus:
+    pytestmark = gpu
+
+    def test_one_process_ddp_and_shards_train_the_same(self, tmp_path, name, sizes, bits):
+        compare(tmp_path, name, bits, "cuda", **sizes)

@@ -1,0 +1,93 @@
+"""One training of test_two_gpus.py: `python -m tests.train.two_gpus MODEL FOLDER one|ddp|sharded nf4|16bit cpu|cuda`.
+
+The first process prints what it found as a line of JSON.
+"""
+
+import hashlib
+import json
+import random
+import sys
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from oribi.lora.attach import attach_lora
+from oribi.models.load import load_model
+from oribi.train.arguments import SFTConfig
+from oribi.train.progress import Progress
+from oribi.train.sharding import own_bytes
+from oribi.train.trainer import SFTTrainer
+
+STEPS, ROWS_PER_STEP, LONGEST = 6, 4, 256
+
+
+def rows(vocab_size: int) -> Dataset:
+    """As many rows of random ids as the steps take; half of each is trained."""
+    draw = random.Random(7)
+    found = []
+    for _ in range(STEPS * ROWS_PER_STEP):
+        ids = [draw.randrange(3, vocab_size) for _ in range(draw.randint(LONGEST // 2, LONGEST))]
+        half = len(ids) // 2
+        found.append({"input_ids": ids, "labels": [-100] * half + ids[half:]})
+    return Dataset.from_list(found)
+
+
+def fingerprints(decoder: nn.Module) -> list[str]:
+    """A hash of each layer's frozen matrices; those of a sharded model are gathered one layer at a time."""
+    found = []
+    for index, layer in enumerate(decoder.model.layers):
+        if decoder.model.shards is not None:
+            decoder.model.shards.gather(index)
+        digest = hashlib.sha256()
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and "lora_" not in name:
+                weight = module.weight.detach().as_subclass(torch.Tensor).contiguous().view(-1)
+                digest.update(weight.view(torch.uint8).cpu().numpy())
+        found.append(digest.hexdigest())
+    return found
+
+
+def main(path: str, folder: str, mode: str, bits: str, device: str) -> None:
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    model, tokenizer = load_model(path, dtype=dtype, load_in_4bit=bits == "nf4", max_seq_length=LONGEST)
+    loaded = fingerprints(model)
+    model = attach_lora(model, r=16, lora_alpha=16)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.02, generator=generator))
+    args = SFTConfig(
+        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=1, learning_rate=1e-4,
+        gradient_accumulation_steps=ROWS_PER_STEP if mode == "one" else ROWS_PER_STEP // 2, warmup_steps=0,
+        lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True}, fsdp=True if mode == "sharded" else None,
+    )  # fmt: skip
+    data = rows(model.get_base_model().config.vocab_size)
+    trainer = SFTTrainer(model, args, train_dataset=data, tokenizer=tokenizer)
+    trainer.remove_callback(Progress)
+    trainer.train()
+    decoder = model.get_base_model()
+    sharded = decoder.model.shards is not None
+    own = own_bytes(decoder) if sharded else sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    trained = fingerprints(decoder)
+    if args.process_index == 0:
+        log = trainer.state.log_history
+        found = {
+            "sharded": sharded,
+            "losses": [entry["loss"] for entry in log if "loss" in entry],
+            "norms": [entry["grad_norm"] for entry in log if "grad_norm" in entry],
+            "tokens_per_second": max(entry.get("tokens_per_second", 0.0) for entry in log),
+            "layers": len(loaded),
+            "changed_layers": sum(a != b for a, b in zip(loaded, trained)),
+            "own_mib": own / 2**20,
+            "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0,
+        }
+        print(json.dumps(found), flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
