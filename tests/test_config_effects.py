@@ -115,6 +115,7 @@ EFFECTS = {
     "overlong": Effect(
         "drop", lambda run: len(run.trainer.train_dataset) < ROWS, True, {"max_seq_length": 40, "packing": False}
     ),
+    "turns": Effect("split", lambda run: len(run.trainer.train_dataset), 4, {"dataset": ["TALKS"], "packing": False}),
     "packing": Effect(False, lambda run: len(run.trainer.train_dataset), ROWS),
     "output_dir": Effect(
         "ELSEWHERE", lambda run: (run.folder.name, (run.folder / "adapter").is_dir()), ("elsewhere", True)
@@ -169,6 +170,9 @@ def places(tiny_folder, tmp_path_factory) -> dict[str, str]:  # noqa: F811
     rows = some_conversations(ROWS)
     rows.to_json(folder / "rows.jsonl")
     rows.select(range(5)).to_json(folder / "other.jsonl")
+    Dataset.from_list([{"messages": row["messages"] * 2} for row in rows.to_list()[:2]]).to_json(
+        folder / "talks.jsonl"
+    )
     rows.map(lambda row: {"body": "a body of text"}).to_json(folder / "bodies.jsonl")
     DatasetDict({"train": rows, "test": Dataset.from_list(rows.to_list()[:7])}).save_to_disk(
         folder / "splits"
@@ -177,6 +181,7 @@ def places(tiny_folder, tmp_path_factory) -> dict[str, str]:  # noqa: F811
     return {
         "MODEL": str(tiny_folder), "OTHER_MODEL": str(folder / "other"), "ROWS": str(folder / "rows.jsonl"),
         "OTHER_ROWS": str(folder / "other.jsonl"), "BODIES": str(folder / "bodies.jsonl"),
+        "TALKS": str(folder / "talks.jsonl"),
         "SPLITS": str(folder / "splits"), "ELSEWHERE": str(folder / "elsewhere"), "STOPPED": str(folder / "stopped"),
     }  # fmt: skip
 

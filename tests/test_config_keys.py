@@ -42,6 +42,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "chat_template": {"chat_template": "chatml"},
     "train_on_responses_only": {"train_on_responses_only": False},
     "overlong": {"overlong": "drop"},
+    "turns": {"turns": "split"},
     "packing": {"packing": False},
     "dataset_num_proc": {"dataset_num_proc": 3},
     "output_dir": {"output_dir": "elsewhere"},

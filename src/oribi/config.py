@@ -101,6 +101,10 @@ class RunConfig:
         None, "Examples above max_seq_length; none splits text files and truncates otherwise",
         choices=("truncate", "drop", "split", "error"),
     )  # fmt: skip
+    turns: str = setting(
+        "whole", "Conversations as whole examples, or split into one example per assistant turn, each with its thought",
+        choices=("whole", "split"),
+    )  # fmt: skip
     packing: bool = setting(True, "Fill rows of max_seq_length with several examples each")
     dataset_num_proc: int | None = setting(None, "Processes that prepare the data", low=1, high=1024)
     # the training

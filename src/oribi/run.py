@@ -104,6 +104,7 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, Prepared
             split=config.split,
             train_on="responses" if config.train_on_responses_only else "everything",
             overlong=config.overlong,
+            turns=config.turns,
             text_field=config.dataset_text_field,
             num_proc=config.dataset_num_proc,
         )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from oribi.data.conversations import from_messages
 from oribi.data.encoding import UNTRAINED, Encoder
-from oribi.data.masking import Masker
+from oribi.data.masking import BARE, BARE_ROW, Masker
 from oribi.data.rendering import ChatTemplate
 from oribi.data.templates import get_chat_template
 from oribi.errors import DataError
@@ -139,12 +139,121 @@ def test_a_question_that_quotes_an_answer_is_not_trained(chatml_tokenizer):
     assert spans == ["An answer.<|im_end|>"]
 
 
-def test_thinking_that_the_template_leaves_out_is_reported(family_tokenizer):
-    get_chat_template(family_tokenizer, "qwen-3")
-    spans, marked, _ = spans_of(family_tokenizer, from_messages(WITH_THINKING))
-    assert marked.left_out == ["thinking"]
+def upstream(name):
+    """A template of a model's repository, as TRL ships it."""
+    source = resources.files("trl").joinpath("chat_templates", f"{name}.jinja")
+    if not source.is_file():
+        pytest.skip(f"this version of trl has no {name}.jinja")
+    return source.read_text(encoding="utf-8")
+
+
+THOUGHTS_AND_ANSWERS = {  # the last turn with its thought, as the template writes it
+    "qwen3": "<think>\nSecond thought\n</think>\n\nThat, too.<|im_end|>",
+    "gptoss": "<|channel|>analysis<|message|>Second thought<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>That, too.<|return|>",
+    "gemma4_v5": "<|channel>thought\nSecond thought\n<channel|>That, too.<turn|>",
+    "glm4moe": "\n<think>Second thought</think>\nThat, too.",
+    "nemotron_3_nano": "Second thought\n</think>\nThat, too.<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("name", THOUGHTS_AND_ANSWERS)
+def test_a_turn_whose_thought_the_template_drops_is_not_trained_bare(name, family_tokenizer):
+    spans, marked, _ = spans_of(family_tokenizer, from_messages(WITH_THINKING), template=upstream(name))
+    assert spans == [THOUGHTS_AND_ANSWERS[name]]
     assert "First thought" not in marked.text
-    assert spans[0] == "It is this.<|im_end|>"
+    assert marked.left_out == ["thinking", BARE]
+
+
+@pytest.mark.parametrize("name", THOUGHTS_AND_ANSWERS)
+def test_split_turns_are_trained_with_their_thoughts(name, family_tokenizer):
+    masker = Masker(ChatTemplate(family_tokenizer, upstream(name)))
+    spans = []
+    for part in masker.split(from_messages(WITH_THINKING)):
+        marked = masker.mark(part)
+        spans.append([marked.text[a:b] for a, b in marked.spans])
+        assert BARE not in marked.left_out
+    last = THOUGHTS_AND_ANSWERS[name]
+    first = last.replace("Second thought", "First thought").replace("That, too.", "It is this.")
+    assert spans == [[first], [last]]
+
+
+def test_thoughts_closed_within_the_content_count_as_thoughts(family_tokenizer):
+    messages = [user("a"), assistant("t1</think>\n\nb"), user("c"), assistant("t2\n</think>\n\nd")]
+    spans, marked, _ = spans_of(family_tokenizer, from_messages(messages), template=upstream("qwen3"))
+    assert spans == ["<think>\nt2\n</think>\n\nd<|im_end|>"]
+    assert marked.left_out == ["thinking", BARE]
+
+
+def test_empty_thoughts_leave_nothing_out(family_tokenizer):
+    messages = [user("a"), assistant("<think>\n\n</think>\n\nb"), user("c"), assistant("d")]
+    spans, marked, _ = spans_of(family_tokenizer, from_messages(messages), template=upstream("qwen3"))
+    assert spans == ["b<|im_end|>", "d<|im_end|>"]
+    assert marked.left_out == []
+
+
+def test_a_template_that_opens_a_thought_and_never_writes_one_trains_no_thinking_row(family_tokenizer):
+    conversation = from_messages(WITH_THINKING)
+    spans, marked, _ = spans_of(family_tokenizer, conversation, template=upstream("deepseek_r1_distill"))
+    assert (spans, marked.untrained) == ([], BARE_ROW)
+
+
+def test_a_template_without_thoughts_trains_the_answers(family_tokenizer):
+    """Its prompts are those of inference, with no thought in any of them."""
+    spans, marked, _ = spans_of(family_tokenizer, from_messages(WITH_THINKING), template=CHATML)
+    assert spans == ["It is this.<|im_end|>", "That, too.<|im_end|>"]
+    assert marked.left_out == ["thinking", "thinking"]
+
+
+def test_a_dropped_thought_is_seen_where_texts_are_rewritten(family_tokenizer):
+    rewriting = upstream("qwen3").replace("content.lstrip('\\n')", "content.lstrip('\\n') | upper")
+    messages = [user("a"), assistant("b", reasoning_content="T1"), user("c"), assistant("d")]
+    spans, marked, masker = spans_of(family_tokenizer, from_messages(messages), template=rewriting)
+    assert [span.upper() for span in spans] == ["D<|IM_END|>"]
+    assert BARE in marked.left_out or masker.ways["layout"] == 0
+
+
+def agent(text="", **more):
+    first = assistant(text, tool_calls=[call("weather", city="Bern")], **more)
+    return from_messages([WITH_TOOLS[0], first, *WITH_TOOLS[2:]], [WEATHER])
+
+
+AGENT_ROWS = {  # (template, what the calling turn says besides) -> what is trained
+    ("gptoss", "reasoning_content"): ["<|channel|>final<|message|>It is sunny.<|return|>"],
+    ("gptoss", "content"): ["<|channel|>final<|message|>It is sunny.<|return|>"],
+    ("gemma4_v5", "content"): [
+        '<|tool_call>call:weather{city:<|"|>Bern<|"|>}<tool_call|><|tool_response>',
+        "It is sunny.<turn|>",
+    ],
+    ("deepseek_r1_distill", "reasoning_content"): ["It is sunny.<｜end▁of▁sentence｜>"],
+    ("deepseek_r1_distill", "content"): ["It is sunny.<｜end▁of▁sentence｜>"],
+}
+
+
+@pytest.mark.parametrize(("name", "field"), AGENT_ROWS)
+def test_agent_rows_train_what_the_template_writes_as_in_generation(name, field, family_tokenizer):
+    family_tokenizer.add_tokens(["<tool_call|>", "<|tool_response>"], special_tokens=True)
+    words = {"reasoning_content": "I must look."} if field == "reasoning_content" else {"text": "I look."}
+    spans, marked, masker = spans_of(family_tokenizer, agent(**words), template=upstream(name))
+    assert spans == AGENT_ROWS[name, field]
+    assert masker.ways == {"layout": 1}
+    assert marked.left_out
+
+
+def test_split_agent_rows_train_the_call_with_its_thought(family_tokenizer):
+    masker = Masker(ChatTemplate(family_tokenizer, upstream("gptoss")))
+    marked = masker.mark(masker.split(agent(reasoning_content="I must look."))[0])
+    assert [marked.text[a:b] for a, b in marked.spans] == [
+        "<|channel|>analysis<|message|>I must look.<|end|><|start|>assistant to=functions.weather<|channel|>"
+        'commentary json<|message|>{"city": "Bern"}<|call|>'
+    ]
+
+
+def test_a_second_round_of_calls_that_the_template_runs_together_is_refused(family_tokenizer):
+    messages = agent("I look.").messages
+    twice = from_messages([*messages[:3], *messages[1:]], [WEATHER])
+    with pytest.raises(DataError, match="cannot tell exactly"):
+        spans_of(family_tokenizer, twice, template=upstream("deepseekv3"))
 
 
 def test_thinking_gets_the_name_that_the_template_reads(family_tokenizer):
@@ -337,15 +446,14 @@ THINKING_CALLS = (
 )
 
 
-def test_a_call_whose_thinking_is_left_out_later_is_trained_without_it(family_tokenizer):
+def test_a_call_whose_thinking_is_left_out_later_is_not_trained(family_tokenizer):
     messages = [dict(m) for m in WITH_TOOLS]
     messages[1]["reasoning_content"] = "A thought"
     spans, marked, masker = spans_of(
         family_tokenizer, from_messages(messages, [WEATHER]), template=THINKING_CALLS
     )
-    call_text = '<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call><|im_end|>'
-    assert spans == [call_text, "It is sunny.<|im_end|>"]
-    assert marked.left_out == ["thinking"]
+    assert spans == ["It is sunny.<|im_end|>"]
+    assert marked.left_out == ["thinking", BARE]
     assert masker.ways == {"layout": 1}
 
 

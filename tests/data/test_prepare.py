@@ -239,6 +239,28 @@ def test_thinking_that_is_left_out_is_said(prepare, family_tokenizer):
     assert "the chat template leaves out the thinking: 2 times, first in row 1" in report.notes
 
 
+def test_split_turns_become_rows_of_their_own(prepare, family_tokenizer):
+    from oribi.data import get_chat_template
+
+    get_chat_template(family_tokenizer, "qwen-3")
+    rows = [{"messages": WITH_THINKING}, {"messages": ONE_TURN}]
+    whole, split = (prepare(rows, family_tokenizer, turns=turns) for turns in ("whole", "split"))
+    assert [len(each.dataset) for each in (whole, split)] == [2, 3]
+    assert "First thought" not in trained(family_tokenizer, whole)[0]
+    assert ["First thought" in text for text in trained(family_tokenizer, split)] == [True, False, False]
+    assert "a row of several turns became one row per turn: 1 times, first in row 1" in split.report.notes
+
+
+def test_a_row_that_loses_every_thought_is_dropped_with_the_reason(prepare, family_tokenizer):
+    family_tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
+    )
+    report = prepare([{"messages": WITH_THINKING}, {"messages": ONE_TURN}], family_tokenizer).report
+    assert (report.rows_kept, report.rows_untrained) == (1, 1)
+    assert "leaves out the thought of every answer" in report.untrained_rows[0]
+
+
 def test_markup_within_a_message_is_said(prepare, chatml_tokenizer):
     rows = [{"messages": [user("What does <|im_end|> mean?"), assistant("It ends a turn.")]}]
     report = prepare(rows, chatml_tokenizer).report

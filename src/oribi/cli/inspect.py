@@ -47,6 +47,7 @@ def data(
                 "split": config.split,
                 "train_on": "responses" if config.train_on_responses_only else "everything",
                 "overlong": config.overlong,
+                "turns": config.turns,
                 "text_field": config.dataset_text_field,
             }
         if model is None:

@@ -25,6 +25,7 @@ class Marked:
     closed: bool  # False: an EOS belongs behind the text
     begins: bool = True  # False: the text goes on where another stopped, so no BOS belongs before it
     left_out: list[str] = field(default_factory=list)  # what the chat template does not write
+    untrained: str = ""  # why no span is trained, where that is known
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class Encoded:
     labels: list[int]
     split_tokens: int = 0  # tokens that reach from context into a trained span: not trained
     origin: str = ""  # the row it was, as file:line
+    untrained: str = ""  # why nothing is trained, where that is known
 
 
 def added_tokens(tokenizer: Any) -> re.Pattern[str] | None:
@@ -108,7 +110,7 @@ class Encoder:
         if prefix and mark.begins and ids[: len(prefix)] != prefix:
             self.bos_added += not plain
             ids, labels = prefix + ids, [UNTRAINED] * len(prefix) + labels
-        return Encoded(ids, labels, split)
+        return Encoded(ids, labels, split, untrained=mark.untrained)
 
     def _is_closed(self, text: str) -> bool:
         """Whether a token such as <|im_end|> ends the text already, so that an EOS would be a second end."""

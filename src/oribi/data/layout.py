@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from oribi.data.conversations import REASONING_FIELDS, Conversation
 from oribi.data.rendering import SLOT, SLOT_BASE, ChatTemplate, shared_prefix, slot
 from oribi.errors import DataError
 
-THINK = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+THINK = re.compile(r"(\s*(?:<think>\s*)?)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)  # a prompt may have opened it
 
 
 @dataclass(slots=True)
@@ -47,6 +47,9 @@ class Layout:
     slots: list[int]
     turns: dict[int, Turn]  # by message
     left_out: list[str]  # what the template does not write
+    bare: set[int] = field(
+        default_factory=set
+    )  # turns without a text that generation would have written there
 
     def fit(self, texts: list[str], rendered: str) -> list[int] | None:
         """Where each literal starts if literals and texts together are exactly `rendered`; None if they are not."""
@@ -107,6 +110,12 @@ def take_out_texts(messages: list[dict[str, Any]]) -> Skeleton:
     return skeleton
 
 
+def thoughts_of(message: dict[str, Any]) -> list[str]:
+    """What an assistant thought in a turn, in fields of its own or within the content."""
+    skeleton = take_out_texts([message])
+    return [text for text, name in zip(skeleton.texts, skeleton.names) if name == "thinking"]
+
+
 class LayoutFinder:
     """Finds the layout of one skeleton.
 
@@ -132,10 +141,13 @@ class LayoutFinder:
         for i, message in enumerate(skeleton.messages):
             if message["role"] != "assistant":
                 continue
-            turn = self._turn(i)
+            if self._is_bare(i, missing):
+                layout.bare.add(i)
+                continue
+            turn = self._turn(i, layout)
             if turn is None:
                 return None
-            if turn.empty:
+            if turn.empty or not self._writes_calls(i, turn):
                 layout.left_out.append("tool calls, so the turn is not trained")
             else:
                 layout.turns[i] = turn
@@ -145,9 +157,30 @@ class LayoutFinder:
         kwargs = {**self.conversation.template_kwargs, **kwargs}
         return self.template.render(messages, self.conversation.tools, **kwargs)
 
-    def _turn(self, i: int) -> Turn | None:
+    def _is_bare(self, i: int, missing: list[int]) -> bool:
+        """Whether turn `i` lacks a text that the template writes while the turn is the last, or a thought that the prompt opens."""
+        owners, names = self.skeleton.owners, self.skeleton.names
+        lost = {n for n in missing if owners[n] == i}
+        if not lost:
+            return False
+        try:
+            upto = self._render(self.skeleton.messages[: i + 1])
+        except (
+            DataError
+        ):  # the template takes no conversation that ends here, so nothing is generated here either
+            return False
+        if lost & set(_slots(upto)):
+            return True
+        before = next((n for n, s in enumerate(self.slots) if owners[s] >= i), len(self.slots))
+        return any(names[n] == "thinking" for n in lost) and self._prompt_length(i, before) is None
+
+    def _turn(self, i: int, layout: Layout) -> Turn | None:
         own = [n for n, s in enumerate(self.slots) if self.skeleton.owners[s] == i]
         earlier = [n for n, s in enumerate(self.slots) if self.skeleton.owners[s] < i]
+        later = next((n for n, s in enumerate(self.slots) if self.skeleton.owners[s] > i), len(self.slots))
+        if self.skeleton.messages[i].get("tool_calls") and own and own[-1] > later:
+            layout.left_out.append("text beside a tool call where it belongs, so that text is not trained")
+            own = [n for n in own if n < later]
         if own and (own != list(range(own[0], own[-1] + 1)) or (earlier and earlier[-1] > own[0])):
             return None  # written twice, or out of order
         before = own[0] if own else (earlier[-1] + 1 if earlier else 0)
@@ -163,6 +196,14 @@ class LayoutFinder:
         written = "" if own else self.literals[before][offset:end]
         empty = not own and not written.replace(self.template.turn_ends[0], "").strip()
         return Turn((before, offset), (last, end), closed, empty)
+
+    def _writes_calls(self, i: int, turn: Turn) -> bool:
+        """Whether the tool calls of message `i`, if it has any, stand in its turn."""
+        (first, start), (last, end) = turn.start, turn.end
+        literals = [*self.literals[first:last], self.literals[last][:end]]
+        written = "".join([literals[0][start:], *literals[1:]])
+        calls = self.skeleton.messages[i].get("tool_calls") or []
+        return all(str(call.get("function", call).get("name")) in written for call in calls)
 
     def _prompt_length(self, i: int, number: int) -> int | None:
         """How much of literal `number`, which precedes message `i`, a generation prompt gives; None if it gives another."""
@@ -212,9 +253,14 @@ class LayoutFinder:
         Calls may end with a token of their own (<|call|>, <|eom_id|>).
         """
         upto = self._render(self.skeleton.messages[: i + 1])
-        if not self._follows(upto, number):
-            return 0  # thinking that is left out once the conversation goes on
-        return self.template.closing_end(shared_prefix(SLOT.split(upto)[-1], self.literals[number]), begin)
+        slots, before = _slots(upto), self.slots[:number][-1:]
+        if before and before[0] not in slots:
+            return 0
+        at = slots.index(before[0]) + 1 if before else 0
+        written = "".join(
+            SLOT.split(upto)[at:]
+        )  # without texts that stand elsewhere once the conversation goes on
+        return self.template.closing_end(shared_prefix(written, self.literals[number]), begin)
 
     def _follows(self, rendered: str, number: int) -> bool:
         """Whether the last text of `rendered` is the one before literal `number`."""

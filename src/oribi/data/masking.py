@@ -14,11 +14,15 @@ from dataclasses import replace
 
 from oribi.data.conversations import Conversation
 from oribi.data.encoding import Marked, Span
-from oribi.data.layout import Layout, LayoutFinder, Skeleton, take_out_texts
+from oribi.data.layout import Layout, LayoutFinder, Skeleton, take_out_texts, thoughts_of
 from oribi.data.rendering import MAX_SLOTS, ChatTemplate
 from oribi.errors import DataError
 
 TRAIN_ON = ("responses", "last_response", "everything")
+BARE = "thought of a turn, so the turn is not trained; turns: split trains each turn with its thought"
+BARE_ROW = (
+    "the chat template leaves out the thought of every answer; turns: split or another template may keep it"
+)
 KEPT_LAYOUTS = 10_000  # tool calls make every conversation its own layout
 
 
@@ -57,17 +61,60 @@ class Masker:
         if layout and starts:
             self.ways["layout"] += 1
             turns = {i: layout.turns[i] for i in wanted if i in layout.turns}
+            bare = [i for i in wanted if i in layout.bare]
             spans = [(starts[t.start[0]] + t.start[1], starts[t.end[0]] + t.end[1]) for t in turns.values()]
             return Marked(
-                text, spans, closed=final not in turns or turns[final].closed, left_out=layout.left_out
+                text,
+                spans,
+                closed=final not in turns or turns[final].closed,
+                left_out=layout.left_out + [BARE] * len(bare),
+                untrained=BARE_ROW if bare and not turns else "",
             )
+        bare = [i for i in wanted if self._is_bare(conversation, text, i)]
+        wanted = [i for i in wanted if i not in bare]
         spans = self._spans_from_prefixes(conversation, text, wanted)
-        if spans:
+        if spans is not None:
             self.ways["prefixes"] += 1
         else:
             spans = self._spans_from_blocks(conversation, text, wanted)
             self.ways["generation blocks"] += 1
-        return Marked(text, spans, closed=final not in wanted or bool(self.template.turn_ends[1]))
+        return Marked(
+            text,
+            spans,
+            closed=final not in wanted or bool(self.template.turn_ends[1]),
+            left_out=[BARE] * len(bare),
+            untrained="" if wanted else BARE_ROW,
+        )
+
+    def split(self, conversation: Conversation) -> list[Conversation]:
+        """One conversation per trained turn, which ends there: each is rendered as when the model generated that turn.
+
+        Raises:
+            DataError: a message that is no assistant's is marked for training.
+        """
+        if self.train_on == "everything":
+            return [conversation]
+        parts = []
+        for i in self._wanted(conversation):
+            trained = [False if m["role"] == "assistant" else None for m in conversation.messages[:i]]
+            parts.append(
+                replace(conversation, messages=conversation.messages[: i + 1], trained=[*trained, True])
+            )
+        return parts or [conversation]
+
+    def _is_bare(self, conversation: Conversation, text: str, i: int) -> bool:
+        """Whether the thought of turn `i` is missing in `text`, but written while that turn is the last."""
+        thoughts = [thought.strip() for thought in thoughts_of(conversation.messages[i])]
+        missing = [thought for thought in thoughts if thought and thought not in text]
+        if not missing:
+            return False
+        try:
+            upto = self.template.render(
+                conversation.messages[: i + 1], conversation.tools, **conversation.template_kwargs
+            )
+        except DataError:
+            return False
+        return any(thought in upto for thought in missing)
 
     def _wanted(self, conversation: Conversation) -> list[int]:
         """The numbers of the messages to train on."""

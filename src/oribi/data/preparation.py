@@ -27,10 +27,11 @@ from oribi.data.templates import template_source
 from oribi.errors import ConfigError, DataError
 
 OVERLONG = ("error", "drop", "truncate", "split")
+TURNS = ("whole", "split")
 MALFORMED = ("error", "drop")
 BATCH_ROWS = 512
 PAIR_TEMPLATE = "alpaca"  # for base models, which have no chat template
-CACHE_FORMAT = 2  # raise it when the same input gives other tokens or columns
+CACHE_FORMAT = 3  # raise it when the same input gives other tokens or columns
 _IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS, "origin": datasets.Value("string")})
 
@@ -42,6 +43,7 @@ class Settings:
     max_seq_length: int
     train_on: str = "responses"
     overlong: str = "truncate"
+    turns: str = "whole"
     malformed: str = "error"
     append_eos: bool = True
     text_field: str | None = None
@@ -56,6 +58,7 @@ class Settings:
             for name, value, allowed in (
                 ("train_on", self.train_on, TRAIN_ON),
                 ("overlong", self.overlong, OVERLONG),
+                ("turns", self.turns, TURNS),
                 ("malformed", self.malformed, MALFORMED),
             )
             if value not in allowed
@@ -161,13 +164,29 @@ class Preparation:
     def encoded(self) -> Iterator[list[tuple[str, Encoded]]]:
         """Batches of encoded rows with their origins, before any cut."""
         started = time.perf_counter()
-        examples = iter(islice(self._examples(), self.settings.max_rows))
+        examples = self._split_turns(islice(self._examples(), self.settings.max_rows))
         while batch := list(islice(examples, BATCH_ROWS)):
             yield self._encode(batch)
             self.report.seconds = time.perf_counter() - started
 
     def _examples(self) -> Iterator[tuple[str, Example | DataError]]:
         return interleave([(part.weight, self._examples_of(part)) for part in self.parts])
+
+    def _split_turns(
+        self, examples: Iterator[tuple[str, Example | DataError]]
+    ) -> Iterator[tuple[str, Example | DataError]]:
+        """The examples as they are, or one per turn that is trained; each of these counts as a row."""
+        for origin, example in examples:
+            if self.settings.turns == "whole" or not isinstance(example, Conversation):
+                yield origin, example
+                continue
+            try:
+                parts = self.masker.split(example)
+            except DataError as error:
+                yield origin, error
+                continue
+            self.tally.note("a row of several turns became one row per turn", origin, len(parts) > 1)
+            yield from ((origin, part) for part in parts)
 
     def _examples_of(self, part: Part) -> Iterator[tuple[str, Example | DataError]]:
         """Converted rows of one part; its format is recognised and announced with the first."""
@@ -280,7 +299,7 @@ class Preparation:
             reason = (
                 "its responses lie beyond max_seq_length"
                 if any(x != UNTRAINED for x in encoded.labels)
-                else "no response to train on"
+                else encoded.untrained or "no response to train on"
             )
             named(self.report.untrained_rows, f"{origin} ({reason})")
             self.tally.drop(origin, reason)

@@ -40,6 +40,7 @@ def prepare_dataset(
     split: str = "train",
     train_on: str = "responses",
     overlong: str | None = None,
+    turns: str = "whole",
     malformed: str = "error",
     append_eos: bool = True,
     text_field: str | None = None,
@@ -65,6 +66,8 @@ def prepare_dataset(
         train_on: "responses" (assistant texts and their end tokens), "last_response", or "everything".
         overlong: what to do with examples above max_seq_length: "error", "drop", "truncate" or "split" into several. None is
             "split" for text files and "truncate" otherwise.
+        turns: "whole" makes one example of a conversation, in which turns whose thought the chat template drops are not
+            trained; "split" makes one example per assistant turn, rendered as when the model generates it, thought included.
         malformed: "error" stops at the first rows that cannot be read; "drop" leaves them out and reports them.
         append_eos: close plain text and completions with EOS, once.
         text_field: column of plain text to use although the rows have messages.
@@ -94,6 +97,7 @@ def prepare_dataset(
         split=split,
         train_on=train_on,
         overlong=overlong,
+        turns=turns,
         malformed=malformed,
         append_eos=append_eos,
         text_field=text_field,

@@ -39,6 +39,7 @@ class SFTConfig(trl.SFTConfig):
         completion_only_loss: False trains on prompts too; None and True on completions only.
         overlong: what happens to an example longer than max_length: "truncate", "drop", "split" or "error"; None splits
             text files and truncates otherwise.
+        turns: "whole" makes one example of a conversation; "split" makes one per assistant turn, with its thought.
         embedding_learning_rate: learning rate of trained embeddings and head; None takes learning_rate.
         fp8: approximate: the products of frozen weights are computed in 8-bit floating point while training; evaluation
             and exports stay exact. Needs a model in bfloat16 on an NVIDIA GPU of compute capability 8.9 or higher.
@@ -75,6 +76,13 @@ class SFTConfig(trl.SFTConfig):
     overlong: str | None = field(
         default=None,
         metadata={"help": "Examples above max_length.", "choices": ["truncate", "drop", "split", "error"]},
+    )
+    turns: str = field(
+        default="whole",
+        metadata={
+            "help": "Conversations as whole examples, or one per assistant turn.",
+            "choices": ["whole", "split"],
+        },
     )
     embedding_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of trained embeddings and head."}

@@ -211,6 +211,7 @@ class SFTTrainer(BaseTrainer):
                 text_field=args.dataset_text_field,
                 formatting_func=formatting_func,
                 overlong=args.overlong,
+                turns=args.turns,
                 num_proc=args.dataset_num_proc,
                 progress=not args.disable_tqdm,
                 announce=None,
