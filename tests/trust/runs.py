@@ -1,6 +1,7 @@
 """Runs of the small model that tests stop, kill and resume; as a script, trains in a folder and prints its losses.
 
-python -m tests.trust.runs MODEL FOLDER [key=value ...]: settings of the trainer, and resume, device, dtype, packs.
+python -m tests.trust.runs MODEL FOLDER [key=value ...]: settings of the trainer, and resume, device, dtype, packs,
+count, evaluates, evaluates_first.
 """
 
 import json
@@ -37,12 +38,13 @@ def trainer_in(
     evaluates: int = 0,
     dtype: str = "float32",
     packs: bool = False,
+    count: int = ROWS,
     **settings: Any,
 ) -> SFTTrainer:
-    """A trainer of the small model on random rows or packs of them; so many of them are evaluated on, too."""
+    """A trainer of the small model on so many random rows, or packs of them; some of them are evaluated on, too."""
     model, tokenizer = subject.load(dtype)
     args = SFTConfig(output_dir=str(folder), **{**SETTINGS, **settings})
-    rows = subject.rows(ROWS, model.get_base_model().config.vocab_size)
+    rows = subject.rows(count, model.get_base_model().config.vocab_size)
     held_out = rows.select(range(evaluates)) if evaluates else None
     if packs:
         rows = pack(rows, 2 * LONGEST)
@@ -62,7 +64,10 @@ def weights_of(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
 def main(model: str, folder: str, *settings: str) -> None:
     given = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in settings)}
     resume, device = given.pop("resume", None), given.pop("device", "cpu")
+    evaluates_first = given.pop("evaluates_first", False)
     trainer = trainer_in(Subject(model, device), folder, **given)
+    if evaluates_first:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
     if trainer.args.process_index == 0:
         print("losses", json.dumps(losses_of(trainer)), flush=True)

@@ -219,6 +219,21 @@ def test_a_run_moves_between_one_and_two_processes(subject, tmp_path):
     assert losses_of(on_one) == pytest.approx(losses_of(one), rel=1e-5)
 
 
+@pytest.mark.parametrize("packs", [False, True])
+def test_an_epoch_that_no_batch_divides_and_an_evaluation_before_it_change_nothing(subject, tmp_path, packs):
+    """37 rows: accelerate would repeat the first of them, and take an evaluated model for one that is wrapped."""
+    settings = {
+        **SETTINGS, "max_steps": -1, "num_train_epochs": 2, "save_strategy": "no", "count": 37, "packs": packs,
+        "evaluates": 5, "eval_strategy": "no",
+    }  # fmt: skip
+    one = trainer_in(subject, tmp_path / "one", **settings)
+    one.train()
+    said = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    more = ("gradient_accumulation_steps=1", "evaluates_first=true")
+    both, _ = two_processes(subject, tmp_path / "two", *more, *said)
+    assert both == pytest.approx(losses_of(one), rel=1e-5)
+
+
 def test_a_sharded_run_saves_whole_adapters_and_goes_on_unsharded(subject, tmp_path):
     one = trainer_in(subject, tmp_path / "one", evaluates=5, eval_strategy="steps", eval_steps=3, **SETTINGS)
     one.train()

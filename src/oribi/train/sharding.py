@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from oribi.errors import ConfigError
+from oribi.errors import ConfigError, TrainingError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.layers import DecoderLayer
 from oribi.models.projections import read
@@ -100,6 +100,20 @@ def is_sharded(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule  # not in every build of PyTorch
 
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def require_wrapper(args: SFTConfig, model: nn.Module, wrapped: nn.Module) -> None:
+    """Stop a training whose processes would not exchange gradients.
+
+    Raises:
+        TrainingError: there are several processes, and nothing around the model connects them.
+    """
+    whole = [p for p in model.parameters() if p.requires_grad and type(p).__name__ != "DTensor"]
+    if args.world_size > 1 and wrapped is model and whole and not args.deepspeed:
+        raise TrainingError(
+            f"{args.world_size} processes were started, and accelerate wrapped the model for none of them: each would train "
+            "alone. Pass the model as from_pretrained and get_peft_model return it, without accelerator.prepare"
+        )
 
 
 def sharded(model: nn.Module, base: DecoderForCausalLM, device: torch.device, **options: Any) -> nn.Module:

@@ -15,8 +15,10 @@ import transformers
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer as BaseTrainer
 
@@ -29,6 +31,7 @@ from oribi.models.load import load_model
 from oribi.save.adapter import saves_embeddings
 from oribi.save.finite import require_finite
 from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
+from oribi.train.batches import GroupedByLength, rank_loader
 from oribi.train.checkpoints import StopOnSignal, any_process, require_writable, write_checkpoint
 from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, settle_cublas
 from oribi.train.fp8 import switch_on
@@ -48,7 +51,7 @@ from oribi.train.setup import (
     train_on,
     without_repeats,
 )
-from oribi.train.sharding import is_sharded, sharded
+from oribi.train.sharding import is_sharded, require_wrapper, sharded
 from oribi.train.smaller_steps import SmallerSteps
 from oribi.train.utilisation import Utilisation, utilisation_of
 
@@ -255,6 +258,36 @@ class SFTTrainer(BaseTrainer):
                     callback.stop()
         self.stop_on_signal.leave(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
         return output
+
+    def _get_dataloader(
+        self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        build = super()._get_dataloader
+        streams = isinstance(dataset, torch.utils.data.IterableDataset)
+        # without a count of targets, a row of which nothing is trained would make a mean of nothing
+        counted = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        shared = self.args.world_size > 1 and not (
+            self.accelerator.split_batches or self.is_deepspeed_enabled
+        )
+        if not (shared and counted and (is_training or streams)):
+            return build(dataset, *args, is_training=is_training, **kwargs)
+        with held(self.accelerator, prepare=partial(rank_loader, self.accelerator)):
+            return build(dataset, *args, is_training=is_training, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        args = self.args
+        step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return GroupedByLength(sampler, step_rows, args.seed if args.data_seed is None else args.data_seed)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # accelerate from 1.13 on takes a model that was evaluated before for one that is wrapped already
+        vars(self.model).pop("_is_accelerate_prepared", None)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        require_wrapper(self.args, self.model, self.model_wrapped)
+        return prepared
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         model = super()._wrap_model(model, training, dataloader)

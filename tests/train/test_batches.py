@@ -1,0 +1,68 @@
+"""Several processes read each row once an epoch, in the order of one process."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from oribi.data.collate import PackCollator
+from oribi.errors import TrainingError
+from oribi.train.batches import FilledRows, GroupedByLength, RankBatches, RankRows, UntrainedFiller
+from oribi.train.sharding import require_wrapper
+
+ROWS = Dataset.from_list([{"input_ids": [i + 1] * 3, "labels": [i + 1] * 3} for i in range(11)])
+
+
+def trained_rows(batches) -> list[list[int]]:
+    """The rows of each batch that are trained, by their labels."""
+    return [sorted(set(batch["labels"].flatten().tolist()) - {-100}) for batch in batches]
+
+
+def loaders(processes: int, batch_size: int, stream: bool, drop_last: bool = False) -> list[DataLoader]:
+    found = []
+    for process in range(processes):
+        collate = UntrainedFiller(PackCollator())
+        if stream:
+            rows = RankRows(ROWS.to_iterable_dataset(), batch_size, drop_last, processes, process)
+            found.append(DataLoader(rows, batch_size=batch_size, drop_last=drop_last, collate_fn=collate))
+        else:
+            batches = BatchSampler(SequentialSampler(ROWS), batch_size, drop_last)
+            dealt = RankBatches(batches, processes, process, filler=len(ROWS))
+            found.append(DataLoader(FilledRows(ROWS), batch_sampler=dealt, collate_fn=collate))
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 2), (3, 2), (4, 3), (5, 1), (2, 11)])
+def test_each_row_is_trained_once_in_the_order_of_one_process(stream, drop_last, processes, batch_size):
+    one = trained_rows(loaders(1, batch_size, stream, drop_last)[0])
+    dealt = [trained_rows(loader) for loader in loaders(processes, batch_size, stream, drop_last)]
+    assert len({len(batches) for batches in dealt}) == 1  # else the others would wait for ever
+    in_turn = [batch for round_ in zip(*dealt) for batch in round_]
+    assert in_turn[: len(one)] == one
+    assert not any(in_turn[len(one) :])
+
+
+def test_rows_grouped_by_length_come_in_one_order_for_all_and_another_one_each_epoch():
+    lengths = [3, 9, 4, 1, 7, 7, 2, 8] * 4
+    orders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)  # what a process drew before changes nothing
+        sampler = GroupedByLength(LengthGroupedSampler(2, lengths=lengths), step_rows=4, seed=3)
+        orders.append(list(sampler))
+    assert orders[0] == orders[1]
+    sampler.set_epoch(1)
+    assert list(sampler) != orders[0]
+    assert sorted(sampler) == list(range(32))
+
+
+def test_processes_that_would_each_train_alone_are_stopped():
+    model = torch.nn.Linear(2, 2)
+    args = SimpleNamespace(world_size=2, deepspeed=None)
+    with pytest.raises(TrainingError, match="each would train alone"):
+        require_wrapper(args, model, model)
+    require_wrapper(args, model, torch.nn.Sequential(model))
