@@ -1,12 +1,15 @@
-"""One training of test_two_gpus.py: `python -m tests.train.two_gpus MODEL FOLDER one|ddp|sharded nf4|16bit cpu|cuda`.
+"""Trainings of test_two_gpus.py, one after the other: `python -m tests.train.two_gpus MODEL FOLDER cpu|cuda MODE:BITS ...`.
 
-The first process prints what it found as a line of JSON.
+MODE is one, ddp or sharded, BITS nf4 or 16bit. The first process prints what each found as a line of JSON.
 """
 
+import gc
 import hashlib
 import json
+import os
 import random
 import sys
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -48,7 +51,8 @@ def fingerprints(decoder: nn.Module) -> list[str]:
     return found
 
 
-def main(path: str, folder: str, mode: str, bits: str, device: str) -> None:
+def train(path: str, folder: str, device: str, mode: str, bits: str) -> dict[str, Any]:
+    """One training; what it logged, and how many layers' frozen matrices it changed."""
     dtype = "float32" if device == "cpu" else "bfloat16"
     model, tokenizer = load_model(path, dtype=dtype, load_in_4bit=bits == "nf4", max_seq_length=LONGEST)
     loaded = fingerprints(model)
@@ -70,21 +74,34 @@ def main(path: str, folder: str, mode: str, bits: str, device: str) -> None:
     trainer.train()
     decoder = model.get_base_model()
     sharded = decoder.model.shards is not None
-    own = own_bytes(decoder) if sharded else sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    trained = fingerprints(decoder)
-    if args.process_index == 0:
-        log = trainer.state.log_history
-        found = {
-            "sharded": sharded,
-            "losses": [entry["loss"] for entry in log if "loss" in entry],
-            "norms": [entry["grad_norm"] for entry in log if "grad_norm" in entry],
-            "tokens_per_second": max(entry.get("tokens_per_second", 0.0) for entry in log),
-            "layers": len(loaded),
-            "changed_layers": sum(a != b for a, b in zip(loaded, trained)),
-            "own_mib": own / 2**20,
-            "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0,
-        }
-        print(json.dumps(found), flush=True)
+    log = trainer.state.log_history
+    return {
+        "mode": mode,
+        "bits": bits,
+        "sharded": sharded,
+        "losses": [entry["loss"] for entry in log if "loss" in entry],
+        "norms": [entry["grad_norm"] for entry in log if "grad_norm" in entry],
+        "tokens_per_second": max(entry.get("tokens_per_second", 0.0) for entry in log),
+        "layers": len(loaded),
+        "changed_layers": sum(a != b for a, b in zip(loaded, fingerprints(decoder))),
+        "own_mib": (own_bytes(decoder) if sharded else _frozen_bytes(model)) / 2**20,
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0,
+    }
+
+
+def _frozen_bytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+
+
+def main(path: str, folder: str, device: str, *trainings: str) -> None:
+    for index, training in enumerate(trainings):
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        found = train(path, f"{folder}/{index}", device, *training.split(":"))
+        gc.collect()
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(json.dumps(found), flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -91,8 +91,17 @@ def quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def write_small_model(folder: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> Path:
-    """A random llama with a byte tokenizer, as a checkpoint in `folder`: of two layers, unless `sizes` of its config differ."""
+def write_small_model(
+    folder: Path, dtype: torch.dtype = torch.float32, deviation: float = 0.1, **sizes: int
+) -> Path:
+    """A random llama with a byte tokenizer, as a checkpoint in `folder`.
+
+    Args:
+        folder: is made.
+        dtype: of the weights.
+        deviation: their standard deviation.
+        sizes: fields of its config that differ from a model of two layers.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<pad>", "<s>", "</s>", *alphabet]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
@@ -111,7 +120,7 @@ def write_small_model(folder: Path, dtype: torch.dtype = torch.float32, **sizes:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             center = 1.0 if "norm" in name else 0.0
-            parameter.normal_(center, 0.1, generator=generator)
+            parameter.normal_(center, deviation, generator=generator)
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
