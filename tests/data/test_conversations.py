@@ -153,12 +153,14 @@ WRONG = {
     "unknown keys": (
         {"lang": "en", "page": 3},
         "row has keys ['lang', 'page']; expected 'messages', 'prompt' + 'completion', 'instruction' + 'output', 'question' + 'answer', or "
-        "'text' alone. Rename the columns in the file; in Python name them with columns={'instruction': '<your column>', ...}, or pass formatting_func.",
+        "'text' alone. Rename the columns in the file, or name them in the run file: columns: {instruction: <your column>, output: "
+        "<your column>} (in Python columns={'instruction': ...}, or formatting_func).",
     ),
     "preferences": (
         {"chosen": "a", "rejected": "b"},
         "row has 'chosen' and 'rejected': a preference data set. oribi does supervised fine-tuning; rename the column to train on in "
-        "the file; in Python with columns={'messages': 'chosen'} or columns={'completion': 'chosen'}.",
+        "the file, or name it in the run file: columns: {messages: chosen} or columns: {completion: chosen} (in Python "
+        "columns={'messages': 'chosen'}).",
     ),
     "no messages": ({"messages": []}, "'messages' is an empty list: remove the row."),
     "no role": (
@@ -167,8 +169,9 @@ WRONG = {
     ),
     "unknown role": (
         {"messages": [{"role": "boss", "content": "x"}]},
-        "message 1 has role 'boss'; known are system, developer, user, assistant, tool, function, ipython and bot, chatgpt, function_response, "
-        "gpt, human, input, model, observation, output. Correct it, or map it with role_aliases={'<yours>': 'assistant'}.",
+        "message 1 has role 'boss'; known are system, developer, user, assistant, tool, function, ipython and ai, bot, chatgpt, "
+        "function_response, gpt, human, input, model, observation, output, prompter, tool_response, tool_result. Correct it, or name "
+        "it in the run file: role_aliases: {boss: assistant} (in Python role_aliases={'boss': 'assistant'}).",
     ),
     "null content": (
         {"messages": [user("x"), {"role": "assistant", "content": None}]},

@@ -11,7 +11,11 @@ TEXTS = ["one=1", "two=2", "three=3"]
 
 def apply(function, rows=ROWS):
     given = ((f"row {n}", row) for n, row in enumerate(rows, 1))
-    return [row for _, row in apply_formatting_func(given, function)]
+    results = list(apply_formatting_func(given, function))
+    for origin, result in results:
+        if isinstance(result, DataError):  # as preparation tells it
+            raise DataError(f"{origin}: {result}")
+    return [result for _, result in results]
 
 
 def by_row(row):
@@ -58,3 +62,23 @@ def test_other_results_and_failures_are_named():
         apply(lambda row: row["missing"])
     with pytest.raises(DataError, match="gave 2 texts for a batch of 3 rows"):
         apply(lambda rows: by_batch(rows)[:2])
+
+
+@pytest.mark.parametrize("function", [by_row, by_batch])
+def test_one_row_that_a_function_fails_on_does_not_take_the_others_with_it(function):
+    rows = [
+        ("row 1", ROWS[0]),
+        ("row 2", {"q": None, "a": 1}),
+        ("row 3", DataError("broken")),
+        ("row 4", ROWS[2]),
+    ]
+    texts = (
+        function
+        if function is by_row
+        else lambda batch: [q + "=" + a for q, a in zip(batch["q"], batch["a"])]
+    )
+    strict = (lambda row: row["q"] + "=" + row["a"]) if function is by_row else texts
+    results = dict(apply_formatting_func(iter(rows), strict))
+    assert (results["row 1"], results["row 4"]) == ({"text": "one=1"}, {"text": "three=3"})
+    assert "formatting_func failed: TypeError" in str(results["row 2"])
+    assert str(results["row 3"]) == "broken"

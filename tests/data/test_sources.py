@@ -16,7 +16,11 @@ ROWS = [{"text": "one"}, {"text": 'two, "quoted"\nand broken'}, {"text": "drei Ã
 
 
 def read(source, **options):
-    return [item for part in open_source(source, **options) for item in part.rows()]
+    items = [item for part in open_source(source, **options) for item in part.rows()]
+    for origin, row in items:
+        if isinstance(row, DataError):  # as preparation tells it
+            raise DataError(f"{origin}: {row}")
+    return items
 
 
 def rows_of(source, **options):
@@ -70,16 +74,24 @@ def test_tsv_and_long_fields(tmp_path):
     assert rows_of(write(tmp_path / "a.tsv", f"text\tn\n{long}\t1\n")) == [{"text": long, "n": "1"}]
 
 
-def test_parquet_drops_the_nulls_that_columns_fill_in(tmp_path):
+def test_parquet_rows_come_as_they_are(tmp_path):
     messages = [
         [{"role": "user", "content": "x", "tool_calls": None}],
         [{"role": "user", "content": "y", "tool_calls": ["z"]}],
     ]
     pyarrow.parquet.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == [
-        ("a.parquet row 1", {"messages": [{"role": "user", "content": "x"}]}),
-        ("a.parquet row 2", {"messages": [{"role": "user", "content": "y", "tool_calls": ["z"]}]}),
+        ("a.parquet row 1", {"messages": messages[0]}),
+        ("a.parquet row 2", {"messages": messages[1]}),
     ]
+
+
+def test_a_broken_line_stands_in_the_place_of_its_row(tmp_path):
+    file = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": \n{"text": "three"}\n')
+    (_, first), (origin, broken), (_, third) = [i for part in open_source(file) for i in part.rows()]
+    assert (first, third) == ({"text": "one"}, {"text": "three"})
+    assert origin == "a.jsonl:2"
+    assert isinstance(broken, DataError)
 
 
 def test_a_text_file_is_one_document(tmp_path):

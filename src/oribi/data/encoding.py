@@ -13,6 +13,8 @@ from oribi.errors import DataError
 
 UNTRAINED = -100
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
 Span = tuple[int, int]
 
 
@@ -45,6 +47,15 @@ def added_tokens(tokenizer: Any) -> re.Pattern[str] | None:
     contents |= {t for t in (tokenizer.eos_token, tokenizer.bos_token) if t}
     longest_first = sorted((c for c in contents if c.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def without_lone_surrogates(text: str) -> tuple[str, int]:
+    """Text that can be encoded, and how many halves of surrogate pairs (an emoji cut in two) U+FFFD stands for."""
+    try:
+        text.encode("utf-8")
+        return text, 0
+    except UnicodeEncodeError:
+        return LONE_SURROGATE.subn("\ufffd", text)
 
 
 class Encoder:

@@ -63,6 +63,7 @@ class Masker:
             turns = {i: layout.turns[i] for i in wanted if i in layout.turns}
             bare = [i for i in wanted if i in layout.bare]
             spans = [(starts[t.start[0]] + t.start[1], starts[t.end[0]] + t.end[1]) for t in turns.values()]
+            spans = _without_untrained_parts(text, spans, list(turns), conversation)
             return Marked(
                 text,
                 spans,
@@ -78,6 +79,7 @@ class Masker:
         else:
             spans = self._spans_from_blocks(conversation, text, wanted)
             self.ways["generation blocks"] += 1
+        spans = _without_untrained_parts(text, spans, wanted, conversation)
         return Marked(
             text,
             spans,
@@ -97,9 +99,9 @@ class Masker:
         parts = []
         for i in self._wanted(conversation):
             trained = [False if m["role"] == "assistant" else None for m in conversation.messages[:i]]
-            parts.append(
-                replace(conversation, messages=conversation.messages[: i + 1], trained=[*trained, True])
-            )
+            own = conversation.trained[i]
+            trained.append(own if isinstance(own, tuple) else True)
+            parts.append(replace(conversation, messages=conversation.messages[: i + 1], trained=trained))
         return parts or [conversation]
 
     def _is_bare(self, conversation: Conversation, text: str, i: int) -> bool:
@@ -177,3 +179,33 @@ class Masker:
             "has no {% generation %} blocks around it. Use a template of get_chat_template, add the blocks, or set "
             "train_on='everything'."
         )
+
+
+def _without_untrained_parts(
+    text: str, spans: list[Span], turns: list[int], conversation: Conversation
+) -> list[Span]:
+    """The spans of turns without those parts of their contents that the row marks as untrained.
+
+    Raises:
+        DataError: the content of such a turn is not written as it stands, or not only once.
+    """
+    trained: list[Span] = []
+    for (start, end), turn in zip(spans, turns):
+        untrained = conversation.trained[turn]
+        if not isinstance(untrained, tuple):
+            trained.append((start, end))
+            continue
+        content = conversation.messages[turn]["content"]
+        stripped = content.strip()
+        at = text.find(stripped, start, end)
+        if at < 0 or text.find(stripped, at + 1, end) >= 0:
+            raise DataError(
+                f"message {turn + 1} has parts that are not trained, but the chat template does not write its text once and "
+                "unchanged, so they cannot be told apart. Mark the whole message instead."
+            )
+        shift = at - content.index(stripped)
+        for begin, stop in untrained:
+            trained.append((start, max(start, begin + shift)))
+            start = min(end, max(start, stop + shift))
+        trained.append((start, end))
+    return [(start, end) for start, end in trained if start < end]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -16,12 +17,14 @@ import datasets
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from oribi.data.conversations import Conversation, Document, Example, Tokens, recognise
-from oribi.data.encoding import UNTRAINED, Encoded, Encoder, Marked
+from oribi.data.conversations import Conversation, Document, Example, RowFormat, Tokens, recognise
+from oribi.data.encoding import UNTRAINED, Encoded, Encoder, Marked, without_lone_surrogates
 from oribi.data.formatting import apply_formatting_func
 from oribi.data.masking import TRAIN_ON, Masker
+from oribi.data.nulls import without_nested_nulls
 from oribi.data.rendering import ChatTemplate
 from oribi.data.report import DataReport, Tally, named, some_of
+from oribi.data.rows import examples_of, readable_rows, safely
 from oribi.data.sources import Part, interleave
 from oribi.data.templates import template_source
 from oribi.errors import ConfigError, DataError
@@ -181,38 +184,38 @@ class Preparation:
                 yield origin, example
                 continue
             try:
-                parts = self.masker.split(example)
+                parts = safely("splitting the row", self.masker.split, example)
             except DataError as error:
                 yield origin, error
                 continue
             self.tally.note("a row of several turns became one row per turn", origin, len(parts) > 1)
-            yield from ((origin, part) for part in parts)
+            for number, part in enumerate(parts):
+                part.notes = part.notes if number == 0 else []
+                yield origin, part
 
     def _examples_of(self, part: Part) -> Iterator[tuple[str, Example | DataError]]:
-        """Converted rows of one part; its format is recognised and announced with the first."""
-        rows = part.rows()
+        """Converted rows of one part; its format is announced with the first row that shows it."""
+
+        def recognised(row: Mapping[str, Any]) -> RowFormat:
+            found = recognise(
+                row,
+                text_field=part.text_field or self.settings.text_field,
+                columns=part.columns or self.settings.columns,
+                role_aliases=self.settings.role_aliases,
+            )
+            self._pairs &= found.is_pair
+            self._announce(part, found.name, row)
+            return found
+
+        rows = readable_rows(part)
         if self.formatting_func is not None:
-            rows = apply_formatting_func(rows, self.formatting_func)
-        row_format = None
-        for origin, row in rows:
-            try:
-                if row_format is None:
-                    row_format = recognise(
-                        row,
-                        text_field=part.text_field or self.settings.text_field,
-                        columns=part.columns or self.settings.columns,
-                        role_aliases=self.settings.role_aliases,
-                    )
-                    self._pairs &= row_format.is_pair
-                    self._announce(part, row_format.name, row)
-                yield origin, row_format.convert(row)
-            except DataError as error:
-                if row_format is None:
-                    raise DataError(f"{origin}: {error}") from error
-                yield origin, error
+            # functions written for rows as they were know no keys that a columnar format filled in
+            bare = ((o, r if isinstance(r, DataError) else without_nested_nulls(r)) for o, r in rows)
+            rows = apply_formatting_func(bare, self.formatting_func)
+        return examples_of(rows, recognised)
 
     def _announce(self, part: Part, format_name: str, row: Mapping[str, Any]) -> None:
-        shown = json.dumps(row, ensure_ascii=False, default=repr)
+        shown, _ = without_lone_surrogates(json.dumps(row, ensure_ascii=False, default=repr))
         line = f"{part.name}: rows are {format_name}; row 0: {shown[:300]}{'...' if len(shown) > 300 else ''}"
         self.report.format = ", ".join(filter(None, [self.report.format, format_name]))
         self.report.first_row = "\n".join(filter(None, [self.report.first_row, line]))
@@ -221,25 +224,65 @@ class Preparation:
     def _encode(self, batch: list[tuple[str, Example | DataError]]) -> list[tuple[str, Encoded]]:
         done: list[Encoded | None] = [None] * len(batch)
         marks: dict[int, Marked] = {}
-        bad: list[tuple[str, DataError]] = []
+        bad: dict[int, DataError] = {}
         self.report.rows_in += len(batch)
         for place, (origin, example) in enumerate(batch):
-            try:
-                if isinstance(example, DataError):
-                    raise example
-                if isinstance(example, Tokens):
-                    done[place] = Encoded(example.ids, example.labels)
-                else:
-                    marks[place] = self._mark(example, origin)
-            except DataError as error:
-                bad.append((origin, error))
-        self._complain(bad)
-        plain = [isinstance(batch[place][1], Document) for place in marks]
-        for place, encoded in zip(marks, self.encoder.encode(list(marks.values()), plain)):
-            done[place] = encoded
+            if isinstance(example, DataError):
+                bad[place] = example
+            elif isinstance(example, Tokens):
+                done[place] = Encoded(example.ids, example.labels)
+                self._remark(example, origin)
+            else:
+                try:
+                    marks[place] = safely("rendering the row", self._mark, example, origin)
+                    self._remark(example, origin)
+                except DataError as error:
+                    bad[place] = error
+        plain = {place: isinstance(batch[place][1], Document) for place in marks}
+        for place, encoded in self._tokenised(marks, plain).items():
+            if isinstance(encoded, DataError):
+                bad[place] = encoded
+            else:
+                done[place] = encoded
+        self._complain([(batch[place][0], bad[place]) for place in sorted(bad)])
         return [(origin, one) for (origin, _), one in zip(batch, done) if one]
 
+    def _tokenised(self, marks: dict[int, Marked], plain: dict[int, bool]) -> dict[int, Encoded | DataError]:
+        """All texts in one call of the tokenizer; one by one where that fails, to find the row."""
+        encode, counted = self.encoder.encode, self.encoder.bos_added
+        try:
+            return dict(zip(marks, encode(list(marks.values()), list(plain.values()))))
+        except Exception:  # of whatever kind: each row is tried again, and says its own
+            self.encoder.bos_added = counted
+        found: dict[int, Encoded | DataError] = {}
+        for place, mark in marks.items():
+            try:
+                found[place] = safely("tokenising the row", encode, [mark], [plain[place]])[0]
+            except DataError as error:
+                found[place] = error
+        return found
+
+    def _remark(self, example: Example, origin: str) -> None:
+        """Count what is to be said about a row that can be used."""
+        for note, count in Counter(example.notes).items():
+            self.tally.note(note, origin, count)
+        unread: list[str] = []
+        if isinstance(example, Conversation):
+            template = self.masker.template
+            unread = [key for key in example.message_keys if not template.mentions(key, example.tools)]
+            if example.marked and self.settings.train_on == "everything":
+                self.tally.note(
+                    "training marks of messages are not used, because train_on is 'everything'", origin
+                )
+        self.tally.unused(example.unused, unread)
+
     def _mark(self, example: Conversation | Document, origin: str) -> Marked:
+        marked = self._marked(example, origin)
+        marked.text, replaced = without_lone_surrogates(marked.text)  # as long as before, so spans hold
+        self.tally.note("half of a character (a lone surrogate) is replaced by U+FFFD", origin, replaced)
+        return marked
+
+    def _marked(self, example: Conversation | Document, origin: str) -> Marked:
         if isinstance(example, Document):
             start = 0 if self.settings.train_on == "everything" else example.trained_from
             return Marked(example.text, [(start, len(example.text))], not example.ends, example.begins)

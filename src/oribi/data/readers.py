@@ -1,4 +1,7 @@
-"""Files to rows. Each reader yields (origin, row); the origin is `file:line`, so that every complaint can name its place."""
+"""Files to rows. Each reader yields (origin, row); the origin is `file:line`, so that every complaint can name its place.
+
+A line that is broken by itself comes as the error that says so, in the place of its row; what ends the reading is raised.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ MAX_ROW_CHARACTERS = 1 << 25  # a tokenizer takes gigabytes for a row beyond thi
 TEXT_BLOCK_CHARACTERS = 1 << 20  # plain text files are read in blocks, so memory does not grow with the file
 JSON_CHUNK_CHARACTERS = 1 << 20
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
+Rows = Iterator[tuple[str, dict[str, Any] | DataError]]
 
 
 def read_file(path: Path) -> Rows:
@@ -50,19 +53,22 @@ def read_json_lines(path: Path) -> Rows:
             origin = f"{path.name}:{number}"
             if not line.strip():
                 continue
-            if len(line) > MAX_ROW_CHARACTERS:
-                raise DataError(_too_long(origin, len(line)))
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{origin}: no valid JSON ({_reason(error)}); the line begins {_begin(line)}. Each line of a .jsonl file "
-                    "must be one complete object: correct or remove this line."
-                ) from error
             empty = False
-            yield origin, _object(row, origin)
+            yield origin, _json_line(line)
     if empty:
         raise DataError(f"{path}: the file has only blank lines.")
+
+
+def _json_line(line: str) -> dict[str, Any] | DataError:
+    if len(line) > MAX_ROW_CHARACTERS:
+        return DataError(_too_long(len(line)))
+    try:
+        return _object(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        return DataError(
+            f"no valid JSON ({_reason(error)}); the line begins {_begin(line)}. Each line of a .jsonl file must be one complete "
+            "object: correct or remove this line."
+        )
 
 
 def read_json(path: Path) -> Rows:
@@ -113,14 +119,14 @@ def _read_array(path: Path, file: TextIO, buffer: str) -> Rows:
                 more = file.read(JSON_CHUNK_CHARACTERS) if len(buffer) - at < MAX_ROW_CHARACTERS else ""
                 if not more:
                     if len(buffer) - at >= MAX_ROW_CHARACTERS:
-                        raise DataError(_too_long(origin, len(buffer) - at)) from error
+                        raise DataError(f"{origin}: {_too_long(len(buffer) - at)}") from error
                     bad = line + buffer.count("\n", at, getattr(error, "pos", at))
                     raise DataError(
                         f"{path.name}:{bad}: no valid JSON ({_reason(error)}) in the object that begins in line {line}. "
                         "Correct it; a JSON checker shows the place."
                     ) from error
                 buffer, at = buffer[at:] + more, 0
-        yield origin, _object(row, origin)
+        yield origin, _object(row)
         line += buffer.count("\n", at, end)
         at = end
 
@@ -165,11 +171,15 @@ def read_csv(path: Path) -> Rows:
                         + len(row.get(None) or [])
                         - sum(v is None for v in row.values())
                     )
-                    raise DataError(
-                        f"{origin}: {given} fields, but the header has {len(names)}: {names}. Quote text that holds a separator "
-                        "or a line break."
+                    yield (
+                        origin,
+                        DataError(
+                            f"{given} fields, but the header has {len(names)}: {names}. Quote text that holds a separator or a line "
+                            "break."
+                        ),
                     )
-                yield origin, dict(row)
+                else:
+                    yield origin, dict(row)
         except csv.Error as error:
             raise DataError(
                 f"{path.name}:{reader.line_num + 1}: no valid CSV ({error}). Quote text that holds quotes."
@@ -197,7 +207,7 @@ def read_parquet(path: Path) -> Rows:
         for batch in file.iter_batches(batch_size=1000):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path.name} row {number}", {k: without_nulls(v) for k, v in row.items()}
+                yield f"{path.name} row {number}", row
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: no valid Parquet file ({error}). Download or write it again.") from error
     if not number:
@@ -236,15 +246,6 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 }
 
 
-def without_nulls(value: Any) -> Any:
-    """Drop the keys that columnar formats fill in with null where a row did not have them."""
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [without_nulls(v) for v in value]
-    return value
-
-
 @contextmanager
 def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """Open UTF-8 text, with or without a byte order mark; another encoding is an error that says where it shows."""
@@ -280,12 +281,10 @@ def _line_of_bad_byte(path: Path) -> int:
     return 1
 
 
-def _object(row: Any, origin: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{origin}: {type(row).__name__} {_begin(str(row))}; each row must be a JSON object, {{...}}."
-        )
-    return row
+def _object(row: Any) -> dict[str, Any] | DataError:
+    if isinstance(row, dict):
+        return row
+    return DataError(f"{type(row).__name__} {_begin(str(row))}; each row must be a JSON object, {{...}}.")
 
 
 def _is_json(text: str) -> bool:
@@ -296,7 +295,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _reason(error: ValueError) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg[0].lower()}{error.msg[1:]}, column {error.colno}"
     return str(error)
@@ -307,8 +306,8 @@ def _begin(text: str, limit: int = 50) -> str:
     return repr(text[:limit]) + ("..." if len(text) > limit else "")
 
 
-def _too_long(origin: str, characters: int) -> str:
+def _too_long(characters: int) -> str:
     return (
-        f"{origin}: the row has {characters:,} characters or more, over the limit of {MAX_ROW_CHARACTERS:,}. Split it into "
+        f"the row has {characters:,} characters or more, over the limit of {MAX_ROW_CHARACTERS:,}. Split it into "
         "several rows, or put plain text into a .txt file, which is read in blocks."
     )

@@ -131,6 +131,10 @@ class ChatTemplate:
             adapted.append(message)
         return adapted
 
+    def mentions(self, key: str, tools: Sequence[Any] | None = None) -> bool:
+        """Whether the source has a word, such as the key of a message."""
+        return bool(re.search(rf"\b{re.escape(key)}\b", self.source(tools)))
+
     @cached_property
     def _reasoning_field(self) -> str | None:
         """The name under which the template reads a message's thinking."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,8 @@ class DataReport:
     end_tokens: dict[str, int] = field(default_factory=dict)  # token that ends a turn -> times trained
     end_token_ids: list[int] = field(default_factory=list)  # for generation_config.eos_token_id
     mask_sources: dict[str, int] = field(default_factory=dict)
+    unused_columns: list[str] = field(default_factory=list)
+    unused_message_keys: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     first_row: str = ""
     seconds: float = 0.0
@@ -80,12 +83,21 @@ class DataReport:
         if self.end_tokens:
             ends = ", ".join(f"{token!r} {count:,} times" for token, count in self.end_tokens.items())
             lines.append(f"  turn end  trained: {ends}")
+        for what, names in (
+            ("columns not used", self.unused_columns),
+            ("keys of messages not used", self.unused_message_keys),
+        ):
+            if names:
+                lines.append(f"  {what}: {', '.join(names)}")
         for name, count, rows in (
             (f"above max_seq_length ({self.overlong})", self.rows_overlong, self.overlong_rows),
             ("dropped", self.rows_dropped, self.dropped_rows),
         ):
             if count:
                 lines.append(f"  {name}: {count:,} rows: {some_of(rows, count)}")
+        if self.rows_malformed:
+            lines.append(f"  malformed: {self.rows_malformed:,} rows, left out:")
+            lines += [f"    {row}" for row in self.malformed_rows[:5]]
         lines += [f"  note: {note}" for note in self.notes]
         lines.append(f"  prepared in {self.seconds:.1f} s")
         return "\n".join(lines)
@@ -109,6 +121,14 @@ class Tally:
         if count:
             self.noted[what] += count
             self.noted_first.setdefault(what, origin)
+
+    def unused(self, columns: Iterable[str], message_keys: Iterable[str]) -> None:
+        """Name columns and keys of messages that nothing was read from, each once."""
+        for names, known in (
+            (columns, self.report.unused_columns),
+            (message_keys, self.report.unused_message_keys),
+        ):
+            known += [name for name in map(str, names) if name not in known]
 
     def trained(self, labels: list[int]) -> None:
         """Count the labels of an example; its first token is never predicted."""

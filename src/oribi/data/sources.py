@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from oribi.data.readers import READERS, Rows, read_file, suffix_of, without_nulls
+from oribi.data.readers import READERS, Rows, read_file, suffix_of
 from oribi.errors import DataError
 
 HUB_NAME = re.compile(r"[\w][\w.\-]*(/[\w.\-]+)?")
@@ -235,14 +235,14 @@ def _rows_of_dataset(dataset: datasets.Dataset) -> Rows:
     for batch in dataset.with_format(None).iter(READ_ROWS):
         for values in zip(*batch.values()):
             number += 1
-            yield f"row {number}", {name: without_nulls(value) for name, value in zip(batch, values)}
+            yield f"row {number}", dict(zip(batch, values))
     if not number:
         raise DataError("the data set has no rows.")
 
 
 def _rows_of_stream(dataset: datasets.IterableDataset) -> Rows:
     for number, row in enumerate(dataset, 1):
-        yield f"row {number}", {name: without_nulls(value) for name, value in row.items()}
+        yield f"row {number}", dict(row)
 
 
 def _hash_files(paths: Sequence[Path]) -> str:
