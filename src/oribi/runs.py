@@ -1,6 +1,5 @@
 """A run's folder after training: its settings, its model, its log and its held-out rows, each from the folder alone."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,3 @@ def held_out_rows(config: RunConfig, tokenizer: Any) -> Any:
 
     held_out = read_data(config, tokenizer)[1]
     return None if held_out is None else held_out.dataset
-
-
-def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl, in order; empty where there is none."""
-    path = Path(folder) / "log.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -86,7 +86,7 @@ def main(model: str, folder: str, tries: int) -> None:
             found["killed"] += 1
         else:
             found["finished"] += 1
-        found["in_a_save"] += (run / "_partial").is_dir()
+        found["in_a_save"] += bool(list(run.glob("_partial*")))
         checkpoints = sorted(run.glob("checkpoint-*"))
         steps = [read(checkpoint) for checkpoint in checkpoints]
         done = run.with_suffix(".done")

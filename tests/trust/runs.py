@@ -39,12 +39,17 @@ def trainer_in(
     dtype: str = "float32",
     packs: bool = False,
     count: int = ROWS,
+    rows: Any = None,
+    loaded: Any = None,
     **settings: Any,
 ) -> SFTTrainer:
-    """A trainer of the small model on so many random rows, or packs of them; some of them are evaluated on, too."""
-    model, tokenizer = subject.load(dtype)
+    """A trainer of the small model on so many random rows, or packs of them; some of them are evaluated on, too.
+
+    `rows` and `loaded` (model and tokenizer) take the place of the usual ones.
+    """
+    model, tokenizer = loaded or subject.load(dtype)
     args = SFTConfig(output_dir=str(folder), **{**SETTINGS, **settings})
-    rows = subject.rows(count, model.get_base_model().config.vocab_size)
+    rows = subject.rows(count, model.get_base_model().config.vocab_size) if rows is None else rows
     held_out = rows.select(range(evaluates)) if evaluates else None
     if packs:
         rows = pack(rows, 2 * LONGEST)

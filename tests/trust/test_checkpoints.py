@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from oribi.errors import ConfigError, TrainingError
@@ -63,7 +65,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(subjec
     # a KeyboardInterrupt that is not caught ends Python with 1 or by the signal itself; the command line answers 130
     allowed = (143,) if number == signal.SIGTERM else (1, 130, -signal.SIGINT)
     assert process.returncode in allowed, errors[-2000:]
-    assert "holds the run, which goes on from there" in said
+    assert "the run is saved in" in said
     checkpoint = Path(get_last_checkpoint(str(tmp_path / "run")))
     step = read(checkpoint)
     assert step >= 3
@@ -94,7 +96,7 @@ def test_the_command_answers_a_signal_with_its_code_after_saving(subject, tmp_pa
     results, said = process.communicate(timeout=120)
     assert process.returncode == code, said[-2000:]
     assert "Traceback" not in said
-    assert "holds the run, which goes on from there" in said
+    assert "the run is saved in" in said
     assert not results
     assert read(Path(get_last_checkpoint(str(out)))) >= 3
 
@@ -136,7 +138,7 @@ def test_a_full_disk_ends_neither_the_run_nor_the_earlier_checkpoints(subject, t
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == [
         f"checkpoint-{n}" for n in (1, 2, 4, 5)
     ]
-    assert not (tmp_path / "_partial").exists()
+    assert not list(tmp_path.glob("_partial*"))
     assert "checkpoint-3 could not be written" in caplog.text
     assert "training goes on" in caplog.text
     assert [read(path) for path in sorted(tmp_path.glob("checkpoint-*"))] == [1, 2, 4, 5]
@@ -147,7 +149,8 @@ def test_a_full_disk_at_the_last_checkpoint_is_an_error(subject, tmp_path, monke
     real = torch.save
     monkeypatch.setattr(torch, "save", lambda *a, **k: full_disk(trainer, 3, real, *a, **k))
     with pytest.raises(
-        TrainingError, match=r"checkpoint-3 could not be written: .*No space left.*in this process's memory"
+        TrainingError,
+        match=r"checkpoint-3 could not be written: .*No space left.*newest that is whole is .*checkpoint-2\. Nor could it",
     ):
         trainer.train()
     assert [read(path) for path in sorted(tmp_path.glob("checkpoint-*"))] == [1, 2]
@@ -245,15 +248,24 @@ def test_a_read_only_folder_is_refused_before_training(subject, small_disk):
 
 
 @needs_mount
-def test_a_disk_that_fills_up_keeps_the_earlier_checkpoints_and_the_run(subject, small_disk, caplog):
+def test_a_full_disk_loses_neither_earlier_checkpoints_nor_the_last(
+    subject, small_disk, caplog, tmp_path, monkeypatch
+):
+    """The last checkpoint, which has no room beside the others, lies elsewhere, whole, and the error says where."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     place = small_disk(1 << 20)  # bytes: one checkpoint of this model and half of another
     trainer = trainer_in(subject, place, max_steps=3, save_steps=1)
-    with pytest.raises(TrainingError, match=r"checkpoint-3 could not be written: .*in this process's memory"):
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-3 could not be written: .*It lies in (\S+) instead"
+    ) as error:
         trainer.train()
     assert "checkpoint-2 could not be written" in caplog.text
     assert [read(path) for path in sorted(place.glob("checkpoint-*"))] == [1]
-    assert not (place / "_partial").exists()
-    assert all(weight.isfinite().all() for weight in weights_of(trainer).values())
+    assert not list(place.glob("_partial*"))
+    rescued = Path(re.search(r"It lies in (\S+) instead", str(error.value))[1])
+    assert read(rescued) == 3
+    saved = load_file(rescued / "adapter_model.safetensors")
+    assert all(torch.equal(saved[n.replace(".default", "")], w) for n, w in weights_of(trainer).items())
 
 
 def test_a_log_that_cannot_be_written_does_not_end_a_training(subject, tmp_path, caplog):

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import secrets
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +14,15 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from oribi.errors import ConfigError, TrainingError
+from oribi.run_record import RunRecord, checkpoints
 from oribi.save.finite import require_finite
+from oribi.train.progress import say
 from oribi.train.setup import held
 
 logger = logging.getLogger(__name__)
@@ -45,56 +50,131 @@ def require_writable(folder: str | os.PathLike) -> None:
             probe.unlink(missing_ok=True)
 
 
-def write_checkpoint(trainer: Trainer, write: Callable[[], None], run_folder: str) -> None:
+def remove_partial(run_folder: str | os.PathLike) -> None:
+    """Remove what trainings that no longer run left half-written; the caller holds the folder's lock."""
+    for path in Path(run_folder).glob(f"{PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_checkpoint(
+    trainer: Trainer,
+    write: Callable[[], None],
+    run_folder: str,
+    staging: str = PARTIAL,
+    describe: Callable[[], RunRecord] | None = None,
+) -> None:
     """Write a checkpoint in a folder that no one reads and give it its name when it is complete.
 
     A checkpoint that cannot be written leaves the earlier ones as they are and does not end the training, unless it was
-    the last chance to save it.
+    the last chance to save it: then it is written into the system's folder of temporary files, and the error says so.
 
     Args:
         trainer: its state names the step.
         write: what writes the files, into the folder that `trainer._get_output_dir` names.
         run_folder: where checkpoints belong.
+        staging: name of the folder that no one reads; all processes of a run give the same.
+        describe: the record that goes into the checkpoint.
 
     Raises:
         ExportError: the weights are not finite.
-        TrainingError: the last checkpoint of a training could not be written.
+        TrainingError: the last checkpoint of a training could not be written where it belongs.
     """
     require_finite(trainer.model)
-    state, main = trainer.state, trainer.args.should_save
-    final = Path(run_folder) / f"checkpoint-{state.global_step}"
-    staging = Path(run_folder) / PARTIAL
-    partial = staging / final.name
+    folder, state, main = Path(run_folder), trainer.state, trainer.args.should_save
+    final = folder / f"checkpoint-{state.global_step}"
+    problem = _write_whole(trainer, write, final, folder / staging, describe)
+    if problem is None:
+        if main:
+            rotate_checkpoints(
+                output_dir=run_folder, save_total_limit=trainer.args.save_total_limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+            )  # fmt: skip
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.push_to_hub:
+            trainer._push_from_checkpoint(str(final))
+        return
+    message = (
+        f"{final} could not be written: {problem} ({shutil.disk_usage(folder).free / 1e6:.0f} MB are free). Earlier "
+        "checkpoints are as they were"
+    )
+    if not (trainer.control.should_training_stop or state.global_step >= state.max_steps):
+        logger.error("%s; training goes on and tries again at the next save. Free some space", message)
+        return
+    elsewhere = [str(Path(tempfile.gettempdir()) / f"oribi-{folder.name}-{secrets.token_hex(4)}")]
+    if trainer.args.world_size > 1:
+        broadcast_object_list(elsewhere)
+    rescue = Path(elsewhere[0])
+    problem = _write_whole(trainer, write, rescue / final.name, rescue / PARTIAL, describe)
+    if problem is None:
+        raise TrainingError(
+            f"{message}. It lies in {rescue / final.name} instead: free some space, move it to {folder}, and resume the run"
+        )
+    if main:
+        shutil.rmtree(rescue, ignore_errors=True)
+    whole = checkpoints(folder)
+    last = f"the newest that is whole is {whole[-1].path}" if whole else "there are none"
+    raise TrainingError(
+        f"{message}; {last}. Nor could it be written to {rescue.parent}: {problem}. What was trained since is only in "
+        "trainer.model, which trainer.save_model(FOLDER) writes elsewhere while this process lives"
+    )
+
+
+def _write_whole(
+    trainer: Trainer,
+    write: Callable[[], None],
+    final: Path,
+    staging: Path,
+    describe: Callable[[], RunRecord] | None,
+) -> str | None:
+    """Write a checkpoint under a name that no one reads and rename it; what kept it from that, in any process."""
+    main, partial = trainer.args.should_save, staging / final.name
+
+    def publish_it() -> None:
+        _name_best(trainer.state, final, partial)
+        if describe is not None:
+            record = describe()
+            record.files = _sizes(partial)
+            record.write(partial)
+        publish(partial, final)
+
     if main:
         shutil.rmtree(staging, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    failure: BaseException | None = None
-    try:
-        with held(
-            trainer, _get_output_dir=lambda trial: str(staging), _push_from_checkpoint=lambda folder: None
-        ):
-            write()
-        if main:
-            _name_best(state, final, partial)
-    except Exception as error:
-        if not failed_write(error):
-            raise
-        failure = error
+    with held(trainer, _get_output_dir=lambda trial: str(staging), _push_from_checkpoint=lambda folder: None):
+        failure = _failed_writing(write, staging)
     # no process may give the folder its name before all have written into it
-    if any_process(trainer, failure is not None):
-        if main:
-            shutil.rmtree(staging, ignore_errors=True)
-        _report(trainer, final, failure)
-        return
+    failed = any_process(trainer, failure is not None)
+    if not failed:
+        failure = _failed_writing(publish_it, staging) if main else None
+        failed = any_process(trainer, failure is not None)
     if main:
-        publish(partial, final)
-        rotate_checkpoints(
-            output_dir=run_folder, save_total_limit=trainer.args.save_total_limit,
-            best_model_checkpoint=state.best_model_checkpoint,
-        )  # fmt: skip
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.push_to_hub:
-        trainer._push_from_checkpoint(str(final))
+        shutil.rmtree(staging, ignore_errors=True)
+    if not failed:
+        return None
+    return "another process failed" if failure is None else str(failure).splitlines()[0]
+
+
+def _failed_writing(write: Callable[[], None], staging: Path) -> Exception | None:
+    """The file system's error that ended a write; every other error goes on, with nothing half-written left."""
+    try:
+        write()
+    except Exception as error:
+        if failed_write(error):
+            return error
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return None
+
+
+def _sizes(partial: Path) -> dict[str, int]:
+    """Bytes of the files that a training goes on from."""
+    needed = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
+    names = ("trainer_state.json", "adapter_config.json", "model.safetensors.index.json")
+    return {
+        path.relative_to(partial).as_posix(): path.stat().st_size
+        for path in sorted(partial.rglob("*"))
+        if path.is_file() and (path.suffix in needed or path.name in names)
+    }
 
 
 def _name_best(state: TrainerState, final: Path, partial: Path) -> None:
@@ -105,17 +185,6 @@ def _name_best(state: TrainerState, final: Path, partial: Path) -> None:
     if best == final or best.is_dir():
         state.best_model_checkpoint = str(best)
         state.save_to_json(str(partial / "trainer_state.json"))
-
-
-def _report(trainer: Trainer, final: Path, failure: BaseException | None) -> None:
-    why = "another process failed" if failure is None else str(failure).splitlines()[0]
-    message = (
-        f"{final} could not be written: {why} ({shutil.disk_usage(final.parent).free / 1e6:.0f} MB are free). Earlier "
-        "checkpoints are as they were"
-    )
-    if trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps:
-        raise TrainingError(f"{message}; the trained weights are still in this process's memory") from failure
-    logger.error("%s; training goes on and tries again at the next save. Free some space", message)
 
 
 def any_process(trainer: Trainer, flag: bool) -> bool:
@@ -141,14 +210,14 @@ def publish(partial: Path, final: Path) -> None:
     for path in sorted(partial.rglob("*"), reverse=True):
         _sync(path)
     _sync(partial)
-    stale = final.parent / PARTIAL / f"stale-{final.name}"
+    stale = partial.parent / f"stale-{final.name}"
     if final.exists():
         if stale.exists():
             shutil.rmtree(stale)
         os.replace(final, stale)
     os.replace(partial, final)
     _sync(final.parent)
-    shutil.rmtree(final.parent / PARTIAL, ignore_errors=True)
+    shutil.rmtree(partial.parent, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -162,7 +231,7 @@ def _sync(path: Path) -> None:
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT end training after the step that is running, with a checkpoint; a second one ends it at once.
+    """SIGTERM, SIGINT and SIGHUP end training after the step that is running, with a checkpoint; a second one at once.
 
     Args:
         agree: whether any process of the run was asked to stop, given whether this one was.
@@ -180,13 +249,20 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        # under nohup the hang-up is ignored, and stays so
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
         def handle(number: int, frame: FrameType | None) -> None:
             self.asked = signal.Signals(number)
             for one, handler in before.items():
                 signal.signal(one, handler)
-            logger.warning("%s: training ends after this step, with a checkpoint", self.asked.name)
+            logger.warning(
+                "%s: training ends after this step, with a checkpoint; a second signal ends it at once",
+                self.asked.name,
+            )
 
         for number in before:
             signal.signal(number, handle)
@@ -209,10 +285,10 @@ class StopOnSignal(TrainerCallback):
         """After training: end the program as the signal would have, now that everything is saved."""
         if not self.stopped:
             return
-        print(
-            f"oribi: stopped; {checkpoint} holds the run, which goes on from there when it is resumed",
-            flush=True,
+        say(
+            f"oribi: stopped; the run is saved in {checkpoint}: resume it with --resume (in Python: "
+            "resume_from_checkpoint=True)"
         )
-        if self.asked is signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        if self.asked is None or self.asked is signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.asked)

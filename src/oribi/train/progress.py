@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 
+LOG_FILE = "log.jsonl"
 SMOOTHING = 0.9  # share of the past in the smoothed loss
 LINE_SECONDS = 10.0  # between two plain lines; log.jsonl has every log
+
+
+class LastingConsole(Console):
+    """A console whose reader may go away: rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class Progress(TrainerCallback):
@@ -28,7 +37,7 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, live: bool = True, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, soft_wrap=True)
+        self.console = console or LastingConsole(stderr=True, soft_wrap=True)
         self.live = Live(console=self.console, transient=False) if live and self.console.is_terminal else None
         self.weighted, self.weight = 0.0, 0.0
         self.first_step, self.started = 0, 0.0
@@ -92,15 +101,34 @@ class Progress(TrainerCallback):
 
 
 class JsonLog(TrainerCallback):
-    """Writes every log as a line of `log.jsonl` in the output folder; a run that starts anew starts a new file."""
+    """Writes every log as a line of `log.jsonl` in the output folder; each step is in it once.
+
+    A run that starts anew starts a new file; one that goes on from a checkpoint drops the lines behind it.
+    """
 
     failed = False  # the disk is full, or went away; said once
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and state.global_step == 0:
-            self._path(args).unlink(missing_ok=True)
+        if not state.is_world_process_zero:
+            return
+        path, step = self._path(args), state.global_step
+        try:
+            if step == 0:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                # the summary of a run that was stopped is none of a step
+                kept = [
+                    entry
+                    for entry in read_log(path.parent)
+                    if entry["step"] <= step and "train_loss" not in entry
+                ]
+                temporary = path.with_name(f".{path.name}.{os.getpid()}")
+                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+                os.replace(temporary, path)
+        except OSError as error:
+            self._tell(path, error)
 
     def on_log(
         self,
@@ -118,15 +146,43 @@ class JsonLog(TrainerCallback):
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry, default=float) + "\n")
             except OSError as error:  # a log line is not worth a training
-                if not self.failed:
-                    logger.warning(
-                        "%s cannot be written: %s; training goes on without it", path, error.strerror
-                    )
-                self.failed = True
+                self._tell(path, error)
+
+    def _tell(self, path: Path, error: OSError) -> None:
+        if not self.failed:
+            logger.warning("%s cannot be written: %s; training goes on without it", path, error.strerror)
+        self.failed = True
 
     @staticmethod
     def _path(args: TrainingArguments) -> Path:
-        return Path(args.output_dir) / "log.jsonl"
+        return Path(args.output_dir) / LOG_FILE
+
+
+def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl, in order; none where there is no log. A line that was cut off is left out."""
+    try:
+        lines = (Path(folder) / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in filter(str.strip, lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            found.append(entry)
+        else:
+            logger.warning("%s/%s: a damaged line is left out: %r", folder, LOG_FILE, line[:80])
+    return found
+
+
+def say(text: str) -> None:
+    """Print a line; an output that is closed (`| head -1`) does not end a training."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError, AttributeError):  # a broken pipe, a closed file, no file at all
+        logger.debug("standard output is closed: %s", text)
 
 
 def clock(seconds: float) -> str:

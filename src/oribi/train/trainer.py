@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+import trl
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -20,7 +21,6 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from trl import SFTTrainer as BaseTrainer
 
 from oribi.data.packing import pack
 from oribi.data.prepare import PreparedData, prepare_dataset
@@ -32,14 +32,15 @@ from oribi.save.adapter import saves_embeddings
 from oribi.save.finite import require_finite
 from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
 from oribi.train.batches import GroupedByLength, rank_loader
-from oribi.train.checkpoints import StopOnSignal, any_process, require_writable, write_checkpoint
+from oribi.train.checkpoints import StopOnSignal, any_process, require_writable
 from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, settle_cublas
 from oribi.train.fp8 import switch_on
 from oribi.train.graphs import StepGraphs, reason_against
 from oribi.train.guard import LossGuard, require_targets
 from oribi.train.neftune import EmbeddingNoise
-from oribi.train.progress import JsonLog, Progress
+from oribi.train.progress import JsonLog, Progress, say
 from oribi.train.recompute import choose, free_bytes
+from oribi.train.resumable import ResumableTrainer
 from oribi.train.setup import (
     base_model,
     held,
@@ -69,7 +70,7 @@ MOVED_KEYWORDS = {
 }
 
 
-class SFTTrainer(BaseTrainer):
+class SFTTrainer(ResumableTrainer):
     """`trl.SFTTrainer` for models that `FastLanguageModel` loads; any other causal model works too, unfused.
 
     Args:
@@ -222,11 +223,13 @@ class SFTTrainer(BaseTrainer):
         if args.process_index == 0 and all(
             report is not prepared.report for report in self.data_reports.values()
         ):
-            print(prepared.report)
+            say(str(prepared.report))
         self.data_reports[dataset_name] = prepared.report
         require_targets(prepared.dataset, dataset_name)
         train_set = dataset_name == "train" or args.eval_packing is None
         result = prepared.dataset
+        if dataset_name == "train":
+            self.rows = result
         if self._packing if train_set else args.eval_packing:
             if isinstance(result, IterableDataset):
                 raise ConfigError(
@@ -245,7 +248,7 @@ class SFTTrainer(BaseTrainer):
         self._logged = (self.tokens_seen, time.monotonic())
         deterministic = self.args.deterministic
         if self.args.device.type == "cuda" and self.args.process_index == 0 and not deterministic:
-            print(f"oribi: {LEFT_OPEN}")
+            say(f"oribi: {LEFT_OPEN}")
         try:
             with deterministic_algorithms(deterministic), self.stop_on_signal.listening():
                 output = super().train(*args, **kwargs)
@@ -309,16 +312,6 @@ class SFTTrainer(BaseTrainer):
             write = partial(write, save_embedding_layers=saves_embeddings(self.model))
         with held(self.model, save_pretrained=write):
             super()._save(output_dir, state_dict)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        device = self.args.device
-        # several processes on a CPU compute on "cpu:0", a place that torch.load does not know
-        with held(self.args, _setup_devices=torch.device("cpu") if device.type == "cpu" else device):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        write = super()._save_checkpoint
-        write_checkpoint(self, lambda: write(model, trial), self._get_output_dir(trial))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
@@ -420,7 +413,7 @@ class SFTTrainer(BaseTrainer):
             # a step whose examples were all cut down to their prompts has nothing to learn, which is no error
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         # past TRL's, which asks for per-token probabilities: Trainer's takes the loss that the model computes
-        return super(BaseTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return super(trl.SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if not self.own_loss:

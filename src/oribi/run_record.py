@@ -1,0 +1,175 @@
+"""What a run's folder and each of its checkpoints say of themselves: one small JSON file, `oribi_run.json`.
+
+The folder's tells which run lies there and how far it came; a checkpoint's tells what the weights beside it come from.
+"""
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RECORD_FILE = "oribi_run.json"
+VERSION = 1
+EARLIER = "_earlier"  # a leading underscore: uploads of the output folder leave such names out
+RESULTS = ("adapter", "merged", "merged_4bit", "gguf")  # folders that a finished run saves its model in
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class RunRecord:
+    """A run as its folder or one of its checkpoints describes it.
+
+    Args:
+        run: identifies the run; a run that goes on keeps it.
+        model: the base model's name, as the user called it.
+        base: the base's identity (`models.identity`); None where the model was not loaded by oribi.
+        data: rows, and hashes of them (`train.fingerprint`).
+        settings: of the training that decides what is learned, by name.
+        step: optimizer steps done. max_steps: of the whole run.
+        position: where the next step reads: passes over the data that are complete, and rows of the one that is not.
+        state: "running", "stopped" or "finished"; a run that was killed stays "running".
+        saved: result folder -> step that it holds; in the run's folder.
+        files: name -> bytes; in a checkpoint.
+    """
+
+    run: str
+    model: str = ""
+    base: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    max_steps: int = 0
+    position: dict[str, int] | None = None
+    state: str = "running"
+    saved: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    version: int = VERSION
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Write the record into a folder; it is whole there or not there."""
+        path = Path(folder) / RECORD_FILE
+        temporary = path.with_name(f".{RECORD_FILE}.{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def new_run() -> str:
+    """A name for a new run, by which runs sort in time."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def read_record(folder: str | os.PathLike) -> RunRecord | None:
+    """The record of a folder; None where there is none, or none that can be read."""
+    try:
+        values = json.loads((Path(folder) / RECORD_FILE).read_text(encoding="utf-8"))
+        record = RunRecord(**{f.name: values[f.name] for f in fields(RunRecord) if f.name in values})
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    expected = {"run": str, "settings": dict, "saved": dict, "files": dict, "step": int}
+    sound = all(isinstance(getattr(record, name), kind) for name, kind in expected.items())
+    return record if sound else None
+
+
+def has_damaged_record(folder: str | os.PathLike) -> bool:
+    """Whether a folder has a record that cannot be read."""
+    return (Path(folder) / RECORD_FILE).exists() and read_record(folder) is None
+
+
+def record_saved(folder: str | os.PathLike, form: str, step: int) -> None:
+    """Note in a run's folder that a result folder now holds the model of a step."""
+    record = read_record(folder)
+    if record is not None:
+        record.saved[form] = step
+        record.write(folder)
+
+
+class Checkpoint(NamedTuple):
+    """A folder `checkpoint-N`, whatever it holds."""
+
+    step: int
+    path: Path
+
+
+def checkpoints(folder: str | os.PathLike) -> list[Checkpoint]:
+    """All checkpoints of a folder by their step, the newest last."""
+    try:
+        names = [
+            path for path in Path(folder).iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()
+        ]
+    except OSError:
+        return []
+    return sorted(Checkpoint(int(_CHECKPOINT.fullmatch(path.name)[1]), path) for path in names)
+
+
+def own_checkpoints(folder: str | os.PathLike) -> list[Checkpoint]:
+    """The checkpoints of the run that a folder's record names; all of them where nothing tells them apart."""
+    found, record = checkpoints(folder), read_record(folder)
+    if record is None:
+        return found
+    runs = {one: read_record(one.path) for one in found}
+    return [one for one in found if runs[one] is None or runs[one].run == record.run]
+
+
+class Newest(NamedTuple):
+    """The newest model of a run's folder, and what to tell about the choice."""
+
+    path: Path
+    note: str
+
+
+def newest_model(folder: str | os.PathLike) -> Newest | None:
+    """The adapter or checkpoint of a run that was trained longest; a merged model only where there is nothing else.
+
+    A merged model of the run's folder may be an export of an earlier step. It is the run's own result where the run has
+    no adapter and no newer checkpoint.
+    """
+    folder, record = Path(folder), read_record(folder)
+    saved = record.saved if record else {}
+    kept = [one for one in own_checkpoints(folder) if _holds_model(one.path)]
+    results = [folder / name for name in ("adapter", "merged") if _holds_model(folder / name)]
+    if not results and not kept:
+        return None
+    if not results:
+        return Newest(kept[-1].path, f"its {kept[-1].path.name} is loaded (step {kept[-1].step})")
+    result = results[0]
+    step = saved.get(result.name)
+    if not kept:
+        return Newest(
+            result, f"its {result.name} is loaded" + (f" (step {step})" if step is not None else "")
+        )
+    last = kept[-1]
+    export = result.name == "merged" and step is None
+    newer = last.step > step if step is not None else export or _written(last.path) > _written(result)
+    if newer:
+        older = f"step {step}" if step is not None else "an earlier step"
+        return Newest(
+            last.path, f"its {last.path.name} is loaded (step {last.step}); {result.name} is of {older}"
+        )
+    return Newest(result, f"its {result.name} is loaded (step {last.step if step is None else step})")
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
+
+
+def _written(folder: Path) -> float:
+    """When the weights of a folder were written, in seconds."""
+    return max((path.stat().st_mtime for path in folder.glob("*.safetensors")), default=0.0)
+
+
+def set_aside(folder: str | os.PathLike, paths: Sequence[Path], name: str) -> Path:
+    """Move files of a run's folder where nothing reads them: `_earlier/NAME`, which is returned."""
+    place = Path(folder) / EARLIER / name
+    number = 1
+    while any((place / path.name).exists() for path in paths):
+        number += 1
+        place = place.with_name(f"{name}-{number}")
+    place.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        os.replace(path, place / path.name)
+    return place
