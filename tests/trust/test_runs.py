@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
+from oribi.config import RunConfig
 from oribi.errors import ConfigError, DataError
 from oribi.lora.attach import attach_lora
 from oribi.run_record import RECORD_FILE, checkpoints, own_checkpoints, read_record
 from oribi.selftest.subject import Subject, write_small_model
-from oribi.train.fingerprint import data_record
+from oribi.train.fingerprint import APPLIED, BASE, FIXED, FREE, ON_RESUME, ROWS, data_record
 from oribi.train.run_lock import run_lock
 from tests.trust.runs import losses_of, trainer_in, weights_of
 
@@ -439,6 +441,12 @@ def test_a_warm_up_that_fills_the_training_is_said(subject, tmp_path, capsys):
     trainer.train()
     assert "warmup_steps = 2 and the training has 1: " in capsys.readouterr().out
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
+
+
+def test_every_key_of_a_config_says_what_a_resumed_run_does_with_it():
+    kinds = {BASE, ROWS, FIXED, APPLIED, FREE}
+    assert {field.name for field in fields(RunConfig)} <= set(ON_RESUME)
+    assert set(ON_RESUME.values()) == kinds
 
 
 def test_hashes_of_rows_are_quick():

@@ -34,7 +34,7 @@ ON_RESUME = {
     "lora_r": FIXED, "lora_alpha": FIXED, "lora_dropout": APPLIED, "target_modules": FIXED, "modules_to_save": FIXED,
     "use_rslora": FIXED, "use_dora": FIXED, "gradient_checkpointing": FREE,
     "dataset": ROWS, "split": ROWS, "dataset_text_field": ROWS, "eval_dataset": FREE, "eval_fraction": ROWS,
-    "chat_template": FIXED, "train_on_responses_only": ROWS, "overlong": ROWS, "packing": FIXED,
+    "chat_template": FIXED, "train_on_responses_only": ROWS, "overlong": ROWS, "turns": ROWS, "packing": FIXED,
     "dataset_num_proc": FREE, "output_dir": FREE,
     "num_train_epochs": APPLIED, "max_steps": APPLIED, "per_device_train_batch_size": APPLIED,
     "per_device_eval_batch_size": FREE, "gradient_accumulation_steps": APPLIED, "processes": APPLIED,
