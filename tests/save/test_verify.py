@@ -14,9 +14,8 @@ from oribi.errors import ConfigError, ExportError
 from oribi.save.adapter import MergedModel
 from oribi.save.export_gguf import save_gguf
 from oribi.save.export_merged import save_merged
-from oribi.save.probes import rows_of
-from oribi.save.stream import streamed_logits
-from oribi.save.verify import Trained
+from oribi.save.probes import prompts_of, rows_of
+from oribi.save.reference import Trained
 from tests.save.tiny_export import (
     VOCAB,
     adapted,
@@ -44,17 +43,25 @@ def test_a_good_gguf_export_reports_every_check(tmp_path):
         for method in ("f16", "q8_0")
         for check in (
             "weights read back",
+            "greedy answers",
+            "ends of answers",
             "tokenizer rebuilt from the file",
             "tokenizer in llama.cpp",
+            "end token in llama.cpp",
             "probabilities in llama.cpp",
-            "greedy answers stop in llama.cpp",
+            "greedy answers in llama.cpp",
+            "ends of answers in llama.cpp",
         )
     ]
     figures = {check["name"]: check["figures"] for check in report["checks"]}
     assert 0 <= figures["f16: weights read back"]["kl"] < figures["q8_0: weights read back"]["kl"] < 0.03
     assert figures["f16: tokenizer in llama.cpp"] == {"same": 10, "of": 10}
     card = (tmp_path / "gguf" / "README.md").read_text()
-    assert "| q8_0: probabilities in llama.cpp | passed |" in card
+    assert "| q8_0: end token in llama.cpp | equal | '&lt;\\|im_end\\|&gt;' ends an answer |" in card
+    outcomes = {check["name"]: check["outcome"] for check in report["checks"]}
+    assert outcomes["f16: weights read back"] == "equal"
+    assert outcomes["f16: ends of answers"] == "not tested"  # random weights end nothing
+    assert report["outcome"] == "close"
     assert "ollama create" in card
     assert result["modelfile_location"] == str(tmp_path / "gguf" / "Modelfile")
     assert set(result) == {
@@ -83,11 +90,14 @@ def test_sizes_are_printed_and_too_little_disk_stops_before_any_work(
 
 def test_a_merged_export_reports_its_loss(tmp_path):
     report = save_merged(tuned_model(), tmp_path / "merged", byte_level_tokenizer(), dtype="float32")
-    check, tokenizer = report.checks
+    check, answers, ends, tokenizer = report.checks
     assert check.figures["kl"] < 1e-6
     assert check.figures["loss"] == pytest.approx(check.figures["loss_of_trained"], rel=1e-5)
     assert check.figures["same_top_token"] == 1.0
     assert tokenizer.figures == {"same": 15, "of": 15}
+    assert answers.says.startswith("20 of 20 greedy answers are token for token the same")
+    assert [check.outcome, answers.outcome, ends.outcome] == ["equal", "equal", "not tested"]
+    assert report.verdict == "equal (1 check not tested)"
 
 
 def test_held_out_rows_are_what_it_is_checked_on(tmp_path):
@@ -107,7 +117,7 @@ def test_wrong_weights_are_refused_and_kept_aside(tmp_path, monkeypatch):
             return tensor.roll(1, 0) if name.endswith("layers.2.mlp.down_proj.weight") else tensor
 
     monkeypatch.setattr(export_gguf, "MergedModel", Shifted)
-    with pytest.raises(ExportError, match="FAIL f16: weights read back: kl") as error:
+    with pytest.raises(ExportError, match="different  f16: weights read back: the likeliest") as error:
         save_gguf(tuned_model(), tmp_path / "gguf", byte_level_tokenizer(), "f16")
     assert "not those that were trained" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["gguf.rejected"]
@@ -117,13 +127,13 @@ def test_wrong_weights_are_refused_and_kept_aside(tmp_path, monkeypatch):
 def test_a_file_that_llama_cpp_does_not_load_is_refused(tmp_path, monkeypatch):
     extra = {"unknown.weight": torch.zeros(32)}
     monkeypatch.setattr("oribi.save.gguf.writer.rope_tensors", lambda config: extra)
-    with pytest.raises(ExportError, match="FAIL f16: loads in llama.cpp: loaded 0, of 1"):
+    with pytest.raises(ExportError, match="different  f16: loads in llama.cpp: .*wrong number of tensors"):
         save_gguf(tuned_model(), tmp_path / "gguf", byte_level_tokenizer(), "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["gguf.rejected"]
 
 
 def test_a_format_that_loses_too_much_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="q2_k: weights read back: kl .* choose one with more bits"):
+    with pytest.raises(ExportError, match="q2_k: weights read back: .* use q4_k_m, q5_k_m or q8_0"):
         save_gguf(
             tuned_model(hidden_size=256, intermediate_size=512),
             tmp_path / "g",
@@ -146,7 +156,7 @@ def test_a_changed_chat_template_is_noticed(tmp_path):
         tokenizer_object=good.backend_tokenizer, eos_token="<|im_end|>", chat_template=good.chat_template
     )
     with pytest.raises(
-        ExportError, match=r"tokenizer read by transformers: same 10, of 15, first_difference prompt"
+        ExportError, match=r"tokenizer read by transformers: 10 of 15 .*; other ids: prompt about"
     ):
         save_merged(tuned_model(), tmp_path / "m", tokenizer, dtype="float32")
 
@@ -203,9 +213,11 @@ def test_a_streamed_model_equals_the_model():
         tuned = adapted(tiny_model(export_config(family, tie_word_embeddings=family != "phi3")))
         rows = rows_of(byte_level_tokenizer(), None, VOCAB)
         merged = MergedModel(tuned)
-        logits = streamed_logits(tuned.config, merged, rows.ids, rows.positions, torch.float32)
-        trained = Trained(tuned, rows)
+        trained = Trained(tuned, rows, prompts_of(byte_level_tokenizer(), None, VOCAB))
+        logits, likeliest = trained.split(trained.streamed(merged))
         assert (logits.log_softmax(-1) - trained.logprobs).abs().max() < 1e-4
+        assert likeliest == [answer.tokens for answer in trained.answers]
+        assert len(likeliest) == 20
 
 
 def test_a_template_without_bos_keeps_llama_cpp_from_adding_one(tmp_path):

@@ -10,6 +10,7 @@ import torch
 import yaml
 from datasets import Dataset
 
+from oribi.save.check import Check, Outcome
 from oribi.train.evaluate import answer_rows, held_out_loss, stop_rate, text_loss
 from oribi.train.general_text import TEXT
 from oribi.train.report import (
@@ -126,7 +127,11 @@ def written(folder, load, rows) -> dict:
     export.mkdir(parents=True)
     (export / "export_report.json").write_text(
         json.dumps(
-            {"passed": True, "checks": [{"name": "read back", "passed": True, "figures": {"kl": 1e-4}}]}
+            {
+                "passed": True,
+                "outcome": "close",
+                "checks": [Check("answers", Outcome.CLOSE, "18 of 20 are the same", {"kl": 1e-4}).to_json()],
+            }
         )
     )
     return write_report(
@@ -151,7 +156,7 @@ def test_the_page_needs_nothing_else(load, rows, tmp_path):
     assert "url(http" not in text
     assert "<b>n</b>" not in text  # what comes from outside is escaped
     assert report["measures"]["base"]["samples"][0]["expected"] in page.text
-    assert "passed" in page.text
+    assert "close  answers: 18 of 20 are the same" in page.text
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
     assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == 3
 
@@ -162,7 +167,8 @@ def test_the_markdown_says_the_same(load, rows, tmp_path):
     assert text == as_markdown(report)
     loss = report["measures"]["tuned"]["held_out"]["loss"]
     assert f"{loss:.3f} \u2192 {loss:.3f}" in text
-    assert "| lora | passed |" in text
+    assert "| lora | close |" in text
+    assert "close  answers: 18 of 20 are the same" in text
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)\n```", text, re.DOTALL).group(1))
     assert settings == {"model": "m/<b>n</b>", "dataset": ["rows.jsonl"], "learning_rate": 2e-4}
 
@@ -199,7 +205,7 @@ def test_what_went_wrong_is_said(change, words):
 
 def test_a_failed_export_is_a_warning():
     report = {"measures": {}, "exports": [{"form": "gguf", "passed": False}]}
-    assert warnings_of(report) == ["export gguf failed its check"]
+    assert warnings_of(report) == ["the export gguf differs from the trained model"]
 
 
 def test_a_model_without_held_out_rows_is_measured_on_the_general_text(load):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from oribi.cli.output import Json, Output, chatter_aside, gibibytes
-from oribi.errors import ConfigError
+from oribi.errors import ConfigError, ExportError
 
 FORMS = {
     "adapter": "adapter", "lora": "adapter", "merged": "merged_16bit", "merged_16bit": "merged_16bit",
@@ -31,6 +31,12 @@ def export(
         str, typer.Option(help="Weights under the adapter: dequantized, original, auto, or a folder.")
     ] = "dequantized",
     verify: Annotated[bool, typer.Option(help="Compare what was written with the trained model.")] = True,
+    keep_different: Annotated[
+        bool,
+        typer.Option(
+            help="Keep a file that differs from the trained model under its name; the exit code is 1."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a trained model as adapter, merged checkpoint or GGUF files, and check each against the trained model."""
@@ -47,17 +53,30 @@ def export(
         )
         held_out = None
         if rows is not None:
-            held_out = [{"input_ids": row["input_ids"]} for row in rows.select(range(min(32, len(rows))))]
-        written = [
-            _write(loaded, form, methods, folder, {"base": base, "held_out": held_out, "verify": verify})
-            for form, methods in forms.items()
-        ]
+            held_out = [
+                {"input_ids": row["input_ids"], "labels": row["labels"]}
+                for row in rows.select(range(min(32, len(rows))))
+            ]
+        options = {
+            "base": base,
+            "held_out": held_out,
+            "verify": "report" if verify and keep_different else verify,
+        }
+        written, failures = [], []
+        for form, methods in forms.items():
+            try:
+                written.append(_write(loaded, form, methods, folder, options))
+            except ExportError as error:  # the other forms do not depend on it
+                failures.append(f"{form}: {error}")
     out = Output(json)
     for record in written:
-        checks = "" if not record["checks"] else f", {record['checks']} checks passed"
         for path, size in record["files"].items():
-            out.text(f"{record['form']:<14}{path}  {gibibytes(size)}{checks}")
+            out.text(f"{record['form']:<14}{path}  {gibibytes(size)}, {record['verdict']}")
         out.record(**record)
+    if failures:
+        raise ExportError("\n".join(failures))
+    if not all(record["passed"] for record in written):
+        raise typer.Exit(1)
 
 
 def read_forms(text: str) -> dict[str, list[str]]:
@@ -98,25 +117,23 @@ def _write(
     from oribi.save import save_gguf, save_gguf_adapter, save_merged
 
     target = folder / FOLDERS[form]
-    checks: list[Any] = []
     if form == "adapter":
         if not loaded.has_adapter:
             raise ConfigError("--to adapter: this model has no adapter; export it as merged or gguf")
         report = save_merged(loaded.model, target, loaded.tokenizer, "lora", verify=options["verify"])
-        checks, files = report.checks, [target / name for name in report.files]
     elif form == "gguf":
-        written = save_gguf(loaded.model, target, loaded.tokenizer, methods, **options)
-        checks, files = written["report"].checks, [Path(file) for file in written["gguf_files"]]
+        report = save_gguf(loaded.model, target, loaded.tokenizer, methods, **options)["report"]
     elif form == "gguf-adapter":
-        written = save_gguf_adapter(loaded.model, target, methods, verify=options["verify"])
-        checks, files = written["report"].checks, [Path(file) for file in written["gguf_files"]]
+        report = save_gguf_adapter(loaded.model, target, methods, verify=options["verify"])["report"]
     else:
         report = save_merged(loaded.model, target, loaded.tokenizer, form, **options)
-        checks, files = report.checks, [target / name for name in report.files]
     return {
         "form": form,
         "folder": str(target),
-        "files": {str(path): path.stat().st_size for path in files},
-        "checks": len(checks),
-        "passed": all(check.passed for check in checks),
+        "files": {str(target / name): size for name, size in report.files.items()},
+        "checks": len(report.checks),
+        "outcome": str(report.outcome),
+        "verdict": report.verdict,
+        "passed": report.passed,
+        "findings": [check.to_json() for check in report.checks],
     }

@@ -10,7 +10,6 @@ import json
 import os
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import nn
 
 from oribi.errors import ConfigError, ExportError
@@ -19,8 +18,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.gguf_source import GGUFSource
 from oribi.save.adapter import MergedModel
 from oribi.save.naming import base_name
-from oribi.save.stream import streamed_logits
-from oribi.save.verify import Trained
+from oribi.save.reference import Trained, loss_of
 
 
 def choose_base(model: nn.Module, base: str, trained: Trained | None) -> tuple[str, str]:
@@ -52,9 +50,8 @@ def choose_base(model: nn.Module, base: str, trained: Trained | None) -> tuple[s
         except ExportError as error:
             return "dequantized", f"base='auto' chose dequantized: {error}"
         merged = MergedModel(model, source)
-        logits = streamed_logits(trained.config, merged, trained.ids, trained.positions, trained.dtype)
-        targets = trained.rows.targets().to(logits.device)
-        losses[candidate] = F.cross_entropy(logits, targets, ignore_index=-100).item()
+        logits, _ = trained.split(trained.streamed(merged))
+        losses[candidate] = loss_of(logits.log_softmax(-1), trained.rows)
     best = min(losses, key=losses.get)
     figures = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     return (

@@ -14,7 +14,16 @@ from oribi.save import llama_cpp
 from oribi.save.accepted import GGUF_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel
 from oribi.save.base import choose_base, open_base
-from oribi.save.finish import expected_answers, file_sizes, finish_export, kl_tolerance, trained_answers
+from oribi.save.check import Check, Outcome
+from oribi.save.finish import (
+    Verify,
+    checked,
+    compares,
+    expected_answers,
+    file_sizes,
+    finish_export,
+    trained_answers,
+)
 from oribi.save.folder import announce, finished_folder
 from oribi.save.gguf.adapter import save_gguf_adapter
 from oribi.save.gguf.layout import check_config
@@ -23,9 +32,11 @@ from oribi.save.gguf.tokenizer import CUT_BY_CASE, Vocabulary
 from oribi.save.gguf.writer import plan_file, write_files
 from oribi.save.modelfile import NoModelfile, modelfile
 from oribi.save.naming import model_name
+from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
 from oribi.save.stopping import stop_ids
-from oribi.save.verify import Trained, check_gguf_tokenizer, check_in_llama_cpp, check_source
+from oribi.save.verify import check_source
+from oribi.save.verify_gguf import check_gguf_tokenizer, check_in_llama_cpp
 
 _METADATA = 16 << 20  # bytes of a file; a vocabulary of 128k tokens and its merges takes 8 MB
 
@@ -39,7 +50,7 @@ def save_gguf(
     base: str = "dequantized",
     name: str | None = None,
     held_out: Sequence[Any] | None = None,
-    verify: bool = True,
+    verify: Verify = True,
     **accepted: Any,
 ) -> dict[str, Any] | None:
     """Write the trained model, adapters merged, as GGUF files that llama.cpp, Ollama and their kin run, and check them.
@@ -66,10 +77,11 @@ def save_gguf(
     options = read_accepted(accepted, GGUF_KEYWORDS, "save_pretrained_gguf")
     if tokenizer is None:
         raise ConfigError("GGUF files hold the tokenizer; give tokenizer=")
+    compared = compares(verify)
     if not options.is_main_process:
         return None
     if options.save_method == "lora":
-        return save_gguf_adapter(model, directory, quantization_method)
+        return save_gguf_adapter(model, directory, quantization_method, verify=verify)
     asked = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     methods = list(dict.fromkeys(mix_of(method).name for method in asked))
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
@@ -77,15 +89,16 @@ def save_gguf(
     shapes = MergedModel(model).shapes()
     sizes = {m: sum(entry.nbytes for entry in plan_file(config, shapes, m)) for m in methods}
     announce(directory, {f"GGUF {m} ({METHODS[m].words})": size for m, size in sizes.items()})
-    trained = trained_answers(model, tokenizer, held_out, verify or base == "auto")
+    trained, unanswered = trained_answers(model, tokenizer, held_out, compared or base == "auto")
     chosen, reason = choose_base(model, base, trained)
     source = MergedModel(model, open_base(model, chosen))
     notes += [reason] * bool(reason)
     report = ExportReport(str(directory), "gguf", chosen, {}, notes=notes, tags=options.tags)
+    report.checks += unanswered
     files = {method: f"{name or model_name(model)}.{method.upper()}.gguf" for method in methods}
-    expected = expected_answers(trained if verify else None, source, chosen)
+    expected = expected_answers(trained if compared else None, source, chosen)
     with finished_folder(directory, sum(sizes.values()) + _METADATA * len(files)) as partial:
-        vocabulary, has_modelfile = _write(partial, model, source, tokenizer, files, report, expected)
+        vocabulary, has_modelfile = _write(partial, model, source, tokenizer, files, report, expected, verify)
     return {
         "save_directory": str(directory),
         "gguf_directory": str(directory),
@@ -106,6 +119,7 @@ def _write(
     files: dict[str, str],
     report: ExportReport,
     expected: Trained | None,
+    verify: Verify,
 ) -> tuple[Vocabulary, bool]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     first = next(iter(files.values()))
@@ -127,7 +141,7 @@ def _write(
         for method, path in paths.items():
             _check_gguf(method, path, expected, tokenizer, report)
     report.files = file_sizes(partial, "*.gguf")
-    finish_export(report, partial, model, usage)
+    finish_export(report, partial, model, usage, verify)
     return vocabulary, has_modelfile
 
 
@@ -145,12 +159,19 @@ def _write_modelfile(
     return True
 
 
+def _check_weights(trained: Trained, path: Path, method: str) -> list[Check]:
+    return check_source(trained, GGUFSource(path), method)
+
+
 def _check_gguf(method: str, path: Path, trained: Trained, tokenizer: Any, report: ExportReport) -> None:
-    tolerance = kl_tolerance(method, trained)
-    found = [check_source("weights read back", trained, GGUFSource(path), tolerance)]
-    found.append(check_gguf_tokenizer(tokenizer, path))
+    found = checked("weights read back", _check_weights, trained, path, method)
+    found += checked("tokenizer rebuilt from the file", check_gguf_tokenizer, tokenizer, path)
     if llama_cpp.is_installed():
-        found += check_in_llama_cpp(trained, tokenizer, path)
+        found += checked("llama.cpp", check_in_llama_cpp, trained, tokenizer, path, method)
+    else:
+        found.append(
+            Check("llama.cpp", Outcome.NOT_RUN, "xllamacpp is not installed (pip install xllamacpp)")
+        )
     for check in found:
         check.name = f"{method}: {check.name}"
     report.checks += found

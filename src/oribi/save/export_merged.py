@@ -15,13 +15,24 @@ from oribi.errors import ConfigError
 from oribi.save.accepted import MERGED_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel, write_adapter
 from oribi.save.base import choose_base, open_base
-from oribi.save.finish import expected_answers, file_sizes, finish_export, kl_tolerance, trained_answers
+from oribi.save.check import Check, Outcome
+from oribi.save.escape import fenced
+from oribi.save.finish import (
+    Verify,
+    checked,
+    compares,
+    expected_answers,
+    file_sizes,
+    finish_export,
+    trained_answers,
+)
 from oribi.save.folder import announce, finished_folder
 from oribi.save.merge import Checkpoint, merged_dtype
+from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
 from oribi.save.stopping import stop_ids
 from oribi.save.upload import upload_folder
-from oribi.save.verify import Check, Trained, check_folder, check_saved_tokenizer
+from oribi.save.verify import check_folder, check_saved_tokenizer
 
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 
@@ -36,7 +47,7 @@ def save_merged(
     dtype: torch.dtype | str | None = None,
     max_shard_size: str | int = "5GB",
     held_out: Sequence[Any] | None = None,
-    verify: bool = True,
+    verify: Verify = True,
     **accepted: Any,
 ) -> ExportReport | None:
     """Write the trained model as one folder that any program loads, or its adapter alone, and check it.
@@ -51,7 +62,8 @@ def save_merged(
         max_shard_size: a shard ends before it would pass this size.
         held_out: texts, lists of messages, or rows of a dataset on which the written model is compared with the trained
             one; None takes `model.oribi.held_out` if the trainer left one, else a few texts of oribi's own.
-        verify: whether to compare; without it nothing is promised.
+        verify: True refuses a file that differs from the trained model; "report" keeps it under its name, reported as
+            different; False compares nothing and promises nothing.
         accepted: keywords of other libraries' calls, see `save.accepted`.
 
     Returns:
@@ -65,6 +77,7 @@ def save_merged(
     if save_method not in METHODS:
         raise ConfigError(f"save_method = {save_method!r}; expected one of {', '.join(METHODS)}")
     options = read_accepted(accepted, MERGED_KEYWORDS, "save_pretrained_merged")
+    compared = compares(verify)
     if not options.is_main_process:
         return None
     save_method = save_method.removesuffix("_forced")
@@ -74,14 +87,15 @@ def save_merged(
     else:
         dtype, quantized = merged_dtype(model, dtype), save_method == "merged_4bit"
         _announce(Checkpoint(model, MergedModel(model), dtype, quantized=quantized), directory, save_method)
-        trained = trained_answers(model, tokenizer, held_out, verify or base == "auto")
+        trained, unanswered = trained_answers(model, tokenizer, held_out, compared or base == "auto")
         chosen, reason = choose_base(model, base, trained)
         merged = MergedModel(model, open_base(model, chosen))
         checkpoint = Checkpoint(model, merged, dtype, quantized=quantized)
         notes = [reason] * bool(reason)
         report = ExportReport(str(directory), save_method, chosen, {}, notes=notes, tags=options.tags)
-        expected = expected_answers(trained if verify else None, merged, chosen)
-        _write_checkpoint(checkpoint, report, tokenizer, max_shard_size, expected)
+        report.checks += unanswered
+        expected = expected_answers(trained if compared else None, merged, chosen)
+        _write_checkpoint(checkpoint, report, tokenizer, max_shard_size, expected, verify)
     if options.push_to_hub:
         upload_folder(Path(directory), Path(directory).name, options)
     return report
@@ -98,6 +112,7 @@ def _write_checkpoint(
     tokenizer: Any,
     max_shard_size: str | int,
     trained: Trained | None,
+    verify: Verify,
 ) -> None:
     directory = Path(report.directory)
     model = checkpoint.model
@@ -109,18 +124,17 @@ def _write_checkpoint(
         if trained is not None:
             report.checked_on = trained.rows.origin
             key = "4-bit" if checkpoint.quantized else str(checkpoint.dtype).removeprefix("torch.")
-            report.checks.append(
-                check_folder(f"{report.kind} read back", trained, partial, kl_tolerance(key, trained))
-            )
+            report.checks += checked("weights read back", check_folder, trained, partial, key)
             if tokenizer is not None:
-                report.checks.append(check_saved_tokenizer(tokenizer, partial))
+                report.checks += checked("tokenizer", check_saved_tokenizer, tokenizer, partial)
         report.files = file_sizes(partial, "*.safetensors")
-        usage = (
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{directory.name}", dtype="auto")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{directory.name}")\n```'
+        usage = fenced(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained({directory.name!r}, dtype="auto")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({directory.name!r})",
+            "python",
         )
-        finish_export(report, partial, model, usage)
+        finish_export(report, partial, model, usage, verify)
 
 
 def _write_generation_config(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -133,7 +147,7 @@ def _write_generation_config(model: nn.Module, tokenizer: Any, folder: Path) -> 
     generation.save_pretrained(folder)
 
 
-def _save_adapter(model: nn.Module, report: ExportReport, tokenizer: Any, verify: bool) -> None:
+def _save_adapter(model: nn.Module, report: ExportReport, tokenizer: Any, verify: Verify) -> None:
     directory = Path(report.directory)
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     announce(directory, {"adapter": size})
@@ -143,16 +157,16 @@ def _save_adapter(model: nn.Module, report: ExportReport, tokenizer: Any, verify
             tokenizer.save_pretrained(partial)
         if verify:
             report.checked_on = "every weight of the adapter"
-            report.checks.append(_check_adapter(model, partial))
+            report.checks += checked("adapter read back", _check_adapter, model, partial)
             if tokenizer is not None:
-                report.checks.append(check_saved_tokenizer(tokenizer, partial))
+                report.checks += checked("tokenizer", check_saved_tokenizer, tokenizer, partial)
         report.files = file_sizes(partial, "*.safetensors")
-        usage = (
-            "```python\nfrom oribi import FastLanguageModel\n\n"
-            f'model, tokenizer = FastLanguageModel.from_pretrained("{directory.name}")\n```\n\n'
-            "or `peft.AutoPeftModelForCausalLM`."
+        usage = fenced(
+            "from oribi import FastLanguageModel\n\n"
+            f"model, tokenizer = FastLanguageModel.from_pretrained({directory.name!r})",
+            "python",
         )
-        finish_export(report, partial, model, usage)
+        finish_export(report, partial, model, usage + "\n\nor `peft.AutoPeftModelForCausalLM`.", verify)
 
 
 def _check_adapter(model: nn.Module, folder: Path) -> Check:
@@ -163,4 +177,8 @@ def _check_adapter(model: nn.Module, folder: Path) -> Check:
         if name not in found or not torch.equal(found[name], value.detach().cpu())
     ]  # fmt: skip
     figures = {"same": len(expected) - len(different), "of": len(expected)}
-    return Check("adapter read back, bit by bit", not different, figures, f"{different[:1]} differ")
+    says = f"{figures['same']} of {figures['of']} tensors are the same bit by bit"
+    if different:
+        says += f"; {different[0]} is not"
+    outcome = Outcome.DIFFERENT if different else Outcome.EQUAL
+    return Check("adapter read back, bit by bit", outcome, says, figures)

@@ -1,30 +1,70 @@
-"""What every export ends with: the comparison's tolerance, the printed report, and what becomes of the files."""
+"""What every export begins and ends with: the trained model's answers, the printed report, and what becomes of the files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.save.adapter import MergedModel
+from oribi.save.check import Check, Outcome
 from oribi.save.folder import reject
 from oribi.save.naming import base_name
-from oribi.save.probes import rows_of
+from oribi.save.probes import prompts_of, rows_of
+from oribi.save.reference import Trained
 from oribi.save.report import ExportReport, model_card
-from oribi.save.verify import KL_TOLERANCE, SIXTEEN_BIT, Trained
+from oribi.save.stopping import stop_ids
+
+# True raises where a file is different, "report" keeps it under its name, False compares nothing
+Verify = bool | str
+# what says nothing of the file: memory that is not there, a package that is not installed
+_CANNOT_RUN = (MemoryError, torch.OutOfMemoryError, ImportError)
+
+
+def compares(verify: Verify) -> bool:
+    """Whether an export is compared with the trained model.
+
+    Raises:
+        ConfigError: `verify` is none of its three values.
+    """
+    if verify not in (True, False, "report"):
+        raise ConfigError(
+            f"verify = {verify!r}; expected True (a file that differs is refused), 'report' (it is kept and reported as "
+            "different) or False (nothing is compared)"
+        )
+    return bool(verify)
 
 
 def trained_answers(
     model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | None, needed: bool
-) -> Trained | None:
-    """The trained model's answers on the held-out rows; None if nobody asks for them."""
+) -> tuple[Trained | None, list[Check]]:
+    """The trained model's answers on the held-out rows.
+
+    Returns:
+        The answers, None if nobody asks for them or they cannot be had; in that case a check that says why.
+
+    Raises:
+        ConfigError: the held-out rows cannot be read.
+    """
     if not needed:
-        return None
+        return None, []
     if held_out is None:
         held_out = getattr(getattr(model, "oribi", None), "held_out", None)
-    return Trained(model, rows_of(tokenizer, held_out, model.config.vocab_size))
+    vocab_size = model.config.vocab_size
+    rows = rows_of(tokenizer, held_out, vocab_size)
+    prompts = prompts_of(tokenizer, held_out, vocab_size)
+    generation = getattr(model, "generation_config", None)
+    stops = stop_ids(tokenizer, getattr(generation, "eos_token_id", None))
+    try:
+        return Trained(model, rows, prompts, stops), []
+    except (
+        Exception
+    ) as error:  # foreign model code and full GPUs alike: the trained model is written all the same
+        says = f"the trained model could not be asked ({_in_words(error)})"
+        return None, [Check("trained model's answers", Outcome.NOT_RUN, says)]
 
 
 def expected_answers(trained: Trained | None, merged: MergedModel, base: str) -> Trained | None:
@@ -34,9 +74,23 @@ def expected_answers(trained: Trained | None, merged: MergedModel, base: str) ->
     return trained.on_base(merged)
 
 
-def kl_tolerance(key: str, trained: Trained) -> float:
-    """Mean KL that is allowed for a format."""
-    return KL_TOLERANCE[key] + (SIXTEEN_BIT if trained.dtype != torch.float32 else 0.0)
+def checked(name: str, compare: Callable[..., Check | list[Check]], *arguments: Any) -> list[Check]:
+    """The checks that a comparison makes; where it fails, one that says why.
+
+    A file that cannot be read back is different; memory or a package that is missing says nothing of the file.
+    """
+    try:
+        found = compare(*arguments)
+    except Exception as error:
+        says = _in_words(error)
+        if isinstance(error, _CANNOT_RUN) or "memory" in says.lower():
+            return [Check(name, Outcome.NOT_RUN, says)]
+        return [Check(name, Outcome.DIFFERENT, f"it cannot be read back ({says})")]
+    return found if isinstance(found, list) else [found]
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def file_sizes(folder: Path, pattern: str) -> dict[str, int]:
@@ -44,10 +98,10 @@ def file_sizes(folder: Path, pattern: str) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.glob(pattern))}
 
 
-def finish_export(report: ExportReport, partial: Path, model: nn.Module, usage: str) -> None:
-    """Print and write the report; a failed one moves the files aside and raises."""
+def finish_export(report: ExportReport, partial: Path, model: nn.Module, usage: str, verify: Verify) -> None:
+    """Print and write the report; a file that differs is moved aside and raises, unless `verify` is "report"."""
     report.show()
     report.write(partial, model_card(report, Path(report.directory).name, base_name(model), usage))
-    if not report.passed:
+    if not report.passed and verify != "report":
         reject(partial, report.directory)
-    report.require()
+        report.require()

@@ -1,14 +1,16 @@
 """The report of an export: what was written, from which base, how it compared; export_report.json and the model card."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import oribi
 from oribi.errors import ExportError
+from oribi.save.check import Check, Outcome, overall, verdict
+from oribi.save.escape import for_markdown, for_yaml
 from oribi.save.folder import gigabytes
-from oribi.save.verify import Check
 
 REPORT_FILE = "export_report.json"
 
@@ -39,8 +41,18 @@ class ExportReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison is within tolerance."""
+        """Whether no comparison found anything different."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the comparisons found, the worst of them; `NOT_TESTED` without any."""
+        return overall(self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words, with the checks that were not made."""
+        return verdict(self.checks)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +61,7 @@ class ExportReport:
             "base": self.base,
             "files": self.files,
             "checked_on": self.checked_on,
+            "outcome": str(self.outcome),
             "passed": self.passed,
             "checks": [check.to_json() for check in self.checks],
             "notes": self.notes,
@@ -57,7 +70,7 @@ class ExportReport:
     def show(self) -> None:
         """Print the checks and notes, one line each."""
         if self.checks:
-            print(f"oribi: checked on {self.checked_on}")
+            print(f"oribi: {self.verdict}, checked on {self.checked_on}")
         for check in self.checks:
             print(f"oribi:   {check.line()}")
         for note in self.notes:
@@ -69,16 +82,17 @@ class ExportReport:
         (folder / "README.md").write_text(card)
 
     def require(self) -> None:
-        """Raise unless every comparison is within tolerance.
+        """Raise if a comparison found something different.
 
         Raises:
-            ExportError: one is not.
+            ExportError: one did.
         """
         failed = [check for check in self.checks if not check.passed]
         if failed:
             raise ExportError(
                 f"the export differs from the trained model; its files are kept in {self.directory}.rejected:\n"
                 + "\n".join(f"  {check.line()}" for check in failed)
+                + "\nTo keep it under its own name all the same: verify='report', on the command line --keep-different"
             )
 
 
@@ -91,29 +105,31 @@ def model_card(report: ExportReport, name: str, base_model: str, usage: str) -> 
         base_model: hub name or path of the model that was trained; a path is left out.
         usage: how to run it, as Markdown.
     """
-    is_hub_name = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
+    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base_model) is not None
     library = {"lora": "peft", "gguf": "gguf", "gguf-adapter": "gguf"}.get(report.kind, "transformers")
     front = ["---", f"library_name: {library}"]
-    front += [f"base_model: {base_model}"] * is_hub_name
-    front += ["tags:", "- oribi", *(f"- {tag}" for tag in report.tags), "---"]
-    sizes = [f"| {file} | {gigabytes(size)} |" for file, size in report.files.items()]
+    front += [f"base_model: {for_yaml(base_model)}"] * is_hub_name
+    front += ["tags:", "- oribi", *(f"- {for_yaml(str(tag))}" for tag in report.tags), "---"]
+    sizes = [f"| {for_markdown(file)} | {gigabytes(size)} |" for file, size in report.files.items()]
     checks = [
-        f"| {check.name} | {'passed' if check.passed else '**failed**'} | {check.shown()} |"
+        f"| {for_markdown(check.name)} | {check.outcome if check.passed else f'**{check.outcome}**'} | "
+        f"{for_markdown(check.says)} |"
         for check in report.checks
     ]
     parts = [
         "\n".join(front),
-        f"# {name}",
+        f"# {for_markdown(name)}",
         f"Fine-tuned with oribi {oribi.__version__}."
-        + (f" Base of the merge: {report.base}." if report.base else ""),
+        + (f" Base of the merge: {for_markdown(report.base)}." if report.base else ""),
         usage,
         "## Files\n\n| file | size |\n|---|---|\n" + "\n".join(sizes),
     ]
     if checks:
         parts.append(
-            f"## Checked against the trained model\n\nOn {report.checked_on}. KL in nats, mean over places.\n\n"
-            "| check | | figures |\n|---|---|---|\n" + "\n".join(checks)
+            f"## Compared with the trained model: {report.verdict}\n\nOn {for_markdown(report.checked_on)}. KL is the mean "
+            "divergence of the next token's distribution, in nats.\n\n| check | outcome | finding |\n|---|---|---|\n"
+            + "\n".join(checks)
         )
     if report.notes:
-        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in report.notes))
+        parts.append("## Notes\n\n" + "\n".join(f"- {for_markdown(note)}" for note in report.notes))
     return "\n\n".join(parts) + "\n"

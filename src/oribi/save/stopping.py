@@ -2,20 +2,50 @@
 
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from oribi.errors import ConfigError
 
 _ANSWER = "Ganz genau so."
+_QUESTION = {"role": "user", "content": "So?"}
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool = False, **values: str) -> str:
+    """The text of a conversation in the tokenizer's chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation.
+        prompt: whether the start of an answer follows.
+        values: what the template sees beside them.
+
+    Raises:
+        ConfigError: the template refuses the conversation.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **values)
+    except Exception as error:  # a template is a program of someone else's and raises whatever it likes
+        raise ConfigError(
+            f"the chat template fails on a conversation of {', '.join(str(m.get('role')) for m in messages)}: "
+            f"{type(error).__name__}: {error}. Set another with get_chat_template"
+        ) from error
+
+
+def renders(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template that takes a question and an answer."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return False
+    try:
+        rendered(tokenizer, [_QUESTION], prompt=True)
+        rendered(tokenizer, [_QUESTION, {"role": "assistant", "content": _ANSWER}])
+    except ConfigError:
+        return False
+    return True
 
 
 def turn_end_id(tokenizer: Any) -> int | None:
     """The control token that the chat template puts after an answer; None without a template or such a token."""
-    if tokenizer is None or not tokenizer.chat_template:
+    if not renders(tokenizer):
         return None
-    messages = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError:
-        return None
+    text = rendered(tokenizer, [_QUESTION, {"role": "assistant", "content": _ANSWER}])
     _, found, tail = text.rpartition(_ANSWER)
     if not found:
         return None
@@ -33,11 +63,8 @@ def stop_ids(tokenizer: Any, configured: int | list[int] | None) -> list[int]:
 
 def template_starts_with_bos(tokenizer: Any) -> bool | None:
     """Whether a rendered conversation begins with BOS; None where that cannot be told."""
-    if not tokenizer.chat_template or tokenizer.bos_token_id is None:
+    if tokenizer.bos_token_id is None or not renders(tokenizer):
         return None
-    try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "So?"}], tokenize=False)
-    except TemplateError:
-        return None
+    text = rendered(tokenizer, [_QUESTION])
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id

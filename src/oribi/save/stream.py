@@ -20,6 +20,7 @@ def streamed_logits(
     ids: torch.Tensor,
     positions: torch.Tensor,
     dtype: torch.dtype,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits [S, V] float32 of a pack of documents, on the device of `ids`.
 
@@ -28,11 +29,14 @@ def streamed_logits(
         source: its tensors under checkpoint names; a head that is missing is tied to the embeddings.
         ids, positions: [1, S] int64; positions restart at 0 at each document.
         dtype: dtype of the computation.
+        keep: indices [K] of the places whose logits [K, V] are wanted; None takes all.
     """
     with torch.no_grad():
         model = build(config, dtype=dtype).eval()
         with _loaded_by_need(model, source, ids.device, dtype):
-            return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+            places = 0 if keep is None else keep
+            found = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=places)
+            return found.logits[0].float()
 
 
 @contextmanager

@@ -5,7 +5,6 @@ The page needs nothing else: charts are inline SVG, there is no script and no re
 
 import html
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 import oribi
 from oribi.config import as_yaml
 from oribi.config_text import write_whole
+from oribi.save.escape import fenced, for_markdown
 from oribi.train.charts import as_svg, loss_chart, save_png, small_chart
 from oribi.train.evaluate import HeldOut, Sample, answer_rows, held_out_loss, stop_rate, text_loss
 from oribi.train.general_text import TEXT
@@ -151,7 +151,11 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
             f"only {tuned['stop_rate']:.0%} of the answers ended by themselves within {ANSWER_TOKENS} tokens; look at "
             "`oribi inspect data`: is the end of a turn trained?"
         )
-    found += [f"export {e['form']} failed its check" for e in report["exports"] if e["passed"] is False]
+    found += [
+        f"the export {e['form']} differs from the trained model"
+        for e in report["exports"]
+        if e["passed"] is False
+    ]
     return found
 
 
@@ -188,26 +192,32 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as text."""
-    lines = [f"# {_title(report)}", ""]
+    lines = [f"# {for_markdown(_title(report))}", ""]
     lines += [f"> **Note:** {warning}\n" for warning in report["warnings"]]
     lines += ["| | | |", "|---|---|---|"]
-    lines += [f"| {name} | **{figure}** | {remark} |" for name, figure, remark in headline(report)]
+    lines += [
+        f"| {for_markdown(name)} | **{for_markdown(figure)}** | {for_markdown(remark)} |"
+        for name, figure, remark in headline(report)
+    ]
     lines += ["", "![loss](loss.png)", ""]
     for i, (prompt, expected, answers) in enumerate(_side_by_side(report)):
         lines += [f"### Sample {i + 1}", "", *_quoted("prompt", prompt), *_quoted("expected", expected)]
         for name, (text, stopped) in answers.items():
             going = "" if stopped else f" (still going after {ANSWER_TOKENS} tokens)"
             lines += _quoted(name + going, text)
-    lines += ["## Data", "", "```", *(f"{k}: {v}" for k, v in _data_facts(report).items()), "```", ""]
-    lines += ["## Exports", "", "| form | checks | where |", "|---|---|---|"]
-    lines += [f"| {e['form']} | {_verdict(e)} | {e['path']} |" for e in report["exports"]]
+    facts = "\n".join(f"{name}: {value}" for name, value in _data_facts(report).items())
+    lines += ["## Data", "", fenced(facts), ""]
+    lines += ["## Exports", "", "| form | outcome | where |", "|---|---|---|"]
+    lines += [
+        f"| {for_markdown(e['form'])} | {_verdict(e)} | {for_markdown(e['path'])} |"
+        for e in report["exports"]
+    ]
+    lines += ["", *(fenced(_checks(e)) for e in report["exports"] if e["checks"])]
     lines += [
         "",
         "## Settings",
         "",
-        "```yaml",
-        _settings(report),
-        "```",
+        fenced(_settings(report), "yaml"),
         "",
     ]
     return "\n".join(lines)
@@ -241,7 +251,7 @@ def as_page(report: dict[str, Any], charts: Sequence[str]) -> str:
         f"<h2>Curves</h2><div class=charts><div class=wide>{charts[0]}</div>{''.join(charts[1:])}</div>",
         f"<h2>Held-out answers</h2><table class=samples><tr>{head}</tr>{samples}</table>" if samples else "",
         f"<h2>Data</h2>{_facts(_data_facts(report))}",
-        f"<h2>Exports</h2><table class=exports><tr><th>form<th>verdict<th>checks<th>where</tr>{exports}</table>"
+        f"<h2>Exports</h2><table class=exports><tr><th>form<th>outcome<th>findings<th>where</tr>{exports}</table>"
         if exports
         else "",
         f"<h2>Machine</h2>{_facts(report['machine'])}",
@@ -267,7 +277,7 @@ table{border-collapse:collapse;width:100%;background:#fff}th,td{border:1px solid
 text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f1f5f9;font-weight:600}
 pre{background:#fff;border:1px solid #e5e7eb;padding:.8rem 1rem;overflow-x:auto;font-size:.85rem}td i{color:#c2410c}
 .samples{table-layout:fixed}.samples td{white-space:pre-wrap;font-size:.9rem}
-.exports td:nth-child(-n+2),.exports th{white-space:nowrap}.facts td:first-child{width:15rem;color:#64748b}
+.exports td:nth-child(-n+2),.exports th{white-space:nowrap}.exports td:nth-child(3){white-space:pre-line}.facts td:first-child{width:15rem;color:#64748b}
 """.replace("\n", "")
 
 
@@ -334,26 +344,31 @@ def _export(form: str, path: Path) -> dict[str, Any]:
     return {
         "form": form,
         "path": str(path),
+        "outcome": found.get("outcome") if found.get("checks") else None,
         "passed": found.get("passed") if found.get("checks") else None,
         "checks": [
-            {"name": check["name"], "passed": check["passed"], **check.get("figures", {})}
+            {
+                **{name: check.get(name) for name in ("name", "outcome", "says", "passed")},
+                **check.get("figures", {}),
+            }
             for check in found.get("checks", [])
         ],
     }
 
 
 def _verdict(export: dict[str, Any]) -> str:
-    return {True: "passed", False: "FAILED", None: "not checked"}[export["passed"]]
+    return export.get("outcome") or {False: "different", None: "not checked"}.get(
+        export["passed"], "not tested"
+    )
 
 
 def _checks(export: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{check['name']}" + (f" (KL {check['kl']:.2g})" if isinstance(check.get("kl"), float) else "")
+    """What each check found, in the words that the terminal shows."""
+    return "\n".join(
+        f"{check['outcome'] or _verdict(check)}  {check['name']}: {check['says'] or ''}"
         for check in export["checks"]
     )
 
 
 def _quoted(name: str, text: str) -> list[str]:
-    # longer than any that is quoted
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
-    return [f"**{name}**", "", f"{fence}text", text, fence, ""]
+    return [f"**{for_markdown(name)}**", "", fenced(text, "text"), ""]

@@ -95,7 +95,8 @@ def leave_held_out(base: nn.Module, rows: Dataset | IterableDataset) -> None:
     """Leave a few evaluation rows on the model, for exports to be compared on."""
     if hasattr(base, "oribi") and isinstance(rows, Dataset):
         base.oribi.held_out = [
-            {"input_ids": row["input_ids"]} for row in rows.select(range(min(len(rows), 32)))
+            {name: row[name] for name in ("input_ids", "labels") if name in row}
+            for row in rows.select(range(min(len(rows), 32)))
         ]
 
 

@@ -16,13 +16,13 @@ from torch import nn
 
 from oribi.errors import ConfigError, ExportError
 from oribi.save.adapter import changes_of
-from oribi.save.finish import file_sizes, finish_export
+from oribi.save.check import Check, Outcome
+from oribi.save.finish import Verify, checked, compares, file_sizes, finish_export
 from oribi.save.folder import announce, finished_folder
 from oribi.save.gguf.layout import layout_of, tensors_of
 from oribi.save.gguf.quantize import Type, quantize, quantized_bytes
 from oribi.save.naming import base_name, model_name
 from oribi.save.report import ExportReport
-from oribi.save.verify import Check
 from oribi.save.weights import LoadedModel
 
 _TYPES = {"auto": Type.F16, "f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
@@ -36,7 +36,7 @@ def save_gguf_adapter(
     directory: str | Path,
     quantization_method: str | Sequence[str] = "f16",
     *,
-    verify: bool = True,
+    verify: Verify = True,
 ) -> dict[str, Any]:
     """Write the active LoRA adapter as GGUF and check that the file holds it.
 
@@ -44,7 +44,7 @@ def save_gguf_adapter(
         model: PEFT's model with one active adapter, LoRA or rsLoRA alone.
         directory: where the file goes; created.
         quantization_method: f32, f16, bf16 or q8_0 (where rows allow it, f16 elsewhere), or several.
-        verify: whether to read the files back.
+        verify: as for `save_merged`.
 
     Returns:
         gguf_directory, gguf_files (paths) and report (`ExportReport`).
@@ -57,6 +57,7 @@ def save_gguf_adapter(
     unknown = [name for name in names if name.lower() not in _TYPES]
     if unknown:
         raise ConfigError(f"an adapter as GGUF is written as {', '.join(_TYPES)}; got {unknown[0]!r}")
+    compared = compares(verify)
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     alpha, pairs = _pairs(model, config)
     size = sum(pair.numel() * 4 for pair in pairs.values()) * len(names)
@@ -67,10 +68,10 @@ def save_gguf_adapter(
     with finished_folder(directory, size + (1 << 20)) as partial:
         for name, file in files.items():
             _write(partial / file, config, alpha, pairs, _TYPES[name], base_name(model))
-            if verify:
-                report.checks.append(_check(name, partial / file, alpha, pairs, _TYPES[name]))
+            if compared:
+                report.checks += checked(name, _check, name, partial / file, alpha, pairs, _TYPES[name])
         report.files = file_sizes(partial, "*.gguf")
-        finish_export(report, partial, model, usage)
+        finish_export(report, partial, model, usage, verify)
     return {
         "report": report,
         "gguf_directory": str(directory),
@@ -138,7 +139,9 @@ def _check(name: str, path: Path, alpha: float, pairs: dict[str, torch.Tensor], 
         worst = max(worst, (difference.norm() / pair.norm().clamp_min(1e-30)).item())
     tolerance = _TOLERANCE[type]
     figures = {"factors": len(found), "of": len(pairs), "largest error": worst, "at most": tolerance}
+    outcome = Outcome.DIFFERENT
+    if worst <= tolerance and len(found) == len(pairs):
+        outcome = Outcome.EQUAL if not worst else Outcome.CLOSE
+    says = f"{len(found)} of {len(pairs)} factors, largest error {worst:.2g} of a factor's norm (at most {tolerance})"
     advice = "the adapter's values do not fit this type; take f32"
-    return Check(
-        f"{name}: adapter read back", worst <= tolerance and len(found) == len(pairs), figures, advice
-    )
+    return Check(f"{name}: adapter read back", outcome, says, figures, advice)
