@@ -15,8 +15,8 @@ class Unwritable(ValueError):
     """A value that the format cannot hold as it is."""
 
 
-def for_modelfile(text: str) -> str:
-    '''A value of an Ollama Modelfile, quoted.
+def for_modelfile(text: str, *, block: bool = False) -> str:
+    '''A value of an Ollama Modelfile, quoted; in """ where `block` says so or it must be.
 
     Ollama ends a value at the first line whose text so far ends with the quote that it began with, and drops every
     character that is not printable, spaces and line ends excepted. There is no escape sign.
@@ -32,12 +32,12 @@ def for_modelfile(text: str) -> str:
     if '"""' in text:
         raise Unwritable('it holds """, which ends a value of a Modelfile')
     plain = not any(sign in text for sign in '"\n\r')
-    return f'"{text}"' if plain else f'"""{text}"""'
+    return f'"{text}"' if plain and not block else f'"""{text}"""'
 
 
 def for_go_template(text: str) -> str:
     """Text of a Go template: what would begin an action is written by one."""
-    return re.sub(r"\{(?=\{)|\{\Z", '{{ "{" }}', text)
+    return re.sub(r"\{\Z", '{{ "{" }}', text.replace("{{", '{{ "{{" }}'))
 
 
 def for_yaml(text: str) -> str:

@@ -1,6 +1,7 @@
 """The trained model as GGUF files: one call, any number of quantisation methods; written, read back, compared."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from oribi.save.accepted import GGUF_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel
 from oribi.save.base import choose_base, open_base
 from oribi.save.check import Check, Outcome
+from oribi.save.escape import fenced
 from oribi.save.finish import (
     Verify,
     checked,
@@ -31,7 +33,7 @@ from oribi.save.gguf.mixes import METHODS, mix_of
 from oribi.save.gguf.tokenizer import CUT_BY_CASE, Vocabulary
 from oribi.save.gguf.writer import plan_file, write_files
 from oribi.save.modelfile import NoModelfile, modelfile
-from oribi.save.naming import model_name
+from oribi.save.naming import file_name, model_name
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
 from oribi.save.stopping import stop_ids
@@ -95,7 +97,8 @@ def save_gguf(
     notes += [reason] * bool(reason)
     report = ExportReport(str(directory), "gguf", chosen, {}, notes=notes, tags=options.tags)
     report.checks += unanswered
-    files = {method: f"{name or model_name(model)}.{method.upper()}.gguf" for method in methods}
+    called = model_name(model) if name is None else file_name(name)
+    files = {method: f"{called}.{method.upper()}.gguf" for method in methods}
     expected = expected_answers(trained if compared else None, source, chosen)
     with finished_folder(directory, sum(sizes.values()) + _METADATA * len(files)) as partial:
         vocabulary, has_modelfile = _write(partial, model, source, tokenizer, files, report, expected, verify)
@@ -123,7 +126,7 @@ def _write(
 ) -> tuple[Vocabulary, bool]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     first = next(iter(files.values()))
-    usage = f"```\nllama-cli -m {first}\n```"
+    usage = fenced(f"llama-cli -m {shlex.quote(first)}")
     paths = {method: partial / file for method, file in files.items()}
     device, name = next(inner.parameters()).device, first.rsplit(".", 2)[0]
     with torch.no_grad():
@@ -135,7 +138,8 @@ def _write(
         )
     has_modelfile = _write_modelfile(partial, first, inner, tokenizer, vocabulary.adds_bos, report)
     if has_modelfile:
-        usage += f"\n\n```\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"
+        called = shlex.quote(name.lower())
+        usage += "\n\n" + fenced(f"ollama create {called} -f Modelfile\nollama run {called}")
     if expected is not None:
         report.checked_on = expected.rows.origin
         for method, path in paths.items():
@@ -151,7 +155,7 @@ def _write_modelfile(
     generation = getattr(inner, "generation_config", None)
     stops = stop_ids(tokenizer, getattr(generation, "eos_token_id", None))
     try:
-        text = modelfile(file, tokenizer, stops, generation, adds_bos=adds_bos)
+        text = modelfile(file, tokenizer, stops, generation, adds_bos=adds_bos, notes=report.notes)
     except NoModelfile as why:
         report.notes.append(f"no Modelfile for Ollama was written: {why}")
         return False

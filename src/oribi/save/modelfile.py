@@ -8,11 +8,14 @@ or on where a message stands) fails this, and no Modelfile is written.
 Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.md and docs/template.md.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from oribi.errors import ConfigError
+from oribi.save.escape import Unwritable, for_go_template, for_modelfile
+from oribi.save.stopping import rendered
 
 _SYSTEM, _USER, _ANSWER = "Sÿstem-ç{}", "Üser-ñ{}", "Änswer-ø{}"
 _PARAMETERS = {
@@ -69,22 +72,19 @@ class Turns:
         """The template in Go's words."""
         before, inside, first = "", "", ""
         if self.system is not None:
-            opening = f"{_go(self.system[0])}{{{{ $.System }}}}{_go(self.system[1])}"
+            opening = f"{for_go_template(self.system[0])}{{{{ $.System }}}}{for_go_template(self.system[1])}"
             if self.system_in_question:
                 first = "{{ $first := true }}"
                 inside = f"{{{{ if and $first $.System }}}}{opening}{{{{ end }}}}{{{{ $first = false }}}}"
             else:
                 before = opening if self.always else f"{{{{ if .System }}}}{opening}{{{{ end }}}}"
-        question = f"{_go(self.question[0])}{inside}{{{{ .Content }}}}{_go(self.question[1])}"
-        answer = f"{_go(self.answer[0])}{{{{ .Content }}}}{_go(self.answer[1])}"
+        around = [for_go_template(text) for text in (*self.question, *self.answer)]
+        question = f"{around[0]}{inside}{{{{ .Content }}}}{around[1]}"
+        answer = f"{around[2]}{{{{ .Content }}}}{around[3]}"
         return (
             f'{first}{before}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{question}'
-            f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}{{{{ end }}}}{_go(self.ask)}'
+            f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}{{{{ end }}}}{for_go_template(self.ask)}'
         )
-
-
-def _go(text: str) -> str:
-    return text.replace("{{", '{{ "{{" }}')
 
 
 def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
@@ -100,17 +100,19 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
     bos = tokenizer.bos_token if adds_bos else None
 
     def render(messages: Messages, *, prompt: bool = True) -> str:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        text = rendered(tokenizer, messages, prompt=prompt)
         return text.removeprefix(bos) if bos else text
 
+    if _writes_the_date(tokenizer):
+        raise NoModelfile("the chat template writes today's date, which a Modelfile cannot")
     conversation = _conversation(3, system=False)
     marks = [message["content"] for message in conversation]
     try:
         head, to_answer, to_question, _, _, ending = _split(render(conversation), marks)
         closed = _split(render(conversation[:1], prompt=False), marks[:1])[1]
         answered = _split(render(conversation[:2], prompt=False), marks[:2])[2]
-    except TemplateError as error:
-        raise NoModelfile(f"the chat template refuses a plain conversation: {error}") from error
+    except ConfigError as error:
+        raise NoModelfile(f"the chat template refuses a plain conversation: {error.__cause__}") from error
     before = to_question.removeprefix(answered)
     if not (before and head.endswith(before)):
         before = _common_end(head, to_question)
@@ -126,10 +128,32 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
     if system is not None:
         kinds += [_conversation(count, system=True) for count in (1, 3)]
     for kind in kinds:
-        if turns.render(kind) != render(kind):
-            roles = ", ".join(message["role"] for message in kind)
+        roles = ", ".join(message["role"] for message in kind)
+        try:
+            same = turns.render(kind) == render(kind)
+        except ConfigError as error:
+            raise NoModelfile(str(error)) from error
+        if not same:
             raise NoModelfile(f"the chat template is no sequence of turns ({roles} come out otherwise)")
     return turns
+
+
+def _writes_the_date(tokenizer: Any) -> bool:
+    """Whether a prompt has today's date in it, found by rendering it with another in its place."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" not in template:
+        return False
+    other = "{%- macro oribi_date(form) %}oribi-date{% endmacro -%}" + template.replace(
+        "strftime_now", "oribi_date"
+    )
+    conversation = _conversation(1, system=False)
+    try:
+        found = tokenizer.apply_chat_template(
+            conversation, tokenize=False, chat_template=other, add_generation_prompt=True
+        )
+    except Exception:  # the template does more with the date than write it
+        return True
+    return "oribi-date" in found
 
 
 def _read_system(render: Render, before: str, head: str) -> tuple[tuple[str, str] | None, bool, bool, str]:
@@ -138,7 +162,7 @@ def _read_system(render: Render, before: str, head: str) -> tuple[tuple[str, str
     own_text = NoModelfile("the chat template begins with a text of its own")
     try:
         start, middle, _ = _split(render(messages), [message["content"] for message in messages])
-    except (TemplateError, NoModelfile):
+    except (ConfigError, NoModelfile):
         if head != before:
             raise own_text from None
         return None, False, False, ""
@@ -187,7 +211,15 @@ def _common_start(one: str, other: str) -> str:
     return one[:length]
 
 
-def modelfile(file: str, tokenizer: Any, stops: list[int], generation: Any, *, adds_bos: bool) -> str:
+def modelfile(
+    file: str,
+    tokenizer: Any,
+    stops: list[int],
+    generation: Any,
+    *,
+    adds_bos: bool,
+    notes: list[str] | None = None,
+) -> str:
     """The text of a Modelfile.
 
     Args:
@@ -196,24 +228,34 @@ def modelfile(file: str, tokenizer: Any, stops: list[int], generation: Any, *, a
         stops: ids of the tokens that end an answer.
         generation: the model's generation config, or None.
         adds_bos: whether the GGUF file says that BOS is added.
+        notes: gets a line for each end token or parameter that a Modelfile cannot hold.
 
     Raises:
-        NoModelfile: no template, or one that Go cannot express.
+        NoModelfile: no template, or one that Go or a Modelfile cannot express.
     """
+    notes = [] if notes is None else notes
     if not tokenizer.chat_template:
         raise NoModelfile("the tokenizer has no chat template")
     turns = read_turns(tokenizer, adds_bos=adds_bos)
-    template = turns.go_template()
-    if '"""' in template + turns.default:
-        raise NoModelfile('the chat template holds """, which a Modelfile cannot')
-    lines = [f"FROM ./{file}", f'TEMPLATE """{template}"""']
-    if turns.default:
-        lines.append(f'SYSTEM """{turns.default}"""')
+    try:
+        lines = [f"FROM ./{file}", f"TEMPLATE {for_modelfile(turns.go_template(), block=True)}"]
+        if turns.default:
+            lines.append(f"SYSTEM {for_modelfile(turns.default, block=True)}")
+    except Unwritable as why:
+        raise NoModelfile(f"the chat template cannot be written there: {why}") from why
     # Ollama stops at the text: that of an ordinary token may stand in any answer
     ends = [tokenizer.convert_ids_to_tokens(id) for id in stops if id in tokenizer.added_tokens_decoder]
-    lines += [f'PARAMETER stop "{end}"' for end in ends]
+    for end in ends:
+        try:
+            lines.append(f"PARAMETER stop {for_modelfile(end)}")
+        except Unwritable as why:
+            notes.append(f"the Modelfile does not name the end token {end!r}: {why}")
     for ours, theirs in _PARAMETERS.items():
         value = getattr(generation, ours, None)
-        if value is not None and getattr(generation, "do_sample", False):
+        if value is None or not getattr(generation, "do_sample", False):
+            continue
+        if isinstance(value, (int, float)) and math.isfinite(value):
             lines.append(f"PARAMETER {theirs} {value:g}")
+        else:
+            notes.append(f"the Modelfile does not name {ours} = {value!r}: it is no number")
     return "\n".join(lines) + "\n"

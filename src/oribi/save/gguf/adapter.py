@@ -4,6 +4,7 @@ llama.cpp adds alpha / r * B A to a weight, with one alpha for the file. Where P
 layer), B carries the ratio.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from oribi.errors import ConfigError, ExportError
 from oribi.save.adapter import changes_of
 from oribi.save.check import Check, Outcome
+from oribi.save.escape import fenced
 from oribi.save.finish import Verify, checked, compares, file_sizes, finish_export
 from oribi.save.folder import announce, finished_folder
 from oribi.save.gguf.layout import layout_of, tensors_of
@@ -64,7 +66,7 @@ def save_gguf_adapter(
     announce(directory, {"adapter as GGUF, at most": size})
     files = {name.lower(): f"{model_name(model)}-lora.{name.upper()}.gguf" for name in names}
     report = ExportReport(str(directory), "gguf-adapter", "", {}, checked_on="every factor of the adapter")
-    usage = f"```\nllama-cli -m BASE.gguf --lora {next(iter(files.values()))}\n```"
+    usage = fenced(f"llama-cli -m BASE.gguf --lora {shlex.quote(next(iter(files.values())))}")
     with finished_folder(directory, size + (1 << 20)) as partial:
         for name, file in files.items():
             _write(partial / file, config, alpha, pairs, _TYPES[name], base_name(model))
