@@ -147,7 +147,7 @@ EFFECTS = {
     "save_total_limit": Effect(1, Ran.checkpoints, ["checkpoint-4"], {**STEPS, "save_steps": 1}),
     # the run without it leaves a checkpoint of its last step, after which nothing is left to do
     "resume": Effect(
-        True, lambda run: run.trainer.steps_done, 0, {**STEPS, "save_steps": 2, "output_dir": "STOPPED"}
+        "true", lambda run: run.trainer.steps_done, 0, {"num_train_epochs": 0.25, **EPOCH, "save_steps": 2, "output_dir": "STOPPED"}
     ),
     "report_to": Effect(["tensorboard"], lambda run: bool(list(run.folder.rglob("events.out.*"))), True),
     "save_method": Effect(

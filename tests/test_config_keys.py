@@ -16,6 +16,7 @@ from oribi.config import RunConfig, read_config
 from oribi.data import PreparedData
 from oribi.data.report import DataReport
 from oribi.errors import ConfigError
+from oribi.train.preflight import Start
 
 # key -> another value than the default, and what has to be set with it
 OTHER: dict[str, dict[str, Any]] = {
@@ -66,7 +67,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "eval_steps": {"eval_steps": 3, "eval_fraction": 0.5},
     "save_steps": {"save_steps": 3},
     "save_total_limit": {"save_total_limit": 2},
-    "resume": {"resume": True},
+    "resume": {"resume": "true"},
     "report_to": {"report_to": ["tensorboard"]},
     "save_method": {"save_method": ["merged_16bit"]},
     "quantization_method": {"quantization_method": ["q8_0"]},
@@ -89,7 +90,10 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
     prepared = PreparedData(rows, DataReport("rows"))
     model, tokenizer = SimpleNamespace(), SimpleNamespace()
     trained = SimpleNamespace(
-        train=lambda resume_from_checkpoint: seen.append(f"resume {resume_from_checkpoint}"),
+        model=model,
+        state=SimpleNamespace(global_step=1),
+        find_checkpoint=lambda resume, weights_only: None,
+        train=lambda **keywords: seen.append(f"train {keywords}"),
         is_world_process_zero=lambda: True,
     )
 
@@ -107,13 +111,14 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(oribi.run.FastLanguageModel, "get_peft_model", record("attach", model))
     monkeypatch.setattr(oribi.run, "get_chat_template", record("template", tokenizer))
     monkeypatch.setattr(oribi.run, "prepare_dataset", prepare)
-    monkeypatch.setattr(oribi.run, "require_fp8_gpu", lambda environment: None)
+    monkeypatch.setattr(
+        oribi.run, "check_before_loading", lambda config, *rest: Start(config.resume == "true")
+    )
     monkeypatch.setattr(oribi.run, "SFTTrainer", make_trainer)
     monkeypatch.setattr(oribi.run, "save_merged", record("merged", None))
     monkeypatch.setattr(oribi.run, "save_gguf", record("gguf", {"gguf_files": ["file"]}))
     monkeypatch.setattr(oribi.run, "measure", record("measure", None))
     monkeypatch.setattr(oribi.run, "report", record("report", Path("report.html")))
-    monkeypatch.setattr(oribi.run, "get_last_checkpoint", lambda folder: "checkpoint-3")
     oribi.run.run(config)
     return seen
 

@@ -138,7 +138,10 @@ class RunConfig:
     )
     save_steps: int | None = setting(None, "Steps between two checkpoints; none saves only at the end", low=1)
     save_total_limit: int | None = setting(None, "Checkpoints kept", low=1)
-    resume: bool = setting(False, "Go on from the newest checkpoint in output_dir")
+    resume: str = setting(
+        "false", "Go on from the newest whole checkpoint in output_dir; weights takes its weights alone",
+        choices=("true", "false", "weights"),
+    )  # fmt: skip
     report_to: list[str] = setting(["none"], "Trackers", choices=TRACKERS)
     # what is saved
     save_method: list[str] = setting(

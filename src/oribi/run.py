@@ -1,52 +1,72 @@
 """The seven steps for one config: environment, model, adapter, data, trainer, training, saving."""
 
-import json
+import os
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
-from oribi.config import RunConfig
+from oribi.config import RunConfig, read_config
+from oribi.config_text import write_whole
 from oribi.data import PreparedData, get_chat_template, prepare_dataset
 from oribi.data.report import DataReport
-from oribi.environment import detect
+from oribi.environment import Environment, detect
+from oribi.errors import ConfigError, ExportError
 from oribi.language_model import FastLanguageModel
+from oribi.run_record import read_record, record_saved, remove_run
 from oribi.save import save_gguf, save_merged
-from oribi.save.gguf.mixes import mix_of
 from oribi.train.arguments import SFTConfig
+from oribi.train.checkpoints import keep_trained
 from oribi.train.determinism import settle_cublas
-from oribi.train.fp8 import require_fp8_gpu
-from oribi.train.memory import refuse_what_cannot_fit
-from oribi.train.progress import peak_memory_bytes
+from oribi.train.preflight import check_before_loading, data_settings, result_folders
+from oribi.train.progress import peak_memory_bytes, read_log
 from oribi.train.report import Measured, measure, write_report
-from oribi.train.trackers import require_trackers
+from oribi.train.run_lock import run_lock
 from oribi.train.trainer import SFTTrainer
 
-# where each form of the model goes within the run
-FOLDERS = {"lora": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit"}
 
-
-def run(config: RunConfig) -> dict[str, Path]:
-    """Train what a config says; the resolved config is saved in the run's folder.
+def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
+    """Train what a config says; the config in force is saved in the run's folder.
 
     Args:
         config: as `read_config` returns it.
+        overwrite: replace a run that lies in the folder already.
 
     Returns:
         Form of the model -> where it was saved; nothing in processes that are not the main one.
     """
-    folder = Path(config.output_dir)
     if config.deterministic:
         settle_cublas()
-    require_trackers(config.report_to)
-    for method in config.quantization_method:
-        mix_of(method)  # an unknown one is told before training, not after
-    environment = detect()  # 1
-    if config.fp8:
-        require_fp8_gpu(environment)
-    refuse_what_cannot_fit(config, environment)
-    model, tokenizer = FastLanguageModel.from_pretrained(  # 2
+    alone = run_lock(config.output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext()
+    with alone:
+        environment = detect()  # 1
+        start = check_before_loading(config, environment, overwrite)
+        if start.finished:
+            return start.finished
+        model, tokenizer = load(config, environment)  # 2, 3
+        rows, held_out = read_data(config, tokenizer)  # 4
+        arguments = training_arguments(config, evaluates=held_out is not None)  # 5
+        trainer = SFTTrainer(
+            model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+        )
+        trainer.find_checkpoint(start.resumes, start.weights_only)
+        is_main = trainer.is_world_process_zero()
+        reports = config.report and is_main
+        measured_rows = None if held_out is None else held_out.dataset
+        measures = {"base": measure(model, tokenizer, measured_rows)} if reports else {}
+        if is_main:
+            begin(config, overwrite)
+        trainer.train(resume_from_checkpoint=start.resumes, resume_weights_only=start.weights_only)  # 6
+        saved = save(config, trainer, tokenizer) if is_main else {}  # 7
+        if reports:
+            measures["tuned"] = measure(model, tokenizer, measured_rows)
+            saved["report"] = report(config, rows.report, measures, saved)
+        return saved
+
+
+def load(config: RunConfig, environment: Environment) -> tuple[Any, Any]:
+    """The model with its adapter, and the tokenizer with its template."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
         config.model,
         max_seq_length=config.max_seq_length,
         dtype=environment.dtype if config.dtype == "auto" else config.dtype,
@@ -58,7 +78,7 @@ def run(config: RunConfig) -> dict[str, Path]:
     checkpointing = {"true": True, "false": False}.get(
         config.gradient_checkpointing, config.gradient_checkpointing
     )
-    model = FastLanguageModel.get_peft_model(  # 3
+    model = FastLanguageModel.get_peft_model(
         model,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -72,25 +92,24 @@ def run(config: RunConfig) -> dict[str, Path]:
     )
     if config.chat_template is not None:
         tokenizer = get_chat_template(tokenizer, config.chat_template)
-    rows, held_out = read_data(config, tokenizer)  # 4
-    arguments = training_arguments(config, evaluates=held_out is not None)  # 5
-    trainer = SFTTrainer(
-        model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    is_main = trainer.is_world_process_zero()
-    if is_main:
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    reports = config.report and is_main
-    measured_rows = None if held_out is None else held_out.dataset
-    measures = {"base": measure(model, tokenizer, measured_rows)} if reports else {}
-    checkpoint = get_last_checkpoint(config.output_dir) if config.resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)  # 6
-    saved = save(config, model, tokenizer) if is_main else {}  # 7
-    if reports:
-        measures["tuned"] = measure(model, tokenizer, measured_rows)
-        saved["report"] = report(config, rows.report, measures, saved)
-    return saved
+    return model, tokenizer
+
+
+def begin(config: RunConfig, overwrite: bool) -> None:
+    """Take the folder: the run that is replaced goes, and the config in force is written down."""
+    folder = Path(config.output_dir)
+    path = folder / "config.yaml"
+    written = path.read_text(encoding="utf-8") if path.is_file() else None
+    if overwrite:
+        remove_run(folder)
+    try:
+        kept = (
+            written is not None and read_config(path)[0] == config
+        )  # the user's own file, with its comments
+    except (ConfigError, OSError):
+        kept = False
+    if not kept:
+        write_whole(path, config.to_yaml())
 
 
 def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, PreparedData | None]:
@@ -100,13 +119,8 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, Prepared
         return prepare_dataset(
             [{"path": source} for source in sources],
             tokenizer,
-            max_seq_length=config.max_seq_length,
-            split=config.split,
-            train_on="responses" if config.train_on_responses_only else "everything",
-            overlong=config.overlong,
-            turns=config.turns,
-            text_field=config.dataset_text_field,
             num_proc=config.dataset_num_proc,
+            **data_settings(config),
         )
 
     rows = prepared(config.dataset)
@@ -149,23 +163,35 @@ def report(
         "attention": here.attention,
         "peak memory": f"{peak_memory_bytes() / 2**30:.2f} GiB",
     }
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     write_report(
-        folder, config=asdict(config), log=log, data=data.to_dict(), machine=machine, measures=measures, exports=saved
+        folder, config=asdict(config), log=read_log(folder), data=data.to_dict(), machine=machine, measures=measures, exports=saved
     )  # fmt: skip
     return folder / "report.html"
 
 
-def save(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, Path]:
-    """Save the model in every form that the config names."""
-    folder, saved = Path(config.output_dir), {}
-    methods = (
-        ["merged_16bit"] if config.full_finetuning and config.save_method == ["lora"] else config.save_method
-    )
-    for method in methods:
-        saved[method] = folder / FOLDERS[method]
-        save_merged(model, saved[method], tokenizer, method)
-    if config.quantization_method:
-        written = save_gguf(model, folder / "gguf", tokenizer, config.quantization_method)
-        saved |= {f"gguf {m}": Path(f) for m, f in zip(config.quantization_method, written["gguf_files"])}
+def save(config: RunConfig, trainer: SFTTrainer, tokenizer: Any) -> dict[str, Path]:
+    """Save the model in every form that the config names; what lies there already from the same step stays.
+
+    Raises:
+        ExportError: a form could not be written or is not right; the message says where the trained weights are.
+    """
+    folder, saved, step = Path(config.output_dir), {}, trainer.state.global_step
+    record = read_record(folder)
+    there = record.saved if record else {}
+    try:
+        for form, name in result_folders(config).items():
+            if there.get(name) == step and (folder / name).is_dir():
+                saved[form] = folder / name
+                continue
+            if form == "gguf":
+                written = save_gguf(trainer.model, folder / name, tokenizer, config.quantization_method)
+                saved |= {
+                    f"gguf {m}": Path(f) for m, f in zip(config.quantization_method, written["gguf_files"])
+                }
+            else:
+                saved[form] = folder / name
+                save_merged(trainer.model, saved[form], tokenizer, form)
+            record_saved(folder, name, step)
+    except (ExportError, OSError) as error:
+        raise ExportError(f"{error}\n{keep_trained(trainer)}") from error
     return saved

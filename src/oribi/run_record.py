@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -17,6 +18,13 @@ RECORD_FILE = "oribi_run.json"
 VERSION = 1
 EARLIER = "_earlier"  # a leading underscore: uploads of the output folder leave such names out
 RESULTS = ("adapter", "merged", "merged_4bit", "gguf")  # folders that a finished run saves its model in
+# the other files that a run writes into its folder
+_OWN_FILES = (
+    RECORD_FILE, "config.yaml", "log.jsonl", "report.html", "report.md", "report.json", "loss.png",
+)  # fmt: skip
+_RESULT_FILES = (
+    "*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "README.md", "Modelfile", "merges.txt", "vocab.txt",
+)  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -160,6 +168,22 @@ def _holds_model(folder: Path) -> bool:
 def _written(folder: Path) -> float:
     """When the weights of a folder were written, in seconds."""
     return max((path.stat().st_mtime for path in folder.glob("*.safetensors")), default=0.0)
+
+
+def remove_run(folder: str | os.PathLike) -> None:
+    """Remove what a run left in its folder: record, log, report, checkpoints and results; files of others stay."""
+    folder = Path(folder)
+    for one in checkpoints(folder):
+        shutil.rmtree(one.path)
+    for name in _OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for result in filter(Path.is_dir, (folder / name for name in RESULTS)):
+        for pattern in _RESULT_FILES:
+            for path in result.rglob(pattern):
+                path.unlink()
+        for path in sorted([result, *filter(Path.is_dir, result.rglob("*"))], reverse=True):
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 def set_aside(folder: str | os.PathLike, paths: Sequence[Path], name: str) -> Path:

@@ -6,6 +6,10 @@ from typing import Any
 
 from oribi.config import RunConfig, read_config
 from oribi.errors import ConfigError
+from oribi.run_record import RESULTS, own_checkpoints, read_record
+from oribi.train.preflight import steps_of
+from oribi.train.progress import read_log
+from oribi.train.run_lock import is_locked
 
 CONFIG_FILE = "config.yaml"
 
@@ -76,3 +80,30 @@ def held_out_rows(config: RunConfig, tokenizer: Any) -> Any:
 
     held_out = read_data(config, tokenizer)[1]
     return None if held_out is None else held_out.dataset
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run came. `words` says it, `steps` are done, `finished` whether none is left."""
+
+    words: str
+    steps: int
+    finished: bool
+
+
+def state_of(folder: str | Path) -> RunState:
+    """Whether a run is finished, was stopped, was killed, or trains now."""
+    record, kept = read_record(folder), own_checkpoints(folder)
+    steps = steps_of(str(folder), record)
+    if record is None:  # of an earlier version: the summary of a training that ended, whole or stopped
+        ended = any("train_loss" in entry for entry in read_log(folder))
+        whole = ended and any((Path(folder) / name).is_dir() for name in RESULTS)
+        return RunState("yes" if whole else "no", steps, whole)
+    total = f"step {steps:,} of {record.max_steps:,}"
+    if record.state == "finished":
+        return RunState("yes", steps, True)
+    if is_locked(folder):
+        return RunState(f"no: it trains now, {total}", steps, False)
+    ended = "was stopped" if record.state == "stopped" else "ended before its time"
+    where = f"; --resume goes on from {kept[-1].path.name}" if kept else ", without a checkpoint"
+    return RunState(f"no: it {ended} at {total}{where}", steps, False)

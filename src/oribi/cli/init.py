@@ -1,5 +1,6 @@
 """`oribi init MODEL DATASET`."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ SHOWN = (
     "quantization_method",
 )  # fmt: skip
 EFFECTIVE_BATCH = 8
+READ_SUFFIXES = (".gz", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
 def init(
@@ -54,7 +56,7 @@ def init(
             "dataset": list(dataset),
             "max_seq_length": max_seq_length,
             "eval_fraction": 0.05,
-            "output_dir": f"runs/{_short_name(model)}",
+            "output_dir": f"runs/{_short_name(model)}-{_data_name(dataset)}",
         }
         notes = []
         if not tokenizer.chat_template:
@@ -77,6 +79,15 @@ def init(
 def _short_name(model: str) -> str:
     name = Path(model).stem if model.endswith(".gguf") else Path(model).name
     return name.lower() or "run"
+
+
+def _data_name(sources: list[str]) -> str:
+    """The first source's name for a folder: data/FAQ 2.csv -> faq-2; two of one model must not meet in one."""
+    name = Path(sources[0].rstrip("/")).name
+    while Path(name).suffix in READ_SUFFIXES:
+        name = Path(name).stem
+    name = re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "data"
+    return name if len(sources) == 1 else f"{name}-and-{len(sources) - 1}-more"
 
 
 def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: list[str]) -> dict[str, Any]:

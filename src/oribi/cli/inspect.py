@@ -134,9 +134,11 @@ def adapter(
 @app.command()
 def run(folder: Annotated[Path, typer.Argument(help="Folder of a run.")], json: Json = False) -> None:
     """Show how a run went and what it left."""
-    from oribi.runs import read_log, read_run
+    from oribi.run_record import EARLIER
+    from oribi.runs import read_run, state_of
+    from oribi.train.progress import read_log
 
-    config, log = read_run(folder), read_log(folder)
+    config, log, state = read_run(folder), read_log(folder), state_of(folder)
     losses = [entry["loss"] for entry in log if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     speeds = sorted(entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry)
@@ -144,21 +146,22 @@ def run(folder: Annotated[Path, typer.Argument(help="Folder of a run.")], json: 
         path.relative_to(folder).as_posix()
         for pattern in ("adapter_model.safetensors", "model*.safetensors", "*.gguf")
         for path in folder.rglob(pattern)
+        if EARLIER not in path.parts
     )
     facts = {
         "run": str(folder),
         "model": config.model,
         "dataset": ", ".join(config.dataset),
-        "steps": log[-1]["step"] if log else 0,
+        "steps": state.steps,
         "loss": f"{losses[0]:.4f} first, {losses[-1]:.4f} last, {min(losses):.4f} lowest" if losses else None,
         "eval loss": ", ".join(f"{loss:.4f}" for loss in evaluations),
         "tokens/s": f"{speeds[len(speeds) // 2]:,.0f} median" if speeds else None,
-        "finished": "yes" if any("train_loss" in entry for entry in log) else "no",
+        "finished": state.words,
         "files": "\n".join(exports) or "none",
     }
     output = Output(json)
     output.fields(facts)
     output.record(
         run=str(folder), model=config.model, dataset=config.dataset, steps=facts["steps"], losses=losses,
-        eval_losses=evaluations, finished=facts["finished"] == "yes", files=exports,
+        eval_losses=evaluations, finished=state.finished, files=exports,
     )  # fmt: skip

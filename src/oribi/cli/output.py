@@ -3,10 +3,12 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Annotated, Any
 
 import typer
+
+from oribi.streams import LastingStream
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
@@ -60,6 +62,14 @@ class Output:
 def chatter_aside() -> Iterator[None]:
     """What libraries and loaders print inside the block goes to standard error."""
     with redirect_stdout(sys.stderr):
+        yield
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside the block, output whose reader went away is dropped instead of ending the work."""
+    out, err = sys.stdout, sys.stderr
+    with redirect_stdout(LastingStream(lambda: out)), redirect_stderr(LastingStream(lambda: err)):
         yield
 
 

@@ -4,12 +4,15 @@ from typing import Annotated
 
 import typer
 
-from oribi.cli.output import chatter_aside
+from oribi.cli.output import chatter_aside, lasting_output
 
 
 def train(
     context: typer.Context,
     config: Annotated[str | None, typer.Argument(help="YAML file of settings.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that lies in output_dir.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Check the settings, show all of them, and stop.")
     ] = False,
@@ -29,9 +32,10 @@ def train(
     if check:
         typer.echo(settings.to_yaml(), nl=False)
         return
-    with chatter_aside():
-        from oribi.run import run
+    with lasting_output():
+        with chatter_aside():
+            from oribi.run import run
 
-        saved = run(settings)
-    for name, path in saved.items():
-        typer.echo(f"{name:<14}{path}")
+            saved = run(settings, overwrite)
+        for name, path in saved.items():
+            typer.echo(f"{name:<14}{path}")

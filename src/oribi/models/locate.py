@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from oribi.errors import ModelError
+from oribi.run_record import newest_model
 
 # everything about a model but its weights; original/ and onnx/ folders hold further copies
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
@@ -214,10 +215,10 @@ def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location
         return Location("adapter", directory, name)
     if (directory / "config.json").is_file():
         return Location("checkpoint", directory, name)
-    inner = _inside_run(directory)
+    inner = newest_model(directory)
     if inner is not None:
-        note = f"{name} is a run: its {inner.name} is loaded"
-        return replace(_in_directory(inner, str(inner), None), notes=(note,))
+        note = f"{name} is a run: {inner.note}"
+        return replace(_in_directory(inner.path, str(inner.path), None), notes=(note,))
     files = sorted(directory.glob("*.gguf"))
     if len(files) == 1:
         return Location("gguf", directory, name, files[0])
@@ -245,19 +246,6 @@ def _refuse_links_out(directory: Path) -> None:
                     f"{file}: a link to {target}, outside its folder, so it is not read. If it is meant, put a copy in its "
                     "place"
                 )
-
-
-def _inside_run(directory: Path) -> Path | None:
-    """The adapter, the merged model, or the last checkpoint of a training run's output folder."""
-    for name in ("adapter", "merged"):
-        if any((directory / name / config).is_file() for config in ("adapter_config.json", "config.json")):
-            return directory / name
-    steps = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in directory.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    return max(steps)[1] if steps else None
 
 
 def _fetch(location: Location, options: HubOptions, names: list[str]) -> None:

@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from oribi.errors import ConfigError, TrainingError
-from oribi.run_record import RunRecord, checkpoints
+from oribi.errors import ExportError, TrainingError
+from oribi.run_record import RunRecord, checkpoints, own_checkpoints, read_record
 from oribi.save.finite import require_finite
-from oribi.train.progress import say
+from oribi.streams import say
+from oribi.train.run_lock import not_writable
 from oribi.train.setup import held
 
 logger = logging.getLogger(__name__)
@@ -41,13 +42,9 @@ def require_writable(folder: str | os.PathLike) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"oribi")
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir = {folder}: cannot be written to ({error.strerror}); give a folder that this user may write in"
-        ) from error
-    finally:
-        if path.is_dir() and os.access(path, os.W_OK):
-            probe.unlink(missing_ok=True)
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise not_writable(path, error) from error
 
 
 def remove_partial(run_folder: str | os.PathLike) -> None:
@@ -117,6 +114,24 @@ def write_checkpoint(
         f"{message}; {last}. Nor could it be written to {rescue.parent}: {problem}. What was trained since is only in "
         "trainer.model, which trainer.save_model(FOLDER) writes elsewhere while this process lives"
     )
+
+
+def keep_trained(trainer: Trainer) -> str:
+    """Make sure that trained weights which could not be saved otherwise are in a checkpoint; says where they are."""
+    folder, step = trainer.args.output_dir, trainer.state.global_step
+    advice = f"When that is mended, `oribi export {folder} --to FORMS` writes them"
+    saved = read_record(folder)
+    if saved is not None and step in saved.saved.values():
+        return f"The model is saved in {folder} in other forms already. {advice} in this one"
+    kept = [one for one in own_checkpoints(folder) if one.step == step]
+    if not kept and trainer.args.world_size > 1:
+        return "The trained weights are in no checkpoint; set save_steps, and they will be"
+    if not kept:
+        try:
+            trainer._save_checkpoint(trainer.model, None)
+        except (TrainingError, ExportError) as error:
+            return str(error)
+    return f"The trained weights are kept in {folder}/checkpoint-{step}. {advice}"
 
 
 def _write_whole(

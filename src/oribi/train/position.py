@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer as BaseTrainer
 
 from oribi.errors import ConfigError, DataError
-from oribi.train.progress import say
+from oribi.streams import say
 from oribi.train.resume import Resumed
 from oribi.train.setup import held
 

@@ -14,18 +14,13 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from oribi.streams import LastingStream
+
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 SMOOTHING = 0.9  # share of the past in the smoothed loss
 LINE_SECONDS = 10.0  # between two plain lines; log.jsonl has every log
-
-
-class LastingConsole(Console):
-    """A console whose reader may go away: rich would end the program."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
 
 
 class Progress(TrainerCallback):
@@ -37,7 +32,7 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, live: bool = True, console: Console | None = None) -> None:
-        self.console = console or LastingConsole(stderr=True, soft_wrap=True)
+        self.console = console or Console(file=LastingStream(lambda: sys.stderr), soft_wrap=True)
         self.live = Live(console=self.console, transient=False) if live and self.console.is_terminal else None
         self.weighted, self.weight = 0.0, 0.0
         self.first_step, self.started = 0, 0.0
@@ -175,14 +170,6 @@ def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
         else:
             logger.warning("%s/%s: a damaged line is left out: %r", folder, LOG_FILE, line[:80])
     return found
-
-
-def say(text: str) -> None:
-    """Print a line; an output that is closed (`| head -1`) does not end a training."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError, AttributeError):  # a broken pipe, a closed file, no file at all
-        logger.debug("standard output is closed: %s", text)
 
 
 def clock(seconds: float) -> str:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from oribi.data.packing import pack
 from oribi.errors import ConfigError
 from oribi.run_record import RunRecord, checkpoints, new_run, read_record, set_aside
+from oribi.streams import say
 from oribi.train.checkpoints import PARTIAL, remove_partial, write_checkpoint
 from oribi.train.fingerprint import (
     adapter_settings,
@@ -30,7 +31,7 @@ from oribi.train.fingerprint import (
     settings_of,
 )
 from oribi.train.position import PositionedTrainer
-from oribi.train.progress import LOG_FILE, say
+from oribi.train.progress import LOG_FILE
 from oribi.train.resume import (
     Resumed,
     adapter_config_of,

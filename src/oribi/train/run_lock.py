@@ -30,7 +30,7 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
     Raises:
         ConfigError: another process trains there, or the folder cannot be written to.
     """
-    key = (os.getpid(), os.path.realpath(folder))
+    key = (os.getpid(), os.path.abspath(folder))
     if key in _mine:
         _mine[key] += 1
         try:
@@ -38,7 +38,7 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
         finally:
             _mine[key] -= 1
         return
-    path = Path(folder) / LOCK_FILE
+    path, made = Path(folder) / LOCK_FILE, not Path(folder).exists()
     descriptor = _take(path)
     _mine[key] = 1
     try:
@@ -48,12 +48,14 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
         if descriptor is not None:
             path.unlink(missing_ok=True)  # while it is held, so that nobody is between opening and locking it
             os.close(descriptor)
+        if made and not any(path.parent.iterdir()):
+            path.parent.rmdir()  # a run that was refused leaves nothing
 
 
 def is_locked(folder: str | os.PathLike) -> bool:
     """Whether another process trains in a folder now."""
     path = Path(folder) / LOCK_FILE
-    if fcntl is None or (os.getpid(), os.path.realpath(folder)) in _mine:
+    if fcntl is None or (os.getpid(), os.path.abspath(folder)) in _mine:
         return False
     try:
         descriptor = os.open(path, os.O_RDWR)
@@ -70,16 +72,22 @@ def is_locked(folder: str | os.PathLike) -> bool:
     return False
 
 
+def not_writable(folder: Path, error: Exception) -> ConfigError:
+    """The error for an output folder that cannot be made or written to."""
+    why = getattr(error, "strerror", None) or error  # a ValueError: the name holds a NUL
+    return ConfigError(
+        f"output_dir = {str(folder)[:200]}: cannot be written to ({why}); give a folder that this user may write in"
+    )
+
+
 def _take(path: Path) -> int | None:
     """The locked file's descriptor; None where the file system knows no locks, which is said."""
     while True:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir = {path.parent}: cannot be written to ({error.strerror}); give a folder that this user may "
-                "write in"
-            ) from error
+        except (OSError, ValueError) as error:
+            raise not_writable(path.parent, error) from error
         try:
             if fcntl is None:
                 raise OSError

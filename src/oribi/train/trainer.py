@@ -30,6 +30,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
 from oribi.save.adapter import saves_embeddings
 from oribi.save.finite import require_finite
+from oribi.streams import say
 from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
 from oribi.train.batches import GroupedByLength, rank_loader
 from oribi.train.checkpoints import StopOnSignal, any_process, require_writable
@@ -38,7 +39,7 @@ from oribi.train.fp8 import switch_on
 from oribi.train.graphs import StepGraphs, reason_against
 from oribi.train.guard import LossGuard, require_targets
 from oribi.train.neftune import EmbeddingNoise
-from oribi.train.progress import JsonLog, Progress, say
+from oribi.train.progress import JsonLog, Progress
 from oribi.train.recompute import choose, free_bytes
 from oribi.train.resumable import ResumableTrainer
 from oribi.train.setup import (

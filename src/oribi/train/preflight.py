@@ -1,0 +1,202 @@
+"""What can be found wrong before the model is loaded, which may be a download of gigabytes: settings, data, the folder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oribi.config import RunConfig
+from oribi.data import get_chat_template
+from oribi.data.prepare import make_preparation
+from oribi.environment import Environment
+from oribi.errors import ConfigError
+from oribi.models.identity import fingerprint
+from oribi.models.locate import HubOptions, locate
+from oribi.models.tokens import tokenizer_of
+from oribi.run_record import RESULTS, RunRecord, checkpoints, own_checkpoints, read_record
+from oribi.save.gguf.mixes import mix_of
+from oribi.streams import say
+from oribi.train.checkpoints import require_writable
+from oribi.train.fingerprint import compare_settings
+from oribi.train.fp8 import require_fp8_gpu
+from oribi.train.memory import refuse_what_cannot_fit
+from oribi.train.progress import read_log
+from oribi.train.resume import newest_whole, require_same
+from oribi.train.trackers import require_trackers
+
+# where each form of the model goes within the run
+FOLDERS = {"lora": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit"}
+FIRST_ROWS = 2  # of each source, read and rendered before the model is loaded
+
+
+@dataclass
+class Start:
+    """How a run begins.
+
+    Args:
+        resumes: whether it goes on from a checkpoint. weights_only: of which it takes the weights alone.
+        finished: form -> where it lies, if there is nothing left to do.
+    """
+
+    resumes: bool = False
+    weights_only: bool = False
+    finished: dict[str, Path] = field(default_factory=dict)
+
+
+def check_before_loading(config: RunConfig, environment: Environment, overwrite: bool = False) -> Start:
+    """Everything about a run that is known without the model's weights.
+
+    Args:
+        config: of the run. environment: of this machine.
+        overwrite: whether a run that lies in output_dir may go.
+
+    Returns:
+        How the run begins.
+
+    Raises:
+        ConfigError: a setting cannot be, the folder is another run's or cannot be written to, or the run that is to go on
+            is another than the config's.
+        DataError: a source cannot be opened, or its first rows cannot be used.
+        ModelError: there is no such model.
+    """
+    require_trackers(config.report_to)
+    for method in config.quantization_method:
+        mix_of(method)  # an unknown one is told before training, not after
+    if config.fp8:
+        require_fp8_gpu(environment)
+    start = check_folder(config, environment, overwrite)
+    if start.finished:
+        return start
+    require_writable(config.output_dir)
+    check_data(config)
+    refuse_what_cannot_fit(config, environment)
+    return start
+
+
+def check_folder(config: RunConfig, environment: Environment, overwrite: bool) -> Start:
+    """Whether the run may begin in its folder, and from what.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    folder, resume = config.output_dir, str(config.resume).lower()
+    weights_only = resume == "weights"
+    if overwrite and resume != "false":
+        raise ConfigError("--overwrite removes the run that --resume would go on with; give one of them")
+    if not Path(folder).is_dir():
+        if resume != "false":
+            say(f"oribi: {folder} holds no run yet, so this one starts from the beginning")
+        return Start()
+    record, results = read_record(folder), [name for name in RESULTS if (Path(folder) / name).is_dir()]
+    steps = steps_of(folder, record)
+    if overwrite or not (steps or results):
+        if resume != "false":
+            say(f"oribi: {folder} holds no checkpoint, so the run starts from the beginning")
+        return Start()
+    whose = f"a run of {record.model} ({steps:,} steps)" if record else f"a run ({steps:,} steps)"
+    if resume == "false":
+        raise ConfigError(
+            f"output_dir = {folder}: it holds {whose}. Go on with it (--resume), give another output_dir, or replace it "
+            "(--overwrite)"
+        )
+    resumed = newest_whole(folder, weights_only)
+    if resumed is not None:
+        if resumed.record is not None:
+            require_same(resumed, known_changes(config, environment, resumed.record))
+        return Start(True, weights_only, _finished(config, record, resumed.step))
+    if record is not None and record.state == "finished" or results:
+        done = _finished(config, record, steps) if record else {}
+        if done:
+            return Start(finished=done)
+        raise ConfigError(
+            f"output_dir = {folder}: it holds {whose} without a checkpoint to go on from, since save_steps was not set. "
+            f"Train its result further as a new run (--model {folder} --output_dir ANOTHER), or replace it (--overwrite)"
+        )
+    say(f"oribi: {folder} holds {whose} without a checkpoint, so it starts from the beginning")
+    return Start()
+
+
+def steps_of(folder: str, record: RunRecord | None) -> int:
+    """How far the run of a folder came, by its record, its checkpoints and its log."""
+    found = [one.step for one in own_checkpoints(folder) or checkpoints(folder)]
+    found += [entry["step"] for entry in read_log(folder)]
+    return max([record.step if record else 0, *found])
+
+
+def _finished(config: RunConfig, record: RunRecord | None, step: int) -> dict[str, Path]:
+    """The results of a run that has nothing left to do; nothing if it has, or only its data can tell."""
+    if record is None or record.state != "finished":
+        return {}
+    same = record.settings.get("num_train_epochs") == config.num_train_epochs and record.max_steps <= step
+    kept = bool(own_checkpoints(config.output_dir))
+    # more rows make a longer epoch, which only the data can tell, and only a checkpoint can be gone on from
+    if not (0 < config.max_steps <= step or (config.max_steps < 0 and same and not kept)):
+        return {}
+    folder = Path(config.output_dir)
+    wanted = result_folders(config)
+    if any(record.saved.get(name) != step or not (folder / name).is_dir() for name in wanted.values()):
+        return {}
+    say(
+        f"oribi: nothing left to train: {folder} is finished at step {step:,}. Raise max_steps or num_train_epochs to go on"
+    )
+    return {form: folder / name for form, name in wanted.items()}
+
+
+def result_folders(config: RunConfig) -> dict[str, str]:
+    """Form of the model that a config asks for -> its folder within the run's."""
+    methods = config.save_method
+    if config.full_finetuning and methods == ["lora"]:
+        methods = ["merged_16bit"]
+    found = {method: FOLDERS[method] for method in methods}
+    return found | ({"gguf": "gguf"} if config.quantization_method else {})
+
+
+def known_changes(config: RunConfig, environment: Environment, record: RunRecord) -> list[str]:
+    """What is known to differ from a run before the model is loaded, a line each."""
+    now: dict[str, Any] = {
+        "seed": config.seed, "optim": config.optim, "packing": config.packing, "max_seq_length": config.max_seq_length,
+        "full_finetuning": config.full_finetuning,
+    }  # fmt: skip
+    if not config.full_finetuning:
+        now |= {
+            "lora_r": config.lora_r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora or None,
+            "use_dora": config.use_dora or None,
+            "dtype": str(environment.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype,
+        }  # fmt: skip
+    changes = compare_settings(record, now, only_known=True).refused
+    location = locate(config.model, HubOptions(revision=config.revision))
+    for name, entry in ((record.base or {}).get("files") or {}).items():
+        path = location.directory / name
+        if path.is_file() and fingerprint(path) != entry:
+            changes.append(f"base model: {path} is another file than the run's {name}")
+    return changes
+
+
+def check_data(config: RunConfig) -> None:
+    """Open every source, and read and render its first rows.
+
+    Raises:
+        ConfigError, DataError: the template, a source or a row cannot be used.
+    """
+    tokenizer = tokenizer_of(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    if config.chat_template is not None:
+        tokenizer = get_chat_template(tokenizer, config.chat_template)
+    for source in [*config.dataset, *config.eval_dataset]:
+        settings = data_settings(config)
+        first = make_preparation(
+            [{"path": source}], tokenizer, announce=None, max_rows=FIRST_ROWS, **settings
+        )
+        next(first.encoded(), None)
+
+
+def data_settings(config: RunConfig) -> dict[str, Any]:
+    """The part of a config that says how rows become examples, under the names of `prepare_dataset`."""
+    return {
+        "max_seq_length": config.max_seq_length,
+        "split": config.split,
+        "train_on": "responses" if config.train_on_responses_only else "everything",
+        "overlong": config.overlong,
+        "turns": config.turns,
+        "text_field": config.dataset_text_field,
+    }
