@@ -15,6 +15,7 @@ from oribi.errors import ConfigError, ExportError
 from oribi.language_model import FastLanguageModel
 from oribi.run_record import read_record, record_saved, remove_run
 from oribi.save import save_gguf, save_merged
+from oribi.save.gguf.mixes import mix_of
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import keep_trained
 from oribi.train.determinism import settle_cublas
@@ -57,10 +58,14 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         if is_main:
             begin(config, overwrite)
         trainer.train(resume_from_checkpoint=start.resumes, resume_weights_only=start.weights_only)  # 6
-        saved = save(config, trainer, tokenizer) if is_main else {}  # 7
+        saved, failures = save(config, trainer, tokenizer) if is_main else ({}, {})  # 7
         if reports:
             measures["tuned"] = measure(model, tokenizer, measured_rows)
-            saved["report"] = report(config, rows.report, measures, saved)
+            refused = {form: Path(f"{path}.rejected") for form, (path, _) in failures.items()}
+            saved["report"] = report(config, rows.report, measures, saved | refused)
+        if failures:
+            found = [str(error) for _, error in failures.values()]
+            raise ExportError("\n".join([*found, keep_trained(trainer)]))
         return saved
 
 
@@ -169,29 +174,31 @@ def report(
     return folder / "report.html"
 
 
-def save(config: RunConfig, trainer: SFTTrainer, tokenizer: Any) -> dict[str, Path]:
+def save(
+    config: RunConfig, trainer: SFTTrainer, tokenizer: Any
+) -> tuple[dict[str, Path], dict[str, tuple[Path, Exception]]]:
     """Save the model in every form that the config names; what lies there already from the same step stays.
 
-    Raises:
-        ExportError: a form could not be written or is not right; the message says where the trained weights are.
+    Returns:
+        Form -> where it was saved; and of each form that could not be written or is not right, its folder and the error.
     """
-    folder, saved, step = Path(config.output_dir), {}, trainer.state.global_step
-    record = read_record(folder)
+    folder, saved, failures = Path(config.output_dir), {}, {}
+    step, record = trainer.state.global_step, read_record(folder)
     there = record.saved if record else {}
-    try:
-        for form, name in result_folders(config).items():
-            if there.get(name) == step and (folder / name).is_dir():
-                saved[form] = folder / name
-                continue
+    for form, name in result_folders(config).items():
+        if there.get(name) == step and (folder / name).is_dir():
+            saved[form] = folder / name
+            continue
+        try:
             if form == "gguf":
                 written = save_gguf(trainer.model, folder / name, tokenizer, config.quantization_method)
-                saved |= {
-                    f"gguf {m}": Path(f) for m, f in zip(config.quantization_method, written["gguf_files"])
-                }
+                asked = dict.fromkeys(mix_of(method).name for method in config.quantization_method)
+                saved |= {f"gguf {m}": Path(f) for m, f in zip(asked, written["gguf_files"])}
             else:
+                save_merged(trainer.model, folder / name, tokenizer, form)
                 saved[form] = folder / name
-                save_merged(trainer.model, saved[form], tokenizer, form)
-            record_saved(folder, name, step)
-    except (ExportError, OSError) as error:
-        raise ExportError(f"{error}\n{keep_trained(trainer)}") from error
-    return saved
+        except (ExportError, OSError) as error:  # the other forms do not depend on it
+            failures[form] = (folder / name, error)
+            continue
+        record_saved(folder, name, step)
+    return saved, failures

@@ -24,6 +24,7 @@ from oribi.save.finish import (
     expected_answers,
     file_sizes,
     finish_export,
+    require_other_place,
     trained_answers,
 )
 from oribi.save.folder import announce, finished_folder
@@ -89,6 +90,9 @@ def save_gguf(
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     notes = check_config(config)
     shapes = MergedModel(model).shapes()
+    called = model_name(model) if name is None else file_name(name)
+    files = {method: f"{called}.{method.upper()}.gguf" for method in methods}
+    require_other_place(model, directory, files.values())
     sizes = {m: sum(entry.nbytes for entry in plan_file(config, shapes, m)) for m in methods}
     announce(directory, {f"GGUF {m} ({METHODS[m].words})": size for m, size in sizes.items()})
     trained, unanswered = trained_answers(model, tokenizer, held_out, compared or base == "auto")
@@ -97,8 +101,6 @@ def save_gguf(
     notes += [reason] * bool(reason)
     report = ExportReport(str(directory), "gguf", chosen, {}, notes=notes, tags=options.tags)
     report.checks += unanswered
-    called = model_name(model) if name is None else file_name(name)
-    files = {method: f"{called}.{method.upper()}.gguf" for method in methods}
     expected = expected_answers(trained if compared else None, source, chosen)
     with finished_folder(directory, sum(sizes.values()) + _METADATA * len(files)) as partial:
         vocabulary, has_modelfile = _write(partial, model, source, tokenizer, files, report, expected, verify)

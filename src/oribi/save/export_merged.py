@@ -24,6 +24,7 @@ from oribi.save.finish import (
     expected_answers,
     file_sizes,
     finish_export,
+    require_other_place,
     trained_answers,
 )
 from oribi.save.folder import announce, finished_folder
@@ -80,6 +81,7 @@ def save_merged(
     compared = compares(verify)
     if not options.is_main_process:
         return None
+    require_other_place(model, directory)
     save_method = save_method.removesuffix("_forced")
     if save_method == "lora":
         report = ExportReport(str(directory), "lora", "", {}, tags=options.tags)

@@ -1,13 +1,14 @@
 """What every export begins and ends with: the trained model's answers, the printed report, and what becomes of the files."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from oribi.errors import ConfigError
+from oribi.errors import ConfigError, ExportError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.save.adapter import MergedModel
 from oribi.save.check import Check, Outcome
@@ -36,6 +37,27 @@ def compares(verify: Verify) -> bool:
             "different) or False (nothing is compared)"
         )
     return bool(verify)
+
+
+def require_other_place(model: nn.Module, directory: str | os.PathLike, files: Iterable[str] = ()) -> None:
+    """Stop before an export replaces the base that its adapter, or the model in memory, stands on.
+
+    Args:
+        model: as loaded.
+        directory: of the export.
+        files: names of GGUF files that will be written there.
+
+    Raises:
+        ExportError: it would.
+    """
+    base = base_name(model)
+    folder = Path(os.path.abspath(directory))
+    targets = [folder, *(folder / file for file in files)]
+    for target in targets:
+        if base and os.path.exists(base) and os.path.exists(target) and os.path.samefile(base, target):
+            raise ExportError(
+                f"{target} is the base model itself, which the export would replace; give another folder"
+            )
 
 
 def trained_answers(

@@ -4,16 +4,23 @@ An export is written into a hidden sibling `.NAME.partial-PID`; its files move t
 complete, so a killed run leaves nothing that looks finished, and the next run removes what it left.
 """
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from oribi.errors import ExportError
+from oribi.errors import ExportError, OribiError
 
 # a loader reads these first: they leave before the first new file moves in and arrive last
 _ENTRIES = ("model.safetensors.index.json", "config.json", "adapter_config.json")
+# the trained model is not to blame for these, and another folder may do
+_DISK_FAULTS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE,
+    errno.ENAMETOOLONG, errno.ESTALE,
+}  # fmt: skip
 
 
 @contextmanager
@@ -25,21 +32,44 @@ def finished_folder(directory: str | os.PathLike, needed_bytes: int) -> Iterator
         needed_bytes: what will be written; checked against the free space first.
 
     Raises:
-        ExportError: too little disk, or `directory` is a file.
+        ExportError: too little disk, `directory` is a file, or a folder or file there cannot be written.
     """
-    final = Path(directory)
-    if final.exists() and not final.is_dir():
-        raise ExportError(f"{final} is a file; give the name of a folder to export into")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(final)
-    require_disk(final.parent, needed_bytes)
+    final = Path(os.path.abspath(directory))  # "." has no name of its own
     partial = final.parent / f".{final.name}.partial-{os.getpid()}"
-    partial.mkdir()
+    try:
+        if final.exists() and not final.is_dir():
+            raise ExportError(f"{final} is a file; give the name of a folder to export into")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists() and not os.access(final, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(final))
+        remove_leftovers(final)
+        require_disk(final.parent, needed_bytes)
+        partial.mkdir()
+    except (OSError, ValueError) as error:
+        raise _cannot_write(directory, error) from error
     try:
         yield partial
         move_files(partial, final)
+    except Exception as error:
+        if isinstance(error, OribiError) or _fault_of_the_disk(error) is None:
+            raise
+        raise _cannot_write(directory, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cannot_write(folder: str | os.PathLike, error: Exception) -> ExportError:
+    why = _fault_of_the_disk(error) or getattr(error, "strerror", None) or str(error)
+    return ExportError(
+        f"{str(folder)!r} cannot be written: {why}. Nothing half-written was left there; make room or give another folder"
+    )
+
+
+def _fault_of_the_disk(error: Exception) -> str | None:
+    """What a disk or mount says in an error, libraries in Rust included, which raise errors of their own; else None."""
+    found = re.search(r"\bos error (\d+)|\bcode: (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1] or found[2]) if found else None
+    return os.strerror(number) if number in _DISK_FAULTS else None
 
 
 def reject(partial: Path, final: str | os.PathLike) -> None:
@@ -67,11 +97,18 @@ def announce(directory: str | os.PathLike, sizes: dict[str, int]) -> None:
 
 
 def free_bytes(folder: str | os.PathLike) -> int:
-    """Free space of the disk where a folder is or will be."""
+    """Free space of the disk where a folder is or will be.
+
+    Raises:
+        ExportError: no such folder can be.
+    """
     existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        return shutil.disk_usage(existing).free
+    except (OSError, ValueError) as error:  # a name that is too long, or with a NUL
+        raise _cannot_write(folder, error) from error
 
 
 def require_disk(folder: Path, needed_bytes: int) -> None:
