@@ -82,10 +82,6 @@ def check_folder(config: RunConfig, environment: Environment, overwrite: bool) -
     weights_only = resume == "weights"
     if overwrite and resume != "false":
         raise ConfigError("--overwrite removes the run that --resume would go on with; give one of them")
-    if not Path(folder).is_dir():
-        if resume != "false":
-            say(f"oribi: {folder} holds no run yet, so this one starts from the beginning")
-        return Start()
     record, results = read_record(folder), [name for name in RESULTS if (Path(folder) / name).is_dir()]
     steps = steps_of(folder, record)
     if overwrite or not (steps or results):
