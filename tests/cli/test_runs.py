@@ -274,9 +274,7 @@ def test_weights_that_could_not_be_exported_are_kept(
         raise ExportError("writing needs 2 GB and its disk has 1 MB free")
 
     monkeypatch.setattr("oribi.run.save_merged", full)
-    result = oribi(
-        "train", config, "--output_dir", tmp_path / "run", "--save_steps", "null", "--max_steps", 1
-    )
+    result = oribi("train", config_without_checkpoints, "--output_dir", tmp_path / "run", "--max_steps", 1)
     assert result.code == 1
     assert f"The trained weights are kept in {tmp_path / 'run'}/checkpoint-1" in result.err
     monkeypatch.undo()

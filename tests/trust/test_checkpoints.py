@@ -80,7 +80,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(subjec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_the_command_answers_a_signal_with_its_code_after_saving(subject, tmp_path, number, code):
     data, out = tmp_path / "rows.jsonl", tmp_path / "run"
     data.write_text("\n".join(json.dumps({"text": f"row {n} of many"}) for n in range(40)) + "\n")
@@ -128,6 +130,78 @@ def test_handlers_of_signals_come_back(subject, tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     trainer_in(subject, tmp_path, max_steps=1, save_strategy="no").train()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_second_signal_ends_at_once_wherever_the_training_is(subject, tmp_path, caplog):
+    """After the first one the program's own handlers are back: in evaluation, in saving, in waiting for rows."""
+    trainer = trainer_in(subject, tmp_path, max_steps=3, save_strategy="no")
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    collate, seen = trainer.data_collator, []
+
+    def collate_and_stop(examples):
+        if not seen:
+            os.kill(os.getpid(), signal.SIGHUP)
+            seen.append({number: signal.getsignal(number) for number in before})
+        return collate(examples)
+
+    trainer.data_collator = collate_and_stop
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 128 + signal.SIGHUP
+    assert seen == [before]
+    assert (
+        "SIGHUP: training ends after this step, with a checkpoint; a second signal ends it at once"
+        in caplog.text
+    )
+    assert read(tmp_path / "checkpoint-1") == 1
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(subject, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = trainer_in(subject, tmp_path, max_steps=2, save_strategy="no")
+        collate = trainer.data_collator
+        trainer.data_collator = lambda examples: os.kill(os.getpid(), signal.SIGHUP) or collate(examples)
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.state.global_step == 2
+
+
+HEAD = "{python} -m oribi train --model {model} --dataset {data} --output_dir {out} --max_steps 3 --max_seq_length 64 --dtype float32 --save_method [lora,merged_16bit] {to} | head -1; echo ${{PIPESTATUS[0]}}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["", "2>&1"])
+def test_a_training_whose_reader_went_away_trains_on_and_ends_well(subject, tmp_path, to):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"row {n} of many"}) for n in range(40)) + "\n")
+    command = HEAD.format(python=sys.executable, model=subject.path, data=data, out=tmp_path / "run", to=to)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    assert done.stdout.splitlines()[-1] == "0", done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run/merged/model.safetensors").is_file()
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 4
+
+
+def test_output_that_is_closed_is_dropped():
+    import io
+
+    from oribi.streams import LastingStream, say
+
+    read, write = os.pipe()
+    os.close(read)
+    stream = LastingStream(lambda: broken)
+    with os.fdopen(write, "w") as broken:
+        print("lost", file=stream, flush=True)
+        print("lost, too", file=stream, flush=True)
+    closed = io.StringIO()
+    closed.close()
+    print("lost", file=LastingStream(lambda: closed), flush=True)
+    print("lost", file=LastingStream(lambda: None), flush=True)
+    say("read")
 
 
 def test_a_full_disk_ends_neither_the_run_nor_the_earlier_checkpoints(subject, tmp_path, monkeypatch, caplog):

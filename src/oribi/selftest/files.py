@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from oribi.errors import ConfigError
 from oribi.models.load import load_model
 from oribi.save import save_merged
 from oribi.selftest.check import Check, broken
@@ -18,6 +20,7 @@ from oribi.selftest.invariance import LIMITS, relative_error
 from oribi.selftest.subject import LONGEST, Subject, plain_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
+from oribi.train.setup import held
 from oribi.train.trainer import SFTTrainer
 
 GROUP = "files"
@@ -86,14 +89,7 @@ def _run(
 ) -> tuple[SFTTrainer, dict[str, torch.Tensor]]:
     """STEPS steps with a checkpoint at STOP, from the start or from a checkpoint; everything that must come out alike."""
     model, tokenizer = subject.load()
-    args = SFTConfig(
-        output_dir=str(folder), max_steps=STEPS, save_strategy="steps", save_steps=STOP, learning_rate=1e-3, warmup_steps=2,
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, neftune_noise_alpha=5.0, disable_tqdm=True,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )  # fmt: skip
-    rows = subject.rows(11, model.get_base_model().config.vocab_size)
-    trainer = SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer)
-    trainer.remove_callback(Progress)
+    trainer = _trainer(subject, folder, model, tokenizer)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     state = {f"weight {name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -106,6 +102,18 @@ def _run(
     return trainer, state
 
 
+def _trainer(subject: Subject, folder: Path, model: Any, tokenizer: Any) -> SFTTrainer:
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=STEPS, save_strategy="steps", save_steps=STOP, learning_rate=1e-3, warmup_steps=2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, neftune_noise_alpha=5.0, disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    rows = subject.rows(11, model.get_base_model().config.vocab_size)
+    trainer = SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer)
+    trainer.remove_callback(Progress)
+    return trainer
+
+
 def _check_resume(subject: Subject, folder: Path) -> Iterator[Check]:
     _, whole = _run(subject, folder / "whole", None)
     _, resumed = _run(subject, folder / "resumed", folder / "whole" / f"checkpoint-{STOP}")
@@ -116,3 +124,21 @@ def _check_resume(subject: Subject, folder: Path) -> Iterator[Check]:
         names = [name for name in whole if name.split()[0] == part]
         worst = max((whole[name].double() - resumed[name].double()).abs().max().item() for name in names)
         yield Check(GROUP, f"resumed run: {part}", worst, 0.0, f"{len(names)} tensors, largest difference")
+    yield _check_refusal(subject, folder)
+
+
+def _check_refusal(subject: Subject, folder: Path) -> Check:
+    """A run is not gone on with on another base: one whose configuration differs in a byte."""
+    model, tokenizer = subject.load()
+    source = model.get_base_model().oribi
+    files = {name: {**entry, "sample_sha256": "0" * 64} for name, entry in source.identity.files.items()}
+    with held(source, identity=replace(source.identity, files=files)):
+        trainer = _trainer(subject, folder / "other base", model, tokenizer)
+        try:
+            trainer.find_checkpoint(str(folder / "whole" / f"checkpoint-{STOP}"))
+            return Check(GROUP, "resume on a changed base", float("nan"), 0.0, "it was not refused")
+        except ConfigError as error:
+            told = [line for line in str(error).splitlines() if "base model" in line]
+    return Check(
+        GROUP, "resume on a changed base", 0.0 if told else float("nan"), 0.0, "refused before the first step"
+    )
