@@ -90,7 +90,8 @@ def _run(
     """STEPS steps with a checkpoint at STOP, from the start or from a checkpoint; everything that must come out alike."""
     model, tokenizer = subject.load()
     trainer = _trainer(subject, folder, model, tokenizer)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with redirect_stdout(io.StringIO()):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     state = {f"weight {name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     for index, states in optimizer.state_dict()["state"].items():
