@@ -121,7 +121,9 @@ def from_prompt_completion(row: Columns, roles: Mapping[str, str]) -> Example:
             read, before = [(message, trained or False) for message, trained in read], len(read)
         turns += read
     answers = [i for i, (message, _) in enumerate(turns) if i >= before and message["role"] == "assistant"]
-    return _conversation(row, turns, reader, answers[0] if len(answers) == 1 else None)
+    conversation = _conversation(row, turns, reader, answers[0] if len(answers) == 1 else None)
+    conversation.completes = True
+    return conversation
 
 
 def _refuse_without_place(row: Columns, prompt: str) -> None:

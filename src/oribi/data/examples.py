@@ -27,6 +27,7 @@ class Conversation(Remarks):
 
     `trained` has one entry per message: True or False where the row says so, None where the run's `train_on` decides, and
     spans of characters of the content that are not trained where the rest of the message is. `marked`: some entry is the row's.
+    `completes`: the row is a prompt with a completion.
     """
 
     messages: list[dict[str, Any]]
@@ -34,6 +35,7 @@ class Conversation(Remarks):
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     marked: bool = field(default=False, compare=False)
+    completes: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True)

@@ -26,17 +26,25 @@ BARE_ROW = (
 KEPT_LAYOUTS = 10_000  # tool calls make every conversation its own layout
 
 
+def takes_all(train_on: str, completion_only: bool | None) -> bool:
+    """Whether all of a row is trained; completion_only decides for rows of prompt and completion, unless it is None."""
+    return train_on == "everything" if completion_only is None else not completion_only
+
+
 class Masker:
     """Finds the trained spans of conversations under one chat template.
 
     Args:
         template: the template that renders.
         train_on: "responses" (every assistant turn), "last_response" or "everything".
+        completion_only: whether rows of prompt and completion train the completion alone; None leaves it to train_on.
     """
 
-    def __init__(self, template: ChatTemplate, train_on: str = "responses") -> None:
+    def __init__(
+        self, template: ChatTemplate, train_on: str = "responses", completion_only: bool | None = None
+    ) -> None:
         self.template = template
-        self.train_on = train_on
+        self.train_on, self.completion_only = train_on, completion_only
         self.ways: Counter[str] = Counter()  # how masks were found: layout, prefixes, generation blocks
         self._layouts: dict[str, Layout | None] = {}
 
@@ -50,7 +58,7 @@ class Masker:
         conversation = replace(conversation, messages=messages)
         text = self.template.render(messages, conversation.tools, **conversation.template_kwargs)
         final = len(messages) - 1 if messages[-1]["role"] == "assistant" else None
-        if self.train_on == "everything":
+        if self._takes_all(conversation):
             return Marked(text, [(0, len(text))], closed=final is None or bool(self.template.turn_ends[1]))
         wanted = self._wanted(conversation)
         if not wanted:
@@ -94,7 +102,7 @@ class Masker:
         Raises:
             DataError: a message that is no assistant's is marked for training.
         """
-        if self.train_on == "everything":
+        if self._takes_all(conversation):
             return [conversation]
         parts = []
         for i in self._wanted(conversation):
@@ -117,6 +125,9 @@ class Masker:
         except DataError:
             return False
         return any(thought in upto for thought in missing)
+
+    def _takes_all(self, conversation: Conversation) -> bool:
+        return takes_all(self.train_on, self.completion_only if conversation.completes else None)
 
     def _wanted(self, conversation: Conversation) -> list[int]:
         """The numbers of the messages to train on."""

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from oribi.data.conversations import Conversation, Document, Example, RowFormat, Tokens, recognise
 from oribi.data.encoding import UNTRAINED, Encoded, Encoder, Marked, without_lone_surrogates
 from oribi.data.formatting import apply_formatting_func
-from oribi.data.masking import TRAIN_ON, Masker
+from oribi.data.masking import TRAIN_ON, Masker, takes_all
 from oribi.data.nulls import without_nested_nulls
 from oribi.data.rendering import ChatTemplate
 from oribi.data.report import DataReport, Tally, named, some_of
@@ -45,6 +45,7 @@ class Settings:
 
     max_seq_length: int
     train_on: str = "responses"
+    completion_only: bool | None = None
     overlong: str = "truncate"
     turns: str = "whole"
     malformed: str = "error"
@@ -106,7 +107,10 @@ class Preparation:
         if self._masker is None or (self._borrowed and not borrowed):
             source = template_source(self.tokenizer, PAIR_TEMPLATE) if borrowed else None
             template = ChatTemplate(self.tokenizer, source, self.settings.chat_template_kwargs)
-            self._masker, self._borrowed = Masker(template, self.settings.train_on), borrowed
+            self._masker, self._borrowed = (
+                Masker(template, self.settings.train_on, self.settings.completion_only),
+                borrowed,
+            )
             if borrowed:
                 self.report.notes.append(
                     f"the tokenizer has no chat template; questions and answers are written in the form {PAIR_TEMPLATE!r}. "
@@ -284,7 +288,8 @@ class Preparation:
 
     def _marked(self, example: Conversation | Document, origin: str) -> Marked:
         if isinstance(example, Document):
-            start = 0 if self.settings.train_on == "everything" else example.trained_from
+            only = self.settings.completion_only if example.trained_from else None
+            start = 0 if takes_all(self.settings.train_on, only) else example.trained_from
             return Marked(example.text, [(start, len(example.text))], not example.ends, example.begins)
         marked = self.masker.mark(example)
         for what in marked.left_out:

@@ -39,6 +39,7 @@ def prepare_dataset(
     max_seq_length: int,
     split: str = "train",
     train_on: str = "responses",
+    completion_only: bool | None = None,
     overlong: str | None = None,
     turns: str = "whole",
     malformed: str = "error",
@@ -64,6 +65,7 @@ def prepare_dataset(
         max_seq_length: longest example, in tokens.
         split: the split of names, folders and DatasetDicts.
         train_on: "responses" (assistant texts and their end tokens), "last_response", or "everything".
+        completion_only: for rows of prompt and completion, whether only the completion is trained; None follows train_on.
         overlong: what to do with examples above max_seq_length: "error", "drop", "truncate" or "split" into several. None is
             "split" for text files and "truncate" otherwise.
         turns: "whole" makes one example of a conversation, in which turns whose thought the chat template drops are not
@@ -96,6 +98,7 @@ def prepare_dataset(
         max_seq_length=max_seq_length,
         split=split,
         train_on=train_on,
+        completion_only=completion_only,
         overlong=overlong,
         turns=turns,
         malformed=malformed,

@@ -10,7 +10,6 @@ from typing import Any
 
 import datasets
 
-from oribi.chat.template import render_chat
 from oribi.data.conversations import MESSAGE_COLUMNS
 from oribi.errors import ConfigError, DataError
 
@@ -215,7 +214,7 @@ def apply_chat_template(
     standard = standardize_data_formats(dataset.select_columns(column))
 
     def render(batch: Mapping[str, list[Any]]) -> dict[str, list[str]]:
-        return {"text": [render_chat(tokenizer, m) for m in batch[column]]}
+        return {"text": [tokenizer.apply_chat_template(m, tokenize=False) for m in batch[column]]}
 
     texts = standard.map(render, batched=True, desc="Applying the chat template", remove_columns=column)
     return datasets.concatenate_datasets([dataset, texts], axis=1)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from oribi.chat.template import render_chat
 from oribi.errors import ModelError
 
 
@@ -91,8 +90,6 @@ def _generate(
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.no_grad():
-        if model.generation_config.stop_strings:
-            settings = {"tokenizer": tokenizer, **settings}
         out = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens, **settings)
     return out[:, longest:].tolist()
 
@@ -114,5 +111,5 @@ def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]] | list[int]) -
         return list(prompt)
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

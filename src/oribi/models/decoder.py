@@ -5,6 +5,8 @@ Parameter names equal the checkpoint's, so a checkpoint loads as it is and PEFT,
 and `save_pretrained` work on the model. What a family changes is read from its row in `families.py`.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,12 +18,12 @@ from oribi.errors import ModelError
 from oribi.kernels import fp8
 from oribi.kernels.attention import Visibility
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
-from oribi.kernels.embedding import embedding
 from oribi.models.families import Family, family_of
 from oribi.models.fused_layer import POLICIES, Keep, fusible_groups
 from oribi.models.generation import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory, pinned
-from oribi.models.layers import Batch, DecoderLayer, RMSNorm
+from oribi.models.layers import Batch, DecoderLayer, Embedding, RMSNorm
+from oribi.models.outputs import LogitsWhenRead, require_growing, require_known
 from oribi.models.projections import read
 from oribi.models.rope import RotaryAngles
 
@@ -72,6 +74,9 @@ class DecoderPreTrainedModel(PreTrainedModel):
         for layer, keep in zip(layers, policy):
             layer.keep = keep
             layer.dequantized.clear()
+
+    def _returns_dict(self, wanted: bool | None) -> bool:
+        return self.config.return_dict if wanted is None else wanted
 
     def _decoder_layers(self) -> list[DecoderLayer]:
         return [module for module in self.modules() if isinstance(module, DecoderLayer)]
@@ -144,12 +149,12 @@ class DecoderModel(DecoderPreTrainedModel):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         family = require_family(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        scale = config.hidden_size**0.5 if family.embedding_scale else 1.0
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id, scale)
         self.layers = nn.ModuleList(DecoderLayer(config, family, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, family.norm_offset)
         kinds = sorted(set(config.layer_types)) if family.rope_by_layer_type else [None]
         self.rotary = {kind: RotaryAngles(config, kind) for kind in kinds}
-        self.embedding_scale = config.hidden_size**0.5 if family.embedding_scale else 1.0
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
         self.host_memory: HostMemory | None = None
         self.shards: object | None = None  # set by `train.sharding` where processes share the layers' weights
@@ -171,17 +176,19 @@ class DecoderModel(DecoderPreTrainedModel):
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm, [B, S, D]. Arguments as in `DecoderForCausalLM.forward`."""
+        if kwargs or self.config.output_attentions:
+            require_known({"output_attentions": self.config.output_attentions, **kwargs}, MODEL_ARGUMENTS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give exactly one of input_ids and inputs_embeds")
-        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = x.to(self.norm.weight.dtype)  # embeddings that are trained whole are float32
-        if inputs_embeds is None and self.embedding_scale != 1.0:
-            # rounded to the weight's dtype as the checkpoints were trained
-            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)
         if self.embedding_multiplier != 1.0:
             x = x * self.embedding_multiplier
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
         cache = past_key_values if cache is None else cache
+        require_growing(cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         batch = self._batch(x, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q)
@@ -193,17 +200,12 @@ class DecoderModel(DecoderPreTrainedModel):
         x = self.norm(x)
         if states is not None:
             states[-1] = x
-        return BaseModelOutputWithPast(
+        output = BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=None if states is None else tuple(states),
             **{CACHE: cache if use_cache else None},
         )
-
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        weight = getattr(self.embed_tokens, "weight", None)  # PEFT wraps an embedding that it trains
-        if weight is None or weight.device == input_ids.device:
-            return self.embed_tokens(input_ids)
-        return embedding(input_ids, weight)
+        return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def _batch(self, x, attention_mask, position_ids, cache, cu_seqlens, max_length) -> Batch:
         rows, length = x.shape[:2]
@@ -258,8 +260,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         num_items_in_batch: torch.Tensor | int | None = None,
         output_logits: bool | None = None,
         cache: Cache | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        shift_labels: torch.Tensor | None = None,
         **kwargs: object,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """Loss and logits of a batch.
 
         Args:
@@ -271,15 +278,27 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             labels: [B, S] int64, not shifted; -100 is not trained on.
             logits_to_keep: only the last so many positions' logits (0: all), or their indices.
             num_items_in_batch: what the summed loss is divided by; None divides by this batch's labelled tokens.
-            output_logits: None gives logits except while training with labels, where they are never formed.
-            kwargs: cu_seq_lens_q [docs + 1] int32 and max_length_q (int) of a pack, output_hidden_states.
+            output_logits: None gives logits, which are formed when they are read while training with labels; False never
+                forms them.
+            cu_seq_lens_q, max_length_q: bounds [docs + 1] int32 and longest document of a pack.
+            output_hidden_states: whether to give the layers' inputs and the last norm's output.
+            return_dict: False gives a tuple.
+            shift_labels: [B, S] labels that are shifted already, in place of labels.
+            kwargs: what callers pass to any model and what has no meaning here.
 
         Returns:
             loss (float32 scalar or None), logits ([B, S, V] or None), the cache, hidden_states.
+
+        Raises:
+            ModelError: an argument is unknown, or asks for what the decoder does not do.
         """
+        if kwargs:
+            require_known(kwargs, ARGUMENTS)
         targets = labelled = None
-        if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+        trains = labels is not None or shift_labels is not None
+        if trains:
+            shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+            targets = shifted.reshape(-1)
             # looks at the labels on the host: asked now, the host need not wait for the layers to have run
             labelled = labelled_rows(targets, self.config.vocab_size)
         outputs = self.model(
@@ -290,21 +309,28 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         hidden = outputs.last_hidden_state
-        loss = None if labels is None else self._loss(hidden, targets, labelled, num_items_in_batch)
-        logits = None
-        if output_logits or (output_logits is None and not (self.training and labels is not None)):
-            if isinstance(logits_to_keep, int):
-                logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-            logits = self._logits(hidden[:, logits_to_keep])
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE: getattr(outputs, CACHE)},
-        )
+        loss = self._loss(hidden, targets, labelled, num_items_in_batch) if trains else None
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        waits = output_logits is None and self.training and trains
+        formed = output_logits or (output_logits is None and not waits)
+        values = {
+            "loss": loss,
+            "logits": self._logits(hidden[:, logits_to_keep]) if formed else None,
+            "hidden_states": outputs.hidden_states,
+            CACHE: getattr(outputs, CACHE),
+        }
+        if waits:
+            output = LogitsWhenRead(**values).wait_for(lambda: self._logits(hidden[:, logits_to_keep]))
+        else:
+            output = CausalLMOutputWithPast(**values)
+        return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # contiguous: for the last token's view, PyTorch would repeat the head for every row of the batch
@@ -346,6 +372,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
 
     def _summed_loss(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self._logits(rows).float(), targets, reduction="sum")
+
+
+# names of the arguments, for who misspells one
+MODEL_ARGUMENTS, ARGUMENTS = (
+    set(inspect.signature(of.forward).parameters) - {"self", "kwargs"}
+    for of in (DecoderModel, DecoderForCausalLM)
+)
 
 
 def build(

@@ -28,7 +28,7 @@ from oribi.kernels.lora import GroupWeight, Projection, augmented_weight
 from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from oribi.kernels.rope import rope_forward
 from oribi.models.host_memory import Parcel
-from oribi.models.projections import read
+from oribi.models.projections import any_module_hooked, hooked, read
 
 if TYPE_CHECKING:
     from oribi.models.layers import Batch, DecoderLayer, RMSNorm
@@ -96,6 +96,8 @@ class LayerGroups:
 def fusible_groups(layer: "DecoderLayer") -> LayerGroups | None:
     """The layer's groups if it can be differentiated by hand now, else None."""
     attn, mlp = layer.self_attn, layer.mlp
+    if hooked(attn) or hooked(mlp) or any_module_hooked():  # neither is called by itself here
+        return None
     groups = LayerGroups(
         *(
             [read(module) for module in modules]

@@ -8,7 +8,11 @@ import psutil
 import torch
 from torch import nn
 
+from oribi.errors import ModelError
 from oribi.kernels.lora import weights_kept
+
+# what transformers still makes of them; older names, which checkpoints carry, it reads as a growing cache
+FIXED_CACHES = ("static", "offloaded_static")
 
 
 class GeneratesInAnyMode:
@@ -41,8 +45,27 @@ def generate_in_inference_mode(
             kwargs = {**packed, **kwargs}
             inputs = None
     kwargs.pop("token_type_ids", None)  # some tokenizers add them, no decoder takes them
+    if isinstance(model, GeneratesInAnyMode):
+        _require_growing_cache(model, kwargs)
     with inference_mode_of(model), weights_kept() if _has_room(model) else nullcontext():
         return generate(inputs, *args, **kwargs)
+
+
+def _require_growing_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Stop before a cache of fixed size is made, whose prepared masks the decoder does not read.
+
+    Raises:
+        ModelError: the call or the model's generation config asks for one.
+    """
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    asked = [kwargs.get("cache_implementation")]
+    asked += [getattr(config, "cache_implementation", None) for config in configs if config is not None]
+    fixed = next((name for name in asked if name in FIXED_CACHES), None)
+    if fixed is not None:
+        raise ModelError(
+            f"cache_implementation = {fixed!r} is a cache of fixed size, for compiled models; oribi's decoder runs with one "
+            "that grows, and answers the same: leave it out"
+        )
 
 
 def _has_room(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PretrainedConfig
 
 from oribi.kernels.attention import Visibility, attention
+from oribi.kernels.embedding import embedding
 from oribi.kernels.fp8 import RoundedWeights
 from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.rms_norm import rms_norm
@@ -46,6 +47,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, self.offset)
+
+
+class Embedding(nn.Embedding):
+    """Token embeddings times the family's scale; a frozen table may lie in host memory.
+
+    Args:
+        vocab_size, hidden_size: rows and columns. padding_idx: the row that is never trained.
+        scale: factor of every looked-up row, rounded to the table's dtype as the checkpoints were trained.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, padding_idx: int | None, scale: float = 1.0
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, padding_idx)
+        self.scale = scale
+        if scale != 1.0:
+            self.embed_scale = scale  # PEFT asks for it by this name, as transformers' modules have it
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = super().forward(ids) if self.weight.device == ids.device else embedding(ids, self.weight)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
 class Attention(nn.Module):

@@ -24,7 +24,7 @@ def project(modules: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]
         One [..., N_i] tensor a module, in x's dtype.
     """
     projections = [read(module) for module in modules]
-    if any(projection is None for projection in projections):
+    if any(projection is None for projection in projections) or any_module_hooked():
         return [module(x) for module in modules]
     return lora_linear(x, projections)
 
@@ -52,6 +52,8 @@ def read(module: nn.Module) -> Projection | None:
     if len(active) > 1 or name in getattr(module, "lora_variant", {}) or b.bias is not None:
         return None
     dropout = module.lora_dropout[name]
+    if hooked(a) or hooked(b) or hooked(dropout):
+        return None
     rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     return Projection(
         projection.weight, projection.bias, a.weight, b.weight, float(module.scaling[name]), rate
@@ -68,5 +70,13 @@ def hooked(module: nn.Module) -> bool:
     """Whether something beside the module's own forward wants to run when it is called."""
     # accelerate's offload replaces forward on the instance; hooks may read or change what passes
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     ) or "forward" in vars(module)
+
+
+def any_module_hooked() -> bool:
+    """Whether hooks of PyTorch's for all modules want to see every call."""
+    return torch.nn.modules.module._has_any_global_hook()

@@ -6,6 +6,7 @@ The vocabulary never changes here. Every repair is reported as one line.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders
 from transformers import (
     AutoTokenizer,
@@ -15,9 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oribi.chat.template import render_chat
-from oribi.errors import ChatTemplateError, ModelError, TemplateLimitError
-from oribi.models.locate import read_json
+from oribi.errors import ModelError
 
 # tokens that models reserve for padding, the most specific first
 _PAD_NAMES = (
@@ -40,16 +39,6 @@ CHATML = (
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _PROBE = "oribi"
-_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    *_OBJECTS,
-    "chat_template.jinja",
-)
 # what rules of cutting differ on; the leading space is one that some classes add
 _CUTS = " Hello world's  1234567 naïve\n\n\tx=(y+1); 你好ですか? I'LL 👍🏽"
 
@@ -87,35 +76,21 @@ def load_tokenizer(
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    for name in _OBJECTS:
-        if (directory / name).is_file():
-            read_json(directory / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        _try(tokenizer)
         if _cuts_as_stored(tokenizer, directory / "tokenizer.json"):
             return tokenizer
         stored = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare exceptions, and values of other types end anywhere
-        names = [name for name in _FILES if (directory / name).is_file()]
-        reason = " ".join(str(error).split())[:600] or type(error).__name__
-        raise ModelError(
-            f"no tokenizer can be loaded from {directory} ({', '.join(names) or 'it has no tokenizer.json'}): {reason}"
-        ) from error
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"no tokenizer can be loaded from {directory}: {error}") from error
     if notes is not None:
         notes.append(
             f"tokenizer: transformers takes it for a {type(tokenizer).__name__}, which cuts text otherwise than its "
             "tokenizer.json; the file is taken as it stands"
         )
     return stored
-
-
-def _try(tokenizer: PreTrainedTokenizerBase) -> None:
-    """What every use of a tokenizer asks of it; one that cannot answer is told while it loads."""
-    tokenizer.decode(tokenizer(_CUTS)["input_ids"])
-    len(tokenizer), tokenizer.all_special_ids, tokenizer.get_vocab()
 
 
 def _cuts_as_stored(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
@@ -181,19 +156,18 @@ def repair(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind an assistant's answer, or None.
-
-    Raises:
-        TemplateLimitError: the template takes too long or makes too much.
-    """
+    """The special token that the chat template puts behind an assistant's answer, or None."""
     if not tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = render_chat(tokenizer, messages)
-    except TemplateLimitError:
-        raise
-    except ChatTemplateError:  # a template that takes no such chat says nothing
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        KeyError,
+    ):  # a template that takes no such chat says nothing
         return None
     tail = text.rpartition(_PROBE)[2]
     ids = tokenizer(tail, add_special_tokens=False).input_ids

@@ -35,8 +35,9 @@ class SFTConfig(trl.SFTConfig):
         warmup_ratio: warm-up as a share of all steps; the same as a warmup_steps below 1.
         evaluation_strategy: older name of eval_strategy.
         padding_free: None and True join the examples of a batch into one row; False pads them into a rectangle.
-        assistant_only_loss: False trains on every message; None and True on the assistant's only.
-        completion_only_loss: False trains on prompts too; None and True on completions only.
+        assistant_only_loss: rows of messages or instructions: False trains on all of them; None and True on the assistant's
+            part only.
+        completion_only_loss: rows of prompt and completion: False trains on prompts too; None and True on completions only.
         overlong: what happens to an example longer than max_length: "truncate", "drop", "split" or "error"; None splits
             text files and truncates otherwise.
         turns: "whole" makes one example of a conversation; "split" makes one per assistant turn, with its thought.
@@ -134,10 +135,17 @@ class SFTConfig(trl.SFTConfig):
 
 
 def adopt(args: TrainingArguments | dict[str, Any] | None) -> SFTConfig:
-    """An `SFTConfig` with the values of any training arguments; an `SFTConfig` is returned as it is."""
+    """An `SFTConfig` with the values of any training arguments; an `SFTConfig` is returned as it is.
+
+    `assistant_only_loss = False`, TRL's default, counts as not said: answers are trained, as with `SFTConfig`.
+    """
     if isinstance(args, SFTConfig):
         return args
     if args is None or isinstance(args, dict):
         return SFTConfig(**(args or {}))
     known = {f.name for f in fields(SFTConfig) if f.init}
-    return SFTConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known})
+    values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+    if values.get("assistant_only_loss") is False:
+        # TRL's default, which nobody can tell from the user's word; oribi.SFTConfig takes False at its word
+        values["assistant_only_loss"] = None
+    return SFTConfig(**values)

@@ -1,6 +1,7 @@
 """Between a model, its arguments and TRL's constructor: what is settled before it, and kept through it."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import peft
 import pyarrow.compute as compute
 import torch
+import transformers
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -21,11 +23,15 @@ from oribi.train.sharding import settle_sharding
 
 logger = logging.getLogger(__name__)
 
+NOT_COMPILED = "oribi's layers run kernels and backward passes of their own, which torch.compile cannot trace"
+# these pad a batch into a rectangle and keep given labels: the same loss as one row without padding, for more work
+STOCK_PADDERS = (transformers.DataCollatorForSeq2Seq, transformers.DataCollatorWithPadding)
+
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model itself, taken out of PEFT's wrapper and of those for several devices."""
-    while hasattr(model, "module"):
-        model = model.module
+    """The model itself, taken out of PEFT's wrapper, of torch.compile's and of those for several devices."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
@@ -61,6 +67,16 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
         return
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every layer takes part in every step
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if args.torch_compile or dynamo != "no":
+        asked = (
+            "torch_compile = True"
+            if args.torch_compile
+            else f"accelerate's launcher asks for dynamo's {dynamo}"
+        )
+        raise ConfigError(
+            f"{asked}: {NOT_COMPILED}. Leave it out; small models run as CUDA graphs without it"
+        )
     if args.loss_type != "nll":
         raise ConfigError(f"loss_type = {args.loss_type!r}; oribi's models compute 'nll'")
     for asked, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
@@ -73,9 +89,72 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
     args.mixed_precision = "fp16" if base.config.dtype is torch.float16 else "no"
 
 
-def train_on(args: SFTConfig) -> str:
-    """What the labels of messages and of prompt with completion cover: "responses" unless it was switched off."""
-    return "everything" if False in (args.assistant_only_loss, args.completion_only_loss) else "responses"
+def trained_parts(args: SFTConfig) -> dict[str, Any]:
+    """What the labels of messages cover, and those of prompt with completion; each follows its own setting."""
+    return {
+        "train_on": "everything" if args.assistant_only_loss is False else "responses",
+        "completion_only": args.completion_only_loss is not False,
+    }
+
+
+def known_collator(collator: Any, rows: Dataset | IterableDataset | None) -> Any:
+    """The caller's collator, or None where oribi's gives the same loss for less work.
+
+    Args:
+        collator: what the trainer was given. rows: the prepared rows that it is to join.
+
+    Raises:
+        ConfigError: it would train other tokens than the prepared labels say.
+    """
+    if collator is None or type(collator) in STOCK_PADDERS or collator is transformers.default_data_collator:
+        return None
+    if type(collator) is not transformers.DataCollatorForLanguageModeling:
+        return collator
+    if not collator.mlm and isinstance(rows, Dataset) and "labels" in rows.column_names:
+        few = rows.select(range(min(len(rows), 100)))
+        if all(row["labels"][1:] == row["input_ids"][1:] for row in few):
+            return None  # plain text, of which every token is trained either way
+    raise ConfigError(
+        "DataCollatorForLanguageModeling makes labels of its own, of every token or of masked ones, in place of the prepared "
+        "ones, which leave prompts out. Leave out data_collator; to train on every token, set assistant_only_loss = False "
+        "and completion_only_loss = False"
+    )
+
+
+def require_positions(collator: Any, rows: Any, args: SFTConfig) -> None:
+    """Make sure that documents which lie in one row cannot see each other.
+
+    Args:
+        collator: makes the batches. rows: prepared rows, or packs of them. args: padding_free = True joins rows as well.
+
+    Raises:
+        ConfigError: the collator drops the documents' bounds.
+    """
+    if not isinstance(rows, Dataset) or isinstance(collator, (PackCollator, PaddedCollator)):
+        return
+    packs = "seq_lengths" in rows.column_names
+    if not len(rows) or not (packs or args.padding_free):
+        return
+    what = "packing = True" if packs else "padding_free = True"
+    examples = [dict(rows[i]) for i in range(min(len(rows), max(args.per_device_train_batch_size, 2)))]
+    try:
+        batch = collator(examples)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{what}, and {type(collator).__name__} fails on such rows: {error}") from error
+    positions = batch.get("position_ids")
+    told = positions is not None and len(positions) == 1 and batch.get("attention_mask") is None
+    if batch.get("cu_seq_lens_q") is None and not told:
+        raise ConfigError(
+            f"{what}, and batches of {type(collator).__name__} do not say where documents begin: they would see each other. "
+            "Leave out data_collator, or let it make one row with position_ids that restart at 0 and without attention_mask"
+        )
+
+
+def rows_collator(collator: Any) -> Any:
+    """A collator that keeps each example in a row of its own."""
+    if not isinstance(collator, PackCollator):
+        return collator
+    return PaddedCollator(collator.pad_token_id)
 
 
 def make_collator(args: SFTConfig, base: nn.Module, tokenizer: Any) -> PackCollator | PaddedCollator:

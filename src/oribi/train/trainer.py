@@ -16,11 +16,11 @@ import trl
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset, IterableDataset
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
 from oribi.data.packing import pack
 from oribi.data.prepare import PreparedData, prepare_dataset
@@ -35,6 +35,7 @@ from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
 from oribi.train.batches import GroupedByLength, rank_loader
 from oribi.train.checkpoints import StopOnSignal, any_process, require_writable
 from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, settle_cublas
+from oribi.train.extension_points import ModelWatch, changed_step, is_users
 from oribi.train.fp8 import switch_on
 from oribi.train.graphs import StepGraphs, reason_against
 from oribi.train.guard import LossGuard, require_targets
@@ -43,14 +44,18 @@ from oribi.train.progress import JsonLog, Progress
 from oribi.train.recompute import choose, free_bytes
 from oribi.train.resumable import ResumableTrainer
 from oribi.train.setup import (
+    NOT_COMPILED,
     base_model,
     held,
     kept_as_it_is,
+    known_collator,
     leave_held_out,
     longest_row,
     make_collator,
+    require_positions,
+    rows_collator,
     settle,
-    train_on,
+    trained_parts,
     without_repeats,
 )
 from oribi.train.sharding import is_sharded, require_wrapper, sharded
@@ -59,8 +64,6 @@ from oribi.train.utilisation import Utilisation, utilisation_of
 
 logger = logging.getLogger(__name__)
 
-# these pad a batch into a rectangle and keep given labels: the same loss as one row without padding, for more work
-STOCK_PADDERS = (transformers.DataCollatorForSeq2Seq,)
 # keywords that were the trainer's before they moved into its arguments
 MOVED_KEYWORDS = {
     "dataset_text_field": "dataset_text_field",
@@ -140,15 +143,23 @@ class SFTTrainer(ResumableTrainer):
             require_writable(args.output_dir)
         base = base_model(model)
         self.own_loss = isinstance(base, DecoderForCausalLM)
+        if self.own_loss and hasattr(model, "_orig_mod"):
+            raise ConfigError(
+                f"the model went through torch.compile: {NOT_COMPILED}. Pass it as it was before"
+            )
         self.step_runner: Callable | None = None
         self._steps_chosen = False
         self._smaller: SmallerSteps | None = None
+        self._watch: ModelWatch | None = None
+        self._watched_step = -1
+        self._predicts = False
         self._parameters: int | None = None
         self._utilisation: Utilisation | None = None
         self.data_reports: dict[str, Any] = {}
         self.tokens_seen, self._logged = 0, (0, time.monotonic())
-        self._packing, self._train_on, self._noise = args.packing, train_on(args), None
+        self._packing, self._trained_parts, self._noise = args.packing, trained_parts(args), None
         self._prepared: list[Dataset | IterableDataset] = []
+        self._packs: list[tuple[Dataset, Dataset]] = []
         settle(args, base)
         if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             formatting_func = kwargs.pop("formatting_func", None)
@@ -164,8 +175,11 @@ class SFTTrainer(ResumableTrainer):
             elif eval_dataset is not None:
                 eval_dataset = prepared(eval_dataset, "eval")
                 leave_held_out(base, eval_dataset)
-        if data_collator is None or type(data_collator) in STOCK_PADDERS:
-            data_collator = make_collator(args, base, processing_class)
+        given = known_collator(data_collator, train_dataset)
+        data_collator = make_collator(args, base, processing_class) if given is None else given
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        for rows in (train_dataset, *evaluated):
+            require_positions(data_collator, rows, args)
         # TRL's own packing, masks and checks of attention kernels are for its collator; batches are made here
         hidden = {
             "packing": False,
@@ -212,7 +226,7 @@ class SFTTrainer(ResumableTrainer):
                 dataset,
                 processing_class,
                 max_seq_length=args.max_length,
-                train_on=self._train_on,
+                **self._trained_parts,
                 text_field=args.dataset_text_field,
                 formatting_func=formatting_func,
                 overlong=args.overlong,
@@ -237,6 +251,7 @@ class SFTTrainer(ResumableTrainer):
                     "packing = True needs the whole data set, and this one is a stream; set packing = False"
                 )
             result = pack(result, args.max_length, seed=args.seed)
+            self._packs.append((result, prepared.dataset))
         self._prepared.append(result)
         return result
 
@@ -317,8 +332,8 @@ class SFTTrainer(ResumableTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         self.guard.keep(self.state.global_step + 1, inputs)
-        # a mean of the micro-batch cannot be cut into parts
-        if not self.own_loss or num_items_in_batch is None:
+        # a mean of the micro-batch cannot be cut into parts, and nobody knows what a loss of the user's is
+        if not self.own_loss or num_items_in_batch is None or is_users(self, "compute_loss"):
             return self._micro_step(model, inputs, num_items_in_batch)
         if self._smaller is None:
             self._smaller = SmallerSteps(
@@ -335,6 +350,8 @@ class SFTTrainer(ResumableTrainer):
             self._noise.measure(inputs)
         if not self._steps_chosen:
             self._choose_steps(model)
+        if isinstance(self.step_runner, StepGraphs):
+            self._require_same_model()
         if self.step_runner is not None and targets is not None:
             if not model.training:  # asking is cheaper than telling a thousand modules
                 model.train()
@@ -356,13 +373,33 @@ class SFTTrainer(ResumableTrainer):
 
     def _release_steps(self) -> None:
         """Frees recorded graphs and what layers keep from step to step; the next training chooses again."""
-        if isinstance(self.step_runner, StepGraphs):
-            self.step_runner = None
-            del self.model_wrapped.zero_grad
+        self._stop_graphs()
         self._steps_chosen = False
         if self.own_loss:
             base_model(self.model).use_fp8(False)
             base_model(self.model).release()
+
+    def _stop_graphs(self, reason: str | None = None) -> None:
+        """Frees recorded graphs; steps run as usual from now on. A reason is said."""
+        if not isinstance(self.step_runner, StepGraphs):
+            return
+        self.step_runner = None
+        vars(self.model_wrapped).pop("zero_grad", None)
+        if reason is not None:
+            logger.warning(
+                "no CUDA graphs from step %d on: %s; steps run as usual", self.state.global_step + 1, reason
+            )
+
+    def _require_same_model(self) -> None:
+        """Before a recorded step: stops the recording where it would leave out what the user has added since."""
+        first = self.state.global_step != self._watched_step
+        self._watched_step = self.state.global_step
+        # adapters are compared once per optimizer step, hooks are looked for in every micro-step
+        reason = changed_step(self) if first else None
+        if reason is None and (self._watch.changed() if first else self._watch.hooked()):
+            reason = self._watch.reason()
+        if reason is not None:
+            self._stop_graphs(reason)
 
     def _choose_steps(self, model: nn.Module) -> None:
         """Once, before the first step: what layers keep for backward, and how steps are computed."""
@@ -389,12 +426,16 @@ class SFTTrainer(ResumableTrainer):
             scaled = self.accelerator.scaler is not None
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             reason = reason_against(model, base, optimizer, tokens, self.args.world_size, scaled)
-            if reason is None and (self._noise is not None or self.compute_loss_func is not None):
-                reason = "the loss is changed from outside"
+            if reason is None and self._noise is not None:
+                reason = "noise is drawn anew in every step"
+            if reason is None:
+                self._watch = ModelWatch(model)
+                reason = changed_step(self) or self._watch.reason()
             if reason is None:
                 self.step_runner = StepGraphs(model, base, optimizer)
-                # the same effect without a walk over all modules in every step
-                model.zero_grad = optimizer.zero_grad
+                if "zero_grad" not in vars(model):
+                    # the same effect without a walk over all modules in every step
+                    model.zero_grad = optimizer.zero_grad
             logger.log(
                 level, "steps run as recorded CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
             )
@@ -408,8 +449,13 @@ class SFTTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        needs_logits = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
-        inputs = {**inputs, "use_cache": False, "output_logits": needs_logits}
+        # None: they are formed when they are read
+        needs_logits = self.label_smoother is not None or self.compute_loss_func is not None or None
+        inputs = {
+            **inputs,
+            "use_cache": False,
+            "output_logits": needs_logits if return_outputs else bool(needs_logits),
+        }
         if num_items_in_batch is not None:
             # a step whose examples were all cut down to their prompts has nothing to learn, which is no error
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -425,12 +471,53 @@ class SFTTrainer(ResumableTrainer):
             inputs = without_repeats(inputs, self.accelerator, rows, self.args.per_device_eval_batch_size)
         labels, logits = inputs["labels"], None
         targets = (labels[..., 1:] != -100).sum()
+        counted = self._get_num_items_in_batch(
+            [inputs], self.args.device
+        )  # over all processes, as in training
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
+            loss = self.compute_loss(
+                model, dict(inputs), return_outputs=not prediction_loss_only, num_items_in_batch=counted
+            )
         if not prediction_loss_only:
-            loss, logits = loss[0], loss[1].logits
-        self._evaluated.append(torch.stack([loss.float() * targets, targets.float()]))
+            loss, logits = loss[0], loss[1]["logits"] if isinstance(loss[1], dict) else loss[1][0]
+        # training's losses carry the number of processes as a factor, and their mean is taken
+        share = targets if counted is None else torch.as_tensor(counted).clamp(min=1) / self._loss_factor()
+        self._evaluated.append(torch.stack([loss.float() * share, targets.float()]))
         return loss.detach(), logits, None if prediction_loss_only else labels
+
+    def _loss_factor(self) -> int:
+        return self.args.world_size if self.args.average_tokens_across_devices else 1
+
+    def _wants_rows(self) -> bool:
+        """Whether an evaluation hands out logits: each example is a row of its own then, in the order of the data."""
+        return self.compute_metrics is not None or self._predicts
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if not self._wants_rows():
+            return super().get_eval_dataloader(eval_dataset)
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(given, str):
+            given = self.eval_dataset[given]
+        rows = self._unpacked(given)
+        with held(self, data_collator=rows_collator(self.data_collator)):
+            return super().get_eval_dataloader(rows)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        with held(self, data_collator=rows_collator(self.data_collator)):
+            return super().get_test_dataloader(self._unpacked(test_dataset))
+
+    def _unpacked(self, dataset: Any) -> Any:
+        """The examples that a packed evaluation set was made of."""
+        return next((rows for packs, rows in self._packs if packs is dataset), dataset)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        with held(self, _predicts=True):
+            return super().predict(test_dataset, *args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        sampler = super()._get_eval_sampler(eval_dataset)
+        # evaluated in order, whatever the order of training
+        return SequentialSampler(eval_dataset) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._evaluated: list[torch.Tensor] = []
@@ -457,19 +544,23 @@ class SFTTrainer(ResumableTrainer):
             return self.optimizer
         args, model = self.args, self.model if model is None else model
         bits = FLAT_OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
+        if self.optimizer_cls_and_kwargs is not None or is_users(self, "get_optimizer_cls_and_kwargs"):
+            bits = None
         if bits is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             if args.embedding_learning_rate is None:
                 return super().create_optimizer(model)
             kind, options = self.get_optimizer_cls_and_kwargs(args, model)
             self.optimizer = kind(self._parameter_groups(model), **options)
             return self.optimizer
+        # who clips in a way of their own gets the gradients before the optimizer does
+        clips_itself = is_users(self, "_clip_grad_norm") or "clip_grad_norm_" in vars(self.accelerator)
         self.optimizer = FlatAdamW(
             self._parameter_groups(model),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm or None,
+            max_grad_norm=None if clips_itself else args.max_grad_norm or None,
             bits=bits,
         )
         return self.optimizer

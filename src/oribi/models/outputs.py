@@ -1,0 +1,120 @@
+"""What the decoder returns and which keywords it takes."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from oribi.errors import ModelError
+from oribi.text import nearest
+
+# keywords that callers pass to any causal model, and that change nothing here: documents are told by the queries' bounds,
+# positions by position_ids, and no decoder of the table has token types
+WITHOUT_EFFECT = {
+    "cu_seq_lens_k", "max_length_k", "seq_idx", "cache_position", "token_type_ids", "mm_token_type_ids", "task_ids",
+    "output_router_logits",
+}  # fmt: skip
+
+
+class LogitsWhenRead(CausalLMOutputWithPast):
+    """An output whose logits [B, S, V] are computed when something reads them, as `.logits`, by key, index or iteration.
+
+    While training, the loss comes from the hidden states, and logits would take gigabytes that most losses never read.
+    """
+
+    _compute: Callable[[], torch.Tensor] | None = None
+
+    def wait_for(self, compute: Callable[[], torch.Tensor]) -> "LogitsWhenRead":
+        """The output, with the function that computes its logits."""
+        vars(self)["_compute"] = compute
+        return self
+
+    def _form(self) -> None:
+        compute = vars(self).pop("_compute", None)
+        if compute is not None:
+            later = [name for name in OrderedDict.keys(self) if name != "loss"]
+            self["logits"] = compute()
+            for name in later:  # an output's values come in the order of its fields
+                self.move_to_end(name)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "logits":
+            self._form()
+        return super().__getattribute__(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            if key == "logits":
+                self._form()
+            return OrderedDict.__getitem__(self, key)
+        return self.loss if key == 0 and self.loss is not None else super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key == "logits" or super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key == "logits":
+            self._form()
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self._form()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._form()
+        return super().__len__()
+
+    def keys(self) -> Any:
+        self._form()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._form()
+        return super().values()
+
+    def items(self) -> Any:
+        self._form()
+        return super().items()
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        self._form()
+        return super().to_tuple()
+
+
+def require_known(keywords: Mapping[str, Any], known: set[str]) -> None:
+    """Stop at a keyword that asks for something the decoder does not do.
+
+    Args:
+        keywords: what `forward` was given beside its own arguments; None and False ask for nothing.
+        known: names of its arguments.
+
+    Raises:
+        ModelError: it is unknown, or asks for attention's probabilities.
+    """
+    if keywords.get("output_attentions"):
+        raise ModelError(
+            "output_attentions = True: oribi's attention never forms its probabilities. Leave it out, or load the model "
+            "with transformers and attn_implementation='eager'"
+        )
+    for name, value in keywords.items():
+        if value is None or value is False or name in WITHOUT_EFFECT or name == "output_attentions":
+            continue
+        near = nearest(name, known)
+        hint = f"did you mean {near}? " if near else ""
+        raise ModelError(f"unknown argument {name!r}: {hint}The model takes {', '.join(sorted(known))}")
+
+
+def require_growing(cache: Any) -> None:
+    """Stop at a cache of fixed size.
+
+    Raises:
+        ModelError: the cache was made for a compiled model.
+    """
+    if cache is not None and getattr(cache, "is_compileable", False):
+        raise ModelError(
+            f"{type(cache).__name__} has a fixed size, for compiled models; oribi's decoder runs with a cache that grows. "
+            "Leave out cache_implementation or past_key_values, or give a DynamicCache"
+        )
