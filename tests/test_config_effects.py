@@ -116,6 +116,12 @@ EFFECTS = {
         "drop", lambda run: len(run.trainer.train_dataset) < ROWS, True, {"max_seq_length": 40, "packing": False}
     ),
     "turns": Effect("split", lambda run: len(run.trainer.train_dataset), 4, {"dataset": ["TALKS"], "packing": False}),
+    "columns": Effect(
+        {"answer": "other"}, lambda run: "another answer" in run.texts[0], True, {"dataset": ["ANSWERS"], "packing": False}
+    ),
+    "role_aliases": Effect(
+        {"bot": "system"}, lambda run: "system\nan answer" in run.texts[0], True, {"dataset": ["BOTS"], "packing": False}
+    ),
     "packing": Effect(False, lambda run: len(run.trainer.train_dataset), ROWS),
     "output_dir": Effect(
         "ELSEWHERE", lambda run: (run.folder.name, (run.folder / "adapter").is_dir()), ("elsewhere", True)
@@ -157,8 +163,9 @@ EFFECTS = {
     "report": Effect(True, lambda run: (run.folder / "report.html").is_file(), True),
 }  # fmt: skip
 # these reach nothing on a machine without the hub; what they are passed to is tested in tests/models/test_locate.py
-# (revision, trust_remote_code) and tests/train/test_trainer.py (dataset_num_proc)
-PASSED_ON = {"revision", "trust_remote_code", "dataset_num_proc"}
+# (revision, trust_remote_code) and tests/train/test_trainer.py (dataset_num_proc); without malformed a run with such rows does not
+# begin: tests/data/test_rows.py
+PASSED_ON = {"revision", "trust_remote_code", "dataset_num_proc", "malformed"}
 # and this one needs a GPU: tests/train/test_fp8.py
 ON_A_GPU = {"fp8"}
 
@@ -174,6 +181,14 @@ def places(tiny_folder, tmp_path_factory) -> dict[str, str]:  # noqa: F811
         folder / "talks.jsonl"
     )
     rows.map(lambda row: {"body": "a body of text"}).to_json(folder / "bodies.jsonl")
+    question, answer = "a question", "an answer"
+    Dataset.from_list([{"question": question, "answer": answer, "other": "another answer"}] * 4).to_json(
+        folder / "answers.jsonl"
+    )
+    said = [("user", question), ("bot", answer), ("user", question), ("assistant", answer)]
+    Dataset.from_list([{"messages": [{"role": r, "content": c} for r, c in said]}] * 4).to_json(
+        folder / "bots.jsonl"
+    )
     DatasetDict({"train": rows, "test": Dataset.from_list(rows.to_list()[:7])}).save_to_disk(
         folder / "splits"
     )
@@ -181,7 +196,7 @@ def places(tiny_folder, tmp_path_factory) -> dict[str, str]:  # noqa: F811
     return {
         "MODEL": str(tiny_folder), "OTHER_MODEL": str(folder / "other"), "ROWS": str(folder / "rows.jsonl"),
         "OTHER_ROWS": str(folder / "other.jsonl"), "BODIES": str(folder / "bodies.jsonl"),
-        "TALKS": str(folder / "talks.jsonl"),
+        "TALKS": str(folder / "talks.jsonl"), "ANSWERS": str(folder / "answers.jsonl"), "BOTS": str(folder / "bots.jsonl"),
         "SPLITS": str(folder / "splits"), "ELSEWHERE": str(folder / "elsewhere"), "STOPPED": str(folder / "stopped"),
     }  # fmt: skip
 
@@ -207,6 +222,8 @@ def ran(places, tmp_path_factory) -> Callable[..., Ran]:
     made: list[SFTTrainer] = []
 
     def place(value: Any) -> Any:
+        if isinstance(value, dict):
+            return value
         return [place(item) for item in value] if isinstance(value, list) else places.get(value, value)
 
     def run(settings: dict[str, Any]) -> Ran:

@@ -44,6 +44,9 @@ OTHER: dict[str, dict[str, Any]] = {
     "train_on_responses_only": {"train_on_responses_only": False},
     "overlong": {"overlong": "drop"},
     "turns": {"turns": "split"},
+    "columns": {"columns": {"question": "task"}},
+    "role_aliases": {"role_aliases": {"coach": "assistant"}},
+    "malformed": {"malformed": "drop"},
     "packing": {"packing": False},
     "dataset_num_proc": {"dataset_num_proc": 3},
     "output_dir": {"output_dir": "elsewhere"},
@@ -140,4 +143,4 @@ def test_a_key_changes_what_is_called(key, monkeypatch, tmp_path):
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_refuses_what_it_cannot_be(key):
     with pytest.raises(ConfigError, match=key):
-        read_config(None, ["--model", "m", "--dataset", "d", f"--{key}", "{a: 1}"])
+        read_config(None, ["--model", "m", "--dataset", "d", f"--{key}", "{a: [1]}"])

@@ -105,6 +105,15 @@ class RunConfig:
         "whole", "Conversations as whole examples, or split into one example per assistant turn, each with its thought",
         choices=("whole", "split"),
     )  # fmt: skip
+    columns: dict[str, str] | None = setting(
+        None, "Your columns by oribi's names, e.g. {question: task, answer: solution}"
+    )
+    role_aliases: dict[str, str] | None = setting(
+        None, "Further names of roles in messages, e.g. {coach: assistant}"
+    )
+    malformed: str = setting(
+        "error", "Rows that cannot be read stop the run, or are left out and named", choices=("error", "drop")
+    )
     packing: bool = setting(True, "Fill rows of max_seq_length with several examples each")
     dataset_num_proc: int | None = setting(None, "Processes that prepare the data", low=1, high=1024)
     # the training
@@ -151,6 +160,20 @@ class RunConfig:
     quantization_method: list[str] = setting([], "GGUF files to write, e.g. q8_0 or q4_k_m")
 
     report: bool = setting(True, "Measure the model before and after, and write report.html and report.md")
+
+    def row_settings(self) -> dict[str, Any]:
+        """What is said of the rows, by the names of `prepare_dataset`."""
+        return {
+            "max_seq_length": self.max_seq_length,
+            "split": self.split,
+            "train_on": "responses" if self.train_on_responses_only else "everything",
+            "overlong": self.overlong,
+            "turns": self.turns,
+            "text_field": self.dataset_text_field,
+            "columns": self.columns,
+            "role_aliases": self.role_aliases,
+            "malformed": self.malformed,
+        }
 
     def to_yaml(self) -> str:
         """The settings as a file that `read_config` reads back."""
@@ -290,7 +313,7 @@ def _read_file(path: Path, problems: list[Problem]) -> list[Given]:
             problems.append(Problem(line, "<<", "merge keys are not read; write the settings out"))
         elif not isinstance(key, yaml.ScalarNode):
             problems.append(Problem(line, name, "a key is one word"))
-        elif isinstance(value, yaml.MappingNode):
+        elif isinstance(value, yaml.MappingNode) and not _is_mapping(ALIASES.get(name, name)):
             problems.append(Problem(line, f"{name}: ...", "the file is flat; write its keys one level up"))
         else:
             entries.append(Given(name, line, _value(reader, value, name, str(path))))
@@ -304,7 +327,15 @@ def _value(reader: YamlReader, node: yaml.Node, name: str, origin: str) -> Any:
     value = value_of(reader, node, origin)
     if isinstance(node, yaml.SequenceNode):
         return [_value(reader, child, name, origin) for child in node.value]
+    if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
+        values = [_value(reader, child, name, origin) for _, child in node.value]
+        return dict(zip((str(key.value) for key, _ in node.value), values))
     return value if value is None or not isinstance(node, yaml.ScalarNode) else node.value
+
+
+def _is_mapping(key: str) -> bool:
+    kind = get_type_hints(RunConfig).get(key)
+    return any(get_origin(option) is dict for option in (kind, *get_args(kind)))
 
 
 def _is_words(key: str) -> bool:
@@ -373,6 +404,18 @@ def _resolve(entries: list[Given], problems: list[Problem], notes: list[str]) ->
     return found
 
 
+def setting_of(key: str, value: Any) -> Any:
+    """A value as its setting's type.
+
+    Raises:
+        ConfigError: the setting may not be this.
+    """
+    converted, expected = _checked(key, value)
+    if expected is not None:
+        raise ConfigError(f"--{key} {shown(value)}: {expected}")
+    return converted
+
+
 def problem_with(key: str, value: Any) -> str | None:
     """What a setting may be, if it may not be this."""
     return _checked(key, value)[1]
@@ -394,6 +437,8 @@ def _convert(value: Any, kind: Any, limits: Mapping[str, Any]) -> tuple[Any, str
     """The value as its field's type, or what was expected instead."""
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     kind = next(option for option in options if option is not type(None))
+    if get_origin(kind) is dict:
+        return _pairs(value)
     if get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         found = [_convert(item, str, limits) for item in items]
@@ -415,6 +460,22 @@ def _convert(value: Any, kind: Any, limits: Mapping[str, Any]) -> tuple[Any, str
         return (int(value), None) if whole else (None, "must be a whole number")
     finite = number and (isinstance(value, float) or value.bit_length() < 1000) and math.isfinite(value)
     return (float(value), None) if finite else (None, "must be a number")
+
+
+def _pairs(value: Any) -> tuple[dict[str, str] | None, str | None]:
+    """A mapping of names, which flags may write as name=name."""
+    found: dict[str, str] = {}
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and "=" in item:
+            item = dict([item.split("=", 1)])
+        if not isinstance(item, dict):
+            return None, "must be pairs of names, {ours: yours}, or ours=yours as a flag"
+        found |= item
+    if not all(
+        isinstance(name, str) and isinstance(other, str) and name and other for name, other in found.items()
+    ):
+        return None, "must be pairs of names, {ours: yours}, or ours=yours as a flag"
+    return found or None, None
 
 
 def _word(text: str, limits: Mapping[str, Any]) -> tuple[str | None, str | None]:

@@ -47,6 +47,8 @@ def _property(kind: Any, limits: Any) -> dict[str, Any]:
         shape: dict[str, Any] = {
             "anyOf": [{"type": "array", "items": item}, item]
         }  # one name may stand alone
+    elif get_origin(kind) is dict:
+        shape = {"type": "object", "additionalProperties": {"type": "string"}}
     elif choices:
         allowed = [*choices, *({"true": True, "false": False}[c] for c in choices if c in ("true", "false"))]
         shape = {"enum": allowed}

@@ -19,7 +19,7 @@ from oribi.save.gguf.mixes import mix_of
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import keep_trained
 from oribi.train.determinism import settle_cublas
-from oribi.train.preflight import check_before_loading, data_settings, result_folders
+from oribi.train.preflight import check_before_loading, result_folders
 from oribi.train.progress import peak_memory_bytes, read_log
 from oribi.train.report import Measured, measure, write_report
 from oribi.train.run_lock import run_lock
@@ -125,7 +125,7 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, Prepared
             [{"path": source} for source in sources],
             tokenizer,
             num_proc=config.dataset_num_proc,
-            **data_settings(config),
+            **config.row_settings(),
         )
 
     rows = prepared(config.dataset)

@@ -56,6 +56,28 @@ def test_a_flag_overrides_its_line(read):
     assert config.dataset == ["a.jsonl", "b.jsonl"]
 
 
+def test_pairs_of_names_are_read_from_lines_blocks_and_flags(read):
+    pairs = {"question": "task", "answer": "no"}
+    assert read("columns: {question: task, answer: no}\n")[0].columns == pairs
+    assert read("columns:\n  question: task\n  answer: no\n")[0].columns == pairs
+    for flags in (("--columns", "question=task", "answer=no"), ("--columns={question: task, answer: no}",)):
+        assert read("malformed: drop\nrole_aliases: {coach: assistant}\n", flags)[0].columns == pairs
+    assert read_config(None, ["--model=m", "--dataset=d", "--role-aliases", "coach=user"])[
+        0
+    ].role_aliases == {"coach": "user"}
+    found = problems(read, "columns: task\nmalformed: skip\nrole_aliases: {coach: [a]}\noptim:\n  x: y\n")
+    assert "columns = 'task' must be pairs of names, {ours: yours}, or ours=yours as a flag" in found
+    assert "malformed = 'skip' must be error or drop" in found
+    assert found.count("must be pairs of names") == 2
+    assert "optim: ... the file is flat" in found
+
+
+def test_a_config_with_pairs_is_read_back(read, tmp_path):
+    config, _ = read("columns: {question: task}\n")
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert read_config(tmp_path / "again.yaml")[0] == config
+
+
 def test_flags_alone_are_a_config():
     config, notes = read_config(None, ["--base_model", "m", "--train_file", "d", "--max_steps", "-1"])
     assert (config.model, config.dataset, config.max_steps) == ("m", ["d"], -1)

@@ -170,6 +170,20 @@ def test_data_is_inspected_by_config_and_by_file(oribi, config_file, data_file, 
     assert "--model" in unnamed.err
 
 
+def test_data_is_inspected_with_columns_of_other_names_and_without_its_broken_rows(
+    oribi, tiny_folder, tmp_path
+):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("Task,Reply,id\nwhat,that,1\nwhat,,2\n")
+    asked = ("inspect", "data", rows, "--model", tiny_folder)
+    flags = ("--columns", "question=Task", "--columns", "answer=Reply")
+    found = oribi(*asked, *flags, "--malformed", "drop", "--json").records[0]
+    assert (found["rows_kept"], found["rows_malformed"], found["unused_columns"]) == (1, 1, ["id"])
+    assert "columns not used: id" in oribi(*asked, *flags, "--malformed", "drop").out
+    assert "rows.csv:3: 'answer' is empty" in oribi(*asked, *flags).err
+    assert "--malformed 'skip': must be error or drop" in oribi(*asked, "--malformed", "skip").err
+
+
 def test_a_model_is_inspected_without_weights(oribi, tiny_folder, tmp_path):
     import shutil
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from oribi.data.conversations import Conversation, Document, Tokens, recognise
-from oribi.errors import DataError
+from oribi.errors import ConfigError, DataError
 from tests.data.tokenizers_small import ONE_TURN, WEATHER, assistant, call, user
 
 
@@ -243,8 +243,12 @@ def test_a_renamed_column_leaves_the_one_of_its_name_unused():
     example = convert(row, columns={"answer": "solution_text"})
     assert example.messages == [user("q"), assistant("a")]
     assert example.unused == ["output"]
-    with pytest.raises(DataError, match="did you mean columns = {'answer': 'solution_text'}"):
+    with pytest.raises(ConfigError, match="did you mean columns = {'answer': 'solution_text'}"):
         convert(row, columns={"solution_text": "answer"})
+    with pytest.raises(ConfigError, match="did you mean 'question'"):
+        convert(row, columns={"qestion": "output"})
+    with pytest.raises(ConfigError, match="role_aliases: teacher: a role must be one of system"):
+        convert({"messages": ONE_TURN}, role_aliases={"coach": "teacher"})
 
 
 def test_nemo_names_the_role_that_is_not_trained():

@@ -87,6 +87,29 @@ def test_to_sharegpt_keeps_columns_if_asked_and_names_missing_ones():
         to_sharegpt(dataset, conversation_extension=0)
 
 
+@pytest.mark.parametrize("row", [{"instruction": "x", "output": None}, {"instruction": None, "output": "y"}])
+def test_to_sharegpt_refuses_nulls_instead_of_training_the_word_none(row):
+    rows = [{"instruction": "x", "output": "y"}, row]
+    with pytest.raises(DataError, match=r"to_sharegpt: row 2 has an empty \(null\)"):
+        to_sharegpt(datasets.Dataset.from_list(rows))
+
+
+def test_to_sharegpt_writes_numbers_and_structures_as_text():
+    rows = [{"instruction": "x", "input": {"a": ["ü"], "b": 1}, "output": 3}]
+    made = to_sharegpt(datasets.Dataset.from_list(rows), merged_prompt="{instruction}[[ {input}]]")
+    assert [turn["value"] for turn in made["conversations"][0]] == ['x {"a": ["ü"], "b": 1}', "3"]
+
+
+def test_roles_are_standardized_without_case_and_broken_rows_are_named():
+    odd = [{"from": "Human ", "value": "What is it?"}, {"from": "GPT", "value": "It is this."}]
+    made = standardize_sharegpt(datasets.Dataset.from_list([{"conversations": odd}]))
+    assert made["conversations"][0] == ONE_TURN
+    for broken in (None, [{"from": None, "value": "x"}]):
+        rows = [{"conversations": odd}, {"conversations": broken}]
+        with pytest.raises(DataError, match="row 2"):
+            standardize_sharegpt(datasets.Dataset.from_list(rows))
+
+
 def test_the_example_of_two_turns_becomes_a_template(family_tokenizer):
     dataset = datasets.Dataset.from_list([{"conversations": TWO_TURNS, "id": 7}])
     made = apply_chat_template(dataset, tokenizer=family_tokenizer, default_system_message="Be brief.")

@@ -184,6 +184,39 @@ def test_older_keywords_of_the_trainer_are_arguments(make, conversations, load, 
     assert trainer.args.dataset_num_proc == 2
 
 
+BOTH = {
+    "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    "text": "the red fox",
+}
+TEXT, ANSWER = "the red fox<|im_end|>", "a<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "trained"),
+    [
+        ("nowhere", None, ANSWER),
+        ("arguments", "text", TEXT),
+        ("keyword", "text", TEXT),
+        ("TRL's arguments", None, ANSWER),  # these train prompts, too
+        ("TRL's arguments", "story", TEXT),
+    ],
+)
+def test_messages_go_before_text_unless_the_script_asks_for_it(load, tmp_path, where, field, trained):
+    model, tokenizer = load()
+    asked = {} if field is None else {"dataset_text_field": field}
+    rows = Dataset.from_list([BOTH | {"story": BOTH["text"]}] * 2)
+    kind = trl.SFTConfig if where == "TRL's arguments" else SFTConfig
+    given = {} if where == "keyword" else asked
+    args = kind(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, bf16=False, **given)
+    keywords = asked if where == "keyword" else {}
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, **keywords)
+    labels = [label for label in trainer.train_dataset[0]["labels"] if label != -100]
+    said = tokenizer.decode(labels)
+    assert (trained in said, "red fox" in said) == (True, trained == TEXT)
+    unused = trainer.data_reports["train"].unused_columns
+    assert ("messages" in unused, "text" in unused) == (trained == TEXT, field != "text")
+
+
 def test_contradictions_are_refused(make, load, conversations, tmp_path):
     model, tokenizer = load()
     with pytest.raises(ConfigError, match="tokenizer and processing_class"):

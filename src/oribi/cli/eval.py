@@ -79,13 +79,9 @@ def _rows(loaded: Any, dataset: list[str] | None, split: str) -> Any:
     from oribi.runs import held_out_rows
 
     if dataset:
-        config = loaded.config
-        return prepare_dataset(
-            [{"path": source} for source in dataset],
-            loaded.tokenizer,
-            max_seq_length=config.max_seq_length if config else loaded.model.max_seq_length,
-            split=split,
-            train_on="responses" if config is None or config.train_on_responses_only else "everything",
-            text_field=config.dataset_text_field if config else None,
-        ).dataset
+        settings = {"max_seq_length": loaded.model.max_seq_length}
+        if loaded.config:
+            settings = loaded.config.row_settings()
+        sources = [{"path": source} for source in dataset]
+        return prepare_dataset(sources, loaded.tokenizer, **{**settings, "split": split}).dataset
     return held_out_rows(loaded.config, loaded.tokenizer) if loaded.config else None

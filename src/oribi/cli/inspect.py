@@ -21,6 +21,16 @@ def data(
     max_seq_length: Annotated[int, typer.Option(min=2, help="Longest example, without a config.")] = 2048,
     rows: Annotated[int, typer.Option(min=0, help="Rows shown token by token.")] = 3,
     split: Annotated[str, typer.Option(help="Split of a hub data set, without a config.")] = "train",
+    columns: Annotated[
+        list[str] | None, typer.Option(help="A column by oribi's name, as question=task; repeat it.")
+    ] = None,
+    role_aliases: Annotated[
+        list[str] | None,
+        typer.Option("--role-aliases", "--role_aliases", help="A role, as coach=assistant; repeat it."),
+    ] = None,
+    malformed: Annotated[
+        str | None, typer.Option(help="Rows that cannot be read stop (error) or are left out (drop).")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the rows as a page, too.")] = None,
     json: Json = False,
 ) -> None:
@@ -28,28 +38,19 @@ def data(
     with chatter_aside():
         from rich.console import Console
 
-        from oribi.config import read_config
+        from oribi.config import read_config, setting_of
         from oribi.data import get_chat_template, inspect_data
         from oribi.errors import ConfigError
         from oribi.models.tokens import tokenizer_of
 
-        settings: dict[str, Any] = {"split": split, "train_on": "responses"}
+        settings: dict[str, Any] = {"max_seq_length": max_seq_length, "split": split}
         sources, template = [source], None
         if Path(source).suffix in (".yaml", ".yml"):
             config, _ = read_config(source)
-            model, max_seq_length, template = (
-                model or config.model,
-                config.max_seq_length,
-                config.chat_template,
-            )
-            sources = config.dataset
-            settings = {
-                "split": config.split,
-                "train_on": "responses" if config.train_on_responses_only else "everything",
-                "overlong": config.overlong,
-                "turns": config.turns,
-                "text_field": config.dataset_text_field,
-            }
+            model, template = model or config.model, config.chat_template
+            sources, settings = config.dataset, config.row_settings()
+        given = {"columns": columns, "role_aliases": role_aliases, "malformed": malformed}
+        settings |= {key: setting_of(key, value) for key, value in given.items() if value}
         if model is None:
             raise ConfigError(
                 f"inspect data {source}: name the tokenizer with --model, or give a run's config.yaml"
@@ -58,7 +59,7 @@ def data(
         if template is not None:
             tokenizer = get_chat_template(tokenizer, template)
     report = inspect_data(
-        [{"path": path} for path in sources], tokenizer, max_seq_length=max_seq_length, rows=rows, html_file=html,
+        [{"path": path} for path in sources], tokenizer, rows=rows, html_file=html,
         console=Console(stderr=json, soft_wrap=True), **settings,
     )  # fmt: skip
     Output(json).record(**report.to_dict())

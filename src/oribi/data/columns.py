@@ -106,6 +106,24 @@ TOOLS = (
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 LABELS = ("label", "labels", "kto_tag", "desirable", "is_desirable")
 LABEL_WORDS = {"true", "false", "0", "1", "desirable", "undesirable", "chosen", "rejected", "good", "bad"}
+# all names that a column map may give
+NAMES = (
+    *MESSAGES,
+    *(
+        "text",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "answers",
+        "chat_template_kwargs",
+    ),
+    *(name for pair in PAIRS for name in pair),
+    *(*SYSTEM, *CONTEXT, *CHOICES, *THOUGHTS, *TOOLS),
+    *("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "loss_mask"),
+)
 SEPARATORS = (";", "\t", "|")
 # cells that mean "nothing" where a program wrote its own empty value as text
 NULL_WORDS = {"none", "nan", "null", "<na>", "n/a", "<noinput>"}

@@ -6,6 +6,7 @@ columns of its format is used where it has a place, and named where it has none.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -118,15 +119,9 @@ def recognise(
 
     Raises:
         DataError: no format fits.
-        ConfigError: role_aliases names a role that there is not.
+        ConfigError: columns or role_aliases name what oribi does not know.
     """
-    missing = [name for name in (columns or {}).values() if name not in row]
-    if missing:
-        turned = {theirs: ours for ours, theirs in columns.items()}
-        hint = f"; did you mean columns = {turned}" if set(turned.values()) <= set(row) else ""
-        raise DataError(
-            f"row has keys {list(row)}, but columns names {missing}: correct the column map{hint}."
-        )
+    _check_names(row, columns or {}, text_field)
     roles = ROLE_ALIASES | {str(k).strip().lower(): v for k, v in (role_aliases or {}).items()}
     unknown = sorted({str(role) for role in roles.values() if role not in ROLES})
     if unknown:
@@ -145,6 +140,24 @@ def recognise(
             "(dataset_text_field): correct its name, or leave it out."
         )
     return replace(found, names=columns, asked=text_field, _others={})
+
+
+def _check_names(row: Row, columns: Mapping[str, str], text_field: str | None) -> None:
+    """A column map has oribi's names first and the row's second."""
+    turned = {theirs: ours for ours, theirs in columns.items()}
+    unknown = [name for name in columns if name not in known.NAMES and name != text_field]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known.NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}" if near else ""
+        if set(unknown) <= set(row) and set(turned) & set(known.NAMES):
+            hint = f"; did you mean columns = {turned}"
+        raise ConfigError(
+            f"columns names {unknown}, which oribi has no use for{hint}? Its names come first, those of the rows second: "
+            "{question: <your column>, answer: <your column>}; docs/data-formats.md has all."
+        )
+    missing = [name for name in columns.values() if name not in row]
+    if missing:
+        raise DataError(f"row has keys {list(row)}, but columns names {missing}: correct the column map.")
 
 
 def _refuse_null(row: Row, names: Mapping[str, str] | None, text_field: str | None) -> None:

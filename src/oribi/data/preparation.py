@@ -90,6 +90,7 @@ class Preparation:
         self.report = self._new_report()
         self.tally = Tally(self.report)
         self._masker: Masker | None = None
+        self._said: set[tuple[str, str]] = set()
         self._pairs = True  # every row so far is a question and its answer
         self._borrowed = False  # the template is not the tokenizer's
 
@@ -159,9 +160,18 @@ class Preparation:
         vars(self.report).update(vars(self._new_report()))
         self.tally = Tally(self.report)
         for encoded in self.batches():
+            self._announce_unused()
             for example in encoded:
                 yield {"input_ids": example.ids, "labels": example.labels, "origin": example.origin}
         self.finish()
+
+    def _announce_unused(self) -> None:
+        """Name what a stream's rows hold and nothing reads, when it first shows."""
+        for what, names in self.report.unused().items():
+            new = [name for name in names if (what, name) not in self._said]
+            self._said |= {(what, name) for name in new}
+            if new:
+                self.announce(f"{self.report.source}: {what}: {', '.join(new)}")
 
     def batches(self) -> Iterator[list[Encoded]]:
         """Batches of finished examples; the report grows with them."""

@@ -67,6 +67,13 @@ class DataReport:
         )
         os.replace(temporary, path)
 
+    def unused(self) -> dict[str, list[str]]:
+        """Columns and keys of messages that nothing was read from."""
+        return {
+            "columns not used": self.unused_columns,
+            "keys of messages not used": self.unused_message_keys,
+        }
+
     def __str__(self) -> str:
         share = 100 * self.trained_tokens / self.tokens if self.tokens else 0.0
         lines = [
@@ -83,12 +90,7 @@ class DataReport:
         if self.end_tokens:
             ends = ", ".join(f"{token!r} {count:,} times" for token, count in self.end_tokens.items())
             lines.append(f"  turn end  trained: {ends}")
-        for what, names in (
-            ("columns not used", self.unused_columns),
-            ("keys of messages not used", self.unused_message_keys),
-        ):
-            if names:
-                lines.append(f"  {what}: {', '.join(names)}")
+        lines += [f"  {what}: {', '.join(names)}" for what, names in self.unused().items() if names]
         for name, count, rows in (
             (f"above max_seq_length ({self.overlong})", self.rows_overlong, self.overlong_rows),
             ("dropped", self.rows_dropped, self.dropped_rows),

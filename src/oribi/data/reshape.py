@@ -10,7 +10,8 @@ from typing import Any
 
 import datasets
 
-from oribi.data.conversations import MESSAGE_COLUMNS
+from oribi.data.columns import MESSAGES as MESSAGE_COLUMNS
+from oribi.data.columns import Columns, as_text, short
 from oribi.errors import ConfigError, DataError
 
 AnyDataset = datasets.Dataset | datasets.IterableDataset
@@ -58,16 +59,18 @@ def standardize_data_formats(
         return dataset
     roles = dict.fromkeys(aliases_for_system, "system") | dict.fromkeys(aliases_for_user, "user")
     roles |= dict.fromkeys(aliases_for_assistant, "assistant") | {"tool": "tool", "system": "system"}
+    roles = {name.strip().lower(): role for name, role in roles.items()}
     role_key, content_key = _message_keys(first[column], roles)
 
-    def convert(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def convert(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         return {
             column: [
-                [_standard(m, role_key, content_key, roles) for m in messages] for messages in batch[column]
+                _standard(messages, f"row {index + 1}", role_key, content_key, roles)
+                for index, messages in zip(indices, batch[column])
             ]
         }
 
-    options: dict[str, Any] = {"batched": True, "batch_size": batch_size}
+    options: dict[str, Any] = {"batched": True, "batch_size": batch_size, "with_indices": True}
     if isinstance(dataset, datasets.Dataset):
         options |= {"num_proc": num_proc, "desc": "Standardizing messages"}
     else:
@@ -84,7 +87,9 @@ def _message_keys(messages: Sequence[Mapping[str, Any]], roles: Mapping[str, str
     for role_key, content_key in (("role", "content"), ("from", "value")):
         if role_key in keys and content_key in keys:
             return role_key, content_key
-    matching = [k for k in keys if all(isinstance(m.get(k), str) and m[k] in roles for m in messages)]
+    matching = [
+        k for k in keys if all(isinstance(m.get(k), str) and m[k].strip().lower() in roles for m in messages)
+    ]
     if len(keys) != 2 or len(matching) != 1:
         raise DataError(
             f"messages have keys {keys}; cannot tell which holds the role. Use 'role' and 'content' (or 'from' and 'value'), or "
@@ -95,16 +100,23 @@ def _message_keys(messages: Sequence[Mapping[str, Any]], roles: Mapping[str, str
 
 
 def _standard(
-    message: Mapping[str, Any], role_key: str, content_key: str, roles: Mapping[str, str]
-) -> dict[str, Any]:
-    role = roles.get(message[role_key])
-    if role is None:
-        raise DataError(
-            f"a message has the role {message[role_key]!r}; known are {', '.join(sorted(roles))}. Name it in one of "
-            "aliases_for_system, aliases_for_user, aliases_for_assistant."
-        )
-    others = {k: v for k, v in message.items() if k not in (role_key, content_key)}
-    return {"role": role, "content": message[content_key], **others}
+    messages: Any, where: str, role_key: str, content_key: str, roles: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The messages of one row, with the keys and roles of templates first."""
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise DataError(f"{where} has {short(messages)} in the place of its messages: remove the row.")
+    made = []
+    for message in messages:
+        given = message.get(role_key)
+        role = roles.get(given.strip().lower() if isinstance(given, str) else None)
+        if role is None:
+            raise DataError(
+                f"{where}: a message has the role {given!r}; known are {', '.join(sorted(roles))}. Name it in one of "
+                "aliases_for_system, aliases_for_user, aliases_for_assistant."
+            )
+        others = {k: v for k, v in message.items() if k not in (role_key, content_key)}
+        made.append({"role": role, "content": message.get(content_key), **others})
+    return made
 
 
 def to_sharegpt(
@@ -132,7 +144,7 @@ def to_sharegpt(
         A data set with the column conversations: [{"from": "human", "value"}, {"from": "gpt", "value"}, ...].
 
     Raises:
-        DataError: a column does not exist.
+        DataError: a column does not exist, or a row has no prompt or no answer.
         ConfigError: conversation_extension is below 1.
     """
     if not isinstance(conversation_extension, int) or conversation_extension < 1:
@@ -144,12 +156,14 @@ def to_sharegpt(
     if missing:
         raise DataError(f"to_sharegpt: the data set has columns {dataset.column_names}, not {missing}.")
 
-    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
-        prompt = _merge(merged_prompt, row) if merged_prompt else str(row[merged_column_name])
-        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": str(row[output_column_name])}]
+    def convert(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        where = f"to_sharegpt: row {index + 1}"
+        prompt = _merge(merged_prompt, row) if merged_prompt else _filled(row, merged_column_name, where)
+        answer = _filled(row, output_column_name, where)
+        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
         return {merged_column_name: prompt, "conversations": turns}
 
-    made = dataset.map(convert, desc="Making conversations")
+    made = dataset.map(convert, with_indices=True, desc="Making conversations")
     if conversation_extension > 1:
         orders = [list(range(len(made)))]
         for n in range(1, conversation_extension):
@@ -160,9 +174,19 @@ def to_sharegpt(
     return made.select_columns("conversations") if remove_unused_columns else made
 
 
+def _filled(row: Mapping[str, Any], column: str, where: str) -> str:
+    """A value as text; a null would become the word None and be trained."""
+    value = Columns(row, {column: column}).peek(column)
+    if value is None or not as_text(value, column).strip():
+        raise DataError(f"{where} has an empty (null) {column!r}: fill it in, or filter such rows out.")
+    return as_text(value, column)
+
+
 def _merge(prompt: str, row: Mapping[str, Any]) -> str:
     def fill(text: str) -> str:
-        return _FIELD.sub(lambda m: "" if row[m.group(1)] is None else str(row[m.group(1)]), text)
+        return _FIELD.sub(
+            lambda m: "" if row[m.group(1)] is None else as_text(row[m.group(1)], m.group(1)), text
+        )
 
     def optional(block: re.Match[str]) -> str:
         fields = _FIELD.findall(block.group(1))

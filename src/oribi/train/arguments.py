@@ -19,6 +19,8 @@ FLAT_OPTIMIZERS = {
     "paged_adamw_32bit": 32,
     "paged_adamw": 32,
 }
+# TRL's own default, with which messages go before text; whether a script wrote it cannot be seen
+TRL_TEXT_FIELD = next(f.default for f in fields(trl.SFTConfig) if f.name == "dataset_text_field")
 
 
 @dataclass
@@ -34,6 +36,8 @@ class SFTConfig(trl.SFTConfig):
         max_seq_length: older name of max_length.
         warmup_ratio: warm-up as a share of all steps; the same as a warmup_steps below 1.
         evaluation_strategy: older name of eval_strategy.
+        dataset_text_field: column of plain text to train on, whatever else the rows hold; None takes `text` where they hold
+            nothing better. A `trl.SFTConfig` that says "text" says TRL's default, which asks for nothing.
         padding_free: None and True join the examples of a batch into one row; False pads them into a rectangle.
         assistant_only_loss: rows of messages or instructions: False trains on all of them; None and True on the assistant's
             part only.
@@ -67,6 +71,9 @@ class SFTConfig(trl.SFTConfig):
     seed: int = field(default=3407, metadata={"help": "Seed of data order and dropout."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute whole layers."})
     max_length: int | None = field(default=None, metadata={"help": "Longest example in tokens."})
+    dataset_text_field: str | None = field(
+        default=None, metadata={"help": "Column of plain text, whatever else rows hold."}
+    )
     padding_free: bool | None = field(
         default=None, metadata={"help": "Join a batch's examples into one row."}
     )
@@ -148,4 +155,6 @@ def adopt(args: TrainingArguments | dict[str, Any] | None) -> SFTConfig:
     if values.get("assistant_only_loss") is False:
         # TRL's default, which nobody can tell from the user's word; oribi.SFTConfig takes False at its word
         values["assistant_only_loss"] = None
+    if values.get("dataset_text_field") == TRL_TEXT_FIELD:
+        values["dataset_text_field"] = None
     return SFTConfig(**values)

@@ -179,20 +179,6 @@ def check_data(config: RunConfig) -> None:
     if config.chat_template is not None:
         tokenizer = get_chat_template(tokenizer, config.chat_template)
     for source in [*config.dataset, *config.eval_dataset]:
-        settings = data_settings(config)
-        first = make_preparation(
-            [{"path": source}], tokenizer, announce=None, max_rows=FIRST_ROWS, **settings
-        )
+        settings = {**config.row_settings(), "max_rows": FIRST_ROWS}
+        first = make_preparation([{"path": source}], tokenizer, announce=None, **settings)
         next(first.encoded(), None)
-
-
-def data_settings(config: RunConfig) -> dict[str, Any]:
-    """The part of a config that says how rows become examples, under the names of `prepare_dataset`."""
-    return {
-        "max_seq_length": config.max_seq_length,
-        "split": config.split,
-        "train_on": "responses" if config.train_on_responses_only else "everything",
-        "overlong": config.overlong,
-        "turns": config.turns,
-        "text_field": config.dataset_text_field,
-    }

@@ -233,7 +233,8 @@ class SFTTrainer(ResumableTrainer):
                 turns=args.turns,
                 num_proc=args.dataset_num_proc,
                 progress=not args.disable_tqdm,
-                announce=None,
+                # what is not used of a stream shows only while it is read
+                announce=print if isinstance(dataset, IterableDataset) and args.process_index == 0 else None,
             )
         if args.process_index == 0 and all(
             report is not prepared.report for report in self.data_reports.values()
