@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import datasets
 import pyarrow as pa
@@ -327,3 +328,113 @@ def test_a_hub_name_is_loaded_by_datasets(monkeypatch):
     (part,) = open_source([{"path": "owner/data", "name": "main", "split": "test"}])
     assert [row for _, row in part.rows()] == ROWS
     assert asked == [(("owner/data", "main"), {"split": "test", "streaming": False, "revision": None})]
+
+
+TABLES = {
+    "semicolons.csv": '\ufeffquestion;answer\r\nWhat, then?;"this; that"\r\n',
+    "tabs.csv": "question\tanswer\nWhat, then?\tthis; that\n",
+    "bars.csv": "question|answer\nWhat, then?|this; that\n",
+    "commas.tsv": 'question,answer\n"What, then?",this; that\n',
+    "told.csv": 'sep=;\nquestion;answer\nWhat, then?;"this; that"\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_delimiter_is_the_one_that_parts_header_and_rows(tmp_path, name):
+    rows = rows_of(write(tmp_path / name, TABLES[name]))
+    assert rows == [{"question": "What, then?", "answer": "this; that"}]
+
+
+def test_one_column_of_text_may_hold_any_delimiter(tmp_path):
+    assert rows_of(write(tmp_path / "a.csv", "text\none; two|three\n")) == [{"text": "one; two|three"}]
+
+
+def test_one_column_named_by_several_is_refused(tmp_path):
+    with pytest.raises(DataError, match="a.csv:1: the only column is 'instruction;output', whose name holds"):
+        read(write(tmp_path / "a.csv", '"instruction;output"\nq\n'))
+
+
+def test_lines_of_a_long_table_are_counted_across_its_sample(tmp_path):
+    file = write(tmp_path / "a.csv", "q;a\r\n" + "x;y\r\n" * 20_000 + 'e;"f\r\ng"\r\nlast;one\r\n')
+    assert read(file)[-2:] == [
+        ("a.csv:20002", {"q": "e", "a": "f\r\ng"}),
+        ("a.csv:20004", {"q": "last", "a": "one"}),
+    ]
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", DEEP), ("a.json", f'[{{"a": {DEEP}}}]'), ("b.json", f'{{"a": {DEEP}}}')]
+)
+def test_deep_json_is_an_error_of_its_line(tmp_path, name, text):
+    with pytest.raises(DataError, match=f"{name}:1: no valid JSON .nested too deeply"):
+        read(write(tmp_path / name, text))
+
+
+def test_a_damaged_stream_of_gzip_is_named(tmp_path):
+    packed = bytearray(gzip.compress(bytes(range(32, 127)) * 500))
+    packed[20:40] = b"\xff" * 20
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    with pytest.raises(DataError, match="a.jsonl.gz: no valid gzip file"):
+        read(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.json.gz"])
+def test_a_packed_line_without_end_is_not_held(tmp_path, monkeypatch, name):
+    for limit in ("MAX_ROW_CHARACTERS", "MAX_UNPACKED_CHARACTERS", "MAX_SKIPPED_CHARACTERS"):
+        monkeypatch.setattr(readers, limit, 1 << 20)
+    start = b'{"data": ["' if ".json." in name else b""
+    (tmp_path / name).write_bytes(gzip.compress(start + b"x" * (1 << 25), 9))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=name):
+        read(tmp_path / name)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+
+
+def test_a_line_that_is_too_long_costs_no_other_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW_CHARACTERS", 1000)
+    lines = [json.dumps({"text": text}) for text in ("a", "b" * 5000, "c")]
+    (part,) = open_source(write(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert [row.get("text") if isinstance(row, dict) else "an error" for _, row in part.rows()] == [
+        "a",
+        "an error",
+        "c",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_zero_bytes_are_no_text(tmp_path, name):
+    with pytest.raises(DataError, match="the file has zero bytes: it is UTF-16 without a mark"):
+        read(write(tmp_path / name, "text\nwords", "utf-16-le"))
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "parquet", "imagefolder", "text"])
+def test_names_of_formats_are_no_data_sets(monkeypatch, name):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("something was read"))
+    with pytest.raises(DataError, match=f"{name}: the name of a file format"):
+        open_source([{"path": name}])
+
+
+def test_whatever_datasets_raises_is_an_error_of_the_data_set(monkeypatch):
+    def fail(*_, **__):
+        raise datasets.exceptions.DatasetGenerationError("mixed schemas")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="owner/data: .* failed: mixed schemas"):
+        open_source("owner/data")
+
+
+@pytest.mark.parametrize("source", ["x\0y.jsonl", "a" * 5000, "~nobody-here/x.jsonl", "x\0"])
+def test_paths_that_cannot_be_are_named(source):
+    with pytest.raises(DataError):
+        open_source(source)
+
+
+def test_a_saved_data_set_that_is_damaged_is_named(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "dataset_info.json").write_text("{")
+    with pytest.raises(DataError, match="a folder of save_to_disk that cannot be loaded"):
+        open_source(tmp_path / "saved")

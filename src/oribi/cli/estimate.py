@@ -100,7 +100,7 @@ def _data_size(settings: Any) -> tuple[int | None, int | None]:
         tokenizer = get_chat_template(tokenizer, settings.chat_template)
     report = read_data(settings, tokenizer)[0].report
     share = 1 - settings.eval_fraction
-    return int(share * (report.tokens - report.tokens_cut)), int(share * report.examples)
+    return int(share * report.tokens), int(share * report.examples)
 
 
 def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:

@@ -73,7 +73,13 @@ def from_text(row: Columns, column: str, asked: bool) -> Document:
         raise DataError(f"{column!r} is {short(value)}; it must be text.")
     if not asked:
         refuse_messages(value, column)
-    return Document(row.text(column), begins=_flag(row, "begins"), ends=_flag(row, "ends"))
+    from_text_file = isinstance(row.peek("begins"), bool)
+    return Document(
+        row.text(column),
+        begins=_flag(row, "begins"),
+        ends=_flag(row, "ends"),
+        from_text_file=from_text_file,
+    )
 
 
 def refuse_messages(value: str, column: str) -> None:

@@ -39,6 +39,7 @@ class Encoded:
     split_tokens: int = 0  # tokens that reach from context into a trained span: not trained
     origin: str = ""  # the row it was, as file:line
     untrained: str = ""  # why nothing is trained, where that is known
+    from_text_file: bool = False
 
 
 def added_tokens(tokenizer: Any) -> re.Pattern[str] | None:

@@ -46,6 +46,7 @@ class Document(Remarks):
     trained_from: int = 0
     begins: bool = True
     ends: bool = True
+    from_text_file: bool = False
 
 
 @dataclass(slots=True)

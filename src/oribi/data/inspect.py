@@ -139,8 +139,9 @@ def _views(preparation: Preparation, rows: int) -> Iterator[RowView]:
 def view_row(tokenizer: Any, origin: str, encoded: Encoded, settings: Any) -> RowView:
     """The view of one encoded row under the run's limit."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    limit = settings.max_seq_length if settings.overlong != "split" else len(encoded.ids)
-    if settings.overlong == "drop" and len(encoded.ids) > limit:
+    overlong = settings.overlong_of(encoded)
+    limit = settings.max_seq_length if overlong != "split" else len(encoded.ids)
+    if overlong == "drop" and len(encoded.ids) > limit:
         limit = 0
     tokens, part = [], []
     for place, (token, label) in enumerate(zip(encoded.ids[:SHOWN_TOKENS], encoded.labels)):

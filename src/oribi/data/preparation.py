@@ -47,6 +47,7 @@ class Settings:
     train_on: str = "responses"
     completion_only: bool | None = None
     overlong: str = "truncate"
+    split_texts: bool = False  # text files are split whatever `overlong` says
     turns: str = "whole"
     malformed: str = "error"
     append_eos: bool = True
@@ -71,6 +72,10 @@ class Settings:
             problems.append(f"max_seq_length = {self.max_seq_length!r} must be an integer of at least 2")
         if problems:
             raise ConfigError("data: " + "; ".join(problems))
+
+    def overlong_of(self, encoded: Encoded) -> str:
+        """What happens to an example above max_seq_length."""
+        return "split" if self.split_texts and encoded.from_text_file else self.overlong
 
 
 class Preparation:
@@ -98,7 +103,12 @@ class Preparation:
         return DataReport(
             source=" + ".join(part.name for part in self.parts),
             max_seq_length=self.settings.max_seq_length,
-            overlong=self.settings.overlong,
+            overlong=self.settings.overlong
+            + (
+                ", text files split"
+                if self.settings.split_texts and self.settings.overlong != "split"
+                else ""
+            ),
         )
 
     @property
@@ -230,7 +240,8 @@ class Preparation:
 
     def _announce(self, part: Part, format_name: str, row: Mapping[str, Any]) -> None:
         shown, _ = without_lone_surrogates(json.dumps(row, ensure_ascii=False, default=repr))
-        line = f"{part.name}: rows are {format_name}; row 0: {shown[:300]}{'...' if len(shown) > 300 else ''}"
+        about = "" if part.about in self.report.first_row else f"{part.about}\n"
+        line = f"{about}{part.name}: rows are {format_name}; row 0: {shown[:300]}{'...' if len(shown) > 300 else ''}"
         self.report.format = ", ".join(filter(None, [self.report.format, format_name]))
         self.report.first_row = "\n".join(filter(None, [self.report.first_row, line]))
         self.announce(line)
@@ -258,6 +269,9 @@ class Preparation:
                 bad[place] = encoded
             else:
                 done[place] = encoded
+        for (_, example), one in zip(batch, done):
+            if one:
+                one.from_text_file = isinstance(example, Document) and example.from_text_file
         self._complain([(batch[place][0], bad[place]) for place in sorted(bad)])
         return [(origin, one) for (origin, _), one in zip(batch, done) if one]
 
@@ -340,7 +354,8 @@ class Preparation:
         if length > limit:
             named(self.report.overlong_rows, f"{origin} ({length:,} tokens)")
             self.report.rows_overlong += 1
-            if self.settings.overlong == "drop":
+            overlong = self.settings.overlong_of(encoded)
+            if overlong == "drop":
                 self.tally.drop(origin, "too long")
                 return []
             pieces = [
@@ -348,7 +363,7 @@ class Preparation:
                 for a in range(0, length, limit)
             ]
             self.report.rows_cut += 1
-            if self.settings.overlong != "split":
+            if overlong != "split":
                 pieces = pieces[:1]
                 self.report.tokens_cut += length - limit
         kept = [p for p in pieces if any(label != UNTRAINED for label in p.labels[1:])]

@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 
 from oribi.data.preparation import FEATURES, Preparation, Settings
-from oribi.data.readers import suffix_of
 from oribi.data.report import DataReport
 from oribi.data.sources import open_source
 
@@ -147,9 +146,9 @@ def make_preparation(
 ) -> Preparation:
     """Open a source and fix the settings, without reading a row; arguments as for prepare_dataset."""
     parts = open_source(source, split=split, streaming=streaming)
+    # text files are split whatever stands beside them
+    split_texts = overlong is None and any(part.is_text for part in parts)
     if overlong is None:
-        overlong = (
-            "split" if all(suffix_of(Path(part.name)) in (".txt", ".md") for part in parts) else "truncate"
-        )
-    fixed = Settings(**{**settings, "overlong": overlong})
+        overlong = "split" if all(part.is_text for part in parts) else "truncate"
+    fixed = Settings(**{**settings, "overlong": overlong, "split_texts": split_texts})
     return Preparation(parts, tokenizer, fixed, formatting_func, announce or (lambda line: None))

@@ -9,6 +9,8 @@ import csv
 import gzip
 import io
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +21,22 @@ from oribi.errors import DataError
 MAX_ROW_CHARACTERS = 1 << 25  # a tokenizer takes gigabytes for a row beyond this
 TEXT_BLOCK_CHARACTERS = 1 << 20  # plain text files are read in blocks, so memory does not grow with the file
 JSON_CHUNK_CHARACTERS = 1 << 20
+MAX_UNPACKED_CHARACTERS = 1 << 27  # of a packed file that is one JSON object
+MAX_SKIPPED_CHARACTERS = 1 << 30  # of one line
+PEEKED_BYTES = 4096
+SNIFFED_CHARACTERS = 1 << 16
+DELIMITERS = ",;\t|"
+TEXTS = (".txt", ".md")
 
 Rows = Iterator[tuple[str, dict[str, Any] | DataError]]
 
 
-def read_file(path: Path) -> Rows:
+def read_file(path: Path, name: str | None = None) -> Rows:
     """The rows of one file, by its suffix; a .gz after the suffix is unpacked while reading.
+
+    Args:
+        path: the file.
+        name: what it is called in origins; None is its base name.
 
     Raises:
         DataError: unknown suffix, no such file, or content that cannot be read.
@@ -34,11 +46,14 @@ def read_file(path: Path) -> Rows:
         raise DataError(
             f"{path}: cannot read {suffix_of(path) or 'a file without a suffix'}; known are {', '.join(READERS)}."
         )
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty. Check that it was written or downloaded fully.")
-    return reader(path)
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: {'a folder, no file' if path.is_dir() else 'no such file'}.")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty. Check that it was written or downloaded fully.")
+    except OSError as error:
+        raise DataError(f"{path}: the file cannot be read ({error.strerror}).") from error
+    return reader(path, name or path.name)
 
 
 def suffix_of(path: Path) -> str:
@@ -46,11 +61,11 @@ def suffix_of(path: Path) -> str:
     return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
 
 
-def read_json_lines(path: Path) -> Rows:
+def read_json_lines(path: Path, name: str) -> Rows:
     empty = True
     with _open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            origin = f"{path.name}:{number}"
+        for number, line in enumerate(_lines(file), 1):
+            origin = f"{name}:{number}"
             if not line.strip():
                 continue
             empty = False
@@ -71,13 +86,13 @@ def _json_line(line: str) -> dict[str, Any] | DataError:
         )
 
 
-def read_json(path: Path) -> Rows:
+def read_json(path: Path, name: str) -> Rows:
     """An array of objects, read piece by piece; or one object that holds such an array; or, misnamed, JSON lines."""
     with _open_text(path) as file:
         head = file.read(JSON_CHUNK_CHARACTERS)
         start = head.lstrip()[:1]
         if start == "[":
-            yield from _read_array(path, file, head)
+            yield from _read_array(name, file, head)
             return
         if start != "{":
             raise DataError(
@@ -86,12 +101,12 @@ def read_json(path: Path) -> Rows:
         first = head.lstrip().split("\n", 1)
         if len(first) == 2 and first[1].strip() and _is_json(first[0]):
             file.close()
-            yield from read_json_lines(path)
+            yield from read_json_lines(path, name)
             return
-        yield from _read_wrapped(path, head + file.read())
+        yield from _read_wrapped(path, name, head + _rest(path, file))
 
 
-def _read_array(path: Path, file: TextIO, buffer: str) -> Rows:
+def _read_array(name: str, file: TextIO, buffer: str) -> Rows:
     decoder, at, line = json.JSONDecoder(), buffer.index("[") + 1, 1
     line += buffer.count("\n", 0, at)
     while True:
@@ -105,24 +120,26 @@ def _read_array(path: Path, file: TextIO, buffer: str) -> Rows:
             buffer, at, gap = file.read(JSON_CHUNK_CHARACTERS), 0, 0
             if not buffer:
                 raise DataError(
-                    f"{path.name}:{line}: the array is not closed; the file seems cut off. Download it again."
+                    f"{name}:{line}: the array is not closed; the file seems cut off. Download it again."
                 )
         line += buffer.count("\n", gap, at)
         if buffer[at] == "]":
             return
-        origin = f"{path.name}:{line}"
+        origin = f"{name}:{line}"
         while True:
             try:
                 row, end = decoder.raw_decode(buffer, at)
                 break
-            except ValueError as error:
-                more = file.read(JSON_CHUNK_CHARACTERS) if len(buffer) - at < MAX_ROW_CHARACTERS else ""
+            except (ValueError, RecursionError) as error:
+                deep = isinstance(error, RecursionError)
+                whole = deep or len(buffer) - at >= MAX_ROW_CHARACTERS
+                more = "" if whole else file.read(JSON_CHUNK_CHARACTERS)
                 if not more:
-                    if len(buffer) - at >= MAX_ROW_CHARACTERS:
+                    if whole and not deep:
                         raise DataError(f"{origin}: {_too_long(len(buffer) - at)}") from error
                     bad = line + buffer.count("\n", at, getattr(error, "pos", at))
                     raise DataError(
-                        f"{path.name}:{bad}: no valid JSON ({_reason(error)}) in the object that begins in line {line}. "
+                        f"{name}:{bad}: no valid JSON ({_reason(error)}) in the object that begins in line {line}. "
                         "Correct it; a JSON checker shows the place."
                     ) from error
                 buffer, at = buffer[at:] + more, 0
@@ -131,46 +148,53 @@ def _read_array(path: Path, file: TextIO, buffer: str) -> Rows:
         at = end
 
 
-def _read_wrapped(path: Path, text: str) -> Rows:
+def _read_wrapped(path: Path, name: str, text: str) -> Rows:
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path.name}:{error.lineno}: no valid JSON ({_reason(error)}). Correct the file."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise DataError(f"{name}:{line}: no valid JSON ({_reason(error)}). Correct the file.") from error
     arrays = {
         k: v for k, v in whole.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)
     }
     if "messages" in whole or "conversations" in whole or not arrays:
-        yield f"{path.name}:1", whole
+        yield f"{name}:1", whole
         return
     if len(arrays) > 1:
         raise DataError(
             f"{path}: the object holds several arrays of rows, {list(arrays)}; keep one, as [{{...}}, ...]."
         )
-    name, rows = next(iter(arrays.items()))
+    key, rows = next(iter(arrays.items()))
     for number, row in enumerate(rows, 1):
-        yield f"{path.name}:{name}[{number}]", row
+        yield f"{name}:{key}[{number}]", row
 
 
-def read_csv(path: Path) -> Rows:
-    separator = "\t" if suffix_of(path) == ".tsv" else ","
+def read_csv(path: Path, name: str) -> Rows:
     with _open_text(path, newline="") as file, _long_csv_fields():
-        reader = csv.DictReader(file, delimiter=separator, strict=True)
+        head = file.read(SNIFFED_CHARACTERS)
+        while head.endswith("\r") and (more := file.read(1)):  # a line feed may belong to it
+            head += more
+        told = re.match(r"sep=(.)\r?\n", head)  # a line of Excel's, which is no header
+        start, line = (told.end(), 1) if told else (0, 0)
+        usual = "\t" if suffix_of(path) == ".tsv" else ","
+        delimiter = told.group(1) if told else _delimiter(head[start:], usual)
+        reader = csv.DictReader(_csv_lines(head[start:], file), delimiter=delimiter, strict=True)
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names):
-                raise DataError(f"{path.name}:1: column names {names} are not unique.")
-            line, empty = reader.line_num, True
+                raise DataError(f"{name}:{line + 1}: column names {names} are not unique.")
+            if len(names) == 1 and any(mark in names[0] for mark in DELIMITERS):
+                raise DataError(
+                    f"{name}:{line + 1}: the only column is {names[0]!r}, whose name holds a delimiter. Save the file with commas "
+                    "between its columns, or rename that column."
+                )
+            before, empty = line, True
+            line += reader.line_num
             for row in reader:
-                origin, line, empty = f"{path.name}:{line + 1}", reader.line_num, False
+                origin, line, empty = f"{name}:{line + 1}", before + reader.line_num, False
                 if None in row or any(v is None for v in row.values()):
-                    given = (
-                        len(row)
-                        - (None in row)
-                        + len(row.get(None) or [])
-                        - sum(v is None for v in row.values())
-                    )
+                    missing = sum(v is None for v in row.values())
+                    given = len(row) - (None in row) + len(row.get(None) or []) - missing
                     yield (
                         origin,
                         DataError(
@@ -182,10 +206,36 @@ def read_csv(path: Path) -> Rows:
                     yield origin, dict(row)
         except csv.Error as error:
             raise DataError(
-                f"{path.name}:{reader.line_num + 1}: no valid CSV ({error}). Quote text that holds quotes."
+                f"{name}:{line + 1}: no valid CSV ({error}). Quote text that holds quotes."
             ) from error
     if empty:
         raise DataError(f"{path}: the file has a header ({names}) but no rows.")
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """What stands between columns: of the delimiters that part the header, the one that parts most rows as often."""
+    lines = list(io.StringIO(text, newline=""))
+    if len(text) >= SNIFFED_CHARACTERS:
+        lines.pop()  # it may be cut off
+    fitting = []
+    for order, mark in enumerate((usual, *DELIMITERS.replace(usual, ""))):
+        try:
+            columns = [len(row) for row in csv.reader(lines, delimiter=mark) if row]
+        except csv.Error:
+            continue
+        if columns and columns[0] > 1:
+            alike = sum(count == columns[0] for count in columns) / len(columns)
+            fitting.append((alike, -order, mark))
+    return max(fitting)[2] if fitting else usual
+
+
+def _csv_lines(head: str, file: TextIO) -> Iterator[str]:
+    """The lines of a file whose beginning has been read."""
+    lines = list(io.StringIO(head, newline=""))
+    if lines and not lines[-1].endswith("\n"):
+        lines[-1] += file.readline(MAX_ROW_CHARACTERS + 1)
+    yield from lines
+    yield from _lines(file)
 
 
 @contextmanager
@@ -197,7 +247,7 @@ def _long_csv_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def read_parquet(path: Path) -> Rows:
+def read_parquet(path: Path, name: str) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -207,14 +257,19 @@ def read_parquet(path: Path) -> Rows:
         for batch in file.iter_batches(batch_size=1000):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path.name} row {number}", row
-    except pyarrow.ArrowInvalid as error:
+                yield f"{name} row {number}", row
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # whatever a damaged file causes
         raise DataError(f"{path}: no valid Parquet file ({error}). Download or write it again.") from error
     if not number:
         raise DataError(f"{path}: the file has no rows.")
 
 
-def read_text(path: Path) -> Rows:
+def read_text(path: Path, name: str) -> Rows:
     """A file is one document, read in blocks that end between paragraphs, lines or words; only the last one ends it."""
     with _open_text(path) as file:
         rest, line, begins, chunk = "", 1, True, file.read(TEXT_BLOCK_CHARACTERS)
@@ -228,7 +283,7 @@ def read_text(path: Path) -> Rows:
                 cut = next(
                     (c for mark in ("\n\n", "\n", " ") if (c := block.rfind(mark) + 1) > cut // 2), cut
                 )
-            yield f"{path.name}:{line}", {"text": block[:cut], "begins": begins, "ends": ends}
+            yield f"{name}:{line}", {"text": block[:cut], "begins": begins, "ends": ends}
             begins = False
             line += block.count("\n", 0, cut)
             rest, chunk = block[cut:], following
@@ -255,20 +310,58 @@ def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
                 raise DataError(
                     f"{path}: the file is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
                 )
+            if b"\0" in raw.peek(PEEKED_BYTES)[:PEEKED_BYTES]:
+                raise DataError(
+                    f"{path}: the file has zero bytes: it is UTF-16 without a mark, or no text. Convert it: iconv -f UTF-16LE "
+                    f"-t UTF-8 {path.name} > utf8-{path.name}"
+                )
             with io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as file:
                 yield file
     except UnicodeDecodeError as error:
         line = _line_of_bad_byte(path)
         raise DataError(
-            f"{path.name}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}). Convert the file: "
+            f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}). Convert the file: "
             f"iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8-{path.name} (with its real encoding after -f)."
         ) from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: no valid gzip file ({error}). Download it again.") from error
+    except OSError as error:
+        raise DataError(f"{path}: the file cannot be read ({error.strerror or error}).") from error
 
 
 def _open_bytes(path: Path) -> Any:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+    return gzip.open(path) if _is_packed(path) else open(path, "rb")
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Lines, each no longer than the longest row and one character; what is left of a longer one is passed over."""
+    while line := file.readline(MAX_ROW_CHARACTERS + 1):
+        yield line
+        skipped = 0
+        while len(line) > MAX_ROW_CHARACTERS and not line.endswith("\n"):
+            line = file.readline(MAX_ROW_CHARACTERS + 1)
+            skipped += len(line)
+            if skipped > MAX_SKIPPED_CHARACTERS:
+                raise DataError(
+                    f"{file.name}: a line of more than {MAX_SKIPPED_CHARACTERS:,} characters. Write one row per line."
+                )
+
+
+def _rest(path: Path, file: TextIO) -> str:
+    """What is left of a file that is read as a whole; what a small packed file may become is limited."""
+    if not _is_packed(path):
+        return file.read()
+    rest = file.read(MAX_UNPACKED_CHARACTERS + 1)
+    if len(rest) > MAX_UNPACKED_CHARACTERS:
+        raise DataError(
+            f"{path}: unpacked, the file has more than {MAX_UNPACKED_CHARACTERS:,} characters in one object. Write its rows as "
+            "JSON lines (.jsonl.gz), which are read one by one."
+        )
+    return rest
 
 
 def _line_of_bad_byte(path: Path) -> int:
@@ -290,7 +383,7 @@ def _object(row: Any) -> dict[str, Any] | DataError:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -298,6 +391,8 @@ def _is_json(text: str) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg[0].lower()}{error.msg[1:]}, column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     return str(error)
 
 

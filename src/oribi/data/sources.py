@@ -6,25 +6,49 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from oribi.data.readers import READERS, Rows, read_file, suffix_of
+from oribi.data.folders import choose_files
+from oribi.data.readers import READERS, TEXTS, Rows, read_file, suffix_of
 from oribi.errors import DataError
 
 HUB_NAME = re.compile(r"[\w][\w.\-]*(/[\w.\-]+)?")
 SPEC_KEYS = {"path", "source", "name", "split", "weight", "columns", "text_field", "streaming", "revision"}
 READ_ROWS = 1000
+# `datasets` takes these for readers, which would read every file under the working folder
+READER_NAMES = frozenset(
+    [
+        "arrow",
+        "audiofolder",
+        "csv",
+        "hdf5",
+        "imagefolder",
+        "json",
+        "lance",
+        "niftifolder",
+        "pandas",
+        "parquet",
+        "pdffolder",
+        "sql",
+        "text",
+        "videofolder",
+        "webdataset",
+        "xml",
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """One source of a mixture.
 
-    `rows` starts the reading; `fingerprint` identifies the content, None where it cannot be known without reading it.
+    `rows` starts the reading; `fingerprint` identifies the content, None where it cannot be known without reading it;
+    `about` says which files are read, where that is not in the name; `is_text` that they are plain text.
     """
 
     name: str
@@ -34,6 +58,8 @@ class Part:
     columns: Mapping[str, str] | None = None
     text_field: str | None = None
     streaming: bool = False
+    about: str = ""
+    is_text: bool = False
 
 
 def open_source(source: Any, *, split: str = "train", streaming: bool = False) -> list[Part]:
@@ -90,8 +116,9 @@ def _from_list(source: Sequence[Any], split: str, streaming: bool) -> list[Part]
     if not source:
         raise DataError("the list of rows is empty: there is nothing to train on.")
     if all(isinstance(item, str) for item in source):
-        if all(suffix_of(Path(item)) in READERS or Path(item).exists() for item in source):
-            return [_open_one(item, split, streaming) for item in source]
+        if all(suffix_of(Path(item)) in READERS or _local(item) for item in source):
+            labels = _labels(source)
+            return [_open_one(item, split, streaming, label=label) for item, label in zip(source, labels)]
         return [_from_rows([{"text": item} for item in source])]
     if all(isinstance(item, Mapping) and not SPEC_KEYS.issuperset(item) for item in source):
         return [_from_rows(source)]
@@ -100,9 +127,12 @@ def _from_list(source: Sequence[Any], split: str, streaming: bool) -> list[Part]
             raise DataError(
                 f"item {number} of the list is a {type(item).__name__}; a list holds rows (mappings), texts, or sources."
             )
+    wheres = [i.get("path", i.get("source")) if isinstance(i, Mapping) else i for i in source]
     parts = [
-        _from_spec(item, split, streaming) if isinstance(item, Mapping) else _open_one(item, split, streaming)
-        for item in source
+        _from_spec(item, split, streaming, label)
+        if isinstance(item, Mapping)
+        else _open_one(item, split, streaming, label=label)
+        for item, label in zip(source, _labels(wheres))
     ]
     weighted = [part.weight is not None for part in parts]
     if any(weighted) and not all(weighted):
@@ -112,7 +142,40 @@ def _from_list(source: Sequence[Any], split: str, streaming: bool) -> list[Part]
     return parts
 
 
-def _from_spec(spec: Mapping[str, Any], split: str, streaming: bool) -> Part:
+def _labels(sources: Sequence[Any]) -> list[str | None]:
+    """What files and folders of a list are called in origins: the ends of their paths that tell them apart."""
+    paths = [
+        Path(s).expanduser().absolute() if isinstance(s, str | Path) and _local(s) else None for s in sources
+    ]
+    known = set(paths) - {None}
+    labels = []
+    for path in paths:
+        if path is None or len(known) < 2:
+            labels.append(None)
+            continue
+        length = next(
+            n
+            for n in count(1)
+            if n >= len(path.parts) or sum(o.parts[-n:] == path.parts[-n:] for o in known) == 1
+        )
+        labels.append("/".join(path.parts[-length:]))
+    return labels
+
+
+def _local(source: str | Path) -> Path | None:
+    """The file or folder that a source names; None if there is none.
+
+    Raises:
+        DataError: the path cannot be looked at.
+    """
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{str(source)[:200]!r}: no usable path ({error}).") from error
+
+
+def _from_spec(spec: Mapping[str, Any], split: str, streaming: bool, label: str | None = None) -> Part:
     unknown = set(spec) - SPEC_KEYS
     where = spec.get("path", spec.get("source"))
     if unknown or where is None:
@@ -128,20 +191,18 @@ def _from_spec(spec: Mapping[str, Any], split: str, streaming: bool) -> Part:
         spec.get("streaming", streaming),
         name=spec.get("name"),
         revision=spec.get("revision"),
+        label=label,
     )
-    return Part(
-        part.name,
-        part.rows,
-        part.fingerprint,
-        weight,
-        spec.get("columns"),
-        spec.get("text_field"),
-        part.streaming,
-    )
+    return replace(part, weight=weight, columns=spec.get("columns"), text_field=spec.get("text_field"))
 
 
 def _open_one(
-    source: Any, split: str, streaming: bool, name: str | None = None, revision: str | None = None
+    source: Any,
+    split: str,
+    streaming: bool,
+    name: str | None = None,
+    revision: str | None = None,
+    label: str | None = None,
 ) -> Part:
     if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         if split not in source:
@@ -154,13 +215,11 @@ def _open_one(
     if isinstance(source, datasets.IterableDataset):
         return Part("stream", lambda: _rows_of_stream(source), None, streaming=True)
     if isinstance(source, str | Path):
-        path = Path(source).expanduser()
+        path = _local(source) or Path(source)
         if path.is_dir():
-            return _open_folder(path, split)
+            return _open_folder(path, split, label)
         if path.exists() or suffix_of(path) in READERS:
-            rows = read_file(path)  # complains now about a missing file
-            del rows
-            return Part(path.name, lambda: read_file(path), _hash_files([path]))
+            return _open_file(path, label)
         return _open_hub(str(source), split, streaming, name, revision)
     raise DataError(
         f"cannot read rows from a {type(source).__name__}; give a path, a data set name, a datasets.Dataset or "
@@ -168,40 +227,49 @@ def _open_one(
     )
 
 
-def _open_folder(path: Path, split: str) -> Part:
+def _open_file(path: Path, label: str | None) -> Part:
+    read_file(path)  # complains now about a missing file
+    label = label or path.name
+    return Part(label, lambda: read_file(path, label), _hash_files([path]), is_text=suffix_of(path) in TEXTS)
+
+
+def _open_folder(path: Path, split: str, label: str | None) -> Part:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _open_one(datasets.load_from_disk(str(path)), split, False)
-    files = sorted(
-        f for f in path.rglob("*") if f.is_file() and suffix_of(f) in READERS and not f.name.startswith(".")
-    )
-    # the hub's cache keeps a snapshot's files two folders up
-    inside = (path.parent.parent if path.parent.name == "snapshots" else path).resolve()
-    for file in files:
-        if not file.resolve().is_relative_to(inside):
+        try:
+            saved = datasets.load_from_disk(str(path))
+        except Exception as error:  # of whatever kind a damaged folder causes in the library
             raise DataError(
-                f"{file}: a link to {file.resolve()}, outside its folder, so it is not read. If it is meant, name that file "
-                "as a source itself."
-            )
-    of_split = [f for f in files if f.name.startswith(split)]
-    files = of_split or files
-    if not files:
-        raise DataError(
-            f"{path}: the folder has no file that ends with {', '.join(READERS)} (or these with .gz)."
-        )
+                f"{path}: a folder of save_to_disk that cannot be loaded ({type(error).__name__}: {error}). Save it again."
+            ) from error
+        return _open_one(saved, split, False)
+    chosen = choose_files(path, split)
+    names = [f"{label}/{file.as_posix()}" if label else file.as_posix() for file in chosen.files]
+    files = [path / file for file in chosen.files]
 
     def rows() -> Rows:
-        for file in files:
-            yield from read_file(file)
+        for file, name in zip(files, names):
+            yield from read_file(file, name)
 
-    return Part(path.name, rows, _hash_files(files))
+    return Part(
+        label or path.name,
+        rows,
+        _hash_files(files, names),
+        about=chosen.about,
+        is_text=all(suffix_of(file) in TEXTS for file in files),
+    )
 
 
 def _open_hub(source: str, split: str, streaming: bool, name: str | None, revision: str | None) -> Part:
     if not HUB_NAME.fullmatch(source):
         raise DataError(f"{source}: no such file or folder, and no name of a data set (owner/name).")
+    if source.lower() in READER_NAMES:
+        raise DataError(
+            f"{source}: the name of a file format, not of a data set; `datasets` would read every such file under the working "
+            "folder. Give the files themselves, such as rows.jsonl, or a folder of them."
+        )
     try:
         loaded = datasets.load_dataset(source, name, split=split, streaming=streaming, revision=revision)
-    except (OSError, ValueError) as error:  # datasets' and the hub's errors derive from these
+    except Exception as error:  # of whatever kind: building a data set runs readers of every format
         raise DataError(
             f"{source}: no such file or folder here, and loading split {split!r} of the data set failed: {error}"
         ) from error
@@ -245,11 +313,16 @@ def _rows_of_stream(dataset: datasets.IterableDataset) -> Rows:
         yield f"row {number}", dict(row)
 
 
-def _hash_files(paths: Sequence[Path]) -> str:
+def _hash_files(paths: Sequence[Path], names: Sequence[str] = ()) -> str:
+    """A hash of contents, and of the names that stand in origins."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+        try:
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise DataError(f"{path}: the file cannot be read ({error.strerror}).") from error
         digest.update(b"\0file\0")
+    digest.update("\0".join(names).encode())
     return digest.hexdigest()
