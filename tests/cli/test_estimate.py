@@ -73,3 +73,21 @@ def test_init_gives_a_model_without_template_one(oribi, tiny_folder, data_file, 
     # a tokenizer with ChatML's tokens gets the template by the loader's repair already
     assert config.chat_template in (None, "chatml")
     assert result.records[0]["values"]["model"] == str(bare)
+
+
+def test_estimate_counts_what_stays_in_16_bits(oribi, tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=48, vocab_size=151936, hidden_size=2048,
+                                  num_experts=128, moe_intermediate_size=768, num_attention_heads=32,
+                                  num_key_value_heads=4, head_dim=128)  # fmt: skip
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(tmp_path / "m")
+    (tmp_path / "c.yaml").write_text(f"model: {tmp_path / 'm'}\ndataset: rows.jsonl\n")
+    done = oribi("estimate", tmp_path / "c.yaml", "--gpu", "A100-40GB", "--gpu", "H200", "--json")
+    assert done.code == 0
+    small, large = done.records
+    # 48 layers x 128 experts x 3 matrices of 2048 x 768, two bytes each
+    assert small["parts"]["experts"] == 48 * 128 * 3 * 2048 * 768 * 2
+    assert (small["weights_fit"], large["weights_fit"]) == (False, True)
+    assert "stay in 16 bits, above all model.layers.*.mlp.experts" in done.err

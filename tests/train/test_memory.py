@@ -222,14 +222,18 @@ def test_training_is_refused_before_anything_is_loaded(tiny_folder, monkeypatch,
         oribi.run.run(config)
 
 
-def test_a_model_outside_the_table_is_not_estimated(tmp_path):
+def test_of_a_model_outside_the_table_the_weights_are_estimated(tmp_path):
     from transformers import GPT2Config
 
     GPT2Config(n_embd=8, n_layer=1, n_head=1).save_pretrained(tmp_path)
-    with pytest.raises(OutsideFamilyTable, match="gpt2"):
+    with pytest.raises(OutsideFamilyTable, match="gpt2") as raised:
         architecture_of(str(tmp_path))
+    needed = sum(raised.value.sizes.parts(2, True).values())
     environment = Environment(torch.device("cuda"), "toy GPU", (8, 0), 1, torch.bfloat16, True, "flash", {})
-    memory.refuse_what_cannot_fit(RunConfig(model=str(tmp_path)), environment)
+    run = RunConfig(model=str(tmp_path))
+    memory.refuse_what_cannot_fit(run, replace(environment, memory_bytes=2 * needed + 2**31))
+    with pytest.raises(ConfigError, match="the weights of .* alone take"):
+        memory.refuse_what_cannot_fit(run, environment)
 
 
 def test_steps_follow_from_the_data():

@@ -24,6 +24,7 @@ def estimate(
     """Tell parameters, peak memory, time and disk of a run, without GPU and without the model's weights."""
     with chatter_aside():
         from oribi.config import read_config
+        from oribi.train.architecture import OutsideFamilyTable
         from oribi.train.gpus import gpu_named
         from oribi.train.memory import Training
 
@@ -34,9 +35,19 @@ def estimate(
         for note in notes:
             typer.echo(note, err=True)
         gpus = [gpu_named(name) for name in gpu or _default_gpus()]
-        training = _training(settings, Training)
-        tokens, rows = _data_size(settings) if data and settings.max_steps < 1 else (None, None)
+        training = outside = tokens = rows = None
+        try:
+            training = _training(settings, Training)
+        except OutsideFamilyTable as error:
+            if error.sizes is None:
+                raise
+            outside = error
+        if training is not None and data and settings.max_steps < 1:
+            tokens, rows = _data_size(settings)
     output = Output(json)
+    if outside is not None:
+        _tell_weights(output, settings, outside, gpus)
+        return
     rows_long = f"{settings.per_device_train_batch_size} x {settings.max_seq_length} tokens"
     output.fields(
         {
@@ -61,13 +72,51 @@ def estimate(
         output.record(**_record(training, one, tokens, rows), disk=disk)
 
 
+def _tell_weights(output: Output, settings: Any, outside: Any, gpus: list[Any]) -> None:
+    """What is known of a model outside the family table: its weights, and what of them stays in 16 bits."""
+    from oribi.train.memory import usable
+
+    load_in_4bit = settings.load_in_4bit and not settings.full_finetuning
+    parts = outside.sizes.parts(_dtype(settings).itemsize, load_in_4bit)
+    needed = sum(parts.values())
+    typer.echo(str(outside), err=True)
+    if load_in_4bit:
+        typer.echo(outside.sizes.note(_dtype(settings).itemsize), err=True)
+    parameters = outside.sizes.parameters
+    output.fields({"model": settings.model, "parameters": f"{parameters:,} ({count(parameters)})"})
+    output.text("weights")
+    output.fields({name: gibibytes(size) for name, size in parts.items() if size}, indent=2)
+    output.text()
+    rows = [
+        {
+            "GPU": one.name,
+            "weights fit": "yes" if needed <= usable(one.memory_bytes) else "no",
+            "weights GiB": f"{needed / 2**30:.2f}",
+            "of": f"{usable(one.memory_bytes) / 2**30:.1f}",
+        }
+        for one in gpus
+    ]
+    output.table(rows, right=("weights GiB", "of"))
+    for one in gpus:
+        fits = needed <= usable(one.memory_bytes)
+        output.record(
+            gpu=one.name, weights_fit=fits, parameters=parameters, weight_bytes=needed, parts=parts,
+            usable_bytes=usable(one.memory_bytes),
+        )  # fmt: skip
+
+
+def _dtype(settings: Any) -> Any:
+    import torch
+
+    return {"float16": torch.float16, "float32": torch.float32}.get(settings.dtype, torch.bfloat16)
+
+
 def _training(settings: Any, kind: Any) -> Any:
     import psutil
-    import torch
 
     from oribi.train.architecture import architecture_of
 
-    dtype = {"float16": torch.float16, "float32": torch.float32}.get(settings.dtype, torch.bfloat16)
+    dtype = _dtype(settings)
     architecture = architecture_of(
         settings.model,
         dtype=dtype,

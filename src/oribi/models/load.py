@@ -169,7 +169,7 @@ def _load_checkpoint(location: Location, request: Request) -> tuple[PreTrainedMo
         )
         model = load_unfused(
             location, config, device=request.device, dtype=dtype, quantization=quantization,
-            trust_remote_code=request.trust_remote_code, allow_pickle=pickled,
+            trust_remote_code=request.trust_remote_code, allow_pickle=pickled, notes=notes,
         )  # fmt: skip
     generation = None
     if (directory / "generation_config.json").is_file():

@@ -1,15 +1,94 @@
 """Models outside the family table: transformers' own class with NF4 weights, without oribi's fused path."""
 
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import bitsandbytes as bnb
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from oribi.errors import ModelError
 from oribi.models.checkpoint import Quantization, fits_nf4
 from oribi.models.generation import generate_in_inference_mode
 from oribi.models.locate import Location
+
+# NF4 with double quantisation: half a byte of codes; a byte for every 64 weights, of which 256 share a float32
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+_NAMED = 3  # kinds of tensors that a note names
+
+
+@dataclass(frozen=True)
+class UnfusedSizes:
+    """Weights of a model outside the family table, by what bitsandbytes makes of them.
+
+    Args:
+        packed: weights of linear layers, which it packs.
+        kept: weights that it leaves in 16 bits, by the name of their kind ("model.layers.*.mlp.experts.down_proj").
+    """
+
+    packed: int
+    kept: dict[str, int]
+
+    @property
+    def parameters(self) -> int:
+        return self.packed + sum(self.kept.values())
+
+    def parts(self, width: int, load_in_4bit: bool) -> dict[str, int]:
+        """Bytes of the loaded weights by kind; `width` bytes each where they are not packed."""
+        experts = sum(count for name, count in self.kept.items() if _is_expert(name))
+        return {
+            "linear layers": int(self.packed * (NF4_BYTES if load_in_4bit else width)),
+            "experts": experts * width,
+            "embeddings and other weights": (sum(self.kept.values()) - experts) * width,
+        }
+
+    def note(self, width: int) -> str:
+        """What stays in 16 bits under load_in_4bit."""
+        kept = {name: count * width for name, count in self.kept.items()}
+        largest = sorted(kept, key=kept.get, reverse=True)[:_NAMED]
+        packed = self.packed * NF4_BYTES
+        named = ", ".join(f"{name} {kept[name] / 1e9:.2f} GB" for name in largest)
+        text = (
+            f"load_in_4bit: {sum(kept.values()) / 1e9:.2f} GB of {(packed + sum(kept.values())) / 1e9:.2f} GB of weights "
+            f"stay in {8 * width} bits, above all {named}"
+        )
+        if any(_is_expert(name) for name in kept):
+            text += "; bitsandbytes packs linear layers, not experts whose weights are one tensor"
+        return text
+
+
+def _is_expert(name: str) -> bool:
+    return "expert" in name
+
+
+def unfused_sizes(parameters: Iterable[tuple[str, nn.Parameter]], linear: set[str]) -> UnfusedSizes:
+    """Sizes of named parameters, of which those in `linear` are packed."""
+    packed, kept = 0, Counter()
+    for name, parameter in parameters:
+        if name in linear:
+            state = getattr(parameter, "quant_state", None)
+            packed += parameter.numel() if state is None else state.shape.numel()
+        else:
+            kept[re.sub(r"\.\d+\.", ".*.", name)] += parameter.numel()
+    return UnfusedSizes(packed, dict(kept))
+
+
+def sizes_of_config(config: PretrainedConfig, *, trust_remote_code: bool = False) -> UnfusedSizes:
+    """Sizes of the model that transformers makes of a config; no weights are read and no memory is taken."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = model.get_output_embeddings()
+    linear = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head
+    }
+    return unfused_sizes(model.named_parameters(), linear)
 
 
 def load_unfused(
@@ -21,6 +100,7 @@ def load_unfused(
     quantization: Quantization,
     trust_remote_code: bool,
     allow_pickle: bool,
+    notes: list[str],
 ) -> PreTrainedModel:
     """A causal language model through `AutoModelForCausalLM`.
 
@@ -28,6 +108,7 @@ def load_unfused(
         location: a checkpoint whose weights are on disk.
         config: its config; one that names a quantisation is loaded as it is.
         device, dtype, quantization, trust_remote_code, allow_pickle: as in `load.Request`.
+        notes: gets a line on what stays in 16 bits.
 
     Raises:
         ModelError: transformers cannot load it, or its layers cannot be packed on this device.
@@ -57,9 +138,11 @@ def load_unfused(
             f"{location.name}: transformers cannot load this {config.model_type} model: {error}"
         ) from error
     model.generate = partial(generate_in_inference_mode, model, model.generate)
+    packed = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, bnb.nn.Linear4bit):
             continue
+        packed.add(f"{name}.weight")
         if not fits_nf4(layer, device):
             raise ModelError(
                 f"{location.name}: {name} has rows of {layer.in_features} values, which bitsandbytes computes wrongly on a "
@@ -67,4 +150,6 @@ def load_unfused(
             )
         # bitsandbytes would repack the weight in an eval forward, and later gradients would be wrong
         layer.support_avx512bf16_for_cpu = False
+    if quantization.enabled:
+        notes.append(unfused_sizes(model.named_parameters(), packed).note(dtype.itemsize))
     return model

@@ -13,13 +13,20 @@ from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.families import family_of
 from oribi.models.gguf_source import GGUFSource
 from oribi.models.locate import HubOptions, Location, locate, locate_base
-
-# NF4 with double quantisation: half a byte of codes; a byte for every 64 weights, of which 256 share a float32
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+from oribi.models.unfused import NF4_BYTES, UnfusedSizes, sizes_of_config
 
 
 class OutsideFamilyTable(ModelError):
-    """The model exists, and its memory is not known: transformers' class runs it."""
+    """The model exists, and of its memory only the weights are known: transformers' class runs it.
+
+    Args:
+        message: which model.
+        sizes: of its weights; None where its class cannot be built here.
+    """
+
+    def __init__(self, message: str, sizes: UnfusedSizes | None) -> None:
+        super().__init__(message)
+        self.sizes = sizes
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,15 @@ def architecture_of(
     if family_of(config) is None:
         raise OutsideFamilyTable(
             f"{location.name}: model_type {config.model_type!r} is outside oribi's family table; it trains as transformers' "
-            "class, whose memory is not estimated"
+            "class, of whose memory only the weights are estimated",
+            _sizes(config, trust_remote_code),
         )
     config.__dict__.pop("quantization_config", None)
     return Architecture(name, config, location, build(config, dtype=dtype))
+
+
+def _sizes(config: PretrainedConfig, trust_remote_code: bool) -> UnfusedSizes | None:
+    try:
+        return sizes_of_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # code of the model's own: where it fails, loading says why
+        return None

@@ -20,6 +20,7 @@ from oribi.errors import ConfigError
 from oribi.kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 from oribi.models.fused_layer import MLP_TOKENS, POLICIES, Keep
 from oribi.models.host_memory import buffer_size
+from oribi.models.unfused import UnfusedSizes
 from oribi.train.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.train.arguments import FLAT_OPTIMIZERS
 from oribi.train.gpus import Gpu
@@ -340,10 +341,32 @@ def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except OutsideFamilyTable:
-        return  # the loader says so
+    except OutsideFamilyTable as outside:
+        require_weights_fit(outside.sizes, config, dtype, environment)
+        return
     training = Training(architecture, config, psutil.virtual_memory().available)
     require_fit(training, environment.device_name, environment.memory_bytes)
+
+
+def require_weights_fit(
+    sizes: UnfusedSizes | None, config: RunConfig, dtype: torch.dtype, environment: Environment
+) -> None:
+    """Refuse a run of a model outside the family table whose weights alone are too large.
+
+    Raises:
+        ConfigError: they are above the device's memory.
+    """
+    if sizes is None:
+        return  # loading says what is wrong
+    parts = sizes.parts(dtype.itemsize, config.load_in_4bit and not config.full_finetuning)
+    needed, free = sum(parts.values()), usable(environment.memory_bytes)
+    if needed > free:
+        named = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items() if size)
+        raise ConfigError(
+            f"the weights of {config.model} alone take {needed / 2**30:.1f} GiB ({named}) and {environment.device_name} has "
+            f"{free / 2**30:.1f} GiB for it. Take a smaller model"
+            + ("; experts stay in 16 bits under load_in_4bit" if parts["experts"] else "")
+        )
 
 
 def require_fit(training: Training, gpu_name: str, memory_bytes: int) -> None:
