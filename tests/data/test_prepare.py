@@ -1,6 +1,7 @@
 """prepare_dataset from rows to tokens: counts, policies, cache, streams, and what stops it."""
 
 import json
+import multiprocessing
 import time
 
 import datasets
@@ -381,6 +382,70 @@ def test_without_the_cache_nothing_is_kept(prepare, chatml_tokenizer, tmp_path):
     for _ in range(2):
         assert not prepare([{"messages": ONE_TURN}], chatml_tokenizer, use_cache=False).report.from_cache
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "damaged"),
+    [
+        ("arrow", lambda content: content[: len(content) // 2]),
+        ("arrow", lambda content: b""),
+        ("json", lambda content: content[: len(content) // 2]),
+        ("json", lambda content: b"[]"),
+    ],
+)
+def test_a_damaged_cache_is_made_anew_with_a_line(prepare, chatml_tokenizer, tmp_path, kind, damaged):
+    rows, said = [{"messages": ONE_TURN}] * 50, []
+    first = prepare(rows, chatml_tokenizer)
+    (file,) = (tmp_path / "cache" / "oribi").glob(f"*.{kind}")
+    content = file.read_bytes()
+    file.unlink()  # a file that is mapped must not shrink
+    file.write_bytes(damaged(content))
+    again = prepare(rows, chatml_tokenizer, announce=said.append)
+    assert not again.report.from_cache
+    assert "prepared data is damaged" in said[0]
+    assert list(again.dataset) == list(first.dataset)
+    assert prepare(rows, chatml_tokenizer).report.from_cache
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_done_without(prepare, chatml_tokenizer, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    said, options = [], {"cache_dir": tmp_path / "file"}
+    for _ in range(2):
+        found = prepare([{"messages": ONE_TURN}], chatml_tokenizer, announce=said.append, **options)
+        assert len(found.dataset) == 1
+    assert sum("the folder cannot be written" in line for line in said) == 1
+
+
+def _prepare_in_a_fork(tokenizer, cache_dir, queue, rows):
+    try:
+        found = prepare_dataset(
+            rows, tokenizer, max_seq_length=256, cache_dir=cache_dir, progress=False, announce=None
+        )
+        queue.put((found.report.from_cache, len(found.dataset)))
+    except DataError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_processes_that_prepare_the_same_data_write_it_once(chatml_tokenizer, tmp_path, good):
+    rows = [{"messages": ONE_TURN}] * 300 + ([] if good else [{"messages": "none"}])
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_prepare_in_a_fork, args=(chatml_tokenizer, tmp_path, queue, rows))
+        for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    found = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    if good:
+        assert sorted(found) == [(False, 300), (True, 300), (True, 300), (True, 300)]
+        assert sorted(f.suffix for f in (tmp_path / "oribi").iterdir()) == [".arrow", ".json"]
+    else:
+        assert len(set(found)) == 1
+        assert "row 301" in found[0]
 
 
 def test_streams_are_prepared_as_they_are_read(prepare, chatml_tokenizer):

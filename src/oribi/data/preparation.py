@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import datasets
 import pyarrow as pa
@@ -152,7 +153,7 @@ class Preparation:
 
     def write(self, path: Path, progress: bool) -> None:
         """Write all examples as an Arrow file, under a temporary name until it is complete."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # process ids repeat among machines
         bar = tqdm(desc=f"Preparing {self.report.source}", unit=" rows", disable=not progress)
         try:
             with bar, datasets.arrow_writer.ArrowWriter(features=FEATURES, path=str(temporary)) as writer:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 
+from oribi.data.cache import prepared
 from oribi.data.preparation import FEATURES, Preparation, Settings
 from oribi.data.report import DataReport
 from oribi.data.sources import open_source
@@ -115,22 +113,7 @@ def prepare_dataset(
         stream = datasets.IterableDataset.from_generator(preparation.rows, features=FEATURES)
         return PreparedData(stream, preparation.report)
     key = preparation.cache_key() if use_cache else None
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "oribi"
-    if key and (folder / f"{key}.json").exists() and (folder / f"{key}.arrow").exists():
-        report = DataReport.from_dict(json.loads((folder / f"{key}.json").read_text(encoding="utf-8")))
-        report.from_cache = True
-        preparation.announce(report.first_row)
-        return PreparedData(datasets.Dataset.from_file(str(folder / f"{key}.arrow")), report)
-    if not key:
-        folder = Path(
-            datasets.fingerprint.get_temporary_cache_files_directory()
-        )  # emptied when the program ends
-    name = key or f"prepared-{time.time_ns()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    preparation.write(folder / f"{name}.arrow", progress)
-    if key:
-        preparation.report.save(folder / f"{key}.json")
-    return PreparedData(datasets.Dataset.from_file(str(folder / f"{name}.arrow")), preparation.report)
+    return PreparedData(*prepared(preparation, key, cache_dir, progress))
 
 
 def make_preparation(
