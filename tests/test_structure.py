@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent / "src" / "oribi"
 
 # a part imports its own level's neighbours only where it is the same part, and lower levels freely
 LEVELS = {
-    "errors": 0, "streams": 0, "text": 0, "config_hints": 0, "config_yaml": 1, "environment": 1, "run_record": 1, "config": 2, "config_schema": 3, "config_text": 3, "dialects": 3, "kernels": 3, "models": 4, "lora": 5,
+    "errors": 0, "streams": 0, "text": 0, "config_hints": 0, "config_yaml": 1, "environment": 1, "run_record": 1, "config": 2, "config_schema": 3, "config_text": 3, "dialects": 3, "chat": 3, "kernels": 3, "models": 4, "lora": 5,
     "save": 6, "language_model": 7, "train": 7, "run": 8, "runs": 9, "demo": 10, "selftest": 10, "cli": 11,
     "__main__": 12,
 }  # fmt: skip
 # beside the chain: knows no model and no kernel, and serves those that train
-DATA_IMPORTS = {"errors", "data"}
+DATA_IMPORTS = {"errors", "chat", "data"}
 DATA_SERVES = {"data", "train", "run", "runs", "demo", "selftest", "cli"}
 # library -> the parts that may import it
 HOMES = {

@@ -17,6 +17,14 @@ class ModelError(OribiError, ValueError):
     """A checkpoint cannot be loaded, or a model cannot do what was asked of it."""
 
 
+class ChatTemplateError(ModelError):
+    """A chat template refuses a conversation, or fails on it."""
+
+
+class TemplateLimitError(ChatTemplateError):
+    """A chat template takes too long or makes too much."""
+
+
 class ExportError(OribiError, RuntimeError):
     """A saved model could not be written, or does not say the same as the trained one."""
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-
+from oribi.chat.template import name_of, render, render_with_generation_spans
 from oribi.data.conversations import REASONING_FIELDS
 from oribi.data.encoding import added_tokens
-from oribi.errors import DataError
+from oribi.errors import ChatTemplateError, DataError, TemplateLimitError
 
 # One character a piece of text, from a private plane: no data holds it, no trim removes it, JSON leaves it alone.
 SLOT_BASE = 0x10F000
@@ -54,6 +53,7 @@ class ChatTemplate:
                 'tokenizer = get_chat_template(tokenizer, "chatml") (names: oribi.data.templates.NAMES).'
             )
         self.tokenizer = tokenizer
+        self.name = name_of(tokenizer) if template is None else "the chat template"
         self._template = template
         self._context = {**tokenizer.special_tokens_map, **(kwargs or {})}
         self._sources: dict[bool, str] = {}
@@ -78,37 +78,21 @@ class ChatTemplate:
 
         Raises:
             DataError: the template refuses the conversation; the message is the template's.
+            TemplateLimitError: the template takes too long or makes too much, as it may for every row.
         """
-        return self._render(messages, tools, add_generation_prompt=add_generation_prompt, **kwargs)[0][0]
+        variables = {**self._context, **kwargs, "add_generation_prompt": add_generation_prompt}
+        with _row_errors():
+            return render(self.source(tools), messages, tools, name=self.name, **variables)
 
     def render_with_generation_spans(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **kwargs: Any
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text and the character spans of its {% generation %} blocks."""
-        texts, spans = self._render(messages, tools, return_assistant_tokens_mask=True, **kwargs)
-        return texts[0], spans[0]
-
-    def _render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **kwargs: Any
-    ) -> Any:
-        try:
-            return render_jinja_template(
-                [messages],
-                tools=tools or None,
-                chat_template=self.source(tools),
-                **{**self._context, **kwargs},
+        variables = {**self._context, **kwargs}
+        with _row_errors():
+            return render_with_generation_spans(
+                self.source(tools), messages, tools, name=self.name, **variables
             )
-        except TemplateError as error:
-            roles = [m.get("role") for m in messages]
-            raise DataError(
-                f"the chat template refuses this conversation ({error}); its roles are {roles}. Correct the row, or "
-                "choose another template with get_chat_template."
-            ) from error
-        except (TypeError, KeyError, ValueError) as error:
-            raise DataError(
-                f"the chat template failed on this conversation ({type(error).__name__}: {error}). Correct the row, or "
-                "choose another template with get_chat_template."
-            ) from error
 
     def adapt(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None
@@ -219,6 +203,17 @@ class ChatTemplate:
                 "roles 'user' and 'assistant'. Use get_chat_template to set another one."
             )
         return SLOT.split(rendered.split(slot(1))[-1])[0]
+
+
+@contextmanager
+def _row_errors() -> Iterator[None]:
+    """A template that fails on a conversation is an error of that row; one beyond the limits is none of the row's."""
+    try:
+        yield
+    except TemplateLimitError:
+        raise
+    except ChatTemplateError as error:
+        raise DataError(str(error)) from error
 
 
 def shared_prefix(a: str, b: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from oribi.chat.template import render_chat
 from oribi.data.columns import MESSAGES as MESSAGE_COLUMNS
 from oribi.data.columns import Columns, as_text, short
 from oribi.errors import ConfigError, DataError
@@ -238,7 +239,7 @@ def apply_chat_template(
     standard = standardize_data_formats(dataset.select_columns(column))
 
     def render(batch: Mapping[str, list[Any]]) -> dict[str, list[str]]:
-        return {"text": [tokenizer.apply_chat_template(m, tokenize=False) for m in batch[column]]}
+        return {"text": [render_chat(tokenizer, m) for m in batch[column]]}
 
     texts = standard.map(render, batched=True, desc="Applying the chat template", remove_columns=column)
     return datasets.concatenate_datasets([dataset, texts], axis=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from oribi.chat.template import render_chat
 from oribi.errors import ModelError
 
 
@@ -111,5 +112,5 @@ def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]] | list[int]) -
         return list(prompt)
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = render_chat(tokenizer, prompt, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

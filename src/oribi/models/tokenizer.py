@@ -6,7 +6,6 @@ The vocabulary never changes here. Every repair is reported as one line.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders
 from transformers import (
     AutoTokenizer,
@@ -16,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oribi.errors import ModelError
+from oribi.chat.template import render_chat
+from oribi.errors import ChatTemplateError, ModelError, TemplateLimitError
 
 # tokens that models reserve for padding, the most specific first
 _PAD_NAMES = (
@@ -156,18 +156,19 @@ def repair(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind an assistant's answer, or None."""
+    """The special token that the chat template puts behind an assistant's answer, or None.
+
+    Raises:
+        TemplateLimitError: the template takes too long or makes too much.
+    """
     if not tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        KeyError,
-    ):  # a template that takes no such chat says nothing
+        text = render_chat(tokenizer, messages)
+    except TemplateLimitError:
+        raise
+    except ChatTemplateError:  # a template that takes no such chat says nothing
         return None
     tail = text.rpartition(_PROBE)[2]
     ids = tokenizer(tail, add_special_tokens=False).input_ids

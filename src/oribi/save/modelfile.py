@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from oribi.errors import ConfigError
+from oribi.chat.template import render
+from oribi.errors import ChatTemplateError, ConfigError
 from oribi.save.escape import Unwritable, for_go_template, for_modelfile
 from oribi.save.stopping import rendered
 
@@ -148,10 +149,14 @@ def _writes_the_date(tokenizer: Any) -> bool:
     )
     conversation = _conversation(1, system=False)
     try:
-        found = tokenizer.apply_chat_template(
-            conversation, tokenize=False, chat_template=other, add_generation_prompt=True
+        found = render(
+            other,
+            conversation,
+            name="the chat template",
+            add_generation_prompt=True,
+            **tokenizer.special_tokens_map,
         )
-    except Exception:  # the template does more with the date than write it
+    except ChatTemplateError:  # the template does more with the date than write it
         return True
     return "oribi-date" in found
 

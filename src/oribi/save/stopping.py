@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from oribi.errors import ConfigError
+from oribi.chat.template import render_chat
+from oribi.errors import ChatTemplateError, ConfigError
 
 _ANSWER = "Ganz genau so."
 _QUESTION = {"role": "user", "content": "So?"}
@@ -21,12 +22,13 @@ def rendered(tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool = F
         ConfigError: the template refuses the conversation.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **values)
-    except Exception as error:  # a template is a program of someone else's and raises whatever it likes
+        return render_chat(tokenizer, messages, add_generation_prompt=prompt, **values)
+    except ChatTemplateError as error:
+        cause = error.__cause__
         raise ConfigError(
             f"the chat template fails on a conversation of {', '.join(str(m.get('role')) for m in messages)}: "
-            f"{type(error).__name__}: {error}. Set another with get_chat_template"
-        ) from error
+            f"{type(cause).__name__}: {cause}. Set another with get_chat_template"
+        ) from cause
 
 
 def renders(tokenizer: Any) -> bool:
