@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 
 from oribi.errors import ModelError
-from oribi.models.locate import HubOptions, adapter_weights, locate, read_json
+from oribi.models.adapter_config import read_adapter_settings
+from oribi.models.checkpoint import read_header
+from oribi.models.locate import HubOptions, adapter_weights, locate
 
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$"
@@ -75,8 +77,9 @@ def read_adapter(name: str) -> AdapterContents:
             f"{name} is no adapter: it has no adapter_config.json; `oribi inspect model` shows models"
         )
     path = adapter_weights(location, HubOptions())
-    found = AdapterContents(name, path, read_json(location.directory / "adapter_config.json"))
+    found = AdapterContents(name, path, read_adapter_settings(location))
     pairs: dict[str, dict[str, torch.Tensor]] = {}
+    read_header(path)  # a damaged file is named
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)
             match = _FACTOR.match(key)

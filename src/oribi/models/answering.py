@@ -91,6 +91,8 @@ def _generate(
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.no_grad():
+        if model.generation_config.stop_strings:
+            settings = {"tokenizer": tokenizer, **settings}
         out = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens, **settings)
     return out[:, longest:].tolist()
 

@@ -7,7 +7,7 @@ before the first byte of data is read. N out features, K in features of a linear
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,6 +21,7 @@ from torch import nn
 
 from oribi.errors import ModelError
 from oribi.kernels import nf4
+from oribi.models.locate import open_bytes
 
 # layers that share an input lie next to each other in one buffer, so that one launch can dequantise them
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -50,26 +51,45 @@ class SafetensorsSource:
     Args:
         files: the shards.
         rename: the model's name for a stored name; None leaves the tensor out.
+        shard_of: the shard of each stored name, as an index says; None where there is none.
 
     Raises:
-        ModelError: a file is damaged, or holds tensors of a dtype that is no 16- or 32-bit float.
+        ModelError: a file is damaged, holds tensors of a dtype that is no 16- or 32-bit float, or lacks a tensor that the
+            index looks for in it; or the same tensor lies in several files and no index says which counts.
     """
 
     def __init__(
-        self, files: Sequence[Path], rename: Callable[[str], str | None] = lambda name: name
+        self,
+        files: Sequence[Path],
+        rename: Callable[[str], str | None] = lambda name: name,
+        shard_of: Mapping[str, Path] | None = None,
     ) -> None:
         self._home: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._mapped: tuple[Path, Any] | None = None
+        shard_of = shard_of or {}
         for path in files:
-            for stored, entry in read_header(path).items():
+            header = read_header(path)
+            absent = [stored for stored, home in shard_of.items() if home == path and stored not in header]
+            if absent:
+                raise ModelError(
+                    f"{path}: {len(absent)} tensors are missing that the index looks for in it, {absent[0]} the first. "
+                    "Download it again"
+                )
+            for stored, entry in header.items():
                 name = rename(stored)
-                if name is None:
+                if name is None or shard_of.get(stored, path) != path:
                     continue
                 if entry["dtype"] not in _DTYPES:
                     raise ModelError(
                         f"{path}: tensor {stored} has dtype {entry['dtype']}; oribi loads {', '.join(_DTYPES)}. "
                         "Take the 16-bit release of this model"
+                    )
+                if name in self._home:
+                    other, twin = self._home[name]
+                    raise ModelError(
+                        f"{path}: {stored} lies in {other.name} too, as {twin}, and no index says which counts; leave the "
+                        "files of one model in the folder"
                     )
                 self._home[name] = (path, stored)
                 self._shapes[name] = tuple(entry["shape"])
@@ -82,8 +102,8 @@ class SafetensorsSource:
         if self._mapped is None or self._mapped[0] != path:
             try:
                 self._mapped = (path, safe_open(path, framework="pt", device="cpu"))
-            except SafetensorError as error:
-                raise ModelError(f"{path} has a damaged header: {error}. Download it again") from error
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} cannot be read: {error}. Download it again") from error
         # without a copy the tensor would change with the file and keep the shard mapped
         return self._mapped[1].get_tensor(stored).to(device=device, dtype=dtype, copy=True)
 
@@ -108,8 +128,8 @@ class PickleSource:
         for path in files:
             try:
                 shard = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-                reason = str(error).splitlines()[0]
+            except (RuntimeError, UnpicklingError, EOFError, ValueError, OSError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise ModelError(
                     f"{path} is no file of tensors alone, so it is not read: {reason}"
                 ) from error
@@ -136,7 +156,7 @@ def read_header(path: Path) -> dict[str, dict]:
         ModelError: the file is no safetensors file, is damaged, or is cut short.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, _LONGEST_HEADER):

@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from oribi.errors import ModelError
+from oribi.models.locate import open_bytes
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -53,7 +54,7 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             if file.read(4) != b"GGUF":
                 raise ModelError(f"{path} ({size} bytes) is not a GGUF file; download it again")
             try:
@@ -76,7 +77,7 @@ class GGUFFile:
         rows = out.view(-1, stored.shape[-1])
         row_bytes = stored.nbytes // len(rows)
         step = max(1, _AT_ONCE // stored.shape[-1])
-        with self.path.open("rb") as file:
+        with open_bytes(self.path) as file:
             file.seek(stored.offset)
             for part in rows.split(step):
                 packed = np.fromfile(file, dtype=np.uint8, count=len(part) * row_bytes).reshape(

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
+from oribi.models.config_file import MOST_LAYERS
 from oribi.models.families import FAMILIES, family_of
 from oribi.models.gguf_file import GGUFFile
 
@@ -135,6 +136,10 @@ class GGUFSource:
         if self.value("{arch}.expert_count", 0):
             raise ModelError(f"{self.path} is a mixture of experts, which oribi does not read from GGUF")
         vocab_size, hidden_size = self.shapes()["model.embed_tokens.weight"]
+        if self._number("block_count") > MOST_LAYERS:
+            raise ModelError(
+                f"{self.path}: block_count = {self._number('block_count')}; at most {MOST_LAYERS:,} is possible"
+            )
         heads = self._number("attention.head_count")
         head_dim = self.value("{arch}.attention.key_length") or hidden_size // heads
         settings = {

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import (
-    AutoConfig,
     BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
@@ -20,7 +19,9 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from oribi.errors import ConfigError, ModelError
+from oribi.models.adapter_config import check_against_base, read_adapter_config
 from oribi.models.checkpoint import PickleSource, Quantization, SafetensorsSource, fill
+from oribi.models.config_file import check_decoder, read_config, read_generation, refuse_other_sizes
 from oribi.models.context import extend_context, override_rope
 from oribi.models.decoder import build
 from oribi.models.families import family_of
@@ -33,6 +34,7 @@ from oribi.models.locate import (
     locate,
     locate_base,
     read_json,
+    shard_of,
     weight_files,
     written_name,
 )
@@ -141,7 +143,9 @@ def _load(
 
 def _load_checkpoint(location: Location, request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     directory, notes = location.directory, list(location.notes)
-    config = _read_config(location, request.trust_remote_code)
+    config = read_config(location, trust_remote_code=request.trust_remote_code, notes=notes)
+    generation = read_generation(directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code, notes=notes)
     stored = _stored_quantization(location, config)
     text = getattr(config, "text_config", None)
     if text is not None and family_of(config) is None and family_of(text) is not None:
@@ -156,8 +160,11 @@ def _load_checkpoint(location: Location, request: Request) -> tuple[PreTrainedMo
     fused = family_of(config) is not None
     if fused:
         config.__dict__.pop("quantization_config", None)
+        source = (
+            PickleSource(files, _rename) if pickled else SafetensorsSource(files, _rename, shard_of(location))
+        )
+        refuse_other_sizes(directory / "config.json", config, source.shapes())
         model = build(config, dtype=dtype)
-        source = (PickleSource if pickled else SafetensorsSource)(files, _rename)
         notes += fill(
             model, source, device=request.device, dtype=dtype, quantization=quantization,
             trainable=request.full_finetuning,
@@ -171,10 +178,6 @@ def _load_checkpoint(location: Location, request: Request) -> tuple[PreTrainedMo
             location, config, device=request.device, dtype=dtype, quantization=quantization,
             trust_remote_code=request.trust_remote_code, allow_pickle=pickled, notes=notes,
         )  # fmt: skip
-    generation = None
-    if (directory / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(directory)
-    tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code, notes=notes)
     kind = "bnb-4bit" if stored is not None else "pickle" if pickled else "safetensors"
     return _finish(
         model, tokenizer, generation, location, [directory / "config.json", *files], request, quantization, kind,
@@ -186,6 +189,8 @@ def _load_gguf(location: Location, request: Request) -> tuple[PreTrainedModel, P
     notes = list(location.notes)
     source = GGUFSource(location.file)
     config = source.config
+    check_decoder(location.file, config, notes)
+    refuse_other_sizes(location.file, config, source.shapes())
     dtype = choose_dtype(request, None, notes)
     quantization = choose_quantization(request, notes)
     _choose_positions(config, request, notes)
@@ -216,7 +221,7 @@ def _load_adapter(location: Location, request: Request) -> tuple[PeftModel, PreT
             "(save_pretrained_merged) or load it without full_finetuning"
         )
     adapter_weights(location, request.hub, request.options.use_safetensors is False)
-    settings = PeftConfig.from_pretrained(str(location.directory))
+    settings = read_adapter_config(location)
     options = replace(request.options, subfolder="", gguf_file=None)
     request = replace(request, revision=settings.revision, options=options)
     base_location = locate_base(location, request.hub)
@@ -237,10 +242,15 @@ def _load_adapter(location: Location, request: Request) -> tuple[PeftModel, PreT
             vocab_size = len(tokenizer)
         if request.options.fix_tokenizer:
             repair(tokenizer, vocab_size, generation, max_seq_length=base.oribi.max_seq_length)
+    names = [name for name, _ in base.named_modules()]
+    check_against_base(location, names, base.get_input_embeddings().weight.shape[0])
     try:
         model = PeftModel.from_pretrained(base, str(location.directory), is_trainable=True)
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{location.name} does not fit {base_location.name}: {error}") from error
+    except Exception as error:  # whatever PEFT makes of files that belong to another base
+        raise ModelError(
+            f"{location.name} does not fit {base_location.name}: {error}. Its adapter_config.json or its weights are "
+            "damaged, or belong to another base"
+        ) from error
     train_in_float32(model)
     return model.train(), tokenizer
 
@@ -321,19 +331,10 @@ def mark_quantized(model: PreTrainedModel, quantization: Quantization) -> None:
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
 
 
-def _read_config(location: Location, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(
-            location.directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise ModelError(f"{location.name}: its config.json cannot be read: {error}") from error
-
-
 def _stored_quantization(location: Location, config: PretrainedConfig) -> dict[str, Any] | None:
     """How the checkpoint is quantised, if it is in bitsandbytes' NF4; refuses every other way."""
     stored = getattr(config, "quantization_config", None)
-    if stored is None:
+    if stored is None:  # of the whole model, where config is its text decoder's
         stored = read_json(location.directory / "config.json").get("quantization_config")
     if stored is None:
         return None

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -24,6 +24,7 @@ from oribi.run_record import newest_model
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
 _ELSEWHERE = ["original/*", "onnx/*", "coreml/*", "openvino/*", "gguf/*"]
 _INDEX = "model.safetensors.index.json"
+_LARGEST_JSON = 64 << 20  # bytes; an index of thousands of tensors has a few
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -70,14 +71,20 @@ def locate(name: str, options: HubOptions, gguf_file: str | None = None) -> Loca
     Raises:
         ModelError: nothing usable is there.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    try:
+        path = Path(name).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name of 300 characters; a user's folder that is unknown
+        raise ModelError(
+            f"{name!r} is no possible name of a model: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    if is_file:
         if path.suffix == ".gguf":
             return Location("gguf", path.parent, name, path)
         raise ModelError(
             f"{name} is a file but not a .gguf file; give the directory of a checkpoint or a hub name"
         )
-    if path.is_dir():
+    if is_folder:
         return _in_directory(path / options.subfolder, name, gguf_file)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(f"there is no directory or file {name}")
@@ -134,7 +141,7 @@ def weight_files(location: Location, options: HubOptions, allow_pickle: bool = F
         ModelError: there are no weights, a shard is missing, or there are only pickles.
     """
     directory = location.directory
-    names = _indexed(directory / _INDEX)
+    names = _shards(directory / _INDEX)
     if names is None:
         names = ["model.safetensors"]
         _fetch(location, options, names)
@@ -178,7 +185,7 @@ def _pickles(location: Location, options: HubOptions, allow_pickle: bool) -> lis
         )
     directory = location.directory
     _fetch(location, options, list(_PICKLES))
-    names = _indexed(directory / _PICKLES[1]) or [_PICKLES[0]]
+    names = _shards(directory / _PICKLES[1]) or [_PICKLES[0]]
     _fetch(location, options, names)
     if not all((directory / name).is_file() for name in names):
         raise ModelError(
@@ -187,21 +194,41 @@ def _pickles(location: Location, options: HubOptions, allow_pickle: bool) -> lis
     return [directory / name for name in names]
 
 
-def _indexed(index: Path) -> list[str] | None:
+def shard_of(location: Location) -> dict[str, Path] | None:
+    """The shard that each tensor is read from, as the checkpoint's index says; None where there is no index.
+
+    Raises:
+        ModelError: the index is damaged, or names a file outside its folder.
+    """
+    found = _weight_map(location.directory / _INDEX)
+    return None if found is None else {name: location.directory / shard for name, shard in found.items()}
+
+
+def _shards(index: Path) -> list[str] | None:
+    found = _weight_map(index)
+    return None if found is None else sorted(set(found.values()))
+
+
+def _weight_map(index: Path) -> dict[str, str] | None:
     if not index.is_file():
         return None
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} is no index of shards: {error}") from error
+    found = read_json(index).get("weight_map")
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(isinstance(shard, str) for shard in found.values())
+    ):
+        raise ModelError(
+            f"{index} is no index of shards: its weight_map does not name a file for each tensor"
+        )
     outside = [
-        name for name in names if not isinstance(name, str) or name != PurePath(name).name or "\\" in name
+        shard for shard in found.values() if shard != PurePath(shard).name or "\\" in shard or "\0" in shard
     ]
     if outside:
         raise ModelError(
             f"{index} names the shard {outside[0]!r}; shards lie beside their index, so this is refused"
         )
-    return names
+    return found
 
 
 def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location:
@@ -302,9 +329,34 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ModelError: the file is not JSON.
+        ModelError: the file cannot be read, is larger than settings are, is not JSON, or holds no object.
     """
     try:
-        return json.loads(path.read_text())
+        with open_bytes(path) as file:
+            raw = file.read(_LARGEST_JSON + 1)
+        if len(raw) > _LARGEST_JSON:
+            raise ModelError(f"{path}: larger than {_LARGEST_JSON >> 20} MiB, so it holds no settings")
+        found = json.loads(raw.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ModelError(f"{path}:{error.lineno}: {error.msg}") from error
+        raise ModelError(f"{path}:{error.lineno}: no valid JSON: {error.msg}. Download it again") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path}: no valid JSON: {error}. Download it again") from error
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"{path}: expected keys with values, got a {type(found).__name__}. Download it again"
+        )
+    return found
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A file of a model, to be read.
+
+    Raises:
+        ModelError: this user may not read it, or it is gone.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error

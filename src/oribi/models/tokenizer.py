@@ -17,6 +17,7 @@ from transformers import (
 
 from oribi.chat.template import render_chat
 from oribi.errors import ChatTemplateError, ModelError, TemplateLimitError
+from oribi.models.locate import read_json
 
 # tokens that models reserve for padding, the most specific first
 _PAD_NAMES = (
@@ -39,6 +40,16 @@ CHATML = (
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _PROBE = "oribi"
+_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    *_OBJECTS,
+    "chat_template.jinja",
+)
 # what rules of cutting differ on; the leading space is one that some classes add
 _CUTS = " Hello world's  1234567 naïve\n\n\tx=(y+1); 你好ですか? I'LL 👍🏽"
 
@@ -76,21 +87,35 @@ def load_tokenizer(
     Raises:
         ModelError: there is none, or it cannot be read.
     """
+    for name in _OBJECTS:
+        if (directory / name).is_file():
+            read_json(directory / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        _try(tokenizer)
         if _cuts_as_stored(tokenizer, directory / "tokenizer.json"):
             return tokenizer
         stored = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"no tokenizer can be loaded from {directory}: {error}") from error
+    except Exception as error:  # tokenizers raises bare exceptions, and values of other types end anywhere
+        names = [name for name in _FILES if (directory / name).is_file()]
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
+        raise ModelError(
+            f"no tokenizer can be loaded from {directory} ({', '.join(names) or 'it has no tokenizer.json'}): {reason}"
+        ) from error
     if notes is not None:
         notes.append(
             f"tokenizer: transformers takes it for a {type(tokenizer).__name__}, which cuts text otherwise than its "
             "tokenizer.json; the file is taken as it stands"
         )
     return stored
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What every use of a tokenizer asks of it; one that cannot answer is told while it loads."""
+    tokenizer.decode(tokenizer(_CUTS)["input_ids"])
+    len(tokenizer), tokenizer.all_special_ids, tokenizer.get_vocab()
 
 
 def _cuts_as_stored(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:

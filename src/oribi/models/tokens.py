@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from oribi.models.config_file import read_generation
 from oribi.models.gguf_source import GGUFSource
 from oribi.models.gguf_tokenizer import rebuild_tokenizer
 from oribi.models.locate import HubOptions, locate, locate_base, read_json
@@ -39,14 +40,13 @@ def tokenizer_of(
         repair(tokenizer, config.vocab_size, generation, max_seq_length=config.max_position_embeddings)
         return tokenizer
     tokenizer = load_tokenizer(location.directory, trust_remote_code=trust_remote_code)
-    if (location.directory / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(location.directory)
-    config = (
-        read_json(location.directory / "config.json")
-        if (location.directory / "config.json").is_file()
-        else {}
-    )
-    config = config.get("text_config", config)
-    vocab_size = config.get("vocab_size") or len(tokenizer)
-    repair(tokenizer, vocab_size, generation, max_seq_length=config.get("max_position_embeddings") or 2048)
+    generation = read_generation(location.directory) or generation
+    file = location.directory / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if isinstance(text := config.get("text_config"), dict):
+        config = text
+    vocab_size, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    vocab_size = vocab_size if type(vocab_size) is int and vocab_size > 0 else len(tokenizer)
+    positions = positions if type(positions) is int and positions > 0 else 2048
+    repair(tokenizer, vocab_size, generation, max_seq_length=positions)
     return tokenizer

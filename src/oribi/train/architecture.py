@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
+from oribi.models.config_file import read_config
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.families import family_of
 from oribi.models.gguf_source import GGUFSource
@@ -109,12 +110,7 @@ def architecture_of(
     if location.kind == "gguf":
         config = GGUFSource(location.file).config
     else:
-        try:
-            config = AutoConfig.from_pretrained(
-                location.directory, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-        except (ValueError, KeyError, OSError, TypeError) as error:
-            raise ModelError(f"{location.name}: its config.json cannot be read: {error}") from error
+        config = read_config(location, trust_remote_code=trust_remote_code)
     text = getattr(config, "text_config", None)
     if text is not None and family_of(config) is None and family_of(text) is not None:
         text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)

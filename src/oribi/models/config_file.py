@@ -1,0 +1,326 @@
+"""config.json and generation_config.json, read once and checked: every field that the decoder computes with.
+
+transformers reads the types; what fits no network, such as heads that do not divide, is refused here with the file and the
+field, before anything is built.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
+
+from oribi.errors import ModelError
+from oribi.models.families import family_of
+from oribi.models.locate import Location, read_json
+from oribi.models.rope import RotaryAngles
+from oribi.text import nearest, shown
+
+MOST_LAYERS = (
+    4096  # the deepest models have some hundreds; each layer costs host memory before a weight is read
+)
+_MOST = 2**31 - 1
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+# names of the number of layers in configs of models outside the family table
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+_CHOICES_OF_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")  # fmt: skip
+
+
+def read_config(
+    location: Location, *, trust_remote_code: bool = False, notes: list[str] | None = None
+) -> PretrainedConfig:
+    """The checkpoint's config, with whatever transformers makes of it, fit for a decoder of the family table.
+
+    Args:
+        location: of kind "checkpoint".
+        trust_remote_code: whether a config class that comes with the model may run.
+        notes: gets a line for each field that is not followed.
+
+    Raises:
+        ModelError: naming the file, and each field that no network can have.
+    """
+    file = location.directory / "config.json"
+    settings = read_json(file)
+    _refuse_impossible_sizes(file, settings)
+    _check_quantization(file, settings.get("quantization_config"))
+    kind = settings.get("model_type")
+    if not settings.get("auto_map") and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        near = nearest(kind, CONFIG_MAPPING) if isinstance(kind, str) else None
+        raise ModelError(
+            f"{file}: model_type = {shown(kind)}: transformers {transformers.__version__} knows no such model"
+            + (f"; did you mean {near}?" if near else "")
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            location.directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # a value of another type may end anywhere in the class
+        raise ModelError(f"{file}: {_one_line(error)}") from error
+    chosen = [name for name in _CHOICES_OF_KERNELS if settings.get(name) is not None]
+    if chosen:  # which might name kernels of a hub
+        config._attn_implementation = config._experts_implementation = None
+        if notes is not None:
+            notes.append(f"{' and '.join(chosen)} of config.json: not followed, the machine chooses")
+    dtype = config.dtype
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        given = settings.get("dtype", settings.get("torch_dtype"))
+        raise ModelError(f"{file}: dtype = {shown(given)} is no float type")
+    text = getattr(config, "text_config", None)
+    if "text_config" in settings and not isinstance(text, PretrainedConfig):
+        raise ModelError(
+            f"{file}: text_config = {shown(text)}: a model of type {kind} holds no other; take the field out"
+        )
+    for one in (config, text):
+        if one is not None and family_of(one) is not None:
+            check_decoder(file, one, notes)
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+def _refuse_impossible_sizes(file: Path, settings: Mapping[str, Any]) -> None:
+    """Sizes that cost time and memory, or a division by zero, before anything compares them with the files."""
+    for part in (settings, settings.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        for name in (*_SIZES, *_LAYERS):
+            value, most = part.get(name), MOST_LAYERS if name in _LAYERS else _MOST
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
+            if value > most or (value < 1 and name in _SIZES):
+                raise ModelError(
+                    f"{file}: {name} = {shown(value)}: must be a whole number from 1 to {most:,}"
+                )
+
+
+def _check_quantization(file: Path, quantization: Any) -> None:
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{file}: quantization_config = {shown(quantization)}; it holds keys with values")
+    skipped = quantization.get("llm_int8_skip_modules")
+    if skipped is not None and not _are(skipped, str):
+        raise ModelError(f"{file}: llm_int8_skip_modules = {shown(skipped)}; it is a list of names")
+
+
+def check_decoder(file: Path, config: PretrainedConfig, notes: list[str] | None = None) -> None:
+    """Compares a config with what its family's decoder can be; ids of no token are dropped with a note.
+
+    Raises:
+        ModelError: naming the file, and every field that does not fit.
+    """
+    problems = [
+        f"{name} = {shown(getattr(config, name))}: must be a whole number from 1 to {MOST_LAYERS if name in _LAYERS else _MOST:,}"
+        for name in _SIZES
+        if not _whole(getattr(config, name), 1, MOST_LAYERS if name in _LAYERS else _MOST)
+    ]
+    problems = problems or [*_check_heads(config), *_check_numbers(config), *_check_lists(config)]
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not _are(ids, int):
+            problems.append(f"{name} = {shown(value)}: must be the number of a token")
+        elif not problems and not all(0 <= token < config.vocab_size for token in ids):
+            setattr(config, name, None)
+            if notes is not None:
+                notes.append(
+                    f"{name} of config.json: {shown(value)} is none of {config.vocab_size} tokens; not used"
+                )
+    if not problems:
+        problems += _check_rope(config)
+    if problems:
+        raise ModelError(f"{file}: " + "; ".join(problems))
+
+
+def _check_heads(config: PretrainedConfig) -> list[str]:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim, found = getattr(config, "head_dim", None), []
+    if heads % kv_heads:
+        found.append(f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}")
+    if head_dim is None and config.hidden_size % heads:
+        found.append(f"hidden_size = {config.hidden_size} is no multiple of num_attention_heads = {heads}")
+    head_dim = config.hidden_size // heads if head_dim is None else head_dim
+    if not _whole(head_dim, 2, 65536) or head_dim % 2:
+        found.append(f"head_dim = {shown(head_dim)}: must be an even number")
+    return found
+
+
+def _check_numbers(config: PretrainedConfig) -> list[str]:
+    family = family_of(config)
+    positive = ["rms_norm_eps"] + [family.attention_scale] * (family.attention_scale is not None)
+    optional = ["attn_logit_softcapping", "final_logit_softcapping"] * family.softcaps
+    nonzero = ["embedding_multiplier", "residual_multiplier", "logits_scaling"] * family.multipliers
+    found = [
+        f"{name} = {shown(getattr(config, name))}: must be a number above 0"
+        for name in [*positive, *optional]
+        if not (_finite(getattr(config, name)) and getattr(config, name) > 0)
+        and not (name in optional and getattr(config, name) is None)
+    ]
+    found += [
+        f"{name} = {shown(getattr(config, name))}: must be a number other than 0"
+        for name in nonzero
+        if not _finite(getattr(config, name)) or getattr(config, name) == 0
+    ]
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not _whole(window, 1, _MOST):  # caches read it in every family
+        found.append(f"sliding_window = {shown(window)}: must be a whole number above 0, or null")
+    return found
+
+
+def _check_lists(config: PretrainedConfig) -> list[str]:
+    family, layers, found = family_of(config), config.num_hidden_layers, []
+    kinds = getattr(config, "layer_types", None)
+    if (family.windows == "layer_types" or family.rope_by_layer_type) and not (
+        isinstance(kinds, list)
+        and len(kinds) == layers
+        and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    ):
+        found.append(f"layer_types: must be full_attention or sliding_attention for each of {layers} layers")
+    rotated = getattr(config, "no_rope_layers", None)
+    if family.no_rope_layers and not (_are(rotated, int, bool) and len(rotated) == layers):
+        found.append(f"no_rope_layers: must be 0 or 1 for each of {layers} layers")
+    return found
+
+
+def _check_rope(config: PretrainedConfig) -> list[str]:
+    """Computes the angles of one position, since each kind of RoPE has fields of its own."""
+    family, found = family_of(config), []
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for kind in sorted(set(config.layer_types)) if family.rope_by_layer_type else [None]:
+        where = f"rope_parameters of {kind}" if kind else "rope_parameters"
+        try:
+            angles = RotaryAngles(config, kind)
+            with torch.device("cpu"):
+                cos, sin = angles.angles(torch.ones(1, dtype=torch.int64), config.max_position_embeddings)
+        except Exception as error:  # transformers' formulas take what the file says
+            found.append(f"{where}: {_one_line(error)}")
+            continue
+        if not (torch.isfinite(cos).all() and torch.isfinite(sin).all()):
+            found.append(f"{where} = {shown_fields(angles.parameters)}: its angles are no numbers")
+        elif not 0 < 2 * cos.shape[1] <= head_dim:
+            found.append(f"{where}: {2 * cos.shape[1]} of {head_dim} dimensions would be rotated")
+    return found
+
+
+def shown_fields(fields: Mapping[str, Any]) -> str:
+    """Keys with their values, as a message quotes them."""
+    return ", ".join(f"{key} {shown(value)}" for key, value in list(fields.items())[:8])
+
+
+def refuse_other_sizes(file: Path, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares the sizes that cost most with the checkpoint's headers, before a model of these sizes is built.
+
+    Raises:
+        ModelError: the tensors are those of another size.
+    """
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    found = []
+    if config.num_hidden_layers > 2 * len(layers) + 64:
+        found.append(
+            f"num_hidden_layers = {config.num_hidden_layers}, and the files hold {len(layers)} layers"
+        )
+    table = shapes.get("model.embed_tokens.weight")
+    if table is not None and table != (config.vocab_size, config.hidden_size):
+        found.append(
+            f"vocab_size = {config.vocab_size}, hidden_size = {config.hidden_size}, and the files' embeddings are "
+            f"{list(table)}"
+        )
+    if found:
+        raise ModelError(f"{file}: {'; '.join(found)}. Take the config.json that belongs to the weights")
+
+
+# what `generate` computes with: from, to, whether whole
+_GENERATION = {
+    "temperature": (0, 1e6, False), "top_p": (0, 1, False), "min_p": (0, 1, False), "typical_p": (0, 1, False),
+    "repetition_penalty": (1e-6, 1e6, False), "length_penalty": (-1e6, 1e6, False), "top_k": (0, _MOST, True),
+    "max_length": (1, _MOST, True), "max_new_tokens": (1, _MOST, True), "min_length": (0, _MOST, True),
+    "min_new_tokens": (0, _MOST, True), "num_beams": (1, 4096, True), "num_return_sequences": (1, 4096, True),
+    "no_repeat_ngram_size": (0, _MOST, True), "encoder_no_repeat_ngram_size": (0, _MOST, True),
+    "diversity_penalty": (-1e6, 1e6, False), "guidance_scale": (-1e6, 1e6, False),
+}  # fmt: skip
+
+
+def read_generation(directory: Path) -> GenerationConfig | None:
+    """How the model is meant to answer; None where generation_config.json is not there.
+
+    Raises:
+        ModelError: naming each field that cannot be used; without the file the model loads with its defaults.
+    """
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    settings = {name: value for name, value in read_json(file).items() if value is not None}
+    problems = []
+    for name, (low, high, whole) in _GENERATION.items():
+        value = settings.get(name, low)
+        if not (_whole(value, low, high) if whole else _finite(value) and low <= value <= high):
+            problems.append(
+                f"{name} = {shown(value)}: must be a {'whole ' * whole}number from {low:g} to {high:g}"
+            )
+        elif name in settings and not whole:
+            settings[name] = float(value)  # `generate` refuses 1 where 1.0 is meant
+    problems += [
+        f"{name} = {shown(settings[name])}: must be {allowed}"
+        for names, (allowed, fits) in _GENERATION_IDS.items()
+        for name in names
+        if name in settings and not fits(settings[name])
+    ]
+    if not problems:
+        try:
+            generation = GenerationConfig.from_dict(settings)
+            generation.validate()
+            return generation
+        except Exception as error:  # fields of rarer ways to generate
+            problems.append(_one_line(error))
+    raise ModelError(
+        f"{file}: {'; '.join(problems)}. Correct it, or delete the file to answer by the defaults"
+    )
+
+
+def _is_token(value: Any) -> bool:
+    return _whole(value, 0, _MOST)
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_token, value))
+
+
+_GENERATION_IDS = {
+    ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"): (
+        "the number of a token", lambda value: _is_token(value) or value == -1 or _are_tokens(value),
+    ),
+    ("forced_bos_token_id", "forced_eos_token_id"): ("the number of a token", _is_token),
+    ("suppress_tokens", "begin_suppress_tokens"): ("a list of tokens' numbers", _are_tokens),
+    ("bad_words_ids",): (
+        "a list of lists of tokens' numbers",
+        lambda value: isinstance(value, list) and bool(value) and all(word and _are_tokens(word) for word in value),
+    ),
+    ("stop_strings",): (
+        "a text or a list of texts",
+        lambda value: bool(value) and (isinstance(value, str) or _are(value, str)),
+    ),
+    ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"): (
+        "true or false", lambda value: isinstance(value, bool),
+    ),
+}  # fmt: skip
+
+
+def _whole(value: Any, low: float, high: float) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are(values: Any, *kinds: type) -> bool:
+    return isinstance(values, (list, tuple)) and all(type(value) in kinds for value in values)
