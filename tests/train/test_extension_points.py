@@ -207,6 +207,21 @@ def test_an_optimizer_class_of_the_users_is_taken(make):
     assert type(make(extra=given).create_optimizer()) is torch.optim.SGD
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation_offloading", True),
+        ("chat_template_path", "template.jinja"),
+        ("eos_token", "</s>"),
+        ("packing_strategy", "wrapped"),
+        ("truncation_mode", "keep_end"),
+    ],
+)
+def test_settings_of_trl_that_are_not_done_are_refused(make, load, name, value):
+    with pytest.raises(ConfigError, match=f"{name} = {value!r}"):
+        make(packing=True, **{name: value})
+
+
 def prompt_rows(conversational: bool) -> Dataset:
     row = {"prompt": "why: ", "completion": "because"}
     if conversational:

@@ -318,7 +318,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         loss = self._loss(hidden, targets, labelled, num_items_in_batch) if trains else None
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-        waits = output_logits is None and self.training and trains
+        # a sharded head is whole inside forward only
+        waits = output_logits is None and self.training and trains and self.model.shards is None
         formed = output_logits or (output_logits is None and not waits)
         values = {
             "loss": loss,

@@ -24,6 +24,23 @@ from oribi.train.sharding import settle_sharding
 logger = logging.getLogger(__name__)
 
 NOT_COMPILED = "oribi's layers run kernels and backward passes of their own, which torch.compile cannot trace"
+# fields of trl.SFTConfig that oribi does not do: what they are unset, and what does the same
+NOT_HONOURED = {
+    "activation_offloading": (
+        False,
+        "load or adapt the model with use_gradient_checkpointing='memory', which does it",
+    ),
+    "chat_template_path": (
+        None,
+        "set tokenizer.chat_template, or take oribi.get_chat_template, before the trainer",
+    ),
+    "eos_token": (None, "set tokenizer.eos_token before the trainer"),
+    "packing_strategy": ("bfd", "oribi packs whole documents, as 'bfd' does; leave it out"),
+    "truncation_mode": (
+        "keep_start",
+        "oribi keeps the start; overlong chooses what else happens to long rows",
+    ),
+}
 # these pad a batch into a rectangle and keep given labels: the same loss as one row without padding, for more work
 STOCK_PADDERS = (transformers.DataCollatorForSeq2Seq, transformers.DataCollatorWithPadding)
 
@@ -77,6 +94,13 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
         raise ConfigError(
             f"{asked}: {NOT_COMPILED}. Leave it out; small models run as CUDA graphs without it"
         )
+    problems = [
+        f"{name} = {getattr(args, name)!r}: {remedy}"
+        for name, (unset, remedy) in NOT_HONOURED.items()
+        if getattr(args, name, unset) != unset and (name != "packing_strategy" or args.packing)
+    ]
+    if problems:
+        raise ConfigError("; ".join(problems))
     if args.loss_type != "nll":
         raise ConfigError(f"loss_type = {args.loss_type!r}; oribi's models compute 'nll'")
     for asked, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
@@ -148,6 +172,13 @@ def require_positions(collator: Any, rows: Any, args: SFTConfig) -> None:
             f"{what}, and batches of {type(collator).__name__} do not say where documents begin: they would see each other. "
             "Leave out data_collator, or let it make one row with position_ids that restart at 0 and without attention_mask"
         )
+
+
+def logits_of(outputs: Any) -> torch.Tensor:
+    """The logits that compute_loss returned beside the loss: a model's output, (loss, logits, ...), or the logits."""
+    if isinstance(outputs, dict):
+        return outputs["logits"]
+    return outputs[1] if isinstance(outputs, tuple) else outputs
 
 
 def rows_collator(collator: Any) -> Any:

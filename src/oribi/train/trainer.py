@@ -50,6 +50,7 @@ from oribi.train.setup import (
     kept_as_it_is,
     known_collator,
     leave_held_out,
+    logits_of,
     longest_row,
     make_collator,
     require_positions,
@@ -480,7 +481,7 @@ class SFTTrainer(ResumableTrainer):
                 model, dict(inputs), return_outputs=not prediction_loss_only, num_items_in_batch=counted
             )
         if not prediction_loss_only:
-            loss, logits = loss[0], loss[1]["logits"] if isinstance(loss[1], dict) else loss[1][0]
+            loss, logits = loss[0], logits_of(loss[1])
         # training's losses carry the number of processes as a factor, and their mean is taken
         share = targets if counted is None else torch.as_tensor(counted).clamp(min=1) / self._loss_factor()
         self._evaluated.append(torch.stack([loss.float() * share, targets.float()]))
