@@ -17,6 +17,9 @@ from torch import nn
 from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.tokenizer import turn_end
+from oribi.models.untrained import untrained_token
+from oribi.streams import say
 from oribi.train.arguments import SFTConfig
 from oribi.train.fp8 import settle_fp8
 from oribi.train.sharding import settle_sharding
@@ -199,6 +202,29 @@ def make_collator(args: SFTConfig, base: nn.Module, tokenizer: Any) -> PackColla
     if multiple is None and args.packing and base.device.type == "cuda":
         multiple = args.max_length  # packs are almost full, and rows of one length can be replayed as a graph
     return PackCollator(pad_to_multiple_of=multiple, pad_token_id=pad_id)
+
+
+def say_untrained_ends(base: nn.Module, tokenizer: Any, report: Any) -> None:
+    """Say, before training, which token that ends answers the base model never learned, and what to do.
+
+    Args:
+        base: the model under PEFT's wrapper.
+        tokenizer: of the run.
+        report: of the training data; None where it came prepared.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ends = {vocabulary.get(name) for name in getattr(report, "end_tokens", None) or ()}
+    if not ends and hasattr(tokenizer, "chat_template"):
+        ends = {turn_end(tokenizer)}
+    for end in ends - {None}:
+        why = untrained_token(base, tokenizer, end)
+        if why is not None:
+            say(
+                f"oribi: warning: {tokenizer.convert_ids_to_tokens(end)!r} ends the answers of this data, and the base model "
+                f"never learned it: {why}. LoRA on the layers does not change that row, so the model will not stop by itself. "
+                "Train the rows too (modules_to_save: [embed_tokens, lm_head]), start from the instruct model, or take a "
+                "chat template whose end the base knows"
+            )
 
 
 def leave_held_out(base: nn.Module, rows: Dataset | IterableDataset) -> None:

@@ -55,6 +55,7 @@ from oribi.train.setup import (
     make_collator,
     require_positions,
     rows_collator,
+    say_untrained_ends,
     settle,
     trained_parts,
     without_repeats,
@@ -176,6 +177,8 @@ class SFTTrainer(ResumableTrainer):
             elif eval_dataset is not None:
                 eval_dataset = prepared(eval_dataset, "eval")
                 leave_held_out(base, eval_dataset)
+        if args.process_index == 0:
+            say_untrained_ends(base, processing_class, self.data_reports.get("train"))
         given = known_collator(data_collator, train_dataset)
         data_collator = make_collator(args, base, processing_class) if given is None else given
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
