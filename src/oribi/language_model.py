@@ -18,6 +18,7 @@ import oribi
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.lora.attach import PROJECTIONS, attach_lora, set_checkpointing, switch_checkpointing
+from oribi.models.adapter_files import load_adapter
 from oribi.models.load import load_model
 
 Model = PreTrainedModel | PeftModel
@@ -69,7 +70,7 @@ class FastLanguageModel:
         model_name: str,
         max_seq_length: int | None = 2048,
         dtype: Any = None,
-        load_in_4bit: bool = True,
+        load_in_4bit: bool | None = None,
         load_in_8bit: bool = False,
         load_in_16bit: bool = False,
         full_finetuning: bool = False,
@@ -300,8 +301,21 @@ def _bind(model: Model) -> None:
     for method in (_save_merged, _push_merged, _save_gguf, _push_gguf):
         setattr(model, method.__name__.replace("_save_", "save_pretrained_").replace("_push_", "push_to_hub_"),
                 MethodType(method, model))  # fmt: skip
+    if isinstance(model, PeftModel):
+        model.save_pretrained = MethodType(_save_adapter, model)
+        model.load_adapter = MethodType(load_adapter, model)
     model.for_inference = MethodType(FastLanguageModel.for_inference, model)
     model.for_training = MethodType(FastLanguageModel.for_training, model)
+
+
+def _save_adapter(
+    self: PeftModel, save_directory: str, safe_serialization: bool = True, **options: Any
+) -> None:
+    """PEFT's `save_pretrained` of this model, with the record of its base, read back; see `oribi.save.adapter_files`."""
+    from oribi.save.adapter_files import write_adapter
+
+    untested = write_adapter(self, save_directory, safe_serialization=safe_serialization, **options)
+    _print_notes([f"not tested: {line}" for line in untested])
 
 
 def _save_merged(

@@ -158,6 +158,43 @@ def test_embeddings_among_the_targets_are_trained_whole(llama):
     assert "embed_tokens is trained whole (modules_to_save), not through LoRA" in model.oribi.notes
 
 
+def test_names_that_the_model_lacks_are_told_and_the_others_taken(llama):
+    model = attach_lora(load(llama), r=4, target_modules=["q_proj", "in_proj_qkv", "w1"])
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in trained(model)} == {"q_proj"}
+    notes = [note for note in model.oribi.notes if note.startswith("target_modules")]
+    assert notes == ["target_modules: the model has no in_proj_qkv, w1; LoRA goes on q_proj"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_are_trained_as_continued_pretraining_asks(tied, tmp_path):
+    checkpoint(tmp_path, "qwen2", tie_word_embeddings=tied)
+    model = attach_lora(load(tmp_path), r=4, target_modules=[*PROJECTIONS, "embed_tokens", "lm_head"])
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in trained(model).items() if "embed_tokens" in name)
+    assert any("lm_head.lora_" in name for name in trained(model)) is not tied
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(load(tmp_path / "adapter")), logits(model))
+
+
+def test_lora_biases_are_taken_where_every_target_has_a_bias(tmp_path):
+    checkpoint(tmp_path, "qwen2")
+    targets = ["q_proj", "k_proj", "v_proj"]
+    assert attach_lora(load(tmp_path), r=4, target_modules=targets, lora_bias=True)
+    with pytest.raises(
+        ConfigError, match="4 target layers have no bias, model.layers.0.mlp.up_proj the first"
+    ):
+        attach_lora(load(tmp_path), r=4, target_modules=[*targets, "up_proj"], lora_bias=True)
+
+
+@pytest.mark.parametrize(
+    "field", ["alora_invocation_tokens", "layer_replication", "use_qalora", "megatron_config"]
+)
+def test_settings_that_no_export_can_hold_are_refused_before_training(field, llama):
+    with pytest.raises(ConfigError, match=f"{field}="):
+        attach_lora(load(llama), r=4, **{field: [[0, 2], [1, 4]]})
+
+
 def test_lora_on_the_head_is_trained_and_used(llama):
     model = attach_lora(load(llama), r=4, target_modules=["lm_head"])
     before = logits(model)

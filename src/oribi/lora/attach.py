@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from oribi.errors import ConfigError
+from oribi.lora.settings import refuse_settings
 from oribi.models.load import train_in_float32
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -50,8 +51,8 @@ def attach_lora(
         model: as loaded. A model loaded for full fine-tuning is returned as it is; one that has LoRA already is returned
             if the arguments are the same.
         r: rank, at least 1.
-        target_modules: names of layers, a regular expression over full names, "all-linear" or None (the seven
-            projections). embed_tokens is trained whole (moved to `modules_to_save`).
+        target_modules: names of layers, of which those that the model has are taken, a regular expression over full names,
+            "all-linear" or None (the seven projections). embed_tokens is trained whole (moved to `modules_to_save`).
         lora_alpha: scale is lora_alpha / r, or / sqrt(r) with use_rslora.
         lora_dropout: probability in [0, 1).
         bias: "none", "all" or "lora_only": which biases are trained.
@@ -84,6 +85,10 @@ def attach_lora(
     _check_fields(lora_config)
     _check_initialisation(init_lora_weights, loftq_config, source.load_in_4bit)
     targets, saved = _resolve_targets(base, target_modules, modules_to_save, notes)
+    tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+    if tied and "embed_tokens" in (saved or ()) and isinstance(targets, list) and "lm_head" in targets:
+        targets.remove("lm_head")
+    refuse_settings(base, targets, lora_config)
     settings: dict[str, Any] = {
         "r": r,
         "lora_alpha": lora_alpha,
@@ -97,13 +102,13 @@ def attach_lora(
         "init_lora_weights": init_lora_weights,
         "loftq_config": loftq_config or {},
         "task_type": TaskType.CAUSAL_LM,
+        "revision": source.revision,
         **lora_config,
     }
     if isinstance(model, PeftModel):
         _check_same(model, settings)
         set_checkpointing(base, use_gradient_checkpointing)
         return model
-    tied = bool(getattr(base.config, "tie_word_embeddings", False))
     if tied and {"embed_tokens", "lm_head"} & set(saved or ()) and "ensure_weight_tying" not in lora_config:
         settings["ensure_weight_tying"] = True
         notes.append("embeddings and head are one matrix in this model: it is trained as one")
@@ -113,7 +118,16 @@ def attach_lora(
         tables = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
         settings["trainable_token_indices"] = {table: list(new_tokens) for table in tables}
         notes.append(f"the rows of the {len(new_tokens)} added tokens are trained and saved with the adapter")
+    changed = source.changed_weights(base)
+    source.changed_before_lora = tuple(changed)
+    if changed:
+        notes.append(
+            f"{len(changed)} of the base's tensors were changed after it was loaded, {changed[0]} the first: an adapter on "
+            "them cannot be saved alone; write the whole model (save_pretrained_merged) first, or after training"
+        )
     peft_model = _attach(base, settings, random_state)
+    if str(init_lora_weights).startswith(_MOVES_BASE):
+        source.sum_weights(base)  # PEFT moves them by the same rule whenever it loads the adapter
     set_checkpointing(base, use_gradient_checkpointing)
     source.notes += notes
     return peft_model
@@ -209,20 +223,24 @@ def _resolve_targets(
     modules_to_save: Sequence[str] | None,
     notes: list[str],
 ) -> tuple[list[str] | str, list[str] | None]:
-    """Target and whole-trained module names that this model has."""
+    """Target and whole-trained module names that this model has, those of its text decoder."""
     saved = list(modules_to_save or ())
-    names = [name for name, _ in model.named_modules()]
+    every = [name for name, _ in model.named_modules()]
+    names = _of_text(model, every)
     if isinstance(target_modules, str):
         target_modules = target_modules.strip()
-        if target_modules.lower() == "all-linear":
-            _check_names("modules_to_save", saved, names)
-            return "all-linear", saved or None
         leaves = {name.rpartition(".")[2] for name in names}
-        if target_modules not in leaves:
+        if target_modules.lower() == "all-linear" and len(names) < len(every):
+            target_modules = list(PROJECTIONS)
+        elif target_modules.lower() == "all-linear":
+            _present("modules_to_save", saved, names)
+            return "all-linear", saved or None
+        elif target_modules not in leaves:
             _check_expression(target_modules, names)
-            _check_names("modules_to_save", saved, names)
+            _present("modules_to_save", saved, names)
             return target_modules, saved or None
-        target_modules = [target_modules]
+        else:
+            target_modules = [target_modules]
     targets = list(dict.fromkeys(target_modules if target_modules is not None else PROJECTIONS))
     if "embed_tokens" in targets:
         targets.remove("embed_tokens")
@@ -236,20 +254,55 @@ def _resolve_targets(
         notes.append(
             f"this family keeps {asked} in {', '.join(dict.fromkeys(fused.values()))}: LoRA goes there"
         )
-    _check_names("target_modules", targets, names)
-    _check_names("modules_to_save", saved, names)
-    return targets, list(dict.fromkeys(saved)) or None
+    _present("modules_to_save", saved, names)
+    found, absent = _present("target_modules", targets, names, some=True)
+    if absent:
+        notes.append(f"target_modules: the model has no {', '.join(absent)}; LoRA goes on {', '.join(found)}")
+    if len(names) < len(every):
+        found = _within_text(found, names, every)
+    return found, list(dict.fromkeys(saved)) or None
 
 
-def _check_names(what: str, wanted: Iterable[str], names: list[str]) -> None:
-    leaves = sorted({name.rpartition(".")[2] for name in names} - {""})
-    for name in wanted:
-        # the way PEFT matches: a whole name or its end
-        if not any(have == name or have.endswith(f".{name}") for have in names):
-            near = difflib.get_close_matches(name, leaves, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            linear = ", ".join(leaf for leaf in leaves if leaf.endswith(("_proj", "_head", "_tokens")))
-            raise ConfigError(f"{what}: the model has no module {name!r}{hint} It has {linear}")
+def _of_text(model: nn.Module, names: list[str]) -> list[str]:
+    """The modules that a text model has; of a multimodal one, those of its text decoder and the head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    parts = {id(decoder), id(model.get_output_embeddings())}
+    prefixes = [name for name, module in model.named_modules() if id(module) in parts]
+    if getattr(model.config, "text_config", None) is None or len(prefixes) != 2:
+        return names
+    return [name for name in names if name.startswith(tuple(f"{p}." for p in prefixes)) or name in prefixes]
+
+
+def _within_text(targets: list[str], names: list[str], every: list[str]) -> list[str]:
+    """Targets that mean modules of the text decoder only: full names where a tower has modules of the same name."""
+    wanted = [name for name in names if _matches(name, targets)]
+    return targets if sum(_matches(name, targets) for name in every) == len(wanted) else wanted
+
+
+def _matches(name: str, targets: Iterable[str]) -> bool:
+    # the way PEFT matches: a whole name or its end
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _present(
+    what: str, wanted: list[str], names: list[str], some: bool = False
+) -> tuple[list[str], list[str]]:
+    """Those of the wanted names that the model has, and those that it has not.
+
+    Raises:
+        ConfigError: one is absent, or, with `some`, all are.
+    """
+    found = [name for name in wanted if any(_matches(have, [name]) for have in names)]
+    absent = [name for name in wanted if name not in found]
+    if absent and not (some and found):
+        leaves = sorted({name.rpartition(".")[2] for name in names} - {""})
+        near = [match for name in absent for match in difflib.get_close_matches(name, leaves, 1)]
+        hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else "."
+        linear = ", ".join(leaf for leaf in leaves if leaf.endswith(("_proj", "_head", "_tokens")))
+        raise ConfigError(
+            f"{what}: the model has no module {', '.join(map(repr, absent))}{hint} It has {linear}"
+        )
+    return found, absent
 
 
 def _check_expression(expression: str, names: list[str]) -> None:
@@ -266,7 +319,7 @@ def _check_expression(expression: str, names: list[str]) -> None:
 def _resolve_layers(
     model: PreTrainedModel, layers: Sequence[int] | int | None, last: int | None
 ) -> list[int] | None:
-    count = model.config.num_hidden_layers
+    count = model.config.get_text_config().num_hidden_layers
     if last is not None:
         if layers is not None:
             raise ConfigError("give layers_to_transform or finetune_last_n_layers, not both")

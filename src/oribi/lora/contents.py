@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from oribi.errors import ModelError
-from oribi.models.adapter_config import read_adapter_settings
-from oribi.models.checkpoint import read_header
-from oribi.models.locate import HubOptions, adapter_weights, locate
+from oribi.models.adapter_config import read_adapter_config, read_adapter_settings
+from oribi.models.adapter_files import read_tensors
+from oribi.models.load import checkpoint_config
+from oribi.models.locate import HubOptions, Location, adapter_weights, locate, locate_base
+from oribi.models.plain_peft import try_in_plain_peft
+from oribi.models.wrapper import wrapper_names
 
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$"
@@ -69,7 +71,7 @@ def read_adapter(name: str) -> AdapterContents:
         name: folder of an adapter or a run, or hub name.
 
     Raises:
-        ModelError: it is no adapter.
+        ModelError: it is no adapter, or lacks tensors or has too many.
     """
     location = locate(name, HubOptions())
     if location.kind != "adapter":
@@ -78,23 +80,17 @@ def read_adapter(name: str) -> AdapterContents:
         )
     path = adapter_weights(location, HubOptions())
     found = AdapterContents(name, path, read_adapter_settings(location))
+    tensors = read_tensors(path)
+    _require_whole(location, tensors, found.problems)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    read_header(path)  # a damaged file is named
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            match = _FACTOR.match(key)
-            tensor = file.get_tensor(key)
-            if not bool(torch.isfinite(tensor).all()):
-                found.problems.append(f"{key} holds values that are no numbers")
-            if match is None:
-                found.other += tensor.numel()
-            else:
-                pairs.setdefault(match["layer"], {})[match["factor"]] = tensor.float()
+    for key, tensor in tensors.items():
+        match = _FACTOR.match(key)
+        if match is None:
+            found.other += tensor.numel()
+        else:
+            pairs.setdefault(match["layer"], {})[match["factor"]] = tensor.float()
     unmoved = 0
     for layer, pair in pairs.items():
-        if len(pair) != 2:
-            found.problems.append(f"{layer} has only one of its two factors")
-            continue
         kind = found.kinds.setdefault(layer.rpartition(".")[2], Kind())
         kind.count += 1
         kind.parameters += pair["A"].numel() + pair["B"].numel()
@@ -108,6 +104,43 @@ def read_adapter(name: str) -> AdapterContents:
             f"{unmoved} of {len(pairs)} layers are as they were before training (B is zero)"
         )
     return found
+
+
+def _require_whole(location: Location, tensors: dict[str, torch.Tensor], problems: list[str]) -> None:
+    """Raise over tensors that the adapter lacks or has too many, by its base's config.json or else by themselves."""
+    settings = read_adapter_config(location)
+    try:
+        config = checkpoint_config(locate_base(location, HubOptions(local_files_only=True)))
+    except ModelError as error:
+        problems.append(f"not compared with its base, only with its own settings: {error}")
+        _require_pairs(location, tensors, settings)
+        return
+    names = wrapper_names(config) if config.get_text_config() is not config else None
+    if names is not None and not names.are_in(tensors):
+        problems.append(
+            f"its names are those of the text decoder alone: plain PEFT and vLLM build {names.class_name}, where it does "
+            "nothing. oribi reads it; `oribi export --to adapter` writes it with that class's names"
+        )
+        config, names = config.get_text_config(), None
+    why = try_in_plain_peft(config, names, settings, tensors, location.name)
+    if why is not None:
+        problems.append(f"not compared with its base, only with its own settings: {why}")
+        _require_pairs(location, tensors, settings)
+
+
+def _require_pairs(location: Location, tensors: dict[str, torch.Tensor], settings: Any) -> None:
+    """Raise unless each layer has all the factors that an adapter with these settings has."""
+    layers: dict[str, set[str]] = {}
+    for key in tensors:
+        if match := re.match(r"(.+)\.lora_(\w+?)(?:\.weight)?$", key):
+            layers.setdefault(match[1], set()).add(match[2].removeprefix("embedding_"))
+    wanted = {"A", "B"} | ({"magnitude_vector"} if getattr(settings, "use_dora", False) else set())
+    lacking = [
+        f"{layer} lacks {', '.join(sorted(wanted - has))}" for layer, has in layers.items() if wanted - has
+    ]
+    if not tensors or lacking:
+        what = "it holds no tensors" if not tensors else f"{len(lacking)} layers are incomplete: {lacking[0]}"
+        raise ModelError(f"{location.name}: {what}")
 
 
 def product_norm(b: torch.Tensor, a: torch.Tensor) -> float:

@@ -400,6 +400,12 @@ class _Reader:
         return read(name).view(torch.uint8).reshape(-1, 1), state
 
 
+def rounded_to_nf4(weight: torch.Tensor, double_quant: bool) -> torch.Tensor:
+    """A dense weight [N, K] as its codes would be read back, in its own dtype."""
+    codes, state = nf4.quantize(weight, blocksize=BLOCK, double_quant=double_quant)
+    return nf4.dequantize([_parameter(codes, state)], weight.dtype)
+
+
 def _parameter(codes: torch.Tensor, state: QuantState, layer: nn.Module | None = None) -> bnb.nn.Params4bit:
     return bnb.nn.Params4bit(
         codes, requires_grad=False, quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from bitsandbytes.nn import Params4bit
 from torch import nn
 
@@ -139,3 +140,45 @@ def fingerprint(path: Path) -> dict[str, Any]:
                 file.seek(_HEAD_BYTES + (size - _HEAD_BYTES - _SAMPLE_BYTES) * index // _SAMPLES)
                 digest.update(file.read(_SAMPLE_BYTES))
     return {"bytes": size, "sample_sha256": digest.hexdigest()}
+
+
+@dataclass(frozen=True)
+class WeightSums:
+    """What tells whether a weight in memory was changed: the sum of each row's bits, in milliseconds on a GPU.
+
+    Args:
+        dtype: of the weight.
+        rows: [N] int64, one sum per row; a 4-bit weight and a vector count as one row.
+    """
+
+    dtype: torch.dtype
+    rows: torch.Tensor
+
+    def changed_rows(self, weight: torch.Tensor) -> list[int] | None:
+        """Rows, of those that were summed, which have other values now; None where that cannot be told."""
+        now = weight_sums(weight)
+        if now is None or now.dtype != self.dtype:
+            return None
+        count = min(len(now.rows), len(self.rows))
+        return (now.rows[:count] != self.rows[:count]).nonzero().flatten().tolist()
+
+
+def weight_sums(weight: torch.Tensor) -> WeightSums | None:
+    """The sums of a weight's bits; None of one that is sharded or has no storage."""
+    if type(weight).__name__ == "DTensor" or weight.is_meta:
+        return None
+    rows = _row_sums(weight.detach())
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        rows = (rows.sum() * 31 + _row_sums(state.absmax).sum())[None]
+    return WeightSums(weight.dtype, rows.cpu())
+
+
+def _row_sums(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.contiguous().view(torch.uint8) if weight.dim() else weight[None].view(torch.uint8)
+    flat = flat.reshape(len(weight), -1) if weight.dim() > 1 and weight.shape[1] > 1 else flat.reshape(1, -1)
+    for wide in (torch.int64, torch.int32, torch.int16):
+        if flat.shape[1] % wide.itemsize == 0:
+            flat = flat.view(wide)
+            break
+    return flat.sum(1, dtype=torch.int64)

@@ -94,12 +94,13 @@ def locate(name: str, options: HubOptions, gguf_file: str | None = None) -> Loca
     return replace(location, name=name)
 
 
-def locate_base(adapter: Location, options: HubOptions) -> Location:
+def locate_base(adapter: Location, options: HubOptions, gguf_file: str | None = None) -> Location:
     """The model that an adapter was trained on, as its adapter_config.json names it.
 
     Args:
         adapter: of kind "adapter".
         options: for the hub.
+        gguf_file: the base's file, where it is one GGUF file of a folder or repository.
 
     Raises:
         ModelError: the config names no model, or there is none of that name.
@@ -112,7 +113,7 @@ def locate_base(adapter: Location, options: HubOptions) -> Location:
         )
     advice = f"Put the folder of the model, or its name on the hub, in base_model_name_or_path of {file}"
     try:
-        found = locate(base, options)
+        found = locate(base, options, gguf_file)
     except ModelError as error:
         raise ModelError(f"{adapter.name} is an adapter on {base!r}: {error}. {advice}") from error
     if found.kind == "adapter":

@@ -47,18 +47,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """`load_model`'s arguments."""
+    """`load_model`'s arguments, and what an adapter's record says of its base's positions."""
 
     max_seq_length: int | None
     dtype: torch.dtype | str | None
     device: torch.device
-    load_in_4bit: bool
+    load_in_4bit: bool | None
     full_finetuning: bool
     token: str | bool | None
     rope_scaling: dict[str, Any] | None
     trust_remote_code: bool
     revision: str | None
     options: Options
+    positions: dict[str, Any] | None = None
 
     @property
     def hub(self) -> HubOptions:
@@ -83,7 +84,7 @@ def choose_quantization(
     Raises:
         ConfigError: another quantisation is asked for.
     """
-    enabled, double, skip = request.load_in_4bit, True, ()
+    enabled, double, skip = request.load_in_4bit is not False, True, ()
     given = request.options.quantization_config
     if given is not None:
         given = given if isinstance(given, dict) else given.to_dict()

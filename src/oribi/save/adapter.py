@@ -10,7 +10,6 @@ which is PEFT's forward written as one weight. The sum is float32 and the caller
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -143,13 +142,17 @@ def _read_wrapper(name: str, slot: Slot, wrapper: nn.Module, change: Change) -> 
 
 def _read_lora(name: str, slot: Slot, layer: LoraLayer, adapter: str, change: Change) -> None:
     variant = type(getattr(layer, "lora_variant", {}).get(adapter, None)).__name__
-    if variant not in ("NoneType", "DoraLinearVariant", "DoraEmbeddingVariant"):
+    plain = (
+        "NoneType",
+        "VeloraLinearVariant",
+    )  # VeLoRA differs from LoRA in what it keeps for backward alone
+    if variant not in (*plain, "DoraLinearVariant", "DoraEmbeddingVariant"):
         raise ExportError(
             f"{name}: PEFT's {variant} depends on the input and fits in no single weight; "
             "save the adapter alone with save_method='lora'"
         )
     magnitude = None
-    if variant != "NoneType":
+    if variant not in plain:
         magnitude = _host(layer.lora_magnitude_vector[adapter].weight)
     if adapter in layer.lora_A:
         a, b = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -257,24 +260,3 @@ def _tied_to(head: str, slots: dict[str, Slot]) -> str | None:
     return next(
         (name for name, slot in slots.items() if name != head and slot.tensor is slots[head].tensor), None
     )
-
-
-def write_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter in PEFT's format into an existing folder.
-
-    Raises:
-        ExportError: the model has no adapter, or its values are not finite.
-    """
-    if not hasattr(model, "peft_config"):
-        raise ExportError("save_method='lora' needs a model with an adapter; this model has none")
-    require_finite(model)
-    model.save_pretrained(folder, save_embedding_layers=saves_embeddings(model))
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form of blanks
-
-
-def saves_embeddings(model: nn.Module) -> str | bool:
-    """PEFT's `save_embedding_layers`: it would ask the hub whether the vocabulary grew, which is known of a model that
-    oribi loaded.
-    """
-    source = getattr(model, "oribi", None)
-    return "auto" if source is None or source.new_token_ids else False

@@ -6,19 +6,27 @@
 a folder       another 16-bit checkpoint of the same model, or a GGUF file of it
 """
 
-import json
 import os
-from pathlib import Path
+from dataclasses import replace
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from oribi.errors import ConfigError, ExportError
-from oribi.models.checkpoint import SafetensorsSource, TensorSource
+from oribi.errors import ConfigError, ExportError, ModelError
+from oribi.models.adapter_files import base_tables
+from oribi.models.checkpoint import SafetensorsSource, TensorSource, rounded_to_nf4
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.gguf_source import GGUFSource
+from oribi.models.load import renaming
+from oribi.models.locate import HubOptions, Location, locate, shard_of, weight_files
 from oribi.save.adapter import MergedModel
 from oribi.save.naming import base_name
+from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.reference import Trained, loss_of
+from oribi.save.weights import Slot, plain_tensor, slots_of
+
+# of a tensor's norm, what merging and unmerging leaves: bfloat16 keeps 8 bits, NF4 is off by 9 % each time
+_ROUNDING, _NF4_ROUNDING = 2**-8, 0.2
 
 
 def choose_base(model: nn.Module, base: str, trained: Trained | None) -> tuple[str, str]:
@@ -64,46 +72,138 @@ def open_base(model: nn.Module, base: str) -> TensorSource | None:
     """The weights under the adapter; None stands for the loaded ones.
 
     Raises:
-        ExportError: the original checkpoint is not on this machine, or is itself quantised.
+        ExportError: the checkpoint is not on this machine, is damaged or quantised, or "original" is not what the loaded
+            weights were made from.
     """
     if base == "dequantized":
         return None
-    name = base_name(model) if base == "original" else base
-    if os.path.isfile(name):
-        return GGUFSource(Path(name))
-    folder = checkpoint_folder(name)
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [shard for shard in shards if not (folder / shard).exists()]
-    if missing:
-        raise ExportError(f"{folder} has no {missing[0]}: it is no complete safetensors checkpoint")
-    weights = SafetensorsSource([folder / shard for shard in shards])
+    source = getattr(model, "oribi", None)
+    if base == "original":
+        _require_unchanged(model)
+    location, options = locate_here(model, base_name(model) if base == "original" else base)
+    if location.kind == "gguf":
+        return GGUFSource(location.file)
+    try:
+        files = weight_files(location, options)
+        names = source.names if source is not None else None
+        weights = SafetensorsSource(files, renaming(names), shard_of(location))
+    except ModelError as error:
+        raise ExportError(f"{base!r} is no base to merge into: {error}") from error
     if any(".quant_state." in name for name in weights.shapes()):
         raise ExportError(
-            f"{folder} holds 4-bit weights; base='original' needs the 16-bit checkpoint. "
+            f"{location.directory} holds 4-bit weights; base='original' needs the 16-bit checkpoint. "
             "Give base='dequantized', or base= the folder or name of the 16-bit checkpoint"
         )
     return weights
 
 
-def checkpoint_folder(name: str) -> Path:
-    """The folder of a checkpoint: itself, or a hub name's folder in the local cache.
+def open_as_loaded(model: nn.Module) -> TensorSource:
+    """The loaded base's files once more; 4-bit ones dequantised, 16-bit ones not quantised.
 
     Raises:
-        ExportError: it is not on this machine.
+        ExportError: they are not on this machine.
+        ModelError: they are damaged.
     """
-    if os.path.isdir(name):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    source = model.oribi
+    location, options = locate_here(model, source.name_or_path)
+    if location.kind == "gguf":
+        return GGUFSource(location.file)
+    return Nf4Source(
+        SafetensorsSource(weight_files(location, options), renaming(source.names), shard_of(location))
+    )
 
-    name = name.removesuffix("-bnb-4bit")
+
+def locate_here(model: nn.Module, name: str) -> tuple[Location, HubOptions]:
+    """A base's files on this machine, with the revision and cache folder that the model was loaded with.
+
+    Raises:
+        ExportError: there are none, or an adapter.
+    """
+    source = getattr(model, "oribi", None)
+    own = source is not None and name == source.name_or_path
+    options = replace(source.hub if own else HubOptions(), local_files_only=True)
+    gguf_file = None
+    if own:
+        gguf_file = next((file for file in source.identity.files if file.endswith(".gguf")), None)
+    elif not os.path.exists(name):
+        name = name.removesuffix("-bnb-4bit")
     try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
+        location = locate(name, options, gguf_file)
+        if location.kind == "checkpoint" and not os.path.exists(name):
+            weight_files(location, options)
+    except ModelError as error:
+        if os.path.exists(name):
+            raise ExportError(f"{name!r} is no base to merge into: {error}") from error
         raise ExportError(
             f"the 16-bit checkpoint {name!r} is not on this machine. Give base='dequantized', which needs no download, "
             f"or download it first: hf download {name}"
         ) from error
+    if location.kind == "adapter":
+        raise ExportError(f"{name!r} is an adapter, and no base to merge into")
+    return location, options
+
+
+def _require_unchanged(model: nn.Module) -> None:
+    """Raise if the loaded weights are not those of the checkpoint: "original" would drop the difference."""
+    changed = changed_base(model, tables=True)
+    if changed:
+        raise ExportError(
+            f"base='original' is not what was trained on: {len(changed)} tensors were changed after the model was loaded, "
+            f"{changed[0]} the first (an adapter merged into them, or values set). Give base='dequantized'"
+        )
+
+
+def changed_base(model: nn.Module, *, tables: bool = False) -> list[str]:
+    """Frozen tensors of the base that an adapter was trained on and no file of the base holds.
+
+    Layers in which adapters are merged at this moment do not count, nor what `unmerge_adapter` leaves by rounding.
+
+    Args:
+        model: PEFT's model or a plain one.
+        tables: whether the embeddings and the head count, whose rows can travel in an adapter's file.
+    """
+    source = getattr(model, "oribi", None)
+    if source is None or not source.sums:
+        return []
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    changed = source.changed_weights(inner)
+    if not changed:
+        return []
+    slots = slots_of(model)
+    left_out = {} if tables else table_slots(model, slots)
+    return [
+        name
+        for name in changed
+        if name not in left_out
+        and not any(getattr(wrapper, "merged", False) for wrapper in slots[name].wrappers)
+        and not _merge_undone(model, name, slots[name])
+    ]
+
+
+def _merge_undone(model: nn.Module, name: str, slot: Slot) -> bool:
+    """Whether a weight differs from the base's files by the rounding of an adapter merged and taken out again."""
+    source, state = model.oribi, getattr(slot.tensor, "quant_state", None)
+    if name in (source.changed_before_lora or ()) or not any(isinstance(w, LoraLayer) for w in slot.wrappers):
+        return False
+    rounding = _ROUNDING if state is None or source.changed_before_lora is None else _NF4_ROUNDING
+    try:
+        files = open_as_loaded(model)
+    except (ExportError, ModelError):
+        return False
+    if name not in files.shapes():
+        return False
+    now = plain_tensor(name, slot.tensor).float()
+    before = files.read(name, now.device, now.dtype)
+    if state is not None and source.kind != "bnb-4bit":
+        before = rounded_to_nf4(before, state.nested)
+    return before.shape == now.shape and bool((before - now).norm() <= rounding * before.norm())
+
+
+def table_slots(model: nn.Module, slots: dict[str, Slot]) -> dict[str, Slot]:
+    """The embeddings and the head among a model's tensors; a tied head is left out."""
+    names: dict[int, str] = {}
+    wanted = {id(table) for table in base_tables(model).values()}
+    for name, slot in slots.items():
+        if id(slot.tensor) in wanted:
+            names.setdefault(id(slot.tensor), name)
+    return {name: slots[name] for name in names.values()}

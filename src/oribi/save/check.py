@@ -25,6 +25,10 @@ class Outcome(str, Enum):
 _WORST_FIRST = (Outcome.DIFFERENT, Outcome.CLOSE, Outcome.EQUAL, Outcome.NOT_RUN, Outcome.NOT_TESTED)
 
 
+class NotTested(Exception):
+    """A comparison has nothing to compare with; the message says why."""
+
+
 @dataclass
 class Check:
     """One comparison.

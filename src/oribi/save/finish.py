@@ -11,7 +11,7 @@ from torch import nn
 from oribi.errors import ConfigError, ExportError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.save.adapter import MergedModel
-from oribi.save.check import Check, Outcome
+from oribi.save.check import Check, NotTested, Outcome
 from oribi.save.folder import reject
 from oribi.save.naming import base_name
 from oribi.save.probes import prompts_of, rows_of
@@ -75,7 +75,7 @@ def trained_answers(
         return None, []
     if held_out is None:
         held_out = getattr(getattr(model, "oribi", None), "held_out", None)
-    vocab_size = model.config.vocab_size
+    vocab_size = model.config.get_text_config().vocab_size
     rows = rows_of(tokenizer, held_out, vocab_size)
     prompts = prompts_of(tokenizer, held_out, vocab_size)
     generation = getattr(model, "generation_config", None)
@@ -103,6 +103,8 @@ def checked(name: str, compare: Callable[..., Check | list[Check]], *arguments: 
     """
     try:
         found = compare(*arguments)
+    except NotTested as why:
+        return [Check(name, Outcome.NOT_TESTED, str(why))]
     except Exception as error:
         says = _in_words(error)
         if isinstance(error, _CANNOT_RUN) or "memory" in says.lower():

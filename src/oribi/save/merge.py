@@ -72,7 +72,7 @@ class Checkpoint:
         config.architectures = [family.architecture if family is not None else type(inner).__name__]
         config.dtype = self.dtype
         config.tie_word_embeddings = self.merged.tied
-        config.vocab_size = inner.get_input_embeddings().weight.shape[0]
+        config.get_text_config().vocab_size = inner.get_input_embeddings().weight.shape[0]
         config.save_pretrained(folder)
 
 

@@ -52,12 +52,13 @@ class Trained:
         self.model, self.rows = model, rows
         self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self.inner.config
-        self.stops = {id for id in stops if id < self.config.vocab_size}
+        vocab_size = self.config.get_text_config().vocab_size
+        self.stops = {id for id in stops if id < vocab_size}
         self.device = next(self.inner.parameters()).device
         floats = [p.dtype for p in self.inner.parameters() if p.is_floating_point()]
         self.dtype = next((d for d in (torch.bfloat16, torch.float16) if d in floats), torch.float32)
         self.base: TensorSource | None = None  # another than the trained one, with the adapter merged into it
-        most = _MAX_ANSWER_LOGITS // self.config.vocab_size // ANSWER_TOKENS
+        most = _MAX_ANSWER_LOGITS // vocab_size // ANSWER_TOKENS
         self.answers = self._generate(prompts[: max(most, 1)])
         self._set_places()
         logits, likeliest = self.split(self.evaluate(self.pack, self.keep))

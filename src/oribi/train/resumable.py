@@ -38,7 +38,6 @@ from oribi.train.resume import (
     named_checkpoint,
     newest_whole,
     require_same,
-    require_tensors,
 )
 from oribi.train.run_lock import run_lock
 from oribi.train.setup import base_model, held
@@ -286,11 +285,6 @@ class ResumableTrainer(PositionedTrainer):
         write_checkpoint(
             self, lambda: write(model, trial), self._get_output_dir(trial), self._staging, self.run_record
         )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_fsdp_enabled:
-            require_tensors(Path(resume_from_checkpoint), self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:

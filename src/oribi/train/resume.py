@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
-from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from oribi.errors import ConfigError
 from oribi.run_record import Checkpoint, RunRecord, has_damaged_record, own_checkpoints, read_record
@@ -162,37 +159,6 @@ def _archive_problem(path: Path) -> str | None:
         return None if bad is None else f"is damaged in {bad}"
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
         return "cannot be read"
-
-
-def require_tensors(checkpoint: Path, model: nn.Module) -> None:
-    """Compare the names and shapes of a checkpoint's adapter with those of the model that takes it.
-
-    Raises:
-        ConfigError: tensors are missing, are too many, or have other shapes.
-    """
-    file = checkpoint / ADAPTER_FILE
-    if not isinstance(model, peft.PeftModel) or not file.is_file():
-        return
-    with safe_open(file, "pt") as stored:
-        found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    own = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    missing = sorted(set(expected) - set(found))
-    # embeddings are in the file where it is to be loaded without the base's resized ones
-    surplus = sorted(name for name in set(found) - set(expected) if "lora_" in name)
-    other = sorted(name for name in set(found) & set(expected) if found[name] != expected[name])
-    for names, what in ((missing, "lacks"), (surplus, "has, and the model does not,")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ConfigError(
-                f"{file} {what} {names[0]}{more}; resume with the adapter settings that it was trained with"
-            )
-    if other:
-        name = other[0]
-        raise ConfigError(
-            f"{file}: {name} has shape {found[name]}, and the adapter of this run {expected[name]}; resume with the "
-            "adapter settings that it was trained with"
-        )
 
 
 def require_same(resumed: Resumed, refused: list[str]) -> None:

@@ -6,7 +6,9 @@ Only methods that a subclass may override are used; nothing is assigned into ano
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -26,9 +28,11 @@ from oribi.data.packing import pack
 from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.errors import ConfigError
 from oribi.kernels.adamw import FlatAdamW
+from oribi.models.adapter_files import load_adapter, read_record
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
-from oribi.save.adapter import saves_embeddings
+from oribi.save.adapter_files import write_adapter
+from oribi.save.base import changed_base
 from oribi.save.finite import require_finite
 from oribi.streams import say
 from oribi.train.arguments import FLAT_OPTIMIZERS, SFTConfig, adopt
@@ -155,6 +159,7 @@ class SFTTrainer(ResumableTrainer):
         self._watch: ModelWatch | None = None
         self._watched_step = -1
         self._predicts = False
+        self._writes_checkpoint = False
         self._parameters: int | None = None
         self._utilisation: Utilisation | None = None
         self.data_reports: dict[str, Any] = {}
@@ -325,14 +330,38 @@ class SFTTrainer(ResumableTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         require_finite(self.model)
+        self._writes_checkpoint = _internal_call
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         write = self.model.save_pretrained
         if isinstance(self.model, peft.PeftModel):
-            write = partial(write, save_embedding_layers=saves_embeddings(self.model))
+            template = getattr(self.processing_class, "chat_template", None)
+            write = partial(
+                write_adapter, self.model, chat_template=template, allow_changed_base=self._writes_checkpoint
+            )
         with held(self.model, save_pretrained=write):
             super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        record = read_record(Path(resume_from_checkpoint))
+        if record is not None and record.changed and not changed_base(self.model):
+            raise ConfigError(
+                f"{resume_from_checkpoint} was trained on a base that was changed after it was loaded "
+                f"({len(record.changed)} tensors, {record.changed[0]} the first); change it in the same way before resuming"
+            )
+        with self._whole_adapters(self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with self._whole_adapters(self.model):
+            super()._load_best_model()
+
+    def _whole_adapters(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside the block the model loads whole adapters only; transformers looks at nothing that it reads."""
+        if not isinstance(model, peft.PeftModel):
+            return nullcontext()
+        return held(model, load_adapter=partial(load_adapter, model))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size

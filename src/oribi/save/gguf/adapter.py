@@ -17,6 +17,8 @@ from torch import nn
 
 from oribi.errors import ConfigError, ExportError
 from oribi.save.adapter import changes_of
+from oribi.save.adapter_files import changed_tables
+from oribi.save.base import changed_base
 from oribi.save.check import Check, Outcome
 from oribi.save.escape import fenced
 from oribi.save.finish import Verify, checked, compares, file_sizes, finish_export
@@ -61,11 +63,13 @@ def save_gguf_adapter(
         raise ConfigError(f"an adapter as GGUF is written as {', '.join(_TYPES)}; got {unknown[0]!r}")
     compared = compares(verify)
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    _require_own_base(model)
     alpha, pairs = _pairs(model, config)
     size = sum(pair.numel() * 4 for pair in pairs.values()) * len(names)
     announce(directory, {"adapter as GGUF, at most": size})
     files = {name.lower(): f"{model_name(model)}-lora.{name.upper()}.gguf" for name in names}
     report = ExportReport(str(directory), "gguf-adapter", "", {}, checked_on="every factor of the adapter")
+    report.notes += _belongs_to(model)
     usage = fenced(f"llama-cli -m BASE.gguf --lora {shlex.quote(next(iter(files.values())))}")
     with finished_folder(directory, size + (1 << 20)) as partial:
         for name, file in files.items():
@@ -79,6 +83,29 @@ def save_gguf_adapter(
         "gguf_directory": str(directory),
         "gguf_files": [str(Path(directory) / file) for file in files.values()],
     }
+
+
+def _require_own_base(model: nn.Module) -> None:
+    """Raise if the base in memory is none that a file of the base could be."""
+    changed = changed_base(model)
+    adapters = getattr(model, "active_adapters", [])
+    rows = [name for adapter in adapters for name in changed_tables(model, adapter)]
+    if changed or rows:
+        raise ExportError(
+            f"the base's weights were changed after it was loaded ({(changed + rows)[0]} the first), and a GGUF adapter "
+            "holds LoRA updates alone; save merged GGUF files instead"
+        )
+
+
+def _belongs_to(model: nn.Module) -> list[str]:
+    """What is to be known of the base that the adapter goes with."""
+    identity = getattr(getattr(model, "oribi", None), "identity", None)
+    if identity is None or not identity.in_nf4:
+        return []
+    return [
+        "the adapter was trained on NF4 weights; on a GGUF file of the 16-bit model it computes something else than was "
+        "trained (measured: 74 % instead of 85 % of answers right, SmolLM2-135M). Merged GGUF files hold the trained model"
+    ]
 
 
 def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor]]:
@@ -136,6 +163,9 @@ def _check(name: str, path: Path, alpha: float, pairs: dict[str, torch.Tensor], 
     reader = gguf.GGUFReader(path)
     found = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     worst = 0.0 if reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents() == np.float32(alpha) else np.inf
+    lacking = [key for key in pairs if key not in found]
+    if lacking:
+        raise ExportError(f"{path} lacks {len(lacking)} of {len(pairs)} factors, {lacking[0]} the first")
     for key, pair in pairs.items():
         difference = torch.from_numpy(np.array(found[key], np.float32)).view(pair.shape) - pair
         worst = max(worst, (difference.norm() / pair.norm().clamp_min(1e-30)).item())

@@ -1,0 +1,304 @@
+"""An adapter's files: the record of what it was trained on, and the check that every reader of its tensors makes.
+
+PEFT only warns of tensors that an adapter lacks and says nothing of those that it has too many. Here both are errors.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+import oribi
+from oribi.errors import ModelError
+from oribi.models.adapter_config import check_against_base, read_adapter_config
+from oribi.models.checkpoint import read_header
+from oribi.models.identity import BaseIdentity
+from oribi.models.locate import HubOptions, Location, adapter_weights, locate, read_json
+from oribi.models.wrapper import WrapperNames
+
+RECORD_FILE = "oribi.json"
+_SCHEMA = 1
+# what PEFT turns settings into that it cannot work with
+PEFT_REFUSALS = (
+    ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError, ArithmeticError, ImportError, re.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter was trained on; oribi.json beside adapter_config.json.
+
+    Args:
+        base: the model under it.
+        max_seq_length: longest training example in tokens.
+        chat_template: the tokenizer's while training: a text, several by name, or None where it is not known.
+        changed: tensors of the base that had other values than its files, or () if none had.
+        positions: rope_parameters and max_position_embeddings of the config, where they were not the checkpoint's.
+    """
+
+    base: BaseIdentity
+    max_seq_length: int
+    chat_template: Any = None
+    changed: tuple[str, ...] = ()
+    positions: dict[str, Any] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write it into an adapter's folder."""
+        values = {
+            "schema": _SCHEMA,
+            "oribi": oribi.__version__,
+            "base": self.base.to_dict(),
+            "max_seq_length": self.max_seq_length,
+            "chat_template": self.chat_template,
+            "base_tensors_changed": list(self.changed),
+            "positions": self.positions,
+        }
+        (folder / RECORD_FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_record(folder: Path) -> AdapterRecord | None:
+    """An adapter's record; None for one that was written by another program.
+
+    Raises:
+        ModelError: the record is damaged, or of a later oribi.
+    """
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    if values.get("schema") != _SCHEMA:
+        raise ModelError(
+            f"{path}: schema {values.get('schema')!r}, written by oribi {values.get('oribi')}; this oribi reads schema "
+            f"{_SCHEMA}. Update oribi"
+        )
+    try:
+        return AdapterRecord(
+            BaseIdentity.from_dict(values["base"]),
+            int(values["max_seq_length"]),
+            values.get("chat_template"),
+            tuple(values.get("base_tensors_changed", ())),
+            values.get("positions"),
+        )
+    except (KeyError, TypeError, ValueError, ModelError) as error:
+        raise ModelError(
+            f"{path} is damaged: {error}. Without this file the adapter loads, but nothing says what it was trained on"
+        ) from error
+
+
+def adapter_tensors(model: PeftModel, adapter: str, *, tables: bool = False) -> dict[str, torch.Tensor]:
+    """An adapter's tensors as they lie in memory, under the names that PEFT gives them in a file.
+
+    Args:
+        model: has the adapter.
+        adapter: its name.
+        tables: whether the whole embeddings and head are among them.
+    """
+    state = None  # of prompt tuning and its kin PEFT computes them
+    if not model.peft_config[adapter].is_prompt_learning:
+        # state_dict() would unpack the states of every 4-bit weight
+        state = dict(model.named_parameters(remove_duplicate=False))
+        state |= dict(model.named_buffers(remove_duplicate=False))
+    return get_peft_model_state_dict(model, state, adapter, save_embedding_layers=tables)
+
+
+def base_tables(model: Any) -> dict[str, torch.Tensor]:
+    """The base's embeddings and head by their names in an adapter's file; one that is tied has two names."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    tables = {
+        id(_unwrapped(m).weight) for m in (inner.get_input_embeddings(), inner.get_output_embeddings()) if m
+    }
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tables}
+
+
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that PEFT put its wrappers around."""
+    for inner in ("token_adapter", "original_module", "base_layer"):
+        if isinstance(getattr(module, inner, None), torch.nn.Module):
+            return _unwrapped(getattr(module, inner))
+    return module
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of an adapter's file, on the CPU.
+
+    Raises:
+        ModelError: the file is damaged, or holds values that are not finite.
+    """
+    if path.suffix == ".safetensors":
+        read_header(path)
+        tensors = load_file(path)
+    else:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, ValueError, EOFError, OSError) as error:
+            raise ModelError(f"{path} holds no tensors that can be read: {error}") from error
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise ModelError(
+            f"{path}: {len(bad)} of {len(tensors)} tensors have values that are not finite, {bad[0]} the first. "
+            "Its training diverged; take an earlier checkpoint"
+        )
+    return tensors
+
+
+def require_whole(
+    path: Path,
+    found: Mapping[str, torch.Size],
+    expected: Mapping[str, torch.Size],
+    optional: Mapping[str, torch.Size],
+) -> None:
+    """Raise unless an adapter's file has exactly the tensors that its settings ask of the model.
+
+    Args:
+        path: the file.
+        found: the shapes in it.
+        expected: the shapes of the adapter's tensors.
+        optional: tables that it may hold besides.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape, or belongs to nothing.
+    """
+    known = {**optional, **expected}
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "belonging to no layer that the adapter's settings name": [n for n in found if n not in known],
+        "of another shape": [
+            f"{name} {list(found[name])}, expected {list(known[name])}"
+            for name in found
+            if name in known and tuple(found[name]) != tuple(known[name])
+        ],
+    }
+    told = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if told:
+        raise ModelError(
+            f"{path}: its tensors are not those of the adapter that adapter_config.json describes, so nothing is loaded; "
+            + "; ".join(told)
+        )
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def read_for(model: Any, settings: PeftConfig, path: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Settings and tensors of an adapter as this model calls its modules.
+
+    Args:
+        model: the base, or PEFT's model of it.
+        settings: as adapter_config.json has them.
+        path: the adapter's weights.
+
+    Raises:
+        ModelError: the file is damaged, or holds values that are not finite.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    names: WrapperNames | None = getattr(getattr(inner, "oribi", None), "names", None)
+    tensors = read_tensors(path)
+    if names is None or not isinstance(settings, LoraConfig) or not names.are_in(tensors):
+        return settings, tensors
+    plain = [
+        name.replace(".base_layer", "")
+        for name, module in inner.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+    ]
+    return names.settings_inside(settings, plain), names.read(tensors)
+
+
+def load_into(model: PeftModel, path: Path, adapter: str) -> None:
+    """Give an adapter of a model, attached already, the tensors of a file.
+
+    Args:
+        model: has the adapter.
+        path: the file of tensors, its adapter_config.json beside it.
+        adapter: the adapter's name in the model.
+
+    Raises:
+        ModelError: the file does not hold exactly this adapter's tensors.
+    """
+    _, tensors = read_for(model, model.peft_config[adapter], path)
+    require_fit(model, path, tensors, adapter)
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+
+
+def require_fit(model: PeftModel, path: Path, tensors: Mapping[str, torch.Tensor], adapter: str) -> None:
+    """`require_whole` of a file's tensors and an adapter that is attached to a model."""
+    expected, optional = (shapes_of(adapter_tensors(model, adapter, tables=t)) for t in (False, True))
+    require_whole(path, shapes_of(tensors), expected, optional | shapes_of(base_tables(model)))
+
+
+def attach_from(
+    model: Any, location: Location, path: Path, adapter: str = "default", is_trainable: bool = False
+) -> PeftModel:
+    """A model with an adapter read from a folder.
+
+    Args:
+        model: the base, or PEFT's model, which gets one adapter more.
+        location: of kind "adapter".
+        path: the adapter's weights.
+        adapter: what it is called in the model.
+        is_trainable: whether it can be trained.
+
+    Raises:
+        ModelError: settings or tensors do not fit the model.
+    """
+    names = [name for name, _ in model.named_modules()]
+    check_against_base(location, names, len(_unwrapped(model.get_input_embeddings()).weight))
+    settings, tensors = read_for(model, read_adapter_config(location), path)
+    settings.inference_mode = not is_trainable
+    base = settings.base_model_name_or_path
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter, settings)
+        else:
+            settings.base_model_name_or_path = None  # PEFT would warn that it is called by another name here
+            model = get_peft_model(model, settings, adapter)
+            settings.base_model_name_or_path = base
+        require_fit(model, path, tensors, adapter)
+        set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    except ModelError:
+        raise
+    except PEFT_REFUSALS as error:
+        raise ModelError(
+            f"{location.directory}: PEFT cannot put this adapter on the model: {error!r}. Its adapter_config.json is "
+            "damaged, or belongs to another base"
+        ) from error
+    return model
+
+
+def load_adapter(
+    model: PeftModel, model_id: Any, adapter_name: str, is_trainable: bool = False, **options: Any
+) -> None:
+    """PEFT's `load_adapter`, which loads a whole adapter or nothing.
+
+    Args:
+        model: PEFT's model.
+        model_id: folder of the adapter, or its name on the hub.
+        adapter_name: one that the model has gets the file's tensors; another is added.
+        is_trainable: whether an added adapter can be trained.
+        options: of `locate.HubOptions`; PEFT's others are not needed.
+
+    Raises:
+        ModelError: the files are not the adapter.
+    """
+    known = {name: options[name] for name in HubOptions.__dataclass_fields__ if options.get(name) is not None}
+    location = locate(str(model_id), HubOptions(**known))
+    if location.kind != "adapter":
+        raise ModelError(f"{model_id} has no adapter_config.json, so it is no adapter")
+    path = adapter_weights(location, HubOptions(**known), allow_pickle=True)
+    if adapter_name in model.peft_config:
+        load_into(model, path, adapter_name)
+        return
+    attach_from(model, location, path, adapter_name, is_trainable)
+    if not is_trainable:
+        model.eval()  # as PEFT does

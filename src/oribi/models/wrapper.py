@@ -1,0 +1,216 @@
+"""Names of a text decoder inside the multimodal class that its checkpoint's config.json names.
+
+The decoder calls a layer `model.layers.0`; the class that AutoModelForCausalLM and vLLM build from a composite config
+(Gemma 3, Mistral 3, LLaVA, ...) calls it `model.language_model.layers.0`. Adapters are written with the class's names.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from oribi.errors import ModelError
+
+PEFT_PREFIX = "base_model.model."
+_DECODER, _HEAD = "model", "lm_head"  # of a causal language model
+
+
+@dataclass(frozen=True)
+class WrapperNames:
+    """Where a class keeps its text decoder.
+
+    Args:
+        class_name: of transformers.
+        decoder: name of the decoder's module, such as "model.language_model".
+        head: name of the output layer.
+        modules: names of all modules, once for each class that a program may build from the checkpoint.
+        twice: whether AutoModelForCausalLM builds a class that calls the decoder as oribi does, and vLLM this one
+            (Qwen 3.5): files hold each tensor under both names then.
+    """
+
+    class_name: str
+    decoder: str
+    head: str
+    modules: tuple[tuple[str, ...], ...]
+    twice: bool = False
+
+    def outer(self, name: str) -> str:
+        """The class's name of a decoder's module or parameter; PEFT's prefix stays in front."""
+        return _moved(name, {_DECODER: self.decoder, _HEAD: self.head})
+
+    def inner(self, name: str) -> str:
+        """The decoder's name of a class's module or parameter; one of another part is returned as it is."""
+        return _moved(name, {self.decoder: _DECODER, self.head: _HEAD})
+
+    def are_in(self, keys: Iterable[str]) -> bool:
+        """Whether an adapter's keys are this class's names."""
+        return any(key.removeprefix(PEFT_PREFIX).startswith(f"{self.decoder}.") for key in keys)
+
+    def written(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An adapter's tensors under the names that its file has."""
+        outside = {self.outer(name): tensor for name, tensor in tensors.items()}
+        # a file has no two names for one tensor in memory
+        return {**outside, **{name: t.clone() for name, t in tensors.items()}} if self.twice else outside
+
+    def read(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A file's tensors under the decoder's names.
+
+        Raises:
+            ModelError: a tensor has two names and two values.
+        """
+        inside: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            other = inside.setdefault(self.inner(name), tensor)
+            if not torch.equal(other, tensor):
+                raise ModelError(
+                    f"{name} and {self.inner(name)} are one tensor of the decoder and have two values"
+                )
+        return inside
+
+    def settings_outside(self, settings: LoraConfig, adapted: Collection[str]) -> LoraConfig:
+        """An adapter's settings for a program that builds the whole class.
+
+        Args:
+            settings: for the decoder alone.
+            adapted: the decoder's modules that have a LoRA pair.
+        """
+        moved = _resolved(settings, adapted, _within_decoder, self.outer)
+        moved.target_modules = self._shortest(adapted)
+        return moved
+
+    def settings_inside(self, settings: LoraConfig, modules: Iterable[str]) -> LoraConfig:
+        """An adapter's settings for the decoder alone, from those for the whole class.
+
+        Args:
+            settings: as adapter_config.json has them.
+            modules: the decoder's modules that could have a LoRA pair.
+        """
+        adapted = {
+            self.outer(name): name for name in modules if check_target_module_exists(settings, self.outer(name))
+        }  # fmt: skip
+        moved = _resolved(settings, adapted, lambda name: _within_decoder(self.inner(name)), self.inner)
+        moved.target_modules = set(adapted.values())
+        return moved
+
+    def _shortest(self, adapted: Collection[str]) -> set[str]:
+        """The shortest names that mean these modules, and no module of a vision tower, in every class."""
+        outer = {self.outer(name) for name in adapted}
+        candidates = (
+            {name.rpartition(".")[2] for name in outer},
+            {_within_decoder(name) for name in adapted},
+        )
+        for names in candidates:
+            if all(_matched(modules, names) <= {*adapted, *outer} for modules in self.modules):
+                return names
+        return outer
+
+
+def _moved(name: str, prefixes: dict[str, str]) -> str:
+    start, bare = (
+        (PEFT_PREFIX, name.removeprefix(PEFT_PREFIX)) if name.startswith(PEFT_PREFIX) else ("", name)
+    )
+    for old, new in prefixes.items():
+        if bare == old or bare.startswith(f"{old}."):
+            return f"{start}{new}{bare.removeprefix(old)}"
+    return name
+
+
+def _within_decoder(name: str) -> str:
+    return name.removeprefix(f"{_DECODER}.")
+
+
+def _matched(modules: Iterable[str], names: set[str]) -> set[str]:
+    """Modules that PEFT takes for `names`: a whole name or its end, the last part being that of the names."""
+    leaves = {name.rpartition(".")[2] for name in names}
+    candidates = (module for module in modules if module.rpartition(".")[2] in leaves)
+    return {m for m in candidates if m in names or any(m.endswith(f".{name}") for name in names)}
+
+
+def _resolved(
+    settings: LoraConfig,
+    adapted: Collection[str],
+    short: Callable[[str], str],
+    whole: Callable[[str], str],
+) -> LoraConfig:
+    """A copy in other names, its choice of layers, ranks and alphas written out for the adapted modules.
+
+    Args:
+        adapted: the modules, by the names that `settings` is meant for.
+        short: what the copy's patterns call a module.
+        whole: what the copy calls a module that is trained whole.
+    """
+    moved = copy.deepcopy(settings)
+    for field, default in (("rank_pattern", settings.r), ("alpha_pattern", settings.lora_alpha)):
+        pattern = getattr(settings, field) or {}
+        values = {name: pattern.get(get_pattern_key(pattern, name), default) for name in adapted}
+        setattr(moved, field, {short(name): value for name, value in values.items() if value != default})
+    moved.exclude_modules = moved.layers_to_transform = moved.layers_pattern = None
+    if moved.modules_to_save:
+        moved.modules_to_save = [whole(name) for name in moved.modules_to_save]
+    if isinstance(moved.trainable_token_indices, dict):
+        moved.trainable_token_indices = {whole(k): ids for k, ids in moved.trainable_token_indices.items()}
+    return moved
+
+
+def class_named(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The transformers class that a config.json names, or that transformers takes for its model_type."""
+    for name in config.architectures or ():
+        if isinstance(found := getattr(transformers, name, None), type):
+            return found
+    return _auto_class(config)
+
+
+def _auto_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    return None
+
+
+def classes_of(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
+    """The transformers classes that programs build from a config.json: the one it names and the automatic one."""
+    return list(
+        dict.fromkeys(kind for kind in (class_named(config), _auto_class(config)) if kind is not None)
+    )
+
+
+def skeleton(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model of a class without storage.
+
+    Raises:
+        ModelError: transformers cannot build it here.
+    """
+    config = copy.deepcopy(config)
+    if getattr(kind, "config_class", None) is type(config.get_text_config()):
+        config = config.get_text_config()
+    config.__dict__.pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            return kind._from_config(config, attn_implementation="eager")
+    except (ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise ModelError(f"transformers cannot build {kind.__name__}: {error}") from error
+
+
+def wrapper_names(config: PretrainedConfig) -> WrapperNames | None:
+    """Where the class that a composite config names keeps its text decoder; None where that cannot be told.
+
+    Args:
+        config: of the whole checkpoint, with a text_config.
+    """
+    kinds = classes_of(config)
+    if not kinds:
+        return None
+    outside = skeleton(kinds[0], config)
+    names = {id(module): name for name, module in outside.named_modules()}
+    decoder, head = names.get(id(outside.get_decoder())), names.get(id(outside.get_output_embeddings()))
+    if not decoder or not head:
+        return None
+    others = [tuple(name for name, _ in skeleton(kind, config).named_modules()) for kind in kinds[1:]]
+    twice = any(decoder not in modules for modules in others)
+    return WrapperNames(kinds[0].__name__, decoder, head, (tuple(names.values()), *others), twice)

@@ -1,0 +1,133 @@
+"""An adapter's files, loaded by plain transformers and PEFT with the base's weights, answer as the trained model does."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from oribi.errors import ExportError, ModelError
+from oribi.models.checkpoint import rounded_to_nf4
+from oribi.models.gguf_source import GGUFSource
+from oribi.models.locate import Location, weight_files
+from oribi.models.wrapper import classes_of
+from oribi.save.base import locate_here
+from oribi.save.check import Check, NotTested
+from oribi.save.reference import Trained, logits_by_document
+from oribi.save.verify import compare, mean_kl
+from oribi.save.weights import slots_of
+
+MOST_ON_CPU = 4 << 30  # bytes of a base's files; a CPU would take minutes for more
+
+
+def compare_in_plain_peft(model: PeftModel, folder: Path, trained: Trained) -> list[Check]:
+    """Answers of the written adapter in plain PEFT beside the trained model's.
+
+    Args:
+        model: the trained model.
+        folder: its adapter "default", written.
+        trained: its answers.
+
+    Returns:
+        The checks of `verify.compare`; their figures tell, too, how far the bare base is from the trained model, which shows
+        whether the rows can tell the two apart.
+
+    Raises:
+        NotTested: the base is not in reach, too large for the memory that is free, or its class is unknown.
+        ExportError: plain PEFT cannot load the files.
+    """
+    source = getattr(model.get_base_model(), "oribi", None)
+    if source is None or source.config is None:
+        raise NotTested("the model was not loaded by oribi, so its base's files are not known")
+    if list(model.active_adapters) != ["default"]:
+        raise NotTested(
+            f"the active adapters are {', '.join(model.active_adapters)}, and PEFT loads another by default"
+        )
+    if any(isinstance(m, LoraLayer) and m.disable_adapters for m in model.modules()):
+        raise NotTested("the adapters are switched off")
+    location, files = _files_here(model, source)
+    _require_memory(files, trained.device)
+    outside = _plain_base(model, location, source, trained)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = PeftModel.from_pretrained(outside, str(folder)).eval()
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ExportError(f"plain PEFT cannot load {folder}: {error}") from error
+    checks = compare(
+        trained,
+        logits_by_document(adapted, trained.pack, trained.keep),
+        str(trained.dtype).removeprefix("torch."),
+    )
+    with adapted.disable_adapter():
+        bare, _ = trained.split(logits_by_document(adapted, trained.pack, trained.keep))
+    checks[0].figures["kl_without_adapter"] = mean_kl(bare.log_softmax(-1), trained.logprobs)
+    for check in checks:
+        check.name = f"in plain PEFT: {check.name}"
+    return checks
+
+
+def _files_here(model: PeftModel, source: Any) -> tuple[Location, list[Path]]:
+    name = model.peft_config["default"].base_model_name_or_path
+    try:
+        location, options = locate_here(model, source.name_or_path)
+        if location.kind == "gguf":
+            return location, [location.file]
+        return location, weight_files(location, options)
+    except (ExportError, ModelError) as error:
+        raise NotTested(f"the base {name!r} is not on this machine in files that plain PEFT reads") from error
+
+
+def _require_memory(files: list[Path], device: torch.device) -> None:
+    size = sum(path.stat().st_size for path in files)
+    most = MOST_ON_CPU if device.type != "cuda" else int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    if size > most:
+        raise NotTested(
+            f"a second copy of the base takes {size / 1e9:.1f} GB and {most / 1e9:.1f} GB are free for it; names, shapes and "
+            "values were compared on a skeleton"
+        )
+
+
+def _plain_base(model: PeftModel, location: Location, source: Any, trained: Trained) -> PreTrainedModel:
+    """transformers' own model from the base's files, its weights rounded to NF4 where the trained model's were."""
+    kinds = classes_of(source.config)
+    if not kinds:
+        raise NotTested(f"the class {source.config.architectures} comes with the model's own code")
+    config, positions = copy.deepcopy(source.config), source.positions(model.get_base_model().config)
+    for name, value in (positions or {}).items():
+        setattr(config.get_text_config(), name, value)
+    options: dict[str, Any] = {"dtype": trained.dtype, "attn_implementation": "eager"}
+    if location.kind == "gguf":
+        outside = kinds[0]._from_config(config, **options)
+        weights = GGUFSource(location.file)
+        state = {name: weights.read(name, torch.device("cpu"), trained.dtype) for name in weights.shapes()}
+        outside.load_state_dict(state, strict=False)
+        outside.tie_weights()
+    else:
+        automatic = type(config) in AutoModelForCausalLM._model_mapping
+        kind = AutoModelForCausalLM if automatic else kinds[0]
+        outside = kind.from_pretrained(location.directory, config=config, local_files_only=True, **options)
+    outside = outside.to(trained.device).eval()
+    rows = len(model.get_base_model().get_input_embeddings().weight)
+    if rows != len(outside.get_input_embeddings().weight):
+        outside.resize_token_embeddings(rows, mean_resizing=False)
+    if source.kind != "bnb-4bit":
+        _round_as_trained(model, outside, source.names)
+    return outside
+
+
+@torch.no_grad()
+def _round_as_trained(model: PeftModel, outside: nn.Module, names: Any) -> None:
+    weights = dict(outside.named_parameters())
+    for name, slot in slots_of(model).items():
+        state = getattr(slot.tensor, "quant_state", None)
+        if state is None:
+            continue
+        outer = name if names is None else names.outer(name)
+        weight = weights[outer if outer in weights else name]
+        weight.copy_(rounded_to_nf4(weight.data, state.nested))
