@@ -251,6 +251,15 @@ def test_a_renamed_column_leaves_the_one_of_its_name_unused():
         convert({"messages": ONE_TURN}, role_aliases={"coach": "teacher"})
 
 
+def test_a_column_map_is_read_without_case_too():
+    row = {"Task": "q", "My Reply": "a"}
+    assert convert(row, columns={"Question": "task", "answer": "my reply"}).messages == [
+        user("q"),
+        assistant("a"),
+    ]
+    assert convert({"Body": "t"}, text_field="body") == Document("t")
+
+
 def test_nemo_names_the_role_that_is_not_trained():
     row = {
         "mask": "User",

@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 
 from oribi.data import prepare_dataset
@@ -197,6 +198,25 @@ def test_values_without_a_form_as_text_are_errors_of_their_row(chatml_tokenizer,
     rows = [{"question": "q", "answer": "a"}, {"question": "q", "answer": answer}]
     with pytest.raises(DataError, match="row 2: 'answer' is .*; it must be text"):
         prepare(rows, chatml_tokenizer)
+
+
+def test_long_arrays_that_differ_in_their_middle_are_other_data(chatml_tokenizer, tmp_path):
+    arrays = [np.ones(3000, dtype=int), np.ones(3000, dtype=int)]
+    arrays[1][1500] = 2
+    kept = [
+        prepare(
+            [{"input_ids": array}], chatml_tokenizer, use_cache=True, cache_dir=tmp_path, max_seq_length=4000
+        )
+        for array in arrays
+    ]
+    assert kept[1].dataset[0]["input_ids"] == arrays[1].tolist()
+
+
+def test_names_that_are_no_text_stop_nothing(chatml_tokenizer, tmp_path):
+    rows = [{("a", 1): 2, 3: 4, "text": "x", "half \ud83d": 1}]
+    report = prepare(rows, chatml_tokenizer).report
+    assert report.unused_columns == ["('a', 1)", "3", "half \ufffd"]
+    report.save(tmp_path / "report.json")
 
 
 def test_a_stream_that_fails_names_its_last_row(chatml_tokenizer):

@@ -142,15 +142,15 @@ class Columns:
 
     def __init__(self, row: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
         names = names or {}
-        taken = set(names.values())
         self.row = row
         self.notes: list[str] = []
         self._values = {own: value for own, given in row.items() if (value := _plain(given)) is not None}
-        free = [own for own in row if own not in taken]
-        free.sort(key=lambda own: (own != usual_name(own), own not in self._values))
-        self._own: dict[str, str] = {own: own for own in free}
-        for own in free:
-            self._own.setdefault(usual_name(own), own)
+        taken = set(names.values())
+        self._own: dict[str, str] = {own: own for own in row if own not in taken}
+        if any(usual_name(own) not in self._own for own in self._own):
+            # of several spellings of one name, the one with a value
+            for own in sorted(self._own, key=lambda own: own not in self._values):
+                self._own.setdefault(usual_name(own), own)
         self._own |= {ours: theirs for ours, theirs in names.items() if theirs in row}
         self._read: set[str] = set()
 

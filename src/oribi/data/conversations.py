@@ -121,7 +121,7 @@ def recognise(
         DataError: no format fits.
         ConfigError: columns or role_aliases name what oribi does not know.
     """
-    _check_names(row, columns or {}, text_field)
+    columns = _own_names(row, columns or {}, text_field)
     roles = ROLE_ALIASES | {str(k).strip().lower(): v for k, v in (role_aliases or {}).items()}
     unknown = sorted({str(role) for role in roles.values() if role not in ROLES})
     if unknown:
@@ -134,7 +134,7 @@ def recognise(
         raise
     # files of plain text and of tokens may stand beside; and trl's trainers pass "text" whether it is there or not
     alone = set(row) <= {"text", "begins", "ends"} or "input_ids" in row
-    if text_field not in (None, "text") and text_field not in row and not alone:
+    if text_field not in (None, "text") and text_field not in given and not alone:
         raise DataError(
             f"row has keys {list(row)}, and no {text_field!r}, the column of plain text that was asked for "
             "(dataset_text_field): correct its name, or leave it out."
@@ -142,22 +142,31 @@ def recognise(
     return replace(found, names=columns, asked=text_field, _others={})
 
 
-def _check_names(row: Row, columns: Mapping[str, str], text_field: str | None) -> None:
-    """A column map has oribi's names first and the row's second."""
+def _own_names(row: Row, columns: Mapping[str, str], text_field: str | None) -> dict[str, str]:
+    """A column map as the row spells it: oribi's names first, the row's second."""
+    columns = {
+        ours if ours == text_field else known.usual_name(ours): theirs for ours, theirs in columns.items()
+    }
     turned = {theirs: ours for ours, theirs in columns.items()}
     unknown = [name for name in columns if name not in known.NAMES and name != text_field]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known.NAMES, n=1)
-        hint = f"; did you mean {near[0]!r}" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         if set(unknown) <= set(row) and set(turned) & set(known.NAMES):
-            hint = f"; did you mean columns = {turned}"
+            hint = f"; did you mean columns = {turned}?"
         raise ConfigError(
-            f"columns names {unknown}, which oribi has no use for{hint}? Its names come first, those of the rows second: "
+            f"columns names {unknown}, which oribi has no use for{hint} Its names come first, those of the rows second: "
             "{question: <your column>, answer: <your column>}; docs/data-formats.md has all."
         )
-    missing = [name for name in columns.values() if name not in row]
+    spelled = {known.usual_name(own): own for own in row}
+    found = {
+        ours: theirs if theirs in row else spelled.get(known.usual_name(theirs))
+        for ours, theirs in columns.items()
+    }
+    missing = [columns[ours] for ours, own in found.items() if own is None]
     if missing:
         raise DataError(f"row has keys {list(row)}, but columns names {missing}: correct the column map.")
+    return found
 
 
 def _refuse_null(row: Row, names: Mapping[str, str] | None, text_field: str | None) -> None:

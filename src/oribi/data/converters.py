@@ -8,8 +8,9 @@ from typing import Any
 from oribi.data import columns as known
 from oribi.data.columns import Columns, as_text, decoded, is_label, says, short
 from oribi.data.examples import Conversation, Document, Example, Tokens
-from oribi.data.messages import REASONING_FIELDS, ROLES, MessageReader, Turn, is_messages, read_tools
+from oribi.data.messages import REASONING_FIELDS, ROLES, MessageReader, Turn, is_messages
 from oribi.data.nulls import holds_filled_keys, keep_meant_nulls, without_nulls
+from oribi.data.tool_calls import read_tools
 from oribi.errors import DataError
 
 

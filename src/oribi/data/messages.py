@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oribi.data.columns import PAIRS, THOUGHTS, decoded, listed, short
+from oribi.data.tool_calls import read_calls
 from oribi.errors import DataError
 
 Span = tuple[int, int]
@@ -35,7 +36,8 @@ CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # the content is the 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # by which chat templates read thoughts
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
-KNOWN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING_FIELDS}
+TEXT_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
+KNOWN_KEYS = {*TEXT_KEYS, *REASONING_FIELDS}
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning", "thought")
 # marks of a message or of a part -> whether true means that it is trained
@@ -51,7 +53,9 @@ MARKS = {
     "masked": False,
 }
 USUAL_KEYS = {*KNOWN_KEYS, *ROLE_KEYS, *CONTENT_KEYS, *MARKS, *THOUGHTS}
-ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+MESSAGE_PAIRS = (
+    *PAIRS, ("instruction", "output"), ("instruction", "response"), ("prompt", "completion")
+)  # fmt: skip
 
 
 class MessageReader:
@@ -109,8 +113,9 @@ class MessageReader:
         where = f"message {index + 1}"
         if not isinstance(given, Mapping):
             raise DataError(f"{where} is {short(given)}; it must be an object with 'role' and 'content'.")
-        message = {_usual_key(k): v for k, v in given.items() if v is not None}
-        self.filled |= any(v is None and k not in CONTENT_KEYS for k, v in given.items())
+        message = {k if k in USUAL_KEYS else _usual_key(k): v for k, v in given.items() if v is not None}
+        if len(message) < len(given):
+            self.filled |= any(v is None and k not in CONTENT_KEYS for k, v in given.items())
         for name, keys in (("role", ROLE_KEYS), ("content", CONTENT_KEYS)):
             key = next((k for k in keys if k in message), name)
             if key in message:
@@ -131,7 +136,10 @@ class MessageReader:
             }
             role = "assistant"
         message["role"] = role
-        self._tool_calls(message, where)
+        legacy = message.pop("function_call", None) if role == "assistant" else None
+        calls, filled = read_calls(message.pop("tool_calls", legacy), where)
+        message |= {"tool_calls": calls} if calls else {}
+        self.filled |= filled
         thoughts, spans = self._content(message, role, where, given)
         self._thoughts(message, thoughts, where)
         says_more = any(name in message for name in ("tool_calls", *REASONING_FIELDS))
@@ -139,7 +147,8 @@ class MessageReader:
             raise DataError(f"{where} ({role}) has empty content. Give it text, or remove the message.")
         if detail is not None:
             spans = _detailed(detail, len(message["content"]), where)
-        self.other_keys |= dict.fromkeys(k for k in message if k not in KNOWN_KEYS and k != "_call")
+        if not message.keys() <= KNOWN_KEYS:
+            self.other_keys |= dict.fromkeys(k for k in message if k not in KNOWN_KEYS and k != "_call")
         self.marked |= trained is not None or bool(spans)
         return message, _combined(trained, spans, len(message["content"]))
 
@@ -207,14 +216,15 @@ class MessageReader:
 
     def _thoughts(self, message: dict[str, Any], parts: list[str], where: str) -> None:
         """Put the thoughts of a message under one name that templates know."""
+        if not parts and message.keys() <= TEXT_KEYS:
+            return
         details = message.get("reasoning_details")
         if isinstance(details, Sequence) and all(isinstance(one, Mapping) for one in details):
             texts = [str(one.get("text") or one.get("summary") or "") for one in details]
             if any(texts):
                 parts = parts or texts
                 del message["reasoning_details"]
-        names = [name for name in THOUGHTS if name in message]
-        for name in names:
+        for name in [name for name in message if name in THOUGHTS]:
             value = message.pop(name)
             if not isinstance(value, str):
                 if not isinstance(value, Sequence) or not all(_is_text_part(part) for part in value):
@@ -230,44 +240,6 @@ class MessageReader:
                 message[name if name in REASONING_FIELDS else "reasoning_content"] = value
         if any(part.strip() for part in parts) and not any(name in message for name in REASONING_FIELDS):
             message["reasoning_content"] = "\n".join(filter(None, parts))
-
-    def _tool_calls(self, message: dict[str, Any], where: str) -> None:
-        """Tool calls as a list of {"type": "function", "function": {"name", "arguments"}}."""
-        legacy = message.pop("function_call", None) if message["role"] == "assistant" else None
-        given = message.pop("tool_calls", legacy)
-        if isinstance(given, str):
-            given = decoded(given, f"tool_calls of {where}") if given.strip() else None
-        if isinstance(given, Mapping):
-            given = listed(given) if "name" not in given and "function" not in given else given
-        given = [given] if isinstance(given, Mapping) else given
-        if not given:
-            return
-        if not isinstance(given, Sequence):
-            raise DataError(f"{where} has tool_calls {short(given)}; they must be a list of calls.")
-        message["tool_calls"] = [self._call(call, where) for call in given]
-
-    def _call(self, given: Any, where: str) -> dict[str, Any]:
-        call = decoded(given, f"a tool call of {where}") if isinstance(given, str) else given
-        if isinstance(call, Mapping):
-            self.filled |= any(value is None for value in call.values())
-            call = {key: value for key, value in call.items() if value is not None}
-            if isinstance(call.get("function"), str) and "name" not in call:
-                nested = call["function"].strip()
-                call["function"] = decoded(nested, "function") if nested[:1] == "{" else {"name": nested}
-            if "function" not in call and "name" in call:
-                moved = ("name", *ARGUMENT_KEYS)
-                outer = {key: value for key, value in call.items() if key not in moved and key != "type"}
-                call = {**outer, "type": "function", "function": {k: call[k] for k in moved if k in call}}
-            function = call.get("function")
-            if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-                function = {key: value for key, value in function.items() if value is not None}
-                other = next((key for key in ARGUMENT_KEYS if key in function), "arguments")
-                if other != "arguments":
-                    function["arguments"] = function.pop(other)
-                return {**call, "function": function}
-        raise DataError(
-            f"{where} has the tool call {short(given)}; it needs a function with 'name' and 'arguments'."
-        )
 
 
 def is_messages(value: Any) -> bool:
@@ -287,29 +259,6 @@ def is_messages(value: Any) -> bool:
         and isinstance(value[0], Mapping)
         and (any(key in map(_usual_key, value[0]) for key in ROLE_KEYS) or _pair_of(value[0]) is not None)
     )
-
-
-def read_tools(given: Any, column: str) -> list[Any] | None:
-    """A row's tools; JSON text, of all or of each, is decoded, and bare functions are wrapped as templates expect them.
-
-    Raises:
-        DataError: they are no list of JSON schemas.
-    """
-    if isinstance(given, str):
-        given = decoded(given, column) if given.strip() else None
-    if isinstance(given, Mapping) and isinstance(given.get("name", given.get("type")), list):
-        given = listed(given)
-    if given is not None and not isinstance(given, list):
-        raise DataError(f"{column!r} is {short(given)}; it must be a list of JSON schemas.")
-    tools = [decoded(tool, column) if isinstance(tool, str) else tool for tool in given or []]
-    for tool in tools:
-        if not isinstance(tool, Mapping):
-            raise DataError(f"{column!r} holds {short(tool)}; each tool must be a JSON schema.")
-    bare = [isinstance(tool.get("name"), str) and "function" not in tool for tool in tools]
-    return [
-        {"type": "function", "function": tool} if alone and tool.get("type") in (None, "function") else tool
-        for tool, alone in zip(tools, bare)
-    ] or None
 
 
 def _usual_key(key: Any) -> Any:
@@ -339,10 +288,9 @@ def _without_pairs(given: Sequence[Any]) -> list[Any]:
 
 def _pair_of(item: Any) -> tuple[str, str] | None:
     """The keys of a question and its answer, if an object of a list of messages holds both."""
-    if not isinstance(item, Mapping) or any(key in item for key in ("role", "from", "content")):
+    if not isinstance(item, Mapping) or "role" in item or "from" in item or "content" in item:
         return None
-    pairs = (*PAIRS, ("instruction", "output"), ("instruction", "response"), ("prompt", "completion"))
-    return next((pair for pair in pairs if pair[0] in item and pair[1] in item), None)
+    return next((pair for pair in MESSAGE_PAIRS if pair[0] in item and pair[1] in item), None)
 
 
 def _is_text_part(part: Any) -> bool:
@@ -363,8 +311,8 @@ def _is_text_part(part: Any) -> bool:
 def _mark(fields: dict[str, Any], where: str) -> bool | None:
     """Take the training marks off a message or a part; they do not reach the template."""
     found: dict[str, bool | None] = {}
-    for name, means_trained in MARKS.items():
-        value = fields.pop(name, None)
+    for name in [name for name in fields if name in MARKS]:
+        value, means_trained = fields.pop(name), MARKS[name]
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):

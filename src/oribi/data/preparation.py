@@ -25,7 +25,7 @@ from oribi.data.masking import TRAIN_ON, Masker, takes_all
 from oribi.data.nulls import without_nested_nulls
 from oribi.data.rendering import ChatTemplate
 from oribi.data.report import DataReport, Tally, named, some_of
-from oribi.data.rows import examples_of, readable_rows, safely
+from oribi.data.rows import examples_of, readable_rows, safely, tokenised
 from oribi.data.sources import Part, interleave
 from oribi.data.templates import template_source
 from oribi.errors import ConfigError, DataError
@@ -240,7 +240,11 @@ class Preparation:
         return examples_of(rows, recognised)
 
     def _announce(self, part: Part, format_name: str, row: Mapping[str, Any]) -> None:
-        shown, _ = without_lone_surrogates(json.dumps(row, ensure_ascii=False, default=repr))
+        try:
+            shown = json.dumps(row, ensure_ascii=False, default=repr)
+        except (TypeError, ValueError, RecursionError):
+            shown = repr(row)  # names that are no text, or a value that holds itself
+        shown, _ = without_lone_surrogates(shown)
         about = "" if part.about in self.report.first_row else f"{part.about}\n"
         line = f"{about}{part.name}: rows are {format_name}; row 0: {shown[:300]}{'...' if len(shown) > 300 else ''}"
         self.report.format = ", ".join(filter(None, [self.report.format, format_name]))
@@ -264,8 +268,8 @@ class Preparation:
                     self._remark(example, origin)
                 except DataError as error:
                     bad[place] = error
-        plain = {place: isinstance(batch[place][1], Document) for place in marks}
-        for place, encoded in self._tokenised(marks, plain).items():
+        plain = [isinstance(batch[place][1], Document) for place in marks]
+        for place, encoded in zip(marks, tokenised(self.encoder, list(marks.values()), plain)):
             if isinstance(encoded, DataError):
                 bad[place] = encoded
             else:
@@ -275,21 +279,6 @@ class Preparation:
                 one.from_text_file = isinstance(example, Document) and example.from_text_file
         self._complain([(batch[place][0], bad[place]) for place in sorted(bad)])
         return [(origin, one) for (origin, _), one in zip(batch, done) if one]
-
-    def _tokenised(self, marks: dict[int, Marked], plain: dict[int, bool]) -> dict[int, Encoded | DataError]:
-        """All texts in one call of the tokenizer; one by one where that fails, to find the row."""
-        encode, counted = self.encoder.encode, self.encoder.bos_added
-        try:
-            return dict(zip(marks, encode(list(marks.values()), list(plain.values()))))
-        except Exception:  # of whatever kind: each row is tried again, and says its own
-            self.encoder.bos_added = counted
-        found: dict[int, Encoded | DataError] = {}
-        for place, mark in marks.items():
-            try:
-                found[place] = safely("tokenising the row", encode, [mark], [plain[place]])[0]
-            except DataError as error:
-                found[place] = error
-        return found
 
     def _remark(self, example: Example, origin: str) -> None:
         """Count what is to be said about a row that can be used."""

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from oribi.data.encoding import UNTRAINED
+from oribi.data.encoding import UNTRAINED, without_lone_surrogates
 
 SHOWN_ROWS = 20  # rows named in a report; the counts are of all
 
@@ -131,7 +131,8 @@ class Tally:
             (columns, self.report.unused_columns),
             (message_keys, self.report.unused_message_keys),
         ):
-            known += [name for name in map(str, names) if name not in known]
+            shown = [without_lone_surrogates(str(name))[0] for name in names]
+            known += [name for name in shown if name not in known]
 
     def trained(self, labels: list[int]) -> None:
         """Count the labels of an example; its first token is never predicted."""
@@ -167,7 +168,7 @@ def percentiles(lengths: Counter[int]) -> dict[str, int]:
 def named(rows: list[str], origin: str) -> None:
     """Add a row to a list in the report, unless it is full."""
     if len(rows) < SHOWN_ROWS:
-        rows.append(origin)
+        rows.append(without_lone_surrogates(origin)[0])
 
 
 def some_of(rows: list[str], count: int, shown: int = 5) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from oribi.data.conversations import Example, RowFormat
-from oribi.data.encoding import without_lone_surrogates
+from oribi.data.encoding import Encoded, Encoder, Marked, without_lone_surrogates
 from oribi.data.sources import Part
 from oribi.errors import DataError, OribiError
 
@@ -49,6 +49,29 @@ def examples_of(
         waiting.clear()
     if row_format is None and problem is not None:
         raise problem
+
+
+def tokenised(encoder: Encoder, marks: Sequence[Marked], plain: Sequence[bool]) -> list[Encoded | DataError]:
+    """All texts in one call of the tokenizer; one by one where that fails, to find the row.
+
+    Args:
+        encoder, marks, plain: as for `Encoder.encode`.
+
+    Returns:
+        For each text its tokens, or what the tokenizer cannot do with it.
+    """
+    counted = encoder.bos_added
+    try:
+        return list(encoder.encode(marks, plain))
+    except Exception:  # of whatever kind: each row is tried again, and says its own
+        encoder.bos_added = counted
+    found: list[Encoded | DataError] = []
+    for mark, is_plain in zip(marks, plain):
+        try:
+            found += safely("tokenising the row", encoder.encode, [mark], [is_plain])
+        except DataError as error:
+            found.append(error)
+    return found
 
 
 def safely(what: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -290,12 +290,20 @@ def _from_columns(columns: Mapping[str, Any]) -> Part:
 
 
 def _from_rows(rows: Sequence[Mapping[str, Any]]) -> Part:
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        digest.update(json.dumps(row, default=repr).encode())
-    return Part(
-        "list", lambda: ((f"row {n}", dict(row)) for n, row in enumerate(rows, 1)), digest.hexdigest()
-    )
+    digest: str | None = None
+    try:
+        content = hashlib.blake2b(digest_size=16)
+        for row in rows:
+            content.update(json.dumps(row, default=_whole).encode())
+        digest = content.hexdigest()
+    except (TypeError, ValueError, RecursionError):
+        pass  # rows that are no JSON have no fingerprint: they are prepared each time
+    return Part("list", lambda: ((f"row {n}", dict(row)) for n, row in enumerate(rows, 1)), digest)
+
+
+def _whole(value: Any) -> Any:
+    """All of a value; the repr of a long array leaves out its middle."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def _rows_of_dataset(dataset: datasets.Dataset) -> Rows:
