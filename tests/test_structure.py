@@ -18,7 +18,7 @@ LEVELS = {
     "__main__": 12,
 }  # fmt: skip
 # beside the chain: knows no model and no kernel, and serves those that train
-DATA_IMPORTS = {"errors", "chat", "data"}
+DATA_IMPORTS = {"errors", "text", "chat", "data"}
 DATA_SERVES = {"data", "train", "run", "runs", "demo", "selftest", "cli"}
 # library -> the parts that may import it
 HOMES = {

@@ -1,14 +1,17 @@
 """What inspect shows is what training sees."""
 
 import io
+import json
 import re
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
 
 from oribi.data import inspect_data
 from oribi.data.encoding import Encoded
-from oribi.data.inspect import view_row
+from oribi.data.inspect import _folded, view_row
 from oribi.data.preparation import Settings
 from oribi.errors import DataError
 from tests.data.tokenizers_small import TWO_TURNS, user
@@ -95,3 +98,67 @@ def test_rows_are_shown_before_the_complaint(chatml_tokenizer):
             console=Console(file=out),
         )
     assert "Only a question" in out.getvalue()
+    assert "legend" not in out.getvalue()
+    assert "rows      " not in out.getvalue()
+
+
+def test_an_error_is_all_that_is_said_and_no_page_is_written(chatml_tokenizer, tmp_path):
+    out = io.StringIO()
+    with pytest.raises(DataError, match="no such file"):
+        inspect_data(
+            str(tmp_path / "none.jsonl"),
+            chatml_tokenizer,
+            max_seq_length=99,
+            console=Console(file=out),
+            html_file=tmp_path / "rows.html",
+        )
+    assert out.getvalue() == ""
+    assert not (tmp_path / "rows.html").exists()
+
+
+@pytest.mark.parametrize("width", [10, 36, 76, 200])
+def test_folding_loses_no_character(width):
+    text = Text("Open Settings,  choose   Export. 日本語\n\n" * 5 + " " * 300 + "end")
+    folded = _folded(text, width).plain
+    assert folded.replace("\n", "") == text.plain.replace("\n", "")
+    assert max(map(cell_len, folded.split("\n"))) <= width
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_are_folded_at_the_edge_of_the_terminal(width, terminal, chatml_tokenizer):
+    answer = "Open Settings, choose Invoice and press Export. 日本語 " * 9
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=terminal)
+    rows = [{"messages": [user("How do I extend my invoice?"), {"role": "assistant", "content": answer}]}]
+    inspect_data(rows, chatml_tokenizer, max_seq_length=4096, console=console)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+    inside = [line[2:-2] for line in plain.splitlines() if line.startswith("│")]
+    assert {cell_len(line) for line in inside} == {width - 4}
+    assert "".join(answer.split()) + "<|im_end|>" in "".join("".join(inside).split())
+
+
+HOSTILE = "a\x1b[2Jb\x1b]0;title\x07c\x9b31md\u202ee\u2066f\x00g\x7fh"
+
+
+def test_control_characters_of_rows_do_not_reach_the_terminal(chatml_tokenizer, tmp_path):
+    file = tmp_path / "x\x1b[31m.jsonl"
+    file.write_text(json.dumps({"messages": [user(HOSTILE), {"role": "assistant", "content": HOSTILE}]}))
+    for terminal in (False, True):
+        text = show(str(file), chatml_tokenizer, terminal=terminal)[1]
+        left = re.sub(r"\x1b\[[0-9;]*m", "", text) if terminal else text
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", left)
+        assert "\\x1b[2J" in left
+        assert "\\u202e" in left
+    assert "x\\x1b[31m.jsonl:1" in left
+
+
+def test_texts_of_prompt_and_completion_are_said_to_be_plain(chatml_tokenizer, plain_tokenizer):
+    rows = [{"prompt": "Q: a? A: ", "completion": "b"}] * 3
+    report, text = show(rows, chatml_tokenizer)
+    assert sum("joined without the chat template" in note for note in report.notes) == 1
+    assert "joined without the chat template" in text
+    assert not show(rows, plain_tokenizer)[0].notes
+    assert not any(
+        "joined" in note for note in show([{"question": "a", "answer": "b"}], chatml_tokenizer)[0].notes
+    )

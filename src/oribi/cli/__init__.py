@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from oribi.errors import OribiError
+from oribi.text import printable
 
 VERBS = (
     "init", "convert", "inspect", "estimate", "train", "chat", "eval", "export", "doctor", "selftest", "demo",
@@ -60,7 +61,7 @@ class ToStderr(logging.Handler):
     """Messages of oribi's modules as plain lines on standard error, wherever that leads at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"oribi: {self.format(record)}", err=True)
+        typer.echo(printable(f"oribi: {self.format(record)}"), err=True)
 
 
 def set_up_logging() -> None:
@@ -80,7 +81,7 @@ def main() -> None:
     try:
         build()(prog_name="oribi")
     except OribiError as error:
-        typer.secho(str(error), fg="red", err=True)
+        typer.secho(printable(str(error)), fg="red", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != STOPPED:

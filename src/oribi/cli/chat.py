@@ -31,11 +31,10 @@ def chat(
     continues each text.
     """
     with chatter_aside():
-        from transformers import TextStreamer
         from transformers.utils.logging import set_verbosity_error
 
         from oribi.errors import ConfigError
-        from oribi.models.answering import answer
+        from oribi.models.answering import PrintableStreamer, answer
         from oribi.runs import load_run
 
         set_verbosity_error()
@@ -56,7 +55,9 @@ def chat(
         messages.append({"role": "user", "content": question})
         streams = not json and sys.stdout.isatty()
         streamer = (
-            TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+            PrintableStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            if streams
+            else None
         )
         with loaded.model.disable_adapter() if base else nullcontext():
             said = answer(

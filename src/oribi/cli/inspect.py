@@ -60,7 +60,7 @@ def data(
             tokenizer = get_chat_template(tokenizer, template)
     report = inspect_data(
         [{"path": path} for path in sources], tokenizer, rows=rows, html_file=html,
-        console=Console(stderr=json, soft_wrap=True), **settings,
+        console=Console(stderr=json), **settings,
     )  # fmt: skip
     Output(json).record(**report.to_dict())
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from oribi.streams import LastingStream
+from oribi.text import printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
@@ -26,7 +27,7 @@ class Output:
     def text(self, line: str = "") -> None:
         """A line for people."""
         if not self.json_lines:
-            typer.echo(line)
+            typer.echo(printable(line))
 
     def record(self, **values: Any) -> None:
         """One object for programs."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -17,7 +18,7 @@ from oribi.data.encoding import UNTRAINED, Encoded
 from oribi.data.preparation import Preparation
 from oribi.data.prepare import make_preparation
 from oribi.data.report import DataReport
-from oribi.errors import DataError
+from oribi.text import printable
 
 STYLES = {
     ("trained", False): "black on green",
@@ -34,6 +35,7 @@ _COLOURS = {
     "special": "outline:1px solid #0aa;border-radius:2px",
 }
 SHOWN_TOKENS = 2000  # of one row
+PANEL_BORDER = 4  # cells
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,41 +90,49 @@ def inspect_data(
         The report.
 
     Raises:
-        DataError: as prepare_dataset, after everything that can be shown has been shown.
+        DataError: as prepare_dataset, after the rows before it have been shown.
     """
     console = console or Console()
     preparation = make_preparation(
         source,
         tokenizer,
         max_seq_length=max_seq_length,
-        announce=lambda line: console.print(Text(line)),
+        announce=lambda line: _print(console, line),
         **settings,
     )
     shown: list[RowView] = []
-    problem: DataError | None = None
-    try:
-        for view in _views(preparation, rows):
-            shown.append(view)
-            console.print(
-                Panel(
-                    _as_text(view, marked=not console.is_terminal),
-                    title=Text(view.heading()),
-                    title_align="left",
-                )
-            )
-        preparation.finish()
-    except DataError as error:
-        problem = error
-    console.print(
-        _legend() if console.is_terminal else Text("legend: \u27e6trained\u27e7 context \u2702 cut")
-    )
-    console.print(Text(str(preparation.report)))
+    for view in _views(preparation, rows):
+        shown.append(view)
+        _print(console, view.heading())
+        text = _as_text(view, marked=not console.is_terminal)
+        console.print(Panel(_folded(text, console.width - PANEL_BORDER)))
+    preparation.finish()
+    _print(console, _legend() if console.is_terminal else "legend: \u27e6trained\u27e7 context \u2702 cut")
+    _print(console, str(preparation.report))
     if html_file is not None:
         write_html(Path(html_file), shown, preparation.report)
-        console.print(Text(f"written: {html_file}"))
-    if problem is not None:
-        raise problem
+        _print(console, f"written: {html_file}")
     return preparation.report
+
+
+def _print(console: Console, line: str | Text) -> None:
+    """A line as it is: the terminal breaks it where it is too long, and nothing is cut off."""
+    console.print(line if isinstance(line, Text) else Text(printable(line)), soft_wrap=True)
+
+
+def _folded(text: Text, width: int) -> Text:
+    """Text broken into lines of at most `width` cells, of which none loses a character, not even a space."""
+    cuts, cells = [], 0
+    for at, character in enumerate(text.plain):
+        size = cell_len(character)
+        if character == "\n":
+            cells = 0
+        elif cells + size > max(width, 2):
+            cuts.append(at)
+            cells = size
+        else:
+            cells += size
+    return Text("\n").join(text.divide(cuts))
 
 
 def _views(preparation: Preparation, rows: int) -> Iterator[RowView]:
@@ -164,7 +174,9 @@ def _text_of(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _visible(text: str) -> str:
-    return text.replace("\r", "\u240d").replace("\t", "\u2192\t").replace("\n", "\u23ce\n")
+    """Text whose blanks and control characters are seen; it must not move the terminal's cursor."""
+    shown = text.replace("\r", "\u240d").replace("\t", "\u2192   ").replace("\n", "\u23ce\n")
+    return printable(shown)
 
 
 def _as_text(view: RowView, marked: bool) -> Text:

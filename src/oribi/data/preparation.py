@@ -29,12 +29,17 @@ from oribi.data.rows import examples_of, readable_rows, safely, tokenised
 from oribi.data.sources import Part, interleave
 from oribi.data.templates import template_source
 from oribi.errors import ConfigError, DataError
+from oribi.text import printable
 
 OVERLONG = ("error", "drop", "truncate", "split")
 TURNS = ("whole", "split")
 MALFORMED = ("error", "drop")
 BATCH_ROWS = 512
 PAIR_TEMPLATE = "alpaca"  # for base models, which have no chat template
+PLAIN_PAIRS = (
+    "prompt and completion are trained as plain text, joined without the chat template that `oribi chat` uses; for chat, name the "
+    "columns question and answer"
+)
 CACHE_FORMAT = 3  # raise it when the same input gives other tokens or columns
 _IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS, "origin": datasets.Value("string")})
@@ -154,7 +159,7 @@ class Preparation:
     def write(self, path: Path, progress: bool) -> None:
         """Write all examples as an Arrow file, under a temporary name until it is complete."""
         temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # process ids repeat among machines
-        bar = tqdm(desc=f"Preparing {self.report.source}", unit=" rows", disable=not progress)
+        bar = tqdm(desc=f"Preparing {printable(self.report.source)}", unit=" rows", disable=not progress)
         try:
             with bar, datasets.arrow_writer.ArrowWriter(features=FEATURES, path=str(temporary)) as writer:
                 for encoded in self.batches():
@@ -249,7 +254,11 @@ class Preparation:
         line = f"{about}{part.name}: rows are {format_name}; row 0: {shown[:300]}{'...' if len(shown) > 300 else ''}"
         self.report.format = ", ".join(filter(None, [self.report.format, format_name]))
         self.report.first_row = "\n".join(filter(None, [self.report.first_row, line]))
-        self.announce(line)
+        self.announce(printable(line))
+        texts = format_name == "prompt + completion" and isinstance(row.get("prompt"), str)
+        if texts and self.tokenizer.chat_template and PLAIN_PAIRS not in self.report.notes:
+            self.report.notes.append(PLAIN_PAIRS)
+            self.announce(f"{printable(part.name)}: {PLAIN_PAIRS}")
 
     def _encode(self, batch: list[tuple[str, Example | DataError]]) -> list[tuple[str, Encoded]]:
         done: list[Encoded | None] = [None] * len(batch)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import TextStreamer
 
 from oribi.chat.template import render_chat
 from oribi.errors import ModelError
+from oribi.text import printable
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,13 @@ def _answer(tokenizer: Any, new: list[int], ends: set[int], seconds: float) -> A
     last = next((i for i, token in enumerate(new) if token in ends), None)
     kept = new if last is None else new[: last + 1]
     return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), last is not None, seconds)
+
+
+class PrintableStreamer(TextStreamer):
+    """Prints an answer while it is generated; its control characters are shown and not obeyed by the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end=stream_end)
 
 
 def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]] | list[int]) -> list[int]:
