@@ -143,7 +143,7 @@ def test_trackio_gets_figures_settings_and_the_runs_name(trained, monkeypatch):
 
 def test_an_unknown_tracker_is_refused_by_its_name():
     with pytest.raises(
-        ConfigError, match="report_to = wandbb .*must be one of none, tensorboard, wandb, mlflow, trackio"
+        ConfigError, match="report_to = 'wandbb' .*must be one of none, tensorboard, wandb, mlflow, trackio"
     ):
         read_config(None, ["--model", "m", "--dataset", "d", "--report_to", "wandbb"])
     with pytest.raises(ConfigError, match="report_to = 'wandbb'; it can be none, all, or some of .*wandb"):

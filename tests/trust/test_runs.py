@@ -170,6 +170,32 @@ def test_a_new_learning_rate_acts_from_the_checkpoint_on_and_is_said(subject, ru
     assert max(moved) > 0
 
 
+def test_a_schedule_that_finds_its_own_rate_takes_no_other(subject, run):
+    record = read_record(run / "checkpoint-4")
+    record.settings["lr_scheduler_type"] = "reduce_lr_on_plateau"
+    record.write(run / "checkpoint-4")
+    trainer = resumed(subject, run, learning_rate=1e-5)
+    with pytest.raises(ConfigError, match="learning_rate: 0.001 in the run, 1e-05 now"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_weight_decay_may_be_switched_off_where_some_weights_never_had_any(subject, tmp_path):
+    from oribi.models.load import load_model
+
+    def trainer(**settings):
+        loaded = load_model(
+            subject.path, dtype="float32", device_map="cpu", full_finetuning=True, max_seq_length=192
+        )
+        rows = subject.rows(20, VOCABULARY)
+        return trainer_in(subject, tmp_path, loaded=loaded, rows=rows, neftune_noise_alpha=None, **settings)
+
+    trainer(max_steps=1, weight_decay=0.1).train()
+    second = trainer(max_steps=2, weight_decay=0.0)
+    second.train(resume_from_checkpoint=True)
+    assert {group["weight_decay"] for group in second.optimizer.param_groups} == {0.0}
+    assert second.state.global_step == 2
+
+
 def test_more_steps_follow_the_schedule_of_the_longer_run(subject, run, tmp_path):
     resumed(subject, run, max_steps=16).train(resume_from_checkpoint=True)
     whole = resumed(subject, tmp_path / "whole", max_steps=16, save_strategy="no")

@@ -57,6 +57,15 @@ _NOT_COMPARED = {
     "corda_config", "lora_ga_config", "task_type", "auto_mapping", "peft_version", "runtime_config", "megatron_config",
     "megatron_core",
 }  # fmt: skip
+# these schedules find their rate themselves and keep it in the checkpoint
+OWN_RATE = ("reduce_lr_on_plateau", "greedy")
+RATES = (
+    "learning_rate",
+    "embedding_learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+)
 BLOCKS = 64  # hashes kept of a data set's rows, so that a difference can be placed
 
 
@@ -130,6 +139,9 @@ def compare_settings(record: RunRecord, now: dict[str, Any], only_known: bool = 
         only_known: compare the names of `now` alone: some are not known before the model is loaded.
     """
     changes = Changes()
+    applied = {name for name, kind in ON_RESUME.items() if kind == APPLIED}
+    if now.get("lr_scheduler_type") in OWN_RATE or record.settings.get("lr_scheduler_type") in OWN_RATE:
+        applied -= set(RATES)
     for name in dict.fromkeys([*now] if only_known else [*record.settings, *now]):
         then, given = record.settings.get(name), now.get(name)
         if then == given or ON_RESUME.get(name) == FREE:
@@ -137,7 +149,7 @@ def compare_settings(record: RunRecord, now: dict[str, Any], only_known: bool = 
         if name in ("chat_template", "base_weights"):
             then, given = (value and f"text {value}" for value in (then, given))
         line = f"{name}: {_shown(then)} in the run, {_shown(given)} now"
-        (changes.applied if ON_RESUME.get(name) == APPLIED else changes.refused).append(line)
+        (changes.applied if name in applied else changes.refused).append(line)
     return changes
 
 

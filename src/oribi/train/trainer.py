@@ -606,14 +606,19 @@ class SFTTrainer(ResumableTrainer):
         ends = {
             id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()
         }
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        # by kind, not by value: a run that goes on may change the values, and its optimizer's groups stay the same
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                own_rate = embedding_rate is not None and id(parameter) in ends
-                rate = embedding_rate if own_rate else self.args.learning_rate
-                decay = self.args.weight_decay if name in decayed else 0.0
-                groups.setdefault((rate, decay), []).append(parameter)
-        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+                groups.setdefault((id(parameter) in ends, name in decayed), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": embedding_rate if at_end and embedding_rate is not None else self.args.learning_rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for (at_end, decays), parameters in groups.items()
+        ]
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
         # the flat optimizer clips within its step, where the norm costs no pass over the gradients of its own
