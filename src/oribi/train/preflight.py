@@ -67,8 +67,8 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
     if start.finished:
         return start
     require_writable(config.output_dir)
-    check_data(config)
     refuse_what_cannot_fit(config, environment)
+    check_data(config)
     return start
 
 
