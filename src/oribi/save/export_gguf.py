@@ -37,7 +37,7 @@ from oribi.save.modelfile import NoModelfile, modelfile
 from oribi.save.naming import file_name, model_name
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
-from oribi.save.stopping import stop_ids
+from oribi.save.stopping import renders, stop_ids
 from oribi.save.verify import check_source
 from oribi.save.verify_gguf import check_gguf_tokenizer, check_in_llama_cpp
 
@@ -133,6 +133,8 @@ def _write(
     device, name = next(inner.parameters()).device, first.rsplit(".", 2)[0]
     with torch.no_grad():
         vocabulary = write_files(paths, source, inner.config, tokenizer, name=name, device=device)
+    if tokenizer.chat_template and not renders(tokenizer):
+        report.notes.append("the chat template fails on a plain conversation and is left out of the files")
     if vocabulary.pre in CUT_BY_CASE:
         report.notes.append(
             f"llama.cpp cuts some words beyond ASCII otherwise than this tokenizer (rule {vocabulary.pre}): those with "

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from oribi.errors import ExportError
 from oribi.models.gguf_tokenizer import RULES, WHOLE_WORDS
-from oribi.save.stopping import template_starts_with_bos, turn_end_id
+from oribi.save.stopping import renders, template_starts_with_bos, turn_end_id
 
 
 def _row(name: str) -> tuple[str, ...]:
@@ -243,7 +243,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, r
     end = turn_end_id(tokenizer)
     if end is not None and end != tokenizer.eos_token_id:
         writer.add_eot_token_id(end)
-    if tokenizer.chat_template is not None:
+    if tokenizer.chat_template is not None and renders(
+        tokenizer
+    ):  # llama.cpp loads no file whose template fails
         templates = tokenizer.chat_template
         if isinstance(templates, dict):
             templates = [{"name": name, "template": text} for name, text in templates.items()]
