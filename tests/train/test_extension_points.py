@@ -88,6 +88,32 @@ def test_a_loss_of_the_users_is_called_where_steps_would_be_recorded(make, repla
     assert losses_of(smoothed)[0] != pytest.approx(losses_of(plain)[0], rel=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_stops_replaying_steps_when_a_hook_is_added(make, load, caplog):
+    seen = []
+
+    class Later(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **given):
+            if state.global_step == 4:
+                self.recorded = any(trainer.step_runner._recorded.values())
+                mlp = trainer.model.get_base_model().model.layers[1].mlp
+                mlp.register_forward_hook(lambda *given: seen.append(state.global_step))
+
+    later = Later()
+    rows = Dataset.from_list([{"text": "the red fox runs"}] * 64)
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    loaded = load(device_map="cuda", dtype="bfloat16")
+    trainer = make(rows, {"callbacks": [later]}, model=loaded, **sizes)
+    trainer.train()
+    assert later.recorded
+    assert seen == [4, 4, 5, 5]
+    assert "has a hook" in caplog.text
+    tenfold = make(rows, cls=TenTimes, model=load(device_map="cuda", dtype="bfloat16"), **sizes)
+    tenfold.train()
+    assert losses_of(tenfold)[0] == pytest.approx(10 * losses_of(trainer)[0], rel=1e-2)
+
+
 def add_hook(trainer):
     trainer.model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *given: None)
 
