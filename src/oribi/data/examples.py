@@ -46,7 +46,7 @@ class Document(Remarks):
     trained_from: int = 0
     begins: bool = True
     ends: bool = True
-    from_text_file: bool = False
+    from_text_file: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True)
