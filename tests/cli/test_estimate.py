@@ -4,7 +4,10 @@ import shutil
 
 import pytest
 
-from oribi.config import read_config
+from oribi.cli.estimate import _data_size
+from oribi.config import RunConfig, read_config
+from oribi.data import PreparedData
+from oribi.data.report import DataReport
 
 
 @pytest.fixture
@@ -31,6 +34,14 @@ def test_a_run_is_estimated_without_weights(oribi, bare_config):
     assert plain.code == 0
     assert "largest per_device_train_batch_size" in plain.out
     assert "T4" in plain.out
+
+
+def test_tokens_that_are_cut_off_are_not_subtracted_twice(monkeypatch):
+    report = DataReport("rows", tokens=7680, tokens_cut=4875, examples=30)
+    monkeypatch.setattr("oribi.models.tokens.tokenizer_of", lambda *_, **__: None)
+    monkeypatch.setattr("oribi.run.read_data", lambda *_: (PreparedData(None, report), None))
+    settings = RunConfig(model="m", dataset=["."], eval_fraction=0.0)
+    assert _data_size(settings) == (7680, 30)
 
 
 def test_the_adapter_takes_the_disk_that_was_estimated(oribi, config_file, trained_run):

@@ -187,8 +187,8 @@ class Masker:
                 return [blocks[answers.index(i)] for i in wanted]
         raise DataError(
             "cannot tell exactly which text of this conversation is the assistant's: the chat template rewrites it, and "
-            "has no {% generation %} blocks around it. Use a template of get_chat_template, add the blocks, or set "
-            "train_on='everything'."
+            "has no {% generation %} blocks around it. Take another template (chat_template in a run file, get_chat_template in "
+            "Python), add the blocks, leave such rows out (malformed: drop), or set train_on='everything'."
         )
 
 
