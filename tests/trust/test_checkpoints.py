@@ -172,7 +172,7 @@ HEAD = "{python} -m oribi train --model {model} --dataset {data} --output_dir {o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["", "2>&1"])
+@pytest.mark.parametrize("to", ["", "2>&1", ">&-"])
 def test_a_training_whose_reader_went_away_trains_on_and_ends_well(subject, tmp_path, to):
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"row {n} of many"}) for n in range(40)) + "\n")

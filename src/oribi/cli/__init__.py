@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from oribi.errors import OribiError
+from oribi.streams import LastingStream
 from oribi.text import printable
 
 VERBS = (
@@ -42,7 +43,8 @@ def options(
 
 def build() -> typer.Typer:
     """The command with all its verbs."""
-    markup = "rich" if sys.stdout.isatty() else None  # boxes are for terminals
+    # boxes are for terminals; a standard output that is closed is None
+    markup = "rich" if LastingStream(lambda: sys.stdout).isatty() else None
     app = typer.Typer(
         no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=markup
     )
