@@ -106,7 +106,12 @@ class ModelSource:
         self.sums = _sums(base)
 
     def changed_weights(self, base: nn.Module) -> list[str]:
-        """Frozen weights that have other values than when the base was loaded; rows that were added do not count."""
+        """Frozen weights that have other values than when the base was loaded; rows that were added do not count.
+
+        Of a base that is sharded over several processes nothing can be told, and nothing is.
+        """
+        if getattr(getattr(base, "model", None), "shards", None) is not None:
+            return []
         weights = {_plain(name): p for name, p in base.named_parameters() if not p.requires_grad}
         return [
             name

@@ -25,8 +25,8 @@ from oribi.save.weights import slots_of
 MOST_ON_CPU = 4 << 30  # bytes of a base's files; a CPU would take minutes for more
 
 
-def compare_in_plain_peft(model: PeftModel, folder: Path, trained: Trained) -> list[Check]:
-    """Answers of the written adapter in plain PEFT beside the trained model's.
+def compare_in_plain_peft(model: PeftModel, folder: Path, trained: Trained) -> Check:
+    """Probabilities of the written adapter in plain PEFT beside the trained model's.
 
     Args:
         model: the trained model.
@@ -34,7 +34,7 @@ def compare_in_plain_peft(model: PeftModel, folder: Path, trained: Trained) -> l
         trained: its answers.
 
     Returns:
-        The checks of `verify.compare`; their figures tell, too, how far the bare base is from the trained model, which shows
+        The check of `verify.compare`; its figures tell, too, how far the bare base is from the trained model, which shows
         whether the rows can tell the two apart.
 
     Raises:
@@ -52,24 +52,24 @@ def compare_in_plain_peft(model: PeftModel, folder: Path, trained: Trained) -> l
         raise NotTested("the adapters are switched off")
     location, files = _files_here(model, source)
     _require_memory(files, trained.device)
-    outside = _plain_base(model, location, source, trained)
+    outside = plain_base(model, location, source, trained.dtype, trained.device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adapted = PeftModel.from_pretrained(outside, str(folder)).eval()
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ExportError(f"plain PEFT cannot load {folder}: {error}") from error
-    checks = compare(
+    check = compare(
         trained,
         logits_by_document(adapted, trained.pack, trained.keep),
         str(trained.dtype).removeprefix("torch."),
-    )
+    )[0]
     with adapted.disable_adapter():
         bare, _ = trained.split(logits_by_document(adapted, trained.pack, trained.keep))
-    checks[0].figures["kl_without_adapter"] = mean_kl(bare.log_softmax(-1), trained.logprobs)
-    for check in checks:
-        check.name = f"in plain PEFT: {check.name}"
-    return checks
+    check.figures["kl_without_adapter"] = mean_kl(bare.log_softmax(-1), trained.logprobs)
+    check.name = "answers in plain PEFT"
+    check.says += f"; the bare base's KL is {check.figures['kl_without_adapter']:.2g}"
+    return check
 
 
 def _files_here(model: PeftModel, source: Any) -> tuple[Location, list[Path]]:
@@ -93,7 +93,9 @@ def _require_memory(files: list[Path], device: torch.device) -> None:
         )
 
 
-def _plain_base(model: PeftModel, location: Location, source: Any, trained: Trained) -> PreTrainedModel:
+def plain_base(
+    model: PeftModel, location: Location, source: Any, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """transformers' own model from the base's files, its weights rounded to NF4 where the trained model's were."""
     kinds = classes_of(source.config)
     if not kinds:
@@ -101,18 +103,18 @@ def _plain_base(model: PeftModel, location: Location, source: Any, trained: Trai
     config, positions = copy.deepcopy(source.config), source.positions(model.get_base_model().config)
     for name, value in (positions or {}).items():
         setattr(config.get_text_config(), name, value)
-    options: dict[str, Any] = {"dtype": trained.dtype, "attn_implementation": "eager"}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     if location.kind == "gguf":
         outside = kinds[0]._from_config(config, **options)
         weights = GGUFSource(location.file)
-        state = {name: weights.read(name, torch.device("cpu"), trained.dtype) for name in weights.shapes()}
+        state = {name: weights.read(name, torch.device("cpu"), dtype) for name in weights.shapes()}
         outside.load_state_dict(state, strict=False)
         outside.tie_weights()
     else:
         automatic = type(config) in AutoModelForCausalLM._model_mapping
         kind = AutoModelForCausalLM if automatic else kinds[0]
         outside = kind.from_pretrained(location.directory, config=config, local_files_only=True, **options)
-    outside = outside.to(trained.device).eval()
+    outside = outside.to(device).eval()
     rows = len(model.get_base_model().get_input_embeddings().weight)
     if rows != len(outside.get_input_embeddings().weight):
         outside.resize_token_embeddings(rows, mean_resizing=False)

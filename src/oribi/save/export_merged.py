@@ -185,7 +185,7 @@ def _check_adapter(
     count = sum(len(read_header(path)) for path in folder.glob(f"**/{WEIGHTS}"))
     says = f"{count} of {count} tensors are the same bit by bit, and plain PEFT has a place for each"
     checks = [Check("adapter read back", Outcome.EQUAL, says, {"same": count, "of": count})]
-    trained, unanswered = trained_answers(model, tokenizer, held_out, True)
+    trained, unanswered = trained_answers(model, tokenizer, held_out, True, greedy=False)
     if trained is None:
         return checks + unanswered
     return checks + checked("answers in plain PEFT", compare_in_plain_peft, model, folder, trained)

@@ -61,9 +61,14 @@ def require_other_place(model: nn.Module, directory: str | os.PathLike, files: I
 
 
 def trained_answers(
-    model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | None, needed: bool
+    model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | None, needed: bool, greedy: bool = True
 ) -> tuple[Trained | None, list[Check]]:
     """The trained model's answers on the held-out rows.
+
+    Args:
+        model, tokenizer, held_out: as for `save_merged`.
+        needed: whether anybody asks for them.
+        greedy: whether it answers prompts, too, token by token.
 
     Returns:
         The answers, None if nobody asks for them or they cannot be had; in that case a check that says why.
@@ -77,7 +82,7 @@ def trained_answers(
         held_out = getattr(getattr(model, "oribi", None), "held_out", None)
     vocab_size = model.config.get_text_config().vocab_size
     rows = rows_of(tokenizer, held_out, vocab_size)
-    prompts = prompts_of(tokenizer, held_out, vocab_size)
+    prompts = prompts_of(tokenizer, held_out, vocab_size) if greedy else []
     generation = getattr(model, "generation_config", None)
     stops = stop_ids(tokenizer, getattr(generation, "eos_token_id", None))
     try:

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from oribi.errors import ConfigError
 from oribi.models.load import load_model
 from oribi.save import save_merged
+from oribi.save.adapter_check import plain_base
+from oribi.save.base import locate_here
 from oribi.selftest.check import Check, broken
 from oribi.selftest.invariance import LIMITS, relative_error
-from oribi.selftest.subject import LONGEST, Subject, plain_model
+from oribi.selftest.subject import LONGEST, Subject
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
 from oribi.train.setup import held
@@ -68,9 +70,13 @@ def _check_adapter(subject: Subject, folder: Path) -> Iterator[Check]:
     ours, _ = load_model(str(folder), dtype="float32", device_map=subject.device, max_seq_length=4 * LONGEST)
     difference = (_logits(ours, rows) - expected).abs().max().item()
     yield Check(GROUP, "adapter loaded by oribi", difference, 0.0, "largest difference of a logit")
-    theirs = PeftModel.from_pretrained(plain_model(model), folder)
+    location, _ = locate_here(model, model.oribi.name_or_path)
+    theirs = plain_base(model, location, model.oribi, torch.float32, model.device)
+    theirs = PeftModel.from_pretrained(theirs, folder)
     error = relative_error(_logits(theirs, rows), expected)
-    yield Check(GROUP, "adapter loaded by peft on transformers", error, limit)
+    yield Check(
+        GROUP, "adapter read back by plain peft", error, limit, "on transformers, with the base's files"
+    )
 
 
 def _check_merge(subject: Subject, folder: Path) -> Iterator[Check]:
