@@ -29,7 +29,7 @@ _WITHOUT_EFFECT = {
     "gpu_memory_utilization": "it sizes an inference engine that is not used",
     "max_lora_rank": "it sizes an inference engine that is not used",
     "disable_log_stats": "it belongs to an inference engine that is not used",
-    "offload_embedding": "embeddings stay on the device",
+    "offload_embedding": "use_gradient_checkpointing='memory' moves frozen embeddings to host memory",
     "unsloth_tiled_mlp": "use_gradient_checkpointing='memory' bounds the MLP's memory",
     "unsloth_force_compile": "nothing is compiled at run time",
     "fullgraph": "nothing is compiled at run time",

@@ -6,6 +6,7 @@ from typing import Any
 
 from oribi.config import RunConfig, read_config
 from oribi.errors import ConfigError
+from oribi.models.locate import missing_folder
 from oribi.run_record import RESULTS, own_checkpoints, read_record
 from oribi.train.preflight import steps_of
 from oribi.train.progress import read_log
@@ -39,7 +40,7 @@ def read_run(folder: str | Path) -> RunConfig:
         ConfigError: the folder is no run's.
     """
     if not is_run(folder):
-        what = "it has no config.yaml" if Path(folder).is_dir() else "there is no such folder"
+        what = "it has no config.yaml" if Path(folder).is_dir() else missing_folder(str(folder))
         raise ConfigError(f"{folder} is no run: {what}; give the output_dir of a finished `oribi train`")
     config, _ = read_config(Path(folder) / CONFIG_FILE)
     return replace(config, output_dir=str(folder))

@@ -268,7 +268,7 @@ def test_training_prints_results_only_and_no_warning_of_libraries(oribi, config_
     done = oribi("train", config_file, "--output_dir", out, "--max_seq_length", 32, "--max_steps", 1)
     assert done.code == 0
     assert [line.split() for line in done.out.splitlines()] == [
-        ["lora", str(out / "adapter")],
+        ["adapter", str(out / "adapter")],
         ["report", str(out / "report.html")],
     ]
     assert "rows      40 in" in done.err

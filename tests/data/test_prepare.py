@@ -479,12 +479,13 @@ def test_a_stream_can_be_written_whole(prepare, chatml_tokenizer):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_conversations_take_less_than_a_minute(prepare, chatml_tokenizer, tmp_path):
+def test_a_hundred_thousand_conversations_take_at_most_120_seconds_of_one_core(
+    prepare, chatml_tokenizer, tmp_path
+):
     line = json.dumps({"messages": TWO_TURNS}) + "\n"
     (tmp_path / "many.jsonl").write_text(line * 100_000)
     started = time.process_time()
     report = prepare(tmp_path / "many.jsonl", chatml_tokenizer).report
     assert report.examples == 100_000
-    assert (
-        time.process_time() - started < 120
-    )  # seconds of two cores, not of the clock: the machine may be shared
+    # of all threads together, not of the clock: the machine may be shared
+    assert time.process_time() - started < 120

@@ -122,7 +122,10 @@ def refusal(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (errors.GatedRepoError, "owner/name is gated: accept its terms on the hub and pass token="),
+        (
+            errors.GatedRepoError,
+            "owner/name is gated: accept its terms on its page of the hub, then log in with `hf auth login`",
+        ),
         (errors.RepositoryNotFoundError, "the hub has no model 'owner/name', or it is private"),
         (errors.RevisionNotFoundError, "owner/name has no revision 'v9'"),
         (errors.LocalEntryNotFoundError, "is not in the hub's cache, and the hub was not reached"),
@@ -203,10 +206,10 @@ def no_hub(monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("base", "words", "names"),
     [
-        ("/home/someone/llama", "there is no directory or file /home/someone/llama", []),
-        ("C:\\models\\llama", r"there is no directory or file C:\\models", []),
-        ("../llama", r"there is no directory or file \.\./llama", []),
-        ("./models/llama", r"there is no directory or file \./models/llama", []),
+        ("/home/someone/llama", "there is no folder /home/someone/llama", []),
+        ("C:\\models\\llama", r"there is no folder C:\\models", []),
+        ("../llama", r"there is no folder \.\./llama", []),
+        ("./models/llama", r"there is no folder \./models/llama", []),
         ("someone/llama", "is not in the hub's cache, and the hub was not reached", ["someone/llama"]),
         ("", "names no base_model_name_or_path", []),
         (None, "names no base_model_name_or_path", []),
@@ -240,7 +243,7 @@ def test_a_folder_with_a_name_like_the_hubs_is_kept_as_a_folder(adapter, no_hub,
     assert note in model.oribi.notes
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="there is no directory or file ./models/llama"):
+    with pytest.raises(ModelError, match="there is no folder ./models/llama"):
         load(str(tmp_path / "mine"))
     assert no_hub == []
 

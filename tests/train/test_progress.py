@@ -8,7 +8,7 @@ from rich.console import Console
 
 import oribi.train.progress as progress_module
 from oribi import FastLanguageModel, SFTConfig, SFTTrainer
-from oribi.train.progress import LINE_SECONDS, Progress
+from oribi.train.progress import LINE_SECONDS, Progress, fitting
 
 
 @pytest.fixture
@@ -80,3 +80,17 @@ def test_checkpointing_has_both_of_transformers_names(load, name):
         assert SFTConfig(activation_checkpointing=True).gradient_checkpointing
     assert not SFTConfig().gradient_checkpointing
     assert SFTConfig(gradient_checkpointing=True).gradient_checkpointing
+
+
+def test_a_narrow_terminal_keeps_step_loss_and_time_left():
+    state = type("State", (), {"global_step": 123, "max_steps": 4567, "is_world_process_zero": True})()
+    progress = Progress(console=Console(file=io.StringIO()))
+    parts = progress._describe(
+        state, {"loss": 1.5, "learning_rate": 2e-4, "tokens_per_second": 12345, "mfu": 0.5}
+    )
+    assert fitting(parts, 200) == "  ".join(parts.values())
+    for width in (60, 80, 100):
+        line = fitting(parts, width)
+        assert len(line) <= width
+        assert line.startswith("step 123/4567  loss 1.5000  ")
+        assert "left " in line

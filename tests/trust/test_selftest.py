@@ -42,6 +42,7 @@ def test_the_whole_table_holds(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     checks = json.loads(table.read_text())
+    assert [json.loads(line) for line in done.stdout.splitlines()] == checks
     # seven ops are checked in the machine's training dtype, too, where that is not float32
     assert len(checks) >= (30 if detect().dtype is torch.float32 else 37)
     assert all(check["passed"] for check in checks)

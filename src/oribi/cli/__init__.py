@@ -7,11 +7,14 @@ wrong and one message on standard error says what; 2 the command line itself is 
 import logging
 import os
 import sys
+import tempfile
+import traceback
 from importlib import import_module
 from typing import Annotated
 
 import typer
 
+from oribi.cli.output import complain, lasting_output
 from oribi.errors import OribiError
 from oribi.streams import LastingStream
 from oribi.text import printable
@@ -36,7 +39,7 @@ def show_version(asked: bool) -> None:
 
 
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", callback=show_version, is_eager=True)] = False,
 ) -> None:
     """QLoRA fine-tuning of language models: fast, lean, and checked against references."""
 
@@ -46,8 +49,9 @@ def build() -> typer.Typer:
     # boxes are for terminals; a standard output that is closed is None
     markup = "rich" if LastingStream(lambda: sys.stdout).isatty() else None
     app = typer.Typer(
-        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=markup
-    )
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=markup,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )  # fmt: skip
     app.callback()(options)
     for verb in VERBS:
         module = import_module(f"oribi.cli.{verb}")
@@ -79,14 +83,52 @@ def set_up_logging() -> None:
 
 def main() -> None:
     """Run the command line; what goes wrong on purpose is told in one message, without a traceback."""
-    set_up_logging()
+    # a stream that is closed (`>&-`) leaves its number to the next file that is opened: take it first
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    with lasting_output():
+        set_up_logging()
+        sys.exit(_run(_words(sys.argv[1:])))
+
+
+def _words(given: list[str]) -> list[str]:
+    """`oribi help VERB` and `oribi version` as the options of these names."""
+    if given[:1] == ["help"]:
+        return [*given[1:], "--help"]
+    return ["--version"] if given == ["version"] else given
+
+
+def _run(words: list[str]) -> int | str | None:
     try:
-        build()(prog_name="oribi")
+        build()(words, prog_name="oribi")
     except OribiError as error:
-        typer.secho(printable(str(error)), fg="red", err=True)
-        sys.exit(1)
-    except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, SystemExit) and ended.code != STOPPED:
-            raise
+        complain(str(error))
+    except SystemExit as ended:
+        if ended.code != STOPPED:
+            return ended.code
         typer.echo("stopped", err=True)  # typer ends with the code, but without a word
-        sys.exit(STOPPED)
+        return STOPPED
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        return STOPPED
+    except OSError as error:  # a disk or a right that no verb foresaw
+        complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except Exception as error:
+        complain(_unexpected(error))
+    else:
+        return 0
+    return 1
+
+
+def _unexpected(error: Exception) -> str:
+    """What is said of an error that no part of oribi expected; its traceback goes into a file."""
+    what = f"this is a bug in oribi, or in a library that it calls: {type(error).__name__}: {error}"
+    trace = traceback.format_exc()
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="oribi-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(trace)
+    except OSError:
+        return f"{trace}\n{what}"
+    return f"{what}\nThe traceback is in {file.name}; please report it with the output of `oribi doctor`."

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from oribi.cli.output import Json, Output
+from oribi.cli.output import Json, Output, complain
 from oribi.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def convert(
     for key, why in found.idle.items():
         typer.echo(f"{key} is not needed: {why}", err=True)
     for line in remarks:
-        typer.secho(line, fg="yellow", err=True)
+        complain(line, "yellow")
     out.record(
         dialect=found.dialect, values=found.values, notes=found.notes, differences=found.differences,
         not_needed=found.idle, unsupported=found.unsupported, output=output,

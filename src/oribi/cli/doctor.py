@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 import typer
 
-from oribi.cli.output import Json, Output, gibibytes
+from oribi.cli.output import Json, Output, complain, gibibytes
 
 OPTIONAL = {
     "triton": "the kernels for NVIDIA GPUs",
@@ -57,7 +57,7 @@ def doctor(json: Json = False) -> None:
     output.fields(places, indent=2)
     output.record(machine=facts, reasons=found.reasons, packages=packages, files=places, problems=problems)
     for problem in problems:
-        typer.secho(f"problem: {problem}", fg="red", err=True)
+        complain(f"problem: {problem}")
     if problems:
         raise typer.Exit(1)
     output.text("all is well")

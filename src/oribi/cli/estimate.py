@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from oribi.cli.output import Json, Output, chatter_aside, count, gibibytes
+from oribi.cli.settings import read_settings
 
 SHOWN = ("T4", "RTX 4090", "A100-40GB", "A100-80GB", "H100", "H200")
 
@@ -23,17 +24,11 @@ def estimate(
 ) -> None:
     """Tell parameters, peak memory, time and disk of a run, without GPU and without the model's weights."""
     with chatter_aside():
-        from oribi.config import read_config
         from oribi.train.architecture import OutsideFamilyTable
         from oribi.train.gpus import gpu_named
         from oribi.train.memory import Training
 
-        flags = context.args
-        if config is not None and config.startswith("--"):  # the first flag, where no file is given
-            config, flags = None, [config, *flags]
-        settings, notes = read_config(config, flags)
-        for note in notes:
-            typer.echo(note, err=True)
+        settings = read_settings(config, context.args)
         gpus = [gpu_named(name) for name in gpu or _default_gpus()]
         training = outside = tokens = rows = None
         try:
@@ -59,9 +54,8 @@ def estimate(
         }
     )
     output.text()
-    output.table(
-        [_line(training, one, tokens, rows) for one in gpus], right=("peak GiB", "of", "rows", "context")
-    )
+    figures = {one.name: _figures(training, one, tokens, rows) for one in gpus}
+    output.table([_line(one, figures[one.name]) for one in gpus], right=("peak GiB", "of", "rows", "context"))
     output.text()
     _tell_parts(output, training, gpus[0])
     output.text()
@@ -69,7 +63,7 @@ def estimate(
     output.text("disk")
     output.fields({name: gibibytes(size) for name, size in disk.items()}, indent=2)
     for one in gpus:
-        output.record(**_record(training, one, tokens, rows), disk=disk)
+        output.record(**_record(training, one, figures[one.name]), disk=disk)
 
 
 def _tell_weights(output: Output, settings: Any, outside: Any, gpus: list[Any]) -> None:
@@ -171,10 +165,9 @@ def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> d
     }
 
 
-def _line(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:
+def _line(gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
     from oribi.train.progress import clock
 
-    f = _figures(training, gpu, tokens, rows)
     known = "" if f["step"].measured else " *"
     return {
         "GPU": gpu.name,
@@ -203,8 +196,7 @@ def _tell_parts(output: Output, training: Any, gpu: Any) -> None:
     output.text("rows: largest per_device_train_batch_size; context: longest row alone; * GPU not measured")
 
 
-def _record(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:
-    f = _figures(training, gpu, tokens, rows)
+def _record(training: Any, gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
     return {
         "gpu": gpu.name,
         "fits": f["fits"],

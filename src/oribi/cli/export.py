@@ -41,12 +41,13 @@ def export(
 ) -> None:
     """Write a trained model as adapter, merged checkpoint or GGUF files, and check each against the trained model."""
     with chatter_aside():
+        from oribi.models.locate import missing_folder
         from oribi.runs import held_out_rows, load_run
 
         forms = read_forms(to)
         folder = output or Path(run)
         if output is None and not folder.is_dir():
-            raise ConfigError(f"{run} is no folder; say with --output where its exports shall go")
+            raise ConfigError(f"{missing_folder(run)}; exports of a hub model or a file need --output FOLDER")
         loaded = load_run(run)
         rows = (
             held_out_rows(loaded.config, loaded.tokenizer) if loaded.config is not None and verify else None
@@ -71,7 +72,9 @@ def export(
     out = Output(json)
     for record in written:
         for path, size in record["files"].items():
-            out.text(f"{record['form']:<14}{path}  {gibibytes(size)}, {record['verdict']}")
+            out.text(
+                f"{record['form'].removesuffix('_16bit'):<14}{path}  {gibibytes(size)}, {record['verdict']}"
+            )
         out.record(**record)
     if failures:
         raise ExportError("\n".join(failures))
@@ -86,6 +89,7 @@ def read_forms(text: str) -> dict[str, list[str]]:
         ConfigError: a form or method is unknown.
     """
     from oribi.save.gguf.mixes import METHODS, mix_of
+    from oribi.text import nearest
 
     found: dict[str, list[str]] = {}
     for item in filter(None, (part.strip().lower() for part in text.split(","))):
@@ -97,8 +101,11 @@ def read_forms(text: str) -> dict[str, list[str]]:
         elif not method and (found or name in METHODS):
             form, method = "gguf-adapter" if list(found)[-1:] == ["gguf-adapter"] else "gguf", name
         else:
+            near = nearest(item, [*FORMS, *METHODS, *(f"gguf:{name}" for name in METHODS)])
             raise ConfigError(
-                f"--to {item}: unknown form; allowed are {', '.join(FORMS)}, and gguf:METHOD with a METHOD of "
+                f"--to {item}: unknown form; did you mean {near}?"
+                if near
+                else f"--to {item}: unknown form; allowed are {', '.join(FORMS)}, and gguf:METHOD with a METHOD of "
                 f"{', '.join(METHODS)}"
             )
         methods = found.setdefault(form, [])

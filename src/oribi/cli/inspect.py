@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from oribi.cli.output import Json, Output, chatter_aside, count, gibibytes
+from oribi.cli.settings import read_settings
 
 app = typer.Typer(
     no_args_is_help=True, help="Look at data as the model sees it, at a model, an adapter or a run."
@@ -38,7 +39,7 @@ def data(
     with chatter_aside():
         from rich.console import Console
 
-        from oribi.config import read_config, setting_of
+        from oribi.config import setting_of
         from oribi.data import get_chat_template, inspect_data
         from oribi.errors import ConfigError
         from oribi.models.tokens import tokenizer_of
@@ -46,7 +47,7 @@ def data(
         settings: dict[str, Any] = {"max_seq_length": max_seq_length, "split": split}
         sources, template = [source], None
         if Path(source).suffix in (".yaml", ".yml"):
-            config, _ = read_config(source)
+            config = read_settings(source, [])
             model, template = model or config.model, config.chat_template
             sources, settings = config.dataset, config.row_settings()
         given = {"columns": columns, "role_aliases": role_aliases, "malformed": malformed}

@@ -1,6 +1,7 @@
 """What verbs print: aligned lines for people, JSON lines for programs. Standard output holds results and nothing else."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -72,6 +73,11 @@ def lasting_output() -> Iterator[None]:
     out, err = sys.stdout, sys.stderr
     with redirect_stdout(LastingStream(lambda: out)), redirect_stderr(LastingStream(lambda: err)):
         yield
+
+
+def complain(message: str, color: str = "red") -> None:
+    """A message about what is wrong, on standard error; in colour on terminals, unless NO_COLOR is set."""
+    typer.secho(printable(message), fg=color, err=True, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def gibibytes(size: float) -> str:

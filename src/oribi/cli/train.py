@@ -4,7 +4,11 @@ from typing import Annotated
 
 import typer
 
-from oribi.cli.output import chatter_aside, lasting_output
+from oribi.cli.output import chatter_aside
+from oribi.cli.settings import read_settings
+
+# a form of the model has one name on the command line, whatever a config calls it
+SAID = {"lora": "adapter", "merged_16bit": "merged"}
 
 
 def train(
@@ -21,21 +25,13 @@ def train(
 
     Every setting of the file is also a flag, e.g. --learning_rate 1e-4; a flag overrides the file.
     """
-    from oribi.config import read_config
-
-    flags = context.args
-    if config is not None and config.startswith("--"):  # the first flag, where no file is given
-        config, flags = None, [config, *flags]
-    settings, notes = read_config(config, flags)
-    for note in notes:
-        typer.echo(note, err=True)
+    settings = read_settings(config, context.args)
     if check:
         typer.echo(settings.to_yaml(), nl=False)
         return
-    with lasting_output():
-        with chatter_aside():
-            from oribi.run import run
+    with chatter_aside():
+        from oribi.run import run
 
-            saved = run(settings, overwrite)
-        for name, path in saved.items():
-            typer.echo(f"{name:<14}{path}")
+        saved = run(settings, overwrite)
+    for name, path in saved.items():
+        typer.echo(f"{SAID.get(name, name):<14}{path}")

@@ -6,12 +6,13 @@ training that oribi does not do; a config whose training would be another one he
 
 from pathlib import Path
 
+from oribi.config import ALIASES
 from oribi.dialects import axolotl, llama_factory, trl, unsloth
-from oribi.dialects.converted import Converted, Dialect, put_plain
+from oribi.dialects.converted import KNOWN, Converted, Dialect, put_plain
 from oribi.dialects.reading import read_entries
 from oribi.errors import ConfigError
 
-__all__ = ["Converted", "convert_file"]
+__all__ = ["Converted", "convert_file", "program_of"]
 # settings that say nothing where every weight is trained
 ADAPTER = {
     "lora_r",
@@ -53,6 +54,17 @@ def convert_file(path: str | Path) -> Converted:
     if found.refused:
         raise ConfigError(_refusal(found))
     return found
+
+
+def program_of(path: str | Path) -> str | None:
+    """The program whose config a file is, judged by keys that this program has and oribi has not; else None."""
+    try:
+        command, entries = read_entries(Path(path))
+    except ConfigError:
+        return None  # what is wrong with the file is told where it is read
+    dialect = _dialect_of(set(entries), entries, command)
+    foreign = [key for key in entries if key not in KNOWN and key not in ALIASES]
+    return dialect.name if dialect is not None and any(key in dialect.handlers for key in foreign) else None
 
 
 def _settle(found: Converted) -> None:

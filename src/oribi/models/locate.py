@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from oribi.errors import ModelError
 from oribi.run_record import newest_model
+from oribi.text import nearest
 
 # everything about a model but its weights; original/ and onnx/ folders hold further copies
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
@@ -87,11 +88,23 @@ def locate(name: str, options: HubOptions, gguf_file: str | None = None) -> Loca
     if is_folder:
         return _in_directory(path / options.subfolder, name, gguf_file)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
-        raise ModelError(f"there is no directory or file {name}")
+        raise ModelError(missing_folder(name))
     patterns = [gguf_file] if gguf_file else _SMALL_FILES + ["*.py"] * options.with_code
     directory = Path(_download(name, options, patterns)) / options.subfolder
     location = _in_directory(directory, name, gguf_file)
     return replace(location, name=name)
+
+
+def missing_folder(name: str) -> str:
+    """That there is no such folder, and the one beside it that was probably meant."""
+    path = Path(name)
+    try:
+        beside = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")]
+    except OSError:
+        beside = []
+    near = nearest(path.name, beside) if path.name else None
+    hint = f"; did you mean {path.with_name(near)}?" if near and near != path.name else ""
+    return f"there is no {'file' if path.suffix == '.gguf' else 'folder'} {name}{hint}"
 
 
 def locate_base(adapter: Location, options: HubOptions, gguf_file: str | None = None) -> Location:
@@ -303,18 +316,25 @@ def _download(name: str, options: HubOptions, patterns: list[str]) -> str:
 
 _HUB_ERRORS = (HfHubHTTPError, HFValidationError, EntryNotFoundError, LocalEntryNotFoundError, OSError)
 _EXPLANATIONS: list[tuple[type[Exception], Callable[[str, HubOptions], str]]] = [
-    (GatedRepoError, lambda name, o: f"{name} is gated: accept its terms on the hub and pass token="),
+    (
+        GatedRepoError,
+        lambda name, o: (
+            f"{name} is gated: accept its terms on its page of the hub, then log in with `hf auth login`, set HF_TOKEN, or "
+            "pass token= in Python"
+        ),
+    ),
     (RevisionNotFoundError, lambda name, o: f"{name} has no revision {o.revision!r}"),
     (
         RepositoryNotFoundError,
-        lambda name, o: f"the hub has no model {name!r}, or it is private and needs token=",
+        lambda name, o: (
+            f"{missing_folder(name)}, and the hub has no model {name!r}, or it is private: log in with `hf auth login`, "
+            "set HF_TOKEN, or pass token= in Python"
+        ),
     ),
     (HFValidationError, lambda name, o: f"{name!r} is neither a directory nor a possible name on the hub"),
     (
         LocalEntryNotFoundError,
-        lambda name, o: (
-            f"{name!r} is no local directory, is not in the hub's cache, and the hub was not reached"
-        ),
+        lambda name, o: f"{missing_folder(name)}, it is not in the hub's cache, and the hub was not reached",
     ),
 ]
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from oribi.errors import ConfigError
+from oribi.text import one_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def gpu_named(name: str) -> Gpu:
         if _key(key) == wanted:
             return gpu
     raise ConfigError(
-        f"GPU {name!r} is not in the table; it has {', '.join(gpu.name for gpu in GPUS.values())}"
+        f"GPU {name!r} is not in the table; {one_of(name, [gpu.name for gpu in GPUS.values()])}"
     )
 
 

@@ -57,8 +57,10 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if "loss" in logs:
-            self.line = Text(self._describe(state, logs))
+            parts = self._describe(state, logs)
+            self.line = Text("  ".join(parts.values()))
             if self.live is not None:
+                self.line = Text(fitting(parts, self.console.width))
                 self.live.update(self.line)
             elif self._is_due(state):
                 self.told = time.monotonic()
@@ -81,18 +83,32 @@ class Progress(TrainerCallback):
         first = self.told is None
         return first or state.global_step >= state.max_steps or time.monotonic() - self.told >= LINE_SECONDS
 
-    def _describe(self, state: TrainerState, logs: dict[str, Any]) -> str:
+    def _describe(self, state: TrainerState, logs: dict[str, Any]) -> dict[str, str]:
         self.weighted = SMOOTHING * self.weighted + (1 - SMOOTHING) * logs["loss"]
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         step, total = state.global_step, state.max_steps
         elapsed = time.monotonic() - self.started
         left = elapsed / max(step - self.first_step, 1) * (total - step)
-        mfu = f"  MFU {logs['mfu']:.1%}" if "mfu" in logs else ""
-        return (
-            f"step {step}/{total}  loss {logs['loss']:.4f}  smoothed {self.weighted / self.weight:.4f}  "
-            f"lr {logs.get('learning_rate', 0.0):.2e}  {logs.get('tokens_per_second', 0):,.0f} tokens/s{mfu}  "
-            f"left {clock(left)}  peak {peak_memory_bytes() / 2**30:.2f} GiB"
-        )
+        parts = {
+            "step": f"step {step}/{total}",
+            "loss": f"loss {logs['loss']:.4f}",
+            "smoothed": f"smoothed {self.weighted / self.weight:.4f}",
+            "lr": f"lr {logs.get('learning_rate', 0.0):.2e}",
+            "speed": f"{logs.get('tokens_per_second', 0):,.0f} tokens/s",
+            "mfu": f"MFU {logs['mfu']:.1%}" if "mfu" in logs else "",
+            "left": f"left {clock(left)}",
+            "peak": f"peak {peak_memory_bytes() / 2**30:.2f} GiB",
+        }
+        return {name: text for name, text in parts.items() if text}
+
+
+def fitting(parts: dict[str, str], width: int) -> str:
+    """One line of a terminal: what matters least is left out first, step, loss and time left never."""
+    parts = dict(parts)
+    for name in ("mfu", "smoothed", "lr", "peak", "speed"):
+        if len("  ".join(parts.values())) > width:
+            parts.pop(name, None)
+    return "  ".join(parts.values())
 
 
 class JsonLog(TrainerCallback):

@@ -38,7 +38,7 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
         finally:
             _mine[key] -= 1
         return
-    path, made = Path(folder) / LOCK_FILE, not Path(folder).exists()
+    path, made = Path(folder) / LOCK_FILE, not os.path.exists(folder)
     descriptor = _take(path)
     _mine[key] = 1
     try:

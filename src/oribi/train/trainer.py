@@ -1,6 +1,7 @@
 """STEP 6: train. TRL's SFTTrainer with oribi's data preparation, the model's own loss and a flat optimizer.
 
-Only methods that a subclass may override are used; nothing is assigned into another package.
+It overrides methods of transformers' Trainer, private ones (with a leading underscore) among them, which the supported
+versions are tested for; nothing is assigned into another package.
 """
 
 import logging

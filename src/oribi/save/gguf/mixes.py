@@ -13,6 +13,7 @@ import gguf
 from transformers import PretrainedConfig
 
 from oribi.errors import ConfigError
+from oribi.text import one_of
 
 Type = gguf.GGMLQuantizationType
 _FILE = gguf.LlamaFileType
@@ -76,7 +77,7 @@ def mix_of(method: str) -> Method:
     reason = ""
     if _NEED_IMATRIX.fullmatch(name):
         reason = f" ({name} needs an importance matrix, which oribi does not compute)"
-    raise ConfigError(f"quantization_method = {method!r}{reason}; expected one of {', '.join(METHODS)}")
+    raise ConfigError(f"quantization_method = {method!r}{reason}; {one_of(name, METHODS)}")
 
 
 def print_quantization_methods() -> None:
