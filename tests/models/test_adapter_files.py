@@ -157,6 +157,7 @@ def test_an_adapter_loads_on_what_it_was_trained_on_unless_told_otherwise(base, 
     expected = logits(trained(base, load_in_4bit=False)[0])
     found, _ = load_model(str(adapter), **LOAD)
     assert not found.oribi.load_in_4bit
+    assert read_adapter(str(adapter)).facts()["trained on"] == "float32 weights"
     assert torch.equal(logits(found), expected)
     packed, _ = load_model(str(adapter), **LOAD, load_in_4bit=True)
     assert packed.oribi.load_in_4bit

@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oribi.errors import ExportError
+from oribi.errors import ExportError, ModelError
 from oribi.language_model import FastLanguageModel
 from oribi.lora.contents import read_adapter
 from oribi.models.adapter_files import RECORD_FILE
 from oribi.models.wrapper import class_named
 from oribi.save.check import Outcome
 from oribi.save.gguf.adapter import save_gguf_adapter
+from oribi.train.arguments import SFTConfig
+from oribi.train.trainer import SFTTrainer
 from tests.models.tiny_checkpoint import checkpoint
 from tests.save.tiny_export import byte_level_tokenizer
 
@@ -311,3 +314,35 @@ def test_several_adapters_and_other_names_are_written_each_with_its_record(llama
     model.load_adapter(str(tmp_path / "other"), "again")
     model.set_adapter("again")
     assert torch.equal(logits(model), expected)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def trainer_of(model, tokenizer, folder: Path, steps: int) -> SFTTrainer:
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=steps, save_steps=1, save_strategy="steps", disable_tqdm=True,
+        per_device_train_batch_size=1, dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    rows = [{"input_ids": list(range(3, 20)), "labels": list(range(3, 20))}] * 4
+    return SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), tokenizer=tokenizer)
+
+
+def test_checkpoints_on_a_changed_base_say_so_and_load_nowhere_else(llama, tmp_path):
+    model, tokenizer = load(llama)
+    trainer = trainer_of(adapted(merge_an_adapter(model)), tokenizer, tmp_path, 1)
+    trainer.train()
+    with pytest.raises(ModelError, match="was trained on weights that were changed in memory"):
+        load(tmp_path / "checkpoint-1")
+    with pytest.raises(ExportError, match="save_pretrained_merged"):
+        trainer.save_model(str(tmp_path / "final"))
+
+
+def test_a_run_of_a_multimodal_model_resumes_from_the_names_it_wrote(tmp_path):
+    write_wrapper("gemma3", tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base")
+    trainer_of(adapted(model), tokenizer, tmp_path / "run", 1).train()
+    again, tokenizer = load(tmp_path / "base")
+    again = FastLanguageModel.get_peft_model(again, r=4)
+    trainer_of(again, tokenizer, tmp_path / "run", 1).train(resume_from_checkpoint=True)
+    assert torch.equal(logits(again), logits(model))

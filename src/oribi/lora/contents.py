@@ -9,7 +9,7 @@ import torch
 
 from oribi.errors import ModelError
 from oribi.models.adapter_config import read_adapter_config, read_adapter_settings
-from oribi.models.adapter_files import read_tensors
+from oribi.models.adapter_files import read_record, read_tensors
 from oribi.models.load import checkpoint_config
 from oribi.models.locate import HubOptions, Location, adapter_weights, locate, locate_base
 from oribi.models.plain_peft import try_in_plain_peft
@@ -38,6 +38,7 @@ class AdapterContents:
         kinds: last part of the layers' names -> figures.
         other: parameters that are no LoRA factor, such as trained embeddings.
         problems: what looks wrong, one line each.
+        trained_on: how the base's weights lay in memory; None where no record says it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class AdapterContents:
     kinds: dict[str, Kind] = field(default_factory=dict)
     other: int = 0
     problems: list[str] = field(default_factory=list)
+    trained_on: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """What is worth knowing, by name."""
@@ -55,6 +57,7 @@ class AdapterContents:
             "adapter": self.name,
             "file": str(self.path),
             "base model": s.get("base_model_name_or_path"),
+            "trained on": self.trained_on or "not known (no oribi.json)",
             "kind": " ".join([str(s.get("peft_type", "LORA")), *variant]),
             "rank": s.get("r"),
             "alpha": s.get("lora_alpha"),
@@ -80,6 +83,8 @@ def read_adapter(name: str) -> AdapterContents:
         )
     path = adapter_weights(location, HubOptions())
     found = AdapterContents(name, path, read_adapter_settings(location))
+    record = read_record(location.directory)
+    found.trained_on = None if record is None else f"{record.base.weights} weights"
     tensors = read_tensors(path)
     _require_whole(location, tensors, found.problems)
     pairs: dict[str, dict[str, torch.Tensor]] = {}

@@ -148,7 +148,7 @@ def _read_lora(name: str, slot: Slot, layer: LoraLayer, adapter: str, change: Ch
     )  # VeLoRA differs from LoRA in what it keeps for backward alone
     if variant not in (*plain, "DoraLinearVariant", "DoraEmbeddingVariant"):
         raise ExportError(
-            f"{name}: PEFT's {variant} depends on the input and fits in no single weight; "
+            f"{name}: PEFT's {variant} fits in no single weight that oribi can write; "
             "save the adapter alone with save_method='lora'"
         )
     magnitude = None
