@@ -308,6 +308,7 @@ _GENERATION_IDS = {
         "a text or a list of texts",
         lambda value: bool(value) and (isinstance(value, str) or _are(value, str)),
     ),
+    ("output_attentions",): ("false, since its decoder never forms them", lambda value: value is False),
     ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"): (
         "true or false", lambda value: isinstance(value, bool),
     ),
