@@ -43,7 +43,7 @@ def test_a_documented_command_runs(
     }  # fmt: skip
     words = [str(places.get(word, word)) for word in shlex.split(line)[1:]]
     # four bits change every answer of a random model of 64 dimensions, which its export is refused for
-    words = [word.replace("q4_k_m", "f16") for word in words]
+    words = [word.replace("q4_k_m", "f16").replace("merged_4bit", "merged") for word in words]
     if words[0] == "export" and "--output" not in words:
         words += ["--output", str(tmp_path / "exports")]
     monkeypatch.chdir(tmp_path)
