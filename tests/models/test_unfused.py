@@ -1,10 +1,14 @@
 """Of a model outside the family table it is said, and estimated, what stays in 16 bits under load_in_4bit."""
 
+import json
+
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from oribi.errors import ModelError
 from oribi.models.load import load_model
 from oribi.models.unfused import NF4_BYTES, sizes_of_config
 from tests.save.tiny_export import byte_level_tokenizer
@@ -50,3 +54,83 @@ def test_the_sizes_of_a_config_are_those_of_the_loaded_model(model_type, tmp_pat
     note = next(note for note in model.oribi.notes if note.startswith("load_in_4bit: "))
     assert "stay in 32 bits" in note
     assert ("not experts" in note) == bool(experts) == (model_type in EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A tiny gpt_neox and its tokenizer."""
+    folder = tmp_path_factory.mktemp("gpt_neox")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny("gpt_neox")).save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return folder
+
+
+DENSE = "gpt_neox.layers.1.attention.dense.weight"
+NORM = "gpt_neox.final_layer_norm.weight"
+CHANGES = {
+    "a linear layer missing": (lambda t, c: t.pop(DENSE), f"1 missing: {DENSE}"),
+    "a linear layer of another shape": (
+        lambda t, c: t.update({DENSE: torch.zeros(64, 128)}),
+        rf"1 of another shape: {DENSE}: \[64, 128\], expected \[64, 64\]",
+    ),
+    "a norm of another shape": (
+        lambda t, c: t.update({NORM: torch.zeros(32)}),
+        rf"1 of another shape: {NORM}: \[32\], expected \[64\]",
+    ),
+    "three layers missing": (
+        lambda t, c: c.update(num_hidden_layers=5), r"36 missing: gpt_neox\.layers\.2\.attention\.dense\.bias",
+    ),
+    "a wider model in config.json": (lambda t, c: c.update(intermediate_size=128), "6 of another shape: .*128"),
+    "every name under another prefix": (
+        lambda t, c: [t.update({f"other.{name}": t.pop(name)}) for name in list(t)], "28 missing",
+    ),
+}  # fmt: skip
+
+
+def changed(stored, folder, change):
+    tensors, config = (
+        load_file(stored / "model.safetensors"),
+        json.loads((stored / "config.json").read_text()),
+    )
+    for file in stored.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    change(tensors, config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_tensor_that_is_missing_or_of_another_shape_is_an_error_that_names_it(
+    name, load_in_4bit, stored, tmp_path
+):
+    change, message = CHANGES[name]
+    with pytest.raises(ModelError, match=message):
+        load_model(changed(stored, tmp_path, change), dtype=torch.float32, load_in_4bit=load_in_4bit)
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_tensors_that_the_model_does_not_use_are_named_once(load_in_4bit, stored, tmp_path):
+    def add(tensors, config):
+        tensors["gpt_neox.layers.1.extra.weight"] = torch.zeros(3)
+        tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.zeros(8)  # as older checkpoints do
+
+    model, _ = load_model(changed(stored, tmp_path, add), dtype=torch.float32, load_in_4bit=load_in_4bit)
+    notes = [note for note in model.oribi.notes if "not used by" in note]
+    assert notes == [
+        "1 tensors of the checkpoint are not used by GPTNeoXForCausalLM: gpt_neox.layers.1.extra.weight"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["cut short", "no safetensors", "a value of another type"])
+def test_damaged_weights_or_configs_outside_the_table_are_one_message(kind, stored, tmp_path):
+    folder = changed(stored, tmp_path, lambda t, c: c.update(hidden_act=7) if "type" in kind else None)
+    file = tmp_path / "model.safetensors"
+    if kind == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "no safetensors":
+        file.write_bytes(b"version https://git-lfs")
+    with pytest.raises(ModelError, match="gpt_neox model: |hidden_act"):
+        load_model(folder, dtype=torch.float32)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -20,6 +21,9 @@ from oribi.models.locate import Location
 # NF4 with double quantisation: half a byte of codes; a byte for every 64 weights, of which 256 share a float32
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _NAMED = 3  # kinds of tensors that a note names
+_LISTED = 6  # tensors that an error lists
+# tables that a model computes by itself and that older checkpoints store or lack
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias)$")
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,11 @@ def load_unfused(
         location: a checkpoint whose weights are on disk.
         config: its config; one that names a quantisation is loaded as it is.
         device, dtype, quantization, trust_remote_code, allow_pickle: as in `load.Request`.
-        notes: gets a line on what stays in 16 bits.
+        notes: gets a line on what stays in 16 bits, and one on tensors that the model does not use.
 
     Raises:
-        ModelError: transformers cannot load it, or its layers cannot be packed on this device.
+        ModelError: transformers cannot load it, tensors are missing or have another shape than the config says, or its
+            layers cannot be packed on this device.
     """
     settings = None
     if quantization.enabled and not getattr(config, "quantization_config", None):
@@ -123,7 +128,7 @@ def load_unfused(
             llm_int8_skip_modules=["lm_head", *quantization.skip],
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             location.directory,
             config=config,
             dtype=dtype,
@@ -132,11 +137,17 @@ def load_unfused(
             trust_remote_code=trust_remote_code,
             use_safetensors=not allow_pickle,
             local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # or its error would name no tensor; `_compare_tensors` refuses them
         )
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged file may end anywhere in the model's class
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
         raise ModelError(
-            f"{location.name}: transformers cannot load this {config.model_type} model: {error}"
+            f"{location.name}: transformers cannot load this {config.model_type} model: {reason}"
         ) from error
+    notes += _compare_tensors(location, model, report)
     model.generate = partial(generate_in_inference_mode, model, model.generate)
     packed = set()
     for name, layer in model.named_modules():
@@ -153,3 +164,46 @@ def load_unfused(
     if quantization.enabled:
         notes.append(unfused_sizes(model.named_parameters(), packed).note(dtype.itemsize))
     return model
+
+
+def _compare_tensors(location: Location, model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
+    """Compares the files' tensors with the model's: transformers gives random values to those that do not fit, and warns.
+
+    Args:
+        location: the checkpoint.
+        model: as loaded.
+        report: `from_pretrained`'s loading info.
+
+    Returns:
+        A note naming the tensors that the model does not use.
+
+    Raises:
+        ModelError: tensors are missing or have another shape.
+    """
+    wrong = {name: (list(stored), list(expected)) for name, stored, expected in report["mismatched_keys"]}
+    for name, layer in model.named_modules():  # transformers packs a weight without comparing its shape
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        expected = [getattr(layer, "out_features", None), getattr(layer, "in_features", None)]
+        if state is not None and list(state.shape) != expected:
+            wrong[f"{name}.weight"] = (list(state.shape), expected)
+    problems = {
+        "missing": sorted(name for name in report["missing_keys"] if not _COMPUTED.search(name)),
+        "of another shape": [f"{name}: {a}, expected {b}" for name, (a, b) in sorted(wrong.items())],
+        "not converted": list(map(str, report["error_msgs"])),
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {what}: {_list(names)}" for what, names in problems.items() if names)
+        raise ModelError(
+            f"{location.name}: the checkpoint's tensors are not those of {type(model).__name__} with this config.json; {found}. "
+            "Download it again, or take the config.json that belongs to the weights"
+        )
+    unused = sorted(name for name in report["unexpected_keys"] if not _COMPUTED.search(name))
+    if not unused:
+        return []
+    return [
+        f"{len(unused)} tensors of the checkpoint are not used by {type(model).__name__}: {_list(unused)}"
+    ]
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
