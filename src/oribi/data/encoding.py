@@ -28,6 +28,7 @@ class Marked:
     begins: bool = True  # False: the text goes on where another stopped, so no BOS belongs before it
     left_out: list[str] = field(default_factory=list)  # what the chat template does not write
     untrained: str = ""  # why no span is trained, where that is known
+    notes: list[str] = field(default_factory=list)  # what was written otherwise than the row says
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from oribi.data.conversations import Conversation
 from oribi.data.encoding import Marked, Span
 from oribi.data.layout import Layout, LayoutFinder, Skeleton, take_out_texts, thoughts_of
 from oribi.data.rendering import MAX_SLOTS, ChatTemplate
+from oribi.data.roles import with_known_roles
 from oribi.errors import DataError
 
 TRAIN_ON = ("responses", "last_response", "everything")
@@ -54,6 +55,12 @@ class Masker:
         Raises:
             DataError: the template refuses it, or the assistant's part cannot be told exactly.
         """
+        conversation, notes = with_known_roles(conversation, self.template)
+        marked = self._mark(conversation)
+        marked.notes = notes
+        return marked
+
+    def _mark(self, conversation: Conversation) -> Marked:
         messages = self.template.adapt(conversation.messages, conversation.tools)
         conversation = replace(conversation, messages=messages)
         text = self.template.render(messages, conversation.tools, **conversation.template_kwargs)

@@ -40,7 +40,7 @@ PLAIN_PAIRS = (
     "prompt and completion are trained as plain text, joined without the chat template that `oribi chat` uses; for chat, name the "
     "columns question and answer"
 )
-CACHE_FORMAT = 3  # raise it when the same input gives other tokens or columns
+CACHE_FORMAT = 4  # raise it when the same input gives other tokens or columns
 _IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS, "origin": datasets.Value("string")})
 
@@ -317,6 +317,8 @@ class Preparation:
         marked = self.masker.mark(example)
         for what in marked.left_out:
             self.tally.note(f"the chat template leaves out the {what}", origin)
+        for note, count in Counter(marked.notes).items():
+            self.tally.note(note, origin, count)
         for end in set(self.masker.template.turn_ends) - {""}:
             if any(end in (message.get("content") or "") for message in example.messages):
                 self.tally.note(

@@ -58,6 +58,7 @@ class ChatTemplate:
         self._context = {**tokenizer.special_tokens_map, **(kwargs or {})}
         self._sources: dict[bool, str] = {}
         self._call_forms: dict[bool, tuple[str | None, bool]] = {}
+        self._written_roles: dict[tuple[str, bool, str], bool] = {}
 
     def source(self, tools: Sequence[Any] | None = None) -> str:
         """The Jinja source; a tokenizer may have another one for conversations with tools."""
@@ -118,6 +119,26 @@ class ChatTemplate:
     def mentions(self, key: str, tools: Sequence[Any] | None = None) -> bool:
         """Whether the source has a word, such as the key of a message."""
         return bool(re.search(rf"\b{re.escape(key)}\b", self.source(tools)))
+
+    def writes_role(self, role: str, tools: Sequence[Any] | None = None, after: str = "user") -> bool:
+        """Whether the template writes the text of a message of a role.
+
+        Args:
+            role: of the message.
+            tools: those of the conversation.
+            after: "" where the message is the first one, "system" or "developer" where it follows the first one of that role,
+                "user" where it stands later.
+        """
+        key = role, bool(tools), after
+        if key not in self._written_roles:
+            self._written_roles[key] = any(self._writes(probe, tools) for probe in _with_role(role, after))
+        return self._written_roles[key]
+
+    def _writes(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> bool:
+        try:
+            return slot(0) in self.render(self.adapt(messages, tools), tools)
+        except DataError:
+            return False
 
     @cached_property
     def _reasoning_field(self) -> str | None:
@@ -214,6 +235,20 @@ def _row_errors() -> Iterator[None]:
         raise
     except ChatTemplateError as error:
         raise DataError(str(error)) from error
+
+
+def _with_role(role: str, after: str) -> list[list[dict[str, Any]]]:
+    """Short conversations with a message of a role, whose text is placeholder 0: with a tool call before it, and without."""
+    message, user = {"role": role, "content": slot(0)}, {"role": "user", "content": "x"}
+    if after != "user":
+        return [[*([{"role": after, "content": "x"}] if after else []), message, user]]
+    answer = {"role": "assistant", "content": "x"}
+    if role in ("system", "developer"):
+        return [[user, answer, message, user]]
+    function = {"name": "oribi_probe", "arguments": {"k": "oribi_v"}}
+    call = {"id": "oribi0001", "type": "function", "function": function}
+    result = {**message, "name": "oribi_probe", "tool_call_id": "oribi0001"}
+    return [[user, {**answer, "content": "", "tool_calls": [call]}, result], [user, answer, result]]
 
 
 def shared_prefix(a: str, b: str) -> str:
