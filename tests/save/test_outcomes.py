@@ -1,14 +1,18 @@
 """Answers decide: a file whose greedy answers or ends are other ones is different, whatever its format allows of KL."""
 
+import json
+
 import pytest
 import torch
 
 from oribi.errors import ConfigError, ExportError
-from oribi.save.check import Outcome
+from oribi.save.check import Check, Outcome
 from oribi.save.export_gguf import save_gguf
 from oribi.save.export_merged import save_merged
+from oribi.save.gguf.adapter import save_gguf_adapter
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
+from oribi.save.report import ExportReport
 from oribi.save.verify import compare, compare_answers, compare_stops
 from tests.save.tiny_export import VOCAB, adapted, byte_level_tokenizer, export_config, tiny_model
 
@@ -146,3 +150,50 @@ def test_a_check_without_memory_is_not_run_and_a_broken_file_is_different(tmp_pa
         ExportError, match="different  weights read back: it cannot be read back .*model.norm.weight"
     ):
         save_merged(tuned, tmp_path / "n", byte_level_tokenizer(), dtype="float32")
+
+
+def test_of_several_quantisations_only_those_that_differ_are_set_aside(tmp_path):
+    tuned = adapted(
+        tiny_model(export_config("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2))
+    )
+    folder, aside = tmp_path / "g", tmp_path / "g.rejected"
+    with pytest.raises(ExportError) as error:
+        save_gguf(tuned, folder, byte_level_tokenizer(), ["q2_k", "q8_0"])
+    says = str(error.value)
+    assert (
+        f"model.Q2_K.gguf: not what was trained, and set aside in {aside}; in place: model.Q8_0.gguf" in says
+    )
+    assert "q8_0:" not in says
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "Modelfile", "README.md", "export_report.json", "model.Q8_0.gguf",
+    ]  # fmt: skip
+    assert "FROM ./model.Q8_0.gguf" in (folder / "Modelfile").read_text()
+    report = json.loads((folder / "export_report.json").read_text())
+    assert report["passed"]
+    assert list(report["files"]) == ["model.Q8_0.gguf"]
+    assert {check["name"].split(":")[0] for check in report["checks"]} == {"q8_0"}
+    assert "set aside in g.rejected: model.Q2_K.gguf" in " ".join(report["notes"])
+    refused = json.loads((aside / "export_report.json").read_text())
+    assert not refused["passed"]
+    assert list(refused["files"]) == ["model.Q2_K.gguf"]
+    assert {check["name"].split(":")[0] for check in refused["checks"]} == {"q2_k"}
+
+
+def test_of_an_adapter_in_several_types_only_those_that_differ_are_set_aside(tmp_path):
+    tuned = adapted(tiny_model(export_config("llama", num_hidden_layers=1)), scale=1e-9)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1e-9)  # float16 has no such numbers
+    with pytest.raises(ExportError, match="F16.gguf: not what was trained.*in place: .*F32.gguf"):
+        save_gguf_adapter(tuned, tmp_path / "a", ["f16", "f32"])
+    assert [path.name for path in (tmp_path / "a").glob("*.gguf")] == ["model-lora.F32.gguf"]
+    assert [path.name for path in (tmp_path / "a.rejected").glob("*.gguf")] == ["model-lora.F16.gguf"]
+
+
+def test_what_a_report_prints_of_foreign_texts_does_not_command_the_terminal(capsys):
+    check = Check("ids \x1b[2J", Outcome.DIFFERENT, "other ids: \x1b]0;title\x07", {})
+    ExportReport("m", "gguf", "", {}, "rows \x1b[1m", [check], ["note \x9b31m"]).show()
+    printed = capsys.readouterr().out
+    assert not set(printed) & {"\x1b", "\x07", "\x9b"}
+    assert r"\x1b]0;title" in printed

@@ -18,6 +18,7 @@ from oribi.save.base import choose_base, open_base
 from oribi.save.check import Check, Outcome
 from oribi.save.escape import fenced
 from oribi.save.finish import (
+    SortedOut,
     Verify,
     checked,
     compares,
@@ -25,6 +26,7 @@ from oribi.save.finish import (
     file_sizes,
     finish_export,
     require_other_place,
+    sort_out,
     trained_answers,
 )
 from oribi.save.folder import announce, finished_folder
@@ -75,7 +77,8 @@ def save_gguf(
 
     Raises:
         ConfigError: an unknown method, or no tokenizer.
-        ExportError: llama.cpp cannot hold this model, the disk is too small, or a file differs from the trained model.
+        ExportError: llama.cpp cannot hold this model, the disk is too small, or a file differs from the trained model; of
+            several, those that are right are in place all the same.
     """
     options = read_accepted(accepted, GGUF_KEYWORDS, "save_pretrained_gguf")
     if tokenizer is None:
@@ -103,7 +106,10 @@ def save_gguf(
     report.checks += unanswered
     expected = expected_answers(trained if compared else None, source, chosen)
     with finished_folder(directory, sum(sizes.values()) + _METADATA * len(files)) as partial:
-        vocabulary, has_modelfile = _write(partial, model, source, tokenizer, files, report, expected, verify)
+        vocabulary, sorted_out, has_modelfile = _write(
+            partial, model, source, tokenizer, files, report, expected, verify
+        )
+    sorted_out.require()
     return {
         "save_directory": str(directory),
         "gguf_directory": str(directory),
@@ -125,12 +131,10 @@ def _write(
     report: ExportReport,
     expected: Trained | None,
     verify: Verify,
-) -> tuple[Vocabulary, bool]:
+) -> tuple[Vocabulary, SortedOut, bool]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    first = next(iter(files.values()))
-    usage = fenced(f"llama-cli -m {shlex.quote(first)}")
     paths = {method: partial / file for method, file in files.items()}
-    device, name = next(inner.parameters()).device, first.rsplit(".", 2)[0]
+    device, name = next(inner.parameters()).device, next(iter(files.values())).rsplit(".", 2)[0]
     with torch.no_grad():
         vocabulary = write_files(paths, source, inner.config, tokenizer, name=name, device=device)
     if tokenizer.chat_template and not renders(tokenizer):
@@ -140,17 +144,20 @@ def _write(
             f"llama.cpp cuts some words beyond ASCII otherwise than this tokenizer (rule {vocabulary.pre}): those with "
             "combining marks, as in Hindi, or with capitals"
         )
+    sorted_out = SortedOut(files)
+    if expected is not None:
+        report.checked_on = expected.rows.origin
+        found = {method: _check_gguf(method, path, expected, tokenizer) for method, path in paths.items()}
+        sorted_out = sort_out(report, partial, files, found, verify)
+    first = next(iter(sorted_out.kept.values()))
+    usage = fenced(f"llama-cli -m {shlex.quote(first)}")
     has_modelfile = _write_modelfile(partial, first, inner, tokenizer, vocabulary.adds_bos, report)
     if has_modelfile:
         called = shlex.quote(name.lower())
         usage += "\n\n" + fenced(f"ollama create {called} -f Modelfile\nollama run {called}")
-    if expected is not None:
-        report.checked_on = expected.rows.origin
-        for method, path in paths.items():
-            _check_gguf(method, path, expected, tokenizer, report)
     report.files = file_sizes(partial, "*.gguf")
     finish_export(report, partial, model, usage, verify)
-    return vocabulary, has_modelfile
+    return vocabulary, sorted_out, has_modelfile
 
 
 def _write_modelfile(
@@ -171,7 +178,7 @@ def _check_weights(trained: Trained, path: Path, method: str) -> list[Check]:
     return check_source(trained, GGUFSource(path), method)
 
 
-def _check_gguf(method: str, path: Path, trained: Trained, tokenizer: Any, report: ExportReport) -> None:
+def _check_gguf(method: str, path: Path, trained: Trained, tokenizer: Any) -> list[Check]:
     found = checked("weights read back", _check_weights, trained, path, method)
     found += checked("tokenizer rebuilt from the file", check_gguf_tokenizer, tokenizer, path)
     if llama_cpp.is_installed():
@@ -182,4 +189,4 @@ def _check_gguf(method: str, path: Path, trained: Trained, tokenizer: Any, repor
         )
     for check in found:
         check.name = f"{method}: {check.name}"
-    report.checks += found
+    return found

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from oribi.errors import ConfigError, ExportError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.save.adapter import MergedModel
 from oribi.save.check import Check, NotTested, Outcome
-from oribi.save.folder import reject
+from oribi.save.folder import new_rejected, reject
 from oribi.save.naming import base_name
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
@@ -125,6 +126,60 @@ def _in_words(error: Exception) -> str:
 def file_sizes(folder: Path, pattern: str) -> dict[str, int]:
     """Bytes of the files of a folder that match."""
     return {path.name: path.stat().st_size for path in sorted(folder.glob(pattern))}
+
+
+@dataclass(frozen=True)
+class SortedOut:
+    """The files of an export that keep their place, and those that were set aside.
+
+    Args:
+        kept: file names by format.
+        refused: the report of the others; None if there are none.
+    """
+
+    kept: dict[str, str]
+    refused: ExportReport | None = None
+
+    def require(self) -> None:
+        """Raise if files were set aside.
+
+        Raises:
+            ExportError: some were; the message names them and those in place.
+        """
+        if self.refused is not None:
+            self.refused.require(self.kept.values())
+
+
+def sort_out(
+    report: ExportReport, partial: Path, files: dict[str, str], found: dict[str, list[Check]], verify: Verify
+) -> SortedOut:
+    """Set the files that differ aside from those that do not.
+
+    Where all differ or `verify` is "report" they stay together: `finish_export` decides on the folder as a whole.
+
+    Args:
+        report: of the export; it gets the checks of the files that are kept.
+        partial: the folder with the files.
+        files: their names by format.
+        found: the checks of each format.
+        verify: as for `save_merged`.
+    """
+    different = [form for form in found if not all(check.passed for check in found[form])]
+    if verify == "report" or len(different) in (0, len(files)):
+        report.checks += [check for checks in found.values() for check in checks]
+        return SortedOut(files)
+    kept = {form: file for form, file in files.items() if form not in different}
+    report.checks += [check for form in kept for check in found[form]]
+    rejected, names = new_rejected(report.directory), [files[form] for form in different]
+    for name in names:
+        (partial / name).rename(rejected / name)
+    checks = [check for form in different for check in found[form]]
+    refused = replace(report, files=file_sizes(rejected, "*.gguf"), checks=checks, notes=list(report.notes))
+    refused.write(
+        rejected, model_card(refused, rejected.name, "", "Not what was trained: see the outcomes below.")
+    )
+    report.notes.append(f"not what was trained, and set aside in {rejected.name}: {', '.join(names)}")
+    return SortedOut(kept, refused)
 
 
 def finish_export(report: ExportReport, partial: Path, model: nn.Module, usage: str, verify: Verify) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from oribi.errors import ExportError, OribiError
+from oribi.text import printable
 
 # a loader reads these first: they leave before the first new file moves in and arrive last
 _ENTRIES = ("model.safetensors.index.json", "config.json", "adapter_config.json")
@@ -74,10 +75,16 @@ def _fault_of_the_disk(error: Exception) -> str | None:
 
 def reject(partial: Path, final: str | os.PathLike) -> None:
     """Keep the files of a failed export under `final`.rejected, where nothing takes them for good."""
-    rejected = Path(f"{final}.rejected")
+    partial.rename(new_rejected(final))
+
+
+def new_rejected(final: str | os.PathLike) -> Path:
+    """`final`.rejected as an empty folder, in place of that of an earlier export."""
+    rejected = Path(f"{os.path.abspath(final)}.rejected")
     if rejected.exists():
         shutil.rmtree(rejected)
-    partial.rename(rejected)
+    rejected.mkdir()
+    return rejected
 
 
 def announce(directory: str | os.PathLike, sizes: dict[str, int]) -> None:
@@ -91,7 +98,7 @@ def announce(directory: str | os.PathLike, sizes: dict[str, int]) -> None:
         ExportError: the disk is too small for all parts.
     """
     for words, size in sizes.items():
-        print(f"oribi: {words}: {gigabytes(size)} into {directory}", flush=True)
+        print(printable(f"oribi: {words}: {gigabytes(size)} into {directory}"), flush=True)
     print(f"oribi: this disk has {gigabytes(free_bytes(directory))} free", flush=True)
     require_disk(Path(directory), sum(sizes.values()))
 

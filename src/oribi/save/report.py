@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from oribi.errors import ExportError
 from oribi.save.check import Check, Outcome, overall, verdict
 from oribi.save.escape import for_markdown, for_yaml
 from oribi.save.folder import gigabytes
+from oribi.text import printable
 
 REPORT_FILE = "export_report.json"
 
@@ -70,27 +72,35 @@ class ExportReport:
     def show(self) -> None:
         """Print the checks and notes, one line each."""
         if self.checks:
-            print(f"oribi: {self.verdict}, checked on {self.checked_on}")
+            print(printable(f"oribi: {self.verdict}, checked on {self.checked_on}"))
         for check in self.checks:
-            print(f"oribi:   {check.line()}")
+            print(printable(f"oribi:   {check.line()}"))
         for note in self.notes:
-            print(f"oribi: note: {note}", flush=True)
+            print(printable(f"oribi: note: {note}"), flush=True)
 
     def write(self, folder: Path, card: str) -> None:
         """Write the report and the model card into a folder."""
         (folder / REPORT_FILE).write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
         (folder / "README.md").write_text(card)
 
-    def require(self) -> None:
+    def require(self, kept: Iterable[str] = ()) -> None:
         """Raise if a comparison found something different.
+
+        Args:
+            kept: names of other files of the same export, which are right.
 
         Raises:
             ExportError: one did.
         """
         failed = [check for check in self.checks if not check.passed]
         if failed:
+            others, place = ", ".join(kept), f"{self.directory}.rejected"
             raise ExportError(
-                f"the export differs from the trained model; its files are kept in {self.directory}.rejected:\n"
+                (
+                    f"{', '.join(self.files)}: not what was trained, and set aside in {place}; in place: {others}\n"
+                    if others
+                    else f"the export differs from the trained model; its files are kept in {place}:\n"
+                )
                 + "\n".join(f"  {check.line()}" for check in failed)
                 + "\nTo keep it under its own name all the same: verify='report', on the command line --keep-different"
             )

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from oribi.save.accepted import Accepted
+from oribi.text import printable
 
 
 def upload_folder(folder: Path, repo_id: str, options: Accepted, api: Any = None) -> str:
@@ -31,5 +32,5 @@ def upload_folder(folder: Path, repo_id: str, options: Accepted, api: Any = None
         create_pr=options.create_pr,
         revision=options.revision,
     )
-    print(f"oribi: uploaded {folder.name} to {commit.commit_url}", flush=True)
+    print(printable(f"oribi: uploaded {folder.name} to {commit.commit_url}"), flush=True)
     return commit.commit_url

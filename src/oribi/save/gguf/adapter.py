@@ -21,7 +21,7 @@ from oribi.save.adapter_files import changed_tables
 from oribi.save.base import changed_base
 from oribi.save.check import Check, Outcome
 from oribi.save.escape import fenced
-from oribi.save.finish import Verify, checked, compares, file_sizes, finish_export
+from oribi.save.finish import Verify, checked, compares, file_sizes, finish_export, sort_out
 from oribi.save.folder import announce, finished_folder
 from oribi.save.gguf.layout import layout_of, tensors_of
 from oribi.save.gguf.quantize import Type, quantize, quantized_bytes
@@ -70,14 +70,18 @@ def save_gguf_adapter(
     files = {name.lower(): f"{model_name(model)}-lora.{name.upper()}.gguf" for name in names}
     report = ExportReport(str(directory), "gguf-adapter", "", {}, checked_on="every factor of the adapter")
     report.notes += _belongs_to(model)
-    usage = fenced(f"llama-cli -m BASE.gguf --lora {shlex.quote(next(iter(files.values())))}")
     with finished_folder(directory, size + (1 << 20)) as partial:
+        found = {}
         for name, file in files.items():
             _write(partial / file, config, alpha, pairs, _TYPES[name], base_name(model))
             if compared:
-                report.checks += checked(name, _check, name, partial / file, alpha, pairs, _TYPES[name])
+                found[name] = checked(name, _check, name, partial / file, alpha, pairs, _TYPES[name])
+        sorted_out = sort_out(report, partial, files, found, verify)
+        first = next(iter(sorted_out.kept.values()))
+        usage = fenced(f"llama-cli -m BASE.gguf --lora {shlex.quote(first)}")
         report.files = file_sizes(partial, "*.gguf")
         finish_export(report, partial, model, usage, verify)
+    sorted_out.require()
     return {
         "report": report,
         "gguf_directory": str(directory),
