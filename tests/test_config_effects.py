@@ -109,6 +109,7 @@ EFFECTS = {
         "body", lambda run: "a body of text" in run.texts[0], True, {"dataset": ["BODIES"], "packing": False}
     ),
     "eval_dataset": Effect(["OTHER_ROWS"], lambda run: len(run.trainer.eval_dataset or []), 5),
+    "eval_split": Effect("test", lambda run: len(run.trainer.eval_dataset), 7, {"eval_dataset": ["SPLITS"]}),
     "eval_fraction": Effect(0.25, lambda run: len(run.trainer.eval_dataset or []), ROWS // 4),
     "chat_template": Effect("alpaca", lambda run: "### Instruction:" in run.texts[0], True),
     "train_on_responses_only": Effect(False, lambda run: run.trained_share() > 0.9, True),

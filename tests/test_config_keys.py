@@ -39,6 +39,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "split": {"split": "test"},
     "dataset_text_field": {"dataset_text_field": "body"},
     "eval_dataset": {"eval_dataset": ["held_out.jsonl"]},
+    "eval_split": {"eval_split": "test", "eval_dataset": ["held_out.jsonl"]},
     "eval_fraction": {"eval_fraction": 0.5},
     "chat_template": {"chat_template": "chatml"},
     "train_on_responses_only": {"train_on_responses_only": False},

@@ -94,6 +94,9 @@ class RunConfig:
         "Column of plain text to train on, whatever else the rows hold; none takes text if they hold nothing better",
     )
     eval_dataset: list[str] = setting([], "Files or hub data sets to evaluate on")
+    eval_split: str | None = setting(
+        None, "Split of eval_dataset; none takes split, but validation or test of what is in dataset as well"
+    )
     eval_fraction: float = setting(0.0, "Share of the training rows kept for evaluation", low=0, below=1)
     chat_template: str | None = setting(None, "Name of a chat template in place of the model's own")
     train_on_responses_only: bool = setting(True, "Train on the assistant's words only")
@@ -527,6 +530,8 @@ def _contradictions(config: RunConfig, given: dict[str, Given]) -> list[Problem]
         refuse("fp8", f"takes plain LoRA without dropout in bfloat16; change {names}")
     if config.eval_dataset and config.eval_fraction:
         refuse("eval_fraction", "eval_dataset is given already")
+    if config.eval_split is not None and not config.eval_dataset:
+        refuse("eval_split", "needs eval_dataset")
     if config.eval_steps and not (config.eval_dataset or config.eval_fraction):
         refuse("eval_steps", "needs eval_dataset or eval_fraction")
     if config.num_train_epochs == 0 and config.max_steps < 1:

@@ -19,7 +19,7 @@ from oribi.save.gguf.mixes import mix_of
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import keep_trained
 from oribi.train.determinism import settle_cublas
-from oribi.train.preflight import check_before_loading, result_folders
+from oribi.train.preflight import check_before_loading, evaluation_sources, result_folders
 from oribi.train.progress import peak_memory_bytes, read_log
 from oribi.train.report import Measured, measure, write_report
 from oribi.train.run_lock import run_lock
@@ -120,17 +120,17 @@ def begin(config: RunConfig, overwrite: bool) -> None:
 def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, PreparedData | None]:
     """Prepared training rows, and evaluation rows from their own files or split off."""
 
-    def prepared(sources: list[str]) -> PreparedData:
+    def prepared(sources: list[dict[str, str]]) -> PreparedData:
         return prepare_dataset(
-            [{"path": source} for source in sources],
+            sources,
             tokenizer,
             num_proc=config.dataset_num_proc,
             **config.row_settings(),
         )
 
-    rows = prepared(config.dataset)
+    rows = prepared([{"path": source} for source in config.dataset])
     if config.eval_dataset:
-        return rows, prepared(config.eval_dataset)
+        return rows, prepared(evaluation_sources(config))
     if not config.eval_fraction:
         return rows, None
     parts = rows.dataset.train_test_split(config.eval_fraction, seed=config.seed)

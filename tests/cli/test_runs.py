@@ -161,6 +161,7 @@ def test_a_changed_base_is_refused_before_it_is_loaded(oribi, config, folder, no
         (("--dataset", "nope.jsonl"), "nope.jsonl"),
         (("--dataset", "BROKEN"), "broken.jsonl:1"),
         (("--eval_dataset", "BROKEN"), "broken.jsonl:1"),
+        (("--dataset", "rows.jsonl", "--eval_dataset", "./rows.jsonl"), "its rows are trained on, too"),
         (("--chat_template", "lama3"), "lama3"),
         (("--output_dir", "/proc/x"), "cannot be written to"),
         (("--report_to", "wandb"), "the package is not installed"),
@@ -173,6 +174,7 @@ def test_what_needs_no_model_is_told_before_it_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("oribi.train.trackers.find_spec", lambda name: None)
     (tmp_path / "broken.jsonl").write_text('{"messages": 3}\n')
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     flags = ["broken.jsonl" if flag == "BROKEN" else flag for flag in flags]
     place = [] if "--output_dir" in flags else ["--output_dir", "run"]
     result = oribi("train", config, *place, *flags)

@@ -186,7 +186,8 @@ def test_a_mixture_of_described_sources(tmp_path):
 MALFORMED = {
     "bad.jsonl": (
         '{"text": "fine"}\n{"text": "cut of\n',
-        'bad.jsonl:2: no valid JSON (invalid control character at, column 17); the line begins \'{"text": "cut of\'. Each line of a '
+        "bad.jsonl:2: no valid JSON (the line ends inside a string: the file was cut off, or the line holds an unescaped line break); "
+        'the line begins \'{"text": "cut of\'. Each line of a '
         ".jsonl file must be one complete object: correct or remove this line.",
     ),
     "list.jsonl": ("[1, 2]\n", "list.jsonl:1: list '[1, 2]'; each row must be a JSON object, {...}."),

@@ -60,7 +60,7 @@ def choose_files(folder: Path, split: str) -> Chosen:
         raise DataError(
             f"{folder}: the folder has no file that ends with {', '.join(READERS)} (or these with .gz){skipped}."
         )
-    wanted = _meaning(split)
+    wanted = meaning(split)
     own = [file for file in found if _names(file, wanted)]
     if not own:
         named = {file: known for file in found if (known := split_of(file))}
@@ -95,7 +95,14 @@ def split_of(file: PurePath) -> str | None:
     return None
 
 
-def _meaning(split: str) -> str:
+def splits_of_files(folder: Path) -> list[str]:
+    """The splits that files of a folder are named by."""
+    found, _ = _data_files(folder)
+    return sorted({known for file in found if (known := split_of(file))})
+
+
+def meaning(split: str) -> str:
+    """The split that a word stands for, in the words of `SPLITS`; another word is a split of its own."""
     return next((name for name, words in SPLITS.items() if split.lower() in words), split)
 
 

@@ -81,7 +81,7 @@ def _json_line(line: str) -> dict[str, Any] | DataError:
         return _object(json.loads(line))
     except (ValueError, RecursionError) as error:
         return DataError(
-            f"no valid JSON ({_reason(error)}); the line begins {_begin(line)}. Each line of a .jsonl file must be one complete "
+            f"no valid JSON ({_reason(error, 'line')}); the line begins {_begin(line)}. Each line of a .jsonl file must be one complete "
             "object: correct or remove this line."
         )
 
@@ -139,7 +139,7 @@ def _read_array(name: str, file: TextIO, buffer: str) -> Rows:
                         raise DataError(f"{origin}: {_too_long(len(buffer) - at)}") from error
                     bad = line + buffer.count("\n", at, getattr(error, "pos", at))
                     raise DataError(
-                        f"{name}:{bad}: no valid JSON ({_reason(error)}) in the object that begins in line {line}. "
+                        f"{name}:{bad}: no valid JSON ({_reason(error, 'file')}) in the object that begins in line {line}. "
                         "Correct it; a JSON checker shows the place."
                     ) from error
                 buffer, at = buffer[at:] + more, 0
@@ -153,7 +153,9 @@ def _read_wrapped(path: Path, name: str, text: str) -> Rows:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise DataError(f"{name}:{line}: no valid JSON ({_reason(error)}). Correct the file.") from error
+        raise DataError(
+            f"{name}:{line}: no valid JSON ({_reason(error, 'file')}). Correct the file."
+        ) from error
     arrays = {
         k: v for k, v in whole.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)
     }
@@ -388,12 +390,21 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg[0].lower()}{error.msg[1:]}, column {error.colno}"
+def _reason(error: Exception, whole: str) -> str:
+    """What is wrong with JSON text, which is a whole line or file."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return str(error)
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    cause = "the line holds an unescaped line break" if whole == "line" else "a closing quote is missing"
+    at_end = error.pos >= len(error.doc.rstrip())
+    if error.msg.startswith("Unterminated string") or (at_end and error.msg.startswith("Invalid control")):
+        return f"the {whole} ends inside a string: the file was cut off, or {cause}"
+    if at_end:
+        return f"the {whole} ends inside an object: the file was cut off" + (
+            ", or the object goes on in the next line" if whole == "line" else ""
+        )
+    return f"{error.msg[0].lower()}{error.msg[1:]}, column {error.colno}"
 
 
 def _begin(text: str, limit: int = 50) -> str:

@@ -48,7 +48,7 @@ class Part:
     """One source of a mixture.
 
     `rows` starts the reading; `fingerprint` identifies the content, None where it cannot be known without reading it;
-    `about` says which files are read, where that is not in the name; `is_text` that they are plain text.
+    `about` says which files are read, where that is not in the name; `files` are these; `is_text` that they are plain text.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Part:
     streaming: bool = False
     about: str = ""
     is_text: bool = False
+    files: tuple[Path, ...] = ()
 
 
 def open_source(source: Any, *, split: str = "train", streaming: bool = False) -> list[Part]:
@@ -116,7 +117,7 @@ def _from_list(source: Sequence[Any], split: str, streaming: bool) -> list[Part]
     if not source:
         raise DataError("the list of rows is empty: there is nothing to train on.")
     if all(isinstance(item, str) for item in source):
-        if all(suffix_of(Path(item)) in READERS or _local(item) for item in source):
+        if all(suffix_of(Path(item)) in READERS or local_path(item) for item in source):
             labels = _labels(source)
             return [_open_one(item, split, streaming, label=label) for item, label in zip(source, labels)]
         return [_from_rows([{"text": item} for item in source])]
@@ -145,7 +146,8 @@ def _from_list(source: Sequence[Any], split: str, streaming: bool) -> list[Part]
 def _labels(sources: Sequence[Any]) -> list[str | None]:
     """What files and folders of a list are called in origins: the ends of their paths that tell them apart."""
     paths = [
-        Path(s).expanduser().absolute() if isinstance(s, str | Path) and _local(s) else None for s in sources
+        Path(s).expanduser().absolute() if isinstance(s, str | Path) and local_path(s) else None
+        for s in sources
     ]
     known = set(paths) - {None}
     labels = []
@@ -162,7 +164,7 @@ def _labels(sources: Sequence[Any]) -> list[str | None]:
     return labels
 
 
-def _local(source: str | Path) -> Path | None:
+def local_path(source: str | Path) -> Path | None:
     """The file or folder that a source names; None if there is none.
 
     Raises:
@@ -215,7 +217,7 @@ def _open_one(
     if isinstance(source, datasets.IterableDataset):
         return Part("stream", lambda: _rows_of_stream(source), None, streaming=True)
     if isinstance(source, str | Path):
-        path = _local(source) or Path(source)
+        path = local_path(source) or Path(source)
         if path.is_dir():
             return _open_folder(path, split, label)
         if path.exists() or suffix_of(path) in READERS:
@@ -230,7 +232,13 @@ def _open_one(
 def _open_file(path: Path, label: str | None) -> Part:
     read_file(path)  # complains now about a missing file
     label = label or path.name
-    return Part(label, lambda: read_file(path, label), _hash_files([path]), is_text=suffix_of(path) in TEXTS)
+    return Part(
+        label,
+        lambda: read_file(path, label),
+        _hash_files([path]),
+        is_text=suffix_of(path) in TEXTS,
+        files=(path.resolve(),),
+    )
 
 
 def _open_folder(path: Path, split: str, label: str | None) -> Part:
@@ -256,6 +264,7 @@ def _open_folder(path: Path, split: str, label: str | None) -> Part:
         _hash_files(files, names),
         about=chosen.about,
         is_text=all(suffix_of(file) in TEXTS for file in files),
+        files=tuple(file.resolve() for file in files),
     )
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from oribi.config import RunConfig
 from oribi.data import get_chat_template
+from oribi.data.evaluation import evaluation_split, require_held_out
 from oribi.data.prepare import make_preparation
+from oribi.data.sources import Part
 from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.models.identity import fingerprint
@@ -171,14 +173,33 @@ def check_data(config: RunConfig) -> None:
     """Open every source, and read and render its first rows.
 
     Raises:
-        ConfigError, DataError: the template, a source or a row cannot be used.
+        ConfigError, DataError: the template, a source or a row cannot be used, or rows to evaluate on are trained on.
     """
     tokenizer = tokenizer_of(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
     if config.chat_template is not None:
         tokenizer = get_chat_template(tokenizer, config.chat_template)
-    for source in [*config.dataset, *config.eval_dataset]:
-        settings = {**config.row_settings(), "max_rows": FIRST_ROWS}
-        first = make_preparation([{"path": source}], tokenizer, announce=None, **settings)
-        next(first.encoded(), None)
+    settings = {**config.row_settings(), "max_rows": FIRST_ROWS}
+    trained: list[Part] = []
+    for spec in [{"path": source} for source in config.dataset]:
+        trained += _first_rows(spec, tokenizer, settings)
+    for spec in evaluation_sources(config):
+        require_held_out(spec["path"], _first_rows(spec, tokenizer, settings), trained)
+        if config.eval_split is None and spec["split"] != config.split:
+            say(f"oribi: {spec['path']}: evaluation reads its split {spec['split']!r}")
+
+
+def evaluation_sources(config: RunConfig) -> list[dict[str, str]]:
+    """The sources of eval_dataset, each with its split."""
+    return [
+        {"path": source, "split": evaluation_split(source, config.dataset, config.split, config.eval_split)}
+        for source in config.eval_dataset
+    ]
+
+
+def _first_rows(spec: dict[str, str], tokenizer: Any, settings: dict[str, Any]) -> list[Part]:
+    """Open one source, and read and render its first rows."""
+    first = make_preparation([spec], tokenizer, announce=None, **settings)
+    next(first.encoded(), None)
+    return first.parts

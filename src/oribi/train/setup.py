@@ -227,6 +227,21 @@ def say_untrained_ends(base: nn.Module, tokenizer: Any, report: Any) -> None:
             )
 
 
+def say_same_rows(trained: Any, evaluated: Any) -> None:
+    """Say it where a trainer evaluates on the rows that it trains on."""
+    parts = evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
+    for name, rows in parts.items():
+        same_rows = (
+            isinstance(rows, Dataset)
+            and isinstance(trained, Dataset)
+            and rows._fingerprint == trained._fingerprint
+        )
+        if rows is not None and (rows is trained or same_rows):
+            say(
+                f"oribi: {name} holds the rows of train_dataset, so its loss does not tell how the model does on other rows"
+            )
+
+
 def leave_held_out(base: nn.Module, rows: Dataset | IterableDataset) -> None:
     """Leave a few evaluation rows on the model, for exports to be compared on."""
     if hasattr(base, "oribi") and isinstance(rows, Dataset):

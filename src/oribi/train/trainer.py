@@ -60,6 +60,7 @@ from oribi.train.setup import (
     make_collator,
     require_positions,
     rows_collator,
+    say_same_rows,
     say_untrained_ends,
     settle,
     trained_parts,
@@ -169,6 +170,8 @@ class SFTTrainer(ResumableTrainer):
         self._prepared: list[Dataset | IterableDataset] = []
         self._packs: list[tuple[Dataset, Dataset]] = []
         settle(args, base)
+        if args.process_index == 0:
+            say_same_rows(train_dataset, eval_dataset)
         if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             formatting_func = kwargs.pop("formatting_func", None)
 
