@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from oribi.errors import ModelError
 from oribi.models import families as table
+from oribi.models.config_file import check_decoder
 from oribi.models.decoder import CACHE
 from oribi.models.families import FAMILIES
-from tests.models.tiny import MIXED, ROPES, tiny_config, tiny_pair
+from tests.models.tiny import MIXED, ROPES, VARIANTS, tiny_config, tiny_pair
 
 TOLERANCE = 1e-5  # relative, float32
 
@@ -160,3 +163,74 @@ def test_checkpointed_gradients_are_bit_equal(model_type):
     plain = gradients()
     ours.gradient_checkpointing_enable()
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients()))
+
+
+WINDOW = 5
+WINDOWS = {
+    "unset": {"sliding_window": None, "layer_types": None},
+    "set": {"sliding_window": WINDOW, "layer_types": None},
+    "set and switched off": {"sliding_window": WINDOW, "use_sliding_window": False, "layer_types": None},
+    "set and switched on": {
+        "sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2, "layer_types": None
+    },
+    "layer types": {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": MIXED},
+    "layer types without a window": {"sliding_window": None, "layer_types": MIXED},
+    "chunks": {"sliding_window": None, "layer_types": None, "attention_chunk_size": WINDOW},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("model_type", VARIANTS)
+def test_a_cache_keeps_what_each_layer_sees_whatever_a_config_says_of_windows(model_type, windows, tmp_path):
+    config = tiny_config(model_type, **WINDOWS[windows])
+    kinds = config.layer_types if FAMILIES[model_type].windows == "layer_types" else []
+    if (
+        "sliding_attention" in kinds and config.sliding_window is None
+    ):  # transformers has no mask for it either
+        with pytest.raises(ModelError, match="no sliding_window is set"):
+            check_decoder(tmp_path / "config.json", config)
+        return
+    check_decoder(tmp_path / "config.json", config)
+    ours, theirs = tiny_pair(config)
+    ours.eval(), theirs.eval()
+    ids = torch.randint(3, config.vocab_size, (1, 3 * WINDOW))
+    with torch.no_grad():
+        whole = ours(input_ids=ids, use_cache=False).logits
+        assert relative(whole, theirs(input_ids=ids, use_cache=False).logits) < TOLERANCE
+        for first in (1, WINDOW + 2):
+            cache, logits = None, []
+            for part in (ids[:, :first], *ids[:, first:].split(1, dim=1)):
+                output = ours(input_ids=part, past_key_values=cache, use_cache=True)
+                cache = output[CACHE]
+                logits.append(output.logits)
+            assert relative(torch.cat(logits, dim=1), whole) < TOLERANCE
+        answer = ours.generate(ids[:, :4], max_new_tokens=3 * WINDOW, do_sample=False, eos_token_id=None)
+        uncached = ours(input_ids=answer, use_cache=False).logits[:, 3:-1]
+    assert torch.equal(answer[:, 4:], uncached.argmax(-1))
+
+
+def test_a_cache_made_for_shorter_windows_is_refused():
+    config = tiny_config("llama", sliding_window=WINDOW)
+    ours, _ = tiny_pair(config)
+    ids = torch.ones(1, 2, dtype=torch.int64)
+    with pytest.raises(
+        ModelError, match="layer 0 of the cache keeps 5 tokens, and the model's layer sees all"
+    ):
+        ours.eval()(input_ids=ids, past_key_values=DynamicCache(config=config))
+    ours(input_ids=ids, past_key_values=DynamicCache(config=ours.config))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "note"),
+    [
+        ("llama", {"sliding_window": 5}, "sliding_window of config.json: not followed, a llama model sees everything"),
+        ("mistral", {"layer_types": MIXED}, "layer_types of config.json: not followed, a mistral model slides in every"),
+        ("phi3", {"use_sliding_window": False}, "use_sliding_window = false of config.json: not followed"),
+        ("mistral", {}, None),
+        ("qwen2", {"use_sliding_window": False, "layer_types": None}, None),
+    ],
+)  # fmt: skip
+def test_fields_of_windows_that_a_family_does_not_read_are_named(model_type, fields, note, tmp_path):
+    notes = []
+    check_decoder(tmp_path / "config.json", tiny_config(model_type, **fields), notes)
+    assert not notes if note is None else notes[0].startswith(note)

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from oribi.errors import ModelError
 from oribi.models.families import family_of
+from oribi.models.layers import window_of
 from oribi.models.locate import Location, read_json
 from oribi.models.rope import RotaryAngles
 from oribi.text import nearest, shown
@@ -139,6 +140,30 @@ def check_decoder(file: Path, config: PretrainedConfig, notes: list[str] | None 
         problems += _check_rope(config)
     if problems:
         raise ModelError(f"{file}: " + "; ".join(problems))
+    if notes is not None:
+        notes += _windows_not_followed(config)
+
+
+def _windows_not_followed(config: PretrainedConfig) -> list[str]:
+    """Fields on sliding windows that a family's decoder does not read, nor transformers' own."""
+    family = family_of(config)
+    windows = [window_of(config, family, index) for index in range(config.num_hidden_layers)]
+    slides = "slides in every layer" if any(windows) else "sees everything in every layer"
+    fields = []
+    if family.windows != "layer_types" and not family.rope_by_layer_type:
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if kinds - {"sliding_attention" if any(windows) else "full_attention"}:
+            fields.append("layer_types")
+    if family.windows is None and getattr(config, "sliding_window", None) is not None:
+        fields.append("sliding_window")
+    if fields:
+        return [f"{' and '.join(fields)} of config.json: not followed, a {config.model_type} model {slides}"]
+    if getattr(config, "use_sliding_window", None) is False and any(windows):
+        return [
+            f"use_sliding_window = false of config.json: not followed, a {config.model_type} model slides wherever sliding_window "
+            "and layer_types say so"
+        ]
+    return []
 
 
 def _check_heads(config: PretrainedConfig) -> list[str]:
@@ -185,6 +210,11 @@ def _check_lists(config: PretrainedConfig) -> list[str]:
         and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
     ):
         found.append(f"layer_types: must be full_attention or sliding_attention for each of {layers} layers")
+    elif family.windows == "layer_types" and "sliding_attention" in kinds and config.sliding_window is None:
+        found.append(
+            "layer_types: some are sliding_attention, and no sliding_window is set, or use_sliding_window = false takes it away; "
+            "give the window, or full_attention for each layer"
+        )
     rotated = getattr(config, "no_rope_layers", None)
     if family.no_rope_layers and not (_are(rotated, int, bool) and len(rotated) == layers):
         found.append(f"no_rope_layers: must be 0 or 1 for each of {layers} layers")

@@ -22,8 +22,8 @@ from oribi.models.families import Family, family_of
 from oribi.models.fused_layer import POLICIES, Keep, fusible_groups
 from oribi.models.generation import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory, pinned
-from oribi.models.layers import Batch, DecoderLayer, Embedding, RMSNorm
-from oribi.models.outputs import LogitsWhenRead, require_growing, require_known
+from oribi.models.layers import Batch, DecoderLayer, Embedding, RMSNorm, follow_windows
+from oribi.models.outputs import LogitsWhenRead, require_growing, require_known, require_whole
 from oribi.models.projections import read
 from oribi.models.rope import RotaryAngles
 
@@ -187,6 +187,7 @@ class DecoderModel(DecoderPreTrainedModel):
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
         cache = past_key_values if cache is None else cache
         require_growing(cache)
+        require_whole(cache, [layer.self_attn.window for layer in self.layers])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache and cache is None:
@@ -401,6 +402,7 @@ def build(
         family.architecture, (DecoderForCausalLM,), {"config_class": type(config), "__module__": __name__}
     )
     config.dtype = dtype
+    config = follow_windows(config, family)
     with torch.device(device):
         return architecture(config).to(dtype)
 

@@ -5,6 +5,7 @@ checkpoint's. While only LoRA factors are trained, a layer runs as `fused_layer`
 autograd.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -211,3 +212,21 @@ def window_of(config: PretrainedConfig, family: Family, index: int) -> int | Non
     if family.windows == "layer_types" and config.layer_types[index] != "sliding_attention":
         return None
     return config.sliding_window
+
+
+def follow_windows(config: PretrainedConfig, family: Family) -> PretrainedConfig:
+    """A config whose caches keep what the decoder's layers see; the config itself where they do.
+
+    transformers' caches slide wherever a config has `sliding_window` or `layer_types`, in families without windows too.
+    """
+    if family.windows == "layer_types" or family.rope_by_layer_type:
+        return config
+    fields = ("sliding_window", "attention_chunk_size", "layer_types")
+    wanted = None
+    if window_of(config, family, 0) is None and any(getattr(config, name, None) for name in fields):
+        wanted = ["full_attention"] * config.num_hidden_layers
+    if getattr(config, "layer_types", None) == wanted:
+        return config
+    config = copy.deepcopy(config)
+    config.layer_types = wanted
+    return config

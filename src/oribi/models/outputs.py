@@ -118,3 +118,23 @@ def require_growing(cache: Any) -> None:
             f"{type(cache).__name__} has a fixed size, for compiled models; oribi's decoder runs with a cache that grows. "
             "Leave out cache_implementation or past_key_values, or give a DynamicCache"
         )
+
+
+def require_whole(cache: Any, windows: list[int | None]) -> None:
+    """Stop at an empty cache that would drop what a layer has yet to see.
+
+    Args:
+        cache: of transformers; None and one that holds tokens already are not looked at.
+        windows: of the decoder's layers in tokens; None where a layer sees everything.
+
+    Raises:
+        ModelError: the cache was made for layers with shorter windows.
+    """
+    if cache is None or cache.get_seq_length() > 0:
+        return
+    for index, (layer, window) in enumerate(zip(getattr(cache, "layers", []), windows)):
+        if getattr(layer, "is_sliding", False) and (window is None or layer.sliding_window < window):
+            raise ModelError(
+                f"{type(cache).__name__}: layer {index} of the cache keeps {layer.sliding_window} tokens, and the model's layer "
+                f"sees {'all' if window is None else window}. Leave it out, or make it with config=model.config"
+            )
