@@ -1,9 +1,20 @@
 # Every target does its own set-up: the first one creates .venv, later ones find it there.
 PYTHON ?= python3
-# without CUDA; for a GPU machine: make test-gpu TORCH=torch
+# On Linux x86-64 the package registry's torch includes CUDA, about 3 GB. For the CPU build pass
+# TORCH_INDEX=<the CPU index from pytorch.org's install page>; it is asked for torch alone.
 TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
+
+# says before the download what it may bring where no NVIDIA driver would use it
+define install_torch
+@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null; then \
+	echo "installing $(TORCH): no NVIDIA driver was found, and the package registry's build for Linux x86-64 may include CUDA"; \
+	echo "(about 3 GB); for the CPU build: make $(MAKECMDGOALS) TORCH_INDEX=<the CPU index from pytorch.org's install page>"; \
+fi
+$(1) -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
+endef
 
 .PHONY: demo test test-fast test-gpu lint format clean test-faults test-matrix soak
 
@@ -38,7 +49,8 @@ test-matrix: .venv-oldest/.ready .venv-newest/.ready
 .venv-oldest/.ready .venv-newest/.ready: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(if $(findstring oldest,$@),$(OLDEST),$(NEWEST)) --editable ".[dev]"
+	$(call install_torch,$(@D)/bin/python)
+	$(@D)/bin/python -m pip install --quiet $(if $(findstring oldest,$@),$(OLDEST),$(NEWEST)) --editable ".[dev]"
 	touch $@
 
 lint: $(READY)
@@ -56,6 +68,6 @@ clean:
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(call install_torch,$(BIN)/python)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@

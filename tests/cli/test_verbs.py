@@ -1,9 +1,11 @@
 """Every verb on a tiny run: what people see, what programs read, and how it ends where something is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -244,7 +246,44 @@ def test_doctor_names_reasons_and_versions(oribi):
     assert record["packages"]["torch"]
     plain = oribi("doctor")
     assert plain.code == 0
-    assert "all is well" in plain.out
+    assert "No problems found." in plain.out
+
+
+def test_doctor_says_what_a_report_of_a_fault_needs(oribi, monkeypatch):
+    import platform
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    (record,) = oribi("doctor", "--json").records
+    assert record["system"]["oribi"] == version("oribi")
+    assert record["system"]["python"] == platform.python_version()
+    assert record["system"]["os"] == platform.platform()
+    assert "online" not in record["files"]["hub"]
+
+
+@pytest.mark.parametrize(
+    ("script", "cuda", "visible", "advice"),
+    [
+        ("echo 575.57", None, None, "its build has no CUDA"),
+        ("echo 575.57", "12.8", "", "CUDA_VISIBLE_DEVICES is ''"),
+        ("echo 470.82", "12.8", None, "driver 470.82 is probably too old for CUDA 12.8"),
+        ("echo cannot communicate; exit 9", "12.8", None, "the driver does not answer"),
+    ],
+)
+def test_doctor_advises_where_a_driver_is_there_and_torch_finds_no_gpu(
+    script, cuda, visible, advice, oribi, monkeypatch, tmp_path
+):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    done = oribi("doctor")
+    assert done.code == 0
+    assert advice in " ".join(done.err.split())
 
 
 def test_doctor_fails_over_a_package_outside_its_range(oribi, monkeypatch):

@@ -384,8 +384,8 @@ def test_the_text_decoder_of_a_multimodal_checkpoint_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("/nowhere/at/all", "no directory or file"),
-        ("./nowhere", "no directory or file"),
+        ("/nowhere/at/all", "there is no folder"),
+        ("./nowhere", "there is no folder"),
         ("not a name!", "neither a directory nor a possible name"),
     ],
 )

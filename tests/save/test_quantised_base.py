@@ -1,5 +1,7 @@
 """A model trained on NF4 weights: merged as trained, on the original weights, and packed again."""
 
+import re
+
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
@@ -141,6 +143,34 @@ def test_a_packed_checkpoint_is_no_original(checkpoint, tmp_path):
     again, tokenizer = load_model(str(tmp_path / "nf4"), dtype=torch.float32)
     with pytest.raises(ExportError, match="holds 4-bit weights; base='original' needs the 16-bit checkpoint"):
         save_merged(attach_lora(again, r=4), tmp_path / "merged", tokenizer, base="original")
+
+
+INDICES = {
+    "a shard outside the folder": (lambda text: re.sub(r"model-0", "../model-0", text), "so this is refused"),
+    "an absolute shard": (lambda text: re.sub(r"model-0", "/model-0", text), "so this is refused"),
+    "cut off": (lambda text: text[: len(text) // 2], "index.json"),
+    "a list in place of names": (lambda text: '{"weight_map": ["model.safetensors"]}', "is no index of shards"),
+    "a shard that is not there": (lambda text: text.replace("model-00002", "model-00009"), "shards are missing"),
+    "tensors at another shard": (
+        lambda text: text.replace("model-00002", "model-00001"), "that the index looks for in it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", INDICES)
+def test_an_original_whose_index_is_hostile_or_damaged_is_refused(kind, tmp_path):
+    change, message = INDICES[kind]
+    base = tmp_path / "base"
+    save_merged(
+        tiny_model(export_config("llama")), base, byte_level_tokenizer(), dtype="float32", verify=False,
+        max_shard_size="200KB",
+    )  # fmt: skip
+    model, tokenizer = trained(base)
+    index = base / "model.safetensors.index.json"
+    index.write_text(change(index.read_text()))
+    with pytest.raises(ExportError, match=message):
+        save_merged(model, tmp_path / "merged", tokenizer, base="original", verify=False)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_gguf_file_is_its_own_original(checkpoint, tmp_path):

@@ -1,5 +1,7 @@
 """`oribi doctor`."""
 
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import typer
@@ -20,7 +22,6 @@ OPTIONAL = {
 def doctor(json: Json = False) -> None:
     """Say what this machine can do and why, and whether the installed packages fit."""
     import os
-    import shutil
 
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
@@ -35,6 +36,9 @@ def doctor(json: Json = False) -> None:
         "triton": "on" if found.triton else "off",
         "attention": found.attention,
     }
+    system, advice = _system()
+    output.text("system")
+    output.fields(system, indent=2)
     output.text("machine")
     output.fields(
         {
@@ -48,19 +52,81 @@ def doctor(json: Json = False) -> None:
     output.fields(packages, indent=2)
     there = HF_HUB_CACHE if os.path.isdir(HF_HUB_CACHE) else os.getcwd()
     places = {
-        "hub": "offline (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else "online",
+        "hub": "offline (HF_HUB_OFFLINE is set)"
+        if HF_HUB_OFFLINE
+        else "asked for models given by name (not tried now)",
         "hub cache": HF_HUB_CACHE,
         "free disk there": gibibytes(shutil.disk_usage(there).free),
         "free disk here": gibibytes(shutil.disk_usage(os.getcwd()).free),
     }
     output.text("files")
     output.fields(places, indent=2)
-    output.record(machine=facts, reasons=found.reasons, packages=packages, files=places, problems=problems)
+    output.record(
+        system=system, machine=facts, reasons=found.reasons, packages=packages, files=places, advice=advice,
+        problems=problems,
+    )  # fmt: skip
+    for line in advice:
+        complain(f"advice: {line}", color="yellow")
     for problem in problems:
         complain(f"problem: {problem}")
     if problems:
         raise typer.Exit(1)
-    output.text("all is well")
+    output.text("No problems found.")
+
+
+def _system() -> tuple[dict[str, str], list[str]]:
+    """What a report of a fault has to say of the machine, and what to do where PyTorch does not see its GPU."""
+    import os
+    import platform
+
+    import torch
+
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    if torch.version.hip:
+        built = f"ROCm {torch.version.hip}"
+    driver = _driver()
+    facts = {
+        "oribi": version("oribi"),
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "torch's build": built,
+        "NVIDIA driver": driver or "none found (no nvidia-smi)",
+    }
+    if driver is None or torch.cuda.is_available():
+        return facts, []
+    start = "nvidia-smi is installed, and PyTorch finds no GPU: "
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not driver[0].isdigit():
+        return facts, [
+            start + "the driver does not answer either; reinstall it, or restart the machine after an update"
+        ]
+    if not torch.version.cuda:
+        return facts, [
+            start + "its build has no CUDA; install the CUDA build from pytorch.org's install page"
+        ]
+    if visible is not None:
+        return facts, [start + f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or give the GPUs' numbers"]
+    return facts, [
+        start
+        + f"driver {driver} is probably too old for CUDA {torch.version.cuda}; update it, or install a PyTorch built for "
+        "an older CUDA"
+    ]
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version, or what nvidia-smi says instead; None where there is no nvidia-smi."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, errors="replace")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi fails: {error}"
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    if done.returncode or not lines:
+        return f"nvidia-smi fails: {lines[0] if lines else f'exit code {done.returncode}'}"
+    return lines[0]
 
 
 def _packages() -> tuple[dict[str, str], list[str]]:
