@@ -291,6 +291,9 @@ MEANINGS = [
     ("axolotl", "datasets: [{path: book.jsonl, ds_type: json, type: completion, field: body}]", {"dataset": ["book.jsonl"], "overlong": "split", "dataset_text_field": "body", "chat_template": ABSENT}),
     ("axolotl", "datasets: [{path: json, data_files: [a.jsonl, b.jsonl], type: chat_template}]", {"dataset": ["a.jsonl", "b.jsonl"]}),
     ("axolotl", "datasets: [{path: d/e, type: chat_template, split: 'train[:20%]', field_messages: conversations, message_property_mappings: {role: from, content: value}}]", {"split": "train[:20%]"}),
+    ("axolotl", "datasets: [{path: a, type: chat_template, field_messages: talk, field_tools: kit, message_field_training: training}]", {"columns": {"messages": "talk", "tools": "kit"}}),
+    ("axolotl", "datasets: [{path: a, type: chat_template, roles: {user: [human, client], assistant: [gpt, agent]}}]", {"role_aliases": {"client": "user", "agent": "assistant"}, "columns": ABSENT}),
+    ("axolotl", "datasets: [{path: d/e, type: chat_template}]\ntest_datasets: [{path: d/e, split: test, type: chat_template}]", {"eval_dataset": ["d/e"], "eval_split": "test"}),
     ("axolotl", "datasets: [{path: book.jsonl, type: completion}]", {"dataset_text_field": "text", "overlong": "split"}),
     ("axolotl", "chat_template: chatml", {"chat_template": "chatml"}),
     ("axolotl", "chat_template: tokenizer_default", {"chat_template": ABSENT}),
@@ -379,7 +382,8 @@ REFUSED = [
     ("axolotl", "datasets: [{path: a, type: alpaca}, {path: b, type: chat_template}]", "different prompts"),
     ("axolotl", "datasets: [{path: a, type: chat_template, roles_to_train: [assistant, user]}]", "roles_to_train"),
     ("axolotl", "datasets: [{path: a, type: chat_template, roles_to_train: []}]", "roles_to_train"),
-    ("axolotl", "datasets: [{path: a, type: chat_template, field_messages: dialog_turns}]", "field_messages = dialog_turns"),
+    ("axolotl", "datasets: [{path: a, type: chat_template, field_messages: talk}, {path: b, type: chat_template}]", "datasets: columns"),
+    ("axolotl", "datasets: [{path: a, type: chat_template, message_property_mappings: {role: who}}]", "message_property_mappings"),
     ("axolotl", "datasets: [{path: a/b, name: subset, type: chat_template}]", "datasets: name = subset"),
     ("axolotl", "datasets: [{path: a/b, data_files: x.jsonl, type: chat_template}]", "single files of the hub's a/b"),
     ("axolotl", "datasets: [{path: a.jsonl, split: 'train[:10%]', type: chat_template}]", "a part of the file a.jsonl"),
@@ -426,7 +430,7 @@ NOT_TAKEN_OVER = [
     ("axolotl", "eval_steps: 0.05\nval_set_size: 0.1", "eval_steps"),
     ("axolotl", "special_tokens: {eos_token: '<|im_end|>'}", "special_tokens"),
     ("axolotl", "datasets: [{path: a, type: chat_template}, {path: b, type: completion}]", "datasets: type = completion"),
-    ("axolotl", "test_datasets: [{path: d/e, split: test, type: chat_template}]", "test_datasets"),
+    ("axolotl", "test_datasets: [{path: d/e, split: test}, {path: d/f, split: dev}]", "test_datasets"),
     ("axolotl", "deepspeed: zero2.json", "deepspeed"),
     ("factory", "val_size: 100", "val_size"),
     ("factory", "max_samples: 1000", "max_samples"),
@@ -509,11 +513,7 @@ def test_names_of_llama_factorys_table_become_files(tmp_path):
     text = FACTORY_LEAST.replace("ONLINE", "data").replace("rows.jsonl", "NAME")
     for entry, message in [
         ({"file_name": "a.json", "ranking": True}, "ranking"),
-        ({"file_name": "a.json", "columns": {"prompt": "ask"}}, "prompt = ask"),
-        (
-            {"file_name": "a.json", "formatting": "sharegpt", "tags": {"user_tag": "client"}},
-            "user_tag = client",
-        ),
+        ({"file_name": "a.json", "formatting": "sharegpt", "tags": {"role_tag": "who"}}, "role_tag = who"),
         ({"hf_hub_url": "a/b", "subset": "en"}, "subset = en"),
         ({"file_name": "a.json", "columns": {"messages": "messages", "images": "images"}}, "images = images"),
     ]:
@@ -529,6 +529,27 @@ def test_names_of_llama_factorys_table_become_files(tmp_path):
     table.write_text("[")
     with pytest.raises(ConfigError, match="no valid table of data sets"):
         convert(tmp_path, text)
+
+
+def test_columns_and_tags_of_llama_factorys_table_become_columns_and_role_aliases(tmp_path):
+    table = {
+        "pairs": {"file_name": "a.json", "columns": {"prompt": "ask", "query": "about", "response": "output"}},
+        "talks": {"file_name": "b.json", "formatting": "sharegpt", "columns": {"messages": "talk"},
+                  "tags": {"user_tag": "client", "assistant_tag": "agent", "role_tag": "from", "content_tag": "value"}},
+        "usual": {"file_name": "c.json", "columns": {"prompt": "question", "response": "answer"}},
+    }  # fmt: skip
+    (tmp_path / "dataset_info.json").write_text(json.dumps(table))
+    text = FACTORY_LEAST.replace("ONLINE", ".").replace("rows.jsonl", "NAME")
+    pairs, talks, usual = (
+        convert(tmp_path, text.replace("NAME", name)).values for name in ("pairs", "talks", "usual")
+    )
+    assert pairs["columns"] == {"instruction": "ask", "input": "about", "output": "output"}
+    assert talks["columns"] == {"messages": "talk"}
+    assert talks["role_aliases"] == {"client": "user", "agent": "assistant"}
+    assert "columns" not in usual
+    assert "role_aliases" not in {**pairs, **usual}
+    with pytest.raises(ConfigError, match="one map for all data sets"):
+        convert(tmp_path, text.replace("NAME", "pairs, usual"))
 
 
 def test_a_converted_config_trains(oribi, tiny_folder, tmp_path, monkeypatch):

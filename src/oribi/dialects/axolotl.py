@@ -20,6 +20,7 @@ from oribi.dialects.converted import (
     is_off,
     lacking,
     only,
+    put_row_keys,
     read_elsewhere,
     refusing,
     renamed,
@@ -32,7 +33,12 @@ TEMPLATES = {
     "qwen_25": "qwen-2.5", "qwen3": "qwen3", "mistral_v3_tekken": "mistral-tekken", "cohere": "command-r",
 }  # fmt: skip
 MESSAGE_COLUMNS = {"messages", "conversations", "conversation", "chat", "dialogue"}
-ROLES = {"human", "user", "gpt", "assistant", "system", "tool", "model", "bot", "chatgpt", "input", "output"}
+# role -> its names that oribi knows by itself
+ROLES = {
+    "user": {"user", "human", "input"}, "assistant": {"assistant", "gpt", "model", "bot", "chatgpt", "output"},
+    "system": {"system"}, "tool": {"tool", "observation"},
+}  # fmt: skip
+MARKS = ("train", "training", "trainable", "loss")  # by which oribi reads whether a message is trained
 HARMLESS_PLUGINS = ("liger", "cut_cross_entropy")
 BUILDERS = {"json", "csv", "parquet", "text"}
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz")
@@ -106,6 +112,7 @@ def _datasets(found: Converted, key: str, value: Any) -> None:
             )
         kinds.append(_kind(found, entry))
     found.put("dataset", files_of_all, "datasets")
+    put_row_keys(found, [_row_keys(entry)[0] for entry in entries], "datasets")
     if len(set(splits)) > 1:
         found.refuse("datasets: split", f"one split for all data sets; {', '.join(splits)} are several")
     elif splits[0] != "train":
@@ -200,17 +207,18 @@ def _check_entry(found: Converted, entry: dict[str, Any]) -> None:
     """What an entry says of its rows beyond their place and form."""
     # value -> whether it is what oribi does anyway
     accepted = {
-        "field_messages": lambda v: v in MESSAGE_COLUMNS,
+        "field_messages": lambda v: isinstance(v, str),
         "message_property_mappings": lambda v: set(v.items()) <= {("role", "role"), ("content", "content"), ("role", "from"), ("content", "value")},
         "message_field_role": lambda v: v in ("role", "from"),
         "message_field_content": lambda v: v in ("content", "value"),
-        "message_field_training": lambda v: v == "train",
-        "roles": lambda v: {name for names in v.values() for name in names} <= ROLES and set(v) <= {"user", "assistant", "system", "tool"},
+        "message_field_training": lambda v: v in MARKS,
+        "message_field_training_detail": lambda v: v == "train_detail",
+        "roles": lambda v: set(v) <= set(ROLES),
         "roles_to_train": lambda v: set(v) <= {"assistant", "gpt"} and v != [],
         "train_on_eos": lambda v: v == "turn",
         "train_on_eot": lambda v: v == "turn",
-        "field_tools": lambda v: v == "tools",
-        "field_thinking": lambda v: v == "reasoning_content",
+        "field_tools": lambda v: isinstance(v, str),
+        "field_thinking": lambda v: v in ("reasoning_content", "reasoning", "thinking"),
         "template_thinking_key": lambda v: v == "reasoning_content",
         "trust_remote_code": lambda v: False,
         "shards": lambda v: v == 1,
@@ -222,9 +230,28 @@ def _check_entry(found: Converted, entry: dict[str, Any]) -> None:
         if name in read or value is None or value is False or (is_off(value) and name != "roles_to_train"):
             continue
         if name in accepted and accepted[name](value):
+            if name in _row_keys(entry)[1]:
+                continue
             found.idle[f"datasets: {name}"] = "it is how oribi reads rows"
         else:
             found.refuse(f"datasets: {name} = {value}", "oribi's config cannot say this of a data set; bring the rows into a form of docs/data-formats.md")  # fmt: skip
+
+
+def _row_keys(entry: dict[str, Any]) -> tuple[dict[str, dict[str, str]], set[str]]:
+    """Columns and role_aliases of an entry, where oribi does not know its names by itself; and the keys that say so."""
+    columns = {}
+    if entry.get("field_messages") not in (None, *MESSAGE_COLUMNS):
+        columns["messages"] = entry["field_messages"]
+    if entry.get("field_tools") not in (None, "tools"):
+        columns["tools"] = entry["field_tools"]
+    roles = {
+        name: role
+        for role, names in (entry.get("roles") or {}).items()
+        for name in names
+        if name not in ROLES.get(role, ())
+    }
+    said = {f"field_{name}" for name in columns} | ({"roles"} if roles else set())
+    return {"columns": columns, "role_aliases": roles}, said
 
 
 def _test_datasets(found: Converted, key: str, value: Any) -> None:
@@ -232,13 +259,16 @@ def _test_datasets(found: Converted, key: str, value: Any) -> None:
     train = found.entries.get("datasets") or [{}]
     split = (train[0] if isinstance(train[0], dict) else {}).get("split") or "train"
     files = [name for entry in entries for name in _files(found, entry)]
-    other = {str(entry.get("split") or "train") for entry in entries} - {split}
-    if other and not all(name.endswith(SUFFIXES) for name in files):
-        found.unsupported[key] = (
-            f"its split {', '.join(other)} is not the training's {split}; save it as a file for eval_dataset"
-        )
-    else:
+    splits = {str(entry.get("split") or "train") for entry in entries}
+    if splits == {split} or all(name.endswith(SUFFIXES) for name in files):
         found.put("eval_dataset", files, key)
+    elif len(splits) == 1:
+        found.put("eval_dataset", files, key)
+        found.put("eval_split", *splits, f"{key}: split")
+    else:
+        found.unsupported[key] = (
+            f"one eval_split for all; {', '.join(sorted(splits))} are several; save the rows as files for eval_dataset"
+        )
 
 
 def _val_set_size(found: Converted, key: str, value: Any) -> None:

@@ -175,6 +175,22 @@ def sources_of(value: list[Any] | None) -> list[dict[str, Any]]:
     return [entry if isinstance(entry, dict) else {"path": entry} for entry in value or []]
 
 
+def put_row_keys(found: Converted, rows: list[dict[str, dict[str, str]]], said: str) -> None:
+    """Column maps and role names of data sets, which a run has once for all of them.
+
+    Args:
+        found: gets them.
+        rows: of each data set, columns and role_aliases; either may be missing.
+        said: the words of the file that they come from.
+    """
+    for key in ("columns", "role_aliases"):
+        given = [one.get(key) or None for one in rows]
+        if any(one != given[0] for one in given):
+            found.refuse(f"{said}: {key}", f"one map for all data sets; {given} are several")
+        elif given and given[0]:
+            found.put(key, given[0], said)
+
+
 def names(setting: str) -> Handler:
     """A key that holds a list, or names with commas between them."""
 

@@ -21,6 +21,7 @@ from oribi.dialects.converted import (
     names,
     names_of,
     only,
+    put_row_keys,
     read_elsewhere,
     refusing,
 )
@@ -49,9 +50,18 @@ COLUMNS = {
     "response": {"output", "response", "answer", "completion", "solution"}, "history": {"history"},
     "system": {"system"}, "tools": {"tools"}, "messages": {"messages", "conversations", "conversation", "chat", "dialogue"},
 }  # fmt: skip
+# name of a column there -> oribi's
+COLUMN_NAMES = {
+    "prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
+    "tools": "tools", "messages": "messages",
+}  # fmt: skip
+TAGGED_ROLES = {
+    "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system",
+}  # fmt: skip
 TAGS = {
     "role_tag": {"role", "from"}, "content_tag": {"content", "value"}, "user_tag": {"user", "human"},
     "assistant_tag": {"assistant", "gpt", "model"}, "observation_tag": {"tool", "observation"}, "system_tag": {"system"},
+    "function_tag": {"function_call"},
 }  # fmt: skip
 STAGES = {"rm": "reward modelling", "ppo": "PPO", "dpo": "preference training", "kto": "preference training"}
 
@@ -98,15 +108,18 @@ def _finish(found: Converted) -> None:
 
 
 def _dataset(found: Converted, key: str, value: Any) -> None:
-    if not is_off(value):
-        found.put(key, [_source(found, name) for name in names_of(value)], key)
+    if is_off(value):
+        return
+    sources = [_source(found, name) for name in names_of(value)]
+    found.put(key, [source for source, _ in sources], key)
+    put_row_keys(found, [rows for _, rows in sources], f"{key}: columns and tags")
 
 
-def _source(found: Converted, name: str) -> str:
-    """The file or hub name behind a name of dataset_info.json."""
+def _source(found: Converted, name: str) -> tuple[str, dict[str, dict[str, str]]]:
+    """The file or hub name behind a name of dataset_info.json, and what that table says of its columns and roles."""
     folder = found.entries.get("dataset_dir") or "data"
     if folder == "ONLINE":
-        return name
+        return name, {}
     beside = found.path.parent
     for place in (
         Path(folder),
@@ -120,10 +133,10 @@ def _source(found: Converted, name: str) -> str:
     found.unsupported[f"dataset: {name}"] = (
         f"a name of dataset_info.json, which is not in {folder}; write the file's or the hub's name in its place"
     )
-    return name
+    return name, {}
 
 
-def _listed(found: Converted, name: str, place: Path) -> str:
+def _listed(found: Converted, name: str, place: Path) -> tuple[str, dict[str, dict[str, str]]]:
     table = place / "dataset_info.json"
     try:
         entry = json.loads(table.read_text(encoding="utf-8")).get(name)
@@ -131,28 +144,42 @@ def _listed(found: Converted, name: str, place: Path) -> str:
         raise ConfigError(f"{table}: no valid table of data sets: {error}") from error
     if not isinstance(entry, dict):
         found.refuse(f"dataset = {name}", f"{table} has no such name")
-        return name
-    _check_columns(found, name, entry)
+        return name, {}
+    rows = _row_keys(found, name, entry)
     if "hf_hub_url" in entry:
-        return entry["hf_hub_url"]
+        return entry["hf_hub_url"], rows
     if "file_name" in entry:
-        return str(place / entry["file_name"])
+        return str(place / entry["file_name"]), rows
     found.refuse(f"dataset = {name}", f"{table} names neither file_name nor hf_hub_url for it")
-    return name
+    return name, rows
 
 
-def _check_columns(found: Converted, name: str, entry: dict[str, Any]) -> None:
+def _row_keys(found: Converted, name: str, entry: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What an entry says of its rows, as `columns` and `role_aliases` where oribi does not know the names by itself."""
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if found.entries.get("stage") == "pt":
         text = columns.get("prompt", "instruction")
         found.put("dataset_text_field", text, f"{name}: prompt")
-        return
-    for what, known in ((columns, COLUMNS), (tags, TAGS)):
+        return {}
+    rows: dict[str, dict[str, str]] = {}
+    if any(there not in COLUMNS.get(part, ()) for part, there in columns.items()):
+        rows["columns"] = {
+            COLUMN_NAMES[part]: there for part, there in columns.items() if part in COLUMN_NAMES
+        }
+        found.differences.append(
+            f"{name}: oribi also reads other columns that it knows, such as input or system; look at oribi inspect data"
+        )
+    rows["role_aliases"] = {
+        there: TAGGED_ROLES[part]
+        for part, there in tags.items()
+        if part in TAGGED_ROLES and there not in TAGS[part]
+    }
+    for what, known, homes in ((columns, COLUMNS, COLUMN_NAMES), (tags, TAGS, TAGGED_ROLES)):
         for part, there in what.items():
-            if there not in known.get(part, ()):
+            if part not in homes and there not in known.get(part, ()):
                 found.refuse(
                     f"{name}: {part} = {there}",
-                    "rows are recognised by their usual column names; rename it in the file (docs/data-formats.md)",
+                    "oribi's config cannot say this of rows; rename it in the file (docs/data-formats.md)",
                 )
     for part in ("ranking", "subset", "folder"):
         if entry.get(part):
@@ -164,6 +191,7 @@ def _check_columns(found: Converted, name: str, entry: dict[str, Any]) -> None:
         found.unsupported[f"{name}: num_samples"] = "all rows are taken; cut the data set before"
     if entry.get("split", "train") != "train":
         found.put("split", entry["split"], f"{name}: split")
+    return rows
 
 
 def _template(found: Converted, key: str, value: Any) -> None:
