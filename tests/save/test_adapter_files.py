@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -346,3 +347,12 @@ def test_a_run_of_a_multimodal_model_resumes_from_the_names_it_wrote(tmp_path):
     again = FastLanguageModel.get_peft_model(again, r=4)
     trainer_of(again, tokenizer, tmp_path / "run", 1).train(resume_from_checkpoint=True)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_multimodal_models_adapter_as_gguf_has_llama_cpps_names(tmp_path):
+    write_wrapper("gemma3", tmp_path / "base")
+    model, _ = load(tmp_path / "base")
+    result = save_gguf_adapter(adapted(model), tmp_path / "lora", "f32")
+    names = [tensor.name for tensor in gguf.GGUFReader(result["gguf_files"][0]).tensors]
+    assert names
+    assert all(re.fullmatch(r"blk\.\d+\.\w+\.weight\.lora_[ab]", name) for name in names), names[0]

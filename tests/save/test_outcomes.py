@@ -9,11 +9,12 @@ from oribi.errors import ConfigError, ExportError
 from oribi.save.check import Check, Outcome
 from oribi.save.export_gguf import save_gguf
 from oribi.save.export_merged import save_merged
+from oribi.save.finish import AskedOnce
 from oribi.save.gguf.adapter import save_gguf_adapter
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
-from oribi.save.verify import compare, compare_answers, compare_stops
+from oribi.save.verify import compare, compare_answers, compare_stops, is_near_tie
 from tests.save.tiny_export import VOCAB, adapted, byte_level_tokenizer, export_config, tiny_model
 
 
@@ -34,6 +35,8 @@ def answers(count: int, length: int, wrong: int, places: int = 1):
         (answers(5, 24, 5, 4), 0.3875, "different"),  # Gemma-3-270M in q4_k_m: 0 of 5
         (answers(5, 24, 5, 2), 0.12, "different"),
         (answers(20, 20, 17, 2), 0.084, "close"),  # SmolLM2-135M chatting, q5_k_m: 3 of 20, 89 % of tokens
+        (answers(20, 20, 17, 3), 0.14, "close"),  # the same in q4_k_m: 3 of 20, 85 to 90 % of tokens
+        (answers(20, 20, 19, 5), 0.62, "different"),  # the same in q3_k_m: 1 of 20, 78 % of tokens
         (answers(20, 20, 20, 2), 0.004, "close"),  # near ties of flat distributions
         (answers(2, 24, 2, 2), 0.3, "close"),  # two answers tell little
         ((([]), ([])), 0.0, "not tested"),
@@ -56,6 +59,32 @@ def test_greedy_answers_decide(case, kl, outcome):
 def test_lost_ends_are_no_format_s_due(kept, of, outcome):
     found = compare_stops("ends", [i < kept for i in range(of)], 20, "q4_k_m")
     assert found.outcome == outcome, found.says
+
+
+def test_an_end_lost_at_a_near_tie_refuses_no_file():
+    found = compare_stops("ends", [False], 20, "q8_0", near_ties=1)
+    assert found.outcome == "close"
+    assert "1 of the others are near ties" in found.says
+    flat, other = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.4, 0.5, 0.1]).log()
+    assert is_near_tie(flat, other, 1)
+    assert not is_near_tie(flat, torch.tensor([1e-9, 0.5, 0.5]).log(), 1)  # the file has lost the end token
+    assert not is_near_tie(torch.tensor([0.9, 0.05, 0.05]).log(), other, 1)
+
+
+def test_several_exports_ask_the_trained_model_once(tmp_path, monkeypatch):
+    asked = []
+
+    class Counted(Trained):
+        def __init__(self, *arguments):
+            asked.append(1)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("oribi.save.finish.Trained", Counted)
+    tuned, rows = adapted(tiny_model(export_config("llama", num_hidden_layers=1))), AskedOnce(None)
+    for name in ("a", "b"):
+        report = save_merged(tuned, tmp_path / name, dtype="float32", held_out=rows)
+        assert report.outcome == "equal"
+    assert len(asked) == 1
 
 
 class Stopping:

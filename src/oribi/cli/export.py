@@ -43,6 +43,7 @@ def export(
     with chatter_aside():
         from oribi.models.locate import missing_folder
         from oribi.runs import held_out_rows, load_run
+        from oribi.save.finish import AskedOnce
 
         forms = read_forms(to)
         folder = output or Path(run)
@@ -60,7 +61,7 @@ def export(
             ]
         options = {
             "base": base,
-            "held_out": held_out,
+            "held_out": AskedOnce(held_out),
             "verify": "report" if verify and keep_different else verify,
         }
         written, failures = [], []

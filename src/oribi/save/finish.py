@@ -61,8 +61,25 @@ def require_other_place(model: nn.Module, directory: str | os.PathLike, files: I
             )
 
 
+@dataclass
+class AskedOnce:
+    """Held-out rows for several exports of one model: the first asks it, the others compare with the same answers.
+
+    Args:
+        rows: as `held_out` of `save_merged`.
+        found: what `trained_answers` returned.
+    """
+
+    rows: Sequence[Any] | None
+    found: tuple[Trained | None, list[Check]] | None = None
+
+
 def trained_answers(
-    model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | None, needed: bool, greedy: bool = True
+    model: nn.Module,
+    tokenizer: Any,
+    held_out: Sequence[Any] | AskedOnce | None,
+    needed: bool,
+    greedy: bool = True,
 ) -> tuple[Trained | None, list[Check]]:
     """The trained model's answers on the held-out rows.
 
@@ -79,6 +96,10 @@ def trained_answers(
     """
     if not needed:
         return None, []
+    if isinstance(held_out, AskedOnce):
+        if held_out.found is None:
+            held_out.found = trained_answers(model, tokenizer, held_out.rows, True, greedy)
+        return held_out.found
     if held_out is None:
         held_out = getattr(getattr(model, "oribi", None), "held_out", None)
     vocab_size = model.config.get_text_config().vocab_size

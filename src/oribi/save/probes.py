@@ -244,16 +244,6 @@ def _ids(tokenizer: Any, row: Any) -> list[int]:
 def rendered_ids(
     tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False, **values: str
 ) -> list[int]:
-    """Token ids of a conversation in the tokenizer's template.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: the conversation.
-        prompt: whether the start of an answer follows.
-        values: what the template sees beside them.
-
-    Raises:
-        ConfigError: the template refuses the conversation.
-    """
+    """Token ids of the text that `rendered` makes of the same arguments."""
     text = rendered(tokenizer, messages, prompt=prompt, **values)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

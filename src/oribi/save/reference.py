@@ -61,15 +61,27 @@ class Trained:
         most = _MAX_ANSWER_LOGITS // vocab_size // ANSWER_TOKENS
         self.answers = self._generate(prompts[: max(most, 1)])
         self._set_places()
-        logits, likeliest = self.split(self.evaluate(self.pack, self.keep))
-        # the answers as one pass over all of them gives them, which is how the files are asked: at near ties, generating
-        # token by token may have fallen otherwise
+        self._take(self.evaluate(self.pack, self.keep))
+        self.loss = loss_of(self.logprobs, rows)
+
+    def _take(self, logits: torch.Tensor) -> None:
+        """What logits [K, V] at the compared places say: `logprobs` on the rows, the answers, and `ends`, the
+        log-probabilities [V] at the last token of each.
+
+        The answers are those of one pass over all of them, which is how the files are asked: at near ties, generating token
+        by token may have fallen otherwise.
+        """
+        on_rows, likeliest = self.split(logits)
+        parts = logits[self.compared :].split([len(answer.tokens) for answer in self.answers])
+        self.logprobs = on_rows.log_softmax(-1)
         self.answers = [
             _as_found(answer, found, self.stops) for answer, found in zip(self.answers, likeliest)
         ]
+        self.ends = [
+            part[len(answer.tokens) - 1].float().log_softmax(-1).cpu()
+            for part, answer in zip(parts, self.answers)
+        ]
         self._set_places()
-        self.logprobs = logits.log_softmax(-1)
-        self.loss = loss_of(self.logprobs, rows)
 
     def _set_places(self) -> None:
         """`pack`: the rows, and the answers behind their prompts; `keep` [K]: the compared places of the rows, then those of the
@@ -113,12 +125,7 @@ class Trained:
         Its loss may not be much worse than that of the model as trained, whose `loss` is kept for comparison.
         """
         moved = copy.copy(self)
-        logits, likeliest = self.split(self.streamed(merged))
-        moved.logprobs = logits.log_softmax(-1)
-        moved.answers = [
-            _as_found(answer, found, self.stops) for answer, found in zip(self.answers, likeliest)
-        ]
-        moved._set_places()
+        moved._take(self.streamed(merged))
         moved.base = merged
         return moved
 

@@ -22,6 +22,7 @@ from oribi.save.verify import (
     check_tokenizer,
     compare_answers,
     compare_stops,
+    is_near_tie,
     mean_kl,
     same_ids,
 )
@@ -144,15 +145,18 @@ def _compare_answers(
     # the likeliest tokens of the trained model along llama.cpp's answers
     expected = [part.tolist() for part in answered.argmax(-1).cpu().split(sizes)]
     tokens = [answer.tokens for _, answer in pairs]
-    ends = []
-    for trained_tokens, found in zip(expected, tokens):
+    ends, near_ties = [], 0
+    for i, (trained_tokens, found) in enumerate(zip(expected, tokens)):
         place = next((i for i, token in enumerate(trained_tokens) if token in trained.stops), None)
         if place is not None:  # it must be the last: an end token that llama.cpp passes by ends nothing
             ends.append(place == len(found) - 1 and found[place] in trained.stops)
+            row = sum(sizes[:i]) + place
+            went_on = found[place] not in trained.stops
+            near_ties += went_on and is_near_tie(answered[row], read[row], found[place])
     return [
         _check_probabilities(read.split(sizes), [answer for _, answer in pairs]),
         compare_answers("greedy answers in llama.cpp", expected, tokens, mean_kl(read, answered), form),
-        compare_stops("ends of answers in llama.cpp", ends, len(pairs), form),
+        compare_stops("ends of answers in llama.cpp", ends, len(pairs), form, near_ties),
     ]
 
 
