@@ -42,38 +42,50 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "use", ["import oribi", "import oribi; [getattr(oribi, name) for name in oribi.__all__]"]
-)
-def test_importing_oribi_after_its_peers_changes_nothing_in_them(use):
-    changed = run(
-        SNAPSHOT
-        + f"""
-touch(); import oribi
-before, environment = snapshot(), dict(os.environ)
-{use}
+# what each callable of the peers says of its home
+NAMES = """
+def names():
+    state = {}
+    for name, module in sorted(sys.modules.items()):
+        if name.partition(".")[0] in PEERS[:3]:
+            for key, value in sorted(vars(module).items()):
+                if callable(value):
+                    state[f"{name}.{key}"] = [getattr(value, "__module__", ""), getattr(value, "__qualname__", "")]
+    return state
+"""
+USE = "import oribi\n[getattr(oribi, name) for name in oribi.__all__]\n"
+
+
+@pytest.fixture(scope="module")
+def after_peers() -> list:
+    """The peers' names without oribi; what importing and using oribi changes in them; and whether the environment stays."""
+    script = f"""{SNAPSHOT}{NAMES}
+touch()
+alone, before, environment = names(), snapshot(), dict(os.environ)
+{USE}
 after = snapshot()
 changed = [name for name, value in before.items() if after.get(name) != value]
-print(json.dumps([changed, dict(os.environ) == environment]))
+print(json.dumps([alone, changed, dict(os.environ) == environment]))
 """
-    )
-    assert json.loads(changed.splitlines()[-1]) == [[], True]
+    return json.loads(run(script).splitlines()[-1])
 
 
-def test_importing_oribi_before_its_peers_changes_nothing_in_them():
-    names = """
-touch()
-state = {}
-for name, module in sorted(sys.modules.items()):
-    if name.partition(".")[0] in PEERS[:3]:
-        for key, value in sorted(vars(module).items()):
-            if callable(value):
-                state[f"{name}.{key}"] = [getattr(value, "__module__", ""), getattr(value, "__qualname__", "")]
-print(json.dumps(state))
+def test_importing_oribi_after_its_peers_changes_nothing_in_them(after_peers):
+    _, changed, same_environment = after_peers
+    assert changed == []
+    assert same_environment
+
+
+def test_importing_oribi_before_its_peers_changes_nothing_in_them_and_touches_no_network(after_peers):
+    offline = """
+import socket
+def refuse(*arguments, **keywords):
+    raise AssertionError(f"network: {arguments}")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 """
-    alone = json.loads(run(SNAPSHOT + names).splitlines()[-1])
-    first = "import oribi\n[getattr(oribi, name) for name in oribi.__all__]\n"
-    beside = json.loads(run(first + SNAPSHOT + names).splitlines()[-1])
+    script = offline + USE + SNAPSHOT + NAMES + "touch()\nprint(json.dumps(names()))"
+    beside = json.loads(run(script).splitlines()[-1])
+    alone = after_peers[0]
     assert {name: value for name, value in beside.items() if name in alone} == alone
     assert not [value for value in beside.values() if value[0].startswith("oribi")]
 
@@ -87,20 +99,6 @@ def test_importing_oribi_takes_less_than_a_second_and_no_torch():
     )
     assert seconds < 1
     assert heavy == []
-
-
-def test_importing_and_using_the_names_touches_no_network():
-    run(
-        """
-import socket
-def refuse(*arguments, **keywords):
-    raise AssertionError(f"network: {arguments}")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import oribi
-for name in oribi.__all__:
-    getattr(oribi, name)
-"""
-    )
 
 
 def test_an_unknown_name_is_an_attribute_error():

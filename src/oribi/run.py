@@ -1,6 +1,7 @@
 """The seven steps for one config: environment, model, adapter, data, trainer, training, saving."""
 
 import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from oribi.run_record import read_record, record_saved, remove_run
 from oribi.save import save_gguf, save_merged
 from oribi.save.gguf.mixes import mix_of
 from oribi.train.arguments import SFTConfig
-from oribi.train.checkpoints import keep_trained
+from oribi.train.checkpoints import checkpoint_trained, where_trained_is
 from oribi.train.determinism import settle_cublas
 from oribi.train.preflight import check_before_loading, evaluation_sources, result_folders
 from oribi.train.progress import peak_memory_bytes, read_log
@@ -58,14 +59,17 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         if is_main:
             begin(config, overwrite)
         trainer.train(resume_from_checkpoint=start.resumes, resume_weights_only=start.weights_only)  # 6
+        kept = checkpoint_trained(trainer)
         saved, failures = save(config, trainer, tokenizer) if is_main else ({}, {})  # 7
+        if is_main and kept is not None and not failures:
+            shutil.rmtree(kept)
         if reports:
             measures["tuned"] = measure(model, tokenizer, measured_rows)
             refused = {form: Path(f"{path}.rejected") for form, (path, _) in failures.items()}
             saved["report"] = report(config, rows.report, measures, saved | refused)
         if failures:
             found = [str(error) for _, error in failures.values()]
-            raise ExportError("\n".join([*found, keep_trained(trainer)]))
+            raise ExportError("\n".join([*found, where_trained_is(trainer)]))
         return saved
 
 

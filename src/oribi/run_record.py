@@ -177,6 +177,8 @@ def remove_run(folder: str | os.PathLike) -> None:
         shutil.rmtree(one.path)
     for name in _OWN_FILES:
         (folder / name).unlink(missing_ok=True)
+    if _is_generated_card(folder / "README.md"):
+        (folder / "README.md").unlink()
     for result in filter(Path.is_dir, (folder / name for name in RESULTS)):
         for pattern in _RESULT_FILES:
             for path in result.rglob(pattern):
@@ -184,6 +186,16 @@ def remove_run(folder: str | os.PathLike) -> None:
         for path in sorted([result, *filter(Path.is_dir, result.rglob("*"))], reverse=True):
             if not any(path.iterdir()):
                 path.rmdir()
+
+
+def _is_generated_card(path: Path) -> bool:
+    """Whether a README.md is the model card that TRL and transformers write beside checkpoints."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    _, *parts = text.split("---", 2)  # the settings at its head, and the text
+    return len(parts) == 2 and not text.partition("---")[0] and "- generated_from_trainer\n" in parts[0]
 
 
 def set_aside(folder: str | os.PathLike, paths: Sequence[Path], name: str) -> Path:

@@ -1,11 +1,15 @@
 """A run's folder from the command line: one run in it, gone on with as it was, and nothing loaded before it is checked."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from oribi.run_record import RunRecord, checkpoints, newest_model, read_record
 from tests.train.conftest import some_conversations, tiny_folder  # noqa: F401 (a fixture)
@@ -306,3 +310,39 @@ def test_init_names_the_folder_by_model_and_data(oribi, tiny_folder, tmp_path, m
         assert oribi("init", tiny_folder, name, "-o", "c.yaml", "--force").code == 0
         names.append(yaml.safe_load(Path("c.yaml").read_text())["output_dir"])
     assert names == [f"runs/{tiny_folder.name}-faq-2", f"runs/{tiny_folder.name}-chats"]
+
+
+@pytest.mark.parametrize(
+    ("words", "resume", "files"),
+    [
+        ([], ["--resume"], ("adapter_model", "adapter/adapter_model")),
+        (["--full_finetuning", "true"], ["--resume", "weights"], ("model", "merged/model")),
+    ],
+    ids=["adapter", "whole model"],
+)
+def test_a_signal_during_the_exports_loses_no_training(
+    oribi, config_without_checkpoints, tmp_path, monkeypatch, words, resume, files
+):
+    """Without save_steps, too: the trained weights are in a checkpoint before the first form is written or verified."""
+    from oribi.config import read_config
+    from oribi.run import run
+    from oribi.train.resume import newest_whole
+
+    folder = tmp_path / "run"
+    words = ["--output_dir", str(folder), "--max_steps", "2", *words]
+    with monkeypatch.context() as patch:
+        patch.setattr("oribi.run.save_merged", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run(read_config(config_without_checkpoints, words)[0])
+    kept = newest_whole(folder, weights_only="weights" in resume)
+    assert (kept.step, kept.damaged) == (2, ())
+    trained = load_file(kept.path / f"{files[0]}.safetensors")
+    result = oribi("train", config_without_checkpoints, *words, *resume)
+    assert result.code == 0, result.err
+    saved = load_file(folder / f"{files[1]}.safetensors")
+    assert all(torch.equal(weight, trained[name].to(weight.dtype)) for name, weight in saved.items())
+    assert set(saved) == set(trained)
+    # a run that ends well keeps only the checkpoints that were asked for
+    result = oribi("train", config_without_checkpoints, *words, "--overwrite")
+    assert result.code == 0, result.err
+    assert checkpoints(folder) == []

@@ -12,7 +12,7 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import Trainer
 
 from oribi.errors import ConfigError, ModelError
-from oribi.train import trainer as trainer_module
+from oribi.train import step as step_module
 from oribi.train.arguments import SFTConfig, adopt
 from oribi.train.extension_points import ModelWatch, changed_step
 from oribi.train.graphs import StepGraphs
@@ -51,7 +51,7 @@ def losses_of(trainer) -> list[float]:
 def replayed(monkeypatch):
     """Steps that a GPU would record run through StepGraphs here, each as its first, unrecorded run."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(trainer_module, "reason_against", lambda *given: None)
+    monkeypatch.setattr(step_module, "reason_against", lambda *given: None)
     monkeypatch.setattr(StepGraphs, "_record", lambda self, *given: None)
     calls = []
     real = StepGraphs.__call__

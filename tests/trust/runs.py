@@ -1,7 +1,7 @@
 """Runs of the small model that tests stop, kill and resume; as a script, trains in a folder and prints its losses.
 
-python -m tests.trust.runs MODEL FOLDER [key=value ...]: settings of the trainer, and resume, device, dtype, packs,
-count, evaluates, evaluates_first.
+python -m tests.trust.runs MODEL FOLDER [key=value ...] [-- FOLDER [key=value ...]] ...: settings of the trainer, and resume,
+device, dtype, packs, count, evaluates, evaluates_first; several trainings share one start, and print a line each.
 """
 
 import json
@@ -66,7 +66,14 @@ def weights_of(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def main(model: str, folder: str, *settings: str) -> None:
+def main(model: str, *words: str) -> None:
+    while words:
+        end = words.index("--") if "--" in words else len(words)
+        (folder, *settings), words = words[:end], words[end + 1 :]
+        train(model, folder, *settings)
+
+
+def train(model: str, folder: str, *settings: str) -> None:
     given = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in settings)}
     resume, device = given.pop("resume", None), given.pop("device", "cpu")
     evaluates_first = given.pop("evaluates_first", False)

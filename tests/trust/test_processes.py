@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,11 @@ from transformers import LlamaConfig
 
 from oribi.errors import ConfigError
 from oribi.models.decoder import build
-from oribi.selftest.invariance import ROWS, reference_step, step_error, steps_of_ranks
-from oribi.selftest.subject import Subject, reference_of, write_small_model
+from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.setup import settle, without_repeats
 from oribi.train.sharding import is_sharded
+from oribi.train.trainer import SFTTrainer
 from tests.trust.runs import losses_of, trainer_in
 
 pytestmark = [
@@ -60,23 +61,8 @@ def said_by_two_processes(command: list[str], timeout: int) -> tuple[str, str]:
     return said[0][0], errors
 
 
-def two_processes(subject: Subject, folder: Path, *settings: str) -> tuple[list[float], str]:
-    """Losses that the first of two processes logged, and what both wrote to standard error."""
-    command = [sys.executable, "-m", "tests.trust.runs", subject.path, str(folder), "use_cpu=true", *settings]
-    said, errors = said_by_two_processes(command, timeout=240)
-    lines = [line for line in said.splitlines() if line.startswith("losses ")]
-    return json.loads(lines[0].removeprefix("losses ")), errors
-
-
-def test_gradients_and_loss_of_two_processes_equal_the_reference(subject, tmp_path):
-    model, _ = subject.load()
-    rows = subject.rows(11, 320).select(range(ROWS))
-    expected = reference_step(reference_of(model), rows)
-    error, note = step_error(steps_of_ranks(subject, tmp_path), expected)
-    assert error < 1e-5, note
-
-
 SHARDED = """
+import json
 import sys
 import torch
 import torch.distributed as dist
@@ -89,11 +75,11 @@ from oribi.selftest.subject import Subject
 from oribi.train.guard import LossGuard
 from oribi.train.sharding import is_sharded, own_bytes, sharded
 
-def load():
+def load(kind, keeps):
     model, _ = load_model(
-        sys.argv[1], dtype="float32", device_map="cpu", max_seq_length=128, load_in_4bit=sys.argv[2] == "nf4"
+        sys.argv[1], dtype="float32", device_map="cpu", max_seq_length=128, load_in_4bit=kind == "nf4"
     )
-    model = attach_lora(model, r=8, lora_alpha=8, use_gradient_checkpointing=sys.argv[3] == "checkpointed")
+    model = attach_lora(model, r=8, lora_alpha=8, use_gradient_checkpointing=keeps == "checkpointed")
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -106,50 +92,46 @@ def gradients(model, rows, targets):
     model(**PackCollator()(rows), num_items_in_batch=targets, use_cache=False).loss.backward()
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}
 
+def compare(kind, keeps):
+    expected = gradients(load(kind, keeps), rows, targets)
+    model = load(kind, keeps)
+    assert not is_sharded(model)
+    whole = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    wrapped = sharded(model, model.get_base_model(), torch.device("cpu"))
+    assert is_sharded(model)
+    found = {"kind": kind, "count": len(expected), "share": own_bytes(model.get_base_model()) / whole, "errors": []}
+    for _ in range(2):  # DDP takes the mean over the processes
+        own = gradients(wrapped, rows[dist.get_rank() :: 2], targets / 2)
+        found["errors"] += [float((own[name] - g).norm() / g.norm()) for name, g in expected.items()]
+    try:
+        save_merged(model, sys.argv[2], None)
+    except ExportError as error:
+        found["refused"] = str(error)
+    found["guard"] = LossGuard()._find(model)
+    if dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
+
 dist.init_process_group("gloo")
 rows = list(Subject(sys.argv[1], "cpu").rows(8, 320))
 targets = sum(label != -100 for row in rows for label in row["labels"][1:])
-expected = gradients(load(), rows, targets)
-model = load()
-assert not is_sharded(model)
-whole = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-wrapped = sharded(model, model.get_base_model(), torch.device("cpu"))
-assert is_sharded(model)
-own = own_bytes(model.get_base_model())
-errors = []
-for _ in range(2):  # DDP takes the mean over the processes
-    found = gradients(wrapped, rows[dist.get_rank() :: 2], targets / 2)
-    errors += [float((found[name] - g).norm() / g.norm()) for name, g in expected.items()]
-refused = ""
-try:
-    save_merged(model, sys.argv[4], None)
-except ExportError as error:
-    refused = str(error)
-said = LossGuard()._find(model)
-if dist.get_rank() == 0:
-    print("worst", max(errors), len(expected), own / whole, flush=True)
-    print("refused", refused, flush=True)
-    print("guard", said, flush=True)
+compare("nf4", "checkpointed")
+compare("float32", "all")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("kind", "keeps"), [("nf4", "checkpointed"), ("float32", "all")])
-def test_gradients_of_a_sharded_model_equal_one_process(subject, tmp_path, kind, keeps):
+def test_gradients_of_a_sharded_model_equal_one_process(subject, tmp_path):
     """Twice, since weights are gathered into the same memory again; half of them lies in each process."""
-    command = [sys.executable, "-c", SHARDED, subject.path, kind, keeps, str(tmp_path / "merged")]
-    said, errors = said_by_two_processes(command, timeout=120)
-    lines = dict(
-        line.split(" ", 1)
-        for line in said.splitlines()
-        if line.split(" ")[0] in ("worst", "refused", "guard")
-    )
-    worst, count, share = lines["worst"].split()
-    assert int(count) == 28  # A and B of seven layers in each of two
-    assert float(worst) < 1e-5
-    assert float(share) == pytest.approx(0.5, abs=0.01)
-    assert "is sharded over several processes" in lines["refused"]
-    assert "no process can run the sharded model alone" in lines["guard"]
+    command = [sys.executable, "-c", SHARDED, subject.path, str(tmp_path / "merged")]
+    said, errors = said_by_two_processes(command, timeout=240)
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert [one["kind"] for one in found] == ["nf4", "float32"]
+    for one in found:
+        assert one["count"] == 28  # A and B of seven layers in each of two
+        assert max(one["errors"]) < 1e-5, one["kind"]
+        assert one["share"] == pytest.approx(0.5, abs=0.01)
+        assert "is sharded over several processes" in one["refused"]
+        assert "no process can run the sharded model alone" in one["guard"]
     assert "view tensor" not in errors
 
 
@@ -189,76 +171,99 @@ def test_one_process_shards_nothing(subject, tmp_path):
 SETTINGS = {
     "neftune_noise_alpha": None, "max_steps": 6, "save_steps": 3, "optim": "paged_adamw_32bit", "adam_epsilon": 1e-3,
 }  # fmt: skip
-SAME = [f"{name}={json.dumps(value)}" for name, value in SETTINGS.items()]
+EVALUATES = {"evaluates": 5, "eval_strategy": "steps", "eval_steps": 3}
+# 21 rows: accelerate would repeat the first of them, and take an evaluated model for one that is wrapped
+EPOCHS = {
+    **SETTINGS, "max_steps": -1, "num_train_epochs": 2, "save_strategy": "no", "count": 21, "evaluates": 5,
+    "eval_strategy": "no",
+}  # fmt: skip
 
 
-def test_a_run_moves_between_one_and_two_processes(subject, tmp_path):
-    """The same rows a step: 2 x 2 micro-batches of one process, 1 x 2 of each of two."""
-    one = trainer_in(subject, tmp_path / "one", **SETTINGS)
+@dataclass
+class Trained:
+    """Trainings of one process, and losses of those of two, by the names of their folders in `folder`."""
+
+    folder: Path
+    one: SFTTrainer
+    epochs: dict[str, SFTTrainer]
+    both: dict[str, list[float]]
+    errors: str  # what the two wrote to standard error
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / name / "checkpoint-6/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(subject, tmp_path_factory) -> Trained:
+    """All trainings of two processes in one start: importing takes longer than they do.
+
+    The same rows a step: 2 x 2 micro-batches of one process, 1 x 2 of each of two.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    one = trainer_in(subject, folder / "one", **SETTINGS, **EVALUATES)
     one.train()
-    both, errors = two_processes(subject, tmp_path / "two", "gradient_accumulation_steps=1", *SAME)
-    assert "find_unused_parameters" not in errors
-    assert both == pytest.approx(losses_of(one), rel=1e-5)
-    # the first process alone saves the model, each its random state
-    files = {path.name for path in (tmp_path / "two/checkpoint-6").iterdir()}
-    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
-    assert not list((tmp_path / "two").glob("_partial*"))
-    weights = [
-        load_file(tmp_path / name / "checkpoint-6/adapter_model.safetensors") for name in ("one", "two")
+    epochs = {
+        name: trainer_in(subject, folder / f"one-{name}", packs=name == "packs", **EPOCHS)
+        for name in ("rows", "packs")
+    }
+    for trainer in epochs.values():
+        trainer.train()
+    resume = str(folder / "one/checkpoint-3")
+    trainings = {
+        "ddp": {**SETTINGS, **EVALUATES},
+        "ddp-resumed": {**SETTINGS, "resume": resume},
+        "rows": {**EPOCHS, "evaluates_first": True},
+        "packs": {**EPOCHS, "evaluates_first": True, "packs": True},
+        "sharded": {**SETTINGS, **EVALUATES, "fsdp": True},
+        "sharded-resumed": {**SETTINGS, "resume": resume, "fsdp": True},
+    }
+    words = []
+    for name, settings in trainings.items():
+        settings = {"use_cpu": True, "gradient_accumulation_steps": 1, **settings}
+        words += [
+            "--",
+            str(folder / name),
+            *(f"{key}={json.dumps(value)}" for key, value in settings.items()),
+        ]
+    command = [sys.executable, "-m", "tests.trust.runs", subject.path, *words[1:]]
+    said, errors = said_by_two_processes(command, timeout=400)
+    losses = [
+        json.loads(line.removeprefix("losses ")) for line in said.splitlines() if line.startswith("losses ")
     ]
-    for name, weight in weights[0].items():
-        assert (weights[1][name] - weight).norm() <= 1e-5 * weight.norm(), name
-
-    resume = json.dumps(str(tmp_path / "one/checkpoint-3"))
-    on_two, _ = two_processes(
-        subject, tmp_path / "one-two", "gradient_accumulation_steps=1", f"resume={resume}", *SAME
-    )
-    assert on_two == pytest.approx(losses_of(one), rel=1e-5)
-    on_one = trainer_in(subject, tmp_path / "two-one", **SETTINGS)
-    on_one.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-3"))
-    assert losses_of(on_one) == pytest.approx(losses_of(one), rel=1e-5)
+    return Trained(folder, one, epochs, dict(zip(trainings, losses, strict=True)), errors)
 
 
-@pytest.mark.parametrize("packs", [False, True])
-def test_an_epoch_that_no_batch_divides_and_an_evaluation_before_it_change_nothing(subject, tmp_path, packs):
-    """37 rows: accelerate would repeat the first of them, and take an evaluated model for one that is wrapped."""
-    settings = {
-        **SETTINGS, "max_steps": -1, "num_train_epochs": 2, "save_strategy": "no", "count": 37, "packs": packs,
-        "evaluates": 5, "eval_strategy": "no",
-    }  # fmt: skip
-    one = trainer_in(subject, tmp_path / "one", **settings)
-    one.train()
-    said = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-    more = ("gradient_accumulation_steps=1", "evaluates_first=true")
-    both, _ = two_processes(subject, tmp_path / "two", *more, *said)
-    assert both == pytest.approx(losses_of(one), rel=1e-5)
-
-
-def test_a_sharded_run_saves_whole_adapters_and_goes_on_unsharded(subject, tmp_path):
-    one = trainer_in(subject, tmp_path / "one", evaluates=5, eval_strategy="steps", eval_steps=3, **SETTINGS)
-    one.train()
-    more = ("gradient_accumulation_steps=1", "evaluates=5", 'eval_strategy="steps"', "eval_steps=3")
-    both, _ = two_processes(subject, tmp_path / "two", "fsdp=true", *more, *SAME)
-    assert both == pytest.approx(losses_of(one), rel=1e-5)
-    logs = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("mode", ["ddp", "sharded"])
+def test_two_processes_train_evaluate_and_save_as_one_does(trained, mode):
+    assert "find_unused_parameters" not in trained.errors
+    assert trained.both[mode] == pytest.approx(losses_of(trained.one), rel=1e-5)
+    logs = [json.loads(line) for line in (trained.folder / mode / "log.jsonl").read_text().splitlines()]
     evaluated = [entry["eval_loss"] for entry in logs if "eval_loss" in entry]
-    expected = [entry["eval_loss"] for entry in one.state.log_history if "eval_loss" in entry]
+    expected = [entry["eval_loss"] for entry in trained.one.state.log_history if "eval_loss" in entry]
     assert len(expected) == 2
-    assert evaluated == pytest.approx(
-        expected, rel=1e-5
-    )  # five rows: accelerate fills up with some of them again
-    weights = [
-        load_file(tmp_path / name / "checkpoint-6/adapter_model.safetensors") for name in ("one", "two")
-    ]
-    assert set(weights[0]) == set(weights[1])
-    for name, weight in weights[0].items():
-        assert (weights[1][name] - weight).norm() <= 1e-5 * weight.norm(), name
-    resume = json.dumps(str(tmp_path / "one/checkpoint-3"))
-    on_two, _ = two_processes(subject, tmp_path / "one-two", "fsdp=true", f"resume={resume}", *more, *SAME)
-    assert on_two == pytest.approx(losses_of(one), rel=1e-5)
+    # five rows: accelerate fills up with some of them again
+    assert evaluated == pytest.approx(expected, rel=1e-5)
+    # the first process alone saves the model, each its random state
+    files = {path.name for path in (trained.folder / mode / "checkpoint-6").iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
+    assert not list((trained.folder / mode).glob("_partial*"))
+    one, two = trained.weights("one"), trained.weights(mode)
+    assert set(one) == set(two)
+    for name, weight in one.items():
+        assert (two[name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+
+@pytest.mark.parametrize("mode", ["ddp", "sharded"])
+def test_a_run_moves_between_one_and_two_processes(trained, subject, tmp_path, mode):
+    assert trained.both[f"{mode}-resumed"] == pytest.approx(losses_of(trained.one), rel=1e-5)
     on_one = trainer_in(subject, tmp_path / "two-one", **SETTINGS)
-    on_one.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-3"))
-    assert losses_of(on_one) == pytest.approx(losses_of(one), rel=1e-5)
+    on_one.train(resume_from_checkpoint=str(trained.folder / mode / "checkpoint-3"))
+    assert losses_of(on_one) == pytest.approx(losses_of(trained.one), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rows", "packs"])
+def test_an_epoch_that_no_batch_divides_and_an_evaluation_before_it_change_nothing(trained, kind):
+    assert trained.both[kind] == pytest.approx(losses_of(trained.epochs[kind]), rel=1e-5)
 
 
 @pytest.mark.parametrize(("process", "own"), [(0, 2), (1, 1), (2, 0)])

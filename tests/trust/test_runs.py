@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from oribi.config import RunConfig
 from oribi.errors import ConfigError, DataError
 from oribi.lora.attach import attach_lora
-from oribi.run_record import RECORD_FILE, checkpoints, own_checkpoints, read_record
+from oribi.run_record import RECORD_FILE, checkpoints, own_checkpoints, read_record, remove_run
 from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.fingerprint import APPLIED, BASE, FIXED, FREE, ON_RESUME, ROWS, data_record
 from oribi.train.run_lock import run_lock
@@ -433,6 +433,23 @@ def test_a_stream_that_fills_no_step_is_an_error(subject, tmp_path):
     trainer = trainer_in(subject, tmp_path, rows=rows, gradient_accumulation_steps=4, max_steps=2, **PLAIN)
     with pytest.raises(DataError, match="the stream has 3 micro-batches of 2 rows, a step needs 4"):
         trainer.train()
+
+
+def test_a_stream_without_rows_is_an_error(subject, tmp_path):
+    rows = stream_of(subject.rows(6, VOCABULARY)).filter(lambda row: False)
+    with pytest.raises(DataError, match="the training stream has no rows"):
+        trainer_in(subject, tmp_path, rows=rows, max_steps=2, **PLAIN)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_model_card_that_is_written_beside_checkpoints_goes_with_its_run(run, own):
+    """TRL writes it at every save; a README of the user's stays."""
+    card = run / "README.md"
+    assert "- generated_from_trainer" in card.read_text()
+    if own:
+        card.write_text("# My runs\n---\n- generated_from_trainer\n---\n")
+    remove_run(run)
+    assert card.exists() == own
 
 
 def test_the_end_of_a_stream_that_fills_no_step_is_said_and_reaches_no_other_step(subject, tmp_path, capsys):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from oribi.errors import ExportError, TrainingError
+from oribi.errors import TrainingError
 from oribi.run_record import RunRecord, checkpoints, own_checkpoints, read_record
 from oribi.save.finite import require_finite
 from oribi.streams import say
@@ -116,22 +116,43 @@ def write_checkpoint(
     )
 
 
-def keep_trained(trainer: Trainer) -> str:
-    """Make sure that trained weights which could not be saved otherwise are in a checkpoint; says where they are."""
+def checkpoint_trained(trainer: Trainer) -> Path | None:
+    """Write a checkpoint of the trained weights, unless the run has one, before anything else is made of them.
+
+    What ends the process afterwards (a signal, a crash, a full disk) then loses nothing. Every process of a run calls it.
+
+    Returns:
+        The checkpoint, which may go once the model is saved in every form that is asked for; None if none was written.
+    """
+    folder, step = trainer.args.output_dir, trainer.state.global_step
+    record = read_record(folder)
+    saved = record is not None and step in record.saved.values()
+    kept = saved or any(one.step == step for one in own_checkpoints(folder))
+    if not any_process(trainer, not kept and trainer.args.should_save):
+        return None
+    # beside the user's own checkpoints; of a whole model the weights alone, since its optimizer may be as large
+    settings = {"save_total_limit": None, "push_to_hub": False}
+    settings["save_only_model"] = not hasattr(trainer.model, "peft_config")
+    try:
+        with held(trainer.args, **settings):
+            trainer._save_checkpoint(trainer.model, None)
+    except TrainingError as error:
+        if trainer.args.should_save:
+            say(f"oribi: {error}")
+        return None
+    return Path(folder) / f"checkpoint-{step}"
+
+
+def where_trained_is(trainer: Trainer) -> str:
+    """Where the trained weights are, for the error of a form that could not be saved."""
     folder, step = trainer.args.output_dir, trainer.state.global_step
     advice = f"When that is mended, `oribi export {folder} --to FORMS` writes them"
+    if any(one.step == step for one in own_checkpoints(folder)):
+        return f"The trained weights are kept in {folder}/checkpoint-{step}. {advice}"
     saved = read_record(folder)
     if saved is not None and step in saved.saved.values():
         return f"The model is saved in {folder} in other forms already. {advice} in this one"
-    kept = [one for one in own_checkpoints(folder) if one.step == step]
-    if not kept and trainer.args.world_size > 1:
-        return "The trained weights are in no checkpoint; set save_steps, and they will be"
-    if not kept:
-        try:
-            trainer._save_checkpoint(trainer.model, None)
-        except (TrainingError, ExportError) as error:
-            return str(error)
-    return f"The trained weights are kept in {folder}/checkpoint-{step}. {advice}"
+    return "The trained weights are in no checkpoint; free some space, and set save_steps"
 
 
 def _write_whole(
