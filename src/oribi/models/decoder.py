@@ -186,8 +186,9 @@ class DecoderModel(DecoderPreTrainedModel):
             x = x * self.embedding_multiplier
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
         cache = past_key_values if cache is None else cache
-        require_growing(cache)
-        require_whole(cache, [layer.self_attn.window for layer in self.layers])
+        if cache is not None:
+            require_growing(cache)
+            require_whole(cache, [layer.self_attn.window for layer in self.layers])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache and cache is None:
