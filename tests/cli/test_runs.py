@@ -305,11 +305,12 @@ def test_a_config_with_comments_in_the_folder_of_its_run_is_left_as_it_is(oribi,
 def test_init_names_the_folder_by_model_and_data(oribi, tiny_folder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     names = []
-    for name in ("FAQ 2.csv", "chats.jsonl.gz"):
+    Path("orders").mkdir()
+    for name in ("FAQ 2.csv", "chats.jsonl.gz", "orders/train.csv"):
         Path(name).write_text("question,answer\na,b\n")
         assert oribi("init", tiny_folder, name, "-o", "c.yaml", "--force").code == 0
         names.append(yaml.safe_load(Path("c.yaml").read_text())["output_dir"])
-    assert names == [f"runs/{tiny_folder.name}-faq-2", f"runs/{tiny_folder.name}-chats"]
+    assert names == [f"runs/{tiny_folder.name}-{data}" for data in ("faq-2", "chats", "orders")]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_the_readmes_path_runs_word_for_word(tmp_path):
     assert "⟦" in said["inspect"]
     assert "left 0:00" in said["train"]
     assert said["chat"].strip()
-    run = tmp_path / "runs" / "smollm2-135m-instruct"
+    run = tmp_path / "runs" / "smollm2-135m-instruct-cron"
     exported = [*run.glob("gguf/*.gguf"), *run.glob("merged/*.safetensors"), run / "report.html"]
     assert len(exported) == 3
     assert all(path.is_file() for path in exported)

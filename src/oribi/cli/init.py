@@ -81,11 +81,18 @@ def _short_name(model: str) -> str:
     return name.lower() or "run"
 
 
+# names that say nothing of a data set: the folder around it does
+_NAMELESS = {"train", "training", "data", "dataset", "default"}
+
+
 def _data_name(sources: list[str]) -> str:
     """The first source's name for a folder: data/FAQ 2.csv -> faq-2; two of one model must not meet in one."""
-    name = Path(sources[0].rstrip("/")).name
+    source = Path(sources[0].rstrip("/"))
+    name = source.name
     while Path(name).suffix in READ_SUFFIXES:
         name = Path(name).stem
+    if name.lower() in _NAMELESS and source.parent.name:
+        name = source.parent.name
     name = re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "data"
     return name if len(sources) == 1 else f"{name}-and-{len(sources) - 1}-more"
 
