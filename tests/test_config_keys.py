@@ -96,6 +96,7 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
     trained = SimpleNamespace(
         model=model,
         state=SimpleNamespace(global_step=1),
+        args=SimpleNamespace(output_dir=config.output_dir),
         find_checkpoint=lambda resume, weights_only: None,
         train=lambda **keywords: seen.append(f"train {keywords}"),
         is_world_process_zero=lambda: True,
@@ -119,6 +120,7 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
         oribi.run, "check_before_loading", lambda config, *rest: Start(config.resume == "true")
     )
     monkeypatch.setattr(oribi.run, "SFTTrainer", make_trainer)
+    monkeypatch.setattr(oribi.run, "checkpoint_trained", lambda trainer: None)
     monkeypatch.setattr(oribi.run, "save_merged", record("merged", None))
     monkeypatch.setattr(oribi.run, "save_gguf", record("gguf", {"gguf_files": ["file"]}))
     monkeypatch.setattr(oribi.run, "measure", record("measure", None))

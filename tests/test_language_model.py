@@ -63,7 +63,7 @@ def test_only_the_first_process_prints(llama, capsys, monkeypatch):
     ("keyword", "value", "note"),
     [
         ("use_exact_model_name", True, "names are never replaced here"),
-        ("offload_embedding", True, "embeddings stay on the device"),
+        ("offload_embedding", True, "moves frozen embeddings to host memory"),
         ("gpu_memory_utilization", 0.9, "an inference engine that is not used"),
         ("attn_implementation", "flash_attention_2", "the decoder chooses its attention backend"),
         ("unsloth_tiled_mlp", True, "bounds the MLP's memory"),

@@ -173,7 +173,7 @@ def test_methods_are_named_as_people_name_them():
     assert [mix_of(name).name for name in ("Q8_0", "q4_k", "fast_quantized", "not_quantized", "quantized")] == [
         "q8_0", "q4_k_m", "q8_0", "f16", "q4_k_m"
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"'q7_0'; expected one of f32, f16"):
+    with pytest.raises(ConfigError, match=r"'q7_0'; did you mean q8_0\?"):
         mix_of("q7_0")
     with pytest.raises(ConfigError, match="needs an importance matrix"):
         mix_of("IQ2_XXS")

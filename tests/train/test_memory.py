@@ -270,7 +270,7 @@ def test_drivers_names_are_recognised(driver, gib, name):
 def test_unknown_gpus_are_said():
     assert recognise("Radeon Pro", 2**34) is None
     assert all(gpu_named(gpu.name.upper()) is gpu for gpu in GPUS.values())
-    with pytest.raises(ConfigError, match="'H1000' is not in the table; it has T4"):
+    with pytest.raises(ConfigError, match="'H1000' is not in the table; did you mean H100"):
         gpu_named("H1000")
 
 

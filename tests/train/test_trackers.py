@@ -13,12 +13,16 @@ from oribi.config import read_config
 from oribi.errors import ConfigError
 from oribi.train.arguments import SFTConfig
 from oribi.train.trackers import require_trackers
+from oribi.train.trainer import SFTTrainer
 from tests.train.conftest import some_conversations
 
 
 @pytest.fixture
-def trained(tiny_folder, tmp_path):
+def trained(tiny_folder, tmp_path, monkeypatch):
     """Trains two steps through a config and returns the run's folder and the losses of its log."""
+
+    # TRL looks for trackers when it is imported, before the stand-ins are there, and its card links to their pages
+    monkeypatch.setattr(SFTTrainer, "create_model_card", lambda self, **_: None)
 
     def run(tracker: str):
         data = tmp_path / "rows.jsonl"

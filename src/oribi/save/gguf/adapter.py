@@ -92,7 +92,7 @@ def save_gguf_adapter(
 def _require_own_base(model: nn.Module) -> None:
     """Raise if the base in memory is none that a file of the base could be."""
     changed = changed_base(model)
-    adapters = getattr(model, "active_adapters", [])
+    adapters = model.active_adapters if hasattr(model, "peft_config") else []
     rows = [name for adapter in adapters for name in changed_tables(model, adapter)]
     if changed or rows:
         raise ExportError(
