@@ -1,6 +1,5 @@
 """A run config as a file for people: chosen settings in groups, each with what it means."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 
 from oribi.config import RunConfig
 from oribi.errors import ConfigError
+from oribi.text import write_whole
 
 # first setting of each group, in the order of RunConfig
 GROUPS = {"model": "the model", "lora_r": "the adapter", "dataset": "the data", "output_dir": "the training",
@@ -53,13 +53,6 @@ def write_config(path: Path, text: str, force: bool) -> None:
         raise ConfigError(f"{path} exists; choose another name, or overwrite it with --force")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _plain(value: Any) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from oribi.config import RunConfig, read_config
-from oribi.config_text import write_whole
 from oribi.data import PreparedData, get_chat_template, prepare_dataset
 from oribi.data.report import DataReport
 from oribi.environment import Environment, detect
@@ -17,6 +16,7 @@ from oribi.language_model import FastLanguageModel
 from oribi.run_record import read_record, record_saved, remove_run
 from oribi.save import save_gguf, save_merged
 from oribi.save.gguf.mixes import mix_of
+from oribi.text import write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
 from oribi.train.determinism import settle_cublas

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from oribi.text import write_whole
+
 RECORD_FILE = "oribi_run.json"
 VERSION = 1
 EARLIER = "_earlier"  # a leading underscore: uploads of the output folder leave such names out
@@ -60,10 +62,8 @@ class RunRecord:
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write the record into a folder; it is whole there or not there."""
-        path = Path(folder) / RECORD_FILE
-        temporary = path.with_name(f".{RECORD_FILE}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        write_whole(Path(folder) / RECORD_FILE, text)
 
 
 def new_run() -> str:

@@ -1,11 +1,21 @@
-"""Words for people: the nearest of the allowed names, and values as messages show them."""
+"""Texts: the nearest of the allowed names, values as messages show them, and files that are written whole."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 _SHOWN = 80  # characters of a value in a message
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there, whoever else writes it at the same time."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def nearest(word: Any, allowed: Iterable[str]) -> str | None:

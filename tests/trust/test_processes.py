@@ -197,7 +197,7 @@ class Trained:
 def trained(subject, tmp_path_factory) -> Trained:
     """All trainings of two processes in one start: importing takes longer than they do.
 
-    The same rows a step: 2 x 2 micro-batches of one process, 1 x 2 of each of two.
+    The same rows per step: 2 x 2 micro-batches of one process, 1 x 2 of each of two.
     """
     folder = tmp_path_factory.mktemp("trained")
     one = trainer_in(subject, folder / "one", **SETTINGS, **EVALUATES)

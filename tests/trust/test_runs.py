@@ -503,4 +503,4 @@ def test_hashes_of_rows_are_quick():
     rows = Dataset(pa.table({"input_ids": ids, "labels": ids}))
     started = time.process_time()
     data_record(rows)
-    assert 80e6 / (time.process_time() - started) > 100e6  # bytes a second
+    assert 80e6 / (time.process_time() - started) > 100e6  # bytes per second

@@ -18,7 +18,7 @@ from oribi.data.encoding import UNTRAINED, Encoded
 from oribi.data.preparation import Preparation
 from oribi.data.prepare import make_preparation
 from oribi.data.report import DataReport
-from oribi.text import printable
+from oribi.text import printable, write_whole
 
 STYLES = {
     ("trained", False): "black on green",
@@ -225,9 +225,7 @@ def write_html(path: Path, rows: list[RowView], report: DataReport) -> None:
         f"<h1>{html.escape(report.source)}</h1><p>{legend}</p>{''.join(blocks)}<h3>Report</h3><pre>{html.escape(str(report))}</pre></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, page)
 
 
 def _span(token: TokenView) -> str:

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 
 from oribi.data.encoding import UNTRAINED, without_lone_surrogates
+from oribi.text import write_whole
 
 SHOWN_ROWS = 20  # rows named in a report; the counts are of all
 
@@ -62,11 +62,7 @@ class DataReport:
         """Write the report as JSON."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-        temporary.write_text(
-            json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
     def unused(self) -> dict[str, list[str]]:
         """Columns and keys of messages that nothing was read from."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oribi.config_text import write_whole
 from oribi.demo.cron import first_expression, same_meaning
 from oribi.demo.requests import EXAMPLES, Request, make_split, messages
 from oribi.environment import detect
@@ -19,6 +18,7 @@ from oribi.errors import ModelError
 from oribi.language_model import FastLanguageModel
 from oribi.save import save_gguf, save_merged
 from oribi.save.llama_cpp import LlamaCpp, is_installed
+from oribi.text import write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import peak_memory_bytes
 from oribi.train.trainer import SFTTrainer

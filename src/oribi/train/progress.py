@@ -15,6 +15,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from oribi.streams import LastingStream
+from oribi.text import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +136,7 @@ class JsonLog(TrainerCallback):
                     for entry in read_log(path.parent)
                     if entry["step"] <= step and "train_loss" not in entry
                 ]
-                temporary = path.with_name(f".{path.name}.{os.getpid()}")
-                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-                os.replace(temporary, path)
+                write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         except OSError as error:
             self._tell(path, error)
 
