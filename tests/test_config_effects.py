@@ -163,7 +163,7 @@ EFFECTS = {
     "quantization_method": Effect(["q8_0"], lambda run: len(list((run.folder / "gguf").glob("*.gguf"))), 1),
     "report": Effect(True, lambda run: (run.folder / "report.html").is_file(), True),
 }  # fmt: skip
-# these reach nothing on a machine without the hub; what they are passed to is tested in tests/models/test_locate.py
+# these reach nothing on a machine without the hub; what they are passed to is tested in tests/models/test_files.py
 # (revision, trust_remote_code) and tests/train/test_trainer.py (dataset_num_proc); without malformed a run with such rows does not
 # begin: tests/data/test_rows.py
 PASSED_ON = {"revision", "trust_remote_code", "dataset_num_proc", "malformed"}

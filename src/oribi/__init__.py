@@ -9,17 +9,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "FastLanguageModel": "oribi.language_model",
-    "FastModel": "oribi.language_model",
+    "FastLanguageModel": "oribi.compat.language_model",
+    "FastModel": "oribi.compat.language_model",
     "add_new_tokens": "oribi.lora.tokens",
     "prepare_dataset": "oribi.data.prepare",
     "inspect_data": "oribi.data.inspect",
-    "get_chat_template": "oribi.data.templates",
+    "get_chat_template": "oribi.chat.named_templates",
     "standardize_data_formats": "oribi.data.reshape",
     "standardize_sharegpt": "oribi.data.reshape",
     "to_sharegpt": "oribi.data.reshape",
     "apply_chat_template": "oribi.data.reshape",
-    "train_on_responses_only": "oribi.data.responses_only",
+    "train_on_responses_only": "oribi.compat.responses_only",
     "SFTConfig": "oribi.train.arguments",
     "SFTTrainer": "oribi.train.trainer",
     "save_merged": "oribi.save",

@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from oribi.compat.language_model import FastLanguageModel
 from oribi.config import RunConfig, read_config
 from oribi.data import PreparedData, get_chat_template, prepare_dataset
 from oribi.data.report import DataReport
 from oribi.environment import Environment, detect
 from oribi.errors import ConfigError, ExportError
-from oribi.language_model import FastLanguageModel
+from oribi.gguf.mixes import mix_of
 from oribi.run_record import read_record, record_saved, remove_run
 from oribi.save import save_gguf, save_merged
-from oribi.save.gguf.mixes import mix_of
 from oribi.text import write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is

@@ -6,7 +6,7 @@ from typing import Any
 
 from oribi.config import RunConfig, read_config
 from oribi.errors import ConfigError
-from oribi.models.locate import missing_folder
+from oribi.models.files import missing_folder
 from oribi.run_record import RESULTS, own_checkpoints, read_record
 from oribi.train.preflight import steps_of
 from oribi.train.progress import read_log
@@ -56,7 +56,7 @@ def load_run(name: str | Path, *, dtype: str | None = None) -> LoadedRun:
     Raises:
         ModelError: there is nothing to load.
     """
-    from oribi.language_model import FastLanguageModel
+    from oribi.compat.language_model import FastLanguageModel
 
     if not is_run(name):
         model, tokenizer = FastLanguageModel.from_pretrained(str(name), max_seq_length=None, dtype=dtype)

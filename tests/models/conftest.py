@@ -25,6 +25,6 @@ def smollm2(smollm2_file):
 def smollm2_llama_cpp(smollm2_file):
     """llama.cpp with the same file."""
     pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
-    from oribi.save.llama_cpp import LlamaCpp
+    from oribi.gguf.llama_cpp import LlamaCpp
 
     return LlamaCpp(smollm2_file, 64)

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from oribi.compat.language_model import FastLanguageModel
 from oribi.errors import ModelError
-from oribi.language_model import FastLanguageModel
 from oribi.lora.contents import read_adapter
 from oribi.models.adapter_files import RECORD_FILE
 from oribi.models.load import load_model

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from oribi.families import FAMILIES
 from oribi.kernels import fp8
 from oribi.models import fused_layer, layers
 from oribi.models.decoder import build
-from oribi.models.families import FAMILIES
 from oribi.models.projections import project, read
 from tests.models.test_fused_layer import KEEPS, adapt, batch_of, gradients
 from tests.models.test_parity import TOLERANCE, relative

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from oribi.errors import ModelError
+from oribi.families import FAMILIES
 from oribi.models import fused_layer as fused_layer_file
 from oribi.models import layers as layers_file
-from oribi.models.families import FAMILIES
 from oribi.models.fused_layer import POLICIES, Keep
 from tests.models.test_parity import TOLERANCE, packed, relative
 from tests.models.tiny import tiny_config, tiny_pair

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from oribi import families as table
 from oribi.errors import ModelError
-from oribi.models import families as table
+from oribi.families import FAMILIES
 from oribi.models.config_file import check_decoder
 from oribi.models.decoder import CACHE
-from oribi.models.families import FAMILIES
 from tests.models.tiny import MIXED, ROPES, VARIANTS, tiny_config, tiny_pair
 
 TOLERANCE = 1e-5  # relative, float32

@@ -14,13 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from oribi.compat.language_model import FastLanguageModel
 from oribi.errors import ExportError, ModelError
-from oribi.language_model import FastLanguageModel
 from oribi.lora.contents import read_adapter
 from oribi.models.adapter_files import RECORD_FILE
 from oribi.models.wrapper import class_named
 from oribi.save.check import Outcome
-from oribi.save.gguf.adapter import save_gguf_adapter
+from oribi.save.gguf_adapter import save_gguf_adapter
 from oribi.train.arguments import SFTConfig
 from oribi.train.trainer import SFTTrainer
 from tests.models.tiny_checkpoint import checkpoint

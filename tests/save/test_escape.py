@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from oribi.errors import ConfigError
+from oribi.gguf.modelfile import NoModelfile, modelfile
 from oribi.save.check import Check, Outcome
 from oribi.save.escape import Unwritable, fenced, for_go_template, for_markdown, for_modelfile, for_yaml
-from oribi.save.modelfile import NoModelfile, modelfile
 from oribi.save.naming import file_name
 from oribi.save.report import ExportReport, model_card
 from tests.save.tiny_export import TEMPLATE, byte_level_tokenizer

@@ -10,7 +10,7 @@ from oribi.save.check import Check, Outcome
 from oribi.save.export_gguf import save_gguf
 from oribi.save.export_merged import save_merged
 from oribi.save.finish import AskedOnce
-from oribi.save.gguf.adapter import save_gguf_adapter
+from oribi.save.gguf_adapter import save_gguf_adapter
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport

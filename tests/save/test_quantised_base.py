@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from oribi.errors import ExportError
+from oribi.gguf.source import GGUFSource
 from oribi.kernels.nf4 import dequantize
 from oribi.lora.attach import attach_lora
 from oribi.models.checkpoint import SafetensorsSource
-from oribi.models.gguf_source import GGUFSource
 from oribi.models.load import load_model
 from oribi.save.adapter import MergedModel
 from oribi.save.export_gguf import save_gguf
 from oribi.save.export_merged import save_merged
-from oribi.save.gguf.adapter import save_gguf_adapter
+from oribi.save.gguf_adapter import save_gguf_adapter
 from oribi.save.nf4_checkpoint import Nf4Source, packed_bytes
 from oribi.save.probes import rows_of
 from oribi.save.reference import Trained
@@ -189,7 +189,7 @@ def test_a_gguf_file_is_its_own_original(checkpoint, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_an_adapter_as_gguf_turns_the_base_into_the_trained_model(family, settings, tmp_path):
-    llama_cpp = pytest.importorskip("oribi.save.llama_cpp")
+    llama_cpp = pytest.importorskip("oribi.gguf.llama_cpp")
     pytest.importorskip("xllamacpp", reason="llama.cpp applies the adapter")
     base = tiny_model(export_config(family))
     path = save_gguf(base, tmp_path / "base", byte_level_tokenizer(), "f32", verify=False)["gguf_files"][0]

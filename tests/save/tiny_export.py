@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+from oribi.gguf.llama_cpp import LlamaCpp
+from oribi.gguf.source import GGUFSource
 from oribi.models.decoder import build
-from oribi.models.gguf_source import GGUFSource
-from oribi.save.llama_cpp import LlamaCpp
 from tests.models.tiny import tiny_config, tiny_pair
 
 TEMPLATE = (

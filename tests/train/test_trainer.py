@@ -11,12 +11,12 @@ import trl
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
+from oribi.compat.responses_only import train_on_responses_only
+from oribi.compat.trainer_names import UnslothTrainer, UnslothTrainingArguments, unsloth_train
 from oribi.data import PackCollator, PaddedCollator, prepare_dataset
-from oribi.data.responses_only import train_on_responses_only
 from oribi.errors import ConfigError, DataError, OribiError
 from oribi.kernels.adamw import FlatAdamW
 from oribi.train.arguments import SFTConfig, adopt
-from oribi.train.compat import UnslothTrainer, UnslothTrainingArguments, unsloth_train
 from oribi.train.trainer import SFTTrainer
 
 SEQUENTIAL = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "warmup_steps": 0}

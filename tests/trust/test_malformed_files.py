@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from oribi.errors import ModelError, OribiError
+from oribi.gguf.file import GGUFFile
+from oribi.gguf.source import GGUFSource
 from oribi.models.checkpoint import SafetensorsSource, read_header
-from oribi.models.gguf_file import GGUFFile
-from oribi.models.gguf_source import GGUFSource
 
 # ORIBI_FUZZ=20000 for a long run
 EXAMPLES = int(os.environ.get("ORIBI_FUZZ", 300))

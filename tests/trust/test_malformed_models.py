@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from oribi import FastLanguageModel
 from oribi.errors import ModelError, OribiError
 from oribi.lora.contents import read_adapter
+from oribi.memory.architecture import architecture_of
 from oribi.models.checkpoint import SafetensorsSource
-from oribi.models.locate import HubOptions, locate, shard_of, weight_files
+from oribi.models.files import HubOptions, locate, shard_of, weight_files
 from oribi.models.tokens import tokenizer_of
-from oribi.train.architecture import architecture_of
 from tests.models.tiny_checkpoint import checkpoint, edit_config
 
 SAMPLE = int(os.environ.get("ORIBI_FUZZ", 25))

@@ -24,9 +24,9 @@ def estimate(
 ) -> None:
     """Tell parameters, peak memory, time and disk of a run, without GPU and without the model's weights."""
     with chatter_aside():
-        from oribi.train.architecture import OutsideFamilyTable
-        from oribi.train.gpus import gpu_named
-        from oribi.train.memory import Training
+        from oribi.memory.architecture import OutsideFamilyTable
+        from oribi.memory.estimate import Training
+        from oribi.memory.gpus import gpu_named
 
         settings = read_settings(config, context.args)
         gpus = [gpu_named(name) for name in gpu or _default_gpus()]
@@ -68,7 +68,7 @@ def estimate(
 
 def _tell_weights(output: Output, settings: Any, outside: Any, gpus: list[Any]) -> None:
     """What is known of a model outside the family table: its weights, and what of them stays in 16 bits."""
-    from oribi.train.memory import usable
+    from oribi.memory.estimate import usable
 
     load_in_4bit = settings.load_in_4bit and not settings.full_finetuning
     parts = outside.sizes.parts(_dtype(settings).itemsize, load_in_4bit)
@@ -108,7 +108,7 @@ def _dtype(settings: Any) -> Any:
 def _training(settings: Any, kind: Any) -> Any:
     import psutil
 
-    from oribi.train.architecture import architecture_of
+    from oribi.memory.architecture import architecture_of
 
     dtype = _dtype(settings)
     architecture = architecture_of(
@@ -123,7 +123,7 @@ def _training(settings: Any, kind: Any) -> Any:
 def _default_gpus() -> list[str]:
     """This machine's GPU, or the usual ones."""
     from oribi.environment import detect
-    from oribi.train.gpus import recognise
+    from oribi.memory.gpus import recognise
 
     here = detect()
     found = recognise(here.device_name, here.memory_bytes) if here.device.type == "cuda" else None
@@ -147,8 +147,8 @@ def _data_size(settings: Any) -> tuple[int | None, int | None]:
 
 
 def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:
-    from oribi.train.duration import duration, steps_of
-    from oribi.train.memory import estimate_run, largest_batch, largest_context, usable
+    from oribi.memory.duration import duration, steps_of
+    from oribi.memory.estimate import estimate_run, largest_batch, largest_context, usable
 
     found = estimate_run(training, gpu)
     step = duration(training, found, gpu)
@@ -183,8 +183,8 @@ def _line(gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell_parts(output: Output, training: Any, gpu: Any) -> None:
-    from oribi.train.memory import estimate_run
-    from oribi.train.recompute import describe
+    from oribi.memory.estimate import estimate_run
+    from oribi.memory.plan import describe
 
     found = estimate_run(training, gpu)
     output.text(f"peak on {gpu.name}, {gibibytes(found.peak)} at {found.at}")
@@ -216,8 +216,8 @@ def _record(training: Any, gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
 
 def _disk(training: Any) -> dict[str, int]:
     """Bytes that a run reads and writes, by form."""
-    from oribi.save.gguf.mixes import mix_of
-    from oribi.save.gguf.writer import plan_file
+    from oribi.gguf.mixes import mix_of
+    from oribi.gguf.writer import plan_file
 
     a, config = training.architecture, training.config
     adapter = training.trainable * (a.decoder.dtype.itemsize if config.full_finetuning else 4)

@@ -41,7 +41,7 @@ def export(
 ) -> None:
     """Write a trained model as adapter, merged checkpoint or GGUF files, and check each against the trained model."""
     with chatter_aside():
-        from oribi.models.locate import missing_folder
+        from oribi.models.files import missing_folder
         from oribi.runs import held_out_rows, load_run
         from oribi.save.finish import AskedOnce
 
@@ -89,7 +89,7 @@ def read_forms(text: str) -> dict[str, list[str]]:
     Raises:
         ConfigError: a form or method is unknown.
     """
-    from oribi.save.gguf.mixes import METHODS, mix_of
+    from oribi.gguf.mixes import METHODS, mix_of
     from oribi.text import nearest
 
     found: dict[str, list[str]] = {}

@@ -42,8 +42,8 @@ def init(
         from oribi.config_text import config_text, write_config
         from oribi.data.readers import READERS, suffix_of
         from oribi.errors import ConfigError
+        from oribi.memory.architecture import architecture_of
         from oribi.models.tokens import tokenizer_of
-        from oribi.train.architecture import architecture_of
 
         for source in dataset:
             if suffix_of(Path(source)) in READERS and not Path(source).exists():
@@ -104,8 +104,8 @@ def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: li
     from oribi.config import RunConfig
     from oribi.environment import detect
     from oribi.errors import ConfigError
-    from oribi.train.gpus import gpu_named, recognise
-    from oribi.train.memory import Training, largest_batch, largest_context
+    from oribi.memory.estimate import Training, largest_batch, largest_context
+    from oribi.memory.gpus import gpu_named, recognise
 
     here = detect()
     known = gpu_named(gpu) if gpu else None

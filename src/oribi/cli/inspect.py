@@ -73,9 +73,9 @@ def model(
 ) -> None:
     """Show a model's sizes, its family and its tokens, without loading its weights."""
     with chatter_aside():
-        from oribi.models.families import FAMILIES
+        from oribi.families import FAMILIES
+        from oribi.memory.architecture import architecture_of
         from oribi.models.tokens import tokenizer_of
-        from oribi.train.architecture import architecture_of
 
         found = architecture_of(name)
         tokenizer = tokenizer_of(name)

@@ -11,12 +11,12 @@ _HOME = {
     "best_fit": "oribi.data.packing",
     "PackCollator": "oribi.data.collate",
     "PaddedCollator": "oribi.data.collate",
-    "get_chat_template": "oribi.data.templates",
+    "get_chat_template": "oribi.chat.named_templates",
     "standardize_data_formats": "oribi.data.reshape",
     "standardize_sharegpt": "oribi.data.reshape",
     "to_sharegpt": "oribi.data.reshape",
     "apply_chat_template": "oribi.data.reshape",
-    "train_on_responses_only": "oribi.data.responses_only",
+    "train_on_responses_only": "oribi.compat.responses_only",
     "inspect_data": "oribi.data.inspect",
 }
 

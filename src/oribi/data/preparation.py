@@ -18,16 +18,16 @@ import datasets
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from oribi.chat.masking import TRAIN_ON, Masker, takes_all
+from oribi.chat.named_templates import template_source
+from oribi.chat.rendering import ChatTemplate
 from oribi.data.conversations import Conversation, Document, Example, RowFormat, Tokens, recognise
 from oribi.data.encoding import UNTRAINED, Encoded, Encoder, Marked, without_lone_surrogates
 from oribi.data.formatting import apply_formatting_func
-from oribi.data.masking import TRAIN_ON, Masker, takes_all
 from oribi.data.nulls import without_nested_nulls
-from oribi.data.rendering import ChatTemplate
 from oribi.data.report import DataReport, Tally, named, some_of
 from oribi.data.rows import examples_of, readable_rows, safely, tokenised
 from oribi.data.sources import Part, interleave
-from oribi.data.templates import template_source
 from oribi.errors import ConfigError, DataError
 from oribi.text import printable
 

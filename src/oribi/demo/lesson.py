@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oribi.compat.language_model import FastLanguageModel
 from oribi.demo.cron import first_expression, same_meaning
 from oribi.demo.requests import EXAMPLES, Request, make_split, messages
 from oribi.environment import detect
 from oribi.errors import ModelError
-from oribi.language_model import FastLanguageModel
+from oribi.gguf.llama_cpp import LlamaCpp, is_installed
 from oribi.save import save_gguf, save_merged
-from oribi.save.llama_cpp import LlamaCpp, is_installed
 from oribi.text import write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import peak_memory_bytes

@@ -10,8 +10,8 @@ import torch
 from oribi.errors import ModelError
 from oribi.models.adapter_config import read_adapter_config, read_adapter_settings
 from oribi.models.adapter_files import read_record, read_tensors
+from oribi.models.files import HubOptions, Location, adapter_weights, locate, locate_base
 from oribi.models.load import checkpoint_config
-from oribi.models.locate import HubOptions, Location, adapter_weights, locate, locate_base
 from oribi.models.plain_peft import try_in_plain_peft
 from oribi.models.wrapper import wrapper_names
 

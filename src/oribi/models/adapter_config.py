@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftConfig, PeftType, TaskType
 
 from oribi.errors import ModelError
-from oribi.models.locate import Location, read_json
+from oribi.models.files import Location, read_json
 from oribi.text import nearest, shown
 
 _SECONDS = 10.0  # for all patterns on all names; plain ones take milliseconds

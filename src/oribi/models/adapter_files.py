@@ -19,8 +19,8 @@ import oribi
 from oribi.errors import ModelError
 from oribi.models.adapter_config import check_against_base, read_adapter_config
 from oribi.models.checkpoint import read_header
+from oribi.models.files import HubOptions, Location, adapter_weights, locate, read_json
 from oribi.models.identity import BaseIdentity
-from oribi.models.locate import HubOptions, Location, adapter_weights, locate, read_json
 from oribi.models.wrapper import WrapperNames
 
 RECORD_FILE = "oribi.json"

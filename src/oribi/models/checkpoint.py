@@ -21,7 +21,7 @@ from torch import nn
 
 from oribi.errors import ModelError
 from oribi.kernels import nf4
-from oribi.models.locate import open_bytes
+from oribi.models.files import open_bytes
 
 # layers that share an input lie next to each other in one buffer, so that one launch can dequantise them
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -15,9 +15,9 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from oribi.errors import ModelError
-from oribi.models.families import family_of
+from oribi.families import family_of
+from oribi.models.files import Location, read_json
 from oribi.models.layers import window_of
-from oribi.models.locate import Location, read_json
 from oribi.models.rope import RotaryAngles
 from oribi.text import nearest, shown
 

@@ -15,10 +15,10 @@ from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig,
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from oribi.errors import ModelError
+from oribi.families import Family, family_of
 from oribi.kernels import fp8
 from oribi.kernels.attention import Visibility
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
-from oribi.models.families import Family, family_of
 from oribi.models.fused_layer import POLICIES, Keep, fusible_groups
 from oribi.models.generation import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory, pinned

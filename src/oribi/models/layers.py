@@ -13,13 +13,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PretrainedConfig
 
+from oribi.families import Family, activation_of
 from oribi.kernels.attention import Visibility, attention
 from oribi.kernels.embedding import embedding
 from oribi.kernels.fp8 import RoundedWeights
 from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.rms_norm import rms_norm
 from oribi.kernels.rope import rope
-from oribi.models.families import Family, activation_of
 from oribi.models.fused_layer import POLICIES, Keep, fused_layer, fusible_groups
 from oribi.models.host_memory import HostMemory
 from oribi.models.projections import hooked, project

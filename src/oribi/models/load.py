@@ -21,18 +21,18 @@ from transformers import (
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
+from oribi.chat.tokenizer import load_tokenizer, repair
 from oribi.errors import ConfigError, ModelError
+from oribi.families import family_of
+from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
+from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import RECORD_FILE, AdapterRecord, attach_from, read_record
 from oribi.models.checkpoint import PickleSource, Quantization, SafetensorsSource, fill
 from oribi.models.config_file import check_decoder, read_config, read_generation, refuse_other_sizes
 from oribi.models.context import extend_context, override_rope
 from oribi.models.decoder import build
-from oribi.models.families import family_of
-from oribi.models.gguf_source import GGUFSource
-from oribi.models.gguf_tokenizer import rebuild_tokenizer
-from oribi.models.identity import BaseIdentity, WeightSums, identify, weight_sums
-from oribi.models.locate import (
+from oribi.models.files import (
     HubOptions,
     Location,
     adapter_weights,
@@ -43,8 +43,8 @@ from oribi.models.locate import (
     weight_files,
     written_name,
 )
+from oribi.models.identity import BaseIdentity, WeightSums, identify, weight_sums
 from oribi.models.request import Options, Request, choose_device, choose_dtype, choose_quantization
-from oribi.models.tokenizer import load_tokenizer, repair
 from oribi.models.unfused import load_unfused
 from oribi.models.wrapper import WrapperNames, wrapper_names
 

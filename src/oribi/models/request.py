@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.models.checkpoint import Quantization
-from oribi.models.locate import HubOptions
+from oribi.models.files import HubOptions
 
 _DTYPES = {
     **dict.fromkeys(("float16", "fp16", "half"), torch.float16),

@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from oribi.chat.tokenizer import load_tokenizer, repair
+from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
+from oribi.gguf.source import GGUFSource
 from oribi.models.config_file import read_generation
-from oribi.models.gguf_source import GGUFSource
-from oribi.models.gguf_tokenizer import rebuild_tokenizer
-from oribi.models.locate import HubOptions, locate, locate_base, read_json
-from oribi.models.tokenizer import load_tokenizer, repair
+from oribi.models.files import HubOptions, locate, locate_base, read_json
 
 
 def tokenizer_of(

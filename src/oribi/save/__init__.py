@@ -6,10 +6,10 @@ from typing import Any
 _HOME = {
     "save_merged": "oribi.save.export_merged",
     "save_gguf": "oribi.save.export_gguf",
-    "save_gguf_adapter": "oribi.save.gguf.adapter",
+    "save_gguf_adapter": "oribi.save.gguf_adapter",
     "push_merged": "oribi.save.hub",
     "push_gguf": "oribi.save.hub",
-    "print_quantization_methods": "oribi.save.gguf.mixes",
+    "print_quantization_methods": "oribi.gguf.mixes",
     "ExportReport": "oribi.save.report",
 }
 

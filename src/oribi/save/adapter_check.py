@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from oribi.errors import ExportError, ModelError
+from oribi.gguf.source import GGUFSource
 from oribi.models.checkpoint import rounded_to_nf4
-from oribi.models.gguf_source import GGUFSource
-from oribi.models.locate import Location, weight_files
+from oribi.models.files import Location, weight_files
 from oribi.models.wrapper import classes_of
 from oribi.save.base import locate_here
 from oribi.save.check import Check, NotTested

@@ -25,7 +25,7 @@ from oribi.models.adapter_files import (
     read_tensors,
     require_fit,
 )
-from oribi.models.locate import Location
+from oribi.models.files import Location
 from oribi.models.plain_peft import try_in_plain_peft
 from oribi.save.base import changed_base, table_slots
 from oribi.save.finite import require_finite

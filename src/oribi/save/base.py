@@ -13,12 +13,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from oribi.errors import ConfigError, ExportError, ModelError
+from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_files import base_tables
 from oribi.models.checkpoint import SafetensorsSource, TensorSource, rounded_to_nf4
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.gguf_source import GGUFSource
+from oribi.models.files import HubOptions, Location, locate, shard_of, weight_files
 from oribi.models.load import renaming
-from oribi.models.locate import HubOptions, Location, locate, shard_of, weight_files
 from oribi.save.adapter import MergedModel
 from oribi.save.naming import base_name
 from oribi.save.nf4_checkpoint import Nf4Source

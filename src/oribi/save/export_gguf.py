@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from oribi.chat.ends import renders, stop_ids
 from oribi.errors import ConfigError
-from oribi.models.gguf_source import GGUFSource
-from oribi.save import llama_cpp
+from oribi.gguf import llama_cpp
+from oribi.gguf.mixes import METHODS, mix_of
+from oribi.gguf.modelfile import NoModelfile, modelfile
+from oribi.gguf.names import check_config
+from oribi.gguf.source import GGUFSource
+from oribi.gguf.tokenizer import CUT_BY_CASE, Vocabulary
+from oribi.gguf.writer import plan_file, write_files
 from oribi.save.accepted import GGUF_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel
 from oribi.save.base import choose_base, open_base
@@ -30,16 +36,10 @@ from oribi.save.finish import (
     trained_answers,
 )
 from oribi.save.folder import announce, finished_folder
-from oribi.save.gguf.adapter import save_gguf_adapter
-from oribi.save.gguf.layout import check_config
-from oribi.save.gguf.mixes import METHODS, mix_of
-from oribi.save.gguf.tokenizer import CUT_BY_CASE, Vocabulary
-from oribi.save.gguf.writer import plan_file, write_files
-from oribi.save.modelfile import NoModelfile, modelfile
+from oribi.save.gguf_adapter import save_gguf_adapter
 from oribi.save.naming import file_name, model_name
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
-from oribi.save.stopping import renders, stop_ids
 from oribi.save.verify import check_source
 from oribi.save.verify_gguf import check_gguf_tokenizer, check_in_llama_cpp
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError
 from oribi.models.checkpoint import read_header
 from oribi.save.accepted import MERGED_KEYWORDS, read_accepted
@@ -32,7 +33,6 @@ from oribi.save.folder import announce, finished_folder
 from oribi.save.merge import Checkpoint, merged_dtype
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
-from oribi.save.stopping import stop_ids
 from oribi.save.upload import upload_folder
 from oribi.save.verify import check_folder, check_saved_tokenizer
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.save.adapter import MergedModel
@@ -18,7 +19,6 @@ from oribi.save.naming import base_name
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport, model_card
-from oribi.save.stopping import stop_ids
 
 # True raises where a file is different, "report" keeps it under its name, False compares nothing
 Verify = bool | str

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from oribi.errors import ConfigError, ExportError
+from oribi.families import family_of
 from oribi.models.checkpoint import TensorSource
-from oribi.models.families import family_of
 from oribi.save.adapter import MergedModel
 from oribi.save.nf4_checkpoint import nf4_config, pack, packed_bytes, packed_names
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards, write_unplanned

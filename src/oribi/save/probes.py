@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from oribi.chat.ends import rendered, renders
 from oribi.errors import ConfigError
-from oribi.save.stopping import rendered, renders
 
 _MAX_TOKENS = 384  # of all rows together
 _MAX_LOGITS = 50_000_000  # 200 MB of float32

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
+from oribi.chat.ends import rendered, renders, turn_end_id
 from oribi.errors import ExportError
+from oribi.gguf.llama_cpp import Answer, LlamaCpp, LlamaCppUnavailable
+from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
+from oribi.gguf.source import GGUFSource
 from oribi.models.checkpoint import TensorSource
-from oribi.models.gguf_source import GGUFSource
-from oribi.models.gguf_tokenizer import rebuild_tokenizer
 from oribi.save.check import Check, Outcome, percent
-from oribi.save.llama_cpp import Answer, LlamaCpp, LlamaCppUnavailable
 from oribi.save.probes import CONVERSATIONS, pack, rendered_ids
 from oribi.save.reference import ANSWER_TOKENS, GreedyAnswer, Trained
-from oribi.save.stopping import rendered, renders, turn_end_id
 from oribi.save.stream import streamed_logits
 from oribi.save.verify import (
     EQUAL_KL,

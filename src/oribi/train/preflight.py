@@ -11,16 +11,16 @@ from oribi.data.prepare import make_preparation
 from oribi.data.sources import Part
 from oribi.environment import Environment
 from oribi.errors import ConfigError
+from oribi.gguf.mixes import mix_of
+from oribi.memory.estimate import refuse_what_cannot_fit
+from oribi.models.files import HubOptions, locate
 from oribi.models.identity import fingerprint
-from oribi.models.locate import HubOptions, locate
 from oribi.models.tokens import tokenizer_of
 from oribi.run_record import RESULTS, RunRecord, checkpoints, own_checkpoints, read_record
-from oribi.save.gguf.mixes import mix_of
 from oribi.streams import say
 from oribi.train.checkpoints import require_writable
 from oribi.train.fingerprint import compare_settings
 from oribi.train.fp8 import require_fp8_gpu
-from oribi.train.memory import refuse_what_cannot_fit
 from oribi.train.progress import read_log
 from oribi.train.resume import newest_whole, require_same
 from oribi.train.trackers import require_trackers

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from oribi.chat.tokenizer import turn_end
 from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.tokenizer import turn_end
 from oribi.models.untrained import untrained_token
 from oribi.streams import say
 from oribi.train.arguments import SFTConfig

@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from oribi.data.packing import pack
 from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.errors import ConfigError, DataError
+from oribi.memory.utilisation import Utilisation, utilisation_of
 from oribi.models.adapter_files import load_adapter, read_record
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
@@ -60,7 +61,6 @@ from oribi.train.setup import (
 )
 from oribi.train.sharding import require_wrapper, sharded
 from oribi.train.step import StepTrainer
-from oribi.train.utilisation import Utilisation, utilisation_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,274 @@
+"""A tokenizer's chat template: rendering exactly as transformers does, and what the template says about turns."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from oribi.chat.template import name_of, render, render_with_generation_spans
+from oribi.data.conversations import REASONING_FIELDS
+from oribi.data.encoding import added_tokens
+from oribi.errors import ChatTemplateError, DataError, TemplateLimitError
+
+# One character a piece of text, from a private plane: no data holds it, no trim removes it, JSON leaves it alone.
+SLOT_BASE = 0x10F000
+MAX_SLOTS = 4000
+SLOT = re.compile(
+    f"[{chr(SLOT_BASE)}-{chr(SLOT_BASE + MAX_SLOTS + 1)}]"
+)  # two more for what is asked beside the texts
+
+# Keywords by which known templates switch thinking: a generation prompt of any of these states is given, not generated.
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def slot(index: int) -> str:
+    """The placeholder character number `index`."""
+    return chr(SLOT_BASE + index)
+
+
+class ChatTemplate:
+    """Renders conversations with one tokenizer's template, special tokens and keyword arguments.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        template: Jinja source; None takes the tokenizer's own.
+        kwargs: what goes into every rendering, e.g. {"enable_thinking": False}.
+
+    Raises:
+        DataError: there is no template at all.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        if template is None and not tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer has no chat template, so messages cannot be turned into text. Give it one: "
+                'tokenizer = get_chat_template(tokenizer, "chatml") (names: oribi.chat.named_templates.NAMES).'
+            )
+        self.tokenizer = tokenizer
+        self.name = name_of(tokenizer) if template is None else "the chat template"
+        self._template = template
+        self._context = {**tokenizer.special_tokens_map, **(kwargs or {})}
+        self._sources: dict[bool, str] = {}
+        self._call_forms: dict[bool, tuple[str | None, bool]] = {}
+        self._written_roles: dict[tuple[str, bool, str], bool] = {}
+
+    def source(self, tools: Sequence[Any] | None = None) -> str:
+        """The Jinja source; a tokenizer may have another one for conversations with tools."""
+        key = bool(tools)
+        if key not in self._sources:
+            self._sources[key] = self._template or self.tokenizer.get_chat_template(None, tools or None)
+        return self._sources[key]
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The text of a conversation, equal to `tokenizer.apply_chat_template(..., tokenize=False)`.
+
+        Raises:
+            DataError: the template refuses the conversation; the message is the template's.
+            TemplateLimitError: the template takes too long or makes too much, as it may for every row.
+        """
+        variables = {**self._context, **kwargs, "add_generation_prompt": add_generation_prompt}
+        with _row_errors():
+            return render(self.source(tools), messages, tools, name=self.name, **variables)
+
+    def render_with_generation_spans(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **kwargs: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text and the character spans of its {% generation %} blocks."""
+        variables = {**self._context, **kwargs}
+        with _row_errors():
+            return render_with_generation_spans(
+                self.source(tools), messages, tools, name=self.name, **variables
+            )
+
+    def adapt(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Messages in the form this template takes, where templates differ and most write nonsense instead of complaining.
+
+        Thinking gets the name that the template reads; of tool calls, arguments are an object or JSON text, and a turn without
+        text has the content "" or None.
+        """
+        adapted = []
+        for message in messages:
+            given = next((name for name in REASONING_FIELDS if name in message), None)
+            if given and self._reasoning_field not in (None, given):
+                message = {**message, self._reasoning_field: message[given]}
+                del message[given]
+            if message.get("tool_calls"):
+                empty, as_text = self._call_form(tools)
+                calls = [_with_arguments(call, as_text) for call in message["tool_calls"]]
+                message = {**message, "tool_calls": calls, "content": message.get("content") or empty}
+            adapted.append(message)
+        return adapted
+
+    def mentions(self, key: str, tools: Sequence[Any] | None = None) -> bool:
+        """Whether the source has a word, such as the key of a message."""
+        return bool(re.search(rf"\b{re.escape(key)}\b", self.source(tools)))
+
+    def writes_role(self, role: str, tools: Sequence[Any] | None = None, after: str = "user") -> bool:
+        """Whether the template writes the text of a message of a role.
+
+        Args:
+            role: of the message.
+            tools: those of the conversation.
+            after: "" where the message is the first one, "system" or "developer" where it follows the first one of that role,
+                "user" where it stands later.
+        """
+        key = role, bool(tools), after
+        if key not in self._written_roles:
+            self._written_roles[key] = any(self._writes(probe, tools) for probe in _with_role(role, after))
+        return self._written_roles[key]
+
+    def _writes(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> bool:
+        try:
+            return slot(0) in self.render(self.adapt(messages, tools), tools)
+        except DataError:
+            return False
+
+    @cached_property
+    def _reasoning_field(self) -> str | None:
+        """The name under which the template reads a message's thinking."""
+        return next((n for n in REASONING_FIELDS if re.search(rf"""(\.|['"]){n}\b""", self.source())), None)
+
+    def _call_form(self, tools: Sequence[Any] | None) -> tuple[str | None, bool]:
+        """What a turn of only tool calls has as content, and whether arguments are JSON text: the first form that is written."""
+        key = bool(tools)
+        if key not in self._call_forms:
+            forms = [("", False), (None, False), ("", True), (None, True)]
+            self._call_forms[key] = next((f for f in forms if self._writes_calls(*f, tools)), forms[0])
+        return self._call_forms[key]
+
+    def _writes_calls(self, empty: str | None, as_text: bool, tools: Sequence[Any] | None) -> bool:
+        function = {"name": "oribi_probe", "arguments": {"k": "oribi_v"}}
+        call = _with_arguments({"id": "oribi0001", "type": "function", "function": function}, as_text)
+        messages = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": empty, "tool_calls": [call]},
+            {"role": "tool", "name": "oribi_probe", "tool_call_id": "oribi0001", "content": "x"},
+        ]
+        try:
+            rendered = self.render(messages, tools)
+        except DataError:
+            return False
+        return "oribi_probe" in rendered and "oribi_v" in rendered and '\\"k' not in rendered
+
+    @cached_property
+    def has_generation_blocks(self) -> bool:
+        return bool(GENERATION_BLOCK.search(self.source()))
+
+    @cached_property
+    def thinking_states(self) -> list[dict[str, bool]]:
+        """The keyword arguments under which the generation prompt may differ; the plain one comes first."""
+        switches = [name for name in THINKING_SWITCHES if re.search(rf"\b{name}\b", self.source())]
+        return [{}, *({name: value} for name in switches for value in (True, False))]
+
+    @cached_property
+    def _added(self) -> re.Pattern[str] | None:
+        return added_tokens(self.tokenizer)
+
+    def first_token_in(self, text: str) -> str:
+        """The first added token (special or not) written out in `text`, or ""."""
+        found = self._added.search(text) if self._added else None
+        return found.group() if found else ""
+
+    def closing_end(self, text: str, begin: int) -> int:
+        """Where the first EOS after `begin`, or else the last added token of `text`, ends; 0 if it has none."""
+        found = list(self._added.finditer(text, begin)) if self._added else []
+        closing = next(
+            (t for t in found if t.group() == self.tokenizer.eos_token), found[-1] if found else None
+        )
+        return closing.end() if closing else 0
+
+    @cached_property
+    def turn_ends(self) -> tuple[str, str]:
+        """What closes an assistant's turn within a conversation, and at its end; "" where the template writes nothing.
+
+        Found by rendering: the tokens that follow the assistant's text in both positions, else the first token of each, else
+        the text that both share.
+        """
+        user, answer = {"role": "user", "content": slot(0)}, {"role": "assistant", "content": slot(1)}
+        within = self._text_after(self.render([user, answer, {"role": "user", "content": slot(2)}]))
+        final = self._text_after(self.render([user, answer]))
+        shared = shared_prefix(within, final)
+        tokens = list(self._added.finditer(shared)) if self._added else []
+        if tokens:
+            closing = next((t for t in tokens if t.group() == self.tokenizer.eos_token), tokens[-1])
+            end = shared[tokens[0].start() : closing.end()]
+            return end, end
+        ends = self.first_token_in(within), self.first_token_in(final)
+        if not any(ends):
+            return shared.rstrip(), shared.rstrip()
+        if not ends[1] and ends[0] != self.tokenizer.eos_token:
+            return "", ""  # that token opens the next turn
+        return ends
+
+    def _text_after(self, rendered: str) -> str:
+        if slot(1) not in rendered:
+            raise DataError(
+                "the chat template does not write the assistant's message: expected messages with 'role' and 'content', "
+                "roles 'user' and 'assistant'. Use get_chat_template to set another one."
+            )
+        return SLOT.split(rendered.split(slot(1))[-1])[0]
+
+
+@contextmanager
+def _row_errors() -> Iterator[None]:
+    """A template that fails on a conversation is an error of that row; one beyond the limits is none of the row's."""
+    try:
+        yield
+    except TemplateLimitError:
+        raise
+    except ChatTemplateError as error:
+        raise DataError(str(error)) from error
+
+
+def _with_role(role: str, after: str) -> list[list[dict[str, Any]]]:
+    """Short conversations with a message of a role, whose text is placeholder 0: with a tool call before it, and without."""
+    message, user = {"role": role, "content": slot(0)}, {"role": "user", "content": "x"}
+    if after != "user":
+        return [[*([{"role": after, "content": "x"}] if after else []), message, user]]
+    answer = {"role": "assistant", "content": "x"}
+    if role in ("system", "developer"):
+        return [[user, answer, message, user]]
+    function = {"name": "oribi_probe", "arguments": {"k": "oribi_v"}}
+    call = {"id": "oribi0001", "type": "function", "function": function}
+    result = {**message, "name": "oribi_probe", "tool_call_id": "oribi0001"}
+    return [[user, {**answer, "content": "", "tool_calls": [call]}, result], [user, answer, result]]
+
+
+def shared_prefix(a: str, b: str) -> str:
+    """The longest text that both begin with."""
+    length = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return a[:length]
+
+
+def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
+    """A tool call whose arguments are JSON text, or an object."""
+    nested = isinstance(call.get("function"), Mapping)
+    function = dict(call["function"] if nested else call)
+    arguments = function.get("arguments")
+    if as_text and not isinstance(arguments, str):
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        try:
+            function["arguments"] = json.loads(arguments)
+        except ValueError as error:
+            raise DataError(
+                f"a tool call of {function.get('name')!r} has arguments that are text but no JSON ({error}): {arguments[:60]!r}."
+            ) from error
+    return {**call, "function": function} if nested else function

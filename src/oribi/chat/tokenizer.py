@@ -1,0 +1,253 @@
+"""Loading a tokenizer and repairing what trips up training: padding, the chat template, the end of a turn.
+
+The vocabulary never changes here. Every repair is reported as one line.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from oribi.chat.template import render_chat
+from oribi.errors import ChatTemplateError, ModelError, TemplateLimitError
+from oribi.models.files import read_json
+
+# tokens that models reserve for padding, the most specific first
+_PAD_NAMES = (
+    "<|finetune_right_pad_id|>",
+    "<|finetune_right_pad|>",
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|padding|>",
+    "<|PAD_TOKEN|>",
+    "<|vision_pad|>",
+    "<|endoftext|>",
+    "<|reserved_special_token_0|>",
+    "<|dummy_0|>",
+    "<unused0>",
+    "<unk>",
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
+    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_PROBE = "oribi"
+_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    *_OBJECTS,
+    "chat_template.jinja",
+)
+# what rules of cutting differ on; the leading space is one that some classes add
+_CUTS = " Hello world's  1234567 naïve\n\n\tx=(y+1); 你好ですか? I'LL 👍🏽"
+
+
+@dataclass
+class Repaired:
+    """A tokenizer ready for training, and what generation stops at.
+
+    Args:
+        tokenizer: pads on the left, as batched generation needs.
+        eos_token_ids: every token that ends an answer, the tokenizer's own eos first.
+        notes: one line a repair.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: list[int]
+    notes: list[str] = field(default_factory=list)
+
+
+def load_tokenizer(
+    directory: Path,
+    *,
+    trust_remote_code: bool = False,
+    config: PretrainedConfig | None = None,
+    notes: list[str] | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory.
+
+    Args:
+        directory: with tokenizer.json or what the tokenizer's class reads.
+        trust_remote_code: whether a class of the directory's own may run.
+        config: the model's config; None reads the directory's.
+        notes: gets a line if tokenizer.json is taken and not the class that transformers chose.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    for name in _OBJECTS:
+        if (directory / name).is_file():
+            read_json(directory / name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        _try(tokenizer)
+        if _cuts_as_stored(tokenizer, directory / "tokenizer.json"):
+            return tokenizer
+        stored = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare exceptions, and values of other types end anywhere
+        names = [name for name in _FILES if (directory / name).is_file()]
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
+        raise ModelError(
+            f"no tokenizer can be loaded from {directory} ({', '.join(names) or 'it has no tokenizer.json'}): {reason}"
+        ) from error
+    if notes is not None:
+        notes.append(
+            f"tokenizer: transformers takes it for a {type(tokenizer).__name__}, which cuts text otherwise than its "
+            "tokenizer.json; the file is taken as it stands"
+        )
+    return stored
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What every use of a tokenizer asks of it; one that cannot answer is told while it loads."""
+    tokenizer.decode(tokenizer(_CUTS)["input_ids"])
+    len(tokenizer), tokenizer.all_special_ids, tokenizer.get_vocab()
+
+
+def _cuts_as_stored(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    """Whether a byte-level tokenizer gives the ids of its own tokenizer.json; others are not compared.
+
+    transformers 5 rebuilds a tokenizer by the rules of the class it is saved under. Checkpoints that name LlamaTokenizer
+    and hold a byte-level BPE (DeepSeek-R1-Distill) get other ids than they were trained with.
+    """
+    if not (tokenizer.is_fast and file.is_file()):
+        return True
+    stored = Tokenizer.from_file(str(file))
+    if not isinstance(stored.decoder, decoders.ByteLevel):
+        return True
+    ids = tokenizer(_CUTS, add_special_tokens=False)["input_ids"]
+    return ids == stored.encode(_CUTS, add_special_tokens=False).ids
+
+
+def repair(
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    generation: GenerationConfig | None = None,
+    *,
+    max_seq_length: int | None = None,
+) -> Repaired:
+    """Makes a tokenizer fit to train and generate with; changes it in place.
+
+    Args:
+        tokenizer: as loaded.
+        vocab_size: rows of the model's embeddings; ids beyond are no candidates for padding.
+        generation: the checkpoint's generation settings, for the tokens that end an answer.
+        max_seq_length: becomes the tokenizer's `model_max_length`.
+
+    Raises:
+        ModelError: no token ends a text.
+    """
+    notes: list[str] = []
+    _repair_chat_template(tokenizer, notes)
+    known = _as_list(generation.eos_token_id if generation is not None else None)
+    end_of_turn = turn_end(tokenizer)
+    if tokenizer.eos_token_id is None:
+        candidates = [*known, end_of_turn]
+        eos = next((i for i in candidates if i is not None and i < vocab_size), None)
+        if eos is None:
+            raise ModelError(
+                "the tokenizer has no eos token and the checkpoint names none; set tokenizer.eos_token"
+            )
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+        notes.append(
+            f"tokenizer: eos was missing, now {tokenizer.eos_token!r} as the checkpoint generates with"
+        )
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *known]))
+    if end_of_turn is not None and end_of_turn not in ends:
+        ends.append(end_of_turn)
+        notes.append(
+            f"tokenizer: the chat template ends a turn with {tokenizer.convert_ids_to_tokens(end_of_turn)!r}, not with "
+            f"eos {tokenizer.eos_token!r}; generation stops at both"
+        )
+    _repair_padding(tokenizer, vocab_size, {tokenizer.eos_token_id, end_of_turn}, notes)
+    tokenizer.padding_side = "left"
+    if max_seq_length is not None:
+        tokenizer.model_max_length = max_seq_length
+    return Repaired(tokenizer, ends, notes)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts behind an assistant's answer, or None.
+
+    Raises:
+        TemplateLimitError: the template takes too long or makes too much.
+    """
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = render_chat(tokenizer, messages)
+    except TemplateLimitError:
+        raise
+    except ChatTemplateError:  # a template that takes no such chat says nothing
+        return None
+    tail = text.rpartition(_PROBE)[2]
+    ids = tokenizer(tail, add_special_tokens=False).input_ids
+    special = set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    return next((index for index in ids if index in special), None)
+
+
+def _repair_chat_template(tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
+    if tokenizer.chat_template:
+        return
+    vocab = tokenizer.get_vocab()
+    if "<|im_start|>" in vocab and "<|im_end|>" in vocab:
+        tokenizer.chat_template = CHATML
+        notes.append("tokenizer: it had no chat template, now ChatML, whose markers are in its vocabulary")
+    else:
+        notes.append(
+            "tokenizer: it has no chat template; get_chat_template(tokenizer, ...) sets one for chats"
+        )
+
+
+def _repair_padding(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: set[int | None], notes: list[str]
+) -> None:
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad not in ends and pad < vocab_size:
+        return
+    if pad is None:
+        problem = "pad was missing"
+    elif pad >= vocab_size:
+        problem = f"pad {tokenizer.pad_token!r} has no row in the embeddings"
+    else:
+        problem = f"pad was {tokenizer.pad_token!r}, which ends a text"
+    vocab = tokenizer.get_vocab()
+    candidates = [name for name in _PAD_NAMES if name in vocab]
+    candidates += [
+        token.content
+        for _, token in sorted(tokenizer.added_tokens_decoder.items())
+        if "pad" in token.content.lower()
+    ]
+    taken = ends | {tokenizer.bos_token_id}
+    for name in candidates:
+        if vocab[name] < vocab_size and vocab[name] not in taken:
+            tokenizer.pad_token = name
+            notes.append(f"tokenizer: {problem}, now {name!r}")
+            return
+    tokenizer.pad_token = tokenizer.eos_token
+    notes.append(
+        f"tokenizer: {problem} and its vocabulary has no token to spare; padding is told apart by position"
+    )
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)

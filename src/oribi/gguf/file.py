@@ -1,0 +1,147 @@
+"""The container of a GGUF file: its metadata, and its tensors read some rows at a time.
+
+The gguf package's own reader keeps an array object for every string of the vocabulary, which costs seconds and hundreds
+of megabytes; this one keeps plain lists and maps nothing. The arithmetic of the quantised types is the package's.
+Source: GGUF, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from oribi.errors import ModelError
+from oribi.models.files import open_bytes
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_AT_ONCE = 1 << 22  # values dequantised together: 16 MiB of float32
+_SMALL = 1 << 16  # bytes that may be asked for without a look at what is left of the file
+_MOST_DIMENSIONS = 4
+_DEEPEST = 8  # arrays within arrays
+_DAMAGED = (struct.error, UnicodeDecodeError, KeyError, MemoryError, ValueError, TypeError, OverflowError)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: shape with rows first, ggml type, position and size in bytes."""
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+    nbytes: int
+
+
+class GGUFFile:
+    """A GGUF file's metadata and tensors.
+
+    Args:
+        path: the file, version 2 or 3, little-endian.
+
+    Raises:
+        ModelError: it is no GGUF file, or is cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        size = path.stat().st_size
+        with open_bytes(path) as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(f"{path} ({size} bytes) is not a GGUF file; download it again")
+            try:
+                end = self._read_header(file)
+            except ModelError:
+                raise
+            except _DAMAGED as error:
+                raise ModelError(f"{path} has a damaged GGUF header: {error}") from error
+        if end > size:
+            raise ModelError(f"{path} is cut short: {size} of {end} bytes. Download it again")
+
+    def read(self, name: str, dtype: torch.dtype, offset: float = 0.0) -> torch.Tensor:
+        """A tensor's values minus `offset` in dtype, on the host.
+
+        Args:
+            name: as stored. dtype: of the result. offset: subtracted in float32.
+        """
+        stored = self.tensors[name]
+        out = torch.empty(stored.shape, dtype=dtype)
+        rows = out.view(-1, stored.shape[-1])
+        row_bytes = stored.nbytes // len(rows)
+        step = max(1, _AT_ONCE // stored.shape[-1])
+        with open_bytes(self.path) as file:
+            file.seek(stored.offset)
+            for part in rows.split(step):
+                packed = np.fromfile(file, dtype=np.uint8, count=len(part) * row_bytes).reshape(
+                    len(part), row_bytes
+                )
+                part.copy_(torch.from_numpy(dequantize(packed, stored.kind)) - offset)
+        return out
+
+    def _read_header(self, file: BinaryIO) -> int:
+        """Fills metadata and tensors; returns the byte where the last tensor ends."""
+        version = _scalar(file, "I")
+        if version not in (2, 3):
+            raise ModelError(f"{self.path} is GGUF version {version} (or big-endian); oribi reads 2 and 3")
+        tensor_count, key_count = _scalar(file, "Q"), _scalar(file, "Q")
+        for _ in range(key_count):
+            key = _string(file)
+            self.metadata[key] = _value(file, _scalar(file, "I"))
+        placed = []
+        for _ in range(tensor_count):
+            name, count = _string(file), _scalar(file, "I")
+            if count > _MOST_DIMENSIONS:
+                raise ValueError(f"tensor {name!r} has {count} dimensions")
+            shape = struct.unpack(f"<{count}Q", file.read(8 * count))
+            placed.append((name, shape[::-1], GGMLQuantizationType(_scalar(file, "I")), _scalar(file, "Q")))
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        start = -(-file.tell() // alignment) * alignment
+        for name, shape, kind, offset in placed:
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+            if not shape or 0 in shape or shape[-1] % block:
+                raise ValueError(f"tensor {name!r} has shape {list(shape)}, which {kind.name} cannot hold")
+            nbytes = math.prod(shape) // block * block_bytes
+            self.tensors[name] = StoredTensor(shape, kind, start + offset, nbytes)
+        return max((t.offset + t.nbytes for t in self.tensors.values()), default=start)
+
+
+def _scalar(file: BinaryIO, code: str) -> Any:
+    return struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))[0]
+
+
+def _take(file: BinaryIO, count: int, what: str) -> bytes:
+    """So many bytes. A damaged length must not become an allocation, so large ones are compared with the file."""
+    if count > _SMALL and count > os.fstat(file.fileno()).st_size - file.tell():
+        raise ValueError(f"{what} of {count} bytes goes beyond the end")
+    raw = file.read(count)
+    if len(raw) != count:
+        raise ValueError(f"{what} of {count} bytes goes beyond the end")
+    return raw
+
+
+def _string(file: BinaryIO) -> str:
+    return _take(file, _scalar(file, "Q"), "a string").decode("utf-8", errors="replace")
+
+
+def _value(file: BinaryIO, kind: int, depth: int = 0) -> Any:
+    if kind == _STRING:
+        return _string(file)
+    if kind != _ARRAY:
+        return _scalar(file, _SCALARS[kind])
+    if depth == _DEEPEST:
+        raise ValueError(f"arrays lie more than {_DEEPEST} deep in each other")
+    kind, count = _scalar(file, "I"), _scalar(file, "Q")
+    if kind in (_STRING, _ARRAY):
+        return [_value(file, kind, depth + 1) for _ in range(count)]
+    raw = _take(file, count * struct.calcsize(f"<{_SCALARS[kind]}"), "an array")
+    return np.frombuffer(raw, dtype=f"<{_SCALARS[kind]}").tolist()

@@ -1,0 +1,266 @@
+"""The Modelfile by which Ollama runs a GGUF file: the chat template as a Go template, stop tokens, parameters.
+
+Ollama cannot run Jinja. The Go template is not looked up by name but derived: the tokenizer's own template renders marked
+messages, and what stands around the marks becomes the Go template. What Ollama would make of it must then equal the
+tokenizer's own text for every kind of conversation. A template that is no sequence of turns (its text depends on dates,
+or on where a message stands) fails this, and no Modelfile is written.
+
+Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.md and docs/template.md.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from oribi.chat.ends import rendered
+from oribi.chat.template import render
+from oribi.errors import ChatTemplateError, ConfigError
+from oribi.save.escape import Unwritable, for_go_template, for_modelfile
+
+_SYSTEM, _USER, _ANSWER = "Sÿstem-ç{}", "Üser-ñ{}", "Änswer-ø{}"
+_PARAMETERS = {
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}  # fmt: skip
+Messages = list[dict[str, str]]
+Render = Callable[..., str]
+
+
+class NoModelfile(Exception):
+    """Why there is none."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What a chat template writes around each text.
+
+    Args:
+        system: before and after the system's text; None where the template takes no system message.
+        system_in_question: the system's text stands inside the first question.
+        always: the system's turn comes even without a text.
+        question, answer: before and after each.
+        ask: what asks for an answer.
+        default: the system's text where a conversation has none.
+    """
+
+    system: tuple[str, str] | None
+    system_in_question: bool
+    always: bool
+    question: tuple[str, str]
+    answer: tuple[str, str]
+    ask: str
+    default: str = ""
+
+    def render(self, messages: Messages) -> str:
+        """The prompt that Ollama makes of a conversation with `go_template`."""
+        system = messages[0]["content"] if messages[0]["role"] == "system" else self.default
+        opening = ""
+        if self.system is not None and (system or self.always):
+            opening = self.system[0] + system + self.system[1]
+        text = "" if self.system_in_question else opening
+        for message in messages:
+            if message["role"] == "user":
+                text += self.question[0]
+                if self.system_in_question:
+                    text, opening = text + opening, ""
+                text += message["content"] + self.question[1]
+            elif message["role"] == "assistant":
+                text += self.answer[0] + message["content"] + self.answer[1]
+        return text + self.ask
+
+    def go_template(self) -> str:
+        """The template in Go's words."""
+        before, inside, first = "", "", ""
+        if self.system is not None:
+            opening = f"{for_go_template(self.system[0])}{{{{ $.System }}}}{for_go_template(self.system[1])}"
+            if self.system_in_question:
+                first = "{{ $first := true }}"
+                inside = f"{{{{ if and $first $.System }}}}{opening}{{{{ end }}}}{{{{ $first = false }}}}"
+            else:
+                before = opening if self.always else f"{{{{ if .System }}}}{opening}{{{{ end }}}}"
+        around = [for_go_template(text) for text in (*self.question, *self.answer)]
+        question = f"{around[0]}{inside}{{{{ .Content }}}}{around[1]}"
+        answer = f"{around[2]}{{{{ .Content }}}}{around[3]}"
+        return (
+            f'{first}{before}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{question}'
+            f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}{{{{ end }}}}{for_go_template(self.ask)}'
+        )
+
+
+def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
+    """The turns of a tokenizer's chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        adds_bos: whether llama.cpp puts BOS before every prompt, so that the template must not.
+
+    Raises:
+        NoModelfile: the template is no sequence of turns.
+    """
+    bos = tokenizer.bos_token if adds_bos else None
+
+    def render(messages: Messages, *, prompt: bool = True) -> str:
+        text = rendered(tokenizer, messages, prompt=prompt)
+        return text.removeprefix(bos) if bos else text
+
+    if _writes_the_date(tokenizer):
+        raise NoModelfile("the chat template writes today's date, which a Modelfile cannot")
+    conversation = _conversation(3, system=False)
+    marks = [message["content"] for message in conversation]
+    try:
+        head, to_answer, to_question, _, _, ending = _split(render(conversation), marks)
+        closed = _split(render(conversation[:1], prompt=False), marks[:1])[1]
+        answered = _split(render(conversation[:2], prompt=False), marks[:2])[2]
+    except ConfigError as error:
+        raise NoModelfile(f"the chat template refuses a plain conversation: {error.__cause__}") from error
+    before = to_question.removeprefix(answered)
+    if not (before and head.endswith(before)):
+        before = _common_end(head, to_question)
+    after = (
+        closed
+        if to_answer.startswith(closed) and ending.startswith(closed)
+        else _common_start(to_answer, ending)
+    )
+    answer = (to_answer.removeprefix(after), to_question.removesuffix(before))
+    system, inside, always, default = _read_system(render, before, head)
+    turns = Turns(system, inside, always, (before, after), answer, ending.removeprefix(after), default)
+    kinds = [_conversation(count, system=False) for count in (1, 2, 3)]
+    if system is not None:
+        kinds += [_conversation(count, system=True) for count in (1, 3)]
+    for kind in kinds:
+        roles = ", ".join(message["role"] for message in kind)
+        try:
+            same = turns.render(kind) == render(kind)
+        except ConfigError as error:
+            raise NoModelfile(str(error)) from error
+        if not same:
+            raise NoModelfile(f"the chat template is no sequence of turns ({roles} come out otherwise)")
+    return turns
+
+
+def _writes_the_date(tokenizer: Any) -> bool:
+    """Whether a prompt has today's date in it, found by rendering it with another in its place."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" not in template:
+        return False
+    other = "{%- macro oribi_date(form) %}oribi-date{% endmacro -%}" + template.replace(
+        "strftime_now", "oribi_date"
+    )
+    conversation = _conversation(1, system=False)
+    try:
+        found = render(
+            other,
+            conversation,
+            name="the chat template",
+            add_generation_prompt=True,
+            **tokenizer.special_tokens_map,
+        )
+    except ChatTemplateError:  # the template does more with the date than write it
+        return True
+    return "oribi-date" in found
+
+
+def _read_system(render: Render, before: str, head: str) -> tuple[tuple[str, str] | None, bool, bool, str]:
+    """system, system_in_question, always and default of `Turns`."""
+    messages = _conversation(1, system=True)
+    own_text = NoModelfile("the chat template begins with a text of its own")
+    try:
+        start, middle, _ = _split(render(messages), [message["content"] for message in messages])
+    except (ConfigError, NoModelfile):
+        if head != before:
+            raise own_text from None
+        return None, False, False, ""
+    if middle.endswith(before) and start != before:
+        around = (start, middle.removesuffix(before))
+        if head == before:
+            return around, False, False, ""
+        own = head.removesuffix(before)
+        if not (own.startswith(around[0]) and own.endswith(around[1])):
+            raise own_text
+        default = own[len(around[0]) : len(own) - len(around[1])]
+        return around, False, not default, default
+    if not start.startswith(before) or head != before:
+        raise own_text
+    return (start.removeprefix(before), middle), True, False, ""
+
+
+def _conversation(questions: int, *, system: bool) -> Messages:
+    messages = [{"role": "system", "content": _SYSTEM.format(0)}] if system else []
+    for i in range(questions):
+        messages.append({"role": "user", "content": _USER.format(i)})
+        if i + 1 < questions:
+            messages.append({"role": "assistant", "content": _ANSWER.format(i)})
+    return messages
+
+
+def _split(text: str, marks: list[str]) -> list[str]:
+    """What stands before, between and behind the marks."""
+    parts = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found or mark in text:
+            raise NoModelfile("the chat template drops, repeats or changes a message")
+        parts.append(before)
+    return [*parts, text]
+
+
+def _common_end(one: str, other: str) -> str:
+    return _common_start(one[::-1], other[::-1])[::-1]
+
+
+def _common_start(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return one[:length]
+
+
+def modelfile(
+    file: str,
+    tokenizer: Any,
+    stops: list[int],
+    generation: Any,
+    *,
+    adds_bos: bool,
+    notes: list[str] | None = None,
+) -> str:
+    """The text of a Modelfile.
+
+    Args:
+        file: name of the GGUF file beside it.
+        tokenizer: with the chat template.
+        stops: ids of the tokens that end an answer.
+        generation: the model's generation config, or None.
+        adds_bos: whether the GGUF file says that BOS is added.
+        notes: gets a line for each end token or parameter that a Modelfile cannot hold.
+
+    Raises:
+        NoModelfile: no template, or one that Go or a Modelfile cannot express.
+    """
+    notes = [] if notes is None else notes
+    if not tokenizer.chat_template:
+        raise NoModelfile("the tokenizer has no chat template")
+    turns = read_turns(tokenizer, adds_bos=adds_bos)
+    try:
+        lines = [f"FROM ./{file}", f"TEMPLATE {for_modelfile(turns.go_template(), block=True)}"]
+        if turns.default:
+            lines.append(f"SYSTEM {for_modelfile(turns.default, block=True)}")
+    except Unwritable as why:
+        raise NoModelfile(f"the chat template cannot be written there: {why}") from why
+    # Ollama stops at the text: that of an ordinary token may stand in any answer
+    ends = [tokenizer.convert_ids_to_tokens(id) for id in stops if id in tokenizer.added_tokens_decoder]
+    for end in ends:
+        try:
+            lines.append(f"PARAMETER stop {for_modelfile(end)}")
+        except Unwritable as why:
+            notes.append(f"the Modelfile does not name the end token {end!r}: {why}")
+    for ours, theirs in _PARAMETERS.items():
+        value = getattr(generation, ours, None)
+        if value is None or not getattr(generation, "do_sample", False):
+            continue
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            lines.append(f"PARAMETER {theirs} {value:g}")
+        else:
+            notes.append(f"the Modelfile does not name {ours} = {value!r}: it is no number")
+    return "\n".join(lines) + "\n"

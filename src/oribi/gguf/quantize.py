@@ -1,0 +1,208 @@
+"""Tensors as the bytes of a GGUF type, in PyTorch on any device.
+
+A type packs blocks of 32 values with one scale each, or superblocks of 256 values whose blocks of 16 or 32 have scales
+(and minima) that are themselves quantised. Layouts are the format's; scales come from `search`, so that the values are
+at least as near as those of llama.cpp's own quantiser. B blocks of n values.
+
+Source: the layouts of ggml's block types; `gguf.quants.dequantize` reads them back.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import gguf
+import numpy as np
+import torch
+
+from oribi.gguf.search import fit_affine, fit_scale, inverse
+
+Type = gguf.GGMLQuantizationType
+# values quantised at a time: the working set of a search stays in a core's cache
+_AT_ONCE = 1 << 18
+
+
+def quantized_bytes(shape: tuple[int, ...], type: Type) -> int:
+    """Size of a tensor of `shape` in a type."""
+    block, size = gguf.GGML_QUANT_SIZES[type]
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count // block * size
+
+
+def quantize(values: torch.Tensor, type: Type) -> np.ndarray:
+    """A tensor's bytes: [N, bytes of a row] uint8, or the values themselves in float32, float16.
+
+    Args:
+        values: [N, K] or [N], float32 or 16-bit, on any device.
+        type: the type; K is a multiple of its block.
+    """
+    if type == Type.F32:
+        return values.float().cpu().numpy()
+    if type == Type.F16:
+        return values.to(torch.float16).cpu().numpy()
+    if type == Type.BF16:
+        return values.to(torch.bfloat16).view(torch.uint8).cpu().numpy()
+    block, size = gguf.GGML_QUANT_SIZES[type]
+    rows, row = values.shape
+    blocks = values.reshape(-1, block)
+    out = torch.empty(len(blocks), size, dtype=torch.uint8)
+    step = _AT_ONCE // block if values.device.type == "cpu" else (1 << 24) // block
+    for start in range(0, len(blocks), step):
+        part = slice(start, start + step)
+        out[part] = torch.cat(_PACKERS[type](blocks[part].float()), dim=1).cpu()
+    return out.view(rows, row // block * size).numpy()
+
+
+def _half(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B] as stored in float16: its bytes [B, 2], and the values that a reader will see [B]."""
+    stored = x.to(torch.float16)
+    return stored[:, None].view(torch.uint8), stored.float()
+
+
+def _columns(x: torch.Tensor, n: int) -> torch.Tensor:
+    """[B, m] as blocks of n, one a column: [n, B m / n]."""
+    return x.reshape(-1, n).T.contiguous()
+
+
+def _rounded(columns: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """columns [n, B] / scale [B] as integers from 0, where low becomes 0: [B, n] uint8."""
+    q = (columns * inverse(scale)).round_().clamp_(low, high).sub_(low)
+    return q.to(torch.uint8).T.contiguous()
+
+
+def _q8_0(x: torch.Tensor) -> list[torch.Tensor]:
+    scale = x.abs().amax(1) / 127
+    # by the scale before it is stored as float16, as llama.cpp rounds: the same bytes
+    return [_half(scale)[0], (x * inverse(scale)[:, None]).round_().to(torch.int8).view(torch.uint8)]
+
+
+def _legacy_symmetric(x: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    columns = _columns(x, 32)
+    d, scale = _half(fit_scale(columns, low, high, _STEPS_SYMMETRIC))
+    return [d, *_nibbles(_rounded(columns, scale, low, high), bits)]
+
+
+def _legacy_affine(x: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    high = (1 << bits) - 1
+    columns = _columns(x, 32)
+    s, m = fit_affine(columns, high, _STEPS_AFFINE[bits], any_sign=True)
+    (d, scale), (least, minimum) = _half(s), _half(-m)
+    return [d, least, *_nibbles(_rounded(columns - minimum, scale, 0, high), bits)]
+
+
+def _nibbles(q: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """Integers [B, 32] as a half-block of low nibbles and one of high ones, and before them their fifth bits."""
+    packed = [q[:, :16] & 15 | (q[:, 16:] & 15) << 4]
+    return packed if bits == 4 else [_bits(q >> 4), *packed]
+
+
+def _bits(q: torch.Tensor) -> torch.Tensor:
+    """Bits [B, 8 k] as bytes [B, k], the first lowest."""
+    places = torch.arange(8, dtype=torch.uint8, device=q.device)
+    return (q.unflatten(1, (-1, 8)) << places).sum(2, dtype=torch.uint8)
+
+
+def _quarters(q: torch.Tensor) -> torch.Tensor:
+    """Two-bit integers [B, 256] as bytes [B, 64]: of each half, four runs of 32 share the bytes."""
+    q = q.view(-1, 2, 4, 32)
+    return (q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6).flatten(1)
+
+
+def _super_affine(
+    x: torch.Tensor, n: int, high: int, levels: int, steps: list[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Superblocks [B, 256] as blocks of n with quantised scales and minima.
+
+    Returns:
+        d, dmin [B, 2] bytes; scales, minima [B, 256 / n] and integers [B, 256], uint8.
+    """
+    columns = _columns(x, n)
+    s, m = (t.view(len(x), -1) for t in fit_affine(columns, high, steps))
+    (d, step), (dmin, mstep) = _half(s.amax(1) / levels), _half(m.amax(1) / levels)
+    step, mstep = step[:, None], mstep[:, None]
+    scales = (s * inverse(step)).round_().clamp_(0, levels)
+    minima = (m * inverse(mstep)).round_().clamp_(0, levels)
+    q = _rounded(columns + (minima * mstep).view(-1), (scales * step).view(-1), 0, high)
+    return d, dmin, scales.to(torch.uint8), minima.to(torch.uint8), q.view(len(x), 256)
+
+
+def _q2_k(x: torch.Tensor) -> list[torch.Tensor]:
+    d, dmin, scales, minima, q = _super_affine(x, 16, 3, 15, _STEPS_AFFINE[2])
+    return [scales | minima << 4, _quarters(q), d, dmin]
+
+
+def _q4_k(x: torch.Tensor) -> list[torch.Tensor]:
+    d, dmin, scales, minima, q = _super_affine(x, 32, 15, 63, _STEPS_AFFINE[4])
+    q = q.view(-1, 4, 2, 32)
+    return [d, dmin, _six_bits(scales, minima), (q[:, :, 0] | q[:, :, 1] << 4).flatten(1)]
+
+
+def _q5_k(x: torch.Tensor) -> list[torch.Tensor]:
+    d, dmin, scales, minima, q = _super_affine(x, 32, 31, 63, _STEPS_AFFINE[5])
+    fifth = _bits((q >> 4).view(-1, 8, 32).transpose(1, 2).flatten(1))
+    q = (q & 15).view(-1, 4, 2, 32)
+    return [d, dmin, _six_bits(scales, minima), fifth, (q[:, :, 0] | q[:, :, 1] << 4).flatten(1)]
+
+
+def _six_bits(scales: torch.Tensor, minima: torch.Tensor) -> torch.Tensor:
+    """Eight scales and eight minima of six bits, [B, 8] each, as bytes [B, 12]."""
+    first = scales[:, :4] | (scales[:, 4:] >> 4) << 6
+    second = minima[:, :4] | (minima[:, 4:] >> 4) << 6
+    return torch.cat([first, second, scales[:, 4:] & 15 | (minima[:, 4:] & 15) << 4], dim=1)
+
+
+def _super_symmetric(
+    x: torch.Tensor, low: int, levels: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Superblocks [B, 256] as blocks of 16 with signed quantised scales.
+
+    Returns:
+        d [B, 2] bytes; scales [B, 16] float32 integers in [-levels, levels - 1]; integers [B, 256] uint8 from 0.
+    """
+    columns = _columns(x, 16)
+    s = fit_scale(columns, low, -low - 1, _STEPS_SYMMETRIC).view(len(x), 16)
+    largest = s.gather(1, s.abs().argmax(1, keepdim=True))[:, 0]
+    d, step = _half(largest / -levels)
+    scales = (s * inverse(step)[:, None]).round_().clamp_(-levels, levels - 1)
+    q = _rounded(columns, (scales * step[:, None]).view(-1), low, -low - 1)
+    return d, scales, q.view(len(x), 256)
+
+
+def _q3_k(x: torch.Tensor) -> list[torch.Tensor]:
+    d, scales, q = _super_symmetric(x, -4, 32)
+    scales = scales.add_(32).to(torch.uint8)
+    high = (scales >> 4).view(-1, 4, 4)
+    high = high[:, 0] | high[:, 1] << 2 | high[:, 2] << 4 | high[:, 3] << 6
+    third = _bits((q >> 2).view(-1, 8, 32).transpose(1, 2).flatten(1))
+    return [third, _quarters(q & 3), scales[:, :8] & 15 | (scales[:, 8:] & 15) << 4, high, d]
+
+
+def _q6_k(x: torch.Tensor) -> list[torch.Tensor]:
+    d, scales, q = _super_symmetric(x, -32, 128)
+    runs = (q & 15).view(-1, 2, 2, 64)
+    low = (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1)
+    return [low, _quarters(q >> 4), scales.to(torch.int8).view(torch.uint8), d]
+
+
+# where searches start; least squares moves on from there (see fit_scale, fit_affine)
+_STEPS_SYMMETRIC = (-0.9, -0.6, -0.3, 0.0, 0.3, 0.6)
+_STEPS_AFFINE = {
+    2: (-0.5, -0.25, 0.0, 0.25, 0.5, 0.75),
+    4: (-1.2, -0.9, -0.6, -0.3, 0.0, 0.3, 0.6),
+    5: (-0.6, -0.2, 0.2, 0.6),
+}
+
+_PACKERS: dict[Type, Callable[[torch.Tensor], list[torch.Tensor]]] = {
+    Type.Q8_0: _q8_0,
+    Type.Q4_0: partial(_legacy_symmetric, bits=4),
+    Type.Q5_0: partial(_legacy_symmetric, bits=5),
+    Type.Q4_1: partial(_legacy_affine, bits=4),
+    Type.Q5_1: partial(_legacy_affine, bits=5),
+    Type.Q2_K: _q2_k,
+    Type.Q3_K: _q3_k,
+    Type.Q4_K: _q4_k,
+    Type.Q5_K: _q5_k,
+    Type.Q6_K: _q6_k,
+}

@@ -1,0 +1,120 @@
+"""Writing GGUF files of a trained model, tensor by tensor, in Python alone.
+
+A file goes through the gguf package's writer: header, metadata, tensor list, then each tensor merged, translated and
+quantised in turn, so the host holds one tensor in float32 at a time.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from oribi.errors import ExportError
+from oribi.gguf.metadata import add_metadata
+from oribi.gguf.mixes import Mix, mix_of
+from oribi.gguf.names import Tensor, layout_of, rope_tensors, tensors_of
+from oribi.gguf.quantize import quantize, quantized_bytes
+from oribi.gguf.tokenizer import Vocabulary, add_tokenizer
+from oribi.models.checkpoint import TensorSource
+from oribi.save.weights import all_finite
+
+_EMBEDDINGS = "model.embed_tokens.weight"
+_FLOAT32 = np.dtype(np.float32)  # the writer wants the shape in values, not in bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that will be written: where it comes from, its shape [N, K] or [N], and its type in the file."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    type: gguf.GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        return quantized_bytes(self.shape, self.type)
+
+
+def plan_file(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]], method: str) -> list[Entry]:
+    """What a file will hold.
+
+    Args:
+        config: the model's config.
+        shapes: the trained model's tensors.
+        method: a quantisation method, such as "q4_k_m".
+
+    Raises:
+        ConfigError: the method is unknown.
+        ExportError: llama.cpp has no place for a tensor.
+    """
+    tensors = tensors_of(config, list(shapes))
+    mix = Mix(mix_of(method), config, [tensor.name for tensor in tensors])
+    return [
+        Entry(tensor, shapes[tensor.source], mix.type_of(tensor.name, shapes[tensor.source]))
+        for tensor in tensors
+    ]
+
+
+def write_files(
+    paths: dict[str, Path],
+    source: TensorSource,
+    config: PretrainedConfig,
+    tokenizer: object,
+    *,
+    name: str,
+    device: torch.device,
+) -> Vocabulary:
+    """Write one GGUF file for each method; each tensor is merged once and quantised for all.
+
+    Args:
+        paths: file of each quantisation method; their folders exist.
+        source: the trained model's tensors.
+        config: the model's config.
+        tokenizer: a fast tokenizer.
+        name: the model's name, for people.
+        device: where tensors are merged and quantised.
+
+    Returns:
+        The tokenizer as written.
+
+    Raises:
+        ConfigError: a method is unknown.
+        ExportError: the model or its tokenizer does not fit llama.cpp, or a value is not finite.
+    """
+    shapes = source.shapes()
+    plans = {method: plan_file(config, shapes, method) for method in paths}
+    factors = rope_tensors(config)
+    writers = {}
+    for method, path in paths.items():
+        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout_of(config).arch])
+        rows = shapes[_EMBEDDINGS][0]
+        add_metadata(writer, config, name, rows)
+        vocabulary = add_tokenizer(writer, tokenizer, rows)
+        writer.add_file_type(mix_of(method).file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for factor, values in factors.items():
+            writer.add_tensor_info(factor, values.shape, _FLOAT32, values.nbytes)
+        for entry in plans[method]:
+            writer.add_tensor_info(
+                entry.tensor.name, entry.shape, _FLOAT32, entry.nbytes, raw_dtype=entry.type
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for values in factors.values():
+            writer.write_tensor_data(values.numpy())
+        writers[method] = writer
+    for entries in zip(*plans.values()):
+        tensor = entries[0].tensor
+        # what training left alone comes as stored: an embedding in float32 would be twice as large
+        values = tensor.to_gguf(source.read(tensor.source, device, None))
+        if not all_finite(values):
+            raise ExportError(f"{tensor.source} has a value that is not finite: training diverged")
+        for writer, entry in zip(writers.values(), entries):
+            writer.write_tensor_data(quantize(values, entry.type))
+    for writer in writers.values():
+        writer.close()
+    return vocabulary

@@ -1,0 +1,132 @@
+"""A model's sizes from its config alone: every parameter's shape, without weights and without memory."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from oribi.errors import ModelError
+from oribi.families import family_of
+from oribi.gguf.source import GGUFSource
+from oribi.models.config_file import read_config
+from oribi.models.decoder import DecoderForCausalLM, build
+from oribi.models.files import HubOptions, Location, locate, locate_base
+from oribi.models.unfused import NF4_BYTES, UnfusedSizes, sizes_of_config
+
+
+class OutsideFamilyTable(ModelError):
+    """The model exists, and of its memory only the weights are known: transformers' class runs it.
+
+    Args:
+        message: which model.
+        sizes: of its weights; None where its class cannot be built here.
+    """
+
+    def __init__(self, message: str, sizes: UnfusedSizes | None) -> None:
+        super().__init__(message)
+        self.sizes = sizes
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as its config describes it.
+
+    Args:
+        name: as the user calls it.
+        config: the text decoder's config.
+        location: where its files lie.
+        decoder: the decoder on the meta device, in the compute dtype.
+    """
+
+    name: str
+    config: PretrainedConfig
+    location: Location
+    decoder: DecoderForCausalLM
+
+    @cached_property
+    def linears(self) -> dict[str, nn.Linear]:
+        """The layers' linear layers by name, without the head."""
+        return {
+            name: module
+            for name, module in self.decoder.model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    @cached_property
+    def linear_weights(self) -> int:
+        """Weights of the layers' linear layers."""
+        return sum(module.weight.numel() for module in self.linears.values())
+
+    @property
+    def tied(self) -> bool:
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    @cached_property
+    def embedding(self) -> int:
+        """Weights of the embedding."""
+        return self.decoder.model.embed_tokens.weight.numel()
+
+    @cached_property
+    def head(self) -> int:
+        """Weights of the head; 0 where it is the embedding."""
+        return 0 if self.tied else self.decoder.lm_head.weight.numel()
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.decoder.model.parameters()) + self.head
+
+    def weight_bytes(self, load_in_4bit: bool) -> int:
+        """Device memory of the loaded weights."""
+        width = self.decoder.dtype.itemsize
+        linear = self.linear_weights * (NF4_BYTES if load_in_4bit else width)
+        return int(linear + (self.parameters - self.linear_weights) * width)
+
+    def with_dtype(self, dtype: torch.dtype) -> "Architecture":
+        """The same, computing in another dtype."""
+        return replace(self, decoder=build(self.config, dtype=dtype))
+
+
+def architecture_of(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    token: Any = None,
+) -> Architecture:
+    """A model's sizes; of a hub name only the small files are fetched.
+
+    Raises:
+        ModelError: there is no such model.
+        OutsideFamilyTable: oribi's decoder does not cover it.
+    """
+    location = locate(name, HubOptions(token=token, revision=revision))
+    if location.kind == "adapter":
+        location, trust_remote_code = locate_base(location, HubOptions(token=token)), False
+    if location.kind == "gguf":
+        config = GGUFSource(location.file).config
+    else:
+        config = read_config(location, trust_remote_code=trust_remote_code)
+    text = getattr(config, "text_config", None)
+    if text is not None and family_of(config) is None and family_of(text) is not None:
+        text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+        config = text
+    if family_of(config) is None:
+        raise OutsideFamilyTable(
+            f"{location.name}: model_type {config.model_type!r} is outside oribi's family table; it trains as transformers' "
+            "class, of whose memory only the weights are estimated",
+            _sizes(config, trust_remote_code),
+        )
+    config.__dict__.pop("quantization_config", None)
+    return Architecture(name, config, location, build(config, dtype=dtype))
+
+
+def _sizes(config: PretrainedConfig, trust_remote_code: bool) -> UnfusedSizes | None:
+    try:
+        return sizes_of_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # code of the model's own: where it fails, loading says why
+        return None

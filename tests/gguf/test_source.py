@@ -1,0 +1,317 @@
+"""A model read from a GGUF file is the model that was written, its tokenizer cuts text as llama.cpp does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFWriter
+
+from oribi.errors import ModelError
+from oribi.gguf.file import GGUFFile
+from oribi.gguf.source import GGUFSource
+from oribi.models.load import load_model
+from oribi.save import save_gguf
+from tests.models.tiny import ROPES
+from tests.save.tiny_export import (
+    FAMILY_CHANGES,
+    byte_level_tokenizer,
+    export_config,
+    sentencepiece_tokenizer,
+    tiny_model,
+    with_splits,
+)
+
+TEXTS = [
+    "Hello 12345 world!\n\n  Every 15 minutes at 9:30 don't ünïcode 漢字 🙂<|im_end|>\n",
+    "a\tb  c   d\r\n\r\n\n x",
+    "I'll we've IT'S they'Re",
+    "３４５ ½ ²³ ٣",
+    "  leading and trailing  ",
+    "<|im_start|>user\nthe other the\nthe<|im_end|>\n<|endoftext|>",
+    "def f(x):\n    return x**2  # ok\n",
+    "naïve é ﬁ \u200b\u00a0x 👩‍👩‍👧",
+    "!!! ... ?! /path/to",
+    "CamelCaseWords andMore HTTPServer",
+    "<|im_sta",
+    "<start_of_turn>user\n the <b>cat</b><end_of_turn>\n\n\n  x    y",
+    " ",
+    "\n",
+    "",
+]
+
+
+def written(config, tmp_path: Path, tokenizer=None, method: str = "f32") -> tuple[torch.nn.Module, Path]:
+    model = tiny_model(config)
+    result = save_gguf(model, tmp_path, tokenizer or byte_level_tokenizer(), method, verify=False)
+    return model, Path(result["gguf_files"][0])
+
+
+def distance(model, file: Path) -> float:
+    """Relative distance of the logits of the model written and the model read."""
+    again, _ = load_model(
+        str(file), dtype="float32", load_in_4bit=False, max_seq_length=None, device_map="cpu"
+    )
+    ids = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model(ids).logits, again.eval()(ids).logits
+    return ((expected - found).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CHANGES)
+def test_each_family_read_back_gives_the_logits_it_was_written_from(model_type, tmp_path):
+    tokenizer = sentencepiece_tokenizer() if model_type.startswith("gemma") else None
+    assert distance(*written(export_config(model_type), tmp_path, tokenizer)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope"])
+def test_each_rope_read_back_gives_the_logits_it_was_written_from(kind, tmp_path):
+    config = export_config("llama", rope_parameters=ROPES[kind], max_position_embeddings=64)
+    assert distance(*written(config, tmp_path)) < 1e-5
+
+
+def test_llama3_factors_become_the_llama3_kind_again(tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    }
+    config = export_config("llama", rope_parameters=rope, head_dim=64, max_position_embeddings=131072)
+    _, file = written(config, tmp_path)
+    assert GGUFSource(file).config.rope_parameters == rope
+
+
+def test_an_untied_head_and_biases_survive(tmp_path):
+    config = export_config("llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
+    model, file = written(config, tmp_path)
+    read = GGUFSource(file).config
+    assert (read.tie_word_embeddings, read.attention_bias, read.mlp_bias) == (False, True, True)
+    assert distance(model, file) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["f16", "bf16", "q8_0", "q4_0"])
+def test_quantised_tensors_are_dequantised_as_the_gguf_package_does(method, tmp_path):
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    _, file = written(export_config("llama"), tmp_path, method=method)
+    ours = GGUFFile(file)
+    for tensor in GGUFReader(file).tensors:
+        theirs = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        assert torch.equal(ours.read(tensor.name, torch.float32), theirs), tensor.name
+
+
+def test_metadata_equals_the_gguf_packages_reader(tmp_path):
+    from gguf import GGUFReader
+
+    _, file = written(export_config("llama"), tmp_path)
+    ours = GGUFFile(file).metadata
+    fields = {k: f.contents() for k, f in GGUFReader(file).fields.items() if not k.startswith("GGUF.")}
+    assert ours == fields
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 1 << 22])
+def test_the_size_of_the_portions_changes_nothing(rows_at_once, tmp_path, monkeypatch):
+    _, file = written(export_config("llama"), tmp_path, method="q8_0")
+    whole = GGUFFile(file).read("blk.0.ffn_up.weight", torch.float32)
+    monkeypatch.setattr("oribi.gguf.file._AT_ONCE", rows_at_once * 64)
+    assert torch.equal(GGUFFile(file).read("blk.0.ffn_up.weight", torch.float32), whole)
+
+
+def rewritten(source: Path, target: Path, changes: dict[str, object]) -> Path:
+    """A copy of a GGUF file with other metadata; None removes a key."""
+    file = GGUFFile(source)
+    metadata = {**file.metadata, **changes}
+    writer = GGUFWriter(target, metadata.pop("general.architecture"))
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+    for name in file.tensors:
+        writer.add_tensor(name, file.read(name, torch.float32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def assert_cut_alike(file: Path) -> None:
+    from oribi.gguf.llama_cpp import LlamaCpp
+
+    _, tokenizer = load_model(
+        str(file), dtype="float32", load_in_4bit=False, max_seq_length=None, device_map="cpu"
+    )
+    judge = LlamaCpp(file, 64)
+    for text in TEXTS:
+        assert tokenizer(text, add_special_tokens=False).input_ids == judge.tokenize(text), text
+        assert tokenizer(text).input_ids == judge.tokenize(text, add_special=True), text
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == tokenizer.decode(judge.tokenize(text))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "dbrx", "qwen2", "deepseek-r1-qwen", "stablelm2", "tekken", "gpt-4o",
+     "starcoder", "refact", "olmo", "default"],
+)  # fmt: skip
+def test_every_cutting_rule_equals_llama_cpp(rule, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
+    _, file = written(export_config("llama"), tmp_path)
+    assert_cut_alike(rewritten(file, tmp_path / "other.gguf", {"tokenizer.ggml.pre": rule}))
+
+
+def with_tokens(file: Path, tokens: dict[str, int], changes: dict[str, object]) -> Path:
+    """The file with further tokens of the given types in the rows that its model keeps spare."""
+    metadata = GGUFFile(file).metadata
+    names, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    for place, (token, kind) in enumerate(tokens.items(), start=len(names) - len(tokens)):
+        assert types[place] == 5  # unused
+        names[place], types[place] = token, kind
+    changes = {"tokenizer.ggml.tokens": names, "tokenizer.ggml.token_type": types, **changes}
+    return rewritten(file, file.with_name("other.gguf"), changes)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_tokens_of_the_users_own_are_cut_as_llama_cpp_does(prefix, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
+    _, file = written(export_config("llama"), tmp_path, sentencepiece_tokenizer())
+    own = dict.fromkeys(["  ", "   ", "\n\n", "<b>", "the"], 4)  # as Gemma has them
+    assert_cut_alike(with_tokens(file, own, {"tokenizer.ggml.add_space_prefix": prefix}))
+
+
+def test_phi3_swallows_the_space_after_its_markers_as_llama_cpp_does(tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
+    _, file = written(export_config("phi3"), tmp_path, sentencepiece_tokenizer())
+    changes = {"general.name": "Phi-3 mini", "tokenizer.ggml.add_space_prefix": False}
+    file = with_tokens(file, {"<|endoftext|>": 3}, changes)
+    assert_cut_alike(file)
+    _, tokenizer = load_model(str(file), load_in_4bit=False, device_map="cpu", max_seq_length=None)
+    ids = tokenizer("<end_of_turn> \n a", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<end_of_turn>", "a"]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_equals_llama_cpp(prefix, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
+    _, file = written(export_config("llama"), tmp_path, sentencepiece_tokenizer())
+    changes = {"tokenizer.ggml.add_space_prefix": prefix}
+    assert_cut_alike(rewritten(file, tmp_path / "other.gguf", changes))
+
+
+def test_an_added_bos_and_eos_are_added(tmp_path):
+    _, file = written(export_config("llama"), tmp_path)
+    changes = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    _, tokenizer = load_model(
+        str(rewritten(file, tmp_path / "other.gguf", changes)),
+        load_in_4bit=False,
+        device_map="cpu",
+        max_seq_length=None,
+    )
+    ids = tokenizer("the").input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[-1] == tokenizer.eos_token_id
+    assert len(ids) == 3
+
+
+def test_a_tokenizer_json_beside_the_file_is_used_instead(tmp_path):
+    _, file = written(export_config("llama"), tmp_path)
+    with_splits("x", whole_words=False).save_pretrained(tmp_path)
+    model, tokenizer = load_model(str(file), load_in_4bit=False, device_map="cpu", max_seq_length=None)
+    assert "tokenizer: read from the tokenizer.json beside the GGUF file" in model.oribi.notes
+    assert tokenizer.backend_tokenizer.pre_tokenizer.__getstate__() != (
+        byte_level_tokenizer().backend_tokenizer.pre_tokenizer.__getstate__()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"general.architecture": "bert"}, "architecture 'bert'; oribi reads llama, qwen2"),
+        ({"tokenizer.ggml.pre": "martian"}, "rule 'martian'"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer of kind 'bert'"),
+        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"split.count": 3}, "one of 3 parts"),
+        ({"llama.block_count": None}, "lacks the metadata key llama.block_count"),
+        ({"llama.feed_forward_length": [128, 64, 128, 64]}, "differs by layer"),
+    ],
+)
+def test_what_cannot_be_read_is_named(changes, words, tmp_path):
+    _, file = written(export_config("llama"), tmp_path)
+    with pytest.raises(ModelError, match=words):
+        load_model(
+            str(rewritten(file, tmp_path / "other.gguf", changes)), load_in_4bit=False, device_map="cpu"
+        )
+
+
+def test_damaged_files_are_named(tmp_path):
+    _, file = written(export_config("llama"), tmp_path)
+    whole = file.read_bytes()
+    for content, words in [
+        (b"version https://git-lfs", "not a GGUF file"),
+        (whole[:300], "damaged GGUF header"),
+        (whole[:-1000], "cut short"),
+        (whole[:4] + b"\x01\x00\x00\x00" + whole[8:], "GGUF version 1"),
+    ]:
+        broken = tmp_path / "broken.gguf"
+        broken.write_bytes(content)
+        with pytest.raises(ModelError, match=words):
+            GGUFFile(broken)
+
+
+def test_the_permutation_of_q_and_k_matters(tmp_path, monkeypatch):
+    model, file = written(export_config("llama"), tmp_path)
+    monkeypatch.setattr("oribi.gguf.source._INTERLEAVED", ())
+    assert distance(model, file) > 1e-2
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_smollm2_is_cut_as_llama_cpp_does(text, smollm2, smollm2_llama_cpp):
+    tokenizer = smollm2[1]
+    assert tokenizer(text, add_special_tokens=False).input_ids == smollm2_llama_cpp.tokenize(text)
+
+
+def test_smollm2s_tokenizer_survives_saving(smollm2, tmp_path):
+    from transformers import AutoTokenizer
+
+    smollm2[1].save_pretrained(tmp_path)
+    smollm2[0].config.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert again(text).input_ids == smollm2[1](text).input_ids
+    assert again.chat_template == smollm2[1].chat_template
+
+
+def test_smollm2_chats_as_llama_cpp_renders(smollm2, smollm2_llama_cpp):
+    messages = [{"role": "user", "content": "Every day at 5 pm?"}]
+    rendered = smollm2[1].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == smollm2_llama_cpp.render(messages)
+
+
+@pytest.mark.slow
+def test_smollm2s_weights_equal_transformers_own_loader(smollm2, smollm2_file):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(
+        smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
+    ).state_dict()
+    ours = smollm2[0].state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_smollm2_answers_sensibly(smollm2):
+    model, tokenizer = smollm2
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    answer = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
