@@ -1,15 +1,25 @@
-"""Imports go one way, and an outside library has one home."""
+"""Imports go one way, an outside library has one home, and the package stays small and states each fact once.
+
+Each allowed set may only shrink: take an entry out when its reason is gone, and add none.
+"""
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "oribi"
+TREES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(ROOT.rglob("*.py"))
+}
 
 # a part imports its own level's neighbours only where it is the same part, and lower levels freely
 LEVELS = {
@@ -141,3 +151,167 @@ def test_public_names_exist():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.splitlines()[-1]) > 15
+
+
+# lines of the whole package; lowered whenever it shrinks
+PACKAGE_LINES = 36_400
+FILE_LINES = 400
+FUNCTION_LINES = 80
+
+LONG_FILES = {
+    "chat/template_texts.py": 494,
+    "config.py": 554,
+    "data/preparation.py": 455,
+    "data/readers.py": 419,
+    "dialects/axolotl.py": 405,
+    "kernels/attention.py": 401,
+    "kernels/lora.py": 522,
+    "memory/estimate.py": 434,
+    "models/checkpoint.py": 413,
+    "models/decoder.py": 431,
+    "models/fused_layer.py": 481,
+    "models/load.py": 538,
+}  # fmt: skip
+
+LONG_FUNCTIONS = {
+    "data/prepare.py: prepare_dataset": 85,
+    "lora/attach.py: attach_lora": 104,
+    "models/decoder.py: forward": 85,
+    "train/trainer.py: __init__": 110,
+}
+
+# `main` is what a process starts with, and each has its own
+NAMES_DEFINED_TWICE = {
+    "main",
+    "Answer", "Check", "Checkpoint", "Layout", "Request", "answers", "build", "check_files", "check_folder", "checkpoints", "choose",
+    "flop_per_token", "free_bytes", "from_messages", "meaning", "pack", "quantize", "read_config", "read_json", "read_record",
+    "read_text", "recognise", "require_fit", "require_whole", "run", "save", "selftest", "steps_of", "without_adapter",
+}  # fmt: skip
+
+# where an index of shards is named outside models/files.py
+INDEX_NAMES = {"save/folder.py", "save/shards.py", "train/checkpoints.py", "train/resume.py"}
+
+# comparisons of model_type with a model's name outside families.py, per file
+FAMILY_COMPARISONS = {"gguf/metadata.py": 4, "gguf/mixes.py": 1, "gguf/names.py": 8, "gguf/source.py": 1}
+
+# two places that share six or more lines -> why they are not one
+SHARED_LINES = {
+    ("__init__.py", "data/__init__.py"): "a package's lazy imports stand in its own __getattr__",
+    ("kernels/attention.py", "kernels/attention.py"): "to be looked at",
+    (
+        "kernels/cross_entropy.py",
+        "kernels/cross_entropy.py",
+    ): "a Triton kernel repeats the arguments of its neighbour",
+    ("kernels/flash_attention.py", "kernels/flash_attention.py"): "Triton kernels cannot share a loop head",
+    ("kernels/flash_attention.py", "kernels/flash_attention_3.py"): "to be looked at",
+    ("models/decoder.py", "models/decoder.py"): "a forward's signature is given by transformers",
+    ("train/progress.py", "train/progress.py"): "to be looked at",
+}
+
+
+def test_the_package_has_no_more_lines_than_it_had():
+    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in TREES}
+    assert sum(lines.values()) <= PACKAGE_LINES
+    long = {name: count for name, count in lines.items() if count > LONG_FILES.get(name, FILE_LINES)}
+    assert not long, f"longer than {FILE_LINES} lines, or than LONG_FILES allows: {long}"
+
+
+def test_functions_are_short():
+    long = {
+        f"{name}: {node.name}": node.end_lineno - node.lineno + 1
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    }
+    long = {
+        name: count for name, count in long.items() if count > LONG_FUNCTIONS.get(name, FUNCTION_LINES - 1)
+    }
+    assert not long, f"{FUNCTION_LINES} lines or more: {long}"
+
+
+def test_a_public_name_is_defined_once():
+    places = defaultdict(list)
+    for name, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                places[node.name].append(name)
+    twice = {
+        name: files for name, files in places.items() if len(files) > 1 and name not in NAMES_DEFINED_TWICE
+    }
+    assert not twice, f"defined in several files: {twice}"
+
+
+def test_only_models_files_reads_an_index_of_shards():
+    wrong = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"\S+\.index\.json", node.value)
+    }
+    assert wrong <= INDEX_NAMES | {"models/files.py"}, f"new: {wrong - INDEX_NAMES}"
+
+
+def literal(node: ast.expr) -> bool:
+    """Whether an expression is a string, or several, written out."""
+    if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+        return all(map(literal, node.elts))
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_only_the_family_table_knows_models_by_name():
+    found = defaultdict(list)
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                asks = any(getattr(side, "attr", getattr(side, "id", None)) == "model_type" for side in sides)
+                if asks and any(map(literal, sides)):
+                    found[name].append(f"line {node.lineno}: {ast.unparse(node)}")
+    wrong = {
+        name: rows
+        for name, rows in found.items()
+        if name != "families.py" and len(rows) > FAMILY_COMPARISONS.get(name, 0)
+    }
+    assert not wrong, f"a flag of families.py belongs here: {wrong}"
+
+
+def test_no_error_is_dropped():
+    wrong = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
+        and all(isinstance(statement, ast.Pass) for statement in node.body)
+    ]
+    assert not wrong, f"every exception is passed over: {wrong}"
+
+
+def code_lines(name: str) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of the lines that count: not blank, no comment, no import, not punctuation alone."""
+    imports = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports.update(range(node.lineno, node.end_lineno + 1))
+    for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), start=1):
+        text = " ".join(line.split())
+        if number not in imports and re.search(r"\w", text) and not text.startswith("#"):
+            yield number, text
+
+
+def test_places_that_share_six_lines_have_a_reason():
+    windows = defaultdict(list)
+    for name in TREES:
+        lines = list(code_lines(name))
+        for start in range(len(lines) - 5):
+            number = lines[start][0]
+            windows[tuple(text for _, text in lines[start : start + 6])].append((name, number))
+    pairs = defaultdict(list)
+    for places in windows.values():
+        for (one, line), (other, other_line) in combinations(places, 2):
+            pairs[one, other].append((line, other_line))
+    assert len(SHARED_LINES) <= 15
+    new = {pair: lines[0] for pair, lines in pairs.items() if pair not in SHARED_LINES}
+    assert not new, f"files and the lines at which they share six or more: {new}"
