@@ -1,6 +1,6 @@
 """Times every kernel beside the peers that are installed, and prints one table.
 
-    python benchmarks/ops.py [--model 8b|1b|0.5b|tiny] [--tokens 4096] [--device cuda|cpu] [--only nf4]
+    python benchmarks/ops.py [--model 8b|1b|0.5b|gemma2-9b|tiny] [--tokens 4096] [--device cuda|cpu] [--only nf4]
 
 GB/s count each operand once, read or written; "of copy" is that over the bandwidth of a large device copy measured in
 the same run. Products, attention and the loss count arithmetic instead. Between calls a buffer larger than the L2
@@ -40,6 +40,7 @@ MODELS = {
     "8b": Model(4096, 14336, 32, 8, 128, 128256, 32),
     "1b": Model(2048, 8192, 32, 8, 64, 128256, 16),
     "0.5b": Model(896, 4864, 14, 2, 64, 151936, 24),
+    "gemma2-9b": Model(3584, 14336, 16, 8, 256, 256000, 42),
     "tiny": Model(128, 256, 4, 2, 32, 1000, 2),
 }
 
@@ -272,6 +273,88 @@ def attention_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> I
             )  # fmt: skip
 
 
+def softcap_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Gemma 2's attention (soft cap 50, window 4096) beside PyTorch's flex_attention, one row and a pack of 3."""
+    softcap, window = 50.0, min(4096, tokens)
+    q, k, v = (
+        torch.randn(1, tokens, heads, m.head_dim, device=device).to(dtype).requires_grad_()
+        for heads in (m.num_heads, m.num_kv_heads, m.num_kv_heads)
+    )
+    dout = torch.randn_like(q)
+    backend = "reference" if device == "cpu" else "triton"
+    # on a CPU it has no backward
+    flex = peer("torch.nn.attention.flex_attention", "flex_attention") if device == "cuda" else None
+    compiled = torch.compile(flex) if flex else None
+    for name, bounds in (("one row", [0, tokens]), ("pack of 3", [0, tokens // 5, tokens // 2, tokens])):
+        pack = torch.tensor(bounds, dtype=torch.int32, device=device)
+        lengths = [b - a for a, b in zip(bounds, bounds[1:])]
+        visibility = Visibility(
+            1, tokens, cu_seqlens=pack if len(lengths) > 1 else None, max_length=max(lengths)
+        )
+        how = attention.Attend(backend, m.head_dim**-0.5, window, softcap, visibility)
+        flop = 4.0 * m.num_heads * m.head_dim * sum(_pairs(n, window) for n in lengths)
+        op = f"soft cap, {name} of {tokens}"
+        out, saved = attention.attention_forward(q, k, v, how)
+
+        def ours(how: attention.Attend = how) -> None:
+            out, saved = attention.attention_forward(q, k, v, how)
+            attention.attention_backward(dout, q, k, v, out, saved, how)
+
+        yield Case(
+            f"{op}, forward", "oribi", lambda h=how: attention.attention_forward(q, k, v, h), flop=flop
+        )
+        yield Case(f"{op}, forward and backward", "oribi", ours, flop=3.5 * flop)
+        if compiled is None:
+            continue
+        make, mask = _flex_mask(pack, tokens, window, device)
+
+        def theirs(mask: Any = mask) -> torch.Tensor:
+            heads_first = (x.transpose(1, 2) for x in (q, k, v))
+            return compiled(
+                *heads_first, score_mod=lambda score, *_: softcap * torch.tanh(score / softcap),
+                block_mask=mask, scale=m.head_dim**-0.5, enable_gqa=True,
+            ).transpose(1, 2)  # fmt: skip
+
+        try:
+            error = (theirs() - out.view(q.shape)).abs().max().item()
+        except Exception as reason:  # a head may be too large for its tiles
+            print(
+                f"# flex_attention, {name}: failed ({type(reason).__name__}: {str(reason).splitlines()[0][:80]})"
+            )
+            continue
+        print(f"# {op}: flex_attention differs from oribi by at most {error:.1e}")
+        yield Case(f"{op}, forward", "torch, flex", theirs, flop=flop)
+        yield Case(
+            f"{op}, forward and backward", "torch, flex",
+            lambda run=theirs: torch.autograd.grad(run(), (q, k, v), dout), flop=3.5 * flop,
+        )  # fmt: skip
+        yield Case(f"its mask, {name}, once a batch", "torch, flex", make)
+
+
+def _pairs(tokens: int, window: int) -> float:
+    """Pairs of query and key of a causal document with a sliding window."""
+    full = min(tokens, window)
+    return full * (full + 1) / 2 + (tokens - full) * window
+
+
+def _flex_mask(pack: torch.Tensor, tokens: int, window: int, device: str) -> tuple[Callable[[], Any], Any]:
+    """What makes flex_attention's block mask of documents and a window, and the mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    lengths = pack.diff().long()
+    document = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (key <= query) & (query - key < window) & (document[query] == document[key])
+
+    create = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
+
+    def make() -> Any:
+        return create(seen, None, None, tokens, tokens, device=device)
+
+    return make, make()
+
+
 def loss_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
     rows = torch.randn(tokens, m.hidden_size, device=device).to(dtype)
     head = (torch.randn(m.vocab_size, m.hidden_size, device=device) * 0.02).to(dtype)
@@ -321,14 +404,42 @@ def adamw_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Itera
 
     # norm: g; update: w, g, m, v read, w, g, m, v written
     for bits, state in ((8, 2), (32, 8)):
-        optimizer = FlatAdamW(parameters(), bits=bits, max_grad_norm=1.0)
         op = f"adamw {bits} bit, {count / 1e6:.0f}M in {len(shapes)} tensors"
-        yield Case(op, "oribi, clips and zeroes", optimizer.step, count * (4 + 16 + 2 * state))
-        if bits == 8 and (eight := peer("bitsandbytes.optim", "AdamW8bit")):
-            yield Case(op, "bitsandbytes", eight(parameters(), lr=1e-3).step, count * (12 + 2 * state))
-        elif bits == 32:
-            fused = torch.optim.AdamW(parameters(), lr=1e-3, fused=True)
-            yield Case(op, "torch, fused", fused.step, count * (12 + 2 * state))
+        everything, update = count * (4 + 16 + 2 * state), count * (12 + 2 * state)
+        optimizer = FlatAdamW(parameters(), bits=bits, max_grad_norm=1.0)
+        yield Case(op, "oribi, clips and zeroes", optimizer.step, everything)
+        if device == "cuda":
+            yield Case(op, "the same in a graph", captured(optimizer.step), everything)
+        if bits == 8:
+            if eight := peer("bitsandbytes.optim", "AdamW8bit"):
+                yield Case(op, "bitsandbytes", eight(parameters(), lr=1e-3).step, update)
+            continue
+        for kind in ("fused", "foreach"):
+            made = parameters()
+            capturable = {"capturable": True} if device == "cuda" else {}
+            theirs = torch.optim.AdamW(made, lr=1e-3, **{kind: True}, **capturable)
+
+            def clipped(
+                made: list[torch.nn.Parameter] = made, theirs: torch.optim.Optimizer = theirs
+            ) -> None:
+                torch.nn.utils.clip_grad_norm_(made, 1.0, foreach=True)
+                theirs.step()
+                torch._foreach_zero_([p.grad for p in made])
+
+            yield Case(op, f"torch, {kind}", theirs.step, update)
+            yield Case(op, f"torch, {kind}, clips and zeroes", clipped, everything)
+            if device == "cuda":
+                yield Case(op, "the same in a graph", captured(clipped), everything)
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], None]:
+    """The replay of a CUDA graph of a call: its time on the GPU without the host's."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 CASES = {
@@ -338,6 +449,7 @@ CASES = {
     "nf4": nf4_cases,
     "fp8": fp8_cases,
     "attention": attention_cases,
+    "softcap": softcap_cases,
     "cross_entropy": loss_cases,
     "adamw": adamw_cases,
 }
@@ -364,8 +476,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"# {name}, torch {torch.__version__}, {dtype}, {arguments.model}, {arguments.tokens} tokens")
     print(f"# copy: {ceiling / 1e9:.0f} GB/s")
-    print(f"| {'op':<44} | {'implementation':<24} | {'us':>9} | {'rate':>13} | {'of copy':>7} |")
-    print(f"|{'-' * 46}|{'-' * 26}|{'-' * 11}|{'-' * 15}|{'-' * 9}|")
+    print(f"| {'op':<52} | {'implementation':<30} | {'us':>9} | {'rate':>13} | {'of copy':>7} |")
+    print(f"|{'-' * 54}|{'-' * 32}|{'-' * 11}|{'-' * 15}|{'-' * 9}|")
     for op, cases in CASES.items():
         if arguments.only in (None, op):
             for case in cases(MODELS[arguments.model], arguments.tokens, dtype, device):
@@ -383,9 +495,11 @@ def report(case: Case, bench: Bench, ceiling: float) -> None:
     if case.bytes:
         rate = f"{case.bytes / seconds / 1e9:8.0f} GB/s"
         share = f"{case.bytes / seconds / ceiling:7.0%}"
+    elif not case.flop:
+        rate = share = ""
     else:
         rate, share = f"{case.flop / seconds / 1e12:6.0f} TFLOP/s", ""
-    print(f"| {case.op:<44} | {case.peer:<24} | {seconds * 1e6:9.1f} | {rate:>13} | {share:>7} |", flush=True)
+    print(f"| {case.op:<52} | {case.peer:<30} | {seconds * 1e6:9.1f} | {rate:>13} | {share:>7} |", flush=True)
 
 
 if __name__ == "__main__":
