@@ -190,7 +190,7 @@ def test_a_training_whose_reader_went_away_trains_on_and_ends_well(subject, tmp_
 def test_output_that_is_closed_is_dropped():
     import io
 
-    from oribi.streams import LastingStream, say
+    from oribi.text import LastingStream, say
 
     read, write = os.pipe()
     os.close(read)

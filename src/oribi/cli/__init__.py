@@ -16,8 +16,7 @@ import typer
 
 from oribi.cli.output import complain, lasting_output
 from oribi.errors import OribiError
-from oribi.streams import LastingStream
-from oribi.text import printable
+from oribi.text import LastingStream, printable
 
 VERBS = (
     "init", "convert", "inspect", "estimate", "train", "chat", "eval", "export", "doctor", "selftest", "demo",

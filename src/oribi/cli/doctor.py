@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 import typer
 
-from oribi.cli.output import Json, Output, complain, gibibytes
+from oribi.cli.output import Json, Output, complain
+from oribi.text import gibibytes
 
 OPTIONAL = {
     "triton": "the kernels for NVIDIA GPUs",

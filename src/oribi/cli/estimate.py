@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from oribi.cli.output import Json, Output, chatter_aside, count, gibibytes
+from oribi.cli.output import Json, Output, chatter_aside
 from oribi.cli.settings import read_settings
+from oribi.text import clock, gibibytes, short_count
 
 SHOWN = ("T4", "RTX 4090", "A100-40GB", "A100-80GB", "H100", "H200")
 
@@ -47,7 +48,7 @@ def estimate(
     output.fields(
         {
             "model": settings.model,
-            "parameters": f"{training.architecture.parameters:,} ({count(training.architecture.parameters)})",
+            "parameters": f"{training.architecture.parameters:,} ({short_count(training.architecture.parameters)})",
             "trainable": f"{training.trainable:,} ({100 * training.trainable / training.architecture.parameters:.2f} %)",
             "micro-batch": f"{rows_long}, {settings.gradient_accumulation_steps} a step",
             "data": None if tokens is None else f"{rows:,} examples, {tokens:,} tokens",
@@ -77,7 +78,7 @@ def _tell_weights(output: Output, settings: Any, outside: Any, gpus: list[Any]) 
     if load_in_4bit:
         typer.echo(outside.sizes.note(_dtype(settings).itemsize), err=True)
     parameters = outside.sizes.parameters
-    output.fields({"model": settings.model, "parameters": f"{parameters:,} ({count(parameters)})"})
+    output.fields({"model": settings.model, "parameters": f"{parameters:,} ({short_count(parameters)})"})
     output.text("weights")
     output.fields({name: gibibytes(size) for name, size in parts.items() if size}, indent=2)
     output.text()
@@ -166,8 +167,6 @@ def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> d
 
 
 def _line(gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
-    from oribi.train.progress import clock
-
     known = "" if f["step"].measured else " *"
     return {
         "GPU": gpu.name,

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from oribi.cli.output import Json, Output, chatter_aside, gibibytes
+from oribi.cli.output import Json, Output, chatter_aside
 from oribi.errors import ConfigError, ExportError
+from oribi.text import gibibytes, nearest
 
 FORMS = {
     "adapter": "adapter", "lora": "adapter", "merged": "merged_16bit", "merged_16bit": "merged_16bit",
@@ -90,7 +91,6 @@ def read_forms(text: str) -> dict[str, list[str]]:
         ConfigError: a form or method is unknown.
     """
     from oribi.gguf.mixes import METHODS, mix_of
-    from oribi.text import nearest
 
     found: dict[str, list[str]] = {}
     for item in filter(None, (part.strip().lower() for part in text.split(","))):

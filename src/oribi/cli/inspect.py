@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from oribi.cli.output import Json, Output, chatter_aside, count, gibibytes
+from oribi.cli.output import Json, Output, chatter_aside
 from oribi.cli.settings import read_settings
+from oribi.text import gibibytes, short_count
 
 app = typer.Typer(
     no_args_is_help=True, help="Look at data as the model sees it, at a model, an adapter or a run."
@@ -84,7 +85,7 @@ def model(
         "model": name,
         "stored as": found.location.kind,
         "family": f"{config.model_type} ({FAMILIES[config.model_type].architecture})",
-        "parameters": f"{found.parameters:,} ({count(found.parameters)})",
+        "parameters": f"{found.parameters:,} ({short_count(found.parameters)})",
         "layers": config.num_hidden_layers,
         "hidden size": f"{config.hidden_size}, MLP {config.intermediate_size}",
         "heads": f"{config.num_attention_heads}, key/value {config.num_key_value_heads}, of {attention.head_dim}",

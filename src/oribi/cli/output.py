@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from oribi.streams import LastingStream
-from oribi.text import printable
+from oribi.text import LastingStream, printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
@@ -78,16 +77,3 @@ def lasting_output() -> Iterator[None]:
 def complain(message: str, color: str = "red") -> None:
     """A message about what is wrong, on standard error; in colour on terminals, unless NO_COLOR is set."""
     typer.secho(printable(message), fg=color, err=True, color=False if os.environ.get("NO_COLOR") else None)
-
-
-def gibibytes(size: float) -> str:
-    """Bytes in words: 1.23 GiB, or 45.6 MiB below a tenth of that."""
-    return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def count(number: float) -> str:
-    """8030261248 -> 8.03 B."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g} {unit}"
-    return f"{number:.0f}"

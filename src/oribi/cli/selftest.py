@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from oribi.cli.output import Json, Output
+from oribi.text import write_whole
 
 
 def selftest(
@@ -46,7 +47,7 @@ def selftest(
     if file is not None:
         entries = [{**asdict(check), "passed": check.passed} for check in checks]
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(dumps(entries, indent=2) + "\n", encoding="utf-8")
+        write_whole(file, dumps(entries, indent=2) + "\n")
     console.print(
         f"{len(checks) - len(failed)} of {len(checks)} checks passed in {time.monotonic() - started:.0f} s"
     )

@@ -4,7 +4,6 @@ The names and keywords are those that fine-tuning scripts already call. A keywor
 with a note, one that would silently change the result is refused, and an unknown one is an error.
 """
 
-import difflib
 import inspect
 import os
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from oribi.errors import ConfigError
 from oribi.lora.attach import PROJECTIONS, attach_lora, set_checkpointing, switch_checkpointing
 from oribi.models.adapter_files import load_adapter
 from oribi.models.load import load_model
+from oribi.text import did_you_mean
 
 Model = PreTrainedModel | PeftModel
 
@@ -265,10 +265,8 @@ def _sort_out(options: dict[str, Any], *known_by: Callable[..., Any]) -> list[st
             options.pop(name)
         elif name not in known:
             named = {p for call in known_by for p in inspect.signature(call).parameters}
-            near = difflib.get_close_matches(name, {*known, *named, *_WITHOUT_EFFECT}, 1)
-            raise ConfigError(
-                f"from_pretrained: unknown keyword {name}" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            hint = did_you_mean(name, {*known, *named, *_WITHOUT_EFFECT})
+            raise ConfigError(f"from_pretrained: unknown keyword {name}{hint}")
     return notes
 
 

@@ -6,7 +6,6 @@ columns of its format is used where it has a place, and named where it has none.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +27,7 @@ from oribi.data.converters import (
 from oribi.data.examples import Conversation, Document, Example, Tokens
 from oribi.data.messages import REASONING_FIELDS, ROLE_ALIASES, ROLES, is_messages
 from oribi.errors import ConfigError, DataError
+from oribi.text import did_you_mean
 
 __all__ = [
     "MESSAGE_COLUMNS",
@@ -150,8 +150,7 @@ def _own_names(row: Row, columns: Mapping[str, str], text_field: str | None) -> 
     turned = {theirs: ours for ours, theirs in columns.items()}
     unknown = [name for name in columns if name not in known.NAMES and name != text_field]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known.NAMES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = did_you_mean(unknown[0], known.NAMES) or "."
         if set(unknown) <= set(row) and set(turned) & set(known.NAMES):
             hint = f"; did you mean columns = {turned}?"
         raise ConfigError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from oribi.errors import DataError
+from oribi.text import whole_file
 
 PACK_FEATURES = datasets.Features(
     {name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels", "seq_lengths")}
@@ -101,16 +101,15 @@ def pack(
     name = hashlib.blake2b(f"{dataset._fingerprint} {max_tokens} {seed}".encode(), digest_size=16).hexdigest()
     path = folder / f"packs-{name}.arrow"
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.time_ns()}")
         per_write = max(1, WRITTEN_TOKENS // max_tokens)
         features = datasets.Features(
             {**PACK_FEATURES, **(ORIGINS if "origin" in dataset.column_names else {})}
         )
-        with datasets.arrow_writer.ArrowWriter(features=features, path=str(temporary)) as writer:
+        arrow_writer = datasets.arrow_writer.ArrowWriter
+        with whole_file(path) as file, arrow_writer(features=features, path=str(file)) as writer:
             for first in range(0, len(packs), per_write):
                 writer.write_table(_gather(table, packs[first : first + per_write], lengths))
             writer.finalize()
-        os.replace(temporary, path)
     return datasets.Dataset.from_file(str(path))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import datasets
 import pyarrow as pa
@@ -29,7 +27,7 @@ from oribi.data.report import DataReport, Tally, named, some_of
 from oribi.data.rows import examples_of, readable_rows, safely, tokenised
 from oribi.data.sources import Part, interleave
 from oribi.errors import ConfigError, DataError
-from oribi.text import printable
+from oribi.text import printable, whole_file
 
 OVERLONG = ("error", "drop", "truncate", "split")
 TURNS = ("whole", "split")
@@ -158,18 +156,14 @@ class Preparation:
 
     def write(self, path: Path, progress: bool) -> None:
         """Write all examples as an Arrow file, under a temporary name until it is complete."""
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # process ids repeat among machines
         bar = tqdm(desc=f"Preparing {printable(self.report.source)}", unit=" rows", disable=not progress)
-        try:
-            with bar, datasets.arrow_writer.ArrowWriter(features=FEATURES, path=str(temporary)) as writer:
-                for encoded in self.batches():
-                    writer.write_table(_table(encoded))
-                    bar.update(self.report.rows_in - bar.n)
-                self.finish()
-                writer.finalize()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        arrow_writer = datasets.arrow_writer.ArrowWriter
+        with whole_file(path) as file, bar, arrow_writer(features=FEATURES, path=str(file)) as writer:
+            for encoded in self.batches():
+                writer.write_table(_table(encoded))
+                bar.update(self.report.rows_in - bar.n)
+            self.finish()
+            writer.finalize()
 
     def rows(self) -> Iterator[dict[str, list[int]]]:
         """All examples one by one, for streams; each pass counts anew."""

@@ -1,6 +1,5 @@
 """STEP 3: LoRA on a loaded model, through PEFT: which layers, which arguments, in float32, the same on every run."""
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from oribi.errors import ConfigError
 from oribi.lora.settings import refuse_settings
 from oribi.models.load import train_in_float32
+from oribi.text import did_you_mean, nearest
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # what a family with fused projections calls them
@@ -184,8 +184,7 @@ def _check_fields(given: dict[str, Any]) -> None:
     known = {f.name for f in fields(LoraConfig)} - {"peft_type", "auto_mapping", "base_model_name_or_path"}
     unknown = [name for name in given if name not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0], known)
         raise ConfigError(f"get_peft_model: unknown argument {', '.join(unknown)}{hint}")
 
 
@@ -296,7 +295,7 @@ def _present(
     absent = [name for name in wanted if name not in found]
     if absent and not (some and found):
         leaves = sorted({name.rpartition(".")[2] for name in names} - {""})
-        near = [match for name in absent for match in difflib.get_close_matches(name, leaves, 1)]
+        near = [match for name in absent if (match := nearest(name, leaves))]
         hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else "."
         linear = ", ".join(leaf for leaf in leaves if leaf.endswith(("_proj", "_head", "_tokens")))
         raise ConfigError(

@@ -22,6 +22,7 @@ from oribi.models.checkpoint import read_header
 from oribi.models.files import HubOptions, Location, adapter_weights, locate, read_json
 from oribi.models.identity import BaseIdentity
 from oribi.models.wrapper import WrapperNames
+from oribi.text import write_whole
 
 RECORD_FILE = "oribi.json"
 _SCHEMA = 1
@@ -60,7 +61,7 @@ class AdapterRecord:
             "base_tensors_changed": list(self.changed),
             "positions": self.positions,
         }
-        (folder / RECORD_FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_whole(folder / RECORD_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_record(folder: Path) -> AdapterRecord | None:

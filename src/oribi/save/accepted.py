@@ -5,10 +5,10 @@ nothing to tune here and is taken without effect.
 """
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from oribi.errors import ConfigError
+from oribi.text import did_you_mean
 
 _EITHER = ("token", "is_main_process", "state_dict", "save_function", "max_shard_size", "safe_serialization", "variant",
            "save_peft_format", "tags", "temporary_location", "maximum_memory_usage", "private", "push_to_hub")  # fmt: skip
@@ -43,9 +43,7 @@ def read_accepted(given: dict[str, Any], known: tuple[str, ...], call: str) -> A
     """
     for key in given:
         if key not in known:
-            close = get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{call} has no keyword {key!r}{hint}")
+            raise ConfigError(f"{call} has no keyword {key!r}{did_you_mean(key, known)}")
     refusals = {
         "state_dict": "oribi saves the model's own weights; load the state into the model first",
         "variant": "oribi writes the files' standard names",

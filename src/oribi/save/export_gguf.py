@@ -42,6 +42,7 @@ from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
 from oribi.save.verify import check_source
 from oribi.save.verify_gguf import check_gguf_tokenizer, check_in_llama_cpp
+from oribi.text import write_whole
 
 _METADATA = 16 << 20  # bytes of a file; a vocabulary of 128k tokens and its merges takes 8 MB
 
@@ -170,7 +171,7 @@ def _write_modelfile(
     except NoModelfile as why:
         report.notes.append(f"no Modelfile for Ollama was written: {why}")
         return False
-    (folder / "Modelfile").write_text(text)
+    write_whole(folder / "Modelfile", text)
     return True
 
 

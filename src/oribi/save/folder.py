@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from oribi.errors import ExportError, OribiError
-from oribi.text import printable
+from oribi.text import gigabytes, say
 
 # a loader reads these first: they leave before the first new file moves in and arrive last
 _ENTRIES = ("model.safetensors.index.json", "config.json", "adapter_config.json")
@@ -98,8 +98,8 @@ def announce(directory: str | os.PathLike, sizes: dict[str, int]) -> None:
         ExportError: the disk is too small for all parts.
     """
     for words, size in sizes.items():
-        print(printable(f"oribi: {words}: {gigabytes(size)} into {directory}"), flush=True)
-    print(f"oribi: this disk has {gigabytes(free_bytes(directory))} free", flush=True)
+        say(f"oribi: {words}: {gigabytes(size)} into {directory}")
+    say(f"oribi: this disk has {gigabytes(free_bytes(directory))} free")
     require_disk(Path(directory), sum(sizes.values()))
 
 
@@ -156,11 +156,6 @@ def move_files(partial: Path, final: Path) -> None:
     for name in sorted(names, key=lambda name: (name.name in _ENTRIES, name)):
         (final / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / name, final / name)
-
-
-def gigabytes(size: int) -> str:
-    """Bytes in words: 1.23 GB, or 45.6 MB below a tenth of that."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _alive(pid: int) -> bool:

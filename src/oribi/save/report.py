@@ -11,8 +11,7 @@ import oribi
 from oribi.errors import ExportError
 from oribi.save.check import Check, Outcome, overall, verdict
 from oribi.save.escape import for_markdown, for_yaml
-from oribi.save.folder import gigabytes
-from oribi.text import printable
+from oribi.text import gigabytes, say, write_whole
 
 REPORT_FILE = "export_report.json"
 
@@ -72,16 +71,16 @@ class ExportReport:
     def show(self) -> None:
         """Print the checks and notes, one line each."""
         if self.checks:
-            print(printable(f"oribi: {self.verdict}, checked on {self.checked_on}"))
+            say(f"oribi: {self.verdict}, checked on {self.checked_on}")
         for check in self.checks:
-            print(printable(f"oribi:   {check.line()}"))
+            say(f"oribi:   {check.line()}")
         for note in self.notes:
-            print(printable(f"oribi: note: {note}"), flush=True)
+            say(f"oribi: note: {note}")
 
     def write(self, folder: Path, card: str) -> None:
         """Write the report and the model card into a folder."""
-        (folder / REPORT_FILE).write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
-        (folder / "README.md").write_text(card)
+        write_whole(folder / REPORT_FILE, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+        write_whole(folder / "README.md", card)
 
     def require(self, kept: Iterable[str] = ()) -> None:
         """Raise if a comparison found something different.

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from oribi.errors import ConfigError
+from oribi.text import write_whole
 
 _NAMES = {
     torch.float32: "F32",
@@ -110,7 +111,7 @@ def _shard_names(count: int) -> list[str]:
 def _write_index(folder: Path, weight_map: dict[str, str], plans: list[TensorPlan]) -> None:
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": sum(plan.nbytes for plan in plans)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _write_shard(path: Path, plans: list[TensorPlan], tensors: Iterator[torch.Tensor]) -> None:

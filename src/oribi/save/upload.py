@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from oribi.save.accepted import Accepted
-from oribi.text import printable
+from oribi.text import say
 
 
 def upload_folder(folder: Path, repo_id: str, options: Accepted, api: Any = None) -> str:
@@ -32,5 +32,5 @@ def upload_folder(folder: Path, repo_id: str, options: Accepted, api: Any = None
         create_pr=options.create_pr,
         revision=options.revision,
     )
-    print(printable(f"oribi: uploaded {folder.name} to {commit.commit_url}"), flush=True)
+    say(f"oribi: uploaded {folder.name} to {commit.commit_url}")
     return commit.commit_url

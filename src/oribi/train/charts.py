@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from oribi.text import whole_file
+
 INK, PALE, ACCENT, POINT = "#1f2937", "#9db8d9", "#1d4ed8", "#c2410c"
 SMOOTHING = 0.9  # share of the past in the smoothed line, as in the progress line
 
@@ -59,7 +61,8 @@ def as_svg(figure: Figure) -> str:
 def save_png(figure: Figure, path: Path) -> None:
     """The figure as a file."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=144)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=144)
 
 
 def _axes(size: tuple[float, float], title: str) -> tuple[Figure, Any]:

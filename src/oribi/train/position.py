@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer as BaseTrainer
 
 from oribi.errors import ConfigError, DataError
-from oribi.streams import say
+from oribi.text import say
 from oribi.train.resume import Resumed
 from oribi.train.setup import held
 

@@ -17,7 +17,7 @@ from oribi.models.files import HubOptions, locate
 from oribi.models.identity import fingerprint
 from oribi.models.tokens import tokenizer_of
 from oribi.run_record import RESULTS, RunRecord, checkpoints, own_checkpoints, read_record
-from oribi.streams import say
+from oribi.text import say
 from oribi.train.checkpoints import require_writable
 from oribi.train.fingerprint import compare_settings
 from oribi.train.fp8 import require_fp8_gpu

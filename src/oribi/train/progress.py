@@ -14,8 +14,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from oribi.streams import LastingStream
-from oribi.text import write_whole
+from oribi.text import LastingStream, clock, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -185,13 +184,6 @@ def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
         else:
             logger.warning("%s/%s: a damaged line is left out: %r", folder, LOG_FILE, line[:80])
     return found
-
-
-def clock(seconds: float) -> str:
-    """75 -> "1:15", 3700 -> "1:01:40"."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def peak_memory_bytes() -> int:

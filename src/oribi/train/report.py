@@ -15,11 +15,10 @@ from torch import nn
 import oribi
 from oribi.config import as_yaml
 from oribi.save.escape import fenced, for_markdown
-from oribi.text import write_whole
+from oribi.text import clock, write_whole
 from oribi.train.charts import as_svg, loss_chart, save_png, small_chart
 from oribi.train.evaluate import HeldOut, Sample, answer_rows, held_out_loss, stop_rate, text_loss
 from oribi.train.general_text import TEXT
-from oribi.train.progress import clock
 
 ROWS = 200  # held-out rows that are measured
 SAMPLES = 6

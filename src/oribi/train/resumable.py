@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from oribi.data.packing import pack
 from oribi.errors import ConfigError
 from oribi.run_record import RunRecord, checkpoints, new_run, read_record, set_aside
-from oribi.streams import say
+from oribi.text import say
 from oribi.train.checkpoints import PARTIAL, remove_partial, write_checkpoint
 from oribi.train.fingerprint import (
     adapter_settings,

@@ -19,7 +19,7 @@ from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.untrained import untrained_token
-from oribi.streams import say
+from oribi.text import say
 from oribi.train.arguments import SFTConfig
 from oribi.train.fp8 import settle_fp8
 from oribi.train.sharding import settle_sharding

@@ -34,7 +34,7 @@ from oribi.models.load import load_model
 from oribi.save.adapter_files import write_adapter
 from oribi.save.base import changed_base
 from oribi.save.finite import require_finite
-from oribi.streams import say
+from oribi.text import say
 from oribi.train.arguments import SFTConfig, adopt
 from oribi.train.batches import GroupedByLength, rank_loader
 from oribi.train.checkpoints import StopOnSignal, any_process, require_writable
