@@ -34,7 +34,7 @@ def chat(
         from transformers.utils.logging import set_verbosity_error
 
         from oribi.errors import ConfigError
-        from oribi.models.answering import PrintableStreamer, answer
+        from oribi.models.generate import PrintableStreamer, answer
         from oribi.runs import load_run
 
         set_verbosity_error()

@@ -20,7 +20,7 @@ from oribi.kernels import fp8
 from oribi.kernels.attention import Visibility
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
 from oribi.models.fused_layer import POLICIES, Keep, fusible_groups
-from oribi.models.generation import GeneratesInAnyMode
+from oribi.models.generate import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory, pinned
 from oribi.models.layers import Batch, DecoderLayer, Embedding, RMSNorm, follow_windows
 from oribi.models.outputs import LogitsWhenRead, require_growing, require_known, require_whole

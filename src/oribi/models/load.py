@@ -30,7 +30,6 @@ from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import RECORD_FILE, AdapterRecord, attach_from, read_record
 from oribi.models.checkpoint import PickleSource, Quantization, SafetensorsSource, fill
 from oribi.models.config_file import check_decoder, read_config, read_generation, refuse_other_sizes
-from oribi.models.context import extend_context, override_rope
 from oribi.models.decoder import build
 from oribi.models.files import (
     HubOptions,
@@ -45,6 +44,7 @@ from oribi.models.files import (
 )
 from oribi.models.identity import BaseIdentity, WeightSums, identify, weight_sums
 from oribi.models.request import Options, Request, choose_device, choose_dtype, choose_quantization
+from oribi.models.rope import extend_context, override_rope
 from oribi.models.unfused import load_unfused
 from oribi.models.wrapper import WrapperNames, wrapper_names
 

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from oribi.models.checkpoint import TensorSource
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.generation import inference_mode_of
+from oribi.models.generate import inference_mode_of
 from oribi.save.probes import Rows, pack
 from oribi.save.stream import streamed_logits
 

@@ -11,9 +11,8 @@ from datasets import Dataset
 from torch import nn
 
 from oribi.data.collate import PackCollator, PaddedCollator
-from oribi.models.answering import answers
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.generation import inference_mode_of
+from oribi.models.generate import answers, inference_mode_of
 from oribi.train.setup import base_model
 
 BATCH_TOKENS = 4096  # of one forward; only the loss is kept

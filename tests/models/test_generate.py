@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from oribi.models.answering import PrintableStreamer
+from oribi.models.generate import PrintableStreamer
 from tests.data.tokenizers_small import byte_level
 
 
