@@ -13,8 +13,8 @@ from oribi.chat.rendering import ChatTemplate
 from oribi.data.conversations import from_messages
 from oribi.data.encoding import UNTRAINED, Encoder
 from oribi.errors import DataError
-from tests.data.conftest import CHATML
 from tests.data.tokenizers_small import (
+    CHATML,
     FAMILY_TOKENS,
     TWO_TURNS,
     WEATHER,

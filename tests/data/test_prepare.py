@@ -478,14 +478,13 @@ def test_a_stream_can_be_written_whole(prepare, chatml_tokenizer):
     assert len(prepare(stream, chatml_tokenizer, streaming=False).dataset) == 7
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_conversations_take_at_most_120_seconds_of_one_core(
+def test_preparing_takes_at_most_1_2_ms_of_processor_time_per_conversation(
     prepare, chatml_tokenizer, tmp_path
 ):
     line = json.dumps({"messages": TWO_TURNS}) + "\n"
-    (tmp_path / "many.jsonl").write_text(line * 100_000)
+    (tmp_path / "many.jsonl").write_text(line * 5000)
     started = time.process_time()
     report = prepare(tmp_path / "many.jsonl", chatml_tokenizer).report
-    assert report.examples == 100_000
+    assert report.examples == 5000
     # of all threads together, not of the clock: the machine may be shared
-    assert time.process_time() - started < 120
+    assert time.process_time() - started < 5000 * 1.2e-3

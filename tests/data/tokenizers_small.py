@@ -72,6 +72,11 @@ FAMILY_TOKENS = [
     "</tool_call>",
 ]
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 WEATHER = {
     "type": "function",
     "function": {

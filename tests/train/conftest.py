@@ -10,8 +10,7 @@ from peft import PeftModel
 
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
-from tests.data.conftest import CHATML
-from tests.data.tokenizers_small import byte_level
+from tests.data.tokenizers_small import CHATML, byte_level
 from tests.models.tiny import tiny_config, tiny_pair
 
 VOCABULARY = 512

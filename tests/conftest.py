@@ -1,15 +1,10 @@
-"""Tokenizers for the data tests; each test gets its own copy, because templates are set on them."""
+"""Tokenizers for the tests of chats and data; each test gets its own copy, because templates are set on them."""
 
 import copy
 
 import pytest
 
-from tests.data.tokenizers_small import FAMILY_TOKENS, byte_level, sentence_piece
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from tests.data.tokenizers_small import CHATML, FAMILY_TOKENS, byte_level, sentence_piece
 
 
 @pytest.fixture
