@@ -9,6 +9,9 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
+# the deepest models have some hundreds; each layer costs host memory before a weight is read
+MOST_LAYERS = 4096
+
 
 @dataclass(frozen=True)
 class Family:

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from oribi.errors import ConfigError
-from oribi.gguf.modelfile import NoModelfile, modelfile
+from oribi.gguf.modelfile import NoModelfile, Unwritable, for_go_template, for_modelfile, modelfile
+from oribi.save.card import fenced, for_markdown, for_yaml, model_card
 from oribi.save.check import Check, Outcome
-from oribi.save.escape import Unwritable, fenced, for_go_template, for_markdown, for_modelfile, for_yaml
 from oribi.save.naming import file_name
-from oribi.save.report import ExportReport, model_card
+from oribi.save.report import ExportReport
 from tests.save.tiny_export import TEMPLATE, byte_level_tokenizer
 
 HOSTILE = [

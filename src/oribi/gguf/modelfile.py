@@ -9,6 +9,8 @@ Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.md and docs/te
 """
 
 import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,6 @@ from typing import Any
 from oribi.chat.ends import rendered
 from oribi.chat.template import render
 from oribi.errors import ChatTemplateError, ConfigError
-from oribi.save.escape import Unwritable, for_go_template, for_modelfile
 
 _SYSTEM, _USER, _ANSWER = "Sÿstem-ç{}", "Üser-ñ{}", "Änswer-ø{}"
 _PARAMETERS = {
@@ -29,6 +30,35 @@ Render = Callable[..., str]
 
 class NoModelfile(Exception):
     """Why there is none."""
+
+
+class Unwritable(ValueError):
+    """A value that the format cannot hold as it is."""
+
+
+def for_modelfile(text: str, *, block: bool = False) -> str:
+    '''A value of an Ollama Modelfile, quoted; in """ where `block` says so or it must be.
+
+    Ollama ends a value at the first line whose text so far ends with the quote that it began with, and drops every
+    character that is not printable, spaces and line ends excepted. There is no escape sign.
+
+    Raises:
+        Unwritable: the value holds """, or a character that Ollama would drop.
+
+    Source: https://github.com/ollama/ollama/blob/main/parser/parser.go
+    '''
+    dropped = next((c for c in text if not c.isprintable() and c not in " \t\n\r"), None)
+    if dropped is not None:
+        raise Unwritable(f"it holds {dropped!r}, which Ollama drops")
+    if '"""' in text:
+        raise Unwritable('it holds """, which ends a value of a Modelfile')
+    plain = not any(sign in text for sign in '"\n\r')
+    return f'"{text}"' if plain and not block else f'"""{text}"""'
+
+
+def for_go_template(text: str) -> str:
+    """Text of a Go template: what would begin an action is written by one."""
+    return re.sub(r"\{\Z", '{{ "{" }}', text.replace("{{", '{{ "{{" }}'))
 
 
 @dataclass(frozen=True)
@@ -116,11 +146,11 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
         raise NoModelfile(f"the chat template refuses a plain conversation: {error.__cause__}") from error
     before = to_question.removeprefix(answered)
     if not (before and head.endswith(before)):
-        before = _common_end(head, to_question)
+        before = os.path.commonprefix([head[::-1], to_question[::-1]])[::-1]
     after = (
         closed
         if to_answer.startswith(closed) and ending.startswith(closed)
-        else _common_start(to_answer, ending)
+        else os.path.commonprefix([to_answer, ending])
     )
     answer = (to_answer.removeprefix(after), to_question.removesuffix(before))
     system, inside, always, default = _read_system(render, before, head)
@@ -203,17 +233,6 @@ def _split(text: str, marks: list[str]) -> list[str]:
             raise NoModelfile("the chat template drops, repeats or changes a message")
         parts.append(before)
     return [*parts, text]
-
-
-def _common_end(one: str, other: str) -> str:
-    return _common_start(one[::-1], other[::-1])[::-1]
-
-
-def _common_start(one: str, other: str) -> str:
-    length = 0
-    while length < min(len(one), len(other)) and one[length] == other[length]:
-        length += 1
-    return one[:length]
 
 
 def modelfile(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import gguf
 import torch
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ExportError
-from oribi.models.rope import RotaryAngles
 
 _QKV = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 _ALL_BIASES = (*_QKV, "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
@@ -136,7 +136,7 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, torch.Tensor]:
             for length in ("long", "short")
         }
     if rope["rope_type"] == "llama3":
-        scaled, _ = RotaryAngles(config)._compute(torch.device("cpu"), 0)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
         return {"rope_freqs.weight": rope["rope_theta"] ** -exponents / scaled}
     return {}

@@ -16,9 +16,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
-from oribi.families import FAMILIES, family_of
+from oribi.families import FAMILIES, MOST_LAYERS, family_of
 from oribi.gguf.file import GGUFFile
-from oribi.models.config_file import MOST_LAYERS
 
 # llama.cpp's architecture names for the families of the table; Mistral's dense models are "llama" there
 MODEL_TYPES = {

@@ -18,8 +18,7 @@ from oribi.gguf.mixes import Mix, mix_of
 from oribi.gguf.names import Tensor, layout_of, rope_tensors, tensors_of
 from oribi.gguf.quantize import quantize, quantized_bytes
 from oribi.gguf.tokenizer import Vocabulary, add_tokenizer
-from oribi.models.checkpoint import TensorSource
-from oribi.save.weights import all_finite
+from oribi.tensors import TensorSource, all_finite
 
 _EMBEDDINGS = "model.embed_tokens.weight"
 _FLOAT32 = np.dtype(np.float32)  # the writer wants the shape in values, not in bytes

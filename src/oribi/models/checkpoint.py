@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 
 from oribi.errors import ModelError
 from oribi.kernels import nf4
-from oribi.models.files import open_bytes
+from oribi.tensors import TensorSource, open_bytes
 
 # layers that share an input lie next to each other in one buffer, so that one launch can dequantise them
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -30,19 +30,6 @@ _NF4_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _NF4_KEY)
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 _DTYPES = ("F16", "BF16", "F32", "F64", "U8")
-
-
-class TensorSource(Protocol):
-    """Named tensors that are read one at a time."""
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by the model's parameter names, from headers alone."""
-
-    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-        """One tensor in memory of its own, cast to `dtype`; None keeps the stored dtype."""
-
-    def close(self) -> None:
-        """Lets go of open files."""
 
 
 class SafetensorsSource:

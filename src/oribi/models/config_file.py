@@ -15,15 +15,12 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from oribi.errors import ModelError
-from oribi.families import family_of
+from oribi.families import MOST_LAYERS, family_of
 from oribi.models.files import Location, read_json
 from oribi.models.layers import window_of
 from oribi.models.rope import RotaryAngles
 from oribi.text import nearest, shown
 
-MOST_LAYERS = (
-    4096  # the deepest models have some hundreds; each layer costs host memory before a weight is read
-)
 _MOST = 2**31 - 1
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

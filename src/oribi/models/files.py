@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from oribi.errors import ModelError
 from oribi.run_record import newest_model
+from oribi.tensors import open_bytes
 from oribi.text import nearest
 
 # everything about a model but its weights; original/ and onnx/ folders hold further copies
@@ -369,15 +370,3 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: expected keys with values, got a {type(found).__name__}. Download it again"
         )
     return found
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """A file of a model, to be read.
-
-    Raises:
-        ModelError: this user may not read it, or it is gone.
-    """
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error

@@ -19,9 +19,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from oribi.errors import ExportError
-from oribi.models.checkpoint import TensorSource
 from oribi.save.finite import require_finite
 from oribi.save.weights import LoadedModel, Slot, plain_tensor, slots_of
+from oribi.tensors import TensorSource
 
 _ROWS_AT_ONCE = 8192  # of an embedding: bounds the float32 copy at 8192 * hidden_size * 4 bytes
 

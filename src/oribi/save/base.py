@@ -15,7 +15,7 @@ from torch import nn
 from oribi.errors import ConfigError, ExportError, ModelError
 from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_files import base_tables
-from oribi.models.checkpoint import SafetensorsSource, TensorSource, rounded_to_nf4
+from oribi.models.checkpoint import SafetensorsSource, rounded_to_nf4
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.files import HubOptions, Location, locate, shard_of, weight_files
 from oribi.models.load import renaming
@@ -24,6 +24,7 @@ from oribi.save.naming import base_name
 from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.reference import Trained, loss_of
 from oribi.save.weights import Slot, plain_tensor, slots_of
+from oribi.tensors import TensorSource
 
 # of a tensor's norm, what merging and unmerging leaves: bfloat16 keeps 8 bits, NF4 is off by 9 % each time
 _ROUNDING, _NF4_ROUNDING = 2**-8, 0.2

@@ -21,8 +21,8 @@ from oribi.gguf.writer import plan_file, write_files
 from oribi.save.accepted import GGUF_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel
 from oribi.save.base import choose_base, open_base
+from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome
-from oribi.save.escape import fenced
 from oribi.save.finish import (
     SortedOut,
     Verify,

@@ -17,8 +17,8 @@ from oribi.save.adapter import MergedModel
 from oribi.save.adapter_check import compare_in_plain_peft
 from oribi.save.adapter_files import WEIGHTS, write_adapter
 from oribi.save.base import choose_base, open_base
+from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome
-from oribi.save.escape import fenced
 from oribi.save.finish import (
     Verify,
     checked,

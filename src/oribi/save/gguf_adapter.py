@@ -21,8 +21,8 @@ from oribi.gguf.quantize import Type, quantize, quantized_bytes
 from oribi.save.adapter import changes_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import changed_base
+from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome
-from oribi.save.escape import fenced
 from oribi.save.finish import Verify, checked, compares, file_sizes, finish_export, sort_out
 from oribi.save.folder import announce, finished_folder
 from oribi.save.naming import base_name, model_name

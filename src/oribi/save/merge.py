@@ -8,11 +8,10 @@ from torch import nn
 
 from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
-from oribi.models.checkpoint import TensorSource
 from oribi.save.adapter import MergedModel
 from oribi.save.nf4_checkpoint import nf4_config, pack, packed_bytes, packed_names
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards, write_unplanned
-from oribi.save.weights import all_finite
+from oribi.tensors import TensorSource, all_finite
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU = torch.device("cpu")

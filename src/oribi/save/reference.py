@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig
 
-from oribi.models.checkpoint import TensorSource
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.generate import inference_mode_of
 from oribi.save.probes import Rows, pack
 from oribi.save.stream import streamed_logits
+from oribi.tensors import TensorSource
 
 ANSWER_TOKENS = 24
 _MAX_ANSWER_LOGITS = 100_000_000  # 400 MB of float32

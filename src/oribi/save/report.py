@@ -1,7 +1,6 @@
-"""The report of an export: what was written, from which base, how it compared; export_report.json and the model card."""
+"""The report of an export: what was written, from which base, how it compared; export_report.json."""
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Any
 import oribi
 from oribi.errors import ExportError
 from oribi.save.check import Check, Outcome, overall, verdict
-from oribi.save.escape import for_markdown, for_yaml
-from oribi.text import gigabytes, say, write_whole
+from oribi.text import say, write_whole
 
 REPORT_FILE = "export_report.json"
 
@@ -103,42 +101,3 @@ class ExportReport:
                 + "\n".join(f"  {check.line()}" for check in failed)
                 + "\nTo keep it under its own name all the same: verify='report', on the command line --keep-different"
             )
-
-
-def model_card(report: ExportReport, name: str, base_model: str, usage: str) -> str:
-    """README.md of an exported folder.
-
-    Args:
-        report: what was written and checked.
-        name: the model's name.
-        base_model: hub name or path of the model that was trained; a path is left out.
-        usage: how to run it, as Markdown.
-    """
-    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base_model) is not None
-    library = {"lora": "peft", "gguf": "gguf", "gguf-adapter": "gguf"}.get(report.kind, "transformers")
-    front = ["---", f"library_name: {library}"]
-    front += [f"base_model: {for_yaml(base_model)}"] * is_hub_name
-    front += ["tags:", "- oribi", *(f"- {for_yaml(str(tag))}" for tag in report.tags), "---"]
-    sizes = [f"| {for_markdown(file)} | {gigabytes(size)} |" for file, size in report.files.items()]
-    checks = [
-        f"| {for_markdown(check.name)} | {check.outcome if check.passed else f'**{check.outcome}**'} | "
-        f"{for_markdown(check.says)} |"
-        for check in report.checks
-    ]
-    parts = [
-        "\n".join(front),
-        f"# {for_markdown(name)}",
-        f"Fine-tuned with oribi {oribi.__version__}."
-        + (f" Base of the merge: {for_markdown(report.base)}." if report.base else ""),
-        usage,
-        "## Files\n\n| file | size |\n|---|---|\n" + "\n".join(sizes),
-    ]
-    if checks:
-        parts.append(
-            f"## Compared with the trained model: {report.verdict}\n\nOn {for_markdown(report.checked_on)}. KL is the mean "
-            "divergence of the next token's distribution, in nats.\n\n| check | outcome | finding |\n|---|---|---|\n"
-            + "\n".join(checks)
-        )
-    if report.notes:
-        parts.append("## Notes\n\n" + "\n".join(f"- {for_markdown(note)}" for note in report.notes))
-    return "\n\n".join(parts) + "\n"

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from oribi.models.checkpoint import TensorSource
 from oribi.models.decoder import DecoderForCausalLM, build
+from oribi.tensors import TensorSource
 
 
 def streamed_logits(

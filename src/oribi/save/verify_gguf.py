@@ -11,7 +11,6 @@ from oribi.errors import ExportError
 from oribi.gguf.llama_cpp import Answer, LlamaCpp, LlamaCppUnavailable
 from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
 from oribi.gguf.source import GGUFSource
-from oribi.models.checkpoint import TensorSource
 from oribi.save.check import Check, Outcome, percent
 from oribi.save.probes import CONVERSATIONS, pack, rendered_ids
 from oribi.save.reference import ANSWER_TOKENS, GreedyAnswer, Trained
@@ -26,6 +25,7 @@ from oribi.save.verify import (
     mean_kl,
     same_ids,
 )
+from oribi.tensors import TensorSource
 
 _IN_LLAMA_CPP = 0.03  # nats; it rounds activations to 8 bits where weights are quantised
 _ANSWERS = 8  # of the trained model's prompts

@@ -104,9 +104,3 @@ def plain_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
             "Load the model with load_in_4bit=True or load_in_16bit=True and attach the saved adapter"
         )
     return tensor.detach()
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is infinite or NaN, some rows at a time: the masks of a whole embedding are large."""
-    rows = max(1, (1 << 22) // max(tensor[0].numel(), 1)) if tensor.dim() > 1 else len(tensor)
-    return all(bool(torch.isfinite(part).all()) for part in tensor.split(rows))

@@ -14,7 +14,7 @@ from torch import nn
 
 import oribi
 from oribi.config import as_yaml
-from oribi.save.escape import fenced, for_markdown
+from oribi.save.card import fenced, for_markdown
 from oribi.text import clock, write_whole
 from oribi.train.charts import as_svg, loss_chart, save_png, small_chart
 from oribi.train.evaluate import HeldOut, Sample, answer_rows, held_out_loss, stop_rate, text_loss
