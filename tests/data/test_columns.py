@@ -245,7 +245,7 @@ def test_a_renamed_column_leaves_the_one_of_its_name_unused():
     assert example.unused == ["output"]
     with pytest.raises(ConfigError, match="did you mean columns = {'answer': 'solution_text'}"):
         convert(row, columns={"solution_text": "answer"})
-    with pytest.raises(ConfigError, match="did you mean 'question'"):
+    with pytest.raises(ConfigError, match=r"did you mean question\?"):
         convert(row, columns={"qestion": "output"})
     with pytest.raises(ConfigError, match="role_aliases: teacher: a role must be one of system"):
         convert({"messages": ONE_TURN}, role_aliases={"coach": "teacher"})
