@@ -54,8 +54,6 @@ UPWARD = {
     "chat/rendering.py imports data",
     "chat/roles.py imports data",
     "chat/tokenizer.py imports models",
-    "memory/estimate.py imports train",
-    "memory/utilisation.py imports train",
     "run.py imports compat",
     "runs.py imports compat",
 }

@@ -89,18 +89,18 @@ def test_a_window_bounds_what_a_token_sees(load):
 def test_only_known_gpus_and_16_bit_have_a_peak(load, on_an_h100):
     rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 2]]})
     model, _ = load(dtype="bfloat16")
-    found = utilisation_of(model, rows)
+    found = utilisation_of(model.get_base_model(), rows)
     assert found.peak_flops == 989e12
     assert found.of(989e12 / found.flop_per_token) == pytest.approx(1.0)
-    assert utilisation_of(load(dtype="float32")[0], rows) is None
-    assert utilisation_of(model, rows.to_iterable_dataset()) is None
+    assert utilisation_of(load(dtype="float32")[0].get_base_model(), rows) is None
+    assert utilisation_of(model.get_base_model(), rows.to_iterable_dataset()) is None
     on_an_h100("NVIDIA GeForce 9600", 2**30)
-    assert utilisation_of(model, rows) is None
+    assert utilisation_of(model.get_base_model(), rows) is None
 
 
 def test_a_cpu_shows_none(load):
     rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 2]]})
-    assert utilisation_of(load(dtype="bfloat16")[0], rows) is None
+    assert utilisation_of(load(dtype="bfloat16")[0].get_base_model(), rows) is None
 
 
 def test_it_is_logged_and_shown_beside_the_speed(load, conversations, on_an_h100, tmp_path):

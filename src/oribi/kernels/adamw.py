@@ -24,6 +24,14 @@ from oribi.kernels.adamw_step import (
 )
 
 MIN_8BIT_SIZE = 4096
+# names of optimizers that FlatAdamW computes, and the bits of its states
+FLAT_OPTIMIZERS = {
+    "adamw_8bit": 8,
+    "adamw_bnb_8bit": 8,
+    "paged_adamw_8bit": 8,
+    "paged_adamw_32bit": 32,
+    "paged_adamw": 32,
+}
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 from oribi.config import RunConfig
 from oribi.environment import Environment
 from oribi.errors import ConfigError
+from oribi.kernels.adamw import FLAT_OPTIMIZERS
 from oribi.kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 from oribi.memory.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.memory.gpus import Gpu
@@ -24,7 +25,6 @@ from oribi.memory.plan import MARGIN, attention_portions, plan
 from oribi.models.fused_layer import MLP_TOKENS, POLICIES, Keep
 from oribi.models.host_memory import buffer_size
 from oribi.models.unfused import UnfusedSizes
-from oribi.train.arguments import FLAT_OPTIMIZERS
 
 # cuBLAS workspaces of two streams, rotary tables, batches: what three runs of Llama-3.2-1B and Qwen2.5-0.5B on an H100
 # took beyond the sums below, within 4 MiB of each other

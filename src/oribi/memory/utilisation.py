@@ -25,7 +25,6 @@ from torch import nn
 from oribi.environment import detect
 from oribi.memory.gpus import recognise
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.train.setup import base_model
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,14 @@ class Utilisation:
         return self.flop_per_token * tokens_per_second / self.peak_flops
 
 
-def utilisation_of(model: nn.Module, rows: Any) -> Utilisation | None:
+def utilisation_of(decoder: nn.Module, rows: Any) -> Utilisation | None:
     """How to reckon the MFU of a training; None on a GPU whose peak is not known, and where rows or model do not tell.
 
     Args:
-        model: oribi's decoder with or without adapter; others are not reckoned.
+        decoder: the trained model, taken out of its wrappers; only oribi's decoder is counted.
         rows: prepared rows or packs; a stream's are not known before they come.
     """
-    decoder, here = base_model(model), detect()
+    here = detect()
     if not isinstance(decoder, DecoderForCausalLM) or not isinstance(rows, Dataset) or not len(rows):
         return None
     if not {"input_ids", "labels"} <= set(rows.column_names):

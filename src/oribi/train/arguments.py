@@ -11,14 +11,6 @@ from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.train.trackers import require_trackers
 
-# optimizers that run as oribi's flat AdamW, and the bits of its state
-FLAT_OPTIMIZERS = {
-    "adamw_8bit": 8,
-    "adamw_bnb_8bit": 8,
-    "paged_adamw_8bit": 8,
-    "paged_adamw_32bit": 32,
-    "paged_adamw": 32,
-}
 # TRL's own default, with which messages go before text; whether a script wrote it cannot be seen
 TRL_TEXT_FIELD = next(f.default for f in fields(trl.SFTConfig) if f.name == "dataset_text_field")
 

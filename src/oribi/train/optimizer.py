@@ -6,8 +6,7 @@ import torch
 import trl
 from torch import nn
 
-from oribi.kernels.adamw import FlatAdamW
-from oribi.train.arguments import FLAT_OPTIMIZERS
+from oribi.kernels.adamw import FLAT_OPTIMIZERS, FlatAdamW
 from oribi.train.extension_points import is_users
 from oribi.train.guard import LossGuard
 from oribi.train.setup import base_model

@@ -267,7 +267,7 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
         alpha = self.args.neftune_noise_alpha
         if alpha is not None:
             self._noise = EmbeddingNoise(base_model(self.model).get_input_embeddings(), alpha)
-        self._utilisation = utilisation_of(self.model, self.train_dataset)
+        self._utilisation = utilisation_of(base_model(self.model), self.train_dataset)
         self._logged = (self.tokens_seen, time.monotonic())
         deterministic = self.args.deterministic
         if self.args.device.type == "cuda" and self.args.process_index == 0 and not deterministic:
