@@ -159,7 +159,6 @@ LONG_FILES = {
     "kernels/attention.py": 401,
     "kernels/lora.py": 522,
     "memory/estimate.py": 434,
-    "models/checkpoint.py": 413,
     "models/decoder.py": 431,
     "models/fused_layer.py": 481,
     "models/load.py": 538,

@@ -289,9 +289,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_at_once(tmp_path):
 def test_nothing_is_read_before_the_names_are_checked(tmp_path, monkeypatch):
     checkpoint(tmp_path)
     edit_tensors(tmp_path, lambda t: t.pop("model.norm.weight"))
-    monkeypatch.setattr(
-        "oribi.models.checkpoint.SafetensorsSource.read", lambda *a: pytest.fail("data was read")
-    )
+    monkeypatch.setattr("oribi.tensors.SafetensorsSource.read", lambda *a: pytest.fail("data was read"))
     with pytest.raises(ModelError, match="1 missing"):
         load(tmp_path)
 

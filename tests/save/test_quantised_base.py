@@ -13,7 +13,6 @@ from oribi.errors import ExportError
 from oribi.gguf.source import GGUFSource
 from oribi.kernels.nf4 import dequantize
 from oribi.lora.attach import attach_lora
-from oribi.models.checkpoint import SafetensorsSource
 from oribi.models.load import load_model
 from oribi.save.adapter import MergedModel
 from oribi.save.export_gguf import save_gguf
@@ -23,6 +22,7 @@ from oribi.save.nf4_checkpoint import Nf4Source, packed_bytes
 from oribi.save.probes import rows_of
 from oribi.save.reference import Trained
 from oribi.save.stream import streamed_logits
+from oribi.tensors import SafetensorsSource
 from tests.save.tiny_export import VOCAB, adapted, byte_level_tokenizer, export_config, tiny_model
 
 IDS = torch.arange(20, 60)[None]

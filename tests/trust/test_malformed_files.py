@@ -17,7 +17,7 @@ from safetensors.torch import save
 from oribi.errors import ModelError, OribiError
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.source import GGUFSource
-from oribi.models.checkpoint import SafetensorsSource, read_header
+from oribi.tensors import SafetensorsSource, read_header
 
 # ORIBI_FUZZ=20000 for a long run
 EXAMPLES = int(os.environ.get("ORIBI_FUZZ", 300))

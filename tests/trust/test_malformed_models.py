@@ -21,9 +21,9 @@ from oribi import FastLanguageModel
 from oribi.errors import ModelError, OribiError
 from oribi.lora.contents import read_adapter
 from oribi.memory.architecture import architecture_of
-from oribi.models.checkpoint import SafetensorsSource
 from oribi.models.files import HubOptions, locate, shard_of, weight_files
 from oribi.models.tokens import tokenizer_of
+from oribi.tensors import SafetensorsSource
 from tests.models.tiny_checkpoint import checkpoint, edit_config
 
 SAMPLE = int(os.environ.get("ORIBI_FUZZ", 25))

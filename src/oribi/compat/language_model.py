@@ -19,6 +19,7 @@ from oribi.errors import ConfigError
 from oribi.lora.attach import PROJECTIONS, attach_lora, set_checkpointing, switch_checkpointing
 from oribi.models.adapter_files import load_adapter
 from oribi.models.load import load_model
+from oribi.models.unwrap import base_model
 from oribi.text import did_you_mean
 
 Model = PreTrainedModel | PeftModel
@@ -114,7 +115,7 @@ class FastLanguageModel:
             resize_model_vocab=resize_model_vocab,
             **options,
         )
-        set_checkpointing(_base(model), use_gradient_checkpointing)
+        set_checkpointing(base_model(model), use_gradient_checkpointing)
         model.oribi.notes += notes
         _announce(model)
         _bind(model)
@@ -177,7 +178,7 @@ class FastLanguageModel:
     def for_inference(model: Model) -> Model:
         """Puts the model into inference mode: no dropout, no checkpointing, cached generation."""
         model.eval()
-        base = _base(model)
+        base = base_model(model)
         switch_checkpointing(base, on=False)
         base.config.use_cache = True
         return model
@@ -186,7 +187,7 @@ class FastLanguageModel:
     def for_training(model: Model, use_gradient_checkpointing: bool | str | None = None) -> Model:
         """Puts the model back into training mode, with the checkpointing it had or another."""
         model.train()
-        base = _base(model)
+        base = base_model(model)
         choice = (
             base.oribi.checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
         )
@@ -270,13 +271,9 @@ def _sort_out(options: dict[str, Any], *known_by: Callable[..., Any]) -> list[st
     return notes
 
 
-def _base(model: Model) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _announce(model: Model) -> None:
     environment = detect()
-    dtype = str(_base(model).dtype).removeprefix("torch.")
+    dtype = str(base_model(model).dtype).removeprefix("torch.")
     kernels = "Triton" if environment.triton else "reference"
     _print_notes(
         [

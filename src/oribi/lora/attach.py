@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from oribi.errors import ConfigError
 from oribi.lora.settings import refuse_settings
 from oribi.models.load import train_in_float32
+from oribi.models.unwrap import base_model
 from oribi.text import did_you_mean, nearest
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -79,7 +80,7 @@ def attach_lora(
             "get_peft_model: the model was loaded with full_finetuning=True, so no LoRA is attached"
         )
         return model
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     notes: list[str] = []
     _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
     _check_fields(lora_config)

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 import oribi
 from oribi.errors import ModelError
 from oribi.models.adapter_config import check_against_base, read_adapter_config
-from oribi.models.checkpoint import read_header
 from oribi.models.files import HubOptions, Location, adapter_weights, locate, read_json
 from oribi.models.identity import BaseIdentity
+from oribi.models.unwrap import bare_module, bare_name, base_model
 from oribi.models.wrapper import WrapperNames
+from oribi.tensors import read_header
 from oribi.text import write_whole
 
 RECORD_FILE = "oribi.json"
@@ -111,19 +112,11 @@ def adapter_tensors(model: PeftModel, adapter: str, *, tables: bool = False) -> 
 
 def base_tables(model: Any) -> dict[str, torch.Tensor]:
     """The base's embeddings and head by their names in an adapter's file; one that is tied has two names."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = base_model(model)
     tables = {
-        id(_unwrapped(m).weight) for m in (inner.get_input_embeddings(), inner.get_output_embeddings()) if m
+        id(bare_module(m).weight) for m in (inner.get_input_embeddings(), inner.get_output_embeddings()) if m
     }
     return {name: p for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tables}
-
-
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module that PEFT put its wrappers around."""
-    for inner in ("token_adapter", "original_module", "base_layer"):
-        if isinstance(getattr(module, inner, None), torch.nn.Module):
-            return _unwrapped(getattr(module, inner))
-    return module
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -203,13 +196,13 @@ def read_for(model: Any, settings: PeftConfig, path: Path) -> tuple[PeftConfig, 
     Raises:
         ModelError: the file is damaged, or holds values that are not finite.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = base_model(model)
     names: WrapperNames | None = getattr(getattr(inner, "oribi", None), "names", None)
     tensors = read_tensors(path)
     if names is None or not isinstance(settings, LoraConfig) or not names.are_in(tensors):
         return settings, tensors
     plain = [
-        name.replace(".base_layer", "")
+        bare_name(name)
         for name, module in inner.named_modules()
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
     ]
@@ -254,7 +247,7 @@ def attach_from(
         ModelError: settings or tensors do not fit the model.
     """
     names = [name for name, _ in model.named_modules()]
-    check_against_base(location, names, len(_unwrapped(model.get_input_embeddings()).weight))
+    check_against_base(location, names, len(bare_module(model.get_input_embeddings()).weight))
     settings, tensors = read_for(model, read_adapter_config(location), path)
     settings.inference_mode = not is_trainable
     base = settings.base_model_name_or_path

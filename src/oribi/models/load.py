@@ -28,7 +28,6 @@ from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
 from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import RECORD_FILE, AdapterRecord, attach_from, read_record
-from oribi.models.checkpoint import PickleSource, Quantization, SafetensorsSource, fill
 from oribi.models.config_file import check_decoder, read_config, read_generation, refuse_other_sizes
 from oribi.models.decoder import build
 from oribi.models.files import (
@@ -43,10 +42,13 @@ from oribi.models.files import (
     written_name,
 )
 from oribi.models.identity import BaseIdentity, WeightSums, identify, weight_sums
+from oribi.models.quantize import Quantization, fill
 from oribi.models.request import Options, Request, choose_device, choose_dtype, choose_quantization
 from oribi.models.rope import extend_context, override_rope
 from oribi.models.unfused import load_unfused
+from oribi.models.unwrap import bare_name
 from oribi.models.wrapper import WrapperNames, wrapper_names
+from oribi.tensors import PickleSource, SafetensorsSource
 
 
 @dataclass
@@ -112,7 +114,7 @@ class ModelSource:
         """
         if getattr(getattr(base, "model", None), "shards", None) is not None:
             return []
-        weights = {_plain(name): p for name, p in base.named_parameters() if not p.requires_grad}
+        weights = {bare_name(name): p for name, p in base.named_parameters() if not p.requires_grad}
         return [
             name
             for name, before in self.sums.items()
@@ -121,15 +123,8 @@ class ModelSource:
 
 
 def _sums(base: nn.Module) -> dict[str, WeightSums]:
-    found = {_plain(name): weight_sums(parameter) for name, parameter in base.named_parameters()}
+    found = {bare_name(name): weight_sums(parameter) for name, parameter in base.named_parameters()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _plain(name: str) -> str:
-    """A weight's name without what PEFT put around its module."""
-    for wrapper in (".base_layer", ".original_module", ".token_adapter"):
-        name = name.replace(wrapper, "")
-    return name
 
 
 def load_model(

@@ -8,8 +8,8 @@ from transformers import BitsAndBytesConfig
 
 from oribi.environment import detect
 from oribi.errors import ConfigError
-from oribi.models.checkpoint import Quantization
 from oribi.models.files import HubOptions
+from oribi.models.quantize import Quantization
 
 _DTYPES = {
     **dict.fromkeys(("float16", "fp16", "half"), torch.float16),

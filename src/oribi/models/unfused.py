@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.pytorch_utils import Conv1D
 
 from oribi.errors import ModelError
-from oribi.models.checkpoint import Quantization, fits_nf4
 from oribi.models.files import Location
 from oribi.models.generate import generate_in_inference_mode
+from oribi.models.quantize import Quantization, fits_nf4
 
 # NF4 with double quantisation: half a byte of codes; a byte for every 64 weights, of which 256 share a float32
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)

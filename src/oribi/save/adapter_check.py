@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from oribi.errors import ExportError, ModelError
 from oribi.gguf.source import GGUFSource
-from oribi.models.checkpoint import rounded_to_nf4
 from oribi.models.files import Location, weight_files
+from oribi.models.quantize import rounded_to_nf4
+from oribi.models.unwrap import base_model, source_of
 from oribi.models.wrapper import classes_of
 from oribi.save.base import locate_here
 from oribi.save.check import Check, NotTested
@@ -41,7 +42,7 @@ def compare_in_plain_peft(model: PeftModel, folder: Path, trained: Trained) -> C
         NotTested: the base is not in reach, too large for the memory that is free, or its class is unknown.
         ExportError: plain PEFT cannot load the files.
     """
-    source = getattr(model.get_base_model(), "oribi", None)
+    source = source_of(model)
     if source is None or source.config is None:
         raise NotTested("the model was not loaded by oribi, so its base's files are not known")
     if list(model.active_adapters) != ["default"]:
@@ -100,7 +101,7 @@ def plain_base(
     kinds = classes_of(source.config)
     if not kinds:
         raise NotTested(f"the class {source.config.architectures} comes with the model's own code")
-    config, positions = copy.deepcopy(source.config), source.positions(model.get_base_model().config)
+    config, positions = copy.deepcopy(source.config), source.positions(base_model(model).config)
     for name, value in (positions or {}).items():
         setattr(config.get_text_config(), name, value)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
@@ -115,7 +116,7 @@ def plain_base(
         kind = AutoModelForCausalLM if automatic else kinds[0]
         outside = kind.from_pretrained(location.directory, config=config, local_files_only=True, **options)
     outside = outside.to(device).eval()
-    rows = len(model.get_base_model().get_input_embeddings().weight)
+    rows = len(base_model(model).get_input_embeddings().weight)
     if rows != len(outside.get_input_embeddings().weight):
         outside.resize_token_embeddings(rows, mean_resizing=False)
     if source.kind != "bnb-4bit":

@@ -27,6 +27,7 @@ from oribi.models.adapter_files import (
 )
 from oribi.models.files import Location
 from oribi.models.plain_peft import try_in_plain_peft
+from oribi.models.unwrap import bare_name, base_model, source_of
 from oribi.save.base import changed_base, table_slots
 from oribi.save.finite import require_finite
 from oribi.save.weights import Slot, slots_of
@@ -100,7 +101,7 @@ def _complete(model: PeftModel, adapter: str, folder: Path, with_tables: str | b
     tables = (
         changed_tables(model, adapter) if with_tables == "auto" else base_tables(model) if with_tables else {}
     )
-    names = getattr(getattr(model.get_base_model(), "oribi", None), "names", None)
+    names = getattr(source_of(model), "names", None)
     moves = names is not None and isinstance(settings, LoraConfig)
     if not tables and not moves:
         return
@@ -118,26 +119,26 @@ def _complete(model: PeftModel, adapter: str, folder: Path, with_tables: str | b
 
 def _adapted(model: PeftModel, adapter: str) -> list[str]:
     """The base's names of the modules that have a LoRA pair of an adapter."""
-    inner = model.get_base_model()
+    inner = base_model(model)
     return [
-        name.replace(".base_layer", "")
+        bare_name(name)
         for name, module in inner.named_modules()
         if isinstance(module, LoraLayer) and adapter in (*module.lora_A, *module.lora_embedding_A)
     ]
 
 
 def _record(model: PeftModel, changed: list[str], chat_template: Any, folder: Path) -> None:
-    source = getattr(model.get_base_model(), "oribi", None)
+    source = source_of(model)
     if source is None or source.identity is None:
         return
     template = source.chat_template if chat_template is None else chat_template
-    positions = source.positions(model.get_base_model().config)
+    positions = source.positions(base_model(model).config)
     AdapterRecord(source.identity, source.max_seq_length, template, tuple(changed), positions).write(folder)
 
 
 def changed_tables(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     """Embeddings and head, by their names in the adapter's file, with rows that the checkpoint lacks or has otherwise."""
-    sums = getattr(getattr(model, "oribi", None), "sums", {})
+    sums = getattr(source_of(model), "sums", {})
     slots = slots_of(model) if sums else {}
     found = {}
     for name, slot in table_slots(model, slots).items():
@@ -177,7 +178,7 @@ def check_files(model: PeftModel, adapter: str, folder: Path) -> str | None:
         ExportError: the files are not the adapter.
     """
     path = folder / WEIGHTS
-    source = getattr(model.get_base_model(), "oribi", None)
+    source = source_of(model)
     names = getattr(source, "names", None)
     try:
         stored = read_tensors(path)

@@ -15,16 +15,17 @@ from torch import nn
 from oribi.errors import ConfigError, ExportError, ModelError
 from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_files import base_tables
-from oribi.models.checkpoint import SafetensorsSource, rounded_to_nf4
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.files import HubOptions, Location, locate, shard_of, weight_files
 from oribi.models.load import renaming
+from oribi.models.quantize import rounded_to_nf4
+from oribi.models.unwrap import base_model, source_of
 from oribi.save.adapter import MergedModel
 from oribi.save.naming import base_name
 from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.reference import Trained, loss_of
 from oribi.save.weights import Slot, plain_tensor, slots_of
-from oribi.tensors import TensorSource
+from oribi.tensors import SafetensorsSource, TensorSource
 
 # of a tensor's norm, what merging and unmerging leaves: bfloat16 keeps 8 bits, NF4 is off by 9 % each time
 _ROUNDING, _NF4_ROUNDING = 2**-8, 0.2
@@ -78,7 +79,7 @@ def open_base(model: nn.Module, base: str) -> TensorSource | None:
     """
     if base == "dequantized":
         return None
-    source = getattr(model, "oribi", None)
+    source = source_of(model)
     if base == "original":
         _require_unchanged(model)
     location, options = locate_here(model, base_name(model) if base == "original" else base)
@@ -120,7 +121,7 @@ def locate_here(model: nn.Module, name: str) -> tuple[Location, HubOptions]:
     Raises:
         ExportError: there are none, or an adapter.
     """
-    source = getattr(model, "oribi", None)
+    source = source_of(model)
     own = source is not None and name == source.name_or_path
     options = replace(source.hub if own else HubOptions(), local_files_only=True)
     gguf_file = None
@@ -163,10 +164,10 @@ def changed_base(model: nn.Module, *, tables: bool = False) -> list[str]:
         model: PEFT's model or a plain one.
         tables: whether the embeddings and the head count, whose rows can travel in an adapter's file.
     """
-    source = getattr(model, "oribi", None)
+    source = source_of(model)
     if source is None or not source.sums:
         return []
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     changed = source.changed_weights(inner)
     if not changed:
         return []

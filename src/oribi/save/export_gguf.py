@@ -18,6 +18,7 @@ from oribi.gguf.names import check_config
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.tokenizer import CUT_BY_CASE, Vocabulary
 from oribi.gguf.writer import plan_file, write_files
+from oribi.models.unwrap import base_model
 from oribi.save.accepted import GGUF_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel
 from oribi.save.base import choose_base, open_base
@@ -91,7 +92,7 @@ def save_gguf(
         return save_gguf_adapter(model, directory, quantization_method, verify=verify)
     asked = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     methods = list(dict.fromkeys(mix_of(method).name for method in asked))
-    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    config = base_model(model).config
     notes = check_config(config)
     shapes = MergedModel(model).shapes()
     called = model_name(model) if name is None else file_name(name)
@@ -133,7 +134,7 @@ def _write(
     expected: Trained | None,
     verify: Verify,
 ) -> tuple[Vocabulary, SortedOut, bool]:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     paths = {method: partial / file for method, file in files.items()}
     device, name = next(inner.parameters()).device, next(iter(files.values())).rsplit(".", 2)[0]
     with torch.no_grad():

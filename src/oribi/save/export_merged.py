@@ -11,7 +11,7 @@ from torch import nn
 
 from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError
-from oribi.models.checkpoint import read_header
+from oribi.models.unwrap import base_model
 from oribi.save.accepted import MERGED_KEYWORDS, read_accepted
 from oribi.save.adapter import MergedModel
 from oribi.save.adapter_check import compare_in_plain_peft
@@ -35,6 +35,7 @@ from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
 from oribi.save.upload import upload_folder
 from oribi.save.verify import check_folder, check_saved_tokenizer
+from oribi.tensors import read_header
 
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 
@@ -141,7 +142,7 @@ def _write_checkpoint(
 
 
 def _write_generation_config(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     generation = copy.deepcopy(getattr(inner, "generation_config", None))
     if generation is None:
         return

@@ -12,6 +12,7 @@ from torch import nn
 from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.unwrap import source_of
 from oribi.save.adapter import MergedModel
 from oribi.save.card import model_card
 from oribi.save.check import Check, NotTested, Outcome
@@ -102,7 +103,7 @@ def trained_answers(
             held_out.found = trained_answers(model, tokenizer, held_out.rows, True, greedy)
         return held_out.found
     if held_out is None:
-        held_out = getattr(getattr(model, "oribi", None), "held_out", None)
+        held_out = getattr(source_of(model), "held_out", None)
     vocab_size = model.config.get_text_config().vocab_size
     rows = rows_of(tokenizer, held_out, vocab_size)
     prompts = prompts_of(tokenizer, held_out, vocab_size) if greedy else []

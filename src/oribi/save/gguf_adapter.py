@@ -18,6 +18,7 @@ from torch import nn
 from oribi.errors import ConfigError, ExportError
 from oribi.gguf.names import layout_of, tensors_of
 from oribi.gguf.quantize import Type, quantize, quantized_bytes
+from oribi.models.unwrap import base_model, source_of
 from oribi.save.adapter import changes_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import changed_base
@@ -62,7 +63,7 @@ def save_gguf_adapter(
     if unknown:
         raise ConfigError(f"an adapter as GGUF is written as {', '.join(_TYPES)}; got {unknown[0]!r}")
     compared = compares(verify)
-    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    config = base_model(model).config
     _require_own_base(model)
     alpha, pairs = _pairs(model, config)
     size = sum(pair.numel() * 4 for pair in pairs.values()) * len(names)
@@ -103,7 +104,7 @@ def _require_own_base(model: nn.Module) -> None:
 
 def _belongs_to(model: nn.Module) -> list[str]:
     """What is to be known of the base that the adapter goes with."""
-    identity = getattr(getattr(model, "oribi", None), "identity", None)
+    identity = getattr(source_of(model), "identity", None)
     if identity is None or not identity.in_nf4:
         return []
     return [

@@ -8,6 +8,7 @@ from torch import nn
 
 from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
+from oribi.models.unwrap import base_model
 from oribi.save.adapter import MergedModel
 from oribi.save.nf4_checkpoint import nf4_config, pack, packed_bytes, packed_names
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards, write_unplanned
@@ -61,7 +62,7 @@ class Checkpoint:
             write_unplanned(folder, pack(tensors, self.packed), shard_bytes(max_shard_size))
         else:
             write_shards(folder, self.plans, (tensor for _, tensor in tensors), shard_bytes(max_shard_size))
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner = base_model(self.model)
         config = copy.deepcopy(inner.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config

@@ -6,11 +6,12 @@ import re
 from torch import nn
 
 from oribi.errors import ConfigError
+from oribi.models.unwrap import source_of
 
 
 def base_name(model: nn.Module) -> str:
     """Name or path that the model was loaded by; "" if it was made from a config."""
-    source = getattr(model, "oribi", None)
+    source = source_of(model)
     return str(
         source.name_or_path if source is not None else getattr(model.config, "_name_or_path", "") or ""
     )

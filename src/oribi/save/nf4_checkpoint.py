@@ -7,7 +7,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from oribi.models.checkpoint import BLOCK
+from oribi.models.quantize import BLOCK
 from oribi.save.weights import slots_of
 from oribi.tensors import TensorSource
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.generate import inference_mode_of
+from oribi.models.unwrap import base_model
 from oribi.save.probes import Rows, pack
 from oribi.save.stream import streamed_logits
 from oribi.tensors import TensorSource
@@ -50,7 +51,7 @@ class Trained:
         self, model: nn.Module, rows: Rows, prompts: list[list[int]] = (), stops: list[int] = ()
     ) -> None:
         self.model, self.rows = model, rows
-        self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.inner = base_model(model)
         self.config = self.inner.config
         vocab_size = self.config.get_text_config().vocab_size
         self.stops = {id for id in stops if id < vocab_size}

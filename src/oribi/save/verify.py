@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oribi.chat.ends import renders
-from oribi.models.checkpoint import SafetensorsSource
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.save.check import Check, Outcome, percent
 from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.probes import CONVERSATIONS, rendered_ids
 from oribi.save.reference import ANSWER_TOKENS, Trained, logits_by_document, loss_of
-from oribi.tensors import TensorSource
+from oribi.tensors import SafetensorsSource, TensorSource
 
 # mean KL in nats above which a file is not the trained model, by its format
 KL_TOLERANCE = {

@@ -1,6 +1,6 @@
 """The tensors of a loaded model under their checkpoint names, whatever PEFT wrapped around them.
 
-The model is read as any other source of tensors is (`models.checkpoint.TensorSource`), one at a time.
+The model is read as any other source of tensors is (`tensors.TensorSource`), one at a time.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from torch import nn
 
 from oribi.errors import ExportError
 from oribi.kernels.nf4 import dequantize
+from oribi.models.unwrap import base_model
 
 Wrapper = BaseTunerLayer | AuxiliaryTrainingWrapper | TrainableTokensLayer
 
@@ -37,7 +38,7 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
     Args:
         model: a causal language model, or PEFT's model around one.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     return dict(_walk(inner, "", ()))
 
 

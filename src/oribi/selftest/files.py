@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from oribi.errors import ConfigError
 from oribi.models.load import load_model
+from oribi.models.unwrap import base_model
 from oribi.save import save_merged
 from oribi.save.adapter_check import plain_base
 from oribi.save.base import locate_here
@@ -59,7 +60,7 @@ def _logits(model: torch.nn.Module, rows: Dataset) -> torch.Tensor:
 
 def _loaded(subject: Subject) -> tuple[PeftModel, Any, Dataset]:
     model, tokenizer = subject.load()
-    return model, tokenizer, subject.rows(3, model.get_base_model().config.vocab_size)
+    return model, tokenizer, subject.rows(3, base_model(model).config.vocab_size)
 
 
 def _check_adapter(subject: Subject, folder: Path) -> Iterator[Check]:
@@ -115,7 +116,7 @@ def _trainer(subject: Subject, folder: Path, model: Any, tokenizer: Any) -> SFTT
         per_device_train_batch_size=2, gradient_accumulation_steps=2, neftune_noise_alpha=5.0, disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
-    rows = subject.rows(11, model.get_base_model().config.vocab_size)
+    rows = subject.rows(11, base_model(model).config.vocab_size)
     trainer = SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer)
     trainer.remove_callback(Progress)
     return trainer
@@ -137,7 +138,7 @@ def _check_resume(subject: Subject, folder: Path) -> Iterator[Check]:
 def _check_refusal(subject: Subject, folder: Path) -> Check:
     """A run is not gone on with on another base: one whose configuration differs in a byte."""
     model, tokenizer = subject.load()
-    source = model.get_base_model().oribi
+    source = base_model(model).oribi
     files = {name: {**entry, "sample_sha256": "0" * 64} for name, entry in source.identity.files.items()}
     with held(source, identity=replace(source.identity, files=files)):
         trainer = _trainer(subject, folder / "other base", model, tokenizer)

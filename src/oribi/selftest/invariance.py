@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from oribi.data.collate import PackCollator
 from oribi.data.packing import pack
 from oribi.models.fused_layer import POLICIES
+from oribi.models.unwrap import base_model
 from oribi.selftest.check import Check, broken
 from oribi.selftest.processes import run_together
 from oribi.selftest.subject import LONGEST, Subject, reference_of
@@ -113,7 +114,7 @@ def step_error(found: Step, expected: Step) -> tuple[float, str]:
 def check_steps(subject: Subject, folder: Path) -> Iterator[Check]:
     """Every way to take one step, and every recompute policy."""
     model, tokenizer = subject.load()
-    vocabulary = model.get_base_model().config.vocab_size
+    vocabulary = base_model(model).config.vocab_size
     limit = LIMITS[model.device.type]
     many = subject.rows(11, vocabulary)
     rows, tail = many.select(range(ROWS)), many.select(range(8, 11))
@@ -154,7 +155,7 @@ def _check_policies(model: PeftModel, rows: Dataset) -> Iterator[Check]:
         name: value.to(model.device) if torch.is_tensor(value) else value
         for name, value in PackCollator()(list(rows)).items()
     }
-    decoder = model.get_base_model()
+    decoder = base_model(model)
     model.train()
     found = {}
     for policy in POLICIES:
@@ -173,7 +174,7 @@ def _check_isolation(model: PeftModel, rows: Dataset) -> Check:
     """Other documents of a pack say exactly the same when one document changes."""
     examples = [dict(row) for row in rows]
     changed = [dict(row) for row in rows]
-    vocabulary = model.get_base_model().config.vocab_size
+    vocabulary = base_model(model).config.vocab_size
     changed[2]["input_ids"] = [(i + 1) % vocabulary for i in changed[2]["input_ids"]]
     model.eval()
     logits = []

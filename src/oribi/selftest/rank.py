@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from oribi.models.unwrap import base_model
 from oribi.selftest.invariance import ROWS, trained_step
 from oribi.selftest.subject import Subject
 
@@ -14,7 +15,7 @@ def main(path: str, folder: Path) -> None:
     """Take the step; the first process writes loss and gradients to step.safetensors."""
     subject = Subject(path, "cpu")
     model, tokenizer = subject.load()
-    rows = subject.rows(11, model.get_base_model().config.vocab_size).select(range(ROWS))
+    rows = subject.rows(11, base_model(model).config.vocab_size).select(range(ROWS))
     step = trained_step(
         model, tokenizer, rows, folder, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         use_cpu=True, ddp_backend="gloo",

@@ -20,6 +20,7 @@ from oribi.errors import ModelError
 from oribi.lora.attach import attach_lora
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.load import load_model
+from oribi.models.unwrap import base_model
 from oribi.save.weights import LoadedModel
 
 LONGEST = 48  # tokens of a row
@@ -128,7 +129,7 @@ def write_small_model(
 
 def plain_model(model: PeftModel) -> PreTrainedModel:
     """transformers' own model in float32 with the values that the NF4 weights stand for."""
-    config = copy.deepcopy(model.get_base_model().config)
+    config = copy.deepcopy(base_model(model).config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.float32

@@ -13,7 +13,7 @@ from torch import nn
 from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.generate import answers, inference_mode_of
-from oribi.train.setup import base_model
+from oribi.models.unwrap import base_model
 
 BATCH_TOKENS = 4096  # of one forward; only the loss is kept
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from oribi.models.identity import BaseIdentity
+from oribi.models.unwrap import base_model, source_of
 from oribi.run_record import RunRecord
 from oribi.train.arguments import SFTConfig
-from oribi.train.setup import base_model
 
 BASE = "compared by the base's files"
 ROWS = "compared by the prepared rows"
@@ -98,7 +98,7 @@ def adapter_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def identity_of(model: nn.Module) -> BaseIdentity | None:
     """What the base is, where oribi loaded it."""
-    return getattr(getattr(base_model(model), "oribi", None), "identity", None)
+    return getattr(source_of(model), "identity", None)
 
 
 def _plain(value: Any) -> Any:

@@ -7,9 +7,9 @@ import trl
 from torch import nn
 
 from oribi.kernels.adamw import FLAT_OPTIMIZERS, FlatAdamW
+from oribi.models.unwrap import base_model
 from oribi.train.extension_points import is_users
 from oribi.train.guard import LossGuard
-from oribi.train.setup import base_model
 
 
 class OptimizerTrainer(trl.SFTTrainer):

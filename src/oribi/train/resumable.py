@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from oribi.data.packing import pack
 from oribi.errors import ConfigError
+from oribi.models.unwrap import base_model
 from oribi.run_record import RunRecord, checkpoints, new_run, read_record, set_aside
 from oribi.text import say
 from oribi.train.checkpoints import PARTIAL, remove_partial, write_checkpoint
@@ -40,7 +41,7 @@ from oribi.train.resume import (
     require_same,
 )
 from oribi.train.run_lock import run_lock
-from oribi.train.setup import base_model, held
+from oribi.train.setup import held
 
 # of an optimizer's groups, what a resumed run may change
 GROUP_SETTINGS = ("initial_lr", "weight_decay")

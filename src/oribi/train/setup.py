@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import peft
 import pyarrow.compute as compute
 import torch
 import transformers
@@ -46,13 +45,6 @@ NOT_HONOURED = {
 }
 # these pad a batch into a rectangle and keep given labels: the same loss as one row without padding, for more work
 STOCK_PADDERS = (transformers.DataCollatorForSeq2Seq, transformers.DataCollatorWithPadding)
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The model itself, taken out of PEFT's wrapper, of torch.compile's and of those for several devices."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
 def longest_row(dataset: Dataset | IterableDataset | None) -> int:

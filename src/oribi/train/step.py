@@ -9,11 +9,12 @@ import trl
 from torch import nn
 
 from oribi.memory.plan import choose, free_bytes
+from oribi.models.unwrap import base_model
 from oribi.train.extension_points import ModelWatch, changed_step, is_users
 from oribi.train.fp8 import switch_on
 from oribi.train.graphs import StepGraphs, reason_against
 from oribi.train.neftune import EmbeddingNoise
-from oribi.train.setup import base_model, longest_row
+from oribi.train.setup import longest_row
 from oribi.train.sharding import is_sharded
 from oribi.train.smaller_steps import SmallerSteps
 

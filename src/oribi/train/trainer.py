@@ -31,6 +31,7 @@ from oribi.memory.utilisation import Utilisation, utilisation_of
 from oribi.models.adapter_files import load_adapter, read_record
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
+from oribi.models.unwrap import base_model
 from oribi.save.adapter_files import write_adapter
 from oribi.save.base import changed_base
 from oribi.save.finite import require_finite
@@ -47,7 +48,6 @@ from oribi.train.progress import JsonLog, Progress
 from oribi.train.resumable import ResumableTrainer
 from oribi.train.setup import (
     NOT_COMPILED,
-    base_model,
     held,
     kept_as_it_is,
     known_collator,

@@ -1,0 +1,39 @@
+"""A model without what others put around it: PEFT's wrappers, torch.compile's, and those for several devices.
+
+Every part that needs the bare model, a bare module or its bare name asks here.
+"""
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+# PEFT's names of the module inside a wrapper
+_INNER = ("token_adapter", "original_module", "base_layer")
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The causal language model inside a wrapped one; a bare model is returned as it is."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def source_of(model: nn.Module) -> Any:
+    """What the loader left on a model (`models.load.ModelSource`); None where another program loaded it."""
+    return getattr(base_model(model), "oribi", None)
+
+
+def bare_module(module: nn.Module) -> nn.Module:
+    """The module that PEFT put its wrappers around."""
+    for name in _INNER:
+        if isinstance(getattr(module, name, None), nn.Module):
+            return bare_module(getattr(module, name))
+    return module
+
+
+def bare_name(name: str) -> str:
+    """A module's or parameter's name without the parts that PEFT's wrappers add."""
+    for inner in _INNER:
+        name = name.replace(f".{inner}", "")
+    return name
