@@ -20,7 +20,7 @@ def cost(decoder, keeps: list[Keep]) -> int:
     """Device bytes of what is kept; the last layer has its workspace's place for what others send to the host."""
     total = 0
     for name, size in sizes(decoder).items():
-        places = [vars(keep)[name] for keep in keeps]
+        places = [keep[name] for keep in keeps]
         total += size * (places.count("keep") - ("host" in places and places[-1] == "keep"))
     return total
 
@@ -42,9 +42,11 @@ def test_a_plan_never_costs_more_than_its_budget(decoder):
 
 def test_inputs_go_to_the_host_only_where_nothing_else_fits(decoder):
     workspace = workspace_bytes(decoder, TOKENS)
-    places = [keep.x for keep in plan(decoder, TOKENS, LONGEST, workspace)]
+    places = [keep["x"] for keep in plan(decoder, TOKENS, LONGEST, workspace)]
     assert places == ["host"] * 3 + ["keep"]
-    assert all(keep.x == "keep" for keep in plan(decoder, TOKENS, LONGEST, workspace + 4 * TOKENS * 64 * 4))
+    assert all(
+        keep["x"] == "keep" for keep in plan(decoder, TOKENS, LONGEST, workspace + 4 * TOKENS * 64 * 4)
+    )
 
 
 def test_what_is_sent_to_the_host_hides_behind_the_layers_arithmetic(decoder):
@@ -52,9 +54,7 @@ def test_what_is_sent_to_the_host_hides_behind_the_layers_arithmetic(decoder):
     keeps = plan(decoder, TOKENS, LONGEST, 0, host_bytes_per_flop=0.01)
     attention = next(item.flop for item in items(decoder, TOKENS, LONGEST) if item.name == "attention")
     layer = 1.3 * recompute.forward_flop(decoder, TOKENS) + attention / 2
-    sent = [
-        sum(size for name, size in sizes(decoder).items() if vars(keep)[name] == "host") for keep in keeps
-    ]
+    sent = [sum(size for name, size in sizes(decoder).items() if keep[name] == "host") for keep in keeps]
     assert sizes(decoder)["x"] < max(sent)
     assert sum(sent) <= 4 * layer * 0.01
     assert sent[-1] == 0
@@ -68,8 +68,11 @@ def test_the_widest_wait_in_host_memory_where_two_of_them_can_come_back(decoder)
     def gate_up(room: float) -> list[str]:
         budget = workspace + others + int(room * each["gate_up"])
         keeps = plan(decoder, TOKENS, LONGEST, budget, host_bytes=10**12, host_bytes_per_flop=1.0)
-        assert all({keep.x, keep.attention, keep.qkv, keep.x_mid, keep.weights} == {"keep"} for keep in keeps)
-        return [keep.gate_up for keep in keeps]
+        assert all(
+            {keep["x"], keep["attention"], keep["qkv"], keep["x_mid"], keep["weights"]} == {"keep"}
+            for keep in keeps
+        )
+        return [keep["gate_up"] for keep in keeps]
 
     assert gate_up(1.5) == ["recompute"] * 3 + ["keep"]
     assert gate_up(2.5) == ["host"] * 3 + ["keep"]
@@ -92,7 +95,7 @@ def test_hosts_are_spread_and_the_last_layer_stays(fits, out, expected):
 
 def test_the_last_layer_keeps_what_its_backward_would_make_first(decoder, monkeypatch):
     def gate_up() -> list[str]:
-        return [keep.gate_up for keep in plan(decoder, TOKENS, LONGEST, 0)]
+        return [keep["gate_up"] for keep in plan(decoder, TOKENS, LONGEST, 0)]
 
     assert gate_up() == ["recompute"] * 4  # beside the loss of this small model it would not be free
     monkeypatch.setattr(recompute, "loss_bytes", lambda *_: 0)
@@ -104,7 +107,7 @@ def test_the_last_layer_keeps_what_its_backward_would_make_first(decoder, monkey
 def test_with_room_for_all_nothing_is_computed_again(decoder):
     wanted = {item.name for item in items(decoder, TOKENS, LONGEST)}
     for keep in plan(decoder, TOKENS, LONGEST, 10**12):
-        assert all(vars(keep)[name] == "keep" for name in wanted)
+        assert all(keep[name] == "keep" for name in wanted)
     assert "again" not in choose(decoder, TOKENS, LONGEST, 10**12)
 
 

@@ -69,7 +69,7 @@ def duration(training: Training, estimate: Estimate, gpu: Gpu) -> Duration:
     if (
         config.load_in_4bit and not config.full_finetuning
     ):  # codes read and weights written, forward and backward
-        again_share = sum(keep.weights != "keep" for keep in estimate.keeps) / layers
+        again_share = sum(keep["weights"] != "keep" for keep in estimate.keeps) / layers
         traffic += 2 * again_share * a.linear_weights * (0.5 + width)
     bandwidth = gpu.bandwidth_gbs * 1e9 * BANDWIDTH_SHARE
     micro = config.gradient_accumulation_steps
@@ -94,7 +94,7 @@ def _recomputed(training: Training, estimate: Estimate) -> float:
         for item in found
         if item.name not in ("weights", "down")
         for keep in estimate.keeps
-        if getattr(keep, item.name) == "recompute"
+        if keep[item.name] == "recompute"
     )
 
 

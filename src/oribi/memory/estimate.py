@@ -181,14 +181,14 @@ class Training:
         """Device bytes that a layer keeps from forward to backward."""
         config, width = self.architecture.config, self.architecture.decoder.dtype.itemsize
         # attention's log-sum-exp, and x A^T of each group, go with the result that they belong to
-        beside = 0 if keep.attention == "recompute" else tokens * 4 * config.num_attention_heads
+        beside = 0 if keep["attention"] == "recompute" else tokens * 4 * config.num_attention_heads
         for name, of in (("qkv", "qkv"), ("o", "x_mid"), ("gate_up", "gate_up"), ("down", "gate_up")):
-            beside += tokens * self.groups[name][2] * width * (getattr(keep, of) != "recompute")
-        return beside + sum(b for name, b in self.results(tokens).items() if getattr(keep, name) == "keep")
+            beside += tokens * self.groups[name][2] * width * (keep[of] != "recompute")
+        return beside + sum(b for name, b in self.results(tokens).items() if keep[name] == "keep")
 
     def in_host(self, keep: Keep, tokens: int) -> list[int]:
         """Bytes of each of a layer's results that waits in host memory."""
-        return [one for name, one in self.results(tokens).items() if getattr(keep, name) == "host"]
+        return [one for name, one in self.results(tokens).items() if keep[name] == "host"]
 
     def in_backward(self, keep: Keep, tokens: int, arriving: int) -> int:
         """Device bytes of a layer's backward beside what it kept; `arriving` come back meanwhile, for the layer below."""
@@ -197,12 +197,12 @@ class Training:
         portion = min(tokens, MLP_TOKENS)
         spare = self.groups["gate_up"][2] + self.groups["down"][2]
         size = width * (tokens * d + portion * (2 * d + inner + spare))
-        if keep.weights != "keep":
+        if keep["weights"] != "keep":
             size += self.weight_buffer("gate_up") + self.weight_buffer("down")
-            size += self.weight_buffer("qkv") * (keep.qkv == "recompute")
-            size += self.weight_buffer("o") * (keep.x_mid == "recompute")
+            size += self.weight_buffer("qkv") * (keep["qkv"] == "recompute")
+            size += self.weight_buffer("o") * (keep["x_mid"] == "recompute")
         for name, one in self.results(tokens).items():
-            place = getattr(keep, name)
+            place = keep[name]
             part = portion / tokens if name in ("gate_up", "down") and place == "recompute" else 1
             size += part * one * (place != "keep")  # made there, or back from the host
         return arriving + int(max(BACKWARD_FACTOR * size, self.in_attention_backward(keep, tokens)))
@@ -217,9 +217,7 @@ class Training:
         size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 4 * sizes[0] // portions)
         results = self.results(tokens)
         # what only the MLP needs is gone
-        return size + sum(
-            results[name] for name in ("x", "qkv", "attention") if getattr(keep, name) != "keep"
-        )
+        return size + sum(results[name] for name in ("x", "qkv", "attention") if keep[name] != "keep")
 
     def by_autograd(self, tokens: int) -> int:
         """Bytes that PyTorch's autograd keeps of one layer."""
@@ -281,10 +279,10 @@ class Training:
             # `HostMemory` holds the sources of the last two layers that it copies until backward begins
             leaving = sum([one for one in away if one][-2:])
             fixed["weights"] += sum(
-                sum(map(self.weight_buffer, GROUPS)) for keep in keeps if keep.weights == "keep"
+                sum(map(self.weight_buffer, GROUPS)) for keep in keeps if keep["weights"] == "keep"
             )
             frozen = not self.whole and not self.architecture.tied
-            if keeps[0].x == "host" and frozen:  # `recompute.choose` moves it
+            if keeps[0]["x"] == "host" and frozen:  # `recompute.choose` moves it
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
         moments = [("the loss", sum(kept), self.in_loss(tokens) + leaving)]
         moments += [("a layer's backward", sum(kept[: i + 1]), work[i]) for i in range(layers)]

@@ -241,7 +241,7 @@ def choose(decoder: DecoderForCausalLM, tokens: int, longest: int, budget: int |
     device = decoder.device
     speed = measured_host_speed(device, decoder.dtype) if device.type == "cuda" else HOST_BYTES_PER_FLOP
     keeps = plan(decoder, tokens, longest, budget, host_bytes_per_flop=speed)
-    freed = decoder.offload_embedding() if keeps[0].x == "host" else 0
+    freed = decoder.offload_embedding() if keeps[0]["x"] == "host" else 0
     decoder.set_recompute_policy(keeps)
     names = ["x", *(item.name for item in items(decoder, tokens, longest))]
     also = f"; the embedding's {freed / 2**30:.1f} GiB wait in host memory" if freed else ""
@@ -252,7 +252,7 @@ def describe(keeps: list[Keep], names: list[str]) -> str:
     """A plan in words: where the named results are, and in how many layers."""
     places = {}
     for place in ("keep", "host", "recompute"):
-        counts = {name: sum(vars(keep)[name] == place for keep in keeps) for name in names}
+        counts = {name: sum(keep[name] == place for keep in keeps) for name in names}
         places[place] = [
             name if count == len(keeps) else f"{name} ({count} of {len(keeps)} layers)"
             for name, count in counts.items()

@@ -230,7 +230,8 @@ class DecoderModel(DecoderPreTrainedModel):
             longest = int(max_length) if max_length else int(position_ids.max()) + 1
         positions = position_ids.expand(rows, length).reshape(-1)
         angles = {kind: rotary.angles(positions, longest) for kind, rotary in self.rotary.items()}
-        if self.host_memory is None and x.is_cuda and any(layer.keep.uses_host for layer in self.layers):
+        offloads = x.is_cuda and any("host" in layer.keep.values() for layer in self.layers)
+        if offloads and self.host_memory is None:
             self.host_memory = HostMemory(x.device)
         return Batch(visibility, angles, cache, self.host_memory)
 
@@ -353,11 +354,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         rows = hidden.reshape(-1, hidden.shape[-1])
         head = self.lm_head
         if hasattr(head, "modules_to_save"):  # PEFT's wrapper around a fully trained head
-            head = (
-                head.modules_to_save[head.active_adapters[0]]
-                if not head.disable_adapters
-                else head.original_module
-            )
+            whole = not head.disable_adapters
+            head = head.modules_to_save[head.active_adapters[0]] if whole else head.original_module
         projection = read(head)
         if projection is not None and projection.a is None:
             return linear_cross_entropy(

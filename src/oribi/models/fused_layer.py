@@ -39,30 +39,15 @@ Place = Literal["keep", "host", "recompute"]
 MLP_TOKENS = 16384
 
 
-@dataclass(frozen=True)
-class Keep:
-    """Where a layer's intermediate results are between forward and backward.
+class Keep(dict[str, Place]):
+    """Where each result of a layer is between forward and backward, by name; one without an entry stays on the device.
 
-    Args:
-        x: the layer's input [T, D]: "keep" or "host".
-        qkv: q|k|v [T, (H + 2K) E]. attention: its output and log-sum-exp. x_mid: [T, D]. gate_up: [T, 2I].
-        o, down: outputs of these projections [T, D], needed only where a norm follows them.
-        weights: the layer's dequantised weights, kept from step to step; they never wait in host memory.
+    "weights" are the layer's dequantised weights, kept from step to step ("keep") or made again ("recompute", unless
+    there is an entry); they never wait in host memory.
     """
 
-    x: Place = "keep"
-    qkv: Place = "keep"
-    attention: Place = "keep"
-    x_mid: Place = "keep"
-    gate_up: Place = "keep"
-    o: Place = "keep"
-    down: Place = "keep"
-    weights: Literal["keep", "recompute"] = "recompute"
-
-    @property
-    def uses_host(self) -> bool:
-        """Whether anything is moved to host memory."""
-        return "host" in vars(self).values()
+    def __missing__(self, name: str) -> Place:
+        return "recompute" if name == "weights" else "keep"
 
 
 # by name; `train.recompute` makes finer ones from the memory that is free
@@ -71,7 +56,15 @@ POLICIES = {
     "balanced": Keep(
         qkv="recompute", x_mid="recompute", gate_up="recompute", o="recompute", down="recompute"
     ),
-    "memory": Keep("host", "recompute", "recompute", "recompute", "recompute", "recompute", "recompute"),
+    "memory": Keep(
+        x="host",
+        qkv="recompute",
+        attention="recompute",
+        x_mid="recompute",
+        gate_up="recompute",
+        o="recompute",
+        down="recompute",
+    ),
 }
 
 
@@ -130,7 +123,7 @@ class _FusedLayer(torch.autograd.Function):
             weight = step.weight("qkv")
             room, _ = step.enter(step.norm_before_attention, flat, weight)
             qkv = weight.forward(room)
-            if keep.qkv != "recompute":
+            if keep["qkv"] != "recompute":
                 kept["low_qkv"] = weight.low(room)
             del room
             rotated = step.rotate(qkv, weight.spare)
@@ -139,11 +132,11 @@ class _FusedLayer(torch.autograd.Function):
             del rotated, qkv
             a = a.reshape(len(flat), -1)
             step.put(kept, "attention", a)
-            if keep.attention != "recompute":
+            if keep["attention"] != "recompute":
                 kept["attention_extra"] = extra
             weight = step.weight("o")
             x_mid, low, product = step.leave(a, flat, weight, step.norm_after_attention)
-            if keep.x_mid != "recompute":
+            if keep["x_mid"] != "recompute":
                 kept["low_o"] = low
             step.put(kept, "x_mid", x_mid)
             step.put(kept, "o", product)
@@ -348,7 +341,7 @@ class _Step:
 
     def put(self, kept: dict[str, object], name: str, tensor: torch.Tensor | None) -> None:
         """Leaves a result for backward where `Keep` wants it."""
-        place = getattr(self.keep, name)
+        place = self.keep[name]
         if tensor is not None and place != "recompute":
             waits = place == "host" and tensor.is_cuda
             kept[name] = self.batch.host_memory.put(tensor, self) if waits else tensor
@@ -356,7 +349,7 @@ class _Step:
     def weight(self, name: str) -> GroupWeight:
         """A group's weights, dequantised, with their LoRA pairs."""
         projections = getattr(self.groups, name)
-        keeps = self.keep.weights == "keep"
+        keeps = self.keep["weights"] == "keep"
         if not (keeps or self.layer.fp8):
             return augmented_weight(projections, self.dtype, self.device)
         # what the weights were made of: a loaded, merged or moved weight is another one
