@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 import oribi.run
 from oribi.config import RunConfig, read_config
 from oribi.train.trainer import SFTTrainer
-from tests.train.conftest import some_conversations, tiny_folder  # noqa: F401 (a fixture)
+from tests.train.conftest import some_conversations
 
 ROWS = 24
 EPOCH = {"max_steps": -1, "gradient_accumulation_steps": 1, "packing": False}  # a step is 2 of 24 rows
@@ -172,7 +172,7 @@ ON_A_GPU = {"fp8"}
 
 
 @pytest.fixture(scope="module")
-def places(tiny_folder, tmp_path_factory) -> dict[str, str]:  # noqa: F811
+def places(tiny_folder, tmp_path_factory) -> dict[str, str]:
     """Files that settings name in capitals."""
     folder = tmp_path_factory.mktemp("places")
     rows = some_conversations(ROWS)

@@ -12,11 +12,11 @@ import yaml
 from safetensors.torch import load_file
 
 from oribi.run_record import RunRecord, checkpoints, newest_model, read_record
-from tests.train.conftest import some_conversations, tiny_folder  # noqa: F401 (a fixture)
+from tests.train.conftest import some_conversations
 
 
 @pytest.fixture(scope="module")
-def config(tiny_folder, tmp_path_factory) -> Path:  # noqa: F811
+def config(tiny_folder, tmp_path_factory) -> Path:
     """A config of a run of 6 steps that keeps its checkpoints."""
     folder = tmp_path_factory.mktemp("config")
     some_conversations(12).to_json(folder / "rows.jsonl")
@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_used_folder_is_refused_and_stays_as_it_was(oribi, config, folder, no_load, tiny_folder):  # noqa: F811
+def test_a_used_folder_is_refused_and_stays_as_it_was(oribi, config, folder, no_load, tiny_folder):
     before = contents(folder)
     result = oribi("train", config, "--output_dir", folder)
     assert result.code == 1
@@ -147,7 +147,7 @@ def test_a_changed_run_is_refused_before_its_model_is_loaded(oribi, config, fold
     assert contents(folder) == before
 
 
-def test_a_changed_base_is_refused_before_it_is_loaded(oribi, config, folder, no_load, tiny_folder, tmp_path):  # noqa: F811
+def test_a_changed_base_is_refused_before_it_is_loaded(oribi, config, folder, no_load, tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
@@ -302,7 +302,7 @@ def test_a_config_with_comments_in_the_folder_of_its_run_is_left_as_it_is(oribi,
     assert read_record(tmp_path).state == "finished"
 
 
-def test_init_names_the_folder_by_model_and_data(oribi, tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_init_names_the_folder_by_model_and_data(oribi, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []
     Path("orders").mkdir()

