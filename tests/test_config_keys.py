@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
 import oribi.run
@@ -92,7 +93,10 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
 
     rows = Dataset.from_dict({"input_ids": [[1, 2]] * 8, "labels": [[1, 2]] * 8})
     prepared = PreparedData(rows, DataReport("rows"))
-    model, tokenizer = SimpleNamespace(), SimpleNamespace()
+    model, tokenizer = (
+        SimpleNamespace(oribi=SimpleNamespace(notes=[]), dtype=torch.float32),
+        SimpleNamespace(),
+    )
     trained = SimpleNamespace(
         model=model,
         state=SimpleNamespace(global_step=1),
@@ -112,8 +116,9 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
         return prepared
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(oribi.run.FastLanguageModel, "from_pretrained", record("load", (model, tokenizer)))
-    monkeypatch.setattr(oribi.run.FastLanguageModel, "get_peft_model", record("attach", model))
+    monkeypatch.setattr(oribi.run, "load_model", record("load", (model, tokenizer)))
+    monkeypatch.setattr(oribi.run, "attach_lora", record("attach", model))
+    monkeypatch.setattr(oribi.run, "set_checkpointing", record("checkpointing", None))
     monkeypatch.setattr(oribi.run, "get_chat_template", record("template", tokenizer))
     monkeypatch.setattr(oribi.run, "prepare_dataset", prepare)
     monkeypatch.setattr(
@@ -124,7 +129,7 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(oribi.run, "save_merged", record("merged", None))
     monkeypatch.setattr(oribi.run, "save_gguf", record("gguf", {"gguf_files": ["file"]}))
     monkeypatch.setattr(oribi.run, "measure", record("measure", None))
-    monkeypatch.setattr(oribi.run, "report", record("report", Path("report.html")))
+    monkeypatch.setattr(oribi.run, "_report", record("report", Path("report.html")))
     oribi.run.run(config)
     return seen
 

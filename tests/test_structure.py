@@ -24,12 +24,12 @@ TREES = {
 # a part imports its own level's neighbours only where it is the same part, and lower levels freely
 LEVELS = {
     "errors": 0, "text": 0, "config_hints": 0, "tensors": 1, "config_yaml": 1, "environment": 1, "run_record": 1, "config": 2, "config_schema": 3, "config_text": 3, "dialects": 3,
-    "kernels": 4, "families": 5, "chat": 5, "gguf": 6, "models": 7, "lora": 8, "memory": 9, "save": 10, "train": 11, "run": 12, "runs": 13, "compat": 14, "demo": 15, "selftest": 15, "cli": 16,
+    "kernels": 4, "families": 5, "chat": 5, "gguf": 6, "models": 7, "lora": 8, "memory": 9, "save": 10, "train": 11, "run": 12, "compat": 14, "demo": 15, "selftest": 15, "cli": 16,
     "__main__": 17,
 }  # fmt: skip
 # beside the chain: knows no model and no kernel, and serves those that train
 DATA_IMPORTS = {"errors", "text", "chat", "data"}
-DATA_SERVES = {"data", "train", "compat", "run", "runs", "demo", "selftest", "cli"}
+DATA_SERVES = {"data", "train", "compat", "run", "demo", "selftest", "cli"}
 # library -> the parts that may import it
 HOMES = {
     "triton": {"kernels"},
@@ -54,8 +54,6 @@ UPWARD = {
     "chat/rendering.py imports data",
     "chat/roles.py imports data",
     "chat/tokenizer.py imports models",
-    "run.py imports compat",
-    "runs.py imports compat",
 }
 
 

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import torch
 
+import oribi
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -32,6 +34,14 @@ class Environment:
     triton: bool
     attention: str
     reasons: dict[str, str] = field(default_factory=dict)
+
+    def summary(self, dtype: torch.dtype) -> str:
+        """One line for the start of a run whose model computes in `dtype`."""
+        kernels = "Triton" if self.triton else "reference"
+        return (
+            f"version {oribi.__version__} on {self.device_name}, {self.memory_bytes / 2**30:.0f} GiB, "
+            f"{str(dtype).removeprefix('torch.')}, {kernels} kernels, {self.attention} attention"
+        )
 
 
 @lru_cache(maxsize=1)

@@ -1,29 +1,31 @@
-"""The seven steps for one config: environment, model, adapter, data, trainer, training, saving."""
+"""The seven steps for one config: environment, model, adapter, data, trainer, training, saving; and a run's folder reopened."""
 
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from oribi.compat.language_model import FastLanguageModel
 from oribi.config import RunConfig, read_config
 from oribi.data import PreparedData, get_chat_template, prepare_dataset
 from oribi.data.report import DataReport
 from oribi.environment import Environment, detect
 from oribi.errors import ConfigError, ExportError
 from oribi.gguf.mixes import mix_of
-from oribi.run_record import read_record, record_saved, remove_run
+from oribi.lora.attach import attach_lora, set_checkpointing
+from oribi.models.files import missing_folder
+from oribi.models.load import load_model
+from oribi.run_record import CONFIG_FILE, FORM_FOLDERS, own_checkpoints, read_record, record_saved, remove_run
 from oribi.save import save_gguf, save_merged
-from oribi.text import write_whole
+from oribi.text import gibibytes, say_notes, write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
 from oribi.train.determinism import settle_cublas
-from oribi.train.preflight import check_before_loading, evaluation_sources, result_folders
+from oribi.train.preflight import check_before_loading, evaluation_sources, result_folders, steps_of
 from oribi.train.progress import peak_memory_bytes, read_log
 from oribi.train.report import Measured, measure, write_report
-from oribi.train.run_lock import run_lock
+from oribi.train.run_lock import is_locked, run_lock
 from oribi.train.trainer import SFTTrainer
 
 
@@ -45,9 +47,9 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         start = check_before_loading(config, environment, overwrite)
         if start.finished:
             return start.finished
-        model, tokenizer = load(config, environment)  # 2, 3
+        model, tokenizer = _load(config, environment)  # 2, 3
         rows, held_out = read_data(config, tokenizer)  # 4
-        arguments = training_arguments(config, evaluates=held_out is not None)  # 5
+        arguments = _training_arguments(config, evaluates=held_out is not None)  # 5
         trainer = SFTTrainer(
             model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
         )
@@ -57,25 +59,25 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         measured_rows = None if held_out is None else held_out.dataset
         measures = {"base": measure(model, tokenizer, measured_rows)} if reports else {}
         if is_main:
-            begin(config, overwrite)
+            _begin(config, overwrite)
         trainer.train(resume_from_checkpoint=start.resumes, resume_weights_only=start.weights_only)  # 6
         kept = checkpoint_trained(trainer)
-        saved, failures = save(config, trainer, tokenizer) if is_main else ({}, {})  # 7
+        saved, failures = _save(config, trainer, tokenizer) if is_main else ({}, {})  # 7
         if is_main and kept is not None and not failures:
             shutil.rmtree(kept)
         if reports:
             measures["tuned"] = measure(model, tokenizer, measured_rows)
             refused = {form: Path(f"{path}.rejected") for form, (path, _) in failures.items()}
-            saved["report"] = report(config, rows.report, measures, saved | refused)
+            saved["report"] = _report(config, rows.report, measures, saved | refused)
         if failures:
             found = [str(error) for _, error in failures.values()]
             raise ExportError("\n".join([*found, where_trained_is(trainer)]))
         return saved
 
 
-def load(config: RunConfig, environment: Environment) -> tuple[Any, Any]:
+def _load(config: RunConfig, environment: Environment) -> tuple[Any, Any]:
     """The model with its adapter, and the tokenizer with its template."""
-    model, tokenizer = FastLanguageModel.from_pretrained(
+    model, tokenizer = load_model(
         config.model,
         max_seq_length=config.max_seq_length,
         dtype=environment.dtype if config.dtype == "auto" else config.dtype,
@@ -84,37 +86,45 @@ def load(config: RunConfig, environment: Environment) -> tuple[Any, Any]:
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
     )
+    _announce(model)
     checkpointing = {"true": True, "false": False}.get(
         config.gradient_checkpointing, config.gradient_checkpointing
     )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if config.target_modules == ["all-linear"] else config.target_modules,
-        modules_to_save=config.modules_to_save or None,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        use_gradient_checkpointing=checkpointing,
-        random_state=config.seed,
-    )
+    if config.full_finetuning:
+        set_checkpointing(model, checkpointing)
+    else:
+        told = len(model.oribi.notes)
+        model = attach_lora(
+            model,
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear" if config.target_modules == ["all-linear"] else config.target_modules,
+            modules_to_save=config.modules_to_save or None,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            use_gradient_checkpointing=checkpointing,
+            random_state=config.seed,
+        )
+        say_notes(model.oribi.notes[told:])
     if config.chat_template is not None:
         tokenizer = get_chat_template(tokenizer, config.chat_template)
     return model, tokenizer
 
 
-def begin(config: RunConfig, overwrite: bool) -> None:
-    """Take the folder: the run that is replaced goes, and the config in force is written down."""
-    folder = Path(config.output_dir)
-    path = folder / "config.yaml"
+def _announce(model: Any) -> None:
+    """Say what a model runs on, and what its loader decided."""
+    say_notes([detect().summary(model.dtype), *model.oribi.notes])
+
+
+def _begin(config: RunConfig, overwrite: bool) -> None:
+    """Take the folder: a run that is replaced is removed, and the config in force is written down."""
+    path = Path(config.output_dir) / CONFIG_FILE
     written = path.read_text(encoding="utf-8") if path.is_file() else None
     if overwrite:
-        remove_run(folder)
-    try:
-        kept = (
-            written is not None and read_config(path)[0] == config
-        )  # the user's own file, with its comments
+        remove_run(config.output_dir)
+    try:  # the user's own file, with its comments, stays
+        kept = written is not None and read_config(path)[0] == config
     except (ConfigError, OSError):
         kept = False
     if not kept:
@@ -125,12 +135,7 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, Prepared
     """Prepared training rows, and evaluation rows from their own files or split off."""
 
     def prepared(sources: list[dict[str, str]]) -> PreparedData:
-        return prepare_dataset(
-            sources,
-            tokenizer,
-            num_proc=config.dataset_num_proc,
-            **config.row_settings(),
-        )
+        return prepare_dataset(sources, tokenizer, num_proc=config.dataset_num_proc, **config.row_settings())
 
     rows = prepared([{"path": source} for source in config.dataset])
     if config.eval_dataset:
@@ -141,7 +146,7 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, Prepared
     return PreparedData(parts["train"], rows.report), PreparedData(parts["test"], rows.report)
 
 
-def training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
+def _training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
     """The trainer's part of a config, under the trainer's names."""
     same = (
         "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -161,7 +166,7 @@ def training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
     )
 
 
-def report(
+def _report(
     config: RunConfig, data: DataReport, measures: dict[str, Measured], saved: dict[str, Path]
 ) -> Path:
     """Write the run's report; returns the page."""
@@ -170,7 +175,7 @@ def report(
         "device": here.device_name,
         "dtype": str(here.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype,
         "attention": here.attention,
-        "peak memory": f"{peak_memory_bytes() / 2**30:.2f} GiB",
+        "peak memory": gibibytes(peak_memory_bytes()),
     }
     write_report(
         folder, config=asdict(config), log=read_log(folder), data=data.to_dict(), machine=machine, measures=measures, exports=saved
@@ -178,7 +183,7 @@ def report(
     return folder / "report.html"
 
 
-def save(
+def _save(
     config: RunConfig, trainer: SFTTrainer, tokenizer: Any
 ) -> tuple[dict[str, Path], dict[str, tuple[Path, Exception]]]:
     """Save the model in every form that the config names; what lies there already from the same step stays.
@@ -206,3 +211,96 @@ def save(
             continue
         record_saved(folder, name, step)
     return saved, failures
+
+
+@dataclass
+class LoadedRun:
+    """A model to use: `config` is None where the name was a model's and no run's."""
+
+    model: Any
+    tokenizer: Any
+    config: RunConfig | None
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+
+def is_run(name: str | Path) -> bool:
+    """Whether a folder is a run's."""
+    return (Path(name) / CONFIG_FILE).is_file()
+
+
+def read_run(folder: str | Path) -> RunConfig:
+    """The settings that a run was trained with.
+
+    Raises:
+        ConfigError: the folder is no run's.
+    """
+    if not is_run(folder):
+        what = f"it has no {CONFIG_FILE}" if Path(folder).is_dir() else missing_folder(str(folder))
+        raise ConfigError(f"{folder} is no run: {what}; give the output_dir of a finished `oribi train`")
+    config, _ = read_config(Path(folder) / CONFIG_FILE)
+    return replace(config, output_dir=str(folder))
+
+
+def load_run(name: str | Path, *, dtype: str | None = None) -> LoadedRun:
+    """The model of a run, loaded as it was trained; or any model by its name.
+
+    Args:
+        name: a run's folder, or what `FastLanguageModel.from_pretrained` takes.
+        dtype: compute dtype; None takes the run's, or the machine's.
+
+    Raises:
+        ModelError: there is nothing to load.
+    """
+    if not is_run(name):
+        model, tokenizer = load_model(str(name), max_seq_length=None, dtype=dtype)
+        _announce(model)
+        return LoadedRun(model, tokenizer, None)
+    config = read_run(name)
+    model, tokenizer = load_model(
+        str(name),
+        max_seq_length=config.max_seq_length,
+        dtype=dtype or (None if config.dtype == "auto" else config.dtype),
+        load_in_4bit=config.load_in_4bit and not config.full_finetuning,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision if config.full_finetuning else None,
+    )
+    _announce(model)
+    return LoadedRun(model, tokenizer, config)
+
+
+def held_out_rows(config: RunConfig, tokenizer: Any) -> Any:
+    """The evaluation rows of a run, prepared again (from the cache where nothing changed); None if it has none."""
+    if not (config.eval_dataset or config.eval_fraction):
+        return None
+    held_out = read_data(config, tokenizer)[1]
+    return None if held_out is None else held_out.dataset
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run came. `words` says it, `steps` are done, `finished` whether none is left."""
+
+    words: str
+    steps: int
+    finished: bool
+
+
+def state_of(folder: str | Path) -> RunState:
+    """Whether a run is finished, was stopped, was killed, or trains now."""
+    record, kept = read_record(folder), own_checkpoints(folder)
+    steps = steps_of(str(folder), record)
+    if record is None:  # of an earlier version: the summary of a training that ended, whole or stopped
+        ended = any("train_loss" in entry for entry in read_log(folder))
+        whole = ended and any((Path(folder) / name).is_dir() for name in FORM_FOLDERS.values())
+        return RunState("yes" if whole else "no", steps, whole)
+    total = f"step {steps:,} of {record.max_steps:,}"
+    if record.state == "finished":
+        return RunState("yes", steps, True)
+    if is_locked(folder):
+        return RunState(f"no: it trains now, {total}", steps, False)
+    ended = "was stopped" if record.state == "stopped" else "ended before its time"
+    where = f"; --resume goes on from {kept[-1].path.name}" if kept else ", without a checkpoint"
+    return RunState(f"no: it {ended} at {total}{where}", steps, False)

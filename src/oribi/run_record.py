@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 from oribi.text import write_whole
 
 RECORD_FILE = "oribi_run.json"
+CONFIG_FILE = "config.yaml"
+LOG_FILE = "log.jsonl"
 VERSION = 1
 EARLIER = "_earlier"  # a leading underscore: uploads of the output folder leave such names out
-RESULTS = ("adapter", "merged", "merged_4bit", "gguf")  # folders that a finished run saves its model in
+# form of the model -> its folder within the run's
+FORM_FOLDERS = {"lora": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit", "gguf": "gguf"}
 # the other files that a run writes into its folder
 _OWN_FILES = (
-    RECORD_FILE, "config.yaml", "log.jsonl", "report.html", "report.md", "report.json", "loss.png",
+    RECORD_FILE, CONFIG_FILE, LOG_FILE, "report.html", "report.md", "report.json", "loss.png",
 )  # fmt: skip
 _RESULT_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "README.md", "Modelfile", "merges.txt", "vocab.txt",
@@ -179,7 +182,7 @@ def remove_run(folder: str | os.PathLike) -> None:
         (folder / name).unlink(missing_ok=True)
     if _is_generated_card(folder / "README.md"):
         (folder / "README.md").unlink()
-    for result in filter(Path.is_dir, (folder / name for name in RESULTS)):
+    for result in filter(Path.is_dir, (folder / name for name in FORM_FOLDERS.values())):
         for pattern in _RESULT_FILES:
             for path in result.rglob(pattern):
                 path.unlink()

@@ -120,6 +120,13 @@ def say(text: str) -> None:
     print(printable(text), file=LastingStream(lambda: sys.stdout), flush=True)
 
 
+def say_notes(notes: Iterable[str]) -> None:
+    """Print notes of oribi, a line each; of several processes only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            say(f"oribi: {note}")
+
+
 class LastingStream:
     """A text stream that drops what can no longer be written, so that work goes on when its reader left (`| head -1`).
 

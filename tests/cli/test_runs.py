@@ -65,7 +65,7 @@ def no_load(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("oribi.run.FastLanguageModel.from_pretrained", load)
+    monkeypatch.setattr("oribi.run.load_model", load)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -204,7 +204,7 @@ def test_a_finished_run_has_nothing_left_and_loads_nothing(oribi, config, folder
     assert oribi("train", config, "--output_dir", folder, "--resume").code == 0
     before = contents(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("oribi.run.FastLanguageModel.from_pretrained", None)
+        patch.setattr("oribi.run.load_model", None)
         result = oribi("train", config, "--output_dir", folder, "--resume")
     assert result.code == 0
     assert "nothing left to train" in result.err

@@ -216,7 +216,7 @@ def test_training_is_refused_before_anything_is_loaded(tiny_folder, monkeypatch,
 
     tiny = Environment(torch.device("cuda"), "toy GPU", (8, 0), 2**27, torch.bfloat16, True, "flash", {})
     monkeypatch.setattr(oribi.run, "detect", lambda: tiny)
-    monkeypatch.setattr(oribi.run.FastLanguageModel, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(oribi.run, "load_model", lambda *a, **k: pytest.fail("loaded"))
     config = RunConfig(model=str(tiny_folder), dataset=["rows.jsonl"], output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="toy GPU"):
         oribi.run.run(config)

@@ -42,7 +42,7 @@ def test_other_devices_are_refused_by_name(name, capability, words):
 
 @pytest.mark.skipif(HAS_E4M3, reason="this machine can")
 def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(oribi.run.FastLanguageModel, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(oribi.run, "load_model", lambda *a, **k: pytest.fail("loaded"))
     flags = ["--model", "absent", "--dataset", "absent.jsonl", "--fp8", "--output_dir", str(tmp_path)]
     with pytest.raises(ConfigError, match="fp8 = true needs an NVIDIA GPU"):
         oribi.run.run(read_config(None, flags)[0])

@@ -160,9 +160,7 @@ def test_a_tracker_that_is_not_installed_stops_the_run_before_it_loads(monkeypat
         ConfigError, match="report_to = 'wandb': the package is not installed; pip install wandb"
     ):
         SFTConfig(report_to="wandb")
-    monkeypatch.setattr(
-        oribi.run.FastLanguageModel, "from_pretrained", lambda *a, **k: pytest.fail("it loaded")
-    )
+    monkeypatch.setattr(oribi.run, "load_model", lambda *a, **k: pytest.fail("it loaded"))
     config, _ = read_config(None, ["--model", "m", "--dataset", "d", "--report_to", "mlflow"])
     with pytest.raises(ConfigError, match="pip install mlflow"):
         oribi.run.run(config)

@@ -35,7 +35,7 @@ def chat(
 
         from oribi.errors import ConfigError
         from oribi.models.generate import PrintableStreamer, answer
-        from oribi.runs import load_run
+        from oribi.run import load_run
 
         set_verbosity_error()
         loaded = load_run(model)

@@ -21,7 +21,7 @@ def eval(  # noqa: A001 (the verb's name)
     """Compare the base and the trained model on rows that were not trained on."""
     with chatter_aside():
         from oribi.errors import ConfigError
-        from oribi.runs import load_run
+        from oribi.run import load_run
         from oribi.train.evaluate import answer_rows, held_out_loss, stop_rate, without_adapter
 
         loaded = load_run(run)
@@ -76,7 +76,7 @@ def eval(  # noqa: A001 (the verb's name)
 
 def _rows(loaded: Any, dataset: list[str] | None, split: str) -> Any:
     from oribi.data import prepare_dataset
-    from oribi.runs import held_out_rows
+    from oribi.run import held_out_rows
 
     if dataset:
         settings = {"max_seq_length": loaded.model.max_seq_length}

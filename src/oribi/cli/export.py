@@ -43,7 +43,7 @@ def export(
     """Write a trained model as adapter, merged checkpoint or GGUF files, and check each against the trained model."""
     with chatter_aside():
         from oribi.models.files import missing_folder
-        from oribi.runs import held_out_rows, load_run
+        from oribi.run import held_out_rows, load_run
         from oribi.save.finish import AskedOnce
 
         forms = read_forms(to)

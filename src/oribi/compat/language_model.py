@@ -13,14 +13,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import oribi
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.lora.attach import PROJECTIONS, attach_lora, set_checkpointing, switch_checkpointing
 from oribi.models.adapter_files import load_adapter
 from oribi.models.load import load_model
 from oribi.models.unwrap import base_model
-from oribi.text import did_you_mean
+from oribi.text import did_you_mean, say_notes
 
 Model = PreTrainedModel | PeftModel
 
@@ -117,7 +116,7 @@ class FastLanguageModel:
         )
         set_checkpointing(base_model(model), use_gradient_checkpointing)
         model.oribi.notes += notes
-        _announce(model)
+        say_notes([detect().summary(model.dtype), *model.oribi.notes])
         _bind(model)
         return model, tokenizer
 
@@ -170,7 +169,7 @@ class FastLanguageModel:
             loftq_config=loftq_config,
             **lora_config,
         )
-        _print_notes(peft_model.oribi.notes[before:])
+        say_notes(peft_model.oribi.notes[before:])
         _bind(peft_model)
         return peft_model
 
@@ -271,26 +270,6 @@ def _sort_out(options: dict[str, Any], *known_by: Callable[..., Any]) -> list[st
     return notes
 
 
-def _announce(model: Model) -> None:
-    environment = detect()
-    dtype = str(base_model(model).dtype).removeprefix("torch.")
-    kernels = "Triton" if environment.triton else "reference"
-    _print_notes(
-        [
-            f"version {oribi.__version__} on {environment.device_name}, {environment.memory_bytes / 2**30:.0f} GiB, {dtype}, "
-            f"{kernels} kernels, {environment.attention} attention",
-            *model.oribi.notes,
-        ]
-    )
-
-
-def _print_notes(notes: list[str]) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
-    for note in notes:
-        print(f"oribi: {note}")
-
-
 def _bind(model: Model) -> None:
     """Gives this instance, and no class, the methods that scripts call on a loaded model."""
     for method in (_save_merged, _push_merged, _save_gguf, _push_gguf):
@@ -310,7 +289,7 @@ def _save_adapter(
     from oribi.save.adapter_files import write_adapter
 
     untested = write_adapter(self, save_directory, safe_serialization=safe_serialization, **options)
-    _print_notes([f"not tested: {line}" for line in untested])
+    say_notes([f"not tested: {line}" for line in untested])
 
 
 def _save_merged(

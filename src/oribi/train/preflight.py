@@ -16,7 +16,7 @@ from oribi.memory.estimate import refuse_what_cannot_fit
 from oribi.models.files import HubOptions, locate
 from oribi.models.identity import fingerprint
 from oribi.models.tokens import tokenizer_of
-from oribi.run_record import RESULTS, RunRecord, checkpoints, own_checkpoints, read_record
+from oribi.run_record import FORM_FOLDERS, RunRecord, checkpoints, own_checkpoints, read_record
 from oribi.text import say
 from oribi.train.checkpoints import require_writable
 from oribi.train.fingerprint import compare_settings
@@ -26,7 +26,6 @@ from oribi.train.resume import newest_whole, require_same
 from oribi.train.trackers import require_trackers
 
 # where each form of the model goes within the run
-FOLDERS = {"lora": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit"}
 FIRST_ROWS = 2  # of each source, read and rendered before the model is loaded
 
 
@@ -84,7 +83,10 @@ def check_folder(config: RunConfig, environment: Environment, overwrite: bool) -
     weights_only = resume == "weights"
     if overwrite and resume != "false":
         raise ConfigError("--overwrite removes the run that --resume would go on with; give one of them")
-    record, results = read_record(folder), [name for name in RESULTS if (Path(folder) / name).is_dir()]
+    record, results = (
+        read_record(folder),
+        [name for name in FORM_FOLDERS.values() if (Path(folder) / name).is_dir()],
+    )
     steps = steps_of(folder, record)
     if overwrite or not (steps or results):
         if resume != "false":
@@ -141,11 +143,8 @@ def _finished(config: RunConfig, record: RunRecord | None, step: int) -> dict[st
 
 def result_folders(config: RunConfig) -> dict[str, str]:
     """Form of the model that a config asks for -> its folder within the run's."""
-    methods = config.save_method
-    if config.full_finetuning and methods == ["lora"]:
-        methods = ["merged_16bit"]
-    found = {method: FOLDERS[method] for method in methods}
-    return found | ({"gguf": "gguf"} if config.quantization_method else {})
+    forms = [*config.save_method, *(["gguf"] if config.quantization_method else [])]
+    return {form: FORM_FOLDERS[form] for form in forms}
 
 
 def known_changes(config: RunConfig, environment: Environment, record: RunRecord) -> list[str]:

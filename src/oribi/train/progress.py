@@ -14,11 +14,11 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from oribi.run_record import LOG_FILE
 from oribi.text import LastingStream, clock, write_whole
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "log.jsonl"
 SMOOTHING = 0.9  # share of the past in the smoothed loss
 LINE_SECONDS = 10.0  # between two plain lines; log.jsonl has every log
 

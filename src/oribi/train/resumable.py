@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from oribi.data.packing import pack
 from oribi.errors import ConfigError
 from oribi.models.unwrap import base_model
-from oribi.run_record import RunRecord, checkpoints, new_run, read_record, set_aside
+from oribi.run_record import LOG_FILE, RECORD_FILE, RunRecord, checkpoints, new_run, read_record, set_aside
 from oribi.text import say
 from oribi.train.checkpoints import PARTIAL, remove_partial, write_checkpoint
 from oribi.train.fingerprint import (
@@ -32,7 +32,6 @@ from oribi.train.fingerprint import (
     settings_of,
 )
 from oribi.train.position import PositionedTrainer
-from oribi.train.progress import LOG_FILE
 from oribi.train.resume import (
     Resumed,
     adapter_config_of,
@@ -74,7 +73,7 @@ class RunFiles(TrainerCallback):
         try:
             record.write(args.output_dir)
         except OSError as error:
-            say(f"oribi: {args.output_dir}/oribi_run.json cannot be written: {error.strerror}")
+            say(f"oribi: {args.output_dir}/{RECORD_FILE} cannot be written: {error.strerror}")
 
 
 class ResumableTrainer(PositionedTrainer):
@@ -241,7 +240,7 @@ class ResumableTrainer(PositionedTrainer):
             return
         names = f"{moved[0].name} to {moved[-1].name}" if len(moved) > 1 else moved[0].name
         if resumed is None:
-            moved += [path for path in (folder / LOG_FILE, folder / "oribi_run.json") if path.exists()]
+            moved += [path for path in (folder / LOG_FILE, folder / RECORD_FILE) if path.exists()]
             why = "of an earlier run"
         else:
             why = f"not before {resumed.path.name}"
