@@ -107,3 +107,4 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'FastLanguageModle'"):
         oribi.FastLanguageModle  # noqa: B018
     assert {"FastLanguageModel", "ModelError", "__version__"} <= set(dir(oribi))
+    assert len(oribi.__all__) > 15  # the tests above import each
