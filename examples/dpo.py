@@ -1,4 +1,7 @@
-"""Preferences with TRL's own DPOTrainer on oribi's model; the model without its adapter is the reference. Needs a GPU."""
+"""Preferences with TRL's own DPOTrainer on oribi's model; the model without its adapter is the reference.
+
+Needs a GPU and `pip install "oribi[trl]"`.
+"""
 
 import argparse
 

@@ -30,7 +30,7 @@ DATA_SERVES = {"data", "train", "compat", "run", "demo", "selftest", "cli"}
 # library -> the parts that may import it
 HOMES = {
     "triton": {"kernels"},
-    "trl": {"train"},
+    "trl": set(),
     "accelerate": {"train"},
     "typer": {"cli"},
     "xllamacpp": {"gguf"},

@@ -241,6 +241,9 @@ def test_an_optimizer_class_of_the_users_is_taken(make):
         ("eos_token", "</s>"),
         ("packing_strategy", "wrapped"),
         ("truncation_mode", "keep_end"),
+        ("pad_token", "<pad>"),
+        ("router_aux_loss_coef", 0.01),
+        ("use_liger_kernel", True),
     ],
 )
 def test_settings_of_trl_that_are_not_done_are_refused(make, load, name, value):

@@ -1,15 +1,25 @@
 """SFTTrainer: what it trains on, what it divides by, and what it leaves as it found it."""
 
+import dataclasses
 import json
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+from peft import LoraConfig
+from transformers import (
+    DataCollatorForSeq2Seq,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from oribi.compat.responses_only import train_on_responses_only
 from oribi.compat.trainer_names import UnslothTrainer, UnslothTrainingArguments, unsloth_train
@@ -152,12 +162,81 @@ def test_lora_stays_float32_and_the_model_keeps_its_forward(make, load, conversa
     assert "get_output_embeddings" not in vars(model.get_base_model())
 
 
-def test_nothing_is_reported_to_anyone(make, conversations, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("telemetry was sent")
+WITHOUT_TRL = """
+import json, socket, sys
+sys.modules["trl"] = None  # imports of it fail
+def refuse(*arguments, **keywords):
+    raise AssertionError(f"network: {arguments}")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import oribi
+from datasets import Dataset
+model, tokenizer = oribi.FastLanguageModel.from_pretrained(sys.argv[1], dtype="float32", max_seq_length=128)
+args = oribi.SFTConfig(output_dir=sys.argv[2], max_steps=2, disable_tqdm=True, save_strategy="no")
+rows = Dataset.from_list([{"text": "the red fox runs"}] * 8)
+trainer = oribi.SFTTrainer(oribi.FastLanguageModel.get_peft_model(model, r=4), args, train_dataset=rows, tokenizer=tokenizer)
+trainer.train()
+print(json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+"""
 
-    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", refuse)
-    make(conversations)
+
+def test_training_needs_neither_trl_nor_the_network(tiny_folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRL, str(tiny_folder), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = json.loads(done.stdout.splitlines()[-1])
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+
+
+def test_fields_of_trls_config_are_taken_with_their_meaning(make, conversations):
+    """Every field exists here; one that oribi does not honour is refused or named."""
+    names = {f.name for f in dataclasses.fields(trl.SFTConfig)}
+    assert names <= {f.name for f in dataclasses.fields(SFTConfig)}
+    config = SFTConfig(pad_to_multiple_of="auto", loss_type="chunked_nll")
+    assert (config.pad_to_multiple_of, config.loss_type) == (None, "nll")
+    assert SFTConfig(pad_to_multiple_of="64").pad_to_multiple_of == 64
+    texts = Dataset.from_list([{"text": f"the fox {i}"} for i in range(9)])
+    plain, shuffled = make(texts).train_dataset, make(texts, shuffle_dataset=True).train_dataset
+    assert shuffled["input_ids"] != plain["input_ids"]
+    assert sorted(shuffled["input_ids"]) == sorted(plain["input_ids"])
+
+
+def test_what_is_not_used_is_named_once(make, conversations, caplog, tmp_path):
+    make(conversations, model_init_kwargs={"revision": "main"}, dataset_kwargs={"add_special_tokens": False})
+    theirs = trl.DPOConfig(output_dir=str(tmp_path), beta=0.3, bf16=False, report_to="none", use_cpu=True)
+    adopt(theirs)
+    for said in (
+        "model_init_kwargs is not used",
+        "dataset_kwargs: add_special_tokens",
+        "does not use: beta = 0.3",
+    ):
+        assert caplog.text.count(said) == 1, said
+
+
+def test_a_model_outside_the_table_trains_on_its_own_loss(make, load, conversations):
+    """It divides by the targets of the whole step, and its adapter stays in float32."""
+    tokenizer = load(lora=False)[1]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "n_positions": 128, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    lora = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    sizes = {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+    }
+    trainer = make(conversations, {"peft_config": lora}, model=(model, tokenizer), **sizes, **SEQUENTIAL)
+    rows = PaddedCollator(0)(list(trainer.train_dataset.select(range(6))))
+    with torch.no_grad():
+        expected = trainer.model.eval()(**rows).loss.item()
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(expected, rel=1e-5)
+    assert {p.dtype for p in trained(trainer.model).values()} == {torch.float32}
+    with pytest.raises(ConfigError, match="has an adapter already"):
+        make(conversations, {"peft_config": lora}, model=(trainer.model, tokenizer))
 
 
 def test_arguments_come_out_of_the_constructor_as_they_went_in(make, conversations):
@@ -223,6 +302,10 @@ def test_contradictions_are_refused(make, load, conversations, tmp_path):
         SFTTrainer(model, train_dataset=conversations, tokenizer=tokenizer, processing_class=load()[1])
     with pytest.raises(ConfigError, match="tokenizer is missing"):
         SFTTrainer(model, train_dataset=conversations)
+    with pytest.raises(ConfigError, match="train_dataset is missing"):
+        SFTTrainer(model, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="quantization_config is not taken here"):
+        SFTTrainer(model, train_dataset=conversations, tokenizer=tokenizer, quantization_config={})
     with pytest.raises(ConfigError, match="max_length = 64 and max_seq_length = 32"):
         SFTConfig(max_length=64, max_seq_length=32)
     with pytest.raises(ConfigError, match="warmup_ratio = 1.5"):

@@ -1,27 +1,32 @@
-"""STEP 5: how to train. `SFTConfig` is TRL's, with defaults for LoRA and the older names that scripts still use."""
+"""STEP 5: how to train. `SFTConfig` has the fields of TRL's `SFTConfig`, with defaults for LoRA, and the older names that
+scripts still use."""
 
+import logging
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-import trl
 from transformers import TrainingArguments
 
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.train.trackers import require_trackers
 
+logger = logging.getLogger(__name__)
+
 # TRL's own default, with which messages go before text; whether a script wrote it cannot be seen
-TRL_TEXT_FIELD = next(f.default for f in fields(trl.SFTConfig) if f.name == "dataset_text_field")
+TRL_TEXT_FIELD = "text"
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):
-    """Training arguments: those of `trl.SFTConfig` and `transformers.TrainingArguments`, and the ones below.
+class SFTConfig(TrainingArguments):
+    """Training arguments: those of `transformers.TrainingArguments`, the fields of `trl.SFTConfig` (1.15 and 1.16) with
+    the same meaning, and the ones below.
 
-    Defaults differ from TRL's where LoRA wants another value: learning_rate 2e-4, batches of 2 x 4, adamw_8bit, a log
-    line a step, no tracker, no gradient checkpointing beyond what `get_peft_model` set up. The model's dtype decides
-    the precision; bf16 and fp16 only state what it should be.
+    Defaults differ from TRL's where LoRA needs another value: learning_rate 2e-4, batches of 2 x 4, adamw_8bit, one log
+    line per step, no tracker, no gradient checkpointing beyond what `get_peft_model` set up. The model's dtype decides
+    the precision; bf16 and fp16 only state what it should be. `NOT_HONOURED` in `train/setup.py` lists TRL's fields that
+    oribi refuses, each with what to do instead.
 
     Args:
         max_length: longest example in tokens; None takes the model's max_seq_length.
@@ -47,6 +52,9 @@ class SFTConfig(trl.SFTConfig):
             unknown or not installed.
     """
 
+    # the command line may give these as JSON
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]
+
     output_dir: str | None = field(
         default="outputs", metadata={"help": "Folder of checkpoints and log.jsonl."}
     )
@@ -69,6 +77,33 @@ class SFTConfig(trl.SFTConfig):
     padding_free: bool | None = field(
         default=None, metadata={"help": "Join a batch's examples into one row."}
     )
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "skip_prepare_dataset: true takes the rows as they are."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the prepared rows once."})
+    packing: bool = field(default=False, metadata={"help": "Join whole examples into rows of max_length."})
+    packing_strategy: str = field(default="bfd", metadata={"help": "Only 'bfd': whole examples, best fit."})
+    eval_packing: bool | None = field(
+        default=None, metadata={"help": "Pack evaluation rows; None: as packing."}
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default=None, metadata={"help": "Pad batches to a multiple of this many tokens."}
+    )
+    truncation_mode: str = field(default="keep_start", metadata={"help": "Only 'keep_start'; see overlong."})
+    completion_only_loss: bool | None = field(default=None, metadata={"help": "Train on completions only."})
+    loss_type: str = field(default="nll", metadata={"help": "Only 'nll'."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options for loading a model that is given by its name."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether code that comes with a model given by its name may run."}
+    )
+    router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Not supported."})
+    chat_template_path: str | None = field(default=None, metadata={"help": "Not supported."})
+    eos_token: str | None = field(default=None, metadata={"help": "Not supported."})
+    pad_token: str | None = field(default=None, metadata={"help": "Not supported."})
+    activation_offloading: bool = field(default=False, metadata={"help": "Not supported."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Older name of max_length."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Warm-up as a share of all steps."})
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of eval_strategy."})
@@ -111,6 +146,11 @@ class SFTConfig(trl.SFTConfig):
         self.full_determinism = False
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
+        if isinstance(self.pad_to_multiple_of, str):  # TRL's "auto" pads for AWS Trainium only
+            given = self.pad_to_multiple_of.lower()
+            self.pad_to_multiple_of = None if given in ("auto", "none", "null") else int(given)
+        if self.loss_type == "chunked_nll":  # an older name of TRL's
+            self.loss_type = "nll"
         for name in ("checkpointing", "checkpointing_kwargs"):
             # from 5.23 on transformers has a new name, and warns where only the older one is set, as it is here
             if getattr(self, f"activation_{name}", self) is None:
@@ -136,7 +176,8 @@ class SFTConfig(trl.SFTConfig):
 def adopt(args: TrainingArguments | dict[str, Any] | None) -> SFTConfig:
     """An `SFTConfig` with the values of any training arguments; an `SFTConfig` is returned as it is.
 
-    `assistant_only_loss = False`, TRL's default, counts as not said: answers are trained, as with `SFTConfig`.
+    `assistant_only_loss = False`, TRL's default, counts as not given: answers are trained, as with `SFTConfig`. A setting
+    that `SFTConfig` has no field for is named in a warning.
     """
     if isinstance(args, SFTConfig):
         return args
@@ -144,6 +185,13 @@ def adopt(args: TrainingArguments | dict[str, Any] | None) -> SFTConfig:
         return SFTConfig(**(args or {}))
     known = {f.name for f in fields(SFTConfig) if f.init}
     values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+    unknown = [
+        f"{f.name} = {getattr(args, f.name)!r}"
+        for f in fields(args)
+        if f.init and f.name not in known and f.default is not MISSING and getattr(args, f.name) != f.default
+    ]
+    if unknown:
+        logger.warning("%s has settings that oribi does not use: %s", type(args).__name__, ", ".join(unknown))
     if values.get("assistant_only_loss") is False:
         # TRL's default, which nobody can tell from the user's word; oribi.SFTConfig takes False at its word
         values["assistant_only_loss"] = None

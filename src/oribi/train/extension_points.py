@@ -20,13 +20,13 @@ STEP_METHODS = (
     "compute_loss", "compute_loss_context_manager", "autocast_smart_context_manager", "_prepare_inputs", "_prepare_input",
     "_prepare_context_parallel_inputs",
 )  # fmt: skip
-LIBRARIES = ("oribi", "trl", "transformers")
+LIBRARIES = ("oribi", "transformers")
 # packages whose modules compute what their weights say, and nothing beside it
 MODULE_LIBRARIES = (*LIBRARIES, "torch", "peft", "bitsandbytes")
 
 
 def is_users(trainer: Any, name: str) -> bool:
-    """Whether a trainer's method is neither oribi's nor TRL's nor transformers'."""
+    """Whether a trainer's method is neither oribi's nor transformers'."""
     if name in vars(trainer):
         return True
     return getattr(getattr(type(trainer), name), "__module__", "").partition(".")[0] not in LIBRARIES

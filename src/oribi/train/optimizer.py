@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-import trl
 from torch import nn
+from transformers import Trainer
 
 from oribi.kernels.adamw import FLAT_OPTIMIZERS, FlatAdamW
 from oribi.models.unwrap import base_model
@@ -12,8 +12,8 @@ from oribi.train.extension_points import is_users
 from oribi.train.guard import LossGuard
 
 
-class OptimizerTrainer(trl.SFTTrainer):
-    """`trl.SFTTrainer` with oribi's optimizers."""
+class OptimizerTrainer(Trainer):
+    """transformers' `Trainer` with oribi's optimizers."""
 
     guard: LossGuard
 

@@ -11,8 +11,7 @@ import datasets
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer as BaseTrainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from oribi.errors import ConfigError, DataError
 from oribi.text import say
@@ -66,8 +65,8 @@ class Position(TrainerCallback):
         return {"epoch": self.epoch, "rows": self.rows + self.read * self.per_batch}
 
 
-class PositionedTrainer(BaseTrainer):
-    """`trl.SFTTrainer` that knows which rows it has read."""
+class PositionedTrainer(Trainer):
+    """transformers' `Trainer` that knows which rows it has read."""
 
     _resumed: Resumed | None = None
     _parts: list[dict[str, int]] | None = (

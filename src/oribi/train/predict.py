@@ -3,17 +3,17 @@
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset
 from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from oribi.train.setup import held, logits_of, rows_collator, without_repeats
 
 
-class PredictingTrainer(trl.SFTTrainer):
-    """`trl.SFTTrainer` whose evaluations call losses as its training does."""
+class PredictingTrainer(Trainer):
+    """transformers' `Trainer` whose evaluations call losses as its training does."""
 
     own_loss: bool
     _packs: list[tuple[Dataset, Dataset]]  # packed rows, and the examples that they were made of

@@ -77,7 +77,7 @@ class RunFiles(TrainerCallback):
 
 
 class ResumableTrainer(PositionedTrainer):
-    """`trl.SFTTrainer` whose runs have an identity: see `train`."""
+    """transformers' `Trainer` whose runs have an identity: see `train`."""
 
     run_id = ""
     rows: Any = None  # the training rows before packing

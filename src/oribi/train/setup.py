@@ -1,4 +1,4 @@
-"""Between a model, its arguments and TRL's constructor: what is settled before it, and kept through it."""
+"""What a model, its arguments and its data have to agree on before the trainer is built."""
 
 import logging
 import os
@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import peft
 import pyarrow.compute as compute
 import torch
 import transformers
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers import set_seed
 
 from oribi.chat.tokenizer import turn_end
 from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.load import load_model
 from oribi.models.untrained import untrained_token
 from oribi.text import say
 from oribi.train.arguments import SFTConfig
@@ -26,25 +29,48 @@ from oribi.train.sharding import settle_sharding
 logger = logging.getLogger(__name__)
 
 NOT_COMPILED = "oribi's layers run kernels and backward passes of their own, which torch.compile cannot trace"
-# fields of trl.SFTConfig that oribi does not do: what they are unset, and what does the same
+# fields of TRL's SFTConfig that oribi does not honour: their value when unset, and what to do instead
 NOT_HONOURED = {
-    "activation_offloading": (
-        False,
-        "load or adapt the model with use_gradient_checkpointing='memory', which does it",
-    ),
-    "chat_template_path": (
-        None,
-        "set tokenizer.chat_template, or take oribi.get_chat_template, before the trainer",
-    ),
+    "activation_offloading": (False, "adapt the model with use_gradient_checkpointing='memory', which offloads them"),
+    "chat_template_path": (None, "set tokenizer.chat_template, or call oribi.get_chat_template, before the trainer"),
     "eos_token": (None, "set tokenizer.eos_token before the trainer"),
+    "loss_type": ("nll", "oribi trains with 'nll'"),
     "packing_strategy": ("bfd", "oribi packs whole documents, as 'bfd' does; leave it out"),
-    "truncation_mode": (
-        "keep_start",
-        "oribi keeps the start; overlong chooses what else happens to long rows",
-    ),
-}
+    "pad_token": (None, "set tokenizer.pad_token before the trainer"),
+    "router_aux_loss_coef": (None, "oribi adds no load-balancing loss; leave it out"),
+    "truncation_mode": ("keep_start", "oribi keeps the start; overlong chooses what else happens to long rows"),
+}  # fmt: skip
 # these pad a batch into a rectangle and keep given labels: the same loss as one row without padding, for more work
 STOCK_PADDERS = (transformers.DataCollatorForSeq2Seq, transformers.DataCollatorWithPadding)
+
+
+def load_named(name: str, args: SFTConfig, trains_all: bool) -> tuple[nn.Module, Any]:
+    """The model of a name, and its tokenizer, as the arguments say.
+
+    Args:
+        name: what `FastLanguageModel.from_pretrained` takes. args: may have model_init_kwargs.
+        trains_all: whether there will be no adapter.
+    """
+    options = {
+        "max_seq_length": args.max_length or 2048,
+        "load_in_4bit": False,
+        "full_finetuning": trains_all,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    return load_model(name, **{**options, **(args.model_init_kwargs or {})})
+
+
+def new_adapter(model: nn.Module, config: peft.PeftConfig, seed: int) -> peft.PeftModel:
+    """An adapter on a model that has none, equal in every run of a seed."""
+    if isinstance(model, peft.PeftModel):
+        raise ConfigError("peft_config is given, and the model has an adapter already; leave out one of them")
+    set_seed(seed)
+    return peft.get_peft_model(model, config)
+
+
+def prepares_data(args: SFTConfig) -> bool:
+    """Whether the trainer prepares its rows; if not, the collator takes them as they are."""
+    return not (args.dataset_kwargs or {}).get("skip_prepare_dataset")
 
 
 def longest_row(dataset: Dataset | IterableDataset | None) -> int:
@@ -70,12 +96,24 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
         args._n_gpu = 1
     settle_sharding(args, base)
     settle_fp8(args, base)
+    problems = [
+        f"{name} = {getattr(args, name)!r}: {remedy}"
+        for name, (unset, remedy) in NOT_HONOURED.items()
+        if getattr(args, name) != unset and (name != "packing_strategy" or args.packing)
+    ]
+    if problems:
+        raise ConfigError("; ".join(problems))
     source = getattr(base, "oribi", None)
     if args.max_length is None:
         args.max_length = getattr(source, "max_seq_length", None) or base.config.max_position_embeddings
     if base.device.type == "cpu":
         args.dataloader_pin_memory = False
+    unused = set(args.dataset_kwargs or {}) - {"skip_prepare_dataset"}
+    if unused:
+        logger.warning("dataset_kwargs: %s not used", ", ".join(sorted(unused)))
     if not isinstance(base, DecoderForCausalLM):
+        if args.gradient_checkpointing and any(not p.requires_grad for p in base.parameters()):
+            base.enable_input_require_grads()  # a frozen embedding's output would end the checkpoints' backward
         return
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every layer takes part in every step
@@ -89,15 +127,8 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
         raise ConfigError(
             f"{asked}: {NOT_COMPILED}. Leave it out; small models run as CUDA graphs without it"
         )
-    problems = [
-        f"{name} = {getattr(args, name)!r}: {remedy}"
-        for name, (unset, remedy) in NOT_HONOURED.items()
-        if getattr(args, name, unset) != unset and (name != "packing_strategy" or args.packing)
-    ]
-    if problems:
-        raise ConfigError("; ".join(problems))
-    if args.loss_type != "nll":
-        raise ConfigError(f"loss_type = {args.loss_type!r}; oribi's models compute 'nll'")
+    if args.use_liger_kernel:
+        raise ConfigError("use_liger_kernel = True: oribi's layers have kernels of their own; leave it out")
     for asked, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
         flag = "bf16" if asked is torch.bfloat16 else "fp16"
         if getattr(args, flag) and base.config.dtype is other:
@@ -288,22 +319,3 @@ def held(target: Any, **values: Any) -> Iterator[None]:
                 setattr(target, name, before[name])
             else:
                 delattr(target, name)
-
-
-@contextmanager
-def kept_as_it_is(model: nn.Module, base: nn.Module, own_loss: bool) -> Iterator[None]:
-    """Undo at the end of the block what TRL's constructor does to every model it is given.
-
-    It rounds LoRA weights on a quantised base to bfloat16, where small updates are lost, and replaces the model's
-    forward by one that needs its own kernel. It also refuses an adapted head, which oribi's loss trains correctly.
-    """
-    if not own_loss:
-        yield
-        return
-    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    head = base.get_output_embeddings()
-    with held(base, forward=base.forward, get_output_embeddings=lambda: getattr(head, "base_layer", head)):
-        yield
-    for name, parameter in model.named_parameters():
-        if name in trained and parameter.dtype != trained[name].dtype:
-            parameter.data = trained[name].to(parameter.device)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import trl
 from torch import nn
+from transformers import Trainer
 
 from oribi.memory.plan import choose, free_bytes
 from oribi.models.unwrap import base_model
@@ -21,8 +21,8 @@ from oribi.train.smaller_steps import SmallerSteps
 logger = logging.getLogger(__name__)
 
 
-class StepTrainer(trl.SFTTrainer):
-    """`trl.SFTTrainer` with oribi's way to compute a step.
+class StepTrainer(Trainer):
+    """transformers' `Trainer` with oribi's way to compute a step.
 
     Attributes:
         own_loss: whether the model computes its loss itself, from hidden states.
@@ -170,5 +170,4 @@ class StepTrainer(trl.SFTTrainer):
         if num_items_in_batch is not None:
             # a step whose examples were all cut down to their prompts has nothing to learn, which is no error
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        # past TRL's, which asks for per-token probabilities: Trainer's takes the loss that the model computes
-        return super(trl.SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

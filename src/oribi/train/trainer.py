@@ -1,4 +1,4 @@
-"""STEP 6: train. TRL's SFTTrainer with oribi's data preparation, the model's own loss and a flat optimizer.
+"""STEP 6: train. transformers' Trainer with oribi's data preparation, the model's own loss and a flat optimizer.
 
 It overrides methods of transformers' Trainer, private ones (with a leading underscore) among them, which the supported
 versions are tested for; nothing is assigned into another package.
@@ -30,7 +30,6 @@ from oribi.errors import ConfigError, DataError
 from oribi.memory.utilisation import Utilisation, utilisation_of
 from oribi.models.adapter_files import load_adapter, read_record
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.load import load_model
 from oribi.models.unwrap import base_model
 from oribi.save.adapter_files import write_adapter
 from oribi.save.base import changed_base
@@ -49,10 +48,12 @@ from oribi.train.resumable import ResumableTrainer
 from oribi.train.setup import (
     NOT_COMPILED,
     held,
-    kept_as_it_is,
     known_collator,
     leave_held_out,
+    load_named,
     make_collator,
+    new_adapter,
+    prepares_data,
     require_positions,
     say_same_rows,
     say_untrained_ends,
@@ -80,19 +81,23 @@ NO_ROWS = (
 
 
 class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrainer):
-    """`trl.SFTTrainer` for models that `FastLanguageModel` loads; any other causal model works too, unfused.
+    """transformers' `Trainer` for models that `FastLanguageModel` loads; any other causal model works too, unfused.
+
+    It takes what `trl.SFTTrainer` takes. Data preparation, batches, the optimizer step, checkpoints and resuming are oribi's.
 
     Args:
         model: a loaded model with or without adapter, or a name that `FastLanguageModel.from_pretrained` takes.
-        args: `oribi.SFTConfig`; `trl.SFTConfig`, `TrainingArguments` and dicts are taken over.
+        args: `oribi.SFTConfig`; a `trl.SFTConfig`, `TrainingArguments` or a dict is converted.
         data_collator: None joins the examples of a batch into one row without padding.
         train_dataset: what `oribi.data.prepare_dataset` takes (rows, files, names) or returns.
         eval_dataset: the same, or a dict of data sets.
         processing_class: the tokenizer.
         tokenizer: older name of processing_class.
         peft_config: adapter to put on a model that has none.
-        kwargs: what `trl.SFTTrainer` takes, and the older keywords dataset_text_field, max_seq_length, packing and
-            dataset_num_proc, which belong to args now.
+        formatting_func: makes the text of an example, or a list of texts of a batch, from rows.
+        quantization_config: of a model that is given by its name; load it with `FastLanguageModel.from_pretrained` instead.
+        kwargs: other arguments of `transformers.Trainer`, and the older keywords dataset_text_field, max_seq_length,
+            packing, dataset_num_proc and neftune_noise_alpha, which belong to args now.
 
     Attributes:
         train_dataset: prepared rows: input_ids, and labels that are not shifted, -100 where nothing is trained.
@@ -105,8 +110,6 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
         DataError: the data cannot be read, or no token of it would be trained.
     """
 
-    _tag_names = ["trl", "sft", "oribi"]
-
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
@@ -118,6 +121,8 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
         *,
         tokenizer: Any = None,
         peft_config: peft.PeftConfig | None = None,
+        formatting_func: Callable | None = None,
+        quantization_config: Any = None,
         **kwargs: Any,
     ) -> None:
         if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
@@ -129,21 +134,25 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
             value = kwargs.pop(old, None)
             if value is not None:
                 setattr(args, new, value)
-        if isinstance(model, str):
-            model, loaded_tokenizer = load_model(
-                model,
-                max_seq_length=args.max_length or 2048,
-                load_in_4bit=False,
-                full_finetuning=peft_config is None,
+        if quantization_config is not None:
+            raise ConfigError(
+                "quantization_config is not taken here; load the model with FastLanguageModel.from_pretrained(..., "
+                "quantization_config=...), or load_in_4bit=True, and pass it"
             )
+        if isinstance(model, str):
+            model, loaded_tokenizer = load_named(model, args, trains_all=peft_config is None)
             tokenizer = tokenizer or loaded_tokenizer
+        elif args.model_init_kwargs is not None:
+            logger.warning("model_init_kwargs is not used: the model is loaded already")
         if peft_config is not None:
-            model = peft.get_peft_model(model, peft_config)
+            model = new_adapter(model, peft_config, args.seed)
         processing_class = processing_class or tokenizer
         if processing_class is None:
             raise ConfigError(
                 "the tokenizer is missing; pass tokenizer= what from_pretrained returned with the model"
             )
+        if train_dataset is None:
+            raise ConfigError("train_dataset is missing; pass the rows, files or names to train on")
         if args.should_save:
             require_writable(args.output_dir)
         base = base_model(model)
@@ -152,89 +161,79 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
             raise ConfigError(
                 f"the model went through torch.compile: {NOT_COMPILED}. Pass it as it was before"
             )
+        settle(args, base)
         self._writes_checkpoint = False
         self._utilisation: Utilisation | None = None
         self.data_reports: dict[str, Any] = {}
         self.tokens_seen, self._logged = 0, (0, time.monotonic())
-        self._packing, self._trained_parts = args.packing, trained_parts(args)
         self._prepared: list[Dataset | IterableDataset] = []
         self._packs: list[tuple[Dataset, Dataset]] = []
-        settle(args, base)
-        if args.process_index == 0:
-            say_same_rows(train_dataset, eval_dataset)
-        if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            formatting_func = kwargs.pop("formatting_func", None)
-
-            def prepared(rows: Any, name: str) -> Any:
-                return self._prepare_dataset(
-                    rows, processing_class, args, args.packing, formatting_func, name
-                )
-
-            train_dataset = prepared(train_dataset, "train")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: prepared(rows, name) for name, rows in eval_dataset.items()}
-            elif eval_dataset is not None:
-                eval_dataset = prepared(eval_dataset, "eval")
-                leave_held_out(base, eval_dataset)
-        if args.process_index == 0:
-            say_untrained_ends(base, processing_class, self.data_reports.get("train"))
+        self._formatting_func = formatting_func
+        train_dataset, eval_dataset = self._prepare_data(
+            args, base, processing_class, train_dataset, eval_dataset
+        )
         given = known_collator(data_collator, train_dataset)
         data_collator = make_collator(args, base, processing_class) if given is None else given
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for rows in (train_dataset, *evaluated):
             require_positions(data_collator, rows, args)
-        # TRL's own packing, masks and checks of attention kernels are for its collator; batches are made here
-        hidden = {
-            "packing": False,
-            "padding_free": False,
-            "assistant_only_loss": False,
-            "completion_only_loss": False,
-        }
-        with held(args, **hidden), kept_as_it_is(model, base, self.own_loss):
-            try:
-                super().__init__(
-                    model=model,
-                    args=args,
-                    data_collator=data_collator,
-                    train_dataset=train_dataset,
-                    eval_dataset=eval_dataset,
-                    processing_class=processing_class,
-                    **kwargs,
-                )
-            except StopIteration:  # TRL looks at the first row
-                raise DataError(NO_ROWS) from None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
         self.neftune_noise_alpha = None  # transformers' noise counts a packed row as one document
         if self.own_loss:
             # float16 needs the gradient scaler but not autocast: the decoder computes in its own dtype
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
-        decode = getattr(processing_class, "decode", None)
-        self.guard = LossGuard(self.train_dataset, decode, scaled=self.accelerator.scaler is not None)
-        self.stop_on_signal = StopOnSignal(lambda asked: any_process(self, asked))
-        self.add_callback(self.guard)
-        self.add_callback(self.stop_on_signal)
-        self.add_callback(JsonLog())
-        for default in (ProgressCallback, PrinterCallback):
-            if any(type(callback) is default for callback in self.callback_handler.callbacks):
-                self.remove_callback(default)
-                self.add_callback(Progress(live=default is ProgressCallback))
+        if hasattr(model, "add_model_tags"):  # of what is pushed to the hub
+            model.add_model_tags(["oribi", "sft"])
+        self._add_callbacks(getattr(processing_class, "decode", None))
 
-    def _send_telemetry(self) -> None:
-        """TRL reports each run to the hub; oribi reports nothing."""
+    def _prepare_data(
+        self, args: SFTConfig, base: nn.Module, tokenizer: Any, train_dataset: Any, eval_dataset: Any
+    ) -> tuple[Any, Any]:
+        """Training and evaluation rows as the trainer keeps them, with what there is to say about them."""
+        if args.process_index == 0:
+            say_same_rows(train_dataset, eval_dataset)
+        if prepares_data(args):
+            train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {
+                    name: self._prepare_dataset(rows, tokenizer, args, name)
+                    for name, rows in eval_dataset.items()
+                }
+            elif eval_dataset is not None:
+                eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, args, "eval")
+                leave_held_out(base, eval_dataset)
+        if args.process_index == 0:
+            say_untrained_ends(base, tokenizer, self.data_reports.get("train"))
+        if isinstance(train_dataset, IterableDataset):
+            # accelerate would join the batches of several processes along their rows, which breaks packs
+            args.accelerator_config.dispatch_batches = False
+            if next(iter(train_dataset), None) is None:
+                raise DataError(NO_ROWS)
+        return train_dataset, eval_dataset
 
     def _prepare_dataset(
-        self, dataset, processing_class, args, packing, formatting_func, dataset_name
+        self, dataset: Any, tokenizer: Any, args: SFTConfig, name: str
     ) -> Dataset | IterableDataset:
+        """One data set as prepared rows or packs; what this trainer prepared already is returned as it is."""
         if any(dataset is one for one in self._prepared):
             return dataset
         prepared = dataset
         if not isinstance(dataset, PreparedData):
             prepared = prepare_dataset(
                 dataset,
-                processing_class,
+                tokenizer,
                 max_seq_length=args.max_length,
-                **self._trained_parts,
+                **trained_parts(args),
                 text_field=args.dataset_text_field,
-                formatting_func=formatting_func,
+                formatting_func=self._formatting_func,
                 overlong=args.overlong,
                 turns=args.turns,
                 num_proc=args.dataset_num_proc,
@@ -246,21 +245,50 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
             report is not prepared.report for report in self.data_reports.values()
         ):
             say(str(prepared.report))
-        self.data_reports[dataset_name] = prepared.report
-        require_targets(prepared.dataset, dataset_name)
-        train_set = dataset_name == "train" or args.eval_packing is None
+        self.data_reports[name] = prepared.report
         result = prepared.dataset
-        if dataset_name == "train":
+        require_targets(result, name)
+        if name == "train":
+            if args.shuffle_dataset:
+                result = result.shuffle(seed=args.seed)
             self.rows = result
-        if self._packing if train_set else args.eval_packing:
+        packs = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
+        if packs:
             if isinstance(result, IterableDataset):
                 raise ConfigError(
                     "packing = True needs the whole data set, and this one is a stream; set packing = False"
                 )
-            result = pack(result, args.max_length, seed=args.seed)
-            self._packs.append((result, prepared.dataset))
+            examples, result = result, pack(result, args.max_length, seed=args.seed)
+            self._packs.append((result, examples))
         self._prepared.append(result)
         return result
+
+    def _add_callbacks(self, decode: Callable | None) -> None:
+        """Guard, signals, log and progress; oribi's progress takes the place of transformers'."""
+        self.guard = LossGuard(self.train_dataset, decode, scaled=self.accelerator.scaler is not None)
+        self.stop_on_signal = StopOnSignal(lambda asked: any_process(self, asked))
+        self.add_callback(self.guard)
+        self.add_callback(self.stop_on_signal)
+        self.add_callback(JsonLog())
+        for default in (ProgressCallback, PrinterCallback):
+            if any(type(callback) is default for callback in self.callback_handler.callbacks):
+                self.remove_callback(default)
+                self.add_callback(Progress(live=default is ProgressCallback))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # bounds of the documents in a pack; what else rows have beside ids and labels is for people
+        self._signature_columns = ["input_ids", "labels", "seq_lengths"]
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        def prepared(rows: Any, name: str) -> Any:
+            return self._prepare_dataset(rows, self.processing_class, self.args, name)
+
+        if prepares_data(self.args) and eval_dataset is not None and not isinstance(eval_dataset, str):
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: prepared(rows, name) for name, rows in eval_dataset.items()}
+            else:
+                eval_dataset = prepared(eval_dataset, "eval")
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         require_targets(self.train_dataset, "train")
