@@ -31,6 +31,10 @@ def blocks(kind: str) -> list[tuple[Path, str]]:
     ]
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """(page, words) of every `oribi ...` in a block of shell, and in running text."""
     found = []
