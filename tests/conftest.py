@@ -108,10 +108,10 @@ def config_file(tiny_folder, data_file, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained_run(config_file) -> Path:
     """The folder of that run after training."""
-    from oribi.config import read_config
+    from oribi.config_file import read_run_config
     from oribi.run import run
 
-    config, _ = read_config(config_file)
+    config, _ = read_run_config(config_file)
     run(config)
     return Path(config.output_dir)
 

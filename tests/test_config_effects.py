@@ -14,7 +14,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 import oribi.run
-from oribi.config import RunConfig, read_config
+from oribi.config import RunConfig
+from oribi.config_file import read_run_config
 from oribi.train.trainer import SFTTrainer
 from tests.train.conftest import some_conversations
 
@@ -237,7 +238,7 @@ def ran(places, tmp_path_factory) -> Callable[..., Ran]:
             }  # fmt: skip
             given = {name: place(value) for name, value in {**usual, **settings}.items()}
             flags = [f"--{name}={json.dumps(value)}" for name, value in given.items()]
-            config, _ = read_config(None, flags)
+            config, _ = read_run_config(None, flags)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(oribi.run, "SFTTrainer", Watched)
                 oribi.run.run(config)

@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 
 import oribi.run
-from oribi.config import RunConfig, read_config
+from oribi.config import RunConfig
+from oribi.config_file import read_run_config
 from oribi.data import PreparedData
 from oribi.data.report import DataReport
 from oribi.errors import ConfigError
@@ -151,4 +152,4 @@ def test_a_key_changes_what_is_called(key, monkeypatch, tmp_path):
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_refuses_what_it_cannot_be(key):
     with pytest.raises(ConfigError, match=key):
-        read_config(None, ["--model", "m", "--dataset", "d", f"--{key}", "{a: [1]}"])
+        read_run_config(None, ["--model", "m", "--dataset", "d", f"--{key}", "{a: [1]}"])

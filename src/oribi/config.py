@@ -1,46 +1,27 @@
-"""A run's settings: one flat YAML file and flags, checked as a whole before anything is loaded.
+"""A run's settings: what each means, what it may be, and its default in a config file and in Python.
 
-Keys are Hugging Face's where they exist; the names that other trainers use are read too, and reported. Every problem of
-a file is found before the first is told.
+This is the one table of defaults: files and flags (`config_file.py`), `SFTConfig`, `get_peft_model`, `prepare_dataset` and
+docs/settings.md read it. Keys are Hugging Face's where they exist.
 """
 
 import math
-import types
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
-from oribi.config_hints import hint_for
-from oribi.config_yaml import YamlReader, compose, read_text, value_of
-from oribi.errors import ConfigError
-from oribi.text import nearest, one_of, shown
+from oribi.config_yaml import parse_word
+from oribi.text import one_of
 
 MOST = 2**31 - 1  # of whole numbers without a limit of their own
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    choices: Iterable[str] = (),
-    same: Mapping[str, str] | None = None,
-) -> Any:
-    """A field with its explanation and what it may be: from `low` to `high`, below `below`, one of `choices`.
-
-    `same` has other words for some of the choices.
-    """
-    limits = {
-        "help": help, "low": low, "high": high, "below": below, "choices": tuple(choices), "same": same or {}
-    }  # fmt: skip
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """A field of `RunConfig`: its default in a config file, what it means, and further fields of `Setting`."""
+    metadata = {"help": help, "python": default, **limits}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=limits)
-    return field(default=default, metadata=limits)
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 # of transformers 5.17: schedules and optimizers that need no arguments of their own
@@ -55,13 +36,11 @@ OPTIMIZERS = (
     "schedule_free_radam", "schedule_free_sgd", "stable_adamw", "grokadamw",
 )  # fmt: skip
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
-# what a run is trained on and by, and no config
-OTHER_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".gguf", ".safetensors")
 
 
 @dataclass
 class RunConfig:
-    """Every setting of a run. `read_config` makes one from a file and flags."""
+    """Every setting of a run; `read_run_config` makes one from a file and flags."""
 
     # the model
     model: str = setting("", "Hub name, local folder or GGUF file of the model")
@@ -70,7 +49,7 @@ class RunConfig:
     max_seq_length: int = setting(2048, "Longest example in tokens", low=1, high=2**24)
     load_in_4bit: bool = setting(True, "Keep frozen weights in NF4 (QLoRA)")
     dtype: str = setting(
-        "auto", "What the network computes in", choices=("auto", "bfloat16", "float16", "float32"),
+        "auto", "Data type of the computation", choices=("auto", "bfloat16", "float16", "float32"),
         same={"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"},
     )  # fmt: skip
     full_finetuning: bool = setting(False, "Train every weight instead of an adapter")
@@ -78,7 +57,9 @@ class RunConfig:
     lora_r: int = setting(16, "Rank of the adapter", low=1, high=65536)
     lora_alpha: int = setting(16, "Scale of the adapter: alpha / r, with rsLoRA alpha / sqrt(r)", low=0)
     lora_dropout: float = setting(0.0, "Dropout before the adapter", low=0, below=1)
-    target_modules: list[str] = setting(["all-linear"], "Layers that get an adapter, or all-linear")
+    target_modules: list[str] = setting(
+        ["all-linear"], "Layers that get an adapter, or all-linear", python=PROJECTIONS
+    )
     modules_to_save: list[str] = setting([], "Modules trained in full beside the adapter")
     use_rslora: bool = setting(False, "Scale by sqrt(r) instead of r")
     use_dora: bool = setting(False, "Weight-decomposed LoRA")
@@ -97,7 +78,7 @@ class RunConfig:
     eval_split: str | None = setting(
         None, "Split of eval_dataset; none takes split, but validation or test of what is in dataset as well"
     )
-    eval_fraction: float = setting(0.0, "Share of the training rows kept for evaluation", low=0, below=1)
+    eval_fraction: float = setting(0.0, "Fraction of the training rows kept for evaluation", low=0, below=1)
     chat_template: str | None = setting(None, "Name of a chat template in place of the model's own")
     train_on_responses_only: bool = setting(True, "Train on the assistant's words only")
     overlong: str | None = setting(
@@ -117,44 +98,48 @@ class RunConfig:
     malformed: str = setting(
         "error", "Rows that cannot be read stop the run, or are left out and named", choices=("error", "drop")
     )
-    packing: bool = setting(True, "Fill rows of max_seq_length with several examples each")
+    packing: bool = setting(True, "Fill rows of max_seq_length with several examples each", python=False)
     dataset_num_proc: int | None = setting(None, "Processes that prepare the data", low=1, high=1024)
     # the training
-    output_dir: str = setting("runs/latest", "Folder of the run")
-    num_train_epochs: float = setting(1.0, "Passes over the data", low=0, high=1e6)
+    output_dir: str = setting("runs/latest", "Folder of the run", python="outputs")
+    num_train_epochs: float = setting(1.0, "Passes over the data", python=3.0, low=0, high=1e6)
     max_steps: int = setting(-1, "Optimizer steps; overrides num_train_epochs if positive", low=-1)
-    per_device_train_batch_size: int = setting(2, "Rows a micro-batch", low=1)
-    per_device_eval_batch_size: int = setting(8, "Rows a batch of evaluation", low=1)
-    gradient_accumulation_steps: int = setting(4, "Micro-batches an optimizer step", low=1)
+    per_device_train_batch_size: int = setting(2, "Batch size per device", low=1)
+    per_device_eval_batch_size: int = setting(8, "Batch size of evaluation per device", low=1)
+    gradient_accumulation_steps: int = setting(4, "Micro-batches per optimizer step", low=1)
     learning_rate: float = setting(2e-4, "Peak learning rate", low=0, below=1)
     embedding_learning_rate: float | None = setting(
         None, "Learning rate of trained embeddings", low=0, below=1
     )
     lr_scheduler_type: str = setting(
-        "linear", "How the learning rate falls, e.g. linear or cosine", choices=SCHEDULES
+        "linear", "How the learning rate falls, such as linear or cosine", choices=SCHEDULES
     )
-    warmup_steps: float = setting(5, "Steps of warm-up; below 1 a share of all steps", low=0)
+    warmup_steps: float = setting(
+        5, "Warm-up steps; a value below 1 is a fraction of all steps", python=0, low=0
+    )
     optim: str = setting("adamw_8bit", "Optimizer", choices=OPTIMIZERS)
-    weight_decay: float = setting(0.01, "Weight decay", low=0)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 never", low=0)
+    weight_decay: float = setting(0.01, "Weight decay", python=0.0, low=0)
+    max_grad_norm: float = setting(1.0, "Maximum gradient norm; 0 disables clipping", low=0)
     neftune_noise_alpha: float | None = setting(None, "NEFTune noise on the embeddings", low=0)
-    seed: int = setting(3407, "Seed of data order, dropout and adapter", low=0)
+    seed: int = setting(3407, "Seed of the data order, dropout and the adapter's start", low=0)
     fp8: bool = setting(
         False,
-        "Approximate: products of frozen weights in 8-bit floating point while training; NVIDIA GPUs from 8.9 on",
+        "Compute products of frozen weights in 8-bit floating point while training (approximate; NVIDIA GPUs from 8.9 on)",
     )
-    deterministic: bool = setting(False, "Two runs are equal to the bit; slower on a GPU")
+    deterministic: bool = setting(False, "Make two runs bit-equal; slower on a GPU")
     logging_steps: int = setting(1, "Steps between two log lines", low=1)
     eval_steps: int | None = setting(
         None, "Steps between two evaluations; none evaluates at each epoch", low=1
     )
-    save_steps: int | None = setting(None, "Steps between two checkpoints; none saves only at the end", low=1)
+    save_steps: int | None = setting(
+        None, "Steps between two checkpoints; none saves only at the end", python=500, low=1
+    )
     save_total_limit: int | None = setting(None, "Checkpoints kept", low=1)
     resume: str = setting(
         "false", "Go on from the newest whole checkpoint in output_dir; weights takes its weights alone",
         choices=("true", "false", "weights"),
     )  # fmt: skip
-    report_to: list[str] = setting(["none"], "Trackers", choices=TRACKERS)
+    report_to: list[str] = setting(["none"], "Trackers", python="none", choices=TRACKERS)
     # what is saved
     save_method: list[str] = setting(
         ["lora"], "Forms in which the model is saved", choices=("lora", "merged_16bit", "merged_4bit"),
@@ -178,377 +163,159 @@ class RunConfig:
             "malformed": self.malformed,
         }
 
-    def to_yaml(self) -> str:
-        """The settings as a file that `read_config` reads back."""
-        return as_yaml({f.name: getattr(self, f.name) for f in fields(self)})
 
-
-def as_yaml(settings: dict[str, Any]) -> str:
-    """Settings as a file that `read_config` reads back."""
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-
-
-# names of Axolotl, LLaMA-Factory, TRL and Unsloth
-ALIASES = {
-    "base_model": "model",
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "model_revision": "revision",
-    "sequence_len": "max_seq_length",
-    "cutoff_len": "max_seq_length",
-    "max_length": "max_seq_length",
-    "torch_dtype": "dtype",
-    "r": "lora_r",
-    "lora_rank": "lora_r",
-    "lora_target": "target_modules",
-    "lora_target_modules": "target_modules",
-    "lora_modules_to_save": "modules_to_save",
-    "peft_use_rslora": "use_rslora",
-    "peft_use_dora": "use_dora",
-    "use_gradient_checkpointing": "gradient_checkpointing",
-    "dataset_name": "dataset",
-    "local_dataset": "dataset",
-    "train_file": "dataset",
-    "validation_file": "eval_dataset",
-    "val_size": "eval_fraction",
-    "val_set_size": "eval_fraction",
-    "template": "chat_template",
-    "train_on_completions": "train_on_responses_only",
-    "assistant_only_loss": "train_on_responses_only",
-    "sample_packing": "packing",
-    "neat_packing": "packing",
-    "dataset_processes": "dataset_num_proc",
-    "preprocessing_num_workers": "dataset_num_proc",
-    "num_epochs": "num_train_epochs",
-    "micro_batch_size": "per_device_train_batch_size",
-    "batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "lr": "learning_rate",
-    "embedding_lr": "embedding_learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "warmup_ratio": "warmup_steps",
-    "optimizer": "optim",
-    "random_seed": "seed",
-    "random_state": "seed",
-    "full_determinism": "deterministic",
-    "resume_from_checkpoint": "resume",
-    "quantization": "quantization_method",
-}
-
-
-@dataclass
-class Problem:
-    """One thing that is wrong: where it stands, what stands there, and what is allowed."""
-
-    line: int | None
-    what: str
-    allowed: str
-
-
-@dataclass
-class Given:
-    """A setting as it was given: under which name, on which line of the file, and what."""
-
-    name: str
-    line: int | None
-    value: Any
-
-
-def read_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple[RunConfig, list[str]]:
-    """A checked config from a YAML file and command-line flags; a flag overrides its line in the file.
+@dataclass(frozen=True)
+class Setting:
+    """One field of `RunConfig`.
 
     Args:
-        path: the file, or None for flags alone.
-        flags: `--key value`, `--key=value`, or `--key` alone for true; dashes within a key may be underscores.
-
-    Returns:
-        The config, and a sentence for each name that was read as another.
-
-    Raises:
-        ConfigError: naming every problem of the file and the flags, with its line.
+        kind: bool, int, float or str, of one item. container: list or dict where it holds several, else None.
+        optional: whether it may be left open (None).
+        default: in a config file. python: of the Python calls that take it, where TRL's or Unsloth's value is kept.
+        help: what it means, on one line.
+        low, high: the least and the most that it may be. below: what it must stay below.
+        choices: the words that it may be. same: other words -> the choice that they mean.
     """
-    problems: list[Problem] = []
-    notes: list[str] = []
-    origin = "flags" if path is None else str(path)
-    given = _resolve([] if path is None else _read_file(Path(path), problems), problems, notes)
-    given |= _resolve(_read_flags(list(flags), problems), problems, notes)
-    config = RunConfig()
-    for key, one in given.items():
-        converted, expected = _checked(key, one.value)
-        if expected is not None and one.value is True and one.line is None:
-            problems.append(Problem(one.line, f"--{one.name}", f"its value is missing; {expected}"))
-        elif expected is not None:
-            problems.append(Problem(one.line, f"{one.name} = {shown(one.value)}", expected))
-        else:
-            setattr(config, key, converted)
-    if config.full_finetuning:  # defaults of an adapter mean nothing
-        config.load_in_4bit &= "load_in_4bit" in given
-        config.save_method = config.save_method if "save_method" in given else ["merged_16bit"]
-    problems += _contradictions(config, given)
-    if problems:
-        raise ConfigError(_report(origin, problems))
-    return config, notes
 
+    name: str
+    kind: type
+    container: type | None
+    optional: bool
+    default: Any
+    python: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    same: Mapping[str, str] = field(default_factory=dict)
 
-def _read_file(path: Path, problems: list[Problem]) -> list[Given]:
-    if path.is_dir():
-        own = path / "config.yaml"
-        raise ConfigError(
-            f"{path} is a folder, and a config is a YAML file"
-            + (f", such as its own {own}" if own.is_file() else "; oribi init writes one")
-        )
-    if path.suffix in OTHER_FILES:
-        raise ConfigError(
-            f"{path} is no config: a config is a YAML file, and `oribi init MODEL DATA` writes one"
-        )
-    reader, node = compose(read_text(path), str(path))
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: expected lines of 'key: value', got a {node.id}")
-    entries = []
-    for key, value in node.value:
-        name, line = (
-            str(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}",
-            key.start_mark.line + 1,
-        )
-        if name == "<<":
-            problems.append(Problem(line, "<<", "merge keys are not read; write the settings out"))
-        elif not isinstance(key, yaml.ScalarNode):
-            problems.append(Problem(line, name, "a key is one word"))
-        elif isinstance(value, yaml.MappingNode) and not _is_mapping(ALIASES.get(name, name)):
-            problems.append(Problem(line, f"{name}: ...", "the file is flat; write its keys one level up"))
-        else:
-            entries.append(Given(name, line, _value(reader, value, name, str(path))))
-    return entries
+    @property
+    def is_words(self) -> bool:
+        """Whether it is a name or names; one that may be true or false as well is read as YAML."""
+        return self.kind is str and "true" not in self.choices
 
+    def check(self, value: Any) -> tuple[Any, str | None]:
+        """A value as the setting's type, and what is allowed if the setting may not be this."""
+        converted, expected = self._convert(value)
+        expected = expected or self._outside(converted)
+        if expected is not None and isinstance(value, str) and not self.is_words:
+            unquoted = parse_word(value)
+            if not isinstance(unquoted, str) and self.check(unquoted)[1] is None:
+                expected += "; write it without the quotes"
+        return converted, expected
 
-def _value(reader: YamlReader, node: yaml.Node, name: str, origin: str) -> Any:
-    """A node's value; for settings that are words, the words as they are written, not what YAML makes of 1.0 or no."""
-    if not _is_words(ALIASES.get(name, name)):
-        return value_of(reader, node, origin)
-    value = value_of(reader, node, origin)
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(reader, child, name, origin) for child in node.value]
-    if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
-        values = [_value(reader, child, name, origin) for _, child in node.value]
-        return dict(zip((str(key.value) for key, _ in node.value), values))
-    return value if value is None or not isinstance(node, yaml.ScalarNode) else node.value
-
-
-def _is_mapping(key: str) -> bool:
-    kind = get_type_hints(RunConfig).get(key)
-    return any(get_origin(option) is dict for option in (kind, *get_args(kind)))
-
-
-def _is_words(key: str) -> bool:
-    """Whether a setting is a name or names; one that may be true or false as well is read as YAML."""
-    kind = get_type_hints(RunConfig).get(key)
-    words = kind is not None and any(str in (option, *get_args(option)) for option in (kind, *get_args(kind)))
-    return words and "true" not in _limits(key)["choices"]
-
-
-def _limits(key: str) -> Mapping[str, Any]:
-    return next(f.metadata for f in fields(RunConfig) if f.name == key)
-
-
-def _read_flags(flags: list[str], problems: list[Problem]) -> list[Given]:
-    entries = []
-    while flags:
-        flag = flags.pop(0)
-        if not flag.startswith("--"):
-            problems.append(Problem(None, flag, "flags are written --key value"))
-            continue
-        key, equals, text = flag[2:].partition("=")
-        key = key.replace("-", "_")
-        words = [text] if equals else []
-        while not equals and flags and not flags[0].startswith("--"):
-            words.append(flags.pop(0))
-        values = [_flag_value(word, key) for word in words]
-        entries.append(Given(key, None, True if not values else values[0] if len(values) == 1 else values))
-    return entries
-
-
-def _flag_value(word: str, name: str) -> Any:
-    try:
-        reader, node = compose(word, "flags")
-        return None if node is None else _value(reader, node, name, "flags")
-    except ConfigError:
-        return word  # a name with braces, say; its setting says whether it will do
-
-
-def _resolve(entries: list[Given], problems: list[Problem], notes: list[str]) -> dict[str, Given]:
-    """Entries by their key; an entry without value counts as not given."""
-    known = [f.name for f in fields(RunConfig)]
-    found: dict[str, Given] = {}
-    for one in entries:
-        key = ALIASES.get(one.name, one.name)
-        if key not in known:
-            near = nearest(one.name, [*known, *ALIASES])
-            advice = hint_for(one.name) or (f"did you mean {ALIASES.get(near, near)}?" if near else "")
-            problems.append(Problem(one.line, one.name, f"unknown key{f'; {advice}' if advice else ''}"))
-            continue
-        if key in found and found[key].value != one.value:
-            first = found[key]
-            where = f" on line {first.line}" if first.line else ""
-            why = "given twice" if first.name == one.name else f"means the same as {first.name}"
-            problems.append(
-                Problem(
-                    one.line,
-                    f"{one.name} = {shown(one.value)}",
-                    f"{why}, {shown(first.value)}{where}; keep one",
-                )
+    def _convert(self, value: Any) -> tuple[Any, str | None]:
+        if self.container is dict:
+            return _pairs(value)
+        if self.container is list:
+            found = [self._word(item) for item in (value if isinstance(value, list) else [value])]
+            problem = next((problem for _, problem in found if problem), None)
+            return [item for item, _ in found], problem and problem.replace(
+                "one name", "a name or a list of names"
             )
-            continue
-        if one.name != key:
-            notes.append(f"{one.name} read as {key}")
-        if one.value is not None:
-            found[key] = one
-    return found
-
-
-def setting_of(key: str, value: Any) -> Any:
-    """A value as its setting's type.
-
-    Raises:
-        ConfigError: the setting may not be this.
-    """
-    converted, expected = _checked(key, value)
-    if expected is not None:
-        raise ConfigError(f"--{key} {shown(value)}: {expected}")
-    return converted
-
-
-def problem_with(key: str, value: Any) -> str | None:
-    """What a setting may be, if it may not be this."""
-    return _checked(key, value)[1]
-
-
-def _checked(key: str, value: Any) -> tuple[Any, str | None]:
-    """The value as its setting's type, and what is allowed if it is not."""
-    limits = _limits(key)
-    converted, expected = _convert(value, get_type_hints(RunConfig)[key], limits)
-    expected = expected or _outside(converted, limits)
-    if expected is not None and isinstance(value, str) and not _is_words(key):
-        unquoted = _flag_value(value, key)
-        if not isinstance(unquoted, str) and _checked(key, unquoted)[1] is None:
-            expected += "; write it without the quotes"
-    return converted, expected
-
-
-def _convert(value: Any, kind: Any, limits: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """The value as its field's type, or what was expected instead."""
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    kind = next(option for option in options if option is not type(None))
-    if get_origin(kind) is dict:
-        return _pairs(value)
-    if get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
-        found = [_convert(item, str, limits) for item in items]
-        problem = next((problem for _, problem in found if problem), None)
-        return [item for item, _ in found], problem and problem.replace(
-            "one name", "a name or a list of names"
-        )
-    if kind is bool:
-        return (value, None) if isinstance(value, bool) else (None, "must be true or false")
-    if kind is str:
-        if isinstance(value, bool):
-            return (str(value).lower(), None) if "true" in limits["choices"] else (None, "must be one name")
-        return (
-            _word(str(value), limits) if isinstance(value, (str, int, float)) else (None, "must be one name")
-        )
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        whole = number and (isinstance(value, int) or (math.isfinite(value) and value == int(value)))
+        if self.kind is bool:
+            return (value, None) if isinstance(value, bool) else (None, "must be true or false")
+        if self.kind is str:
+            return self._word(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # a whole number of hundreds of digits is no float
+        finite = number and (isinstance(value, float) or value.bit_length() < 1000) and math.isfinite(value)
+        if self.kind is float:
+            return (float(value), None) if finite else (None, "must be a number")
+        whole = number and (isinstance(value, int) or (finite and value == int(value)))
         return (int(value), None) if whole else (None, "must be a whole number")
-    finite = number and (isinstance(value, float) or value.bit_length() < 1000) and math.isfinite(value)
-    return (float(value), None) if finite else (None, "must be a number")
+
+    def _word(self, value: Any) -> tuple[str | None, str | None]:
+        if isinstance(value, bool) and "true" in self.choices:
+            value = str(value).lower()
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            return None, "must be one name"
+        text = str(value)
+        if not text.strip():
+            return None, "is empty; write one name, or leave the line out"
+        if not text.isprintable():  # names of files with a NUL, say
+            return None, "must be one name without control characters"
+        return self.same.get(text.lower(), text), None
+
+    def _outside(self, value: Any) -> str | None:
+        if self.choices and value is not None:
+            items = value if isinstance(value, list) else [value]
+            wrong = [item for item in items if item not in self.choices]
+            if wrong:
+                return one_of(wrong[0], self.choices)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            high = MOST if self.high is None and isinstance(value, int) else self.high
+            if self.low is not None and not value >= self.low:
+                return f"must be at least {self.low:g}"
+            if self.below is not None and not value < self.below:
+                return f"must be below {self.below:g}"
+            if high is not None and not value <= high:
+                return f"must be at most {high:,}"
+        return None
 
 
 def _pairs(value: Any) -> tuple[dict[str, str] | None, str | None]:
     """A mapping of names, which flags may write as name=name."""
-    found: dict[str, str] = {}
+    found: dict[Any, Any] = {}
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and "=" in item:
             item = dict([item.split("=", 1)])
-        if not isinstance(item, dict):
-            return None, "must be pairs of names, {ours: yours}, or ours=yours as a flag"
-        found |= item
-    if not all(
-        isinstance(name, str) and isinstance(other, str) and name and other for name, other in found.items()
-    ):
+        found |= item if isinstance(item, dict) else {None: None}
+    if not all(isinstance(name, str) and name for pair in found.items() for name in pair):
         return None, "must be pairs of names, {ours: yours}, or ours=yours as a flag"
     return found or None, None
 
 
-def _word(text: str, limits: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    if not text.strip():
-        return None, "is empty; write one name, or leave the line out"
-    if not text.isprintable():  # names of files with a NUL, say
-        return None, "must be one name without control characters"
-    return limits["same"].get(text.lower(), text), None
-
-
-def _outside(value: Any, limits: Mapping[str, Any]) -> str | None:
-    """What is allowed, if the value is not."""
-    if limits["choices"] and value is not None:
-        wrong = [
-            item for item in (value if isinstance(value, list) else [value]) if item not in limits["choices"]
-        ]
-        if wrong:
-            return one_of(wrong[0], limits["choices"])
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        high = MOST if limits["high"] is None and isinstance(value, int) else limits["high"]
-        if limits["low"] is not None and not value >= limits["low"]:
-            return f"must be at least {limits['low']:g}"
-        if limits["below"] is not None and not value < limits["below"]:
-            return f"must be below {limits['below']:g}"
-        if high is not None and not value <= high:
-            return f"must be at most {high:,}"
-    return None
-
-
-def _contradictions(config: RunConfig, given: dict[str, Given]) -> list[Problem]:
-    found = [
-        Problem(None, key, "missing; every run needs it") for key in ("model", "dataset") if key not in given
-    ]
-
-    def refuse(key: str, why: str) -> None:
-        one = given.get(key, Given(key, None, getattr(config, key)))
-        found.append(Problem(one.line, f"{one.name} = {shown(one.value)}", why))
-
-    if config.full_finetuning and config.load_in_4bit:
-        refuse("load_in_4bit", "4-bit weights cannot be trained; full_finetuning needs false")
-    against = {
-        "full_finetuning": config.full_finetuning,
-        "lora_dropout": config.lora_dropout > 0,
-        "use_dora": config.use_dora,
-        "dtype": config.dtype in ("float16", "float32"),
-    }
-    if config.fp8 and any(against.values()):
-        names = " and ".join(name for name, stands in against.items() if stands)
-        refuse("fp8", f"takes plain LoRA without dropout in bfloat16; change {names}")
-    if config.eval_dataset and config.eval_fraction:
-        refuse("eval_fraction", "eval_dataset is given already")
-    if config.eval_split is not None and not config.eval_dataset:
-        refuse("eval_split", "needs eval_dataset")
-    if config.eval_steps and not (config.eval_dataset or config.eval_fraction):
-        refuse("eval_steps", "needs eval_dataset or eval_fraction")
-    if config.num_train_epochs == 0 and config.max_steps < 1:
-        refuse("num_train_epochs", "must be above 0")
-    if config.max_steps == 0:
-        refuse("max_steps", "must be positive, or -1 to train num_train_epochs")
-    if config.full_finetuning and "lora" in config.save_method:
-        refuse("save_method", "full_finetuning has no adapter; use merged_16bit")
+def _settings() -> dict[str, Setting]:
+    kinds, found = get_type_hints(RunConfig), {}
+    for one in fields(RunConfig):
+        kind = kinds[one.name]
+        optional = type(None) in get_args(kind)
+        kind = get_args(kind)[0] if optional else kind
+        container = get_origin(kind)
+        default = one.default if one.default is not MISSING else one.default_factory()
+        found[one.name] = Setting(
+            one.name, get_args(kind)[0] if container else kind, container, optional, default, **one.metadata
+        )
     return found
 
 
-def _report(origin: str, problems: list[Problem]) -> str:
-    problems = sorted(problems, key=lambda problem: problem.line or 0)
-    width = max(len(problem.what) for problem in problems) + 2
-    lines = [
-        f"  {f'line {problem.line}:' if problem.line else '-':<10}{problem.what:<{width}}{problem.allowed}"
-        for problem in problems
-    ]
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([f"{origin}: {count}", *lines])
+SETTINGS = _settings()
+# of the Python calls that take the same settings: SFTConfig, get_peft_model, from_pretrained, prepare_dataset
+PYTHON_DEFAULTS = {name: one.python for name, one in SETTINGS.items()}
+
+
+# setting -> its names in Axolotl, LLaMA-Factory, TRL and Unsloth
+_OTHER_NAMES = {
+    "model": "base_model model_name model_name_or_path",
+    "revision": "model_revision",
+    "max_seq_length": "sequence_len cutoff_len max_length",
+    "dtype": "torch_dtype",
+    "lora_r": "r lora_rank",
+    "target_modules": "lora_target lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "use_rslora": "peft_use_rslora",
+    "use_dora": "peft_use_dora",
+    "gradient_checkpointing": "use_gradient_checkpointing",
+    "dataset": "dataset_name local_dataset train_file",
+    "eval_dataset": "validation_file",
+    "eval_fraction": "val_size val_set_size",
+    "chat_template": "template",
+    "train_on_responses_only": "train_on_completions assistant_only_loss",
+    "packing": "sample_packing neat_packing",
+    "dataset_num_proc": "dataset_processes preprocessing_num_workers",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "micro_batch_size batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "learning_rate": "lr",
+    "embedding_learning_rate": "embedding_lr",
+    "lr_scheduler_type": "lr_scheduler",
+    "warmup_steps": "warmup_ratio",
+    "optim": "optimizer",
+    "seed": "random_seed random_state",
+    "deterministic": "full_determinism",
+    "resume": "resume_from_checkpoint",
+    "quantization_method": "quantization",
+}
+ALIASES = {alias: name for name, aliases in _OTHER_NAMES.items() for alias in aliases.split()}

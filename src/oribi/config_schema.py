@@ -1,23 +1,21 @@
 """The run config as a JSON schema, by which editors complete keys and mark mistakes."""
 
-import types
-from dataclasses import MISSING, fields
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from oribi.config import ALIASES, RunConfig
+from oribi.config import ALIASES, SETTINGS, Setting
 
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 def json_schema() -> dict[str, Any]:
     """The schema: every key with its meaning, type, limits and default; other programs' names are allowed, too."""
-    kinds, properties = get_type_hints(RunConfig), {}
-    for setting in fields(RunConfig):
-        properties[setting.name] = _property(kinds[setting.name], setting.metadata)
-        default = setting.default if setting.default is not MISSING else setting.default_factory()
-        properties[setting.name]["default"] = default
+    shapes = {name: _shape(setting) for name, setting in SETTINGS.items()}
+    properties = {
+        name: {"description": f"{setting.help}.", **shapes[name], "default": setting.default}
+        for name, setting in SETTINGS.items()
+    }
     aliases = {
-        alias: {"description": f"Read as {name}.", "deprecated": True, **_shape(properties[name])}
+        alias: {"description": f"Read as {name}.", "deprecated": True, **shapes[name]}
         for alias, name in ALIASES.items()
         if alias not in properties
     }
@@ -30,34 +28,21 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _property(kind: Any, limits: Any) -> dict[str, Any]:
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    optional = type(None) in options
-    kind = next(option for option in options if option is not type(None))
-    bounds = {}
-    if limits["low"] is not None:
-        bounds["minimum"] = limits["low"]
-    if limits["high"] is not None:
-        bounds["maximum"] = limits["high"]
-    if limits["below"] is not None:
-        bounds["exclusiveMaximum"] = limits["below"]
-    choices = [*limits["choices"], *limits["same"]]
-    if get_origin(kind) is list:
+def _shape(setting: Setting) -> dict[str, Any]:
+    """What a value may be."""
+    bounds = {"minimum": setting.low, "maximum": setting.high, "exclusiveMaximum": setting.below}
+    choices: list[Any] = [*setting.choices, *setting.same]
+    if setting.container is list:
         item = {"enum": choices} if choices else {"type": "string"}
         shape: dict[str, Any] = {
             "anyOf": [{"type": "array", "items": item}, item]
         }  # one name may stand alone
-    elif get_origin(kind) is dict:
+    elif setting.container is dict:
         shape = {"type": "object", "additionalProperties": {"type": "string"}}
     elif choices:
-        allowed = [*choices, *({"true": True, "false": False}[c] for c in choices if c in ("true", "false"))]
-        shape = {"enum": allowed}
+        booleans = {"true": True, "false": False}
+        shape = {"enum": [*choices, *(booleans[choice] for choice in choices if choice in booleans)]}
     else:
-        shape = {"type": TYPES[kind], **bounds}
-    if optional:
-        shape = {"anyOf": [shape, {"type": "null"}]}
-    return {"description": limits["help"] + ".", **shape}
-
-
-def _shape(described: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in described.items() if key not in ("description", "default")}
+        limits = {name: bound for name, bound in bounds.items() if bound is not None}
+        shape = {"type": TYPES[setting.kind], **limits}
+    return {"anyOf": [shape, {"type": "null"}]} if setting.optional else shape

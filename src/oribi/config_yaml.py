@@ -140,11 +140,33 @@ def value_of(reader: YamlReader, node: yaml.Node, origin: str) -> Any:
         raise ConfigError(f"{origin}:{node.start_mark.line + 1}: {problem}") from error
 
 
-def parse(text: str, origin: str) -> Any:
-    """The value of a whole text.
+def words_of(reader: YamlReader, node: yaml.Node, origin: str) -> Any:
+    """What a node stands for, its words as they are written, and not what YAML makes of 1.0 or no; nothing stays None.
+
+    Raises:
+        ConfigError: as `value_of`.
+    """
+    value = value_of(reader, node, origin)
+    if isinstance(node, yaml.SequenceNode):
+        return [words_of(reader, child, origin) for child in node.value]
+    if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
+        return {str(key.value): words_of(reader, child, origin) for key, child in node.value}
+    return node.value if isinstance(node, yaml.ScalarNode) and value is not None else value
+
+
+def parse(text: str, origin: str, *, as_written: bool = False) -> Any:
+    """The value of a whole text; `as_written` leaves its words as they are.
 
     Raises:
         ConfigError: it is no YAML, or beyond the bounds.
     """
     reader, node = compose(text, origin)
-    return None if node is None else value_of(reader, node, origin)
+    return None if node is None else (words_of if as_written else value_of)(reader, node, origin)
+
+
+def parse_word(word: str, *, as_written: bool = False) -> Any:
+    """The value of a word of a command line; the word itself where it is no YAML, such as a name with braces."""
+    try:
+        return parse(word, "flags", as_written=as_written)
+    except ConfigError:
+        return word

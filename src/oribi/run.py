@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from oribi.config import RunConfig, read_config
+from oribi.config import RunConfig
+from oribi.config_file import as_yaml, read_run_config
 from oribi.data import PreparedData, get_chat_template, prepare_dataset
 from oribi.data.report import DataReport
 from oribi.environment import Environment, detect
@@ -33,7 +34,7 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
     """Train what a config says; the config in force is saved in the run's folder.
 
     Args:
-        config: as `read_config` returns it.
+        config: as `read_run_config` returns it.
         overwrite: replace a run that lies in the folder already.
 
     Returns:
@@ -124,11 +125,11 @@ def _begin(config: RunConfig, overwrite: bool) -> None:
     if overwrite:
         remove_run(config.output_dir)
     try:  # the user's own file, with its comments, stays
-        kept = written is not None and read_config(path)[0] == config
+        kept = written is not None and read_run_config(path)[0] == config
     except (ConfigError, OSError):
         kept = False
     if not kept:
-        write_whole(path, config.to_yaml())
+        write_whole(path, as_yaml(config))
 
 
 def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, PreparedData | None]:
@@ -240,7 +241,7 @@ def read_run(folder: str | Path) -> RunConfig:
     if not is_run(folder):
         what = f"it has no {CONFIG_FILE}" if Path(folder).is_dir() else missing_folder(str(folder))
         raise ConfigError(f"{folder} is no run: {what}; give the output_dir of a finished `oribi train`")
-    config, _ = read_config(Path(folder) / CONFIG_FILE)
+    config, _ = read_run_config(Path(folder) / CONFIG_FILE)
     return replace(config, output_dir=str(folder))
 
 

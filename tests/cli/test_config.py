@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from oribi.config import ALIASES, RunConfig, read_config
+from oribi.config import ALIASES, RunConfig
+from oribi.config_file import as_yaml, read_run_config
 from oribi.errors import ConfigError
 
 NEEDED = "model: m\ndataset: d\n"
@@ -20,7 +21,7 @@ def read(tmp_path):
     ) -> tuple[RunConfig, list[str]]:
         path = tmp_path / "run.yaml"
         path.write_text(needed + text, encoding="utf-8")
-        return read_config(path, flags)
+        return read_run_config(path, flags)
 
     return read_text
 
@@ -62,7 +63,7 @@ def test_pairs_of_names_are_read_from_lines_blocks_and_flags(read):
     assert read("columns:\n  question: task\n  answer: no\n")[0].columns == pairs
     for flags in (("--columns", "question=task", "answer=no"), ("--columns={question: task, answer: no}",)):
         assert read("malformed: drop\nrole_aliases: {coach: assistant}\n", flags)[0].columns == pairs
-    assert read_config(None, ["--model=m", "--dataset=d", "--role-aliases", "coach=user"])[
+    assert read_run_config(None, ["--model=m", "--dataset=d", "--role-aliases", "coach=user"])[
         0
     ].role_aliases == {"coach": "user"}
     found = problems(read, "columns: task\nmalformed: skip\nrole_aliases: {coach: [a]}\noptim:\n  x: y\n")
@@ -74,12 +75,12 @@ def test_pairs_of_names_are_read_from_lines_blocks_and_flags(read):
 
 def test_a_config_with_pairs_is_read_back(read, tmp_path):
     config, _ = read("columns: {question: task}\n")
-    (tmp_path / "again.yaml").write_text(config.to_yaml())
-    assert read_config(tmp_path / "again.yaml")[0] == config
+    (tmp_path / "again.yaml").write_text(as_yaml(config))
+    assert read_run_config(tmp_path / "again.yaml")[0] == config
 
 
 def test_flags_alone_are_a_config():
-    config, notes = read_config(None, ["--base_model", "m", "--train_file", "d", "--max_steps", "-1"])
+    config, notes = read_run_config(None, ["--base_model", "m", "--train_file", "d", "--max_steps", "-1"])
     assert (config.model, config.dataset, config.max_steps) == ("m", ["d"], -1)
     assert notes == ["base_model read as model", "train_file read as dataset"]
 
@@ -140,16 +141,16 @@ def test_a_file_that_is_no_flat_mapping_is_refused(read, tmp_path):
     assert "expected lines of 'key: value', got a sequence" in problems(read, "- a\n- b\n", needed="")
     assert "run.yaml:3: no valid YAML" in problems(read, "a: [1\nb: 2\n", needed="model: m\n")
     with pytest.raises(ConfigError, match="nothing.yaml: cannot be read: No such file"):
-        read_config(tmp_path / "nothing.yaml")
+        read_run_config(tmp_path / "nothing.yaml")
 
 
 def test_a_stray_word_is_no_flag():
     with pytest.raises(ConfigError, match="flags are written --key value"):
-        read_config(None, ["-x", "--model", "m", "--dataset", "d"])
+        read_run_config(None, ["-x", "--model", "m", "--dataset", "d"])
 
 
 def test_a_flag_that_is_no_yaml_is_taken_as_it_stands():
-    config, _ = read_config(None, ["--model", "{m", "--dataset", "d"])
+    config, _ = read_run_config(None, ["--model", "{m", "--dataset", "d"])
     assert config.model == "{m"
 
 
@@ -158,8 +159,8 @@ def test_the_saved_config_reads_back(read, tmp_path):
         "lora_r: 3\nlearning_rate: 1e-5\neval_fraction: 0.25\nquantization_method: [q8_0, q4_k_m]\n"
     )
     path = tmp_path / "saved.yaml"
-    path.write_text(config.to_yaml())
-    assert read_config(path) == (config, [])
+    path.write_text(as_yaml(config))
+    assert read_run_config(path) == (config, [])
 
 
 def test_train_checks_a_config_and_stops(oribi, tmp_path):
@@ -177,7 +178,7 @@ def test_train_checks_a_config_and_stops(oribi, tmp_path):
 
 def test_a_run_can_be_repeated_from_its_folder(trained_run):
     """The resolved config lies in the run; adapter and log beside it."""
-    config, _ = read_config(trained_run / "config.yaml")
+    config, _ = read_run_config(trained_run / "config.yaml")
     assert Path(config.output_dir) == trained_run
     assert {path.name for path in trained_run.iterdir()} >= {"adapter", "config.yaml", "log.jsonl"}
     assert (trained_run / "adapter" / "adapter_model.safetensors").is_file()
@@ -186,4 +187,4 @@ def test_a_run_can_be_repeated_from_its_folder(trained_run):
 def test_a_runs_folder_names_its_config(tmp_path):
     (tmp_path / "config.yaml").write_text("model: m\ndataset: d\n")
     with pytest.raises(ConfigError, match=r"is a folder, .* such as its own .*config\.yaml"):
-        read_config(tmp_path)
+        read_run_config(tmp_path)

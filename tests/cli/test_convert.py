@@ -7,7 +7,8 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from oribi.chat.named_templates import NAMES
-from oribi.config import OPTIMIZERS, SCHEDULES, RunConfig, read_config
+from oribi.config import OPTIMIZERS, SCHEDULES, SETTINGS
+from oribi.config_file import read_run_config
 from oribi.dialects import axolotl, convert_file, llama_factory, shared, trl, unsloth
 from oribi.dialects.converted import is_off, read_elsewhere
 from oribi.errors import ConfigError
@@ -206,7 +207,7 @@ def test_a_foreign_config_means_the_same_here(oribi, tmp_path, monkeypatch, name
     assert record["dialect"] == dialect
     assert record["values"] == expected
     assert set(record["unsupported"]) == unsupported
-    config, notes = read_config("config.yaml")
+    config, notes = read_run_config("config.yaml")
     assert notes == []
     assert {key: getattr(config, key) for key in expected} == expected
     written = (tmp_path / "config.yaml").read_text()
@@ -348,7 +349,7 @@ def test_a_line_means_this(tmp_path, program, lines, expected):
     path = tmp_path / "converted.yaml"
     path.write_text(json.dumps(found.values))
     if "dataset" in found.values:
-        read_config(path)
+        read_run_config(path)
 
 
 REFUSED = [
@@ -605,7 +606,7 @@ def test_the_names_that_are_written_are_known_here():
     known = {name.value for name in OptimizerNames}
     assert set(OPTIMIZERS) | set(shared.SAME_OPTIMIZER.values()) <= known
     assert {name.value for name in SchedulerType} >= set(SCHEDULES)
-    assert set(shared.TRACKERS) == set(RunConfig.__dataclass_fields__["report_to"].metadata["choices"])
+    assert set(shared.TRACKERS) == set(SETTINGS["report_to"].choices)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from oribi.cli.estimate import _data_size
-from oribi.config import RunConfig, read_config
+from oribi.config import RunConfig
+from oribi.config_file import read_run_config
 from oribi.data import PreparedData
 from oribi.data.report import DataReport
 
@@ -61,7 +62,7 @@ def test_init_writes_a_config_that_reads_back(oribi, tiny_folder, data_file, tmp
     path = tmp_path / "new.yaml"
     result = oribi("init", tiny_folder, data_file, "--output", path, "--gpu", "T4", "--max-seq-length", 64)
     assert result.code == 0, result.err
-    config, notes = read_config(path)
+    config, notes = read_run_config(path)
     assert notes == []
     assert (config.model, config.dataset, config.max_seq_length) == (str(tiny_folder), [str(data_file)], 64)
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8
@@ -80,7 +81,7 @@ def test_init_gives_a_model_without_template_one(oribi, tiny_folder, data_file, 
     for name in ("chat_template.jinja",):
         (bare / name).unlink(missing_ok=True)
     result = oribi("init", bare, data_file, "--output", tmp_path / "c.yaml", "--json")
-    config, _ = read_config(tmp_path / "c.yaml")
+    config, _ = read_run_config(tmp_path / "c.yaml")
     # a tokenizer with ChatML's tokens gets the template by the loader's repair already
     assert config.chat_template in (None, "chatml")
     assert result.records[0]["values"]["model"] == str(bare)

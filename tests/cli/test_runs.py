@@ -39,7 +39,7 @@ def config_without_checkpoints(config) -> Path:
 @pytest.fixture(scope="module")
 def stopped(config, tmp_path_factory) -> Path:
     """The run's folder after it was stopped behind step 4."""
-    from oribi.config import read_config
+    from oribi.config_file import read_run_config
     from oribi.run import run
 
     folder = tmp_path_factory.mktemp("stopped") / "run"
@@ -48,7 +48,7 @@ def stopped(config, tmp_path_factory) -> Path:
             "oribi.train.trainer.any_process", lambda trainer, asked: trainer.state.global_step == 4
         )
         with pytest.raises(KeyboardInterrupt):
-            run(read_config(config, ["--output_dir", str(folder)])[0])
+            run(read_run_config(config, ["--output_dir", str(folder)])[0])
     return folder
 
 
@@ -325,7 +325,7 @@ def test_a_signal_during_the_exports_loses_no_training(
     oribi, config_without_checkpoints, tmp_path, monkeypatch, words, resume, files
 ):
     """Without save_steps, too: the trained weights are in a checkpoint before the first form is written or verified."""
-    from oribi.config import read_config
+    from oribi.config_file import read_run_config
     from oribi.run import run
     from oribi.train.resume import newest_whole
 
@@ -334,7 +334,7 @@ def test_a_signal_during_the_exports_loses_no_training(
     with monkeypatch.context() as patch:
         patch.setattr("oribi.run.save_merged", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            run(read_config(config_without_checkpoints, words)[0])
+            run(read_run_config(config_without_checkpoints, words)[0])
     kept = newest_whole(folder, weights_only="weights" in resume)
     assert (kept.step, kept.damaged) == (2, ())
     trained = load_file(kept.path / f"{files[0]}.safetensors")

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import oribi.run
-from oribi.config import read_config
+from oribi.config_file import read_run_config
 from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.train import fp8
@@ -45,7 +45,7 @@ def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(oribi.run, "load_model", lambda *a, **k: pytest.fail("loaded"))
     flags = ["--model", "absent", "--dataset", "absent.jsonl", "--fp8", "--output_dir", str(tmp_path)]
     with pytest.raises(ConfigError, match="fp8 = true needs an NVIDIA GPU"):
-        oribi.run.run(read_config(None, flags)[0])
+        oribi.run.run(read_run_config(None, flags)[0])
 
 
 @pytest.mark.skipif(HAS_E4M3, reason="this machine can")

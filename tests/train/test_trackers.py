@@ -9,7 +9,7 @@ import pytest
 
 import oribi.run
 import oribi.train.trackers as trackers
-from oribi.config import read_config
+from oribi.config_file import read_run_config
 from oribi.errors import ConfigError
 from oribi.train.arguments import SFTConfig
 from oribi.train.trackers import require_trackers
@@ -33,7 +33,7 @@ def trained(tiny_folder, tmp_path, monkeypatch):
             "--max_seq_length", 128, "--report_to", tracker, "--eval_fraction", 0.25, "--eval_steps", 2, "--lora_r", 3,
             "--report", "false", "--learning_rate", 0.003,
         ]  # fmt: skip
-        config, _ = read_config(None, [str(flag) for flag in flags])
+        config, _ = read_run_config(None, [str(flag) for flag in flags])
         oribi.run.run(config)
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         return folder, log
@@ -149,7 +149,7 @@ def test_an_unknown_tracker_is_refused_by_its_name():
     with pytest.raises(
         ConfigError, match="report_to = 'wandbb' .*must be one of none, tensorboard, wandb, mlflow, trackio"
     ):
-        read_config(None, ["--model", "m", "--dataset", "d", "--report_to", "wandbb"])
+        read_run_config(None, ["--model", "m", "--dataset", "d", "--report_to", "wandbb"])
     with pytest.raises(ConfigError, match="report_to = 'wandbb'; it can be none, all, or some of .*wandb"):
         SFTConfig(report_to=["tensorboard", "wandbb"])
 
@@ -161,7 +161,7 @@ def test_a_tracker_that_is_not_installed_stops_the_run_before_it_loads(monkeypat
     ):
         SFTConfig(report_to="wandb")
     monkeypatch.setattr(oribi.run, "load_model", lambda *a, **k: pytest.fail("it loaded"))
-    config, _ = read_config(None, ["--model", "m", "--dataset", "d", "--report_to", "mlflow"])
+    config, _ = read_run_config(None, ["--model", "m", "--dataset", "d", "--report_to", "mlflow"])
     with pytest.raises(ConfigError, match="pip install mlflow"):
         oribi.run.run(config)
 

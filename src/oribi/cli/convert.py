@@ -24,7 +24,7 @@ def convert(
     Defaults of that program that differ from oribi's are written out. A config that asks for another training than
     oribi's can describe, such as DPO, is refused; every such line is named.
     """
-    from oribi.config_text import config_text, write_config
+    from oribi.config_file import commented_yaml, write_config
     from oribi.dialects import convert_file
 
     found = convert_file(file)
@@ -32,7 +32,7 @@ def convert(
     heading = f"converted from {file.name} ({found.dialect})"
     unsupported = [f"{key}: {why}" for key, why in found.unsupported.items()]
     remarks = [*found.differences, *(f"not taken over: {line}" for line in unsupported)]
-    text = config_text(found.values, heading, notes=remarks)
+    text = commented_yaml(found.values, heading, notes=remarks)
     if output is None:
         out.text(text.rstrip())
     else:

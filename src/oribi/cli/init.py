@@ -38,8 +38,8 @@ def init(
     with chatter_aside():
         from json import dumps
 
+        from oribi.config_file import commented_yaml, write_config
         from oribi.config_schema import json_schema
-        from oribi.config_text import config_text, write_config
         from oribi.data.readers import READERS, suffix_of
         from oribi.errors import ConfigError
         from oribi.memory.architecture import architecture_of
@@ -63,7 +63,7 @@ def init(
             values["chat_template"] = "chatml"
             notes.append("the model has no chat template of its own; chatml is trained")
         values |= _sizes(architecture, values, gpu, notes)
-    text = config_text(values, f"oribi train {output}", notes=notes, shown=SHOWN)
+    text = commented_yaml(values, f"oribi train {output}", notes=notes, shown=SHOWN)
     if schema is not None:
         write_config(schema, dumps(json_schema(), indent=1) + "\n", force=True)
         text = f"# yaml-language-server: $schema={schema}\n{text}"

@@ -40,7 +40,7 @@ def data(
     with chatter_aside():
         from rich.console import Console
 
-        from oribi.config import setting_of
+        from oribi.config_file import setting_of
         from oribi.data import get_chat_template, inspect_data
         from oribi.errors import ConfigError
         from oribi.models.tokens import tokenizer_of

@@ -14,7 +14,7 @@ def read_settings(config: str | None, flags: list[str]) -> "RunConfig":
     Raises:
         ConfigError: naming every problem, and `oribi convert` where the file is another program's.
     """
-    from oribi.config import read_config
+    from oribi.config_file import read_run_config
     from oribi.dialects import program_of
     from oribi.errors import ConfigError
 
@@ -23,7 +23,7 @@ def read_settings(config: str | None, flags: list[str]) -> "RunConfig":
     if config is None and not flags:
         raise typer.BadParameter("give a CONFIG.yaml, or flags such as --model and --dataset")
     try:
-        settings, notes = read_config(config, flags)
+        settings, notes = read_run_config(config, flags)
     except ConfigError as error:
         program = None if config is None else program_of(config)
         if program is None:

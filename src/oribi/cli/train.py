@@ -27,7 +27,9 @@ def train(
     """
     settings = read_settings(config, context.args)
     if check:
-        typer.echo(settings.to_yaml(), nl=False)
+        from oribi.config_file import as_yaml
+
+        typer.echo(as_yaml(settings), nl=False)
         return
     with chatter_aside():
         from oribi.run import run

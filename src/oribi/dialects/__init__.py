@@ -6,9 +6,9 @@ training that oribi does not do; a config whose training would be another one he
 
 from pathlib import Path
 
-from oribi.config import ALIASES
+from oribi.config import ALIASES, SETTINGS
 from oribi.dialects import axolotl, llama_factory, trl, unsloth
-from oribi.dialects.converted import KNOWN, Converted, Dialect, put_plain
+from oribi.dialects.converted import Converted, Dialect, put_plain
 from oribi.dialects.reading import read_entries
 from oribi.errors import ConfigError
 
@@ -63,7 +63,7 @@ def program_of(path: str | Path) -> str | None:
     except ConfigError:
         return None  # what is wrong with the file is told where it is read
     dialect = _dialect_of(set(entries), entries, command)
-    foreign = [key for key in entries if key not in KNOWN and key not in ALIASES]
+    foreign = [key for key in entries if key not in SETTINGS and key not in ALIASES]
     return dialect.name if dialect is not None and any(key in dialect.handlers for key in foreign) else None
 
 

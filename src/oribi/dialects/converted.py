@@ -1,13 +1,11 @@
 """What becomes of a foreign config, and the few ways in which a key of it is read."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oribi.config import ALIASES, RunConfig, problem_with
-
-KNOWN = {f.name for f in fields(RunConfig)}
+from oribi.config import ALIASES, SETTINGS
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Converted:
         """A setting, and the words of the file that it comes from."""
         if value is None:
             return
-        problem = problem_with(key, value)
+        problem = SETTINGS[key].check(value)[1]
         if problem is not None:
             self.refused[said if " = " in said else f"{said} = {value}"] = problem
         elif self.values.get(key, value) != value:
@@ -92,7 +90,7 @@ def is_off(value: Any) -> bool:
 def put_plain(found: Converted, key: str, value: Any) -> None:
     """A key that is called here as it is there, or by a known other name."""
     name = ALIASES.get(key, key)
-    if name in KNOWN:
+    if name in SETTINGS:
         found.put(name, None if value == "" else value, key)
     elif not is_off(value):
         found.unsupported[key] = "oribi has no such setting"

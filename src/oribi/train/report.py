@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 import oribi
-from oribi.config import as_yaml
+from oribi.config_file import as_yaml
 from oribi.save.card import fenced, for_markdown
 from oribi.text import clock, write_whole
 from oribi.train.charts import as_svg, loss_chart, save_png, small_chart

@@ -1,0 +1,307 @@
+"""A run's config as a file: read from YAML and flags, and written with what each setting means.
+
+The names that other trainers use are read too, and reported. Every problem of a file and of the flags is found before
+the first is told.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oribi.config import ALIASES, SETTINGS, RunConfig, Setting
+from oribi.config_yaml import compose, parse_word, read_text, value_of, words_of
+from oribi.errors import ConfigError
+from oribi.text import nearest, shown, write_whole
+
+# what a run is trained on and by, and no config
+OTHER_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".gguf", ".safetensors")
+# first setting of each group, in the order of RunConfig
+GROUPS = {"model": "the model", "lora_r": "the adapter", "dataset": "the data", "output_dir": "the training",
+          "save_method": "what is saved"}  # fmt: skip
+COLUMN = 44  # where the explanations of a written file begin
+
+
+@dataclass
+class Given:
+    """A setting as it was given: under which name, on which line of the file (None for a flag), and what."""
+
+    name: str
+    line: int | None
+    value: Any
+
+
+@dataclass
+class Problem:
+    """One thing that is wrong: where it stands, what stands there, and what is allowed."""
+
+    line: int | None
+    what: str
+    allowed: str
+
+
+def read_run_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple[RunConfig, list[str]]:
+    """A checked config from a YAML file and command-line flags; a flag overrides its line in the file.
+
+    Args:
+        path: the file, or None for flags alone.
+        flags: `--key value`, `--key=value`, or `--key` alone for true; dashes within a key may be underscores.
+
+    Returns:
+        The config, and a sentence for each name that was read as another.
+
+    Raises:
+        ConfigError: naming every problem of the file and the flags, with its line.
+    """
+    problems: list[Problem] = []
+    notes: list[str] = []
+    given = _resolve([] if path is None else _read_file(Path(path), problems), problems, notes)
+    given |= _resolve(_read_flags(list(flags), problems), problems, notes)
+    config = RunConfig()
+    for key, one in given.items():
+        converted, expected = SETTINGS[key].check(one.value)
+        if expected is None:
+            setattr(config, key, converted)
+        elif one.value is True and one.line is None:
+            problems.append(Problem(None, f"--{one.name}", f"its value is missing; {expected}"))
+        else:
+            problems.append(Problem(one.line, f"{one.name} = {shown(one.value)}", expected))
+    if config.full_finetuning:  # defaults of an adapter mean nothing
+        config.load_in_4bit &= "load_in_4bit" in given
+        config.save_method = config.save_method if "save_method" in given else ["merged_16bit"]
+    problems += _contradictions(config, given)
+    if problems:
+        raise ConfigError(_report("flags" if path is None else str(path), problems))
+    return config, notes
+
+
+def _read_file(path: Path, problems: list[Problem]) -> list[Given]:
+    if path.is_dir():
+        own = path / "config.yaml"
+        hint = f", such as its own {own}" if own.is_file() else "; oribi init writes one"
+        raise ConfigError(f"{path} is a folder, and a config is a YAML file{hint}")
+    if path.suffix in OTHER_FILES:
+        raise ConfigError(
+            f"{path} is no config: a config is a YAML file, and `oribi init MODEL DATA` writes one"
+        )
+    reader, node = compose(read_text(path), str(path))
+    if node is None:
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected lines of 'key: value', got a {node.id}")
+    entries = []
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        setting = _setting_named(name)
+        if not isinstance(key, yaml.ScalarNode):
+            problems.append(Problem(line, f"a {key.id}", "a key is one word"))
+        elif name == "<<":
+            problems.append(Problem(line, "<<", "merge keys are not read; write the settings out"))
+        elif isinstance(value, yaml.MappingNode) and not (setting and setting.container is dict):
+            problems.append(Problem(line, f"{name}: ...", "the file is flat; write its keys one level up"))
+        else:
+            read = words_of if setting and setting.is_words else value_of
+            entries.append(Given(name, line, read(reader, value, str(path))))
+    return entries
+
+
+def _setting_named(name: str) -> Setting | None:
+    return SETTINGS.get(ALIASES.get(name, name))
+
+
+def _read_flags(flags: list[str], problems: list[Problem]) -> list[Given]:
+    entries = []
+    while flags:
+        flag = flags.pop(0)
+        if not flag.startswith("--"):
+            problems.append(Problem(None, flag, "flags are written --key value"))
+            continue
+        key, equals, text = flag[2:].partition("=")
+        key = key.replace("-", "_")
+        words = [text] if equals else []
+        while not equals and flags and not flags[0].startswith("--"):
+            words.append(flags.pop(0))
+        setting = _setting_named(key)
+        values = [parse_word(word, as_written=bool(setting and setting.is_words)) for word in words]
+        entries.append(Given(key, None, True if not values else values[0] if len(values) == 1 else values))
+    return entries
+
+
+def _resolve(entries: list[Given], problems: list[Problem], notes: list[str]) -> dict[str, Given]:
+    """Entries by their key; an entry without value counts as not given."""
+    found: dict[str, Given] = {}
+    for one in entries:
+        key = ALIASES.get(one.name, one.name)
+        first = found.get(key)
+        if key not in SETTINGS:
+            near = nearest(one.name, [*SETTINGS, *ALIASES])
+            advice = hint_for(one.name) or (f"did you mean {ALIASES.get(near, near)}?" if near else "")
+            problems.append(Problem(one.line, one.name, f"unknown key{f'; {advice}' if advice else ''}"))
+        elif first is not None and first.value != one.value:
+            where = f" on line {first.line}" if first.line else ""
+            why = "given twice" if first.name == one.name else f"means the same as {first.name}"
+            allowed = f"{why}, {shown(first.value)}{where}; keep one"
+            problems.append(Problem(one.line, f"{one.name} = {shown(one.value)}", allowed))
+        else:
+            if one.name != key:
+                notes.append(f"{one.name} read as {key}")
+            if one.value is not None:
+                found[key] = one
+    return found
+
+
+def setting_of(key: str, value: Any) -> Any:
+    """The value of a flag as its setting's type.
+
+    Raises:
+        ConfigError: the setting may not be this.
+    """
+    converted, expected = SETTINGS[key].check(value)
+    if expected is not None:
+        raise ConfigError(f"--{key} {shown(value)}: {expected}")
+    return converted
+
+
+def _contradictions(config: RunConfig, given: dict[str, Given]) -> list[Problem]:
+    found = [
+        Problem(None, key, "missing; every run needs it") for key in ("model", "dataset") if key not in given
+    ]
+
+    def refuse(key: str, why: str) -> None:
+        one = given.get(key, Given(key, None, getattr(config, key)))
+        found.append(Problem(one.line, f"{one.name} = {shown(one.value)}", why))
+
+    if config.full_finetuning and config.load_in_4bit:
+        refuse("load_in_4bit", "4-bit weights cannot be trained; full_finetuning needs false")
+    against = {
+        "full_finetuning": config.full_finetuning,
+        "lora_dropout": config.lora_dropout > 0,
+        "use_dora": config.use_dora,
+        "dtype": config.dtype in ("float16", "float32"),
+    }
+    if config.fp8 and any(against.values()):
+        names = " and ".join(name for name, stands in against.items() if stands)
+        refuse("fp8", f"takes plain LoRA without dropout in bfloat16; change {names}")
+    if config.eval_dataset and config.eval_fraction:
+        refuse("eval_fraction", "eval_dataset is given already")
+    if config.eval_split is not None and not config.eval_dataset:
+        refuse("eval_split", "needs eval_dataset")
+    if config.eval_steps and not (config.eval_dataset or config.eval_fraction):
+        refuse("eval_steps", "needs eval_dataset or eval_fraction")
+    if config.num_train_epochs == 0 and config.max_steps < 1:
+        refuse("num_train_epochs", "must be above 0")
+    if config.max_steps == 0:
+        refuse("max_steps", "must be positive, or -1 to train num_train_epochs")
+    if config.full_finetuning and "lora" in config.save_method:
+        refuse("save_method", "full_finetuning has no adapter; use merged_16bit")
+    return found
+
+
+def _report(origin: str, problems: list[Problem]) -> str:
+    problems = sorted(problems, key=lambda problem: problem.line or 0)
+    width = max(len(problem.what) for problem in problems) + 2
+    lines = [
+        f"  {f'line {problem.line}:' if problem.line else '-':<10}{problem.what:<{width}}{problem.allowed}"
+        for problem in problems
+    ]
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([f"{origin}: {count}", *lines])
+
+
+def as_yaml(settings: RunConfig | Mapping[str, Any]) -> str:
+    """Settings as a file that `read_run_config` reads back."""
+    values = asdict(settings) if isinstance(settings, RunConfig) else dict(settings)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def commented_yaml(
+    values: Mapping[str, Any], heading: str, *, notes: Sequence[str] = (), shown: Sequence[str] = ()
+) -> str:
+    """A config file for people: settings in groups, each with what it means.
+
+    Args:
+        values: settings; the others keep their defaults.
+        heading: first line.
+        notes: further lines at the top.
+        shown: settings that are written although they have their default.
+    """
+    lines = [f"# {heading}", *(f"# {note}" for note in notes)]
+    group = written = ""
+    for name, setting in SETTINGS.items():
+        group = GROUPS.get(name, group)
+        if name not in values and name not in shown:
+            continue
+        if group != written:
+            written = group
+            lines += ["", f"# {group}"]
+        line = f"{name}: {_on_one_line(values.get(name, setting.default))}"
+        lines.append(f"{line:<{COLUMN}}  # {setting.help}")
+    return "\n".join(lines) + "\n"
+
+
+def write_config(path: Path, text: str, force: bool) -> None:
+    """Write a config file.
+
+    Raises:
+        ConfigError: the file exists and `force` is off.
+    """
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists; choose another name, or overwrite it with --force")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+
+
+def _on_one_line(value: Any) -> str:
+    """A value on one line of YAML; numbers as people write them."""
+    if isinstance(value, float) and value and abs(value) < 1e-2:
+        return f"{value:g}".replace("e-0", "e-")
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n...\n").strip()
+
+
+# keys that people know from other programs, and what says the same here
+_GPUS = "several GPUs: `torchrun --nproc-per-node 2 -m oribi train CONFIG`"
+_ATTENTION = "the machine chooses, and `oribi doctor` says what; leave the line out"
+_EVALUATION = "eval_steps says when; without it each epoch ends with an evaluation"
+_SAVING = "save_steps says when; without it only the end is saved"
+_HUB = "push the saved folder with `hf upload` or push_to_hub in Python"
+_KNOWN = {
+    ("bf16", "bfloat16"): "dtype: bfloat16 says it, and auto chooses it where the machine has it",
+    ("fp16", "float16", "half"): "dtype: float16 says it",
+    ("fp32", "float32", "tf32", "mixed_precision"): "dtype: bfloat16, float16, float32 or auto says it",
+    ("load_in_8bit", "quantization_bit", "bits"): "load_in_4bit: true (NF4) or false (16 bits)",
+    ("adapter", "finetuning_type", "use_peft", "use_lora", "peft_type"): (
+        "LoRA is what is trained; full_finetuning: true trains every weight"
+    ),
+    ("lora_target_linear", "lora_on_all_linear"): "target_modules: all-linear says it, and is the default",
+    ("flash_attention", "flash_attn", "flash_attn_2", "use_flash_attention_2", "attn_implementation",
+     "xformers_attention", "sdp_attention"): _ATTENTION,
+    ("deepspeed", "fsdp", "fsdp_config", "ddp", "device_map", "accelerate"): _GPUS,
+    ("epochs", "epoch", "num_epoch"): "did you mean num_train_epochs?",
+    ("steps", "num_steps", "max_train_steps", "total_steps"): "did you mean max_steps?",
+    ("wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "use_wandb"): (
+        "report_to: wandb; the project and names come from wandb's own WANDB_PROJECT and WANDB_NAME"
+    ),
+    ("run_name",): "the last part of output_dir is the run's name",
+    ("datasets", "data", "data_files", "data_path", "dataset_path", "train_dataset", "dataset_dir"): (
+        "did you mean dataset? It takes a name or a list of names"
+    ),
+    ("test_datasets", "eval_file", "validation_dataset"): "did you mean eval_dataset?",
+    ("eval_strategy", "evaluation_strategy", "do_eval", "evals_per_epoch"): _EVALUATION,
+    ("save_strategy", "saves_per_epoch"): _SAVING,
+    ("do_train", "stage"): "supervised fine-tuning is what is done; leave the line out",
+    ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"): _HUB,
+    ("overwrite_output_dir",): "leave the line out",
+    ("gradient_checkpointing_kwargs", "use_reentrant"): "gradient_checkpointing alone chooses; leave the line out",
+    ("train_on_inputs", "mask_prompt"): "train_on_responses_only says the opposite",
+    ("group_by_length", "length_column_name", "dataloader_num_workers", "remove_unused_columns", "pad_to_sequence_len",
+     "dataset_prepared_path", "tokenizer_type", "model_type", "special_tokens"): "nothing here needs it; leave the line out",
+}  # fmt: skip
+_HINTS = {name: advice for names, advice in _KNOWN.items() for name in names}
+
+
+def hint_for(key: str) -> str | None:
+    """What to write instead of a key of another program, if it is a known one."""
+    return _HINTS.get(key.casefold().replace("-", "_"))
