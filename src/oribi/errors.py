@@ -17,12 +17,12 @@ class ModelError(OribiError, ValueError):
     """A checkpoint cannot be loaded, or a model cannot do what was asked of it."""
 
 
-class ChatTemplateError(ModelError):
+class ChatTemplateError(DataError):
     """A chat template refuses a conversation, or fails on it."""
 
 
-class TemplateLimitError(ChatTemplateError):
-    """A chat template takes too long or makes too much."""
+class TemplateLimitError(ModelError):
+    """A chat template takes too long or makes too much, whichever conversation it is given."""
 
 
 class ExportError(OribiError, RuntimeError):

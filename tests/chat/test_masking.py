@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from oribi.chat.masking import BARE, BARE_ROW, Masker
 from oribi.chat.named_templates import get_chat_template
 from oribi.chat.rendering import ChatTemplate
-from oribi.data.conversations import from_messages
 from oribi.data.encoding import UNTRAINED, Encoder
 from oribi.errors import DataError
 from tests.data.tokenizers_small import (
@@ -23,6 +22,7 @@ from tests.data.tokenizers_small import (
     assistant,
     byte_level,
     call,
+    from_messages,
     sentence_piece,
     trained_runs,
     user,
@@ -348,40 +348,6 @@ def test_a_template_that_fails_says_how(chatml_tokenizer):
 def test_a_tokenizer_without_a_template_is_an_error(plain_tokenizer):
     with pytest.raises(DataError, match="no chat template"):
         ChatTemplate(plain_tokenizer)
-
-
-def test_a_template_that_ignores_the_assistant_is_an_error(chatml_tokenizer):
-    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match="does not write the assistant's message"):
-        ChatTemplate(chatml_tokenizer, template).turn_ends  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("template", "ends"),
-    [
-        ("{% for m in messages %}{{ m.role ~ m.content }}<|end|>{% endfor %}", ("<|end|>", "<|end|>")),
-        # closed once more at the very end, as Phi-3 does
-        ("{% for m in messages %}{{ m.role ~ m.content }}<|end|>{% endfor %}</s>", ("<|end|>", "<|end|>")),
-        # two tokens, as Command A writes them
-        (
-            "{% for m in messages %}<|start|>{{ m.content }}<|end|><|end_of_turn|>{% endfor %}",
-            ("<|end|><|end_of_turn|>",) * 2,
-        ),
-        # another token at the end, as gpt-oss
-        (
-            "{% for m in messages %}<|start|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endfor %}",
-            ("<|end|>", "<|return|>"),
-        ),
-        # nothing: the next turn's token is not this turn's end
-        ("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", ("", "")),
-        # only at the end
-        ("{% for m in messages %}\n#{{ m.content }}{% endfor %}</s>", ("", "</s>")),
-        # text that is no token
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }} END\n{% endfor %}", (" END", " END")),
-    ],
-)
-def test_what_ends_a_turn_is_found_by_rendering(family_tokenizer, template, ends):
-    assert ChatTemplate(family_tokenizer, template).turn_ends == ends
 
 
 TRAINING_TEMPLATES = ["qwen2_5", "qwen3", "llama3", "gemma3", "cohere", "gptoss"]

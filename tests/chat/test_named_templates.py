@@ -8,7 +8,6 @@ import pytest
 from oribi.chat.masking import Masker
 from oribi.chat.named_templates import NAMES, TEMPLATES, get_chat_template
 from oribi.chat.rendering import ChatTemplate
-from oribi.data.conversations import from_messages
 from oribi.data.encoding import UNTRAINED, Encoder
 from oribi.errors import ConfigError, DataError
 from tests.data.tokenizers_small import (
@@ -19,6 +18,7 @@ from tests.data.tokenizers_small import (
     WITH_THINKING,
     WITH_TOOLS,
     assistant,
+    from_messages,
     trained_runs,
     user,
 )

@@ -5,9 +5,8 @@ import pytest
 from oribi.chat.masking import Masker
 from oribi.chat.named_templates import get_chat_template
 from oribi.chat.rendering import ChatTemplate
-from oribi.data.conversations import from_messages
 from tests.chat.test_masking import upstream
-from tests.data.tokenizers_small import assistant, user
+from tests.data.tokenizers_small import assistant, from_messages, user
 
 CALL = {"role": "assistant", "content": "", "function_call": {"name": "look", "arguments": "{}"}}
 SYSTEM, DEVELOPER = {"role": "system", "content": "Be kind."}, {"role": "developer", "content": "Be short."}

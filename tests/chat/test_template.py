@@ -12,10 +12,10 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from oribi.chat import limits
+from oribi.chat.ends import turn_end_id
 from oribi.chat.masking import Masker
 from oribi.chat.rendering import ChatTemplate
 from oribi.chat.template import render, render_chat, render_with_generation_spans
-from oribi.chat.tokenizer import turn_end
 from oribi.errors import ChatTemplateError, OribiError, TemplateLimitError
 from tests.data.tokenizers_small import (
     ONE_TURN,
@@ -188,7 +188,7 @@ def test_every_place_that_renders_is_limited():
     chatml_tokenizer = copy.deepcopy(byte_level(("<|im_start|>",)))
     chatml_tokenizer.chat_template = ENDLESS["a product"]
     for place in (
-        lambda: turn_end(chatml_tokenizer),
+        lambda: turn_end_id(chatml_tokenizer),
         lambda: ChatTemplate(chatml_tokenizer).render(ONE_TURN),
         lambda: Masker(ChatTemplate(chatml_tokenizer)).template.turn_ends,
         lambda: render_chat(chatml_tokenizer, ONE_TURN, add_generation_prompt=True),

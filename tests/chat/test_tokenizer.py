@@ -6,16 +6,11 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, GenerationConfig
 
-from oribi.chat.tokenizer import load_tokenizer, repair, turn_end
+from oribi.chat.tokenizer import load_tokenizer, repair
 from oribi.errors import ModelError
 from oribi.models.load import load_model
 from tests.models.tiny_checkpoint import checkpoint
 from tests.save.tiny_export import byte_level_tokenizer, sentencepiece_tokenizer
-
-GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] | trim + "
-    "'<end_of_turn>\n' }}{% endfor %}"
-)
 
 
 def tokenizer(**changes):
@@ -131,17 +126,6 @@ def test_a_tokenizer_that_cannot_end_a_text_is_refused():
     made.eos_token = made.chat_template = None
     with pytest.raises(ModelError, match="no eos token and the checkpoint names none"):
         repair(made, 384)
-
-
-def test_the_end_of_a_turn_is_found_in_the_template():
-    made = sentencepiece_tokenizer()
-    assert made.convert_ids_to_tokens(turn_end(made)) == "<end_of_turn>"
-    made.chat_template = GEMMA
-    assert made.convert_ids_to_tokens(turn_end(made)) == "<end_of_turn>"
-    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert turn_end(made) is None
-    made.chat_template = "{{ raise_exception('no chats here') }}"
-    assert turn_end(made) is None
 
 
 def test_the_models_settings_follow_the_tokenizer(tmp_path):

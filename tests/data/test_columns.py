@@ -8,7 +8,9 @@ import datasets
 import numpy as np
 import pytest
 
-from oribi.data.conversations import Conversation, Document, Tokens, recognise
+from oribi.chat.conversation import Conversation
+from oribi.data.conversations import recognise
+from oribi.data.converters import Document, Tokens
 from oribi.errors import ConfigError, DataError
 from tests.data.tokenizers_small import ONE_TURN, WEATHER, assistant, call, user
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from oribi.data.conversations import Conversation, Document, Tokens, recognise
+from oribi.chat.conversation import Conversation
+from oribi.data.conversations import recognise
+from oribi.data.converters import Document, Tokens
 from oribi.errors import DataError
 from tests.data.tokenizers_small import ONE_TURN, assistant, user
 

@@ -3,7 +3,8 @@
 import pytest
 from transformers.tokenization_python import PreTrainedTokenizer
 
-from oribi.data.encoding import UNTRAINED, Encoder, Marked
+from oribi.chat.masking import Marked
+from oribi.data.encoding import UNTRAINED, Encoder
 from oribi.errors import DataError
 from tests.data.tokenizers_small import trained_runs
 

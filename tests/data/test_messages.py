@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from oribi.data.conversations import from_messages, recognise
+from oribi.data.conversations import recognise
 from oribi.errors import DataError
-from tests.data.tokenizers_small import assistant, call, user
+from tests.data.tokenizers_small import assistant, call, from_messages, user
 
 
 def answer(**message):

@@ -180,13 +180,14 @@ def test_an_eos_that_ends_no_turn_is_said(prepare, chatml_tokenizer):
     assert any(f"put [{end}] into model.generation_config.eos_token_id" in note for note in report.notes)
 
 
-def test_an_end_of_several_tokens_is_said(prepare, plain_tokenizer):
+def test_an_end_that_is_no_token_is_said(prepare, plain_tokenizer):
     plain_tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + ' END\n' }}{% endfor %}"
     )
     report = prepare([{"messages": ONE_TURN}], plain_tokenizer).report
     assert any(
-        "turns end with ' END', which is" in note and "cannot stop at it" in note for note in report.notes
+        "turns end with ' END', which holds no token of its own" in note and "cannot stop at it" in note
+        for note in report.notes
     )
 
 

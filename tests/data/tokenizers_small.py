@@ -5,7 +5,10 @@ from functools import lru_cache
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from oribi.data import converters
+from oribi.data.columns import Columns
 from oribi.data.encoding import UNTRAINED
+from oribi.data.messages import ROLE_ALIASES
 
 LINES = [
     "Hello there, what is it? It is this and that; the user asks, the assistant answers.",
@@ -93,6 +96,12 @@ def user(text):
 
 def assistant(text, **more):
     return {"role": "assistant", "content": text, **more}
+
+
+def from_messages(messages, tools=None):
+    """A conversation from a list of messages ({"role", "content"} or {"from", "value"})."""
+    row = Columns({"messages": messages, "tools": tools})
+    return converters.from_messages(row, "messages", ROLE_ALIASES)
 
 
 def call(name, **arguments):

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from oribi.chat.rendering import SLOT, SLOT_BASE, ChatTemplate, shared_prefix, slot
-from oribi.data.conversations import REASONING_FIELDS, Conversation
+from oribi.chat.conversation import REASONING_FIELDS, Conversation
+from oribi.chat.rendering import ChatTemplate
+from oribi.chat.template import SLOT, shared_prefix, slot, slots_in
 from oribi.errors import DataError
 
 THINK = re.compile(r"(\s*(?:<think>\s*)?)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)  # a prompt may have opened it
@@ -135,7 +136,7 @@ class LayoutFinder:
             rendered = self._render(skeleton.messages)
         except DataError:  # the template wants more of the texts than that they are texts
             return None
-        self.literals, self.slots = SLOT.split(rendered), _slots(rendered)
+        self.literals, self.slots = SLOT.split(rendered), slots_in(rendered)
         missing = sorted(set(range(len(skeleton.texts))) - set(self.slots))
         layout = Layout(self.literals, self.slots, {}, [skeleton.names[i] for i in missing])
         for i, message in enumerate(skeleton.messages):
@@ -169,7 +170,7 @@ class LayoutFinder:
             DataError
         ):  # the template takes no conversation that ends here, so nothing is generated here either
             return False
-        if lost & set(_slots(upto)):
+        if lost & set(slots_in(upto)):
             return True
         before = next((n for n, s in enumerate(self.slots) if owners[s] >= i), len(self.slots))
         return any(names[n] == "thinking" for n in lost) and self._prompt_length(i, before) is None
@@ -253,7 +254,7 @@ class LayoutFinder:
         Calls may end with a token of their own (<|call|>, <|eom_id|>).
         """
         upto = self._render(self.skeleton.messages[: i + 1])
-        slots, before = _slots(upto), self.slots[:number][-1:]
+        slots, before = slots_in(upto), self.slots[:number][-1:]
         if before and before[0] not in slots:
             return 0
         at = slots.index(before[0]) + 1 if before else 0
@@ -264,8 +265,4 @@ class LayoutFinder:
 
     def _follows(self, rendered: str, number: int) -> bool:
         """Whether the last text of `rendered` is the one before literal `number`."""
-        return _slots(rendered)[-1:] == self.slots[:number][-1:]
-
-
-def _slots(rendered: str) -> list[int]:
-    return [ord(character) - SLOT_BASE for character in SLOT.findall(rendered)]
+        return slots_in(rendered)[-1:] == self.slots[:number][-1:]

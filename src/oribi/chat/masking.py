@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
+from oribi.chat.conversation import Conversation, Span, with_known_roles
 from oribi.chat.layout import Layout, LayoutFinder, Skeleton, take_out_texts, thoughts_of
-from oribi.chat.rendering import MAX_SLOTS, ChatTemplate
-from oribi.chat.roles import with_known_roles
-from oribi.data.conversations import Conversation
-from oribi.data.encoding import Marked, Span
+from oribi.chat.rendering import ChatTemplate
+from oribi.chat.template import MAX_SLOTS
 from oribi.errors import DataError
 
 TRAIN_ON = ("responses", "last_response", "everything")
@@ -25,6 +24,19 @@ BARE_ROW = (
     "the chat template leaves out the thought of every answer; turns: split or another template may keep it"
 )
 KEPT_LAYOUTS = 10_000  # tool calls make every conversation its own layout
+
+
+@dataclass(slots=True)
+class Marked:
+    """A text and its trained spans, in characters."""
+
+    text: str
+    spans: list[Span]
+    closed: bool  # False: an EOS belongs behind the text
+    begins: bool = True  # False: the text goes on where another stopped, so no BOS belongs before it
+    left_out: list[str] = field(default_factory=list)  # what the chat template does not write
+    untrained: str = ""  # why no span is trained, where that is known
+    notes: list[str] = field(default_factory=list)  # what was written otherwise than the row says
 
 
 def takes_all(train_on: str, completion_only: bool | None) -> bool:
@@ -55,7 +67,7 @@ class Masker:
         Raises:
             DataError: the template refuses it, or the assistant's part cannot be told exactly.
         """
-        conversation, notes = with_known_roles(conversation, self.template)
+        conversation, notes = with_known_roles(conversation, self.template.writes_role)
         marked = self._mark(conversation)
         marked.notes = notes
         return marked

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oribi.chat import template_texts as texts
-from oribi.data.encoding import Encoder
+from oribi.chat.tokenizer import prefix_ids
 from oribi.errors import ConfigError
 
 EOS_WORD = "eos_token"  # stands for the tokenizer's own EOS in a (template, end) pair
@@ -163,7 +163,7 @@ def _named(tokenizer: Any, name: str, system_message: str | None) -> tuple[str, 
         near = difflib.get_close_matches(name.lower(), NAMES, n=3, cutoff=0.4)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"get_chat_template: no template {name!r}.{hint} Names: {', '.join(NAMES)}.")
-    adds_bos = tokenizer.bos_token is not None and (template.bos or bool(Encoder(tokenizer).prefix_ids))
+    adds_bos = tokenizer.bos_token is not None and (template.bos or bool(prefix_ids(tokenizer)))
     system = template.system if system_message is None else system_message
     literal = "none" if system is None else json.dumps(system, ensure_ascii=False)
     return template.text("{{- bos_token -}}" if adds_bos else "", literal), template.end

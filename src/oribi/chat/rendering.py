@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from oribi.chat.template import name_of, render, render_with_generation_spans
-from oribi.data.conversations import REASONING_FIELDS
-from oribi.data.encoding import added_tokens
-from oribi.errors import ChatTemplateError, DataError, TemplateLimitError
-
-# One character a piece of text, from a private plane: no data holds it, no trim removes it, JSON leaves it alone.
-SLOT_BASE = 0x10F000
-MAX_SLOTS = 4000
-SLOT = re.compile(
-    f"[{chr(SLOT_BASE)}-{chr(SLOT_BASE + MAX_SLOTS + 1)}]"
-)  # two more for what is asked beside the texts
+from oribi.chat import ends
+from oribi.chat.conversation import INSTRUCTIONS, REASONING_FIELDS
+from oribi.chat.template import name_of, render, render_with_generation_spans, slot
+from oribi.errors import DataError
 
 # Keywords by which known templates switch thinking: a generation prompt of any of these states is given, not generated.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def slot(index: int) -> str:
-    """The placeholder character number `index`."""
-    return chr(SLOT_BASE + index)
 
 
 class ChatTemplate:
@@ -78,22 +65,18 @@ class ChatTemplate:
         """The text of a conversation, equal to `tokenizer.apply_chat_template(..., tokenize=False)`.
 
         Raises:
-            DataError: the template refuses the conversation; the message is the template's.
+            ChatTemplateError: the template refuses the conversation; the message is the template's.
             TemplateLimitError: the template takes too long or makes too much, as it may for every row.
         """
         variables = {**self._context, **kwargs, "add_generation_prompt": add_generation_prompt}
-        with _row_errors():
-            return render(self.source(tools), messages, tools, name=self.name, **variables)
+        return render(self.source(tools), messages, tools, name=self.name, **variables)
 
     def render_with_generation_spans(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **kwargs: Any
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text and the character spans of its {% generation %} blocks."""
         variables = {**self._context, **kwargs}
-        with _row_errors():
-            return render_with_generation_spans(
-                self.source(tools), messages, tools, name=self.name, **variables
-            )
+        return render_with_generation_spans(self.source(tools), messages, tools, name=self.name, **variables)
 
     def adapt(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None
@@ -179,12 +162,7 @@ class ChatTemplate:
 
     @cached_property
     def _added(self) -> re.Pattern[str] | None:
-        return added_tokens(self.tokenizer)
-
-    def first_token_in(self, text: str) -> str:
-        """The first added token (special or not) written out in `text`, or ""."""
-        found = self._added.search(text) if self._added else None
-        return found.group() if found else ""
+        return ends.added_tokens(self.tokenizer)
 
     def closing_end(self, text: str, begin: int) -> int:
         """Where the first EOS after `begin`, or else the last added token of `text`, ends; 0 if it has none."""
@@ -196,45 +174,13 @@ class ChatTemplate:
 
     @cached_property
     def turn_ends(self) -> tuple[str, str]:
-        """What closes an assistant's turn within a conversation, and at its end; "" where the template writes nothing.
+        """What closes an assistant's turn within a conversation, and at its end; see `ends.turn_ends`."""
+        return ends.turn_ends(self.tokenizer, self.render)
 
-        Found by rendering: the tokens that follow the assistant's text in both positions, else the first token of each, else
-        the text that both share.
-        """
-        user, answer = {"role": "user", "content": slot(0)}, {"role": "assistant", "content": slot(1)}
-        within = self._text_after(self.render([user, answer, {"role": "user", "content": slot(2)}]))
-        final = self._text_after(self.render([user, answer]))
-        shared = shared_prefix(within, final)
-        tokens = list(self._added.finditer(shared)) if self._added else []
-        if tokens:
-            closing = next((t for t in tokens if t.group() == self.tokenizer.eos_token), tokens[-1])
-            end = shared[tokens[0].start() : closing.end()]
-            return end, end
-        ends = self.first_token_in(within), self.first_token_in(final)
-        if not any(ends):
-            return shared.rstrip(), shared.rstrip()
-        if not ends[1] and ends[0] != self.tokenizer.eos_token:
-            return "", ""  # that token opens the next turn
-        return ends
-
-    def _text_after(self, rendered: str) -> str:
-        if slot(1) not in rendered:
-            raise DataError(
-                "the chat template does not write the assistant's message: expected messages with 'role' and 'content', "
-                "roles 'user' and 'assistant'. Use get_chat_template to set another one."
-            )
-        return SLOT.split(rendered.split(slot(1))[-1])[0]
-
-
-@contextmanager
-def _row_errors() -> Iterator[None]:
-    """A template that fails on a conversation is an error of that row; one beyond the limits is none of the row's."""
-    try:
-        yield
-    except TemplateLimitError:
-        raise
-    except ChatTemplateError as error:
-        raise DataError(str(error)) from error
+    @property
+    def ends(self) -> list[str]:
+        """The different texts that close a turn; none where the template writes none."""
+        return list(dict.fromkeys(end for end in self.turn_ends if end))
 
 
 def _with_role(role: str, after: str) -> list[list[dict[str, Any]]]:
@@ -243,18 +189,12 @@ def _with_role(role: str, after: str) -> list[list[dict[str, Any]]]:
     if after != "user":
         return [[*([{"role": after, "content": "x"}] if after else []), message, user]]
     answer = {"role": "assistant", "content": "x"}
-    if role in ("system", "developer"):
+    if role in INSTRUCTIONS:
         return [[user, answer, message, user]]
     function = {"name": "oribi_probe", "arguments": {"k": "oribi_v"}}
     call = {"id": "oribi0001", "type": "function", "function": function}
     result = {**message, "name": "oribi_probe", "tool_call_id": "oribi0001"}
     return [[user, {**answer, "content": "", "tool_calls": [call]}, result], [user, answer, result]]
-
-
-def shared_prefix(a: str, b: str) -> str:
-    """The longest text that both begin with."""
-    length = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return a[:length]
 
 
 def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:

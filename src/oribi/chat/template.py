@@ -8,6 +8,7 @@ where its work or its texts can grow: at loops, calls, products, formats, joins 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -21,7 +22,31 @@ from oribi.errors import ChatTemplateError, TemplateLimitError
 MAX_SOURCE_CHARACTERS = 1 << 20
 SHOWN_CHARACTERS = 300  # of a template's own message
 
+# Placeholders show what a template writes around texts: one character per text, from a private plane. No data holds it, no
+# trim removes it, JSON leaves it alone.
+SLOT_BASE = 0x10F000
+MAX_SLOTS = 4000
+SLOT = re.compile(
+    f"[{chr(SLOT_BASE)}-{chr(SLOT_BASE + MAX_SLOTS + 1)}]"
+)  # two more than texts, for probes beside them
+
 Messages = Sequence[Mapping[str, Any]]
+
+
+def slot(index: int) -> str:
+    """The placeholder character number `index`."""
+    return chr(SLOT_BASE + index)
+
+
+def slots_in(rendered: str) -> list[int]:
+    """The numbers of the placeholders in a text, in order."""
+    return [ord(character) - SLOT_BASE for character in SLOT.findall(rendered)]
+
+
+def shared_prefix(a: str, b: str) -> str:
+    """The longest text that both begin with."""
+    length = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return a[:length]
 
 
 def render_chat(

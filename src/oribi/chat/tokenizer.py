@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oribi.chat.template import render_chat
-from oribi.errors import ChatTemplateError, ModelError, TemplateLimitError
+from oribi.chat.ends import stop_ids, turn_end_id
+from oribi.errors import ModelError
 from oribi.models.files import read_json
 
 # tokens that models reserve for padding, the most specific first
@@ -39,7 +39,6 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-_PROBE = "oribi"
 _OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FILES = (
     "tokenizer.json",
@@ -153,11 +152,10 @@ def repair(
     """
     notes: list[str] = []
     _repair_chat_template(tokenizer, notes)
-    known = _as_list(generation.eos_token_id if generation is not None else None)
-    end_of_turn = turn_end(tokenizer)
+    known = stop_ids(None, generation.eos_token_id if generation is not None else None)
+    end_of_turn = turn_end_id(tokenizer)
     if tokenizer.eos_token_id is None:
-        candidates = [*known, end_of_turn]
-        eos = next((i for i in candidates if i is not None and i < vocab_size), None)
+        eos = next((i for i in (*known, end_of_turn) if i is not None and i < vocab_size), None)
         if eos is None:
             raise ModelError(
                 "the tokenizer has no eos token and the checkpoint names none; set tokenizer.eos_token"
@@ -166,9 +164,8 @@ def repair(
         notes.append(
             f"tokenizer: eos was missing, now {tokenizer.eos_token!r} as the checkpoint generates with"
         )
-    ends = list(dict.fromkeys([tokenizer.eos_token_id, *known]))
-    if end_of_turn is not None and end_of_turn not in ends:
-        ends.append(end_of_turn)
+    ends = stop_ids(tokenizer, [tokenizer.eos_token_id, *known])
+    if end_of_turn not in (None, tokenizer.eos_token_id, *known):
         notes.append(
             f"tokenizer: the chat template ends a turn with {tokenizer.convert_ids_to_tokens(end_of_turn)!r}, not with "
             f"eos {tokenizer.eos_token!r}; generation stops at both"
@@ -180,27 +177,11 @@ def repair(
     return Repaired(tokenizer, ends, notes)
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind an assistant's answer, or None.
-
-    Raises:
-        TemplateLimitError: the template takes too long or makes too much.
-    """
-    if not tokenizer.chat_template:
-        return None
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = render_chat(tokenizer, messages)
-    except TemplateLimitError:
-        raise
-    except ChatTemplateError:  # a template that takes no such chat says nothing
-        return None
-    tail = text.rpartition(_PROBE)[2]
-    ids = tokenizer(tail, add_special_tokens=False).input_ids
-    special = set(tokenizer.all_special_ids) | {
-        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    return next((index for index in ids if index in special), None)
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before every text (BOS, if anything)."""
+    bare, full = (tokenizer(["a"], add_special_tokens=flag)["input_ids"][0] for flag in (False, True))
+    at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+    return full[:at]
 
 
 def _repair_chat_template(tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
@@ -245,9 +226,3 @@ def _repair_padding(
     notes.append(
         f"tokenizer: {problem} and its vocabulary has no token to spare; padding is told apart by position"
     )
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)

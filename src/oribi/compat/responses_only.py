@@ -14,7 +14,8 @@ from typing import Any
 
 import datasets
 
-from oribi.chat.rendering import SLOT, ChatTemplate, shared_prefix, slot
+from oribi.chat.rendering import ChatTemplate
+from oribi.chat.template import SLOT, shared_prefix, slot
 from oribi.data.encoding import UNTRAINED
 from oribi.errors import ConfigError, DataError
 
@@ -111,7 +112,7 @@ def find_markers(tokenizer: Any) -> Markers:
     prompts = tuple(
         p[skipped:] for p in asked if p[skipped:].startswith(response) and p[skipped:] != response
     )
-    ends = tuple(dict.fromkeys(end for end in template.turn_ends if end))
+    ends = tuple(template.ends)
     after_end = next((between[between.index(end) + len(end) :] for end in ends if end in between), between)
     instruction = after_end.strip() or opening.strip()
     if not response.strip() or not instruction:
@@ -238,7 +239,7 @@ def _map_options(dataset: Any, num_proc: int | None, what: str) -> dict[str, Any
 def _ends(tokenizer: Any) -> tuple[str, ...]:
     """What ends a turn by the chat template, or the EOS where there is none."""
     if tokenizer.chat_template:
-        return tuple(dict.fromkeys(end for end in ChatTemplate(tokenizer).turn_ends if end))
+        return tuple(ChatTemplate(tokenizer).ends)
     return (tokenizer.eos_token,) if tokenizer.eos_token else ()
 
 

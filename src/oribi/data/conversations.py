@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from oribi.chat.conversation import ROLES
 from oribi.data import columns as known
-from oribi.data import converters
-from oribi.data.columns import MESSAGES as MESSAGE_COLUMNS
 from oribi.data.columns import Columns, decoded, short
 from oribi.data.converters import (
+    Example,
     from_calls,
+    from_messages,
     from_pair,
     from_prompt_completion,
     from_text,
@@ -24,22 +25,9 @@ from oribi.data.converters import (
     refuse_label,
     refuse_messages,
 )
-from oribi.data.examples import Conversation, Document, Example, Tokens
-from oribi.data.messages import REASONING_FIELDS, ROLE_ALIASES, ROLES, is_messages
+from oribi.data.messages import ROLE_ALIASES, is_messages
 from oribi.errors import ConfigError, DataError
 from oribi.text import did_you_mean
-
-__all__ = [
-    "MESSAGE_COLUMNS",
-    "REASONING_FIELDS",
-    "Conversation",
-    "Document",
-    "Example",
-    "RowFormat",
-    "Tokens",
-    "from_messages",
-    "recognise",
-]
 
 Row = Mapping[str, Any]
 
@@ -194,7 +182,7 @@ def _choose(row: Columns, text_field: str | None, roles: Mapping[str, str]) -> R
             return RowFormat(
                 f"{_style(row.peek(column))} (column {column!r})",
                 (column,),
-                partial(converters.from_messages, column=column, roles=roles),
+                partial(from_messages, column=column, roles=roles),
             )
     found = _choose_answered(row, roles)
     if found is not None:
@@ -280,9 +268,3 @@ def _style(given: Any) -> str:
 def _holds_messages(row: Columns, column: str) -> bool:
     value = row.peek(column)
     return is_messages(value) if isinstance(value, str) else isinstance(value, Mapping | Sequence)
-
-
-def from_messages(messages: Sequence[Row], tools: list[Any] | None = None) -> Conversation:
-    """A conversation from a list of messages ({"role", "content"} or {"from", "value"})."""
-    row = Columns({"messages": messages, "tools": tools})
-    return converters.from_messages(row, "messages", ROLE_ALIASES)

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from oribi.chat.conversation import REASONING_FIELDS, ROLES, Conversation, Remarks
 from oribi.data import columns as known
 from oribi.data.columns import Columns, as_text, decoded, is_label, says, short
-from oribi.data.examples import Conversation, Document, Example, Tokens
-from oribi.data.messages import REASONING_FIELDS, ROLES, MessageReader, Turn, is_messages
+from oribi.data.messages import MessageReader, Turn, is_messages
 from oribi.data.nulls import holds_filled_keys, keep_meant_nulls, without_nulls
 from oribi.data.tool_calls import read_tools
 from oribi.errors import DataError
+
+
+@dataclass(slots=True)
+class Document(Remarks):
+    """Plain text, or a block of one that began in an earlier row or goes on in the next; trained from a character on."""
+
+    text: str
+    trained_from: int = 0
+    begins: bool = True
+    ends: bool = True
+    from_text_file: bool = field(default=False, compare=False)
+
+
+@dataclass(slots=True)
+class Tokens(Remarks):
+    """A row that was tokenised before; labels are not shifted, -100 is untrained."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+Example = Conversation | Document | Tokens
 
 
 def from_tokens(row: Columns) -> Tokens:

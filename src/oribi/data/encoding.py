@@ -5,30 +5,18 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
+from oribi.chat.conversation import Span
+from oribi.chat.ends import added_tokens
+from oribi.chat.masking import Marked
+from oribi.chat.tokenizer import prefix_ids
 from oribi.errors import DataError
 
 UNTRAINED = -100
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-Span = tuple[int, int]
-
-
-@dataclass(slots=True)
-class Marked:
-    """A text and its trained spans, in characters."""
-
-    text: str
-    spans: list[Span]
-    closed: bool  # False: an EOS belongs behind the text
-    begins: bool = True  # False: the text goes on where another stopped, so no BOS belongs before it
-    left_out: list[str] = field(default_factory=list)  # what the chat template does not write
-    untrained: str = ""  # why no span is trained, where that is known
-    notes: list[str] = field(default_factory=list)  # what was written otherwise than the row says
 
 
 @dataclass(slots=True)
@@ -41,14 +29,6 @@ class Encoded:
     origin: str = ""  # the row it was, as file:line
     untrained: str = ""  # why nothing is trained, where that is known
     from_text_file: bool = False
-
-
-def added_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """A pattern of every token that the tokenizer cuts out of text before splitting it, special or not."""
-    contents = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    contents |= {t for t in (tokenizer.eos_token, tokenizer.bos_token) if t}
-    longest_first = sorted((c for c in contents if c.strip()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def without_lone_surrogates(text: str) -> tuple[str, int]:
@@ -72,14 +52,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.append_eos = append_eos
         self.added = added_tokens(tokenizer)
+        self.prefix_ids = prefix_ids(tokenizer)
         self.bos_added = 0
-
-    @cached_property
-    def prefix_ids(self) -> list[int]:
-        """What the tokenizer itself puts before every text (BOS, if anything)."""
-        bare, full = (self._ids(["a"], add_special_tokens=flag)[0] for flag in (False, True))
-        at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
-        return full[:at]
 
     def encode(self, marks: Sequence[Marked], plain: Sequence[bool]) -> list[Encoded]:
         """Encode a batch of texts with their trained spans.

@@ -6,13 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from oribi.chat.conversation import REASONING_FIELDS, ROLES, Trained
 from oribi.data.columns import PAIRS, THOUGHTS, decoded, listed, short
 from oribi.data.tool_calls import read_calls
 from oribi.errors import DataError
 
-Span = tuple[int, int]
-# of a message: trained, not trained, as the run's train_on says, or trained but for these spans of its content
-Trained = bool | None | tuple[Span, ...]
 Marks = list[tuple[int, int, bool | None]]  # spans of a content, and whether each is trained
 Turn = tuple[dict[str, Any], Trained]
 
@@ -31,9 +29,7 @@ ROLE_ALIASES = {
     "tool_response": "tool",
     "tool_result": "tool",
 }
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # the content is the call, as JSON text
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # by which chat templates read thoughts
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
 TEXT_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}

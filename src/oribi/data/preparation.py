@@ -16,11 +16,14 @@ import datasets
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from oribi.chat.masking import TRAIN_ON, Masker, takes_all
+from oribi.chat.conversation import Conversation
+from oribi.chat.ends import end_id
+from oribi.chat.masking import TRAIN_ON, Marked, Masker, takes_all
 from oribi.chat.named_templates import template_source
 from oribi.chat.rendering import ChatTemplate
-from oribi.data.conversations import Conversation, Document, Example, RowFormat, Tokens, recognise
-from oribi.data.encoding import UNTRAINED, Encoded, Encoder, Marked, without_lone_surrogates
+from oribi.data.conversations import RowFormat, recognise
+from oribi.data.converters import Document, Example, Tokens
+from oribi.data.encoding import UNTRAINED, Encoded, Encoder, without_lone_surrogates
 from oribi.data.formatting import apply_formatting_func
 from oribi.data.nulls import without_nested_nulls
 from oribi.data.report import DataReport, Tally, named, some_of
@@ -313,7 +316,7 @@ class Preparation:
             self.tally.note(f"the chat template leaves out the {what}", origin)
         for note, count in Counter(marked.notes).items():
             self.tally.note(note, origin, count)
-        for end in set(self.masker.template.turn_ends) - {""}:
+        for end in self.masker.template.ends:
             if any(end in (message.get("content") or "") for message in example.messages):
                 self.tally.note(
                     f"a message itself holds the text {end!r}, which is read as the end of a turn", origin
@@ -414,22 +417,22 @@ class Preparation:
     def _check_ends(self, template: ChatTemplate) -> None:
         """Say which token ends a turn, how often it was trained, and whether generation would stop at it."""
         report, tokenizer = self.report, self.tokenizer
-        ends = dict.fromkeys(end for end in template.turn_ends if end)
+        ends = template.ends
         if not ends:
             report.notes.append(
                 "the chat template writes nothing at the end of a turn; EOS is added after the last one"
             )
-            ends = dict.fromkeys([tokenizer.eos_token] if tokenizer.eos_token else [])
+            ends = [tokenizer.eos_token] if tokenizer.eos_token else []
         for end in ends:
-            ids = tokenizer(end, add_special_tokens=False)["input_ids"]
-            if len(ids) != 1:
+            token = end_id(tokenizer, end)
+            if token is None:
                 report.notes.append(
-                    f"turns end with {end!r}, which is {len(ids)} tokens: generation cannot stop at it. Add it to the tokenizer "
-                    "(get_chat_template does) or choose another template."
+                    f"turns end with {end!r}, which holds no token of its own: generation cannot stop at it. Add it to the "
+                    "tokenizer (add_new_tokens) or choose another template."
                 )
                 continue
-            report.end_token_ids.append(ids[0])
-            report.end_tokens[end] = self.tally.trained_ids[ids[0]]
+            report.end_token_ids.append(token)
+            report.end_tokens[tokenizer.convert_ids_to_tokens(token)] = self.tally.trained_ids[token]
         if report.end_tokens and not any(report.end_tokens.values()):
             report.notes.append(
                 f"no end of a turn ({', '.join(map(repr, report.end_tokens))}) is trained: the model would not learn to stop. "

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from oribi.data.conversations import Example, RowFormat
-from oribi.data.encoding import Encoded, Encoder, Marked, without_lone_surrogates
+from oribi.chat.masking import Marked
+from oribi.data.conversations import RowFormat
+from oribi.data.converters import Example
+from oribi.data.encoding import Encoded, Encoder, without_lone_surrogates
 from oribi.data.sources import Part
 from oribi.errors import DataError, OribiError
 

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from oribi.chat.ends import rendered
-from oribi.chat.template import render
-from oribi.errors import ChatTemplateError, ConfigError
+from oribi.chat.template import render, render_chat
+from oribi.errors import ChatTemplateError, TemplateLimitError
 
 _SYSTEM, _USER, _ANSWER = "Sÿstem-ç{}", "Üser-ñ{}", "Änswer-ø{}"
 _PARAMETERS = {
@@ -131,7 +130,7 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
     bos = tokenizer.bos_token if adds_bos else None
 
     def render(messages: Messages, *, prompt: bool = True) -> str:
-        text = rendered(tokenizer, messages, prompt=prompt)
+        text = render_chat(tokenizer, messages, add_generation_prompt=prompt)
         return text.removeprefix(bos) if bos else text
 
     if _writes_the_date(tokenizer):
@@ -142,7 +141,7 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
         head, to_answer, to_question, _, _, ending = _split(render(conversation), marks)
         closed = _split(render(conversation[:1], prompt=False), marks[:1])[1]
         answered = _split(render(conversation[:2], prompt=False), marks[:2])[2]
-    except ConfigError as error:
+    except (ChatTemplateError, TemplateLimitError) as error:
         raise NoModelfile(f"the chat template refuses a plain conversation: {error.__cause__}") from error
     before = to_question.removeprefix(answered)
     if not (before and head.endswith(before)):
@@ -162,7 +161,7 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
         roles = ", ".join(message["role"] for message in kind)
         try:
             same = turns.render(kind) == render(kind)
-        except ConfigError as error:
+        except (ChatTemplateError, TemplateLimitError) as error:
             raise NoModelfile(str(error)) from error
         if not same:
             raise NoModelfile(f"the chat template is no sequence of turns ({roles} come out otherwise)")
@@ -186,7 +185,7 @@ def _writes_the_date(tokenizer: Any) -> bool:
             add_generation_prompt=True,
             **tokenizer.special_tokens_map,
         )
-    except ChatTemplateError:  # the template does more with the date than write it
+    except (ChatTemplateError, TemplateLimitError):  # the template does more with the date than write it
         return True
     return "oribi-date" in found
 
@@ -197,7 +196,7 @@ def _read_system(render: Render, before: str, head: str) -> tuple[tuple[str, str
     own_text = NoModelfile("the chat template begins with a text of its own")
     try:
         start, middle, _ = _split(render(messages), [message["content"] for message in messages])
-    except (ConfigError, NoModelfile):
+    except (ChatTemplateError, TemplateLimitError, NoModelfile):
         if head != before:
             raise own_text from None
         return None, False, False, ""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TextStreamer
 
+from oribi.chat.ends import stop_ids
 from oribi.chat.template import render_chat
 from oribi.errors import ModelError
 from oribi.kernels.lora import weights_kept
@@ -154,7 +155,12 @@ def answer(
         settings |= {"top_p": top_p}
     started = time.monotonic()
     (new,) = _generate(model, tokenizer, [ids], max_new_tokens, {"streamer": streamer, **settings})
-    return _answer(tokenizer, new, _ends(model, tokenizer), time.monotonic() - started)
+    return _answer(
+        tokenizer,
+        new,
+        set(stop_ids(tokenizer, model.generation_config.eos_token_id)),
+        time.monotonic() - started,
+    )
 
 
 def answers(
@@ -165,7 +171,10 @@ def answers(
         return []
     started = time.monotonic()
     rows = _generate(model, tokenizer, list(prompts), max_new_tokens, {"do_sample": False})
-    seconds, ends = (time.monotonic() - started) / len(prompts), _ends(model, tokenizer)
+    seconds, ends = (
+        (time.monotonic() - started) / len(prompts),
+        set(stop_ids(tokenizer, model.generation_config.eos_token_id)),
+    )
     return [_answer(tokenizer, new, ends, seconds) for new in rows]
 
 
@@ -182,11 +191,6 @@ def _generate(
             settings = {"tokenizer": tokenizer, **settings}
         out = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens, **settings)
     return out[:, longest:].tolist()
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    known = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
 
 
 def _answer(tokenizer: Any, new: list[int], ends: set[int], seconds: float) -> Answer:

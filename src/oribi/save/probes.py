@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from oribi.chat.ends import rendered, renders
+from oribi.chat.ends import renders
+from oribi.chat.template import render_chat
 from oribi.errors import ConfigError
 
 _MAX_TOKENS = 384  # of all rows together
@@ -244,6 +245,6 @@ def _ids(tokenizer: Any, row: Any) -> list[int]:
 def rendered_ids(
     tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False, **values: str
 ) -> list[int]:
-    """Token ids of the text that `rendered` makes of the same arguments."""
-    text = rendered(tokenizer, messages, prompt=prompt, **values)
+    """Token ids of a rendered conversation; `prompt` adds the start of an answer, and the template sees `values`."""
+    text = render_chat(tokenizer, messages, add_generation_prompt=prompt, **values)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

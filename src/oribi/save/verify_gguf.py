@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from oribi.chat.ends import rendered, renders, turn_end_id
+from oribi.chat.ends import renders, turn_end_id
+from oribi.chat.template import render_chat
 from oribi.errors import ExportError
 from oribi.gguf.llama_cpp import Answer, LlamaCpp, LlamaCppUnavailable
 from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
@@ -103,7 +104,7 @@ def _same_prompt(peer: LlamaCpp, tokenizer: Any, messages: list[dict[str, str]])
             return False, False
     else:
         return False, False
-    return True, rendered(tokenizer, messages, **dates) != rendered(tokenizer, messages)
+    return True, render_chat(tokenizer, messages, **dates) != render_chat(tokenizer, messages)
 
 
 def _check_end_token(peer: LlamaCpp, trained: Trained, tokenizer: Any) -> Check:

@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import set_seed
 
-from oribi.chat.tokenizer import turn_end
+from oribi.chat.ends import turn_end_id
 from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
@@ -238,7 +238,7 @@ def say_untrained_ends(base: nn.Module, tokenizer: Any, report: Any) -> None:
     vocabulary = tokenizer.get_vocab()
     ends = {vocabulary.get(name) for name in getattr(report, "end_tokens", None) or ()}
     if not ends and hasattr(tokenizer, "chat_template"):
-        ends = {turn_end(tokenizer)}
+        ends = {turn_end_id(tokenizer)}
     for end in ends - {None}:
         why = untrained_token(base, tokenizer, end)
         if why is not None:
