@@ -1,4 +1,4 @@
-"""The table of model families: one row a family, each field a property that the decoder reads.
+"""The table of model families: one row per family, with what the decoder reads and how the family lies in a GGUF file.
 
 A row says how a family differs from the plain pre-norm decoder (Llama). Sizes, epsilons, biases and windows come from
 the checkpoint's config. A new family is a new row; a flag names a property, never a model.
@@ -11,6 +11,44 @@ from transformers import PretrainedConfig
 
 # the deepest models have some hundreds; each layer costs host memory before a weight is read
 MOST_LAYERS = 4096
+
+
+@dataclass(frozen=True)
+class InGGUF:
+    """How a family lies in a GGUF file, and what llama.cpp computes of it; the decoder's own flags are not repeated here.
+
+    Args:
+        architecture: llama.cpp's name. Files of an architecture are read as its first row.
+        interleaved_rope: llama.cpp rotates neighbouring pairs, so the rows of q and k are reordered.
+        biases: the biases that it reads: of q, k and v, or of every linear layer.
+        rope_factors: the kinds of RoPE that it reads as a tensor of frequency factors.
+        partial_rope: it rotates as many dimensions of a head as the file says, else all.
+        head: "tied": it reads no output tensor; "separate": it needs one even where the embeddings are tied.
+        window_period: all layers but every so many slide; 0: it knows no windows.
+        window_key_required: it loads no file without the window's key, whose value it ignores.
+        no_rope_period: every so many layers have no RoPE.
+        derived_head_dim: a head has hidden_size / num_attention_heads dimensions; the config has no field for it.
+        original_context_field: the config has original_max_position_embeddings beside `rope_parameters`.
+        attention_softcap: it reads attn_logit_softcapping.
+        layers_of_27b: queries are scaled by head_dim ** -0.5, but in a model of so many layers by
+            (hidden_size / num_attention_heads) ** -0.5.
+        layers_of_70b: in a model of so many layers whose heads share values, these get more bits.
+    """
+
+    architecture: str
+    interleaved_rope: bool = False
+    biases: Literal["qkv", "all"] = "qkv"
+    rope_factors: tuple[Literal["llama3", "longrope"], ...] = ()
+    partial_rope: bool = False
+    head: Literal["tied", "separate"] | None = None
+    window_period: int = 0
+    window_key_required: bool = False
+    no_rope_period: int = 0
+    derived_head_dim: bool = False
+    original_context_field: bool = False
+    attention_softcap: bool = False
+    layers_of_27b: int = 0
+    layers_of_70b: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,6 +71,7 @@ class Family:
         multipliers: whether config.embedding_multiplier, residual_multiplier and logits_scaling are read.
         rope_by_layer_type: config.rope_parameters has one entry for each layer type.
         no_rope_layers: whether config.no_rope_layers turns RoPE off in some layers.
+        gguf: how it lies in a GGUF file; None where oribi reads and writes none.
     """
 
     architecture: str
@@ -50,22 +89,45 @@ class Family:
     multipliers: bool = False
     rope_by_layer_type: bool = False
     no_rope_layers: bool = False
+    gguf: InGGUF | None = None
 
     def flags(self) -> dict[str, object]:
         """The fields that differ from the plain decoder, with the plain value; what a parity test switches off."""
         return {
             field.name: field.default
             for field in fields(self)
-            if field.name != "architecture" and getattr(self, field.name) != field.default
+            if field.name not in ("architecture", "gguf") and getattr(self, field.name) != field.default
         }
 
 
+_BOTH_FACTORS = ("llama3", "longrope")
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", mlp_bias=True),
-    "mistral": Family("MistralForCausalLM", attention_bias=None, windows="all"),
-    "qwen2": Family("Qwen2ForCausalLM", attention_bias="qkv", windows="layer_types"),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", windows="layer_types"),
-    "gemma": Family("GemmaForCausalLM", norm_offset=1.0, embedding_scale=True),
+    "llama": Family(
+        "LlamaForCausalLM",
+        mlp_bias=True,
+        gguf=InGGUF(
+            "llama", interleaved_rope=True, biases="all", rope_factors=_BOTH_FACTORS, layers_of_70b=80
+        ),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        attention_bias=None,
+        windows="all",
+        gguf=InGGUF(
+            "llama", interleaved_rope=True, biases="all", rope_factors=_BOTH_FACTORS, layers_of_70b=80
+        ),
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        attention_bias="qkv",
+        windows="layer_types",
+        gguf=InGGUF("qwen2", derived_head_dim=True, layers_of_70b=80),
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", windows="layer_types", gguf=InGGUF("qwen3")),
+    "gemma": Family(
+        "GemmaForCausalLM", norm_offset=1.0, embedding_scale=True, gguf=InGGUF("gemma", head="tied")
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         norms="sandwich",
@@ -75,6 +137,7 @@ FAMILIES: dict[str, Family] = {
         attention_scale_power=-0.5,
         softcaps=True,
         embedding_scale=True,
+        gguf=InGGUF("gemma2", head="tied", window_period=2, attention_softcap=True, layers_of_27b=46),
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -87,13 +150,42 @@ FAMILIES: dict[str, Family] = {
         softcaps=True,
         embedding_scale=True,
         rope_by_layer_type=True,
+        gguf=InGGUF("gemma3", window_period=6, layers_of_27b=62),
     ),
-    "phi3": Family("Phi3ForCausalLM", fused_projections=True, attention_bias=None, windows="all"),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        fused_projections=True,
+        attention_bias=None,
+        windows="all",
+        gguf=InGGUF(
+            "phi3",
+            rope_factors=("longrope",),
+            partial_rope=True,
+            window_key_required=True,
+            derived_head_dim=True,
+            original_context_field=True,
+        ),
+    ),
     "granite": Family(
-        "GraniteForCausalLM", mlp_bias=True, attention_scale="attention_multiplier", multipliers=True
+        "GraniteForCausalLM",
+        mlp_bias=True,
+        attention_scale="attention_multiplier",
+        multipliers=True,
+        gguf=InGGUF("granite", interleaved_rope=True, biases="all", rope_factors=_BOTH_FACTORS),
     ),
-    "olmo2": Family("Olmo2ForCausalLM", norms="post", qk_norm="projection"),
-    "smollm3": Family("SmolLM3ForCausalLM", mlp_bias=True, windows="layer_types", no_rope_layers=True),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        norms="post",
+        qk_norm="projection",
+        gguf=InGGUF("olmo2", head="separate", derived_head_dim=True),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        mlp_bias=True,
+        windows="layer_types",
+        no_rope_layers=True,
+        gguf=InGGUF("smollm3", interleaved_rope=True, no_rope_period=4),
+    ),
 }
 
 

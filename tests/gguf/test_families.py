@@ -54,7 +54,7 @@ def test_a_family_with_tied_embeddings_has_no_output_tensor(tmp_path):
     ("model_type", "changes", "words"),
     [
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar is 32"),
-        ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "every fourth layer"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "every 4th layer"),
         ("qwen3", {"rope_parameters": ROPES["llama3"]}, "no llama3 RoPE"),
         ("olmo2", {"attention_bias": True}, "no place for model.layers.0.self_attn.o_proj.bias"),
     ],

@@ -11,8 +11,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from gguf.quants import dequantize
 
 from oribi.errors import ConfigError
+from oribi.gguf.file import stored_bytes
 from oribi.gguf.mixes import METHODS, Type, mix_of
-from oribi.gguf.quantize import quantize, quantized_bytes
+from oribi.gguf.quantize import quantize
 from oribi.save.export_gguf import save_gguf
 from tests.save.tiny_export import (
     byte_level_tokenizer,
@@ -62,7 +63,7 @@ def quantize_in_llama_cpp(values: torch.Tensor, type: Type) -> np.ndarray:
     ]
     values = np.ascontiguousarray(values.numpy(), np.float32)
     rows, row = values.shape
-    out = np.empty((rows, quantized_bytes((row,), type)), np.uint8)
+    out = np.empty((rows, stored_bytes((row,), type)), np.uint8)
     function(int(type), values.ctypes.data, out.ctypes.data, 0, rows, row, None)
     return out
 

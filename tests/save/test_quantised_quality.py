@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from gguf.quants import dequantize
 
 from oribi.gguf.mixes import METHODS, Mix, Type
-from oribi.gguf.names import tensors_of
+from oribi.gguf.names import tensors_to_write
 from oribi.gguf.quantize import quantize
 from oribi.models.load import load_model
 from oribi.train.general_text import TEXT
@@ -44,7 +44,7 @@ class Judge:
 
     def divergence(self, method: str, quantiser) -> float:
         """KL after every matrix went through `quantiser` and back."""
-        names = tensors_of(self.model.config, list(self.weights))
+        names = tensors_to_write(self.model.config, list(self.weights))
         mix = Mix(METHODS[method], self.model.config, [tensor.name for tensor in names])
         with torch.no_grad(), ThreadPoolExecutor(2) as pool:
             types = {tensor.source: mix.type_of(tensor.name, (1, 256)) for tensor in names}

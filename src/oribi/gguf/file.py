@@ -1,4 +1,4 @@
-"""The container of a GGUF file: its metadata, and its tensors read some rows at a time.
+"""The container of a GGUF file: its metadata and its tensors, read some rows at a time, written one after the other.
 
 The gguf package's own reader keeps an array object for every string of the vocabulary, which costs seconds and hundreds
 of megabytes; this one keeps plain lists and maps nothing. The arithmetic of the quantised types is the package's.
@@ -8,13 +8,15 @@ Source: GGUF, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 import math
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGUFWriter
+from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
 from oribi.errors import ModelError
@@ -29,12 +31,33 @@ _DEEPEST = 8  # arrays within arrays
 _DAMAGED = (struct.error, UnicodeDecodeError, KeyError, MemoryError, ValueError, TypeError, OverflowError)
 
 
+def stored_bytes(shape: tuple[int, ...], kind: Type) -> int:
+    """Size of a tensor of `shape` in a type."""
+    block, size = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * size
+
+
+def write_header(writer: GGUFWriter, tensors: Iterable[tuple[str, tuple[int, ...], Type]]) -> None:
+    """Write a file's metadata and the list of its tensors, whose data must follow in the same order.
+
+    Args:
+        writer: with all metadata.
+        tensors: name, shape with rows first, and type of each.
+    """
+    for name, shape, kind in tensors:
+        # the writer wants the shape in values, not in bytes, and takes it so where the dtype is a float
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), stored_bytes(shape, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies: shape with rows first, ggml type, position and size in bytes."""
 
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    kind: Type
     offset: int
     nbytes: int
 
@@ -65,6 +88,32 @@ class GGUFFile:
                 raise ModelError(f"{path} has a damaged GGUF header: {error}") from error
         if end > size:
             raise ModelError(f"{path} is cut short: {size} of {end} bytes. Download it again")
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the network."""
+        return str(self.metadata.get("general.architecture"))
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A metadata value; `{arch}` in the key stands for the file's architecture."""
+        return self.metadata.get(key.replace("{arch}", self.architecture), default)
+
+    def number(self, key: str) -> Any:
+        """A number that every file of the architecture has, and that is the same for all layers.
+
+        Raises:
+            ModelError: it is missing, or differs by layer.
+        """
+        value = self.value(f"{{arch}}.{key}")
+        if value is None:
+            raise ModelError(f"{self.path} lacks the metadata key {self.architecture}.{key}")
+        if isinstance(value, list):
+            if len(set(value)) > 1:
+                raise ModelError(
+                    f"{self.path}: {self.architecture}.{key} differs by layer, which oribi does not read"
+                )
+            return value[0]
+        return value
 
     def read(self, name: str, dtype: torch.dtype, offset: float = 0.0) -> torch.Tensor:
         """A tensor's values minus `offset` in dtype, on the host.
@@ -101,17 +150,15 @@ class GGUFFile:
             if count > _MOST_DIMENSIONS:
                 raise ValueError(f"tensor {name!r} has {count} dimensions")
             shape = struct.unpack(f"<{count}Q", file.read(8 * count))
-            placed.append((name, shape[::-1], GGMLQuantizationType(_scalar(file, "I")), _scalar(file, "Q")))
+            placed.append((name, shape[::-1], Type(_scalar(file, "I")), _scalar(file, "Q")))
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-file.tell() // alignment) * alignment
         for name, shape, kind, offset in placed:
-            block, block_bytes = GGML_QUANT_SIZES[kind]
-            if not shape or 0 in shape or shape[-1] % block:
+            if not shape or 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
                 raise ValueError(f"tensor {name!r} has shape {list(shape)}, which {kind.name} cannot hold")
-            nbytes = math.prod(shape) // block * block_bytes
-            self.tensors[name] = StoredTensor(shape, kind, start + offset, nbytes)
+            self.tensors[name] = StoredTensor(shape, kind, start + offset, stored_bytes(shape, kind))
         return max((t.offset + t.nbytes for t in self.tensors.values()), default=start)
 
 

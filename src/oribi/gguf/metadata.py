@@ -1,17 +1,54 @@
-"""The metadata of a GGUF file: sizes, norms, RoPE, windows and scales, under llama.cpp's keys."""
+"""The config of a model in a GGUF file's metadata, written and read, and what llama.cpp would compute otherwise."""
 
-import math
+from typing import Any
 
 import gguf
-from transformers import PretrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
 
-from oribi.gguf.names import head_dim_of, layout_of, rope_of
+from oribi.errors import ExportError, ModelError
+from oribi.families import FAMILIES, MOST_LAYERS, Family, InGGUF, family_of
+from oribi.gguf.file import GGUFFile
+from oribi.gguf.names import MODEL_TYPES, family_in_gguf
+from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals
 
-_SCALING = {
-    "linear": gguf.RopeScalingType.LINEAR,
-    "yarn": gguf.RopeScalingType.YARN,
-    "longrope": gguf.RopeScalingType.LONGROPE,
+# a config's sizes -> keys, in the order in which they are written
+_SIZES = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
 }
+_EPS = "attention.layer_norm_rms_epsilon"
+# what metadata of wrong types or sizes turns into
+_DAMAGED = (
+    KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, StrictDataclassError,
+)  # fmt: skip
+
+
+def _own_keys(family: Family, facts: InGGUF) -> dict[str, str]:
+    """Fields of the config that only some families have -> keys, in the order in which they are written."""
+    keys = {}
+    if facts.window_period or facts.window_key_required:
+        keys["sliding_window"] = "attention.sliding_window"
+    if family.softcaps:
+        keys["attn_logit_softcapping"] = "attn_logit_softcapping"
+        keys["final_logit_softcapping"] = "final_logit_softcapping"
+    if family.multipliers:
+        keys |= {
+            "attention_multiplier": "attention.scale",
+            "embedding_multiplier": "embedding_scale",
+            "residual_multiplier": "residual_scale",
+            "logits_scaling": "logit_scale",
+        }
+    return keys
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Dimensions of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, vocab_size: int) -> None:
@@ -23,72 +60,164 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
         name: the model's name, for people.
         vocab_size: rows of the embeddings.
     """
+    family, facts = family_in_gguf(config)
     head_dim = head_dim_of(config)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    for field, key in _SIZES.items():
+        writer.add_uint32(f"{facts.architecture}.{key}", getattr(config, field))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(vocab_size)
-    _add_rope(writer, config, head_dim)
-    _add_attention(writer, config)
+    add_rope(writer, config, head_dim)
+    for field, key in _own_keys(family, facts).items():
+        value = getattr(config, field, None)
+        if field == "sliding_window":
+            if value or facts.window_key_required:
+                writer.add_sliding_window(value or 0)
+        elif value:
+            writer.add_float32(f"{facts.architecture}.{key}", value)
 
 
-def _add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, head_dim: int) -> None:
-    rope = rope_of(config)
-    kind = rope["rope_type"]
-    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-    writer.add_rope_freq_base(rope["rope_theta"])
-    local = config.rope_parameters.get("sliding_attention")
-    if isinstance(local, dict):
-        writer.add_rope_freq_base_swa(local["rope_theta"])
-    if kind in _SCALING:
-        writer.add_rope_scaling_type(_SCALING[kind])
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_factor(rope["factor"])
-    if kind in ("yarn", "longrope"):
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        writer.add_rope_scaling_orig_ctx_len(original)
-        _add_attention_factor(writer, config, rope, original)
-    if kind == "yarn":
-        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
-        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
+def read_config(file: GGUFFile) -> PretrainedConfig:
+    """The config of the model in a file.
+
+    Raises:
+        ModelError: it is of no family that oribi reads from GGUF, or its metadata make no such model.
+    """
+    model_type = MODEL_TYPES.get(file.architecture)
+    if model_type is None:
+        raise ModelError(
+            f"{file.path} holds architecture {file.architecture!r}; oribi reads {', '.join(MODEL_TYPES)} from GGUF"
+        )
+    try:
+        config = AutoConfig.for_model(model_type, **_settings(file, FAMILIES[model_type]))
+    except ModelError:
+        raise
+    except _DAMAGED as error:
+        raise ModelError(
+            f"{file.path}: its metadata or tensors do not make a {file.architecture} model: {error}"
+        ) from error
+    config.architectures = [FAMILIES[model_type].architecture]
+    if family_of(config) is None:
+        raise ModelError(
+            f"{file.path}: this {file.architecture} model uses a feature outside oribi's family table"
+        )
+    return config
 
 
-def _add_attention_factor(
-    writer: gguf.GGUFWriter, config: PretrainedConfig, rope: dict, original: int
-) -> None:
-    """What cos and sin are multiplied by; llama.cpp itself multiplies by YaRN's default."""
-    factor = rope.get("attention_factor")
-    if rope["rope_type"] == "yarn":
-        default = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
-        if factor is not None and factor != default:
-            writer.add_rope_scaling_attn_factors(factor / default)
-        return
-    if factor is None:
-        stretch = rope.get("factor") or config.max_position_embeddings / original
-        factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-    writer.add_rope_scaling_attn_factors(factor)
+def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
+    """The fields of the config."""
+    facts = family.gguf
+    if file.value("{arch}.expert_count", 0):
+        raise ModelError(f"{file.path} is a mixture of experts, which oribi does not read from GGUF")
+    layers, heads = file.number("block_count"), file.number("attention.head_count")
+    if layers > MOST_LAYERS:
+        raise ModelError(f"{file.path}: block_count = {layers}; at most {MOST_LAYERS:,} is possible")
+    vocab_size, hidden_size = file.tensors["token_embd.weight"].shape
+    head_dim = file.value("{arch}.attention.key_length") or hidden_size // heads
+    settings = {
+        field: file.number(key)
+        for field, key in _SIZES.items()
+        if field not in ("hidden_size", "num_key_value_heads")
+    } | {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_key_value_heads": file.value("{arch}.attention.head_count_kv") or heads,
+        "rms_norm_eps": file.number(_EPS),
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.value("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.value("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": file.value("tokenizer.ggml.padding_token_id"),
+        "rope_parameters": read_rope(file, head_dim),
+    }
+    if not facts.derived_head_dim:
+        settings["head_dim"] = head_dim
+    for field, key in _own_keys(family, facts).items():
+        if (value := file.value(f"{{arch}}.{key}")) is not None:
+            settings[field] = value or None
+    if facts.window_period:
+        period = file.value("{arch}.attention.sliding_window_pattern", facts.window_period)
+        settings["layer_types"] = [
+            "full_attention" if full else "sliding_attention" for full in _every(period, layers)
+        ]
+    if facts.layers_of_27b:
+        settings["query_pre_attn_scalar"] = _query_scalar(facts, layers, hidden_size / heads, head_dim)
+    if family.rope_by_layer_type:
+        theta = float(file.value("{arch}.rope.freq_base_swa", 10000.0))
+        settings["rope_parameters"] = {
+            "full_attention": settings["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+        }
+    if facts.original_context_field:
+        original = file.value("{arch}.rope.scaling.original_context_length")
+        settings["original_max_position_embeddings"] = original or settings["max_position_embeddings"]
+    return settings
 
 
-def _add_attention(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    if layout_of(config).window_period and config.sliding_window:
-        writer.add_sliding_window(config.sliding_window)
-    if config.model_type == "phi3":
-        # llama.cpp asks for the key and then ignores phi3's window
-        writer.add_sliding_window(config.sliding_window or 0)
-    if config.model_type == "gemma2" and config.attn_logit_softcapping:
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-    if config.model_type in ("gemma2", "gemma3_text") and config.final_logit_softcapping:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if config.model_type == "granite":
-        writer.add_attention_scale(config.attention_multiplier)
-        writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_logit_scale(config.logits_scaling)
+def _every(period: int, layers: int) -> list[bool]:
+    """For each layer whether it is the last of its period."""
+    return [(i + 1) % period == 0 for i in range(layers)]
+
+
+def _query_scalar(facts: InGGUF, layers: int, hidden_per_head: float, head_dim: int) -> float:
+    """query_pre_attn_scalar as llama.cpp takes it: no key holds it, so it tells the model that differs by its depth."""
+    return hidden_per_head if layers == facts.layers_of_27b else head_dim
+
+
+def check_config(config: PretrainedConfig) -> list[str]:
+    """What llama.cpp computes differently in special cases only, one sentence each.
+
+    Raises:
+        ExportError: llama.cpp would load the file and compute something else.
+    """
+    family, facts = family_in_gguf(config)
+    refused = rope_refusals(config, facts) + _attention_refusals(config, family, facts)
+    if refused:
+        raise ExportError(
+            f"llama.cpp computes {config.model_type} models otherwise than this one is configured: "
+            + "; ".join(refused)
+            + ". Save merged_16bit instead"
+        )
+    notes = []
+    window = getattr(config, "sliding_window", None)
+    slides = family.windows == "all" or "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    if window and slides and not facts.window_period:
+        notes.append(
+            f"llama.cpp ignores this model's window: answers differ beyond {window} tokens of context"
+        )
+    if global_rope(config)["rope_type"] == "dynamic":
+        notes.append(
+            f"GGUF has no dynamic RoPE: answers differ beyond {config.max_position_embeddings} tokens of context"
+        )
+    return notes
+
+
+def _attention_refusals(config: PretrainedConfig, family: Family, facts: InGGUF) -> list[str]:
+    """What llama.cpp would compute differently, one clause each: what it does instead."""
+    refused = []
+    layers, head_dim = config.num_hidden_layers, head_dim_of(config)
+    if facts.derived_head_dim and head_dim * config.num_attention_heads != config.hidden_size:
+        refused.append("head_dim is hidden_size / num_attention_heads")
+    if facts.layers_of_27b:
+        hidden_per_head = config.hidden_size // config.num_attention_heads
+        expected = _query_scalar(facts, layers, hidden_per_head, head_dim)
+        if config.query_pre_attn_scalar != expected:
+            refused.append(f"query_pre_attn_scalar is {expected}, not {config.query_pre_attn_scalar}")
+    if family.softcaps and not facts.attention_softcap and getattr(config, "attn_logit_softcapping", None):
+        refused.append("no attn_logit_softcapping")
+    if facts.no_rope_period and [not rotated for rotated in config.no_rope_layers] != _every(
+        facts.no_rope_period, layers
+    ):
+        refused.append(f"every {facts.no_rope_period}th layer, and no other, is without RoPE")
+    kinds = getattr(config, "layer_types", None) or []
+    if (
+        facts.window_period
+        and kinds
+        and _every(facts.window_period, len(kinds)) != [kind != "sliding_attention" for kind in kinds]
+    ):
+        refused.append(f"every {facts.window_period}th layer, and no other, sees everything")
+    return refused

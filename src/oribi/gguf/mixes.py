@@ -13,9 +13,10 @@ import gguf
 from transformers import PretrainedConfig
 
 from oribi.errors import ConfigError
+from oribi.gguf.file import Type
+from oribi.gguf.names import family_in_gguf
 from oribi.text import one_of
 
-Type = gguf.GGMLQuantizationType
 _FILE = gguf.LlamaFileType
 
 
@@ -101,9 +102,7 @@ class Mix:
         self.queries_per_value = config.num_attention_heads // config.num_key_value_heads
         self.tied = "output.weight" not in names
         # llama.cpp tells the 70B, whose values many heads share, by its depth
-        self.is_70b = (
-            config.model_type in ("llama", "qwen2") and self.layers == 80 and self.queries_per_value > 1
-        )
+        self.is_70b = self.layers == family_in_gguf(config)[1].layers_of_70b and self.queries_per_value > 1
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> Type:
         """The type of the tensor `name` of `shape` [N, K] or [N]."""

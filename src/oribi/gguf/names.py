@@ -1,222 +1,168 @@
-"""How each family of the table lies in a GGUF file: tensor names, row order, shifts, and what llama.cpp computes.
+"""The names of a family's tensors in a GGUF file and in a checkpoint, and how the values of one become those of the other."""
 
-Names come from the gguf package's maps. A row of `LAYOUTS` says what differs, and `check_config` refuses a model that
-llama.cpp would load and compute differently. H heads, E head_dim, R rotary dimensions of a head.
-"""
-
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import gguf
 import torch
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from oribi.errors import ExportError
+from oribi.errors import ExportError, ModelError
+from oribi.families import FAMILIES, Family, InGGUF
 
-_QKV = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
-_ALL_BIASES = (*_QKV, "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
+# the family that the files of an architecture are read as
+MODEL_TYPES: dict[str, str] = {}
+for _model_type, _family in FAMILIES.items():
+    if _family.gguf is not None:
+        MODEL_TYPES.setdefault(_family.gguf.architecture, _model_type)
 
-
-@dataclass(frozen=True)
-class Layout:
-    """What differs from the plain layout.
-
-    Args:
-        arch: architecture in the gguf package's words.
-        interleaved: llama.cpp rotates neighbouring pairs, so the rows of q and k are reordered.
-        norm_shift: added to every norm's weight, because the family multiplies by (1 + weight).
-        biases: biases that llama.cpp reads.
-        rope_factors: whether it reads frequency factors (llama3, longrope).
-        untied: whether it needs an output tensor even where embeddings are tied.
-        tied: whether it never reads an output tensor.
-        window_period: it slides in all but every so many layers; 0: it knows no windows.
-    """
-
-    arch: gguf.MODEL_ARCH
-    interleaved: bool = False
-    norm_shift: float = 0.0
-    biases: tuple[str, ...] = _QKV
-    rope_factors: bool = False
-    untied: bool = False
-    tied: bool = False
-    window_period: int = 0
-
-
-_ARCH = gguf.MODEL_ARCH
-LAYOUTS: dict[str, Layout] = {
-    "llama": Layout(_ARCH.LLAMA, interleaved=True, biases=_ALL_BIASES, rope_factors=True),
-    "mistral": Layout(_ARCH.LLAMA, interleaved=True, biases=_ALL_BIASES, rope_factors=True),
-    "qwen2": Layout(_ARCH.QWEN2),
-    "qwen3": Layout(_ARCH.QWEN3),
-    "gemma": Layout(_ARCH.GEMMA, norm_shift=1.0, tied=True),
-    "gemma2": Layout(_ARCH.GEMMA2, norm_shift=1.0, tied=True, window_period=2),
-    "gemma3_text": Layout(_ARCH.GEMMA3, norm_shift=1.0, window_period=6),
-    "phi3": Layout(_ARCH.PHI3, rope_factors=True),
-    "granite": Layout(_ARCH.GRANITE, interleaved=True, biases=_ALL_BIASES, rope_factors=True),
-    "olmo2": Layout(_ARCH.OLMO2, untied=True),
-    "smollm3": Layout(_ARCH.SMOLLM3, interleaved=True),
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
-
-
-def layout_of(config: PretrainedConfig) -> Layout:
-    """The family's row.
-
-    Raises:
-        ExportError: there is none.
-    """
-    if config.model_type not in LAYOUTS:
-        raise ExportError(
-            f"oribi writes no GGUF for model_type {config.model_type!r}; it writes {', '.join(LAYOUTS)}. "
-            "Save merged_16bit and convert that folder with llama.cpp's own script"
-        )
-    return LAYOUTS[config.model_type]
+_NORMS = {
+    "pre": {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    "post": {
+        "post_attention_norm": "post_attention_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    "sandwich": {
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
+ROPE_FACTORS = {
+    "llama3": "rope_freqs.weight",
+    "long": "rope_factors_long.weight",
+    "short": "rope_factors_short.weight",
+}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a GGUF file: its name there, its name in the checkpoint, and how one becomes the other."""
+    """One tensor: its name in the GGUF file, its name in the checkpoint, and how one becomes the other.
+
+    Args:
+        name, source: in the file and in the checkpoint.
+        heads: how many heads share its rows, where llama.cpp wants the rows of a head in pairs; else 0.
+        shift: added to the checkpoint's values, because the family multiplies by (shift + weight).
+    """
 
     name: str
     source: str
     heads: int = 0
     shift: float = 0.0
 
-    def to_gguf(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The checkpoint's tensor as llama.cpp wants it."""
+    def to_gguf(self, values: torch.Tensor) -> torch.Tensor:
+        """The checkpoint's values [N, ...] as llama.cpp wants them."""
         if self.heads:
             # rows of a head: first halves then second halves -> pairs
-            tensor = tensor.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
-        return tensor.float() + self.shift if self.shift else tensor
+            values = values.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).reshape(values.shape)
+        return values.float() + self.shift if self.shift else values
+
+    def from_gguf(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of a file's values [N, ...] in the checkpoint's order; the shift is left to the reader.
+
+        Raises:
+            ModelError: the rows are no heads.
+        """
+        if not self.heads:
+            return values
+        if self.heads < 0 or len(values) % (2 * self.heads):
+            raise ModelError(
+                f"the GGUF file is damaged: {self.heads} heads cannot share {len(values)} rows of a query or key matrix. "
+                "Download it again"
+            )
+        return values.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).reshape(values.shape)
 
 
-def tensors_of(config: PretrainedConfig, names: list[str]) -> list[Tensor]:
+def family_in_gguf(config: PretrainedConfig) -> tuple[Family, InGGUF]:
+    """The row of a config's family.
+
+    Raises:
+        ExportError: oribi writes no GGUF file of it.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.gguf is None:
+        written = ", ".join(name for name, row in FAMILIES.items() if row.gguf is not None)
+        raise ExportError(
+            f"oribi writes no GGUF for model_type {config.model_type!r}; it writes {written}. "
+            "Save merged_16bit and convert that folder with llama.cpp's own script"
+        )
+    return family, family.gguf
+
+
+def _layer_parts(family: Family) -> dict[str, str]:
+    """Parts of a layer: llama.cpp's name -> the checkpoint's."""
+    fused = {"ffn_up": "mlp.gate_up_proj"} if family.fused_projections else {}
+    return {**_LAYER, **_NORMS[family.norms], **fused}
+
+
+def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
+    family, facts = family_in_gguf(config)
+    heads = 0
+    if facts.interleaved_rope and (match := re.search(r"\.([qk])_proj\.", source)):
+        heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+    return Tensor(name, source, heads, family.norm_offset if source.endswith("norm.weight") else 0.0)
+
+
+def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[Tensor]:
     """The tensors of the GGUF file of a checkpoint with these names.
 
     Raises:
         ExportError: llama.cpp has no place for one of them.
     """
-    layout = layout_of(config)
-    name_map = gguf.get_tensor_name_map(layout.arch, config.num_hidden_layers)
-    tensors = []
-    for name in names:
-        if name == "lm_head.weight" and layout.tied:
+    family, facts = family_in_gguf(config)
+    top = {source: name for name, source in _TOP.items()}
+    layer = {source: name for name, source in _layer_parts(family).items()}
+    sources, tensors = list(sources), []
+    for source in sources:
+        if source == "lm_head.weight" and facts.head == "tied":
             raise ExportError(
                 f"llama.cpp ties the head of {config.model_type} models; this one has its own lm_head"
             )
-        stored = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
-        leaf = ".".join(name.split(".")[-2:])
-        if stored is None or (leaf.endswith(".bias") and leaf not in layout.biases):
-            raise ExportError(f"llama.cpp has no place for {name} in a {config.model_type} model")
-        heads = 0
-        if layout.interleaved and leaf.startswith(("q_proj.", "k_proj.")):
-            heads = config.num_attention_heads if leaf[0] == "q" else config.num_key_value_heads
-        shift = layout.norm_shift if name.endswith("norm.weight") else 0.0
-        tensors.append(Tensor(stored, name, heads, shift))
-    if layout.untied and "lm_head.weight" not in names:
+        module, _, leaf = source.rpartition(".")
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+        part = layer.get(match[2]) if match else top.get(module)
+        if part is None or (leaf == "bias" and not _reads_bias(facts, part)):
+            raise ExportError(f"llama.cpp has no place for {source} in a {config.model_type} model")
+        name = f"blk.{match[1]}.{part}" if match else part
+        tensors.append(_tensor(config, f"{name}.{leaf}", source))
+    if facts.head == "separate" and "lm_head.weight" not in sources:
         tensors.append(Tensor("output.weight", "model.embed_tokens.weight"))
     return tensors
 
 
-def head_dim_of(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _reads_bias(facts: InGGUF, part: str) -> bool:
+    return part in (("attn_q", "attn_k", "attn_v") if facts.biases == "qkv" else _LAYER)
 
 
-def rope_of(config: PretrainedConfig) -> dict:
-    """RoPE parameters of the layers that see everything."""
-    parameters = config.rope_parameters
-    return parameters.get("full_attention", parameters)
+def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a GGUF file by their names in the checkpoint; unknown ones keep their names.
 
-
-def rope_tensors(config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """Frequency factors by tensor name: what each frequency of plain RoPE is divided by, [R / 2] float32."""
-    rope = rope_of(config)
-    if rope["rope_type"] == "longrope":
-        return {
-            f"rope_factors_{length}.weight": torch.tensor(rope[f"{length}_factor"], dtype=torch.float32)
-            for length in ("long", "short")
-        }
-    if rope["rope_type"] == "llama3":
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
-        return {"rope_freqs.weight": rope["rope_theta"] ** -exponents / scaled}
-    return {}
-
-
-def check_config(config: PretrainedConfig) -> list[str]:
-    """What llama.cpp does otherwise only in special cases, one sentence each.
-
-    Raises:
-        ExportError: llama.cpp would load the file and compute something else.
+    Args:
+        config: made from the file.
+        names: of the file's tensors.
     """
-    layout = layout_of(config)
-    refused = [*_rope_refusals(config, layout), *_attention_refusals(config)]
-    if refused:
-        raise ExportError(
-            f"llama.cpp computes {config.model_type} models otherwise than this one is configured: "
-            + "; ".join(refused)
-            + ". Save merged_16bit instead"
-        )
-    notes = []
-    window = getattr(config, "sliding_window", None)
-    slides = any(kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or [])
-    if not layout.window_period and window and (slides or config.model_type in ("mistral", "phi3")):
-        notes.append(
-            f"llama.cpp ignores this model's window: answers differ beyond {window} tokens of context"
-        )
-    if rope_of(config)["rope_type"] == "dynamic":
-        notes.append(
-            f"GGUF has no dynamic RoPE: answers differ beyond {config.max_position_embeddings} tokens of context"
-        )
-    return notes
-
-
-def _rope_refusals(config: PretrainedConfig, layout: Layout) -> list[str]:
-    rope, refused = rope_of(config), []
-    if rope["rope_type"] in ("llama3", "longrope") and not layout.rope_factors:
-        refused.append(f"no {rope['rope_type']} RoPE")
-    if rope["rope_type"] == "llama3" and config.model_type == "phi3":
-        refused.append("no llama3 RoPE")
-    if rope["rope_type"] == "yarn" and (
-        rope.get("mscale") or rope.get("mscale_all_dim") or not rope.get("truncate", True)
-    ):
-        refused.append("YaRN without mscale and truncate=false")
-    partial = rope.get("partial_rotary_factor", 1.0)
-    if partial != 1.0 and config.model_type != "phi3":
-        refused.append(f"all dimensions of a head are rotated, not {partial} of them")
-    if (
-        config.model_type == "gemma3_text"
-        and config.rope_parameters["sliding_attention"]["rope_type"] != "default"
-    ):
-        refused.append("sliding layers have plain RoPE")
-    return refused
-
-
-def _attention_refusals(config: PretrainedConfig) -> list[str]:
-    refused = []
-    if config.model_type in ("qwen2", "phi3", "olmo2") and (
-        head_dim_of(config) * config.num_attention_heads != config.hidden_size
-    ):
-        refused.append("head_dim is hidden_size / num_attention_heads")
-    if config.model_type in ("gemma2", "gemma3_text"):
-        largest = {"gemma2": 46, "gemma3_text": 62}[config.model_type]
-        expected = head_dim_of(config)
-        if config.num_hidden_layers == largest:
-            expected = config.hidden_size // config.num_attention_heads
-        if config.query_pre_attn_scalar != expected:
-            refused.append(f"query_pre_attn_scalar is {expected}, not {config.query_pre_attn_scalar}")
-    if config.model_type == "gemma3_text" and getattr(config, "attn_logit_softcapping", None):
-        refused.append("no attn_logit_softcapping")
-    if config.model_type == "smollm3":
-        expected = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
-        if list(config.no_rope_layers) != expected:
-            refused.append("every fourth layer, and no other, is without RoPE")
-    kinds = getattr(config, "layer_types", None) or []
-    period = LAYOUTS[config.model_type].window_period
-    if (
-        period
-        and kinds
-        and [i % period != period - 1 for i in range(len(kinds))]
-        != [kind == "sliding_attention" for kind in kinds]
-    ):
-        refused.append(f"every layer slides but each {period}th")
-    return refused
+    parts, found = _layer_parts(family_in_gguf(config)[0]), {}
+    for name in names:
+        if name in ROPE_FACTORS.values():
+            continue
+        stem, _, leaf = name.rpartition(".")
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        source = _TOP.get(stem, stem)
+        if match:
+            source = f"model.layers.{match[1]}.{parts.get(match[2], match[2])}"
+        found[f"{source}.{leaf}"] = _tensor(config, name, f"{source}.{leaf}")
+    return found

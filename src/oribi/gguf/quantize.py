@@ -14,20 +14,11 @@ import gguf
 import numpy as np
 import torch
 
+from oribi.gguf.file import Type
 from oribi.gguf.search import fit_affine, fit_scale, inverse
 
-Type = gguf.GGMLQuantizationType
 # values quantised at a time: the working set of a search stays in a core's cache
 _AT_ONCE = 1 << 18
-
-
-def quantized_bytes(shape: tuple[int, ...], type: Type) -> int:
-    """Size of a tensor of `shape` in a type."""
-    block, size = gguf.GGML_QUANT_SIZES[type]
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count // block * size
 
 
 def quantize(values: torch.Tensor, type: Type) -> np.ndarray:

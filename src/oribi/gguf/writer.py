@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from transformers import PretrainedConfig
 
 from oribi.errors import ExportError
+from oribi.gguf.file import Type, stored_bytes, write_header
 from oribi.gguf.metadata import add_metadata
 from oribi.gguf.mixes import Mix, mix_of
-from oribi.gguf.names import Tensor, layout_of, rope_tensors, tensors_of
-from oribi.gguf.quantize import quantize, quantized_bytes
+from oribi.gguf.names import Tensor, family_in_gguf, tensors_to_write
+from oribi.gguf.quantize import quantize
+from oribi.gguf.rope import rope_tensors
 from oribi.gguf.tokenizer import Vocabulary, add_tokenizer
 from oribi.tensors import TensorSource, all_finite
 
 _EMBEDDINGS = "model.embed_tokens.weight"
-_FLOAT32 = np.dtype(np.float32)  # the writer wants the shape in values, not in bytes
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Entry:
 
     tensor: Tensor
     shape: tuple[int, ...]
-    type: gguf.GGMLQuantizationType
+    type: Type
 
     @property
     def nbytes(self) -> int:
-        return quantized_bytes(self.shape, self.type)
+        return stored_bytes(self.shape, self.type)
 
 
 def plan_file(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]], method: str) -> list[Entry]:
@@ -49,7 +49,7 @@ def plan_file(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]], meth
         ConfigError: the method is unknown.
         ExportError: llama.cpp has no place for a tensor.
     """
-    tensors = tensors_of(config, list(shapes))
+    tensors = tensors_to_write(config, list(shapes))
     mix = Mix(mix_of(method), config, [tensor.name for tensor in tensors])
     return [
         Entry(tensor, shapes[tensor.source], mix.type_of(tensor.name, shapes[tensor.source]))
@@ -88,21 +88,15 @@ def write_files(
     factors = rope_tensors(config)
     writers = {}
     for method, path in paths.items():
-        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout_of(config).arch])
+        writer = gguf.GGUFWriter(path, family_in_gguf(config)[1].architecture)
         rows = shapes[_EMBEDDINGS][0]
         add_metadata(writer, config, name, rows)
         vocabulary = add_tokenizer(writer, tokenizer, rows)
         writer.add_file_type(mix_of(method).file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for factor, values in factors.items():
-            writer.add_tensor_info(factor, values.shape, _FLOAT32, values.nbytes)
-        for entry in plans[method]:
-            writer.add_tensor_info(
-                entry.tensor.name, entry.shape, _FLOAT32, entry.nbytes, raw_dtype=entry.type
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        listed = [(factor, tuple(values.shape), Type.F32) for factor, values in factors.items()]
+        listed += [(entry.tensor.name, entry.shape, entry.type) for entry in plans[method]]
+        write_header(writer, listed)
         for values in factors.values():
             writer.write_tensor_data(values.numpy())
         writers[method] = writer

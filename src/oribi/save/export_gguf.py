@@ -12,9 +12,9 @@ from torch import nn
 from oribi.chat.ends import renders, stop_ids
 from oribi.errors import ConfigError
 from oribi.gguf import llama_cpp
+from oribi.gguf.metadata import check_config
 from oribi.gguf.mixes import METHODS, mix_of
 from oribi.gguf.modelfile import NoModelfile, modelfile
-from oribi.gguf.names import check_config
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.tokenizer import CUT_BY_CASE, Vocabulary
 from oribi.gguf.writer import plan_file, write_files

@@ -12,12 +12,12 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf.quants import dequantize
 from torch import nn
 
 from oribi.errors import ConfigError, ExportError
-from oribi.gguf.names import layout_of, tensors_of
-from oribi.gguf.quantize import Type, quantize, quantized_bytes
+from oribi.gguf.file import GGUFFile, Type, write_header
+from oribi.gguf.names import family_in_gguf, tensors_to_write
+from oribi.gguf.quantize import quantize
 from oribi.models.unwrap import base_model, source_of
 from oribi.save.adapter import changes_of
 from oribi.save.adapter_files import changed_tables
@@ -33,7 +33,6 @@ from oribi.save.weights import LoadedModel
 _TYPES = {"auto": Type.F16, "f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 # of the norm of a factor; float16 passes it only where a factor's values are too small for it
 _TOLERANCE = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 1e-2}
-_FLOAT32 = np.dtype(np.float32)
 
 
 def save_gguf_adapter(
@@ -118,7 +117,7 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
     changes = changes_of(model)
     if not changes:
         raise ExportError("the model has no active adapter to write")
-    places = {tensor.source: tensor for tensor in tensors_of(config, list(LoadedModel(model).shapes()))}
+    places = {tensor.source: tensor for tensor in tensors_to_write(config, list(LoadedModel(model).shapes()))}
     alpha, pairs = None, {}
     for name, change in changes.items():
         plain = len(change.updates) == 1 and not (change.replacement or change.rows or change.offsets)
@@ -143,7 +142,7 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
 def _write(
     path: Path, config: Any, alpha: float, pairs: dict[str, torch.Tensor], type: Type, base: str
 ) -> None:
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout_of(config).arch])
+    writer = gguf.GGUFWriter(path, family_in_gguf(config)[1].architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(f"LoRA of {base}" if base else "LoRA")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -152,12 +151,7 @@ def _write(
         name: Type.F16 if pair.shape[-1] % gguf.GGML_QUANT_SIZES[type][0] else type
         for name, pair in pairs.items()
     }
-    for name, pair in pairs.items():
-        size = quantized_bytes(tuple(pair.shape), types[name])
-        writer.add_tensor_info(name, tuple(pair.shape), _FLOAT32, size, raw_dtype=types[name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    write_header(writer, [(name, tuple(pair.shape), types[name]) for name, pair in pairs.items()])
     for name, pair in pairs.items():
         writer.write_tensor_data(quantize(pair.contiguous(), types[name]))
     writer.close()
@@ -165,14 +159,15 @@ def _write(
 
 def _check(name: str, path: Path, alpha: float, pairs: dict[str, torch.Tensor], type: Type) -> Check:
     """Compare a written file's factors with the adapter's."""
-    reader = gguf.GGUFReader(path)
-    found = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    worst = 0.0 if reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents() == np.float32(alpha) else np.inf
+    file = GGUFFile(path)
+    found = file.tensors
     lacking = [key for key in pairs if key not in found]
     if lacking:
         raise ExportError(f"{path} lacks {len(lacking)} of {len(pairs)} factors, {lacking[0]} the first")
+    same_alpha = file.metadata.get(gguf.Keys.Adapter.LORA_ALPHA) == np.float32(alpha)
+    worst = 0.0 if same_alpha else np.inf
     for key, pair in pairs.items():
-        difference = torch.from_numpy(np.array(found[key], np.float32)).view(pair.shape) - pair
+        difference = file.read(key, torch.float32) - pair
         worst = max(worst, (difference.norm() / pair.norm().clamp_min(1e-30)).item())
     tolerance = _TOLERANCE[type]
     figures = {"factors": len(found), "of": len(pairs), "largest error": worst, "at most": tolerance}

@@ -1,0 +1,167 @@
+"""Rotary position embeddings in a GGUF file, written and read: the keys of metadata and the tensors of frequency factors.
+
+R rotary dimensions of a head.
+"""
+
+import math
+from typing import Any
+
+import gguf
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from oribi.families import InGGUF
+from oribi.gguf.file import GGUFFile
+from oribi.gguf.names import ROPE_FACTORS
+
+_SCALING = {
+    "linear": gguf.RopeScalingType.LINEAR,
+    "yarn": gguf.RopeScalingType.YARN,
+    "longrope": gguf.RopeScalingType.LONGROPE,
+}
+_CPU = torch.device("cpu")
+
+
+def global_rope(config: PretrainedConfig) -> dict[str, Any]:
+    """RoPE parameters of the layers that see everything."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
+
+
+def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, head_dim: int) -> None:
+    """Write the keys of RoPE."""
+    rope = global_rope(config)
+    kind = rope["rope_type"]
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    local = config.rope_parameters.get("sliding_attention")
+    if isinstance(local, dict):
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    if kind in _SCALING:
+        writer.add_rope_scaling_type(_SCALING[kind])
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind in ("yarn", "longrope"):
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
+        factor = _attention_factor(rope, config.max_position_embeddings / original, original)
+        if factor is not None:
+            writer.add_rope_scaling_attn_factors(factor)
+    if kind == "yarn":
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
+
+
+def _attention_factor(rope: dict[str, Any], stretch: float, original: int) -> float | None:
+    """What cos and sin are multiplied by, beside YaRN's default, by which llama.cpp multiplies itself."""
+    factor = rope.get("attention_factor")
+    if rope["rope_type"] == "yarn":
+        default = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+        return None if factor in (None, default) else factor / default
+    if factor is None:
+        stretch = rope.get("factor") or stretch
+        factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    return factor
+
+
+def rope_tensors(config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Frequency factors by tensor name: what each frequency of plain RoPE is divided by, [R / 2] float32."""
+    rope = global_rope(config)
+    if rope["rope_type"] == "longrope":
+        return {
+            ROPE_FACTORS[length]: torch.tensor(rope[f"{length}_factor"], dtype=torch.float32)
+            for length in ("long", "short")
+        }
+    if rope["rope_type"] == "llama3":
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, _CPU)
+        exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
+        return {ROPE_FACTORS["llama3"]: rope["rope_theta"] ** -exponents / scaled}
+    return {}
+
+
+def rope_refusals(config: PretrainedConfig, facts: InGGUF) -> list[str]:
+    """What llama.cpp would compute differently, one clause each: what it does instead."""
+    rope, refused = global_rope(config), []
+    kind = rope["rope_type"]
+    if kind in ("llama3", "longrope") and kind not in facts.rope_factors:
+        refused.append(f"no {kind} RoPE")
+    if kind == "yarn" and (
+        rope.get("mscale") or rope.get("mscale_all_dim") or not rope.get("truncate", True)
+    ):
+        refused.append("YaRN without mscale and truncate=false")
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if partial != 1.0 and not facts.partial_rope:
+        refused.append(f"all dimensions of a head are rotated, not {partial} of them")
+    local = config.rope_parameters.get("sliding_attention")
+    if isinstance(local, dict) and local["rope_type"] != "default":
+        refused.append("sliding layers have plain RoPE")
+    return refused
+
+
+def read_rope(file: GGUFFile, head_dim: int) -> dict[str, Any]:
+    """`rope_parameters` of a config, of the layers that see everything."""
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": float(file.value("{arch}.rope.freq_base", 10000.0)),
+    }
+    rotary = file.value("{arch}.rope.dimension_count") or head_dim
+    if rotary != head_dim:
+        rope["partial_rotary_factor"] = rotary / head_dim
+    kind = file.value("{arch}.rope.scaling.type", "none")
+    original = file.value("{arch}.rope.scaling.original_context_length")
+    if kind in ("linear", "yarn"):
+        rope |= {"rope_type": kind, "factor": float(file.value("{arch}.rope.scaling.factor", 1.0))}
+        if original:
+            rope["original_max_position_embeddings"] = original
+    if ROPE_FACTORS["long"] in file.tensors:
+        rope |= _longrope(
+            _factors(file, "long"),
+            _factors(file, "short"),
+            original,
+            factor=file.number("context_length") / original,
+            attention_factor=float(file.value("{arch}.rope.scaling.attn_factor", 1.0)),
+        )
+    elif ROPE_FACTORS["llama3"] in file.tensors:
+        rope |= _read_llama3(file, rope["rope_theta"], rotary)
+    return rope
+
+
+def _factors(file: GGUFFile, kind: str) -> list[float]:
+    return file.read(ROPE_FACTORS[kind], torch.float32).tolist()
+
+
+def _longrope(long: list[float], short: list[float], original: int, **factors: float) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "long_factor": long,
+        "short_factor": short,
+        "original_max_position_embeddings": original,
+        **factors,
+    }
+
+
+def _read_llama3(file: GGUFFile, theta: float, rotary: int) -> dict[str, Any]:
+    """Parameters of the llama3 kind whose factors are those of the file, which keeps only the factors."""
+    factors = _factors(file, "llama3")
+    found = torch.tensor(factors)
+    if bool((found == 1).all()):
+        return {}
+    plain = 1.0 / theta ** (torch.arange(0, rotary, 2, dtype=torch.float32) / rotary)
+    context = file.number("context_length")
+    factor = round(found.max().item(), 4)  # float32 arithmetic left its trace in the file
+    for original in (8192, int(context / factor)):
+        candidate = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }
+        probe = AutoConfig.for_model(
+            "llama", head_dim=rotary, max_position_embeddings=max(context, original + 1),
+            rope_parameters={**candidate, "rope_theta": theta},
+        )  # fmt: skip
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](probe, _CPU)
+        if torch.allclose(plain / scaled, found, rtol=1e-3):
+            return candidate
+    return _longrope(factors, factors, context, factor=1.0, attention_factor=1.0)
