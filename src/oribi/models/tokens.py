@@ -5,8 +5,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from oribi.chat.tokenizer import load_tokenizer, repair
-from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
 from oribi.gguf.source import GGUFSource
+from oribi.gguf.tokenizer import rebuild_tokenizer
 from oribi.models.config_file import read_generation
 from oribi.models.files import HubOptions, locate, locate_base, read_json
 
@@ -34,7 +34,7 @@ def tokenizer_of(
         if (location.directory / "tokenizer.json").is_file():
             tokenizer = load_tokenizer(location.directory, trust_remote_code=trust_remote_code)
         else:
-            tokenizer = rebuild_tokenizer(source.value, str(location.file))
+            tokenizer = rebuild_tokenizer(source.file)
         ends = [config.eos_token_id, source.value("tokenizer.ggml.eot_token_id")]
         generation.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
         repair(tokenizer, config.vocab_size, generation, max_seq_length=config.max_position_embeddings)

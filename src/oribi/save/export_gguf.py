@@ -16,7 +16,8 @@ from oribi.gguf.metadata import check_config
 from oribi.gguf.mixes import METHODS, mix_of
 from oribi.gguf.modelfile import NoModelfile, modelfile
 from oribi.gguf.source import GGUFSource
-from oribi.gguf.tokenizer import CUT_BY_CASE, Vocabulary
+from oribi.gguf.splits import CUT_BY_CASE
+from oribi.gguf.tokenizer import Vocabulary
 from oribi.gguf.writer import plan_file, write_files
 from oribi.models.unwrap import base_model
 from oribi.save.accepted import GGUF_KEYWORDS, read_accepted

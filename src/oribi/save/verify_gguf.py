@@ -10,8 +10,8 @@ from oribi.chat.ends import renders, turn_end_id
 from oribi.chat.template import render_chat
 from oribi.errors import ExportError
 from oribi.gguf.llama_cpp import Answer, LlamaCpp, LlamaCppUnavailable
-from oribi.gguf.rebuild_tokenizer import rebuild_tokenizer
 from oribi.gguf.source import GGUFSource
+from oribi.gguf.tokenizer import rebuild_tokenizer
 from oribi.save.check import Check, Outcome, percent
 from oribi.save.probes import CONVERSATIONS, pack, rendered_ids
 from oribi.save.reference import ANSWER_TOKENS, GreedyAnswer, Trained
@@ -37,7 +37,7 @@ _CONTEXT = 1024
 def check_gguf_tokenizer(tokenizer: Any, path: Path) -> Check:
     """Compare the tokenizer with the one rebuilt from a GGUF file's metadata."""
     source = GGUFSource(path)
-    saved = rebuild_tokenizer(source.value, str(path))
+    saved = rebuild_tokenizer(source.file)
     saved.chat_template = source.value("tokenizer.chat_template")
     # a file whose template has no BOS says that none is added, see gguf.tokenizer
     return check_tokenizer(tokenizer, saved, "tokenizer rebuilt from the file", special=False)
