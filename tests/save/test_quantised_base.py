@@ -14,7 +14,6 @@ from oribi.gguf.source import GGUFSource
 from oribi.kernels.nf4 import dequantize
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
-from oribi.save.adapter import MergedModel
 from oribi.save.export_gguf import save_gguf
 from oribi.save.export_merged import save_merged
 from oribi.save.gguf_adapter import save_gguf_adapter
@@ -22,6 +21,7 @@ from oribi.save.nf4_checkpoint import Nf4Source, packed_bytes
 from oribi.save.probes import rows_of
 from oribi.save.reference import Trained
 from oribi.save.stream import streamed_logits
+from oribi.save.trained import MergedModel
 from oribi.tensors import SafetensorsSource
 from tests.save.tiny_export import VOCAB, adapted, byte_level_tokenizer, export_config, tiny_model
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 import oribi.save.export_gguf as export_gguf
 from oribi.errors import ConfigError, ExportError
-from oribi.save.adapter import MergedModel
 from oribi.save.export_gguf import save_gguf
 from oribi.save.export_merged import save_merged
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
+from oribi.save.trained import MergedModel
 from tests.save.tiny_export import (
     VOCAB,
     adapted,

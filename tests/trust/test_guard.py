@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from oribi.errors import ExportError, TrainingError
-from oribi.save.finite import require_finite
+from oribi.save.trained import require_finite
 from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.guard import LossGuard, documents_of, offending_module, origin_at, place_of

@@ -7,8 +7,8 @@ _HOME = {
     "save_merged": "oribi.save.export_merged",
     "save_gguf": "oribi.save.export_gguf",
     "save_gguf_adapter": "oribi.save.gguf_adapter",
-    "push_merged": "oribi.save.hub",
-    "push_gguf": "oribi.save.hub",
+    "push_merged": "oribi.save.export_merged",
+    "push_gguf": "oribi.save.export_gguf",
     "print_quantization_methods": "oribi.gguf.mixes",
     "ExportReport": "oribi.save.report",
 }

@@ -20,8 +20,8 @@ from oribi.models.wrapper import classes_of
 from oribi.save.base import locate_here
 from oribi.save.check import Check, NotTested
 from oribi.save.reference import Trained, logits_by_document
+from oribi.save.trained import slots_of
 from oribi.save.verify import compare, mean_kl
-from oribi.save.weights import slots_of
 
 MOST_ON_CPU = 4 << 30  # bytes of a base's files; a CPU would take minutes for more
 

@@ -29,8 +29,7 @@ from oribi.models.files import Location
 from oribi.models.plain_peft import try_in_plain_peft
 from oribi.models.unwrap import bare_name, base_model, source_of
 from oribi.save.base import changed_base, table_slots
-from oribi.save.finite import require_finite
-from oribi.save.weights import Slot, slots_of
+from oribi.save.trained import Slot, require_finite, slots_of
 
 WEIGHTS = "adapter_model.safetensors"
 MERGE_FIRST = (

@@ -20,11 +20,10 @@ from oribi.models.files import HubOptions, Location, locate, shard_of, weight_fi
 from oribi.models.load import renaming
 from oribi.models.quantize import rounded_to_nf4
 from oribi.models.unwrap import base_model, source_of
-from oribi.save.adapter import MergedModel
 from oribi.save.naming import base_name
 from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.reference import Trained, loss_of
-from oribi.save.weights import Slot, plain_tensor, slots_of
+from oribi.save.trained import MergedModel, Slot, plain_tensor, slots_of
 from oribi.tensors import SafetensorsSource, TensorSource
 
 # of a tensor's norm, what merging and unmerging leaves: bfloat16 keeps 8 bits, NF4 is off by 9 % each time

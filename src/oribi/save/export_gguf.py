@@ -20,8 +20,6 @@ from oribi.gguf.splits import CUT_BY_CASE
 from oribi.gguf.tokenizer import Vocabulary
 from oribi.gguf.writer import plan_file, write_files
 from oribi.models.unwrap import base_model
-from oribi.save.accepted import GGUF_KEYWORDS, read_accepted
-from oribi.save.adapter import MergedModel
 from oribi.save.base import choose_base, open_base
 from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome
@@ -39,9 +37,11 @@ from oribi.save.finish import (
 )
 from oribi.save.folder import announce, finished_folder
 from oribi.save.gguf_adapter import save_gguf_adapter
+from oribi.save.hub import GGUF_KEYWORDS, push, read_accepted
 from oribi.save.naming import file_name, model_name
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
+from oribi.save.trained import MergedModel
 from oribi.save.verify import check_source
 from oribi.save.verify_gguf import check_gguf_tokenizer, check_in_llama_cpp
 from oribi.text import write_whole
@@ -71,7 +71,7 @@ def save_gguf(
         base: the weights under the adapter, as for `save_merged`.
         name: the model's name; None takes the last part of the name it was loaded by.
         held_out, verify: as for `save_merged`; llama.cpp is asked too where xllamacpp is installed.
-        accepted: keywords of other libraries' calls, see `save.accepted`.
+        accepted: keywords of other libraries' calls, see `save.hub`.
 
     Returns:
         save_directory, gguf_directory, gguf_files (paths), modelfile_location (path or None), want_full_precision,
@@ -123,6 +123,17 @@ def save_gguf(
         "fix_bos_token": vocabulary.bos_removed,
         "report": report,
     }
+
+
+def push_gguf(
+    model: nn.Module,
+    repo_id: str,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "q8_0",
+    **keywords: Any,
+) -> str | None:
+    """Save as `save_gguf` does and upload the folder; arguments as for `push_merged` and `save_gguf`."""
+    return push(save_gguf, GGUF_KEYWORDS, model, repo_id, tokenizer, quantization_method, **keywords)
 
 
 def _write(

@@ -12,8 +12,6 @@ from torch import nn
 from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError
 from oribi.models.unwrap import base_model
-from oribi.save.accepted import MERGED_KEYWORDS, read_accepted
-from oribi.save.adapter import MergedModel
 from oribi.save.adapter_check import compare_in_plain_peft
 from oribi.save.adapter_files import WEIGHTS, write_adapter
 from oribi.save.base import choose_base, open_base
@@ -30,10 +28,11 @@ from oribi.save.finish import (
     trained_answers,
 )
 from oribi.save.folder import announce, finished_folder
+from oribi.save.hub import MERGED_KEYWORDS, push, read_accepted, upload_folder
 from oribi.save.merge import Checkpoint, merged_dtype
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
-from oribi.save.upload import upload_folder
+from oribi.save.trained import MergedModel
 from oribi.save.verify import check_folder, check_saved_tokenizer
 from oribi.tensors import read_header
 
@@ -67,7 +66,7 @@ def save_merged(
             one; None takes `model.oribi.held_out` if the trainer left one, else a few texts of oribi's own.
         verify: True refuses a file that differs from the trained model; "report" keeps it under its name, reported as
             different; False compares nothing and promises nothing.
-        accepted: keywords of other libraries' calls, see `save.accepted`.
+        accepted: keywords of other libraries' calls, see `save.hub`.
 
     Returns:
         The report; also written as export_report.json and README.md. None in processes that are not the main one.
@@ -103,6 +102,26 @@ def save_merged(
     if options.push_to_hub:
         upload_folder(Path(directory), Path(directory).name, options)
     return report
+
+
+def push_merged(
+    model: nn.Module, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", **keywords: Any
+) -> str | None:
+    """Save as `save_merged` does and upload the folder.
+
+    Args:
+        model, tokenizer, save_method: as for `save_merged`.
+        repo_id: "user/name", or a name under the token's user; created if it does not exist.
+        keywords: of `save_merged`; token, private, commit_message, commit_description, create_pr, revision, tags; and
+            api, a `huggingface_hub.HfApi` (None makes one with `token`).
+
+    Returns:
+        The commit's address; None in processes that are not the main one.
+
+    Raises:
+        ConfigError, ExportError: as `save_merged`; nothing is uploaded then.
+    """
+    return push(save_merged, MERGED_KEYWORDS, model, repo_id, tokenizer, save_method, **keywords)
 
 
 def _announce(planned: Checkpoint, directory: str | os.PathLike, save_method: str) -> None:

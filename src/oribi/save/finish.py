@@ -13,7 +13,6 @@ from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.unwrap import source_of
-from oribi.save.adapter import MergedModel
 from oribi.save.card import model_card
 from oribi.save.check import Check, NotTested, Outcome
 from oribi.save.folder import new_rejected, reject
@@ -21,6 +20,7 @@ from oribi.save.naming import base_name
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
+from oribi.save.trained import MergedModel
 
 # True raises where a file is different, "report" keeps it under its name, False compares nothing
 Verify = bool | str

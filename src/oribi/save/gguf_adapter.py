@@ -19,7 +19,6 @@ from oribi.gguf.file import GGUFFile, Type, write_header
 from oribi.gguf.names import family_in_gguf, tensors_to_write
 from oribi.gguf.quantize import quantize
 from oribi.models.unwrap import base_model, source_of
-from oribi.save.adapter import changes_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import changed_base
 from oribi.save.card import fenced
@@ -28,7 +27,7 @@ from oribi.save.finish import Verify, checked, compares, file_sizes, finish_expo
 from oribi.save.folder import announce, finished_folder
 from oribi.save.naming import base_name, model_name
 from oribi.save.report import ExportReport
-from oribi.save.weights import LoadedModel
+from oribi.save.trained import LoadedModel, changes_of
 
 _TYPES = {"auto": Type.F16, "f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 # of the norm of a factor; float16 passes it only where a factor's values are too small for it

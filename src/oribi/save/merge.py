@@ -9,9 +9,9 @@ from torch import nn
 from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
 from oribi.models.unwrap import base_model
-from oribi.save.adapter import MergedModel
 from oribi.save.nf4_checkpoint import nf4_config, pack, packed_bytes, packed_names
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards, write_unplanned
+from oribi.save.trained import MergedModel
 from oribi.tensors import TensorSource, all_finite
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

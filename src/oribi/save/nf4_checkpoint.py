@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from oribi.models.quantize import BLOCK
-from oribi.save.weights import slots_of
+from oribi.save.trained import slots_of
 from oribi.tensors import TensorSource
 
 

@@ -21,7 +21,7 @@ from oribi.lora.attach import attach_lora
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.load import load_model
 from oribi.models.unwrap import base_model
-from oribi.save.weights import LoadedModel
+from oribi.save.trained import LoadedModel
 
 LONGEST = 48  # tokens of a row
 RANK = 32  # A of the small model has 4096 values then: the least that the optimizer keeps in 8 bits

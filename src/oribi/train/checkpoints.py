@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from oribi.errors import TrainingError
 from oribi.run_record import RunRecord, checkpoints, own_checkpoints, read_record
-from oribi.save.finite import require_finite
+from oribi.save.trained import require_finite
 from oribi.text import say
 from oribi.train.run_lock import not_writable
 from oribi.train.setup import held

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from oribi.errors import DataError, TrainingError
-from oribi.save.finite import first_non_finite
+from oribi.save.trained import first_non_finite
 from oribi.train.sharding import is_sharded
 
 logger = logging.getLogger(__name__)

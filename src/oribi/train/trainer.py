@@ -33,7 +33,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.unwrap import base_model
 from oribi.save.adapter_files import write_adapter
 from oribi.save.base import changed_base
-from oribi.save.finite import require_finite
+from oribi.save.trained import require_finite
 from oribi.text import say
 from oribi.train.arguments import SFTConfig, adopt
 from oribi.train.batches import GroupedByLength, rank_loader
