@@ -80,7 +80,7 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
             writer.add_float32(f"{facts.architecture}.{key}", value)
 
 
-def read_config(file: GGUFFile) -> PretrainedConfig:
+def config_of_file(file: GGUFFile) -> PretrainedConfig:
     """The config of the model in a file.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 
 from oribi.errors import ModelError
 from oribi.gguf.file import GGUFFile
-from oribi.gguf.metadata import read_config
+from oribi.gguf.metadata import config_of_file
 from oribi.gguf.names import tensors_to_read
 
 
@@ -29,7 +29,7 @@ class GGUFSource:
         self.value = self.file.value
         if (parts := self.value("split.count", 1)) > 1:
             raise ModelError(f"{path} is one of {parts} parts; join them with `llama-gguf-split --merge`")
-        self.config = read_config(self.file)
+        self.config = config_of_file(self.file)
         self._tensors = tensors_to_read(self.config, self.file.tensors)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
