@@ -1,12 +1,15 @@
 """Named chat templates: exact text, exact ids, exact trained ids, and the vocabulary left alone."""
 
 import re
+import shutil
+import zipfile
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
 from oribi.chat.masking import Masker
-from oribi.chat.named_templates import NAMES, TEMPLATES, get_chat_template
+from oribi.chat.named_templates import FOLDER, NAMES, TEMPLATES, get_chat_template
 from oribi.chat.rendering import ChatTemplate
 from oribi.data.encoding import UNTRAINED, Encoder
 from oribi.errors import ConfigError, DataError
@@ -112,6 +115,19 @@ def _check(tokenizer, name, messages, expected, tools=None):
     assert all(label in (UNTRAINED, token) for token, label in zip(encoded.ids, encoded.labels))
     assert trained_runs(tokenizer, encoded) == expected
     assert encoded.split_tokens == 0
+
+
+def test_the_wheel_holds_the_file_of_every_template(tmp_path, monkeypatch):
+    build_meta = pytest.importorskip("setuptools.build_meta")
+    root = Path(__file__).parents[2]
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    shutil.copytree(root / "src" / "oribi" / "chat", tmp_path / "src" / "oribi" / "chat")
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(build_meta.build_wheel(str(tmp_path))) as wheel:
+        inside = {Path(name).stem for name in wheel.namelist() if name.startswith("oribi/chat/templates/")}
+    assert inside == {template.file for template in TEMPLATES.values()}
+    assert all(FOLDER.joinpath(f"{file}.jinja").is_file() for file in inside)
 
 
 @pytest.mark.parametrize("name", sorted(RENDERED))
@@ -294,7 +310,7 @@ def test_system_message_stands_in_for_a_missing_one(family_tokenizer):
 
 
 def test_unknown_names_and_arguments_are_named(family_tokenizer):
-    with pytest.raises(ConfigError, match="no template 'chat-ml'. Did you mean chatml"):
+    with pytest.raises(ConfigError, match="no template 'chat-ml'; did you mean chatml"):
         get_chat_template(family_tokenizer, "chat-ml")
     with pytest.raises(ConfigError, match="unknown arguments \\['mappings'\\]"):
         get_chat_template(family_tokenizer, "chatml", mappings={})

@@ -5,28 +5,35 @@ The vocabulary is never changed: where the tokenizer lacks a template's end toke
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
-from oribi.chat import template_texts as texts
 from oribi.chat.tokenizer import prefix_ids
 from oribi.errors import ConfigError
+from oribi.text import did_you_mean
 
+FOLDER = resources.files("oribi.chat").joinpath("templates")
+DEFAULT_SYSTEM = "DEFAULT_SYSTEM"  # in a file: a Jinja literal of what stands in for a missing system message
 EOS_WORD = "eos_token"  # stands for the tokenizer's own EOS in a (template, end) pair
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A named template.
+    """A named template, written from the format that the model family publishes.
 
-    `end` closes a turn (None: the tokenizer's EOS). `bos` is True where the format itself begins with BOS; elsewhere BOS is
-    written only if the tokenizer adds one to every text. `system` stands in for a missing system message.
+    A template takes messages with role, content, reasoning_content and tool_calls.
+
+    Args:
+        file: its name in `templates/`, without ".jinja".
+        end: closes a turn; None is the tokenizer's EOS.
+        bos: the format itself begins with BOS; elsewhere BOS is written only if the tokenizer adds one to every text.
+        system: stands in for a missing system message.
     """
 
-    text: texts.TemplateText
+    file: str
     end: str | None
     bos: bool = False
     system: str | None = None
@@ -40,61 +47,43 @@ _VICUNA = (
 _QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 _SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
-_CHATML = Template(texts.chatml, "<|im_end|>")
-_LLAMA_2 = Template(texts.llama_2, None, bos=True)
-_LLAMA_3 = Template(texts.llama_3, "<|eot_id|>", bos=True)
-_LLAMA_3_1 = Template(texts.llama_3_1, "<|eot_id|>", bos=True)
-_MISTRAL = Template(texts.mistral, None, bos=True)
-_TEKKEN = Template(texts.mistral_tekken, None, bos=True)
-_GEMMA = Template(texts.gemma, "<end_of_turn>", bos=True)
-_GEMMA_CHATML = Template(texts.chatml, "<|im_end|>", bos=True)
-_GEMMA_4 = Template(texts.gemma_4, "<turn|>", bos=True)
-_GEMMA_4_THINKING = Template(texts.gemma_4_thinking, "<turn|>", bos=True)
-_QWEN_2_5 = Template(texts.qwen_2_5, "<|im_end|>", system=_QWEN)
-_QWEN_3 = Template(texts.qwen_3, "<|im_end|>")
-_PHI_3 = Template(texts.phi_3, "<|end|>")
-_LFM_2 = Template(texts.lfm_2, "<|im_end|>", bos=True)
-_GPT_OSS = Template(texts.gpt_oss, "<|return|>")
-_VICUNA_OLD = Template(texts.vicuna_old, None, system=_VICUNA.format("human", "human"))
-
-TEMPLATES: dict[str, Template] = {
-    "unsloth": Template(texts.plain_chat, None, system="You are a helpful assistant to the user"),
-    "chatml": _CHATML,
-    "yi-chat": _CHATML,
-    "zephyr": Template(texts.zephyr, None),
-    "alpaca": Template(texts.alpaca, None, system=_ALPACA),
-    "vicuna": Template(texts.vicuna, None, system=_VICUNA.format("user", "user")),
-    "vicuna_old": _VICUNA_OLD,
-    "vicuna old": _VICUNA_OLD,
-    "starling": Template(texts.starling, "<|end_of_turn|>", bos=True),
-    "llama": _LLAMA_2,
-    "llama-2": _LLAMA_2,
-    "llama-3": _LLAMA_3,
-    "llama3": _LLAMA_3,
-    **dict.fromkeys(("llama-3.1", "llama-3.2", "llama-3.3", "llama-31", "llama-32", "llama-33"), _LLAMA_3_1),
-    "mistral": _MISTRAL,
-    **dict.fromkeys(("mistral-tekken", "mistral-nemo", "mistral-v7"), _TEKKEN),
-    **dict.fromkeys(("gemma", "gemma2", "gemma-2", "gemma3", "gemma-3", "gemma3n", "gemma-3n"), _GEMMA),
-    "gemma_chatml": _GEMMA_CHATML,
-    "gemma2_chatml": _GEMMA_CHATML,
-    "gemma-4": _GEMMA_4,
-    "gemma4": _GEMMA_4,
-    "gemma-4-thinking": _GEMMA_4_THINKING,
-    "gemma4-thinking": _GEMMA_4_THINKING,
-    **dict.fromkeys(("qwen-2.5", "qwen2.5", "qwen-25", "qwen25"), _QWEN_2_5),
-    **dict.fromkeys(("qwen-3", "qwen3"), _QWEN_3),
-    "qwen3-instruct": Template(texts.qwen_2_5, "<|im_end|>"),
-    "qwen3-thinking": Template(texts.qwen_3_thinking, "<|im_end|>"),
-    **dict.fromkeys(("phi-3", "phi-3.5", "phi-35"), _PHI_3),
-    "phi-4": Template(texts.phi_4, "<|im_end|>"),
-    "granite": Template(texts.granite, "<|end_of_text|>"),
-    **dict.fromkeys(("smollm", "smollm2"), Template(texts.chatml, "<|im_end|>", system=_SMOLLM)),
-    "command-r": Template(texts.command_r, "<|END_OF_TURN_TOKEN|>", bos=True),
-    **dict.fromkeys(("olmo", "olmo-2", "olmo2"), Template(texts.olmo, None, bos=True)),
-    "deepseek-r1": Template(texts.deepseek_r1, "<｜end▁of▁sentence｜>", bos=True),
-    **dict.fromkeys(("gpt-oss", "gptoss"), _GPT_OSS),
-    **dict.fromkeys(("lfm-2", "lfm-2.5", "lfm2", "lfm2.5"), _LFM_2),
+# names, separated by commas -> the template
+_BY_NAMES = {
+    "unsloth": Template("unsloth", None, system="You are a helpful assistant to the user"),
+    "chatml, yi-chat": Template("chatml", "<|im_end|>"),
+    "zephyr": Template("zephyr", None),
+    "alpaca": Template("alpaca", None, system=_ALPACA),
+    "vicuna": Template("vicuna", None, system=_VICUNA.format("user", "user")),
+    "vicuna_old, vicuna old": Template("vicuna_old", None, system=_VICUNA.format("human", "human")),
+    "starling": Template("starling", "<|end_of_turn|>", bos=True),
+    "llama, llama-2": Template("llama-2", None, bos=True),  # every question has its own BOS
+    "llama-3, llama3": Template("llama-3", "<|eot_id|>", bos=True),
+    "llama-3.1, llama-3.2, llama-3.3, llama-31, llama-32, llama-33": Template(
+        "llama-3.1", "<|eot_id|>", bos=True
+    ),
+    "mistral": Template("mistral", None, bos=True),
+    "mistral-tekken, mistral-nemo, mistral-v7": Template("mistral-tekken", None, bos=True),
+    "gemma, gemma2, gemma-2, gemma3, gemma-3, gemma3n, gemma-3n": Template(
+        "gemma", "<end_of_turn>", bos=True
+    ),
+    "gemma_chatml, gemma2_chatml": Template("chatml", "<|im_end|>", bos=True),
+    "gemma-4, gemma4": Template("gemma-4", "<turn|>", bos=True),
+    "gemma-4-thinking, gemma4-thinking": Template("gemma-4-thinking", "<turn|>", bos=True),
+    "qwen-2.5, qwen2.5, qwen-25, qwen25": Template("qwen-2.5", "<|im_end|>", system=_QWEN),
+    "qwen-3, qwen3": Template("qwen-3", "<|im_end|>"),
+    "qwen3-instruct": Template("qwen-2.5", "<|im_end|>"),
+    "qwen3-thinking": Template("qwen-3-thinking", "<|im_end|>"),
+    "phi-3, phi-3.5, phi-35": Template("phi-3", "<|end|>"),
+    "phi-4": Template("phi-4", "<|im_end|>"),
+    "granite": Template("granite", "<|end_of_text|>"),
+    "smollm, smollm2": Template("chatml", "<|im_end|>", system=_SMOLLM),
+    "command-r": Template("command-r", "<|END_OF_TURN_TOKEN|>", bos=True),
+    "olmo, olmo-2, olmo2": Template("olmo", None, bos=True),
+    "deepseek-r1": Template("deepseek-r1", "<｜end▁of▁sentence｜>", bos=True),
+    "gpt-oss, gptoss": Template("gpt-oss", "<|return|>"),
+    "lfm-2, lfm-2.5, lfm2, lfm2.5": Template("lfm-2", "<|im_end|>", bos=True),
 }
+TEMPLATES = {name: template for names, template in _BY_NAMES.items() for name in names.split(", ")}
 NAMES = tuple(TEMPLATES)
 
 
@@ -160,13 +149,16 @@ def template_source(tokenizer: Any, name: str, system_message: str | None = None
 def _named(tokenizer: Any, name: str, system_message: str | None) -> tuple[str, str | None]:
     template = TEMPLATES.get(name.lower())
     if template is None:
-        near = difflib.get_close_matches(name.lower(), NAMES, n=3, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ConfigError(f"get_chat_template: no template {name!r}.{hint} Names: {', '.join(NAMES)}.")
+        raise ConfigError(
+            f"get_chat_template: no template {name!r}{did_you_mean(name, NAMES) or '.'} Names: {', '.join(NAMES)}."
+        )
+    source = FOLDER.joinpath(f"{template.file}.jinja").read_text(encoding="utf-8").rstrip("\n")
     adds_bos = tokenizer.bos_token is not None and (template.bos or bool(prefix_ids(tokenizer)))
+    if adds_bos and "bos_token" not in source:
+        source = "{{- bos_token -}}\n" + source
     system = template.system if system_message is None else system_message
     literal = "none" if system is None else json.dumps(system, ensure_ascii=False)
-    return template.text("{{- bos_token -}}" if adds_bos else "", literal), template.end
+    return source.replace(DEFAULT_SYSTEM, literal), template.end
 
 
 def _with_own_end(tokenizer: Any, source: str, end: str, map_eos_token: bool) -> str:
