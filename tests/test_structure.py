@@ -44,9 +44,7 @@ HOMES = {
 
 
 # imports that still go upward, as "file imports part"; none may be added
-UPWARD = {
-    "chat/tokenizer.py imports models",
-}
+UPWARD: set[str] = set()
 
 
 def parts() -> Iterator[tuple[str, str]]:
@@ -138,7 +136,6 @@ LONG_FILES = {
     "memory/estimate.py": 434,
     "models/decoder.py": 431,
     "models/fused_layer.py": 481,
-    "models/load.py": 538,
 }  # fmt: skip
 
 LONG_FUNCTIONS = {

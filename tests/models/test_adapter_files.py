@@ -233,13 +233,14 @@ def test_the_revision_of_the_base_is_kept_and_asked_for(base, tmp_path, monkeypa
     FastLanguageModel.get_peft_model(model, r=4).save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"
     asked = []
-    import oribi.models.load as loader
+    import oribi.models.open as module
 
+    found = module.locate
     monkeypatch.setattr(
-        loader, "locate_base", lambda a, options, g: asked.append(options.revision) or loader.locate(str(base), options)
-    )  # fmt: skip
+        module, "locate", lambda name, hub, g: asked.append(hub.revision) or found(name, hub, g)
+    )
     again, _ = load_model(str(tmp_path), **LOAD, revision="of-the-adapter")
-    assert asked == ["v2"]
+    assert asked == ["of-the-adapter", "v2"]
     assert again.peft_config["default"].revision == "v2"
 
 

@@ -15,7 +15,7 @@ from oribi.memory.architecture import architecture_of
 from oribi.models import files as module
 from oribi.models.files import HubOptions, locate, weight_files
 from oribi.models.load import load_model
-from oribi.models.tokens import tokenizer_of
+from oribi.models.open import open_model
 from tests.models.tiny_checkpoint import checkpoint
 
 
@@ -218,7 +218,7 @@ def no_hub(monkeypatch) -> list[str]:
 )
 def test_a_base_that_is_not_here_is_named_with_what_to_do(adapter, no_hub, base, words, names):
     edit(adapter / "adapter_config.json", base_model_name_or_path=base)
-    for attempt in (load, tokenizer_of, architecture_of):
+    for attempt in (load, open_model, architecture_of):
         with pytest.raises(ModelError, match=words) as caught:
             attempt(str(adapter))
         assert str(adapter / "adapter_config.json") in str(caught.value)

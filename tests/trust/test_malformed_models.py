@@ -21,9 +21,9 @@ from oribi import FastLanguageModel
 from oribi.errors import ModelError, OribiError
 from oribi.lora.contents import read_adapter
 from oribi.memory.architecture import architecture_of
-from oribi.models.files import HubOptions, locate, shard_of, weight_files
-from oribi.models.tokens import tokenizer_of
-from oribi.tensors import SafetensorsSource
+from oribi.models.files import HubOptions, locate, open_weights
+from oribi.models.open import open_model
+from oribi.tensors import TensorSource
 from tests.models.tiny_checkpoint import checkpoint, edit_config
 
 SAMPLE = int(os.environ.get("ORIBI_FUZZ", 25))
@@ -62,7 +62,7 @@ def use(folder: Path) -> None:
     model.eval()
     with torch.no_grad():
         model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2)
-    tokenizer_of(str(folder))
+    open_model(str(folder)).tokenizer()
     architecture_of(str(folder))
 
 
@@ -230,7 +230,11 @@ def test_an_adapters_settings_are_refused_by_name(models, tmp_path, monkeypatch,
 def test_an_adapter_config_that_is_no_object_is_refused_wherever_it_is_read(models, tmp_path, content):
     folder = shutil.copytree(models / "adapter", tmp_path / "adapter")
     (folder / "adapter_config.json").write_bytes(content)
-    for read in (lambda: load(folder), lambda: read_adapter(str(folder)), lambda: tokenizer_of(str(folder))):
+    for read in (
+        lambda: load(folder),
+        lambda: read_adapter(str(folder)),
+        lambda: open_model(str(folder)).tokenizer(),
+    ):
         with pytest.raises(ModelError, match=r"adapter_config\.json"):
             read()
 
@@ -243,9 +247,8 @@ def sharded(tmp_path) -> Path:
     return tmp_path
 
 
-def source_of(folder: Path) -> SafetensorsSource:
-    location = locate(str(folder), HubOptions())
-    return SafetensorsSource(weight_files(location, HubOptions()), shard_of=shard_of(location))
+def source_of(folder: Path) -> TensorSource:
+    return open_weights(locate(str(folder), HubOptions()), HubOptions())
 
 
 def test_a_tensor_in_two_shards_is_read_where_the_index_says(sharded):

@@ -10,14 +10,12 @@ from tokenizers import Tokenizer, decoders
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from oribi.chat.ends import stop_ids, turn_end_id
 from oribi.errors import ModelError
-from oribi.models.files import read_json
 
 # tokens that models reserve for padding, the most specific first
 _PAD_NAMES = (
@@ -39,14 +37,15 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# those of a tokenizer's files that hold JSON objects
+OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    *_OBJECTS,
+    *OBJECTS,
     "chat_template.jinja",
 )
 # what rules of cutting differ on; the leading space is one that some classes add
@@ -72,7 +71,6 @@ def load_tokenizer(
     directory: Path,
     *,
     trust_remote_code: bool = False,
-    config: PretrainedConfig | None = None,
     notes: list[str] | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory.
@@ -80,18 +78,14 @@ def load_tokenizer(
     Args:
         directory: with tokenizer.json or what the tokenizer's class reads.
         trust_remote_code: whether a class of the directory's own may run.
-        config: the model's config; None reads the directory's.
         notes: gets a line if tokenizer.json is taken and not the class that transformers chose.
 
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    for name in _OBJECTS:
-        if (directory / name).is_file():
-            read_json(directory / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            directory, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
         _try(tokenizer)
         if _cuts_as_stored(tokenizer, directory / "tokenizer.json"):

@@ -135,14 +135,10 @@ def _data_size(settings: Any) -> tuple[int | None, int | None]:
     """Tokens and examples of the training data, where all of it lies on this machine."""
     if not all(Path(source).exists() for source in settings.dataset):
         return None, None
-    from oribi.data import get_chat_template
-    from oribi.models.tokens import tokenizer_of
     from oribi.run import read_data
+    from oribi.train.preflight import tokenizer_of
 
-    tokenizer = tokenizer_of(settings.model, revision=settings.revision)
-    if settings.chat_template is not None:
-        tokenizer = get_chat_template(tokenizer, settings.chat_template)
-    report = read_data(settings, tokenizer)[0].report
+    report = read_data(settings, tokenizer_of(settings))[0].report
     share = 1 - settings.eval_fraction
     return int(share * report.tokens), int(share * report.examples)
 

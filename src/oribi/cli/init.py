@@ -43,13 +43,13 @@ def init(
         from oribi.data.readers import READERS, suffix_of
         from oribi.errors import ConfigError
         from oribi.memory.architecture import architecture_of
-        from oribi.models.tokens import tokenizer_of
+        from oribi.models.open import open_model
 
         for source in dataset:
             if suffix_of(Path(source)) in READERS and not Path(source).exists():
                 raise ConfigError(f"{source}: no such file.")
         architecture = architecture_of(model)
-        tokenizer = tokenizer_of(model)
+        tokenizer = open_model(model).tokenizer()
         max_seq_length = min(max_seq_length, architecture.config.max_position_embeddings)
         values: dict[str, Any] = {
             "model": model,

@@ -1,5 +1,6 @@
 """`oribi inspect data|model|adapter|run`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,25 +42,25 @@ def data(
         from rich.console import Console
 
         from oribi.config_file import setting_of
-        from oribi.data import get_chat_template, inspect_data
+        from oribi.data import inspect_data
         from oribi.errors import ConfigError
-        from oribi.models.tokens import tokenizer_of
+        from oribi.models.open import open_model
+        from oribi.train.preflight import tokenizer_of
 
         settings: dict[str, Any] = {"max_seq_length": max_seq_length, "split": split}
-        sources, template = [source], None
+        sources, config = [source], None
         if Path(source).suffix in (".yaml", ".yml"):
             config = read_settings(source, [])
-            model, template = model or config.model, config.chat_template
+            if model is not None:
+                config = replace(config, model=model, revision=None, trust_remote_code=False)
             sources, settings = config.dataset, config.row_settings()
         given = {"columns": columns, "role_aliases": role_aliases, "malformed": malformed}
         settings |= {key: setting_of(key, value) for key, value in given.items() if value}
-        if model is None:
+        if model is None and config is None:
             raise ConfigError(
                 f"inspect data {source}: name the tokenizer with --model, or give a run's config.yaml"
             )
-        tokenizer = tokenizer_of(model)
-        if template is not None:
-            tokenizer = get_chat_template(tokenizer, template)
+        tokenizer = open_model(model).tokenizer() if config is None else tokenizer_of(config)
     report = inspect_data(
         [{"path": path} for path in sources], tokenizer, rows=rows, html_file=html,
         console=Console(stderr=json), **settings,
@@ -76,10 +77,10 @@ def model(
     with chatter_aside():
         from oribi.families import FAMILIES
         from oribi.memory.architecture import architecture_of
-        from oribi.models.tokens import tokenizer_of
+        from oribi.models.open import open_model
 
         found = architecture_of(name)
-        tokenizer = tokenizer_of(name)
+        tokenizer = open_model(name).tokenizer()
     config, attention = found.config, found.decoder.model.layers[0].self_attn
     facts = {
         "model": name,

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.lora.attach import PROJECTIONS, attach_lora, set_checkpointing, switch_checkpointing
-from oribi.models.adapter_files import load_adapter
 from oribi.models.load import load_model
+from oribi.models.load_adapter import load_adapter
 from oribi.models.unwrap import base_model
 from oribi.text import did_you_mean, say_notes
 
@@ -88,7 +88,7 @@ class FastLanguageModel:
 
         Args:
             use_gradient_checkpointing: as in `get_peft_model`, which overrides it.
-            options: rarer settings of `oribi.models.request.Options`, and keywords of other libraries: those without
+            options: rarer settings of `oribi.models.load_settings`, and keywords of other libraries: those without
                 meaning here are noted, those that would change the result are refused.
 
         Raises:
@@ -250,9 +250,9 @@ class FastModel(FastLanguageModel):
 
 def _sort_out(options: dict[str, Any], *known_by: Callable[..., Any]) -> list[str]:
     """Drops keywords without effect from `options` and returns notes on them; raises over refused and unknown ones."""
-    from oribi.models.request import Options
+    from oribi.models.load_settings import RARE_OPTIONS
 
-    known = {*Options.__dataclass_fields__, "torch_dtype"}
+    known = {*RARE_OPTIONS, "torch_dtype"}
     notes = []
     for name, value in list(options.items()):
         if name in _REFUSED:

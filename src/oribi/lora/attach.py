@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from oribi.errors import ConfigError
 from oribi.lora.settings import refuse_settings
-from oribi.models.load import train_in_float32
+from oribi.models.load_adapter import train_in_float32
 from oribi.models.unwrap import base_model
 from oribi.text import did_you_mean, nearest
 

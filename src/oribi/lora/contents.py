@@ -10,8 +10,8 @@ import torch
 from oribi.errors import ModelError
 from oribi.models.adapter_config import read_adapter_config, read_adapter_settings
 from oribi.models.adapter_files import read_record, read_tensors
-from oribi.models.files import HubOptions, Location, adapter_weights, locate, locate_base
-from oribi.models.load import checkpoint_config
+from oribi.models.files import HubOptions, Location, adapter_weights, locate
+from oribi.models.open import open_model
 from oribi.models.plain_peft import try_in_plain_peft
 from oribi.models.wrapper import wrapper_names
 
@@ -115,7 +115,7 @@ def _require_whole(location: Location, tensors: dict[str, torch.Tensor], problem
     """Raise over tensors that the adapter lacks or has too many, by its base's config.json or else by themselves."""
     settings = read_adapter_config(location)
     try:
-        config = checkpoint_config(locate_base(location, HubOptions(local_files_only=True)))
+        config = open_model(location.name, HubOptions(local_files_only=True)).whole
     except ModelError as error:
         problems.append(f"not compared with its base, only with its own settings: {error}")
         _require_pairs(location, tensors, settings)

@@ -9,11 +9,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
-from oribi.families import family_of
-from oribi.gguf.source import GGUFSource
-from oribi.models.config_file import read_config
 from oribi.models.decoder import DecoderForCausalLM, build
-from oribi.models.files import HubOptions, Location, locate, locate_base
+from oribi.models.files import HubOptions, Location
+from oribi.models.open import open_model
 from oribi.models.unfused import NF4_BYTES, UnfusedSizes, sizes_of_config
 
 
@@ -104,24 +102,14 @@ def architecture_of(
         ModelError: there is no such model.
         OutsideFamilyTable: oribi's decoder does not cover it.
     """
-    location = locate(name, HubOptions(token=token, revision=revision))
-    if location.kind == "adapter":
-        location, trust_remote_code = locate_base(location, HubOptions(token=token)), False
-    if location.kind == "gguf":
-        config = GGUFSource(location.file).config
-    else:
-        config = read_config(location, trust_remote_code=trust_remote_code)
-    text = getattr(config, "text_config", None)
-    if text is not None and family_of(config) is None and family_of(text) is not None:
-        text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
-        config = text
-    if family_of(config) is None:
+    opened = open_model(name, HubOptions(token, revision, trust_remote_code=trust_remote_code))
+    location, config = opened.location, opened.config
+    if not opened.fused:
         raise OutsideFamilyTable(
             f"{location.name}: model_type {config.model_type!r} is outside oribi's family table; it trains as transformers' "
             "class, of whose memory only the weights are estimated",
             _sizes(config, trust_remote_code),
         )
-    config.__dict__.pop("quantization_config", None)
     return Architecture(name, config, location, build(config, dtype=dtype))
 
 

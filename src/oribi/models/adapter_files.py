@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 import oribi
 from oribi.errors import ModelError
-from oribi.models.adapter_config import check_against_base, read_adapter_config
-from oribi.models.files import HubOptions, Location, adapter_weights, locate, read_json
+from oribi.models.files import read_json
 from oribi.models.identity import BaseIdentity
-from oribi.models.unwrap import bare_module, bare_name, base_model
-from oribi.models.wrapper import WrapperNames
+from oribi.models.unwrap import bare_module, base_model
 from oribi.tensors import read_header
 from oribi.text import write_whole
 
@@ -183,116 +181,3 @@ def require_whole(
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def read_for(model: Any, settings: PeftConfig, path: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """Settings and tensors of an adapter as this model calls its modules.
-
-    Args:
-        model: the base, or PEFT's model of it.
-        settings: as adapter_config.json has them.
-        path: the adapter's weights.
-
-    Raises:
-        ModelError: the file is damaged, or holds values that are not finite.
-    """
-    inner = base_model(model)
-    names: WrapperNames | None = getattr(getattr(inner, "oribi", None), "names", None)
-    tensors = read_tensors(path)
-    if names is None or not isinstance(settings, LoraConfig) or not names.are_in(tensors):
-        return settings, tensors
-    plain = [
-        bare_name(name)
-        for name, module in inner.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-    ]
-    return names.settings_inside(settings, plain), names.read(tensors)
-
-
-def load_into(model: PeftModel, path: Path, adapter: str) -> None:
-    """Give an adapter of a model, attached already, the tensors of a file.
-
-    Args:
-        model: has the adapter.
-        path: the file of tensors, its adapter_config.json beside it.
-        adapter: the adapter's name in the model.
-
-    Raises:
-        ModelError: the file does not hold exactly this adapter's tensors.
-    """
-    _, tensors = read_for(model, model.peft_config[adapter], path)
-    require_fit(model, path, tensors, adapter)
-    set_peft_model_state_dict(model, tensors, adapter_name=adapter)
-
-
-def require_fit(model: PeftModel, path: Path, tensors: Mapping[str, torch.Tensor], adapter: str) -> None:
-    """`require_whole` of a file's tensors and an adapter that is attached to a model."""
-    expected, optional = (shapes_of(adapter_tensors(model, adapter, tables=t)) for t in (False, True))
-    require_whole(path, shapes_of(tensors), expected, optional | shapes_of(base_tables(model)))
-
-
-def attach_from(
-    model: Any, location: Location, path: Path, adapter: str = "default", is_trainable: bool = False
-) -> PeftModel:
-    """A model with an adapter read from a folder.
-
-    Args:
-        model: the base, or PEFT's model, which gets one adapter more.
-        location: of kind "adapter".
-        path: the adapter's weights.
-        adapter: what it is called in the model.
-        is_trainable: whether it can be trained.
-
-    Raises:
-        ModelError: settings or tensors do not fit the model.
-    """
-    names = [name for name, _ in model.named_modules()]
-    check_against_base(location, names, len(bare_module(model.get_input_embeddings()).weight))
-    settings, tensors = read_for(model, read_adapter_config(location), path)
-    settings.inference_mode = not is_trainable
-    base = settings.base_model_name_or_path
-    try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(adapter, settings)
-        else:
-            settings.base_model_name_or_path = None  # PEFT would warn that it is called by another name here
-            model = get_peft_model(model, settings, adapter)
-            settings.base_model_name_or_path = base
-        require_fit(model, path, tensors, adapter)
-        set_peft_model_state_dict(model, tensors, adapter_name=adapter)
-    except ModelError:
-        raise
-    except PEFT_REFUSALS as error:
-        raise ModelError(
-            f"{location.directory}: PEFT cannot put this adapter on the model: {error!r}. Its adapter_config.json is "
-            "damaged, or belongs to another base"
-        ) from error
-    return model
-
-
-def load_adapter(
-    model: PeftModel, model_id: Any, adapter_name: str, is_trainable: bool = False, **options: Any
-) -> None:
-    """PEFT's `load_adapter`, which loads a whole adapter or nothing.
-
-    Args:
-        model: PEFT's model.
-        model_id: folder of the adapter, or its name on the hub.
-        adapter_name: one that the model has gets the file's tensors; another is added.
-        is_trainable: whether an added adapter can be trained.
-        options: of `locate.HubOptions`; PEFT's others are not needed.
-
-    Raises:
-        ModelError: the files are not the adapter.
-    """
-    known = {name: options[name] for name in HubOptions.__dataclass_fields__ if options.get(name) is not None}
-    location = locate(str(model_id), HubOptions(**known))
-    if location.kind != "adapter":
-        raise ModelError(f"{model_id} has no adapter_config.json, so it is no adapter")
-    path = adapter_weights(location, HubOptions(**known), allow_pickle=True)
-    if adapter_name in model.peft_config:
-        load_into(model, path, adapter_name)
-        return
-    attach_from(model, location, path, adapter_name, is_trainable)
-    if not is_trainable:
-        model.eval()  # as PEFT does

@@ -110,6 +110,28 @@ def _check_quantization(file: Path, quantization: Any) -> None:
         raise ModelError(f"{file}: llm_int8_skip_modules = {shown(skipped)}; it is a list of names")
 
 
+def stored_quantization(location: Location, config: PretrainedConfig) -> dict[str, Any] | None:
+    """How the checkpoint is quantised, if it is in bitsandbytes' NF4; refuses every other way."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:  # of the whole model, where config is its text decoder's
+        stored = read_json(location.directory / "config.json").get("quantization_config")
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(stored.get("quant_method", "bitsandbytes")).lower().rpartition(".")[2]
+    if method not in ("bitsandbytes", "bits_and_bytes") or not stored.get("load_in_4bit"):
+        what = "bitsandbytes 8-bit" if stored.get("load_in_8bit") else method
+        raise ModelError(
+            f"{location.name} is quantised by {what}; oribi loads 16-bit checkpoints and bitsandbytes' NF4. "
+            "Take the original 16-bit release: it is quantised while it loads"
+        )
+    if stored.get("bnb_4bit_quant_type", "fp4") != "nf4":
+        raise ModelError(
+            f"{location.name} is packed as {stored.get('bnb_4bit_quant_type')!r}; only nf4 can be trained on"
+        )
+    return stored
+
+
 def check_decoder(file: Path, config: PretrainedConfig, notes: list[str] | None = None) -> None:
     """Compares a config with what its family's decoder can be; ids of no token are dropped with a note.
 

@@ -18,8 +18,9 @@ from huggingface_hub.errors import (
 )
 
 from oribi.errors import ModelError
+from oribi.gguf.source import GGUFSource
 from oribi.run_record import newest_model
-from oribi.tensors import open_bytes
+from oribi.tensors import PickleSource, SafetensorsSource, TensorSource, open_bytes
 from oribi.text import nearest
 
 # everything about a model but its weights; original/ and onnx/ folders hold further copies
@@ -32,7 +33,14 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How to ask the hub: access token, revision, cache folder, whether to stay off the network, and for code as well."""
+    """How to ask the hub for a model.
+
+    Args:
+        token: access token. revision: branch, tag or commit. cache_dir: where downloads are kept.
+        local_files_only: whether to stay off the network. force_download: whether to download what is there already.
+        subfolder: of a repository or a directory.
+        trust_remote_code: whether code that comes with the model is downloaded and may run.
+    """
 
     token: str | bool | None = None
     revision: str | None = None
@@ -40,7 +48,7 @@ class HubOptions:
     local_files_only: bool = False
     force_download: bool = False
     subfolder: str = ""
-    with_code: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ def locate(name: str, options: HubOptions, gguf_file: str | None = None) -> Loca
         return _in_directory(path / options.subfolder, name, gguf_file)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(missing_folder(name))
-    patterns = [gguf_file] if gguf_file else _SMALL_FILES + ["*.py"] * options.with_code
+    patterns = [gguf_file] if gguf_file else _SMALL_FILES + ["*.py"] * options.trust_remote_code
     directory = Path(_download(name, options, patterns)) / options.subfolder
     location = _in_directory(directory, name, gguf_file)
     return replace(location, name=name)
@@ -108,36 +116,6 @@ def missing_folder(name: str) -> str:
     return f"there is no {'file' if path.suffix == '.gguf' else 'folder'} {name}{hint}"
 
 
-def locate_base(adapter: Location, options: HubOptions, gguf_file: str | None = None) -> Location:
-    """The model that an adapter was trained on, as its adapter_config.json names it.
-
-    Args:
-        adapter: of kind "adapter".
-        options: for the hub.
-        gguf_file: the base's file, where it is one GGUF file of a folder or repository.
-
-    Raises:
-        ModelError: the config names no model, or there is none of that name.
-    """
-    file = adapter.directory / "adapter_config.json"
-    base = read_json(file).get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
-        raise ModelError(
-            f"{file} names no base_model_name_or_path; put the folder of the model there, or its name on the hub"
-        )
-    advice = f"Put the folder of the model, or its name on the hub, in base_model_name_or_path of {file}"
-    try:
-        found = locate(base, options, gguf_file)
-    except ModelError as error:
-        raise ModelError(f"{adapter.name} is an adapter on {base!r}: {error}. {advice}") from error
-    if found.kind == "adapter":
-        raise ModelError(f"{adapter.name} is an adapter on {base!r}, which is an adapter itself. {advice}")
-    note = f"{adapter.name} is an adapter on {base}"
-    if Path(base).expanduser().exists() and not Path(base).is_absolute():
-        note += f", found at {found.directory.resolve()}"
-    return replace(found, notes=(note, *found.notes))
-
-
 def written_name(name: str) -> str:
     """A model's name for adapters to keep: `models/llama` that is a folder here must not be asked of a hub elsewhere."""
     path = Path(name)
@@ -146,15 +124,17 @@ def written_name(name: str) -> str:
 
 
 def weight_files(location: Location, options: HubOptions, allow_pickle: bool = False) -> list[Path]:
-    """The shards of a checkpoint, downloaded if need be.
+    """The files of a model's weights, downloaded if need be: a checkpoint's shards, or the GGUF file.
 
     Args:
-        location: of kind "checkpoint".
+        location: of kind "checkpoint" or "gguf".
         allow_pickle: whether PyTorch's .bin shards may be read where there is no safetensors file.
 
     Raises:
         ModelError: there are no weights, a shard is missing, or there are only pickles.
     """
+    if location.kind == "gguf":
+        return [location.file]
     directory = location.directory
     names = _shards(directory / _INDEX)
     if names is None:
@@ -173,6 +153,32 @@ def weight_files(location: Location, options: HubOptions, allow_pickle: bool = F
             f"{location.name}: {len(missing)} of {len(names)} shards are missing, {missing[0]} the first"
         )
     return [directory / name for name in names]
+
+
+def open_weights(
+    location: Location,
+    options: HubOptions,
+    rename: Callable[[str], str | None] = lambda name: name,
+    allow_pickle: bool = False,
+) -> TensorSource:
+    """The tensors of a checkpoint or a GGUF file, downloaded if need be.
+
+    Args:
+        location: of kind "checkpoint" or "gguf".
+        rename: the model's name for a name in the files, None for a tensor that is left out; a GGUF file's have theirs.
+        allow_pickle: as in `weight_files`.
+
+    Raises:
+        ModelError: as `weight_files`, or a file is damaged or contradicts the others.
+    """
+    if location.kind == "gguf":
+        return GGUFSource(location.file)
+    files = weight_files(location, options, allow_pickle)
+    if files[0].suffix == ".bin":
+        return PickleSource(files, rename)
+    index = _weight_map(location.directory / _INDEX) or {}
+    homes = {name: location.directory / shard for name, shard in index.items()}
+    return SafetensorsSource(files, rename, homes)
 
 
 def adapter_weights(location: Location, options: HubOptions, allow_pickle: bool = False) -> Path:
@@ -207,16 +213,6 @@ def _pickles(location: Location, options: HubOptions, allow_pickle: bool) -> lis
             f"{location.name} has neither .safetensors nor .bin weights, or not all of their shards"
         )
     return [directory / name for name in names]
-
-
-def shard_of(location: Location) -> dict[str, Path] | None:
-    """The shard that each tensor is read from, as the checkpoint's index says; None where there is no index.
-
-    Raises:
-        ModelError: the index is damaged, or names a file outside its folder.
-    """
-    found = _weight_map(location.directory / _INDEX)
-    return None if found is None else {name: location.directory / shard for name, shard in found.items()}
 
 
 def _shards(index: Path) -> list[str] | None:
@@ -256,6 +252,9 @@ def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location
     if (directory / "adapter_config.json").is_file():
         return Location("adapter", directory, name)
     if (directory / "config.json").is_file():
+        _weight_map(
+            directory / _INDEX
+        )  # what loading would refuse is refused wherever the model is looked at
         return Location("checkpoint", directory, name)
     inner = newest_model(directory)
     if inner is not None:

@@ -7,6 +7,7 @@ The decoder calls a layer `model.layers.0`; the class that AutoModelForCausalLM 
 import copy
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
@@ -214,3 +215,41 @@ def wrapper_names(config: PretrainedConfig) -> WrapperNames | None:
     others = [tuple(name for name, _ in skeleton(kind, config).named_modules()) for kind in kinds[1:]]
     twice = any(decoder not in modules for modules in others)
     return WrapperNames(kinds[0].__name__, decoder, head, (tuple(names.values()), *others), twice)
+
+
+def renaming(names: WrapperNames | None) -> Callable[[str], str | None]:
+    """What gives a checkpoint's tensor the decoder's name, and None to one of another part.
+
+    Args:
+        names: of the multimodal class that the checkpoint is of; None for a text model.
+    """
+    return _rename if names is None else partial(_rename_inside, names)
+
+
+def _rename(name: str) -> str | None:
+    """The decoder's name for a checkpoint's tensor: text decoders inside a larger model, and decoders without a head."""
+    if name.startswith(_NOT_TEXT) or name.endswith(".rotary_emb.inv_freq"):
+        return None
+    for prefix, replacement in (("model.language_model.", "model."), ("language_model.", "")):
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+
+
+def _rename_inside(names: WrapperNames, name: str) -> str | None:
+    """`_rename` of a tensor of a multimodal class; None for one that is not the text decoder's."""
+    inner = names.inner(name)
+    moved = _rename(name) if inner == name else inner
+    is_text = (
+        inner != name
+        or moved != name
+        or name.startswith(("lm_head.", "model.embed_tokens.", "model.layers.", "model.norm."))
+    )
+    return moved if is_text and moved is not None and not moved.endswith(".rotary_emb.inv_freq") else None
+
+
+_NOT_TEXT = tuple(
+    f"{outer}{inner}."
+    for outer in ("", "model.")
+    for inner in ("vision_tower", "multi_modal_projector", "audio_tower")
+)

@@ -77,8 +77,6 @@ def _files_here(model: PeftModel, source: Any) -> tuple[Location, list[Path]]:
     name = model.peft_config["default"].base_model_name_or_path
     try:
         location, options = locate_here(model, source.name_or_path)
-        if location.kind == "gguf":
-            return location, [location.file]
         return location, weight_files(location, options)
     except (ExportError, ModelError) as error:
         raise NotTested(f"the base {name!r} is not on this machine in files that plain PEFT reads") from error

@@ -23,9 +23,9 @@ from oribi.models.adapter_files import (
     adapter_tensors,
     base_tables,
     read_tensors,
-    require_fit,
 )
 from oribi.models.files import Location
+from oribi.models.load_adapter import require_fit
 from oribi.models.plain_peft import try_in_plain_peft
 from oribi.models.unwrap import bare_name, base_model, source_of
 from oribi.save.base import changed_base, table_slots

@@ -13,18 +13,17 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from oribi.errors import ConfigError, ExportError, ModelError
-from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_files import base_tables
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.files import HubOptions, Location, locate, shard_of, weight_files
-from oribi.models.load import renaming
+from oribi.models.files import HubOptions, Location, locate, open_weights, weight_files
 from oribi.models.quantize import rounded_to_nf4
 from oribi.models.unwrap import base_model, source_of
+from oribi.models.wrapper import renaming
 from oribi.save.naming import base_name
 from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.reference import Trained, loss_of
 from oribi.save.trained import MergedModel, Slot, plain_tensor, slots_of
-from oribi.tensors import SafetensorsSource, TensorSource
+from oribi.tensors import TensorSource
 
 # of a tensor's norm, what merging and unmerging leaves: bfloat16 keeps 8 bits, NF4 is off by 9 % each time
 _ROUNDING, _NF4_ROUNDING = 2**-8, 0.2
@@ -82,12 +81,8 @@ def open_base(model: nn.Module, base: str) -> TensorSource | None:
     if base == "original":
         _require_unchanged(model)
     location, options = locate_here(model, base_name(model) if base == "original" else base)
-    if location.kind == "gguf":
-        return GGUFSource(location.file)
     try:
-        files = weight_files(location, options)
-        names = source.names if source is not None else None
-        weights = SafetensorsSource(files, renaming(names), shard_of(location))
+        weights = open_weights(location, options, renaming(getattr(source, "names", None)))
     except ModelError as error:
         raise ExportError(f"{base!r} is no base to merge into: {error}") from error
     if any(".quant_state." in name for name in weights.shapes()):
@@ -107,11 +102,7 @@ def open_as_loaded(model: nn.Module) -> TensorSource:
     """
     source = model.oribi
     location, options = locate_here(model, source.name_or_path)
-    if location.kind == "gguf":
-        return GGUFSource(location.file)
-    return Nf4Source(
-        SafetensorsSource(weight_files(location, options), renaming(source.names), shard_of(location))
-    )
+    return Nf4Source(open_weights(location, options, renaming(source.names)))
 
 
 def locate_here(model: nn.Module, name: str) -> tuple[Location, HubOptions]:

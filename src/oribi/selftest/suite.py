@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from oribi.models.request import choose_device
+from oribi.models.load_settings import choose_device
 from oribi.selftest.check import Check
 from oribi.selftest.codes import check_codes
 from oribi.selftest.files import check_files

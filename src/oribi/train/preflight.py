@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from oribi.config import RunConfig
 from oribi.data import get_chat_template
 from oribi.data.evaluation import evaluation_split, require_held_out
@@ -13,9 +15,9 @@ from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.gguf.mixes import mix_of
 from oribi.memory.estimate import refuse_what_cannot_fit
-from oribi.models.files import HubOptions, locate
+from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
-from oribi.models.tokens import tokenizer_of
+from oribi.models.open import OpenedModel, open_model
 from oribi.run_record import FORM_FOLDERS, RunRecord, checkpoints, own_checkpoints, read_record
 from oribi.text import say
 from oribi.train.checkpoints import require_writable
@@ -160,12 +162,24 @@ def known_changes(config: RunConfig, environment: Environment, record: RunRecord
             "dtype": str(environment.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype,
         }  # fmt: skip
     changes = compare_settings(record, now, only_known=True).refused
-    location = locate(config.model, HubOptions(revision=config.revision))
+    folder = open_run_model(config).location.directory
     for name, entry in ((record.base or {}).get("files") or {}).items():
-        path = location.directory / name
+        path = folder / name
         if path.is_file() and fingerprint(path) != entry:
             changes.append(f"base model: {path} is another file than the run's {name}")
     return changes
+
+
+def open_run_model(config: RunConfig) -> OpenedModel:
+    """The model that a config names, without its weights."""
+    hub = HubOptions(revision=config.revision, trust_remote_code=config.trust_remote_code)
+    return open_model(config.model, hub)
+
+
+def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run's data is encoded with."""
+    tokenizer = open_run_model(config).tokenizer()
+    return get_chat_template(tokenizer, config.chat_template) if config.chat_template else tokenizer
 
 
 def check_data(config: RunConfig) -> None:
@@ -174,11 +188,7 @@ def check_data(config: RunConfig) -> None:
     Raises:
         ConfigError, DataError: the template, a source or a row cannot be used, or rows to evaluate on are trained on.
     """
-    tokenizer = tokenizer_of(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
-    if config.chat_template is not None:
-        tokenizer = get_chat_template(tokenizer, config.chat_template)
+    tokenizer = tokenizer_of(config)
     settings = {**config.row_settings(), "max_rows": FIRST_ROWS}
     trained: list[Part] = []
     for spec in [{"path": source} for source in config.dataset]:

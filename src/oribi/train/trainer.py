@@ -28,8 +28,9 @@ from oribi.data.packing import pack
 from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.errors import ConfigError, DataError
 from oribi.memory.utilisation import Utilisation, utilisation_of
-from oribi.models.adapter_files import load_adapter, read_record
+from oribi.models.adapter_files import read_record
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.load_adapter import load_adapter
 from oribi.models.unwrap import base_model
 from oribi.save.adapter_files import write_adapter
 from oribi.save.base import changed_base
@@ -393,8 +394,7 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
             tokens, since = self._logged
             self._logged = (self.tokens_seen, time.monotonic())
             speed = (self.tokens_seen - tokens) / max(self._logged[1] - since, 1e-9)
-            logs["tokens_per_second"] = speed
+            logs |= {"tokens_per_second": speed, "num_tokens": self.tokens_seen}
             if self._utilisation is not None:
                 logs["mfu"] = self._utilisation.of(speed / self.args.world_size)
-            logs["num_tokens"] = self.tokens_seen
         super().log(logs, start_time)

@@ -1,6 +1,6 @@
 """What a caller asks of the loader, and what is chosen from it: dtype, device, quantisation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig
 
 from oribi.environment import detect
 from oribi.errors import ConfigError
-from oribi.models.files import HubOptions
+from oribi.models.identity import BaseIdentity
 from oribi.models.quantize import Quantization
 
 _DTYPES = {
@@ -19,73 +19,69 @@ _DTYPES = {
 _ONE_DEVICE = ("auto", "sequential", "balanced", "balanced_low_0", "unsloth")
 
 
+# keywords of `load_model` that few callers need, and those of them that are for the hub
+HUB_OPTIONS = ("cache_dir", "local_files_only", "force_download", "subfolder")
+RARE_OPTIONS = (
+    "float32_mixed_precision", "quantization_config", "fix_tokenizer", "resize_model_vocab", "use_safetensors",
+    "gguf_file", *HUB_OPTIONS,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Options:
-    """The rarer settings of a load.
+class LoadSettings:
+    """How a model is loaded: `load_model`'s arguments without those for the hub, and what an adapter's record says.
 
     Args:
         float32_mixed_precision: full fine-tuning keeps its weights in float32.
         quantization_config: bitsandbytes' settings; wins over the flags.
         fix_tokenizer: whether padding, chat template and end of turn are repaired.
-        resize_model_vocab: rows that the embeddings shall have.
+        resize_model_vocab: number of rows that the embeddings get.
         use_safetensors: False allows pickled .bin weights.
-        gguf_file: which GGUF file of a directory or repository to load.
-        cache_dir, local_files_only, force_download, subfolder: for the hub.
+        positions: RoPE's settings that an adapter was trained with, where they are not the checkpoint's.
     """
-
-    float32_mixed_precision: bool | None = None
-    quantization_config: BitsAndBytesConfig | dict[str, Any] | None = None
-    fix_tokenizer: bool = True
-    resize_model_vocab: int | None = None
-    use_safetensors: bool | None = None
-    gguf_file: str | None = None
-    cache_dir: str | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-    subfolder: str = ""
-
-
-@dataclass(frozen=True)
-class Request:
-    """`load_model`'s arguments, and what an adapter's record says of its base's positions."""
 
     max_seq_length: int | None
     dtype: torch.dtype | str | None
     device: torch.device
     load_in_4bit: bool | None
     full_finetuning: bool
-    token: str | bool | None
     rope_scaling: dict[str, Any] | None
-    trust_remote_code: bool
-    revision: str | None
-    options: Options
+    float32_mixed_precision: bool | None = None
+    quantization_config: BitsAndBytesConfig | dict[str, Any] | None = None
+    fix_tokenizer: bool = True
+    resize_model_vocab: int | None = None
+    use_safetensors: bool | None = None
     positions: dict[str, Any] | None = None
 
     @property
-    def hub(self) -> HubOptions:
-        """What the hub is asked with."""
-        o = self.options
-        return HubOptions(
-            self.token, self.revision, o.cache_dir, o.local_files_only, o.force_download, o.subfolder or "",
-            with_code=self.trust_remote_code,
-        )  # fmt: skip
+    def allow_pickle(self) -> bool:
+        return self.use_safetensors is False
+
+    def as_trained(self, base: BaseIdentity, positions: dict[str, Any] | None) -> "LoadSettings":
+        """The settings for an adapter's base: quantised as it was trained on, unless the caller asked for a way."""
+        if self.load_in_4bit is not None or self.quantization_config is not None:
+            return replace(self, positions=positions)
+        config = None
+        if base.weights == "nf4, single":
+            config = {"load_in_4bit": True, "bnb_4bit_use_double_quant": False}
+        return replace(self, load_in_4bit=base.in_nf4, quantization_config=config, positions=positions)
 
 
 def choose_quantization(
-    request: Request, notes: list[str], stored: dict[str, Any] | None = None
+    settings: LoadSettings, notes: list[str], stored: dict[str, Any] | None = None
 ) -> Quantization:
     """How linear layers are stored.
 
     Args:
-        request: its flags and quantization_config.
+        settings: its flags and quantization_config.
         notes: takes one line for each decision the caller might not expect.
         stored: the checkpoint's own quantization_config if it comes packed in NF4.
 
     Raises:
         ConfigError: another quantisation is asked for.
     """
-    enabled, double, skip = request.load_in_4bit is not False, True, ()
-    given = request.options.quantization_config
+    enabled, double, skip = settings.load_in_4bit is not False, True, ()
+    given = settings.quantization_config
     if given is not None:
         given = given if isinstance(given, dict) else given.to_dict()
         if given.get("load_in_8bit") or given.get("bnb_4bit_quant_type", "nf4") != "nf4":
@@ -95,7 +91,7 @@ def choose_quantization(
         enabled = bool(given.get("load_in_4bit", False))
         double = bool(given.get("bnb_4bit_use_double_quant", True))
         skip = tuple(given.get("llm_int8_skip_modules") or ())
-    if request.full_finetuning and enabled:
+    if settings.full_finetuning and enabled:
         notes.append("full_finetuning trains every weight, so none is quantised (load_in_4bit is ignored)")
         enabled = False
     if stored is not None:
@@ -108,31 +104,31 @@ def choose_quantization(
     return Quantization(enabled, double, tuple(name for name in skip if name != "lm_head"))
 
 
-def choose_dtype(request: Request, stored: torch.dtype | None, notes: list[str]) -> torch.dtype:
+def choose_dtype(settings: LoadSettings, stored: torch.dtype | None, notes: list[str]) -> torch.dtype:
     """The compute dtype: the caller's, or the checkpoint's (`stored`) for "auto", or the machine's.
 
     Raises:
         ConfigError: the dtype is not one of the three.
     """
     environment = detect()
-    wanted: torch.dtype | str | None = request.dtype
+    wanted: torch.dtype | str | None = settings.dtype
     if isinstance(wanted, str):
         wanted = wanted.removeprefix("torch.").lower()
         if wanted == "auto":
             wanted = stored
         elif wanted not in _DTYPES:
-            raise ConfigError(f"dtype is {request.dtype!r}; allowed are auto, {', '.join(_DTYPES)}")
+            raise ConfigError(f"dtype is {settings.dtype!r}; allowed are auto, {', '.join(_DTYPES)}")
         else:
             wanted = _DTYPES[wanted]
     if wanted is None:
         wanted = environment.dtype
     if wanted not in _DTYPES.values():
         raise ConfigError(f"dtype is {wanted}; allowed are float16, bfloat16 and float32")
-    if wanted == torch.bfloat16 and request.device.type == "cuda" and environment.dtype == torch.float16:
+    if wanted == torch.bfloat16 and settings.device.type == "cuda" and environment.dtype == torch.float16:
         notes.append(f"bfloat16 becomes float16: {environment.reasons['dtype']}")
         wanted = torch.float16
-    if request.full_finetuning and wanted != torch.float32:
-        if request.options.float32_mixed_precision:
+    if settings.full_finetuning and wanted != torch.float32:
+        if settings.float32_mixed_precision:
             return torch.float32
         if wanted == torch.float16:
             notes.append(
