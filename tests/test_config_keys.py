@@ -18,7 +18,7 @@ from oribi.config_file import read_run_config
 from oribi.data import PreparedData
 from oribi.data.report import DataReport
 from oribi.errors import ConfigError
-from oribi.train.preflight import Start
+from oribi.preflight import Start
 
 # key -> another value than the default, and what has to be set with it
 OTHER: dict[str, dict[str, Any]] = {

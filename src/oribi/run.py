@@ -17,13 +17,13 @@ from oribi.gguf.mixes import mix_of
 from oribi.lora.attach import attach_lora, set_checkpointing
 from oribi.models.files import missing_folder
 from oribi.models.load import load_model
+from oribi.preflight import check_before_loading, evaluation_sources, result_folders, steps_of
 from oribi.run_record import CONFIG_FILE, FORM_FOLDERS, own_checkpoints, read_record, record_saved, remove_run
 from oribi.save import save_gguf, save_merged
 from oribi.text import gibibytes, say_notes, write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
-from oribi.train.determinism import settle_cublas
-from oribi.train.preflight import check_before_loading, evaluation_sources, result_folders, steps_of
+from oribi.train.determinism import fix_order_of_cublas
 from oribi.train.progress import peak_memory_bytes, read_log
 from oribi.train.report import Measured, measure, write_report
 from oribi.train.run_lock import is_locked, run_lock
@@ -41,7 +41,7 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         Form of the model -> where it was saved; nothing in processes that are not the main one.
     """
     if config.deterministic:
-        settle_cublas()
+        fix_order_of_cublas()
     alone = run_lock(config.output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext()
     with alone:
         environment = detect()  # 1

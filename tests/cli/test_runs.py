@@ -176,7 +176,7 @@ def test_what_needs_no_model_is_told_before_it_is_loaded(
     oribi, config, no_load, tmp_path, flags, message, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("oribi.train.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("oribi.train.arguments.find_spec", lambda name: None)
     (tmp_path / "broken.jsonl").write_text('{"messages": 3}\n')
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     flags = ["broken.jsonl" if flag == "BROKEN" else flag for flag in flags]

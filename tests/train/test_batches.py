@@ -11,7 +11,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from oribi.data.collate import PackCollator
 from oribi.errors import TrainingError
 from oribi.train.batches import FilledRows, GroupedByLength, RankBatches, RankRows, UntrainedFiller
-from oribi.train.sharding import require_wrapper
+from oribi.train.shards import require_wrapper
 
 ROWS = Dataset.from_list([{"input_ids": [i + 1] * 3, "labels": [i + 1] * 3} for i in range(11)])
 

@@ -14,8 +14,7 @@ from transformers import Trainer
 from oribi.errors import ConfigError, ModelError
 from oribi.train import step as step_module
 from oribi.train.arguments import SFTConfig, adopt
-from oribi.train.extension_points import ModelWatch, changed_step
-from oribi.train.graphs import StepGraphs
+from oribi.train.graphs import ModelWatch, StepGraphs, changed_step
 from oribi.train.trainer import SFTTrainer
 from tests.models.tiny import tiny_config, tiny_pair
 from tests.train.conftest import some_conversations

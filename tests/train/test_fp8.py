@@ -11,7 +11,7 @@ import oribi.run
 from oribi.config_file import read_run_config
 from oribi.environment import Environment
 from oribi.errors import ConfigError
-from oribi.train import fp8
+from oribi.train import setup as fp8
 from oribi.train.arguments import SFTConfig
 from oribi.train.trainer import SFTTrainer
 from tests.kernels.truth import HAS_E4M3, needs_e4m3
@@ -77,10 +77,10 @@ def test_models_and_settings_are_refused_by_what_is_found(dtype, settings, words
     monkeypatch.setattr(type(base), "device", torch.device("cuda"))
     arguments = SimpleNamespace(fp8=True, fsdp=fsdp)
     with pytest.raises(ConfigError, match=f"fp8 = true, but {words}"):
-        fp8.settle_fp8(arguments, base)
+        fp8.require_fp8(arguments, base)
     assert not base.training
     assert not any(layer.fp8 for layer in base.model.layers)
-    fp8.settle_fp8(SimpleNamespace(fp8=False, fsdp=fsdp), base)
+    fp8.require_fp8(SimpleNamespace(fp8=False, fsdp=fsdp), base)
 
 
 def test_models_outside_the_table_and_in_host_memory_are_refused(monkeypatch):
@@ -88,17 +88,17 @@ def test_models_outside_the_table_and_in_host_memory_are_refused(monkeypatch):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     other = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
     with pytest.raises(ConfigError, match="LlamaForCausalLM is outside oribi's family table"):
-        fp8.settle_fp8(SimpleNamespace(fp8=True, fsdp=None), other)
+        fp8.require_fp8(SimpleNamespace(fp8=True, fsdp=None), other)
     base = adapt(tiny_pair(tiny_config("llama"))[0].bfloat16()).get_base_model()
     with pytest.raises(ConfigError, match="the model lies in host memory"):
-        fp8.settle_fp8(SimpleNamespace(fp8=True, fsdp=None), base)
+        fp8.require_fp8(SimpleNamespace(fp8=True, fsdp=None), base)
 
 
 def test_training_says_where_it_is_approximate_and_leaves_it_exact(
     load, conversations, tmp_path, monkeypatch, caplog
 ):
     """The references compute it here, which the trainer would refuse."""
-    monkeypatch.setattr("oribi.train.setup.settle_fp8", lambda args, base: None)
+    monkeypatch.setattr("oribi.train.setup.require_fp8", lambda args, base: None)
     model, tokenizer = load()
     base = model.get_base_model()
     arguments = SFTConfig(output_dir=str(tmp_path), eval_strategy="steps", eval_steps=1, **SETTINGS)

@@ -8,11 +8,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import oribi.run
-import oribi.train.trackers as trackers
+import oribi.train.arguments as trackers
 from oribi.config_file import read_run_config
 from oribi.errors import ConfigError
-from oribi.train.arguments import SFTConfig
-from oribi.train.trackers import require_trackers
+from oribi.train.arguments import SFTConfig, require_trackers
 from oribi.train.trainer import SFTTrainer
 from tests.train.conftest import some_conversations
 

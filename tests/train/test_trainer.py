@@ -455,7 +455,7 @@ def test_noise_is_that_of_each_document_and_ends_with_training(make, conversatio
 
 
 def test_noise_of_an_embedding_is_bounded_by_its_size():
-    from oribi.train.neftune import EmbeddingNoise
+    from oribi.train.step import EmbeddingNoise
 
     embedding = torch.nn.Embedding(10, 16)
     noise = EmbeddingNoise(embedding, alpha=8.0)

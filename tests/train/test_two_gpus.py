@@ -15,8 +15,8 @@ from oribi.errors import TrainingError
 from oribi.selftest.codes import check_codes, decoder_of_all_words
 from oribi.selftest.processes import run_together
 from oribi.selftest.subject import write_small_model
-from oribi.train import layer_shards
-from oribi.train.layer_shards import LayerShards
+from oribi.train import shards
+from oribi.train.shards import LayerShards
 
 TWO_GPUS = torch.cuda.device_count() > 1
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not TWO_GPUS, reason="needs two CUDA devices")]
@@ -42,7 +42,7 @@ def test_codes_that_hold_every_word_are_gathered_byte_for_byte():
 @posix
 def test_a_gathered_layer_that_differs_from_the_loaded_one_stops_the_run(tmp_path, monkeypatch):
     """A NaN among 16-bit floats becomes another NaN, as PyTorch's own copy makes of it on GPUs."""
-    real = layer_shards._all_gather
+    real = shards._all_gather
 
     def as_floats(whole, own, **options):
         work = real(whole, own, **options)
@@ -55,7 +55,7 @@ def test_a_gathered_layer_that_differs_from_the_loaded_one_stops_the_run(tmp_pat
     try:
         layers = list(decoder_of_all_words().model.layers)
         LayerShards(layers, torch.device("cpu"), dist.group.WORLD)
-        monkeypatch.setattr(layer_shards, "_all_gather", as_floats)
+        monkeypatch.setattr(shards, "_all_gather", as_floats)
         layers = list(decoder_of_all_words().model.layers)
         with pytest.raises(TrainingError, match="layers 0, 1, 2 gathered from 1 processes differ"):
             LayerShards(layers, torch.device("cpu"), dist.group.WORLD)

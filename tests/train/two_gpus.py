@@ -19,7 +19,7 @@ from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
-from oribi.train.sharding import own_bytes
+from oribi.train.shards import own_bytes
 from oribi.train.trainer import SFTTrainer
 
 STEPS, ROWS_PER_STEP, LONGEST = 6, 4, 256

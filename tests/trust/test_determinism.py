@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from oribi.errors import ConfigError
 from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.arguments import SFTConfig, adopt
-from oribi.train.determinism import CUBLAS_VARIABLE, LEFT_OPEN, settle_cublas
+from oribi.train.determinism import CUBLAS_VARIABLE, LEFT_OPEN, fix_order_of_cublas
 from tests.trust.runs import losses_of, trainer_in
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -75,22 +75,22 @@ def test_the_older_name_means_the_same_and_changes_no_variable(monkeypatch):
 def test_the_variable_of_cublas_is_set_while_that_helps_and_asked_for_afterwards(monkeypatch):
     monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settle_cublas()
+    fix_order_of_cublas()
     assert CUBLAS_VARIABLE not in os.environ
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(
         ConfigError, match=rf"not set; set it to .* before .*{CUBLAS_VARIABLE}=:4096:8 python"
     ):
-        settle_cublas()
+        fix_order_of_cublas()
     monkeypatch.setenv(CUBLAS_VARIABLE, ":0:0")
     with pytest.raises(ConfigError, match=f"{CUBLAS_VARIABLE} is :0:0"):
-        settle_cublas()
+        fix_order_of_cublas()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    settle_cublas()
+    fix_order_of_cublas()
     assert os.environ[CUBLAS_VARIABLE] == ":4096:8"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    settle_cublas()
+    fix_order_of_cublas()
 
 
 def run_on_gpu(subject: Subject, folder: Path, *settings: str) -> tuple[str, list[float], bytes]:

@@ -19,8 +19,9 @@ from oribi.errors import ConfigError
 from oribi.models.decoder import build
 from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.arguments import SFTConfig
-from oribi.train.setup import settle, without_repeats
-from oribi.train.sharding import is_sharded
+from oribi.train.evaluate import without_repeats
+from oribi.train.setup import fit_arguments
+from oribi.train.shards import is_sharded
 from oribi.train.trainer import SFTTrainer
 from tests.trust.runs import losses_of, trainer_in
 
@@ -73,7 +74,7 @@ from oribi.lora.attach import attach_lora
 from oribi.save import save_merged
 from oribi.selftest.subject import Subject
 from oribi.train.guard import LossGuard
-from oribi.train.sharding import is_sharded, own_bytes, sharded
+from oribi.train.shards import is_sharded, own_bytes, sharded
 
 def load(kind, keeps):
     model, _ = load_model(
@@ -139,24 +140,24 @@ def test_sharding_is_refused_where_it_cannot_be(subject, monkeypatch):
     model, _ = subject.load()
     base = model.get_base_model()
     monkeypatch.setattr(SFTConfig, "world_size", 2)
-    settle(SFTConfig(max_length=64, fsdp=True), base)  # plain QLoRA can be
+    fit_arguments(SFTConfig(max_length=64, fsdp=True), base)  # plain QLoRA can be
     options = {"version": 1, "cpu_offload": True}
     with pytest.raises(ConfigError, match="(?s)asks for version 1.*no cpu_offload of fsdp_config"):
-        settle(SFTConfig(max_length=64, fsdp=True, fsdp_config=options), base)
+        fit_arguments(SFTConfig(max_length=64, fsdp=True, fsdp_config=options), base)
     monkeypatch.setattr(base.model.layers[0].mlp.up_proj, "lora_variant", {"default": object()})
     with pytest.raises(ConfigError, match="layers.0.mlp.up_proj has an adapter that PEFT runs"):
-        settle(SFTConfig(max_length=64, fsdp=True), base)
+        fit_arguments(SFTConfig(max_length=64, fsdp=True), base)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="Start with `torchrun`"):
-        settle(SFTConfig(max_length=64), base)
+        fit_arguments(SFTConfig(max_length=64), base)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     with pytest.raises(ConfigError, match="Linear runs unfused"):
-        settle(SFTConfig(max_length=64, fsdp=True), torch.nn.Linear(2, 2))
+        fit_arguments(SFTConfig(max_length=64, fsdp=True), torch.nn.Linear(2, 2))
     whole = build(
         LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1), device="cpu"
     )
     with pytest.raises(ConfigError, match="every weight is trained"):
-        settle(SFTConfig(max_length=64, fsdp=True), whole)
+        fit_arguments(SFTConfig(max_length=64, fsdp=True), whole)
 
 
 def test_one_process_shards_nothing(subject, tmp_path):

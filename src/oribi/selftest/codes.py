@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.selftest.check import Check, broken
 from oribi.selftest.processes import run_together
-from oribi.train.layer_shards import LayerShards
+from oribi.train.shards import LayerShards
 
 GROUP = "sharded codes"
 ROUNDS = 3  # forward and back, as in three steps

@@ -23,7 +23,7 @@ from oribi.selftest.invariance import LIMITS, relative_error
 from oribi.selftest.subject import LONGEST, Subject
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
-from oribi.train.setup import held
+from oribi.train.setup import temporarily
 from oribi.train.trainer import SFTTrainer
 
 GROUP = "files"
@@ -140,7 +140,7 @@ def _check_refusal(subject: Subject, folder: Path) -> Check:
     model, tokenizer = subject.load()
     source = base_model(model).oribi
     files = {name: {**entry, "sample_sha256": "0" * 64} for name, entry in source.identity.files.items()}
-    with held(source, identity=replace(source.identity, files=files)):
+    with temporarily(source, identity=replace(source.identity, files=files)):
         trainer = _trainer(subject, folder / "other base", model, tokenizer)
         try:
             trainer.find_checkpoint(str(folder / "whole" / f"checkpoint-{STOP}"))

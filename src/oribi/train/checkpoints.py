@@ -24,7 +24,7 @@ from oribi.run_record import RunRecord, checkpoints, own_checkpoints, read_recor
 from oribi.save.trained import require_finite
 from oribi.text import say
 from oribi.train.run_lock import not_writable
-from oribi.train.setup import held
+from oribi.train.setup import temporarily
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def checkpoint_trained(trainer: Trainer) -> Path | None:
     settings = {"save_total_limit": None, "push_to_hub": False}
     settings["save_only_model"] = not hasattr(trainer.model, "peft_config")
     try:
-        with held(trainer.args, **settings):
+        with temporarily(trainer.args, **settings):
             trainer._save_checkpoint(trainer.model, None)
     except TrainingError as error:
         if trainer.args.should_save:
@@ -176,7 +176,9 @@ def _write_whole(
     if main:
         shutil.rmtree(staging, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    with held(trainer, _get_output_dir=lambda trial: str(staging), _push_from_checkpoint=lambda folder: None):
+    with temporarily(
+        trainer, _get_output_dir=lambda trial: str(staging), _push_from_checkpoint=lambda folder: None
+    ):
         failure = _failed_writing(write, staging)
     # no process may give the folder its name before all have written into it
     failed = any_process(trainer, failure is not None)

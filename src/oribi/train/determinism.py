@@ -19,7 +19,7 @@ LEFT_OPEN = (
 )
 
 
-def settle_cublas() -> None:
+def fix_order_of_cublas() -> None:
     """Before CUDA starts: have matrix products add in one order. Where there is no CUDA there is nothing to settle.
 
     Raises:

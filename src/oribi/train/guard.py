@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from oribi.errors import DataError, TrainingError
 from oribi.save.trained import first_non_finite
-from oribi.train.sharding import is_sharded
+from oribi.train.shards import is_sharded
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from oribi.errors import ConfigError, DataError
 from oribi.text import say
 from oribi.train.resume import Resumed
-from oribi.train.setup import held
+from oribi.train.setup import temporarily
 
 
 @dataclass
@@ -209,7 +209,7 @@ class PositionedTrainer(Trainer):
                     f"a stream of {type(self.train_dataset).__name__} cannot be entered in the middle with another batch "
                     "layout; resume with the run's per_device_train_batch_size and gradient_accumulation_steps"
                 )
-            with held(self, train_dataset=self.train_dataset.skip(self._tail["rows"])):
+            with temporarily(self, train_dataset=self.train_dataset.skip(self._tail["rows"])):
                 return self.get_train_dataloader()
         items = self._part_items or [len(self.train_dataset)]
         joined = [part["epoch"] for part in self._parts or [{"epoch": 0}]]
@@ -224,7 +224,7 @@ class PositionedTrainer(Trainer):
         rows = (
             rows.select(rest) if isinstance(rows, datasets.Dataset) else torch.utils.data.Subset(rows, rest)
         )
-        with held(self, train_dataset=rows, _sequential=True):
+        with temporarily(self, train_dataset=rows, _sequential=True):
             return self.get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

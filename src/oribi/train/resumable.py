@@ -40,7 +40,7 @@ from oribi.train.resume import (
     require_same,
 )
 from oribi.train.run_lock import run_lock
-from oribi.train.setup import held
+from oribi.train.setup import temporarily
 
 # of an optimizer's groups, what a resumed run may change
 GROUP_SETTINGS = ("initial_lr", "weight_decay")
@@ -297,7 +297,7 @@ class ResumableTrainer(PositionedTrainer):
             # several processes on a CPU compute on "cpu:0", a place that torch.load does not know
             place = torch.device("cpu") if device.type == "cpu" else device
             try:
-                with held(self.args, _setup_devices=place):
+                with temporarily(self.args, _setup_devices=place):
                     super()._load_optimizer_and_scheduler(checkpoint)
             except (ValueError, RuntimeError, KeyError, TypeError) as error:
                 raise ConfigError(

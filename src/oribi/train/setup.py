@@ -7,24 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import peft
-import pyarrow.compute as compute
 import torch
 import transformers
-from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import set_seed
 
 from oribi.chat.ends import turn_end_id
 from oribi.data.collate import PackCollator, PaddedCollator
+from oribi.environment import Environment, detect
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
 from oribi.models.untrained import untrained_token
+from oribi.models.unwrap import base_model
 from oribi.text import say
 from oribi.train.arguments import SFTConfig
-from oribi.train.fp8 import settle_fp8
-from oribi.train.sharding import settle_sharding
+from oribi.train.shards import require_shardable
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +42,57 @@ NOT_HONOURED = {
 # these pad a batch into a rectangle and keep given labels: the same loss as one row without padding, for more work
 STOCK_PADDERS = (transformers.DataCollatorForSeq2Seq, transformers.DataCollatorWithPadding)
 
+# NVIDIA's first generation whose matrix units take e4m3
+FP8_CAPABILITY = (8, 9)
+WITHOUT_FP8 = "Leave out fp8: training is exact then"
 
-def load_named(name: str, args: SFTConfig, trains_all: bool) -> tuple[nn.Module, Any]:
-    """The model of a name, and its tokenizer, as the arguments say.
+
+def model_and_tokenizer(
+    model: str | nn.Module,
+    args: SFTConfig,
+    processing_class: Any,
+    tokenizer: Any,
+    adapter: peft.PeftConfig | None,
+) -> tuple[nn.Module, Any]:
+    """The model to train and its tokenizer, from what the trainer was given.
 
     Args:
-        name: what `FastLanguageModel.from_pretrained` takes. args: may have model_init_kwargs.
-        trains_all: whether there will be no adapter.
+        model: a model, or a name that `FastLanguageModel.from_pretrained` takes.
+        args: model_init_kwargs and trust_remote_code apply to a name.
+        processing_class, tokenizer: two names of the tokenizer.
+        adapter: to put on a model that has none; it begins equally in every run of a seed.
+
+    Raises:
+        ConfigError: they contradict each other.
     """
-    options = {
-        "max_seq_length": args.max_length or 2048,
-        "load_in_4bit": False,
-        "full_finetuning": trains_all,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    return load_model(name, **{**options, **(args.model_init_kwargs or {})})
-
-
-def new_adapter(model: nn.Module, config: peft.PeftConfig, seed: int) -> peft.PeftModel:
-    """An adapter on a model that has none, equal in every run of a seed."""
-    if isinstance(model, peft.PeftModel):
-        raise ConfigError("peft_config is given, and the model has an adapter already; leave out one of them")
-    set_seed(seed)
-    return peft.get_peft_model(model, config)
+    if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
+        raise ConfigError("tokenizer and processing_class name the same thing; give one of them")
+    tokenizer = processing_class or tokenizer
+    if isinstance(model, str):
+        options = {
+            "max_seq_length": args.max_length or 2048,
+            "load_in_4bit": False,
+            "full_finetuning": adapter is None,
+            "trust_remote_code": args.trust_remote_code,
+        }
+        model, own = load_model(model, **{**options, **(args.model_init_kwargs or {})})
+        tokenizer = tokenizer or own
+    elif args.model_init_kwargs is not None:
+        logger.warning("model_init_kwargs is not used: the model is loaded already")
+    if adapter is not None:
+        if isinstance(model, peft.PeftModel):
+            raise ConfigError(
+                "peft_config is given, and the model has an adapter already; leave out one of them"
+            )
+        set_seed(args.seed)
+        model = peft.get_peft_model(model, adapter)
+    if tokenizer is None:
+        raise ConfigError(
+            "the tokenizer is missing; pass tokenizer= what from_pretrained returned with the model"
+        )
+    if hasattr(model, "_orig_mod") and isinstance(base_model(model), DecoderForCausalLM):
+        raise ConfigError(f"the model went through torch.compile: {NOT_COMPILED}. Pass it as it was before")
+    return model, tokenizer
 
 
 def prepares_data(args: SFTConfig) -> bool:
@@ -73,15 +100,7 @@ def prepares_data(args: SFTConfig) -> bool:
     return not (args.dataset_kwargs or {}).get("skip_prepare_dataset")
 
 
-def longest_row(dataset: Dataset | IterableDataset | None) -> int:
-    """Tokens of the longest prepared row; 0 for a stream, whose rows are not known before they come."""
-    if not isinstance(dataset, Dataset) or not len(dataset):
-        return 0
-    lengths = compute.list_value_length(dataset.with_format("arrow")[:]["input_ids"])
-    return int(compute.max(lengths).as_py())
-
-
-def settle(args: SFTConfig, base: nn.Module) -> None:
+def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
     """Let the loaded model decide what the arguments left open: the longest example and the precision.
 
     Raises:
@@ -94,8 +113,8 @@ def settle(args: SFTConfig, base: nn.Module) -> None:
             args.n_gpu, args.n_gpu,
         )  # fmt: skip
         args._n_gpu = 1
-    settle_sharding(args, base)
-    settle_fp8(args, base)
+    require_shardable(args, base)
+    require_fp8(args, base)
     problems = [
         f"{name} = {getattr(args, name)!r}: {remedy}"
         for name, (unset, remedy) in NOT_HONOURED.items()
@@ -145,6 +164,26 @@ def trained_parts(args: SFTConfig) -> dict[str, Any]:
         "train_on": "everything" if args.assistant_only_loss is False else "responses",
         "completion_only": args.completion_only_loss is not False,
     }
+
+
+def choose_collator(
+    collator: Any, args: SFTConfig, base: nn.Module, tokenizer: Any, rows: Any, evaluated: Any
+) -> Any:
+    """How the examples of a batch are joined.
+
+    Args:
+        collator: the caller's, or None.
+        args: of the trainer. base: the bare model. tokenizer: its pad token fills rectangles.
+        rows: prepared training rows. evaluated: prepared evaluation rows, or a dict of them, or None.
+
+    Raises:
+        ConfigError: the caller's collator would train other tokens, or let documents of a row see each other.
+    """
+    known = known_collator(collator, rows)
+    chosen = make_collator(args, base, tokenizer) if known is None else known
+    for part in (rows, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
+        require_positions(chosen, part, args)
+    return chosen
 
 
 def known_collator(collator: Any, rows: Dataset | IterableDataset | None) -> Any:
@@ -200,20 +239,6 @@ def require_positions(collator: Any, rows: Any, args: SFTConfig) -> None:
         )
 
 
-def logits_of(outputs: Any) -> torch.Tensor:
-    """The logits that compute_loss returned beside the loss: a model's output, (loss, logits, ...), or the logits."""
-    if isinstance(outputs, dict):
-        return outputs["logits"]
-    return outputs[1] if isinstance(outputs, tuple) else outputs
-
-
-def rows_collator(collator: Any) -> Any:
-    """A collator that keeps each example in a row of its own."""
-    if not isinstance(collator, PackCollator):
-        return collator
-    return PaddedCollator(collator.pad_token_id)
-
-
 def make_collator(args: SFTConfig, base: nn.Module, tokenizer: Any) -> PackCollator | PaddedCollator:
     """How the examples of a batch become one: a row without padding, or a rectangle where that is asked for."""
     pad_id = getattr(tokenizer, "pad_token_id", None)
@@ -227,7 +252,7 @@ def make_collator(args: SFTConfig, base: nn.Module, tokenizer: Any) -> PackColla
     return PackCollator(pad_to_multiple_of=multiple, pad_token_id=pad_id)
 
 
-def say_untrained_ends(base: nn.Module, tokenizer: Any, report: Any) -> None:
+def warn_of_untrained_ends(base: nn.Module, tokenizer: Any, report: Any) -> None:
     """Say, before training, which token that ends answers the base model never learned, and what to do.
 
     Args:
@@ -250,7 +275,7 @@ def say_untrained_ends(base: nn.Module, tokenizer: Any, report: Any) -> None:
             )
 
 
-def say_same_rows(trained: Any, evaluated: Any) -> None:
+def warn_of_same_rows(trained: Any, evaluated: Any) -> None:
     """Say it where a trainer evaluates on the rows that it trains on."""
     parts = evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
     for name, rows in parts.items():
@@ -265,7 +290,7 @@ def say_same_rows(trained: Any, evaluated: Any) -> None:
             )
 
 
-def leave_held_out(base: nn.Module, rows: Dataset | IterableDataset) -> None:
+def keep_held_out_rows(base: nn.Module, rows: Dataset | IterableDataset) -> None:
     """Leave a few evaluation rows on the model, for exports to be compared on."""
     if hasattr(base, "oribi") and isinstance(rows, Dataset):
         base.oribi.held_out = [
@@ -274,39 +299,65 @@ def leave_held_out(base: nn.Module, rows: Dataset | IterableDataset) -> None:
         ]
 
 
-def without_repeats(
-    inputs: dict[str, Any], accelerator: Accelerator, rows: Any, batch_size: int
-) -> dict[str, Any]:
-    """An evaluation batch whose rows count once: accelerate fills the last batches of several processes with the first rows.
+def require_fp8_gpu(environment: Environment) -> None:
+    """Before anything is loaded: whether this machine can multiply in fp8.
+
+    Raises:
+        ConfigError: it has no such GPU.
+    """
+    if environment.capability is None or environment.capability < FP8_CAPABILITY:
+        found = environment.device_name
+        if environment.capability is not None:
+            found += f" has compute capability {'.'.join(map(str, environment.capability))}"
+        raise ConfigError(
+            f"fp8 = true needs an NVIDIA GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or higher, and the device "
+            f"here is {found}. {WITHOUT_FP8}"
+        )
+
+
+def require_fp8(args: SFTConfig, base: nn.Module) -> None:
+    """Find what stands against the fp8 that is asked for.
 
     Args:
-        inputs: a batch as the collators make it.
-        accelerator: knows whether the batch is one of the last, and how many rows were left for these.
-        rows: the data set, read in order.
-        batch_size: rows of a process's batch.
+        args: an `SFTConfig`.
+        base: the model, taken out of PEFT's wrapper.
 
-    Returns:
-        The batch, nothing labelled in rows that another batch has.
+    Raises:
+        ConfigError: this machine, the model or another setting rules it out.
     """
-    state = accelerator.gradient_state
-    last = state.end_of_dataloader and state.remainder > 0
-    if accelerator.num_processes == 1 or accelerator.split_batches or not last:
-        return inputs
-    before = accelerator.process_index * batch_size
-    own = min(max(state.remainder - before, 0), batch_size)
-    labels = inputs["labels"].clone()
-    if inputs.get("cu_seq_lens_q") is None:
-        labels[own:] = -100
-    else:
-        first = len(rows) - state.remainder + before
-        packs = "seq_lengths" in rows.column_names
-        documents = sum(len(rows[i]["seq_lengths"]) if packs else 1 for i in range(first, first + own))
-        labels[:, inputs["cu_seq_lens_q"][documents] :] = -100
-    return {**inputs, "labels": labels}
+    if not args.fp8:
+        return
+    require_fp8_gpu(detect())
+    problems = list(_fp8_problems(args, base))
+    if problems:
+        raise ConfigError(f"fp8 = true, but {'; and '.join(problems)}. {WITHOUT_FP8}")
+
+
+def _fp8_problems(args: SFTConfig, base: nn.Module) -> Iterator[str]:
+    if not isinstance(base, DecoderForCausalLM):
+        yield f"{type(base).__name__} is outside oribi's family table, and transformers' class runs it"
+        return
+    if base.device.type != "cuda":
+        yield "the model lies in host memory: load it on the GPU"
+    dtype = base.model.norm.weight.dtype
+    if dtype is not torch.bfloat16:
+        yield f"the model computes in {str(dtype).removeprefix('torch.')}: load it with dtype='bfloat16'"
+    if args.fsdp:
+        yield "fsdp gathers the frozen weights anew in every step"
+    training = base.training
+    base.train()  # dropout is read where it acts
+    layers = base.use_fp8(True)
+    base.use_fp8(False)
+    base.train(training)
+    if not layers:
+        yield (
+            "no layer can use it: it takes frozen weights, in 4 or 16 bits and of sizes divisible by 16, under plain LoRA "
+            "without dropout"
+        )
 
 
 @contextmanager
-def held(target: Any, **values: Any) -> Iterator[None]:
+def temporarily(target: Any, **values: Any) -> Iterator[None]:
     """Attributes of an object set to other values inside the block."""
     before = {name: vars(target)[name] for name in values if name in vars(target)}
     for name, value in values.items():

@@ -1,28 +1,38 @@
-"""The part of the trainer that computes an optimizer step: cut to the memory, as recorded graphs or as usual, and its loss."""
+"""STEP 6, inside: one optimizer step, from its micro-batches to the changed weights.
+
+    plan      once: what each layer keeps for backward, and whether steps are recorded      `_plan`
+    cut       a micro-batch into parts, once memory was short                               `SmallerSteps`
+    replay    the recorded graph of forward, loss and backward; or run them                 `StepGraphs`, `_micro_step`
+    loss      a sum over targets, divided by the targets of the whole step                  `compute_loss`
+    reduce    gradients over the processes, in the last micro-batch's backward              DistributedDataParallel
+    update    norm, clipping and AdamW in one pass over flat buffers                        `create_optimizer`
+
+B rows, S tokens per row, D hidden size.
+"""
 
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow.compute as compute
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import Trainer
 
+from oribi.kernels.adamw import FLAT_OPTIMIZERS, FlatAdamW
 from oribi.memory.plan import choose, free_bytes
-from oribi.models.unwrap import base_model
-from oribi.train.extension_points import ModelWatch, changed_step, is_users
-from oribi.train.fp8 import switch_on
-from oribi.train.graphs import StepGraphs, reason_against
-from oribi.train.neftune import EmbeddingNoise
-from oribi.train.setup import longest_row
-from oribi.train.sharding import is_sharded
+from oribi.models.unwrap import base_model, source_of
+from oribi.train.graphs import ModelWatch, StepGraphs, changed_step, is_users, reason_against
+from oribi.train.guard import LossGuard
+from oribi.train.shards import is_sharded
 from oribi.train.smaller_steps import SmallerSteps
 
 logger = logging.getLogger(__name__)
 
 
 class StepTrainer(Trainer):
-    """transformers' `Trainer` with oribi's way to compute a step.
+    """transformers' `Trainer` with oribi's optimizer step.
 
     Attributes:
         own_loss: whether the model computes its loss itself, from hidden states.
@@ -32,15 +42,23 @@ class StepTrainer(Trainer):
 
     own_loss: bool
     tokens_seen: int
+    guard: LossGuard
     step_runner: Callable | None = None
-    _steps_chosen = False
+    _planned = False
     _smaller: SmallerSteps | None = None
     _watch: ModelWatch | None = None
     _watched_step = -1
-    _noise: EmbeddingNoise | None = None
+    _noise: "EmbeddingNoise | None" = None
     _parameters: int | None = None  # without embeddings
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Loss [] of one micro-batch, its gradients added; the Trainer then calls the optimizer once per step.
+
+        Args:
+            model: as the Trainer wrapped it.
+            inputs: a batch: input_ids [B, S], labels, and the documents' bounds where rows are joined.
+            num_items_in_batch: targets of the whole optimizer step, over all processes.
+        """
         self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         self.guard.keep(self.state.global_step + 1, inputs)
         # a mean of the micro-batch cannot be cut into parts, and nobody knows what a loss of the user's is
@@ -59,103 +77,15 @@ class StepTrainer(Trainer):
         """Forward and backward of a micro-batch, or of a part of one."""
         if self._noise is not None:
             self._noise.measure(inputs)
-        if not self._steps_chosen:
-            self._choose_steps(model)
+        if not self._planned:
+            self._plan(model)
         if isinstance(self.step_runner, StepGraphs):
             self._require_same_model()
         if self.step_runner is not None and targets is not None:
-            if not model.training:  # asking is cheaper than telling a thousand modules
+            if not model.training:  # train() walks about 1,000 modules
                 model.train()
             return self.step_runner(model, inputs, targets)
         return super().training_step(model, inputs, targets)
-
-    def _restart_step(self) -> None:
-        """After a shortage of memory: gradients are zero, memory is free, and the next micro-step plans anew."""
-        self._release_steps()
-        self.model.zero_grad()  # accelerate's optimizer ignores the call between two steps
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _plans_memory(self, model: nn.Module) -> bool:
-        """Whether what layers keep follows from the free memory; the plan takes weights for whole and lying still."""
-        base = base_model(model)
-        choice = getattr(getattr(base, "oribi", None), "checkpointing", False)
-        return choice in (True, "auto", "oribi", "unsloth", "memory") and not is_sharded(base)
-
-    def _release_steps(self) -> None:
-        """Frees recorded graphs and what layers keep from step to step; the next training chooses again."""
-        self._stop_graphs()
-        self._steps_chosen = False
-        if self.own_loss:
-            base_model(self.model).use_fp8(False)
-            base_model(self.model).release()
-
-    def _stop_graphs(self, reason: str | None = None) -> None:
-        """Frees recorded graphs; steps run as usual from now on. A reason is said."""
-        if not isinstance(self.step_runner, StepGraphs):
-            return
-        self.step_runner = None
-        vars(self.model_wrapped).pop("zero_grad", None)
-        if reason is not None:
-            logger.warning(
-                "no CUDA graphs from step %d on: %s; steps run as usual", self.state.global_step + 1, reason
-            )
-
-    def _require_same_model(self) -> None:
-        """Before a recorded step: stops the recording where it would leave out what the user has added since."""
-        first = self.state.global_step != self._watched_step
-        self._watched_step = self.state.global_step
-        # adapters are compared once per optimizer step, hooks are looked for in every micro-step
-        reason = changed_step(self) if first else None
-        if reason is None and (self._watch.changed() if first else self._watch.hooked()):
-            reason = self._watch.reason()
-        if reason is not None:
-            self._stop_graphs(reason)
-
-    def _choose_steps(self, model: nn.Module) -> None:
-        """Once, before the first step: what layers keep for backward, and how steps are computed."""
-        self._steps_chosen = True
-        base = base_model(model)
-        if not self.own_loss:
-            return
-        # how a CPU is spared is nothing to read about in every run
-        level = logging.INFO if base.device.type == "cuda" else logging.DEBUG
-        longest = longest_row(self.train_dataset) or self.args.max_length
-        tokens = self.args.per_device_train_batch_size * longest
-        reliance = 1.0
-        if self._smaller is not None:
-            tokens, reliance = max(tokens // self._smaller.parts, longest), self._smaller.reliance
-        if self._plans_memory(model):
-            least = base.oribi.checkpointing == "memory"
-            budget = 0 if least else int(reliance * free_bytes(base.device))
-            logger.log(level, choose(base, tokens, longest, budget))
-        elif is_sharded(base) and base.oribi.checkpointing == "memory":
-            base.set_recompute_policy("memory")
-        if self.args.fp8:
-            logger.info(switch_on(base))
-        if self.step_runner is None:
-            scaled = self.accelerator.scaler is not None
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            reason = reason_against(model, base, optimizer, tokens, self.args.world_size, scaled)
-            if reason is None and self._noise is not None:
-                reason = "noise is drawn anew in every step"
-            if reason is None:
-                self._watch = ModelWatch(model)
-                reason = changed_step(self) or self._watch.reason()
-            if reason is None:
-                self.step_runner = StepGraphs(model, base, optimizer)
-                if "zero_grad" not in vars(model):
-                    # the same effect without a walk over all modules in every step
-                    model.zero_grad = optimizer.zero_grad
-            logger.log(
-                level, "steps run as recorded CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
-            )
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # transformers counts the parameters anew in every step
-        if self._parameters is None:
-            self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        return 6 * inputs["input_ids"].numel() * self._parameters
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.own_loss:
@@ -171,3 +101,205 @@ class StepTrainer(Trainer):
             # a step whose examples were all cut down to their prompts has nothing to learn, which is no error
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _plan(self, model: nn.Module) -> None:
+        """Once, before the first step: what layers keep for backward, and how steps are computed."""
+        self._planned = True
+        base = base_model(model)
+        if not self.own_loss:
+            return
+        level = logging.INFO if base.device.type == "cuda" else logging.DEBUG
+        longest = longest_row(self.train_dataset) or self.args.max_length
+        tokens = self.args.per_device_train_batch_size * longest
+        reliance = 1.0
+        if self._smaller is not None:
+            tokens, reliance = max(tokens // self._smaller.parts, longest), self._smaller.reliance
+        if self._plans_memory(model):
+            least = base.oribi.checkpointing == "memory"
+            budget = 0 if least else int(reliance * free_bytes(base.device))
+            logger.log(level, choose(base, tokens, longest, budget))
+        elif is_sharded(base) and base.oribi.checkpointing == "memory":
+            base.set_recompute_policy("memory")
+        if self.args.fp8:
+            base.train()  # dropout is read where it acts
+            count = base.use_fp8(True)
+            logger.info("fp8 (approximate): base products of %d of %d layers", count, len(base.model.layers))
+        if self.step_runner is None:
+            reason = self._start_recording(model, base, tokens)
+            said = "steps run as recorded CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
+            logger.log(level, said)
+
+    def _plans_memory(self, model: nn.Module) -> bool:
+        """Whether what layers keep follows from the free memory; the plan takes weights for whole and lying still."""
+        choice = getattr(source_of(model), "checkpointing", False)
+        return choice in (True, "auto", "oribi", "unsloth", "memory") and not is_sharded(base_model(model))
+
+    def _start_recording(self, model: nn.Module, base: nn.Module, tokens: int) -> str | None:
+        """Has steps recorded as CUDA graphs where nothing speaks against it; what does, if anything."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        scaled = self.accelerator.scaler is not None
+        reason = reason_against(model, base, optimizer, tokens, self.args.world_size, scaled)
+        if reason is None and self._noise is not None:
+            reason = "noise is drawn anew in every step"
+        if reason is None:
+            self._watch = ModelWatch(model)
+            reason = changed_step(self) or self._watch.reason()
+        if reason is None:
+            self.step_runner = StepGraphs(model, base, optimizer)
+            if "zero_grad" not in vars(model):
+                # the same effect without a walk over all modules in every step
+                model.zero_grad = optimizer.zero_grad
+        return reason
+
+    def _require_same_model(self) -> None:
+        """Before a recorded step: stops the recording where it would leave out what the user has added since."""
+        first = self.state.global_step != self._watched_step
+        self._watched_step = self.state.global_step
+        # adapters are compared once per optimizer step, hooks are looked for in every micro-step
+        reason = changed_step(self) if first else None
+        if reason is None and (self._watch.changed() if first else self._watch.hooked()):
+            reason = self._watch.reason()
+        if reason is not None:
+            self._stop_recording()
+            step = self.state.global_step + 1
+            logger.warning("no CUDA graphs from step %d on: %s; steps run as usual", step, reason)
+
+    def _stop_recording(self) -> None:
+        """Frees recorded graphs; steps run as usual from now on."""
+        if isinstance(self.step_runner, StepGraphs):
+            self.step_runner = None
+            vars(self.model_wrapped).pop("zero_grad", None)
+
+    def _release_steps(self) -> None:
+        """Frees recorded graphs and what layers keep from step to step; the next training plans again."""
+        self._stop_recording()
+        self._planned = False
+        if self.own_loss:
+            base_model(self.model).use_fp8(False)
+            base_model(self.model).release()
+
+    def _restart_step(self) -> None:
+        """After a shortage of memory: gradients are zero, memory is free, and the next micro-step plans anew."""
+        self._release_steps()
+        self.model.zero_grad()  # accelerate's optimizer ignores the call between two steps
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # transformers counts the parameters anew in every step
+        if self._parameters is None:
+            self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._parameters
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """oribi's flat AdamW for the names in `FLAT_OPTIMIZERS`, otherwise what transformers makes of `optim`."""
+        if self.optimizer is not None:
+            return self.optimizer
+        args, model = self.args, self.model if model is None else model
+        bits = FLAT_OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
+        if self.optimizer_cls_and_kwargs is not None or is_users(self, "get_optimizer_cls_and_kwargs"):
+            bits = None
+        if bits is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if args.embedding_learning_rate is None:
+                return super().create_optimizer(model)
+            kind, options = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = kind(self._parameter_groups(model), **options)
+            return self.optimizer
+        # who clips in a way of their own gets the gradients before the optimizer does
+        clips_itself = is_users(self, "_clip_grad_norm") or "clip_grad_norm_" in vars(self.accelerator)
+        self.optimizer = FlatAdamW(
+            self._parameter_groups(model),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            max_grad_norm=None if clips_itself else args.max_grad_norm or None,
+            bits=bits,
+        )
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Trained parameters by learning rate and weight decay."""
+        decayed = set(self.get_decay_parameter_names(model))
+        base, embedding_rate = base_model(model), self.args.embedding_learning_rate
+        ends = {
+            id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()
+        }
+        # by kind, not by value: a run that goes on may change the values, and its optimizer's groups stay the same
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((id(parameter) in ends, name in decayed), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": embedding_rate if at_end and embedding_rate is not None else self.args.learning_rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for (at_end, decays), parameters in groups.items()
+        ]
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
+        # the flat optimizer clips within its step, where the norm costs no pass over the gradients of its own
+        flat = self._clipping_optimizer()
+        return super()._clip_grad_norm(model) if flat is None else flat.last_grad_norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> torch.Tensor | float:
+        flat = self._clipping_optimizer()
+        if flat is not None:  # it skips a step whose norm is not finite; the guard sees it at the next log
+            return flat.last_grad_norm
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.require_norm(norm, self.state.global_step + 1, self.model, self.args)
+        return norm
+
+    def _clipping_optimizer(self) -> FlatAdamW | None:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, FlatAdamW) and inner.max_grad_norm is not None else None
+
+
+def longest_row(dataset: Any) -> int:
+    """Tokens of the longest prepared row; 0 for a stream, whose rows are not known before they come."""
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return 0
+    lengths = compute.list_value_length(dataset.with_format("arrow")[:]["input_ids"])
+    return int(compute.max(lengths).as_py())
+
+
+class EmbeddingNoise:
+    """NEFTune: adds uniform noise to what an embedding gives in training, scaled by each document's own length.
+
+    The size is alpha / sqrt(length * D). transformers' version takes the length of the row, so that documents which
+    are joined into one row would get less noise than alone.
+    Source: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning", arXiv 2310.05914.
+
+    Args:
+        embedding: the model's input embedding.
+        alpha: size of the noise, 5 to 15 in the paper.
+    """
+
+    def __init__(self, embedding: nn.Module, alpha: float) -> None:
+        self.alpha = alpha
+        self.lengths: torch.Tensor | None = None
+        self._hook = embedding.register_forward_hook(self._add)
+
+    def measure(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Take the documents' lengths of the next batch: cu_seq_lens_q [docs + 1] or attention_mask [B, S]."""
+        ids = inputs["input_ids"]
+        if inputs.get("cu_seq_lens_q") is not None:
+            lengths = inputs["cu_seq_lens_q"].diff()
+            # the known size avoids a synchronisation
+            self.lengths = lengths.repeat_interleave(lengths, output_size=ids.numel()).view(*ids.shape, 1)
+        elif inputs.get("attention_mask") is not None:
+            self.lengths = inputs["attention_mask"].sum(1)[:, None, None]
+        else:
+            self.lengths = torch.full((1, 1, 1), ids.shape[1], device=ids.device)
+
+    def remove(self) -> None:
+        """Leave the embedding as it was."""
+        self._hook.remove()
+
+    def _add(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not module.training or self.lengths is None:
+            return output
+        size = self.alpha / torch.sqrt(self.lengths.to(torch.float32) * output.shape[-1])
+        return output + ((torch.rand_like(output, dtype=torch.float32) * 2 - 1) * size).to(output.dtype)

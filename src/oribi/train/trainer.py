@@ -39,30 +39,24 @@ from oribi.text import say
 from oribi.train.arguments import SFTConfig, adopt
 from oribi.train.batches import GroupedByLength, rank_loader
 from oribi.train.checkpoints import StopOnSignal, any_process, require_writable
-from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, settle_cublas
+from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, fix_order_of_cublas
+from oribi.train.evaluate import PredictingTrainer
 from oribi.train.guard import LossGuard, require_targets
-from oribi.train.neftune import EmbeddingNoise
-from oribi.train.optimizer import OptimizerTrainer
-from oribi.train.predict import PredictingTrainer
 from oribi.train.progress import JsonLog, Progress
 from oribi.train.resumable import ResumableTrainer
 from oribi.train.setup import (
-    NOT_COMPILED,
-    held,
-    known_collator,
-    leave_held_out,
-    load_named,
-    make_collator,
-    new_adapter,
+    choose_collator,
+    fit_arguments,
+    keep_held_out_rows,
+    model_and_tokenizer,
     prepares_data,
-    require_positions,
-    say_same_rows,
-    say_untrained_ends,
-    settle,
+    temporarily,
     trained_parts,
+    warn_of_same_rows,
+    warn_of_untrained_ends,
 )
-from oribi.train.sharding import require_wrapper, sharded
-from oribi.train.step import StepTrainer
+from oribi.train.shards import require_wrapper, sharded
+from oribi.train.step import EmbeddingNoise, StepTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +75,7 @@ NO_ROWS = (
 )
 
 
-class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrainer):
+class SFTTrainer(StepTrainer, PredictingTrainer, ResumableTrainer):
     """transformers' `Trainer` for models that `FastLanguageModel` loads; any other causal model works too, unfused.
 
     It takes what `trl.SFTTrainer` takes. Data preparation, batches, the optimizer step, checkpoints and resuming are oribi's.
@@ -126,11 +120,9 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
         quantization_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
-            raise ConfigError("tokenizer and processing_class name the same thing; give one of them")
         args = adopt(args)
         if args.deterministic:
-            settle_cublas()
+            fix_order_of_cublas()
         for old, new in MOVED_KEYWORDS.items():
             value = kwargs.pop(old, None)
             if value is not None:
@@ -140,29 +132,14 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
                 "quantization_config is not taken here; load the model with FastLanguageModel.from_pretrained(..., "
                 "quantization_config=...), or load_in_4bit=True, and pass it"
             )
-        if isinstance(model, str):
-            model, loaded_tokenizer = load_named(model, args, trains_all=peft_config is None)
-            tokenizer = tokenizer or loaded_tokenizer
-        elif args.model_init_kwargs is not None:
-            logger.warning("model_init_kwargs is not used: the model is loaded already")
-        if peft_config is not None:
-            model = new_adapter(model, peft_config, args.seed)
-        processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise ConfigError(
-                "the tokenizer is missing; pass tokenizer= what from_pretrained returned with the model"
-            )
+        model, processing_class = model_and_tokenizer(model, args, processing_class, tokenizer, peft_config)
         if train_dataset is None:
             raise ConfigError("train_dataset is missing; pass the rows, files or names to train on")
         if args.should_save:
             require_writable(args.output_dir)
         base = base_model(model)
         self.own_loss = isinstance(base, DecoderForCausalLM)
-        if self.own_loss and hasattr(model, "_orig_mod"):
-            raise ConfigError(
-                f"the model went through torch.compile: {NOT_COMPILED}. Pass it as it was before"
-            )
-        settle(args, base)
+        fit_arguments(args, base)
         self._writes_checkpoint = False
         self._utilisation: Utilisation | None = None
         self.data_reports: dict[str, Any] = {}
@@ -170,20 +147,13 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
         self._prepared: list[Dataset | IterableDataset] = []
         self._packs: list[tuple[Dataset, Dataset]] = []
         self._formatting_func = formatting_func
-        train_dataset, eval_dataset = self._prepare_data(
-            args, base, processing_class, train_dataset, eval_dataset
-        )
-        given = known_collator(data_collator, train_dataset)
-        data_collator = make_collator(args, base, processing_class) if given is None else given
-        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        for rows in (train_dataset, *evaluated):
-            require_positions(data_collator, rows, args)
+        rows, evaluated = self._prepare_data(args, base, processing_class, train_dataset, eval_dataset)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            data_collator=choose_collator(data_collator, args, base, processing_class, rows, evaluated),
+            train_dataset=rows,
+            eval_dataset=evaluated,
             processing_class=processing_class,
             **kwargs,
         )
@@ -200,7 +170,7 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
     ) -> tuple[Any, Any]:
         """Training and evaluation rows as the trainer keeps them, with what there is to say about them."""
         if args.process_index == 0:
-            say_same_rows(train_dataset, eval_dataset)
+            warn_of_same_rows(train_dataset, eval_dataset)
         if prepares_data(args):
             train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train")
             if isinstance(eval_dataset, dict):
@@ -210,9 +180,9 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
                 }
             elif eval_dataset is not None:
                 eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, args, "eval")
-                leave_held_out(base, eval_dataset)
+                keep_held_out_rows(base, eval_dataset)
         if args.process_index == 0:
-            say_untrained_ends(base, tokenizer, self.data_reports.get("train"))
+            warn_of_untrained_ends(base, tokenizer, self.data_reports.get("train"))
         if isinstance(train_dataset, IterableDataset):
             # accelerate would join the batches of several processes along their rows, which breaks packs
             args.accelerator_config.dispatch_batches = False
@@ -326,7 +296,7 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
         )
         if not (shared and counted and (is_training or streams)):
             return build(dataset, *args, is_training=is_training, **kwargs)
-        with held(self.accelerator, prepare=partial(rank_loader, self.accelerator)):
+        with temporarily(self.accelerator, prepare=partial(rank_loader, self.accelerator)):
             return build(dataset, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -366,7 +336,7 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
             write = partial(
                 write_adapter, self.model, chat_template=template, allow_changed_base=self._writes_checkpoint
             )
-        with held(self.model, save_pretrained=write):
+        with temporarily(self.model, save_pretrained=write):
             super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -387,7 +357,7 @@ class SFTTrainer(StepTrainer, OptimizerTrainer, PredictingTrainer, ResumableTrai
         """Inside the block the model loads whole adapters only; transformers looks at nothing that it reads."""
         if not isinstance(model, peft.PeftModel):
             return nullcontext()
-        return held(model, load_adapter=partial(load_adapter, model))
+        return temporarily(model, load_adapter=partial(load_adapter, model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -20,12 +20,12 @@ from oribi.models.identity import fingerprint
 from oribi.models.open import OpenedModel, open_model
 from oribi.run_record import FORM_FOLDERS, RunRecord, checkpoints, own_checkpoints, read_record
 from oribi.text import say
+from oribi.train.arguments import require_trackers
 from oribi.train.checkpoints import require_writable
 from oribi.train.fingerprint import compare_settings
-from oribi.train.fp8 import require_fp8_gpu
 from oribi.train.progress import read_log
 from oribi.train.resume import newest_whole, require_same
-from oribi.train.trackers import require_trackers
+from oribi.train.setup import require_fp8_gpu
 
 # where each form of the model goes within the run
 FIRST_ROWS = 2  # of each source, read and rendered before the model is loaded
