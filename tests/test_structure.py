@@ -147,10 +147,32 @@ LONG_FUNCTIONS = {
 # `main` is what a process starts with, and each has its own
 NAMES_DEFINED_TWICE = {
     "main",
-    "Answer", "Check", "Checkpoint", "Layout", "Request", "answers", "build", "check_files", "check_folder", "checkpoints", "choose",
-    "flop_per_token", "free_bytes", "from_messages", "meaning", "pack", "quantize", "read_json", "read_record",
-    "read_text", "recognise", "require_fit", "require_whole", "run", "save", "selftest", "steps_of", "without_adapter",
-}  # fmt: skip
+    "Answer",
+    "Checkpoint",
+    "Layout",
+    "Request",
+    "answers",
+    "build",
+    "check_folder",
+    "checkpoints",
+    "choose",
+    "flop_per_token",
+    "free_bytes",
+    "from_messages",
+    "meaning",
+    "pack",
+    "quantize",
+    "read_json",
+    "read_record",
+    "read_text",
+    "recognise",
+    "require_fit",
+    "require_whole",
+    "run",
+    "save",
+    "steps_of",
+    "without_adapter",
+}
 
 # where an index of shards is named outside models/files.py
 INDEX_NAMES = {"save/folder.py", "save/shards.py", "train/checkpoints.py", "train/resume.py"}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from oribi.errors import TrainingError
-from oribi.selftest.codes import check_codes, decoder_of_all_words
+from oribi.selftest.gathered_codes import compare_gathered_codes, decoder_of_all_words
 from oribi.selftest.processes import run_together
 from oribi.selftest.subject import write_small_model
 from oribi.train import shards
@@ -33,7 +33,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="torch.distributed wi
 @pytest.mark.gpu
 @pytest.mark.skipif(not TWO_GPUS, reason="needs two CUDA devices; `oribi selftest` checks two gloo processes")
 def test_codes_that_hold_every_word_are_gathered_byte_for_byte():
-    checks = list(check_codes())
+    checks = list(compare_gathered_codes())
     assert len(checks) == 2
     for check in checks:
         assert check.passed, check.note

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,15 +12,9 @@ from oribi.cli import build
 from oribi.environment import detect
 from oribi.errors import ModelError
 from oribi.selftest import suite
-from oribi.selftest.check import Check, broken
-from oribi.selftest.invariance import (
-    _check_isolation,
-    gradients_of,
-    reference_step,
-    step_error,
-    trained_step,
-)
-from oribi.selftest.kernels import check_kernels
+from oribi.selftest.comparison import Comparison, failed
+from oribi.selftest.kernels import compare_kernels
+from oribi.selftest.steps import compare_documents, gradients_of, reference_step, step_error, trained_step
 from oribi.selftest.subject import Subject, reference_of, write_small_model
 from oribi.train.trainer import SFTTrainer
 
@@ -34,15 +25,12 @@ def subject(tmp_path_factory) -> Subject:
 
 
 @pytest.mark.slow
-def test_the_whole_table_holds(tmp_path):
+def test_the_whole_table_holds(oribi, tmp_path):
     table = tmp_path / "table.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "oribi", "selftest", "--json", str(table)],
-        capture_output=True, text=True, timeout=400, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = oribi("selftest", "--json", table)
+    assert done.code == 0, done.out[-3000:] + done.err[-3000:]
     checks = json.loads(table.read_text())
-    assert [json.loads(line) for line in done.stdout.splitlines()] == checks
+    assert done.records == checks
     # seven ops are checked in the machine's training dtype, too, where that is not float32
     assert len(checks) >= (30 if detect().dtype is torch.float32 else 37)
     assert all(check["passed"] for check in checks)
@@ -71,7 +59,7 @@ def test_a_mean_of_means_is_found(subject, tmp_path, monkeypatch):
 def test_documents_that_see_each_other_are_found(subject, monkeypatch):
     model, _ = subject.load()
     rows = subject.rows(8, 320)
-    assert _check_isolation(model, rows).passed
+    assert compare_documents(model, rows).passed
     from oribi.data.collate import PackCollator
 
     real = PackCollator.__call__
@@ -83,7 +71,7 @@ def test_documents_that_see_each_other_are_found(subject, monkeypatch):
         return {**batch, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length}
 
     monkeypatch.setattr(PackCollator, "__call__", one_document)
-    assert not _check_isolation(model, rows).passed
+    assert not compare_documents(model, rows).passed
 
 
 def test_the_reference_is_not_the_model_itself(subject):
@@ -97,13 +85,13 @@ def test_the_reference_is_not_the_model_itself(subject):
 
 def test_a_wrong_kernel_is_found(monkeypatch):
     monkeypatch.setattr("oribi.selftest.kernels.rms_norm", lambda x, w, eps: x * w)
-    found = {check.name: check.passed for check in check_kernels(torch.device("cpu"))}
+    found = {check.name: check.passed for check in compare_kernels(torch.device("cpu"))}
     assert not found["rms_norm, float32"]
     assert found["rope, float32"]
 
 
 def test_a_failed_check_ends_the_command_with_1(monkeypatch):
-    good, bad = Check("g", "good", 1e-7, 1e-6), broken("g", "bad", ValueError("why"))
+    good, bad = Comparison("g", "good", 1e-7, 1e-6), failed("g", "bad", ValueError("why"))
     assert good.passed
     assert not bad.passed
     assert math.isnan(bad.error)

@@ -10,16 +10,14 @@ from oribi.text import write_whole
 
 
 def selftest(
-    file: Annotated[Path | None, typer.Argument(help="Write the table to this file as JSON, too.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="Also write the table to this file as JSON.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model to test with; a small random one where none is given.")
+        str | None, typer.Option(help="Model to test with (default: a small random model).")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the machine's best where none is given.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: the machine's best).")] = None,
     json: Json = False,
 ) -> None:
-    """Measure that training, files and kernels do what they claim on this machine; fails if one does not."""
+    """Check on this machine that training, files and kernels match their references; fails if one does not."""
     import time
     from dataclasses import asdict
     from json import dumps
@@ -27,29 +25,27 @@ def selftest(
     from rich.console import Console
     from rich.text import Text
 
-    from oribi.selftest.suite import selftest as run
+    from oribi.selftest.suite import run_selftest
 
     console, group, started = Console(stderr=json, soft_wrap=True), "", time.monotonic()
-    out = Output(json)
+    out, entries = Output(json), []
 
-    def show(check) -> None:
+    def show(comparison) -> None:
         nonlocal group
-        if check.group != group:
-            group = check.group
+        if comparison.group != group:
+            group = comparison.group
             console.print(Text(group, style="bold"))
-        verdict = "ok" if check.passed else "FAILED"
-        line = f"  {verdict:<7}{check.name:<46}{check.error:>9.2e}  limit {check.limit:.0e}  {check.note}"
-        console.print(Text(line, style="" if check.passed else "red"))
-        out.record(**asdict(check), passed=check.passed)
+        verdict = "ok" if comparison.passed else "FAILED"
+        line = f"  {verdict:<7}{comparison.name:<46}{comparison.error:>9.2e}  limit {comparison.limit:.0e}  {comparison.note}"
+        console.print(Text(line, style="" if comparison.passed else "red"))
+        entries.append({**asdict(comparison), "passed": comparison.passed})
+        out.record(**entries[-1])
 
-    checks = run(model, device, show)
-    failed = [check for check in checks if not check.passed]
+    run_selftest(model, device, show)
     if file is not None:
-        entries = [{**asdict(check), "passed": check.passed} for check in checks]
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, dumps(entries, indent=2) + "\n")
-    console.print(
-        f"{len(checks) - len(failed)} of {len(checks)} checks passed in {time.monotonic() - started:.0f} s"
-    )
-    if failed:
+    passed = sum(entry["passed"] for entry in entries)
+    console.print(f"{passed} of {len(entries)} checks passed in {time.monotonic() - started:.0f} s")
+    if passed < len(entries):
         raise typer.Exit(1)

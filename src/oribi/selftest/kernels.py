@@ -1,4 +1,4 @@
-"""Each op on this machine against the float64 truth, with PyTorch's own form of it in the same dtype as the measure.
+"""Each op on this machine compared with float64; it may err at most twice as much as PyTorch's own form in the same dtype.
 
 T tokens, D hidden size, N out features, V vocabulary, H heads, E head_dim.
 """
@@ -18,16 +18,15 @@ from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.lora import Projection, lora_linear
 from oribi.kernels.rms_norm import rms_norm
 from oribi.kernels.rope import rope
-from oribi.selftest.check import Check, broken
+from oribi.selftest.comparison import Comparison, failed
 
 GROUP = "kernels"
 T, D, N, V, H, E = 67, 128, 192, 1000, 4, 32  # T is no multiple of any block
 DOCUMENTS = [5, 40, 1, 21]
-# the GPU's fast exp and division are good to a few 1e-7
-FLOOR = 2e-6
+FLOOR = 2e-6  # of the limit: a GPU's fast exp and division are exact to a few 1e-7
 
 
-def check_kernels(device: torch.device) -> Iterator[Check]:
+def compare_kernels(device: torch.device) -> Iterator[Comparison]:
     """Outputs and gradients of every op in float32 and in the machine's training dtype."""
     generator = torch.Generator().manual_seed(0)
 
@@ -40,16 +39,16 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
             label = f"{name}, {str(dtype).removeprefix('torch.')}"
             try:
                 error, allowed = _errors(ours, plain, [x.to(dtype) for x in inputs])
-                yield Check(GROUP, label, error, allowed, "limit: twice PyTorch's own error")
-            except Exception as failure:  # a kernel that does not run is a line of the table
-                yield broken(GROUP, label, failure)
+                yield Comparison(GROUP, label, error, allowed, "limit: twice PyTorch's own error")
+            except Exception as error:
+                yield failed(GROUP, label, error)
     for dtype in dtypes:
-        yield _check_nf4(normal(N, D), dtype)
-    yield _check_adamw(normal)
+        yield _compare_nf4(normal(N, D), dtype)
+    yield _compare_adamw(normal)
 
 
 def _ops(normal: Callable, device: torch.device) -> Iterator[tuple]:
-    """Name, op, PyTorch's own form, differentiated inputs."""
+    """Name, op, PyTorch's own form of it, and the inputs to differentiate."""
     yield "rms_norm", lambda x, w: rms_norm(x, w, 1e-6), _plain_norm, [normal(T, D), normal(D)]
     angles = normal(T, E // 2)
     cos, sin = angles.cos(), angles.sin()
@@ -57,12 +56,8 @@ def _ops(normal: Callable, device: torch.device) -> Iterator[tuple]:
         "rope", lambda q, k: rope(q, k, cos, sin), lambda q, k: (_plain_rope(q, cos, sin), _plain_rope(k, cos, sin)),
         [normal(T, H, E), normal(T, H // 2, E)],
     )  # fmt: skip
-    yield (
-        "gated_mlp",
-        lambda g, u: gated_mlp(g, u, "silu"),
-        lambda g, u: F.silu(g) * u,
-        [normal(T, N), normal(T, N)],
-    )
+    inputs = [normal(T, N), normal(T, N)]
+    yield "gated_mlp", lambda g, u: gated_mlp(g, u, "silu"), lambda g, u: F.silu(g) * u, inputs
     targets = torch.randint(V, (T,), generator=torch.Generator().manual_seed(1)).to(device)
     targets[::3] = -100
     yield (
@@ -82,12 +77,8 @@ def _ops(normal: Callable, device: torch.device) -> Iterator[tuple]:
         visibility = Visibility(1, T, cu_seqlens=bounds, max_length=max(DOCUMENTS))
         return attention(q[None], k[None], v[None], visibility, E**-0.5)[0]
 
-    yield (
-        "attention of packed documents",
-        packed,
-        _plain_attention,
-        [normal(T, H, E), normal(T, 2, E), normal(T, 2, E)],
-    )
+    inputs = [normal(T, H, E), normal(T, 2, E), normal(T, 2, E)]
+    yield "attention of packed documents", packed, _plain_attention, inputs
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -116,13 +107,13 @@ def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 
 def _errors(ours: Callable, plain: Callable, inputs: list[torch.Tensor]) -> tuple[float, float]:
-    """The largest error of an output or gradient over what PyTorch's own error allows it, as error and limit."""
+    """Error and limit of the output or gradient that comes closest to its limit."""
     truth = _results(plain, [x.double() for x in inputs])
     found, theirs = _results(ours, inputs), _results(plain, inputs)
     worst = (0.0, FLOOR)
     for mine, own, exact in zip(found, theirs, truth):
         scale = exact.norm().clamp_min(1e-30)
-        # one value may be exact by luck
+        # PyTorch may hit a single value exactly by chance
         floor = max(FLOOR, torch.finfo(inputs[0].dtype).eps if exact.numel() == 1 else 0.0)
         error = ((mine.double() - exact).norm() / scale).item()
         allowed = max(2 * ((own.double() - exact).norm() / scale).item(), floor)
@@ -140,17 +131,17 @@ def _results(op: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, inputs, upstream)]
 
 
-def _check_nf4(weight: torch.Tensor, dtype: torch.dtype) -> Check:
+def _compare_nf4(weight: torch.Tensor, dtype: torch.dtype) -> Comparison:
     name = f"nf4 dequantisation as bitsandbytes, {str(dtype).removeprefix('torch.')}"
     packed, state = bnb.quantize_4bit(
         weight.to(dtype), blocksize=64, compress_statistics=True, quant_type="nf4"
     )
     packed.quant_state = state
     found, expected = nf4.dequantize([packed], dtype), bnb.dequantize_4bit(packed, state)
-    return Check(GROUP, name, (found.float() - expected.float()).abs().max().item(), 0.0, "to the bit")
+    return Comparison(GROUP, name, (found.float() - expected.float()).abs().max().item(), 0.0, "to the bit")
 
 
-def _check_adamw(normal: Callable) -> Check:
+def _compare_adamw(normal: Callable) -> Comparison:
     start = normal(N, D)
     settings = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
@@ -161,4 +152,4 @@ def _check_adamw(normal: Callable) -> Check:
             parameter.grad = gradient.clone()
             optimizer.step()
     error = ((ours - theirs).norm() / theirs.norm()).item()
-    return Check(GROUP, "adamw, 5 steps, as torch's", error, 1e-6)
+    return Comparison(GROUP, "adamw, 5 steps, as torch's", error, 1e-6)

@@ -1,4 +1,4 @@
-"""Several processes of this machine that compute together, as torchrun would start them."""
+"""Starts several processes of this machine that compute together, as torchrun does."""
 
 import os
 import socket
@@ -7,42 +7,43 @@ import sys
 
 import torch
 
-SECONDS = 600  # processes that wait for each other are stopped then
+SECONDS = 600  # then processes that wait for each other are stopped
 
 
 def run_together(arguments: list[str], processes: int = 2, on_gpus: bool = False, threads: int = 0) -> str:
-    """Runs `python ARGUMENTS` in so many processes.
+    """Runs `python ARGUMENTS` in several processes at once.
 
     Args:
         arguments: of the interpreter.
-        processes: how many.
-        on_gpus: whether each may see the GPUs.
-        threads: of each process; 0 shares this process's threads out.
+        processes: how many; a single one runs without torchrun's variables.
+        on_gpus: whether they see the GPUs.
+        threads: per process; 0 divides this process's threads among them.
 
     Returns:
         What the first process wrote to standard output.
 
     Raises:
-        RuntimeError: a process failed; the message ends with what it said.
+        RuntimeError: a process failed; the message ends with its standard error.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"OMP_NUM_THREADS": str(threads or max(torch.get_num_threads() // processes, 1))}
-    if processes > 1:
-        shared |= {
-            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }  # fmt: skip
+    shared = {**os.environ, "OMP_NUM_THREADS": str(threads or max(torch.get_num_threads() // processes, 1))}
     if not on_gpus:
         shared["CUDA_VISIBLE_DEVICES"] = ""
-    started = [
-        subprocess.Popen(
-            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})},
+    started = []
+    for rank in map(str, range(processes)):
+        own = {
+            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank,
+        }  # fmt: skip
+        environment = shared | (own if processes > 1 else {})
+        words = [sys.executable, *arguments]
+        started.append(
+            subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            )
         )
-        for rank in range(processes)
-    ]  # fmt: skip
     try:
         said = [process.communicate(timeout=SECONDS) for process in started]
     finally:

@@ -1,4 +1,4 @@
-"""What the self-test works on: a model in NF4 with an adapter, rows for it, and transformers' and PEFT's form of both."""
+"""What the self-test trains and saves: a model in NF4 with an adapter, rows, and the same model in transformers and PEFT."""
 
 import copy
 import random
@@ -24,7 +24,7 @@ from oribi.models.unwrap import base_model
 from oribi.save.trained import LoadedModel
 
 LONGEST = 48  # tokens of a row
-RANK = 32  # A of the small model has 4096 values then: the least that the optimizer keeps in 8 bits
+RANK = 32  # gives A of the small model 4096 values, the fewest for which the optimizer uses 8 bits
 DATA_SEED = 20
 
 
@@ -33,15 +33,15 @@ class Subject:
     """A model on disk and where to run it.
 
     Args:
-        path: what `load_model` takes.
-        device: "cpu", "cuda", or None for the machine's.
+        path: anything that `load_model` takes.
+        device: "cpu", "cuda", or None for the machine's best.
     """
 
     path: str
     device: str | None = None
 
     def load(self, dtype: str = "float32") -> tuple[PeftModel, Any]:
-        """The model in NF4, computing in `dtype`, with LoRA whose B is not zero: at zero A would have no gradient."""
+        """The model in NF4, computing in `dtype`, with LoRA whose B is not zero (with B = 0, A has no gradient)."""
         model, tokenizer = load_model(
             self.path, dtype=dtype, device_map=self.device, max_seq_length=4 * LONGEST
         )
@@ -59,7 +59,7 @@ class Subject:
         return model, tokenizer
 
     def rows(self, count: int, vocab_size: int) -> Dataset:
-        """Rows of random ids and lengths, prompts not trained; the shortest has a single target."""
+        """Rows of random ids and lengths with untrained prompts; the shortest row has a single target."""
         draw = random.Random(DATA_SEED)
         rows = []
         for index in range(count):
@@ -72,7 +72,7 @@ class Subject:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """transformers' and datasets' progress bars and warnings off inside the block."""
+    """No progress bars and warnings of transformers and datasets inside the block."""
     import datasets
     import transformers
 
@@ -98,10 +98,10 @@ def write_small_model(
     """A random llama with a byte tokenizer, as a checkpoint in `folder`.
 
     Args:
-        folder: is made.
+        folder: created if needed.
         dtype: of the weights.
-        deviation: their standard deviation.
-        sizes: fields of its config that differ from a model of two layers.
+        deviation: standard deviation of the weights.
+        sizes: fields of the config that differ from those of the usual two-layer model.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<pad>", "<s>", "</s>", *alphabet]
@@ -128,7 +128,7 @@ def write_small_model(
 
 
 def plain_model(model: PeftModel) -> PreTrainedModel:
-    """transformers' own model in float32 with the values that the NF4 weights stand for."""
+    """The model as its transformers class in float32, with the dequantised NF4 weights."""
     config = copy.deepcopy(base_model(model).config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -143,7 +143,7 @@ def plain_model(model: PeftModel) -> PreTrainedModel:
 
 
 def reference_of(model: PeftModel) -> PeftModel:
-    """`plain_model` with PEFT's own adapter holding the same factors, in training mode."""
+    """`plain_model` with PEFT's own adapter and the same LoRA matrices, in training mode."""
     settings = copy.deepcopy(model.peft_config["default"])
     reference = peft.get_peft_model(plain_model(model), settings)
     set_peft_model_state_dict(reference, get_peft_model_state_dict(model))

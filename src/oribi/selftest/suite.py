@@ -1,4 +1,4 @@
-"""`selftest`: measures on this machine, with a small model or with one's own, that oribi computes what it claims."""
+"""`oribi selftest`: measures on this machine, with a small model or with yours, that oribi computes what it claims."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -7,42 +7,44 @@ from pathlib import Path
 import torch
 
 from oribi.models.load_settings import choose_device
-from oribi.selftest.check import Check
-from oribi.selftest.codes import check_codes
-from oribi.selftest.files import check_files
-from oribi.selftest.invariance import check_steps
-from oribi.selftest.kernels import check_kernels
+from oribi.selftest.comparison import Comparison
+from oribi.selftest.files import compare_files
+from oribi.selftest.gathered_codes import compare_gathered_codes
+from oribi.selftest.kernels import compare_kernels
+from oribi.selftest.steps import compare_steps
 from oribi.selftest.subject import Subject, quiet_libraries, write_small_model
 
 
-def selftest(
-    model: str | None = None, device: str | None = None, report: Callable[[Check], None] = lambda check: None
-) -> list[Check]:
+def run_selftest(
+    model: str | None = None,
+    device: str | None = None,
+    report: Callable[[Comparison], None] = lambda comparison: None,
+) -> list[Comparison]:
     """Compares training, files and kernels with float32 references.
 
     Args:
-        model: what `load_model` takes; None takes a small random one.
-        device: "cpu", "cuda", or None for the machine's.
-        report: called with each check as soon as it is done.
+        model: anything that `load_model` takes; None takes a small random model.
+        device: "cpu", "cuda", or None for the machine's best.
+        report: called with each comparison as soon as it is made.
 
     Returns:
-        All checks; `Check.passed` says which held.
+        All comparisons; `Comparison.passed` says whether one is within its limit.
 
     Raises:
         ModelError: the model cannot be loaded, or is not of oribi's families.
     """
-    checks = []
+    made = []
     with tempfile.TemporaryDirectory(prefix="oribi-selftest-") as name, quiet_libraries():
         folder = Path(name)
         subject = Subject(model or str(write_small_model(folder / "model")), device)
-        for check in _all(subject, folder):
-            checks.append(check)
-            report(check)
-    return checks
+        for comparison in _all(subject, folder):
+            made.append(comparison)
+            report(comparison)
+    return made
 
 
-def _all(subject: Subject, folder: Path) -> Iterator[Check]:
-    yield from check_kernels(torch.device(choose_device(subject.device)))
-    yield from check_steps(subject, folder)
-    yield from check_codes()
-    yield from check_files(subject, folder)
+def _all(subject: Subject, folder: Path) -> Iterator[Comparison]:
+    yield from compare_kernels(torch.device(choose_device(subject.device)))
+    yield from compare_steps(subject, folder)
+    yield from compare_gathered_codes()
+    yield from compare_files(subject, folder)

@@ -1,6 +1,6 @@
-"""Sharded codes: what processes gather equals what they loaded, byte for byte, whatever values the bytes would be.
+"""Sharded 4-bit codes: what processes gather equals what they loaded, byte for byte, also where the bytes look like NaNs.
 
-`python -m oribi.selftest.codes cpu|cuda` is one of the processes, torchrun's variables set.
+`python -m oribi.selftest.gathered_codes cpu|cuda`, with torchrun's variables set, is one of the processes.
 """
 
 import os
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from oribi.models.decoder import DecoderForCausalLM, build
-from oribi.selftest.check import Check, broken
+from oribi.selftest.comparison import Comparison, failed
 from oribi.selftest.processes import run_together
 from oribi.train.shards import LayerShards
 
@@ -21,24 +21,22 @@ GROUP = "sharded codes"
 ROUNDS = 3  # forward and back, as in three steps
 
 
-def check_codes() -> Iterator[Check]:
-    """Two gloo processes on the CPU, and two GPUs where the machine has them."""
+def compare_gathered_codes() -> Iterator[Comparison]:
+    """Two gloo processes on the CPU, and two GPUs if the machine has them."""
     names = {"cpu": "2 processes, gloo"}
     if torch.cuda.device_count() > 1:
         names["cuda"] = "2 GPUs, NCCL"
     for device, name in names.items():
         try:
-            last = run_together(
-                ["-m", "oribi.selftest.codes", device], on_gpus=device == "cuda"
-            ).splitlines()[-1]
-            differing, checked = last.split()
-            yield Check(GROUP, name, float(differing), 0.0, f"differing bytes, of {int(checked):,}")
-        except Exception as error:  # the table shows what broke, and the other lines are still worth having
-            yield broken(GROUP, name, error)
+            said = run_together(["-m", "oribi.selftest.gathered_codes", device], on_gpus=device == "cuda")
+            differing, checked = said.splitlines()[-1].split()
+            yield Comparison(GROUP, name, float(differing), 0.0, f"differing bytes, of {int(checked):,}")
+        except Exception as error:
+            yield failed(GROUP, name, error)
 
 
 def decoder_of_all_words() -> DecoderForCausalLM:
-    """A decoder whose frozen weights hold each 16-bit word and NaNs of 32 bits, as 4-bit codes can."""
+    """A decoder whose frozen weights contain every 16-bit word and 32-bit NaNs, as 4-bit codes can."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=512, intermediate_size=576, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4,
@@ -47,14 +45,14 @@ def decoder_of_all_words() -> DecoderForCausalLM:
     generator = torch.Generator().manual_seed(11)
     for module in decoder.model.layers.modules():
         if isinstance(module, nn.Linear):
-            # as many bytes as NF4 has: those of the square ones are all words of 16 bits
+            # as many bytes as NF4 has; those of a square matrix are exactly all 16-bit words
             codes = _words(module.weight.numel() // 2, generator)
             module.weight = nn.Parameter(codes.view(-1, 1), requires_grad=False)
     return decoder.requires_grad_(False)
 
 
 def _words(count: int, generator: torch.Generator) -> torch.Tensor:
-    """So many bytes: every 16-bit word where they fit, then 32-bit NaNs of both signs, quiet and signalling."""
+    """`count` bytes: every 16-bit word, as far as they fit, then 32-bit NaNs of both signs, quiet and signalling."""
     words = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.uint8)
     payload = torch.randint(1, 2**23, (max(count - len(words), 0) // 4 + 1,), generator=generator)
     signs = torch.randint(0, 2, payload.shape, generator=generator) << 31
@@ -63,7 +61,7 @@ def _words(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def differing_bytes(device: torch.device) -> tuple[int, int]:
-    """How many gathered bytes differ from those loaded, and how many were compared, on the way forward and back."""
+    """How many gathered bytes differ from the loaded ones, and how many were compared, forward and backward."""
     layers = decoder_of_all_words().model.layers
     linear = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers]
     loaded = [[m.weight.to(device) for m in modules] for modules in linear]
@@ -80,7 +78,7 @@ def differing_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def main(kind: str) -> None:
-    """Prints both counts, over all processes."""
+    """Prints both counts, summed over all processes."""
     device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
