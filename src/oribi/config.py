@@ -282,8 +282,6 @@ def _settings() -> dict[str, Setting]:
 
 
 SETTINGS = _settings()
-# of the Python calls that take the same settings: SFTConfig, get_peft_model, from_pretrained, prepare_dataset
-PYTHON_DEFAULTS = {name: one.python for name, one in SETTINGS.items()}
 
 
 # setting -> its names in Axolotl, LLaMA-Factory, TRL and Unsloth

@@ -13,9 +13,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oribi.config import PROJECTIONS
 from oribi.environment import detect
 from oribi.errors import ConfigError
-from oribi.lora.attach import PROJECTIONS, attach_lora, set_checkpointing, switch_checkpointing
+from oribi.lora.attach import attach_lora, set_checkpointing, switch_checkpointing
 from oribi.models.load import load_model
 from oribi.models.load_adapter import load_adapter
 from oribi.models.unwrap import base_model

@@ -10,6 +10,7 @@ utils/chat_templates/templates/*.jinja@1377ccc3, @3d67dfc0.
 from pathlib import Path
 from typing import Any
 
+from oribi.config import PROJECTIONS
 from oribi.dialects import shared
 from oribi.dialects.converted import (
     Converted,
@@ -271,18 +272,11 @@ def _test_datasets(found: Converted, key: str, value: Any) -> None:
         )
 
 
-def _val_set_size(found: Converted, key: str, value: Any) -> None:
-    if value and value >= 1:
-        found.unsupported[key] = f"{value} rows; eval_fraction is a share of the rows"
-    elif value:
-        found.put("eval_fraction", value, key)
-
-
 def _targets(found: Converted, key: str, value: Any) -> None:
     linear, listed = found.entries.get("lora_target_linear"), found.entries.get("lora_target_modules")
     if not linear or key == "lora_target_linear":
         shared.targets(found, key, value)
-    elif set(listed or []) - shared.PROJECTIONS:
+    elif set(listed or []) - set(PROJECTIONS):
         found.refuse(
             key, "all linear layers and further ones; list them all and leave lora_target_linear out"
         )
@@ -343,7 +337,6 @@ HANDLERS: dict[str, Handler] = {
     "datasets": _datasets,
     "test_datasets": _test_datasets,
     "chat_template": read_elsewhere,
-    "val_set_size": _val_set_size,
     "lora_target_linear": _targets,
     "lora_target_modules": _targets,
     "train_on_inputs": inverted("train_on_responses_only"),

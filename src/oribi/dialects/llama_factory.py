@@ -222,13 +222,6 @@ def _bits(found: Converted, key: str, value: Any) -> None:
         found.put("load_in_4bit", True, "quantization_bit = 4")
 
 
-def _val_size(found: Converted, key: str, value: Any) -> None:
-    if value and value > 1:
-        found.unsupported[key] = f"{value} rows; eval_fraction is a share of the rows"
-    elif value:
-        found.put("eval_fraction", value, key)
-
-
 NO_TRAINING = "oribi has no such training"
 HANDLERS: dict[str, Handler] = {
     **shared.HANDLERS,
@@ -244,7 +237,6 @@ HANDLERS: dict[str, Handler] = {
     "lora_target": shared.targets,
     "additional_target": names("modules_to_save"),
     "train_on_prompt": inverted("train_on_responses_only"),
-    "val_size": _val_size,
     "packing": read_elsewhere,
     "neat_packing": read_elsewhere,
     **shared.CHECKPOINTS,

@@ -22,7 +22,6 @@ SAME_OPTIMIZER = {
     "adamw_hf": "adamw_torch", "optimi_adamw": "adamw_torch", "ao_adamw_8bit": "adamw_8bit",
     "ao_adamw_4bit": "adamw_torch_4bit", "paged_adamw": "paged_adamw_32bit",
 }  # fmt: skip
-PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def schedule(found: Converted, key: str, value: Any) -> None:
@@ -115,6 +114,14 @@ def targets(found: Converted, key: str, value: Any) -> None:
             found.refuse(key, "a pattern; oribi's config takes the layers' names, or all-linear")
 
 
+def evaluation_share(found: Converted, key: str, value: Any) -> None:
+    """Rows for evaluation, as a share of the training rows."""
+    if value and value >= 1:
+        found.unsupported[key] = f"{value} rows; eval_fraction is a share of the rows"
+    elif value:
+        found.put("eval_fraction", value, key)
+
+
 def evaluation(found: Converted) -> str:
     """eval_strategy of TrainingArguments, by its newer or its older name."""
     return found.entries.get("eval_strategy") or found.entries.get("evaluation_strategy") or "no"
@@ -177,6 +184,8 @@ HANDLERS: dict[str, Handler] = {
     "warmup_steps": warmup,
     "warmup_ratio": warmup,
     "max_steps": steps("max_steps"),
+    "val_size": evaluation_share,
+    "val_set_size": evaluation_share,
     "save_steps": steps("save_steps"),
     "eval_steps": steps("eval_steps"),
     "logging_steps": steps("logging_steps"),

@@ -11,13 +11,13 @@ from peft import get_peft_model as peft_get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from oribi.config import PROJECTIONS
 from oribi.errors import ConfigError
 from oribi.lora.settings import refuse_settings
 from oribi.models.load_adapter import train_in_float32
 from oribi.models.unwrap import base_model
 from oribi.text import did_you_mean, nearest
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # what a family with fused projections calls them
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),

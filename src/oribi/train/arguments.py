@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from oribi.config import SETTINGS
 from oribi.environment import detect
 from oribi.errors import ConfigError
 
@@ -18,6 +19,17 @@ logger = logging.getLogger(__name__)
 
 # TRL's own default, with which messages go before text; whether a script wrote it cannot be seen
 TRL_TEXT_FIELD = "text"
+
+
+def from_table(name: str, choices: bool = False) -> Any:
+    """A field with the default and the meaning that the table of settings has for Python.
+
+    Args:
+        choices: whether a command line allows the table's choices alone; transformers checks other fields itself.
+    """
+    setting = SETTINGS[name]
+    metadata = {"help": f"{setting.help}."} | ({"choices": list(setting.choices)} if choices else {})
+    return field(default=setting.python, metadata=metadata)
 
 
 @dataclass
@@ -57,34 +69,28 @@ class SFTConfig(TrainingArguments):
     # the command line may give these as JSON
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]
 
-    output_dir: str | None = field(
-        default="outputs", metadata={"help": "Folder of checkpoints and log.jsonl."}
-    )
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
-    per_device_train_batch_size: int = field(
-        default=2, metadata={"help": "Examples (or packs) a micro-batch."}
-    )
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches an optimizer step."})
-    optim: str = field(default="adamw_8bit", metadata={"help": "Optimizer; adamw_8bit is oribi's own."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
+    output_dir: str | None = from_table("output_dir")
+    learning_rate: float = from_table("learning_rate")
+    per_device_train_batch_size: int = from_table("per_device_train_batch_size")
+    gradient_accumulation_steps: int = from_table("gradient_accumulation_steps")
+    optim: str = from_table("optim")
+    logging_steps: float = from_table("logging_steps")
     # the filter reads the loss back after every micro-batch, which stalls the device; the guard reads it once a log
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave nan losses out of the log."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers, e.g. wandb."})
-    seed: int = field(default=3407, metadata={"help": "Seed of data order and dropout."})
+    report_to: None | str | list[str] = from_table("report_to")
+    seed: int = from_table("seed")
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute whole layers."})
     max_length: int | None = field(default=None, metadata={"help": "Longest example in tokens."})
-    dataset_text_field: str | None = field(
-        default=None, metadata={"help": "Column of plain text, whatever else rows hold."}
-    )
+    dataset_text_field: str | None = from_table("dataset_text_field")
     padding_free: bool | None = field(
         default=None, metadata={"help": "Join a batch's examples into one row."}
     )
     dataset_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "skip_prepare_dataset: true takes the rows as they are."}
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    dataset_num_proc: int | None = from_table("dataset_num_proc")
     shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the prepared rows once."})
-    packing: bool = field(default=False, metadata={"help": "Join whole examples into rows of max_length."})
+    packing: bool = from_table("packing")
     packing_strategy: str = field(default="bfd", metadata={"help": "Only 'bfd': whole examples, best fit."})
     eval_packing: bool | None = field(
         default=None, metadata={"help": "Pack evaluation rows; None: as packing."}
@@ -110,24 +116,11 @@ class SFTConfig(TrainingArguments):
     warmup_ratio: float | None = field(default=None, metadata={"help": "Warm-up as a share of all steps."})
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of eval_strategy."})
     assistant_only_loss: bool | None = field(default=None, metadata={"help": "Train on answers only."})
-    overlong: str | None = field(
-        default=None,
-        metadata={"help": "Examples above max_length.", "choices": ["truncate", "drop", "split", "error"]},
-    )
-    turns: str = field(
-        default="whole",
-        metadata={
-            "help": "Conversations as whole examples, or one per assistant turn.",
-            "choices": ["whole", "split"],
-        },
-    )
-    embedding_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of trained embeddings and head."}
-    )
-    fp8: bool = field(
-        default=False, metadata={"help": "Approximate: products of frozen weights in fp8 while training."}
-    )
-    deterministic: bool = field(default=False, metadata={"help": "Two runs are equal to the bit."})
+    overlong: str | None = from_table("overlong", choices=True)
+    turns: str = from_table("turns", choices=True)
+    embedding_learning_rate: float | None = from_table("embedding_learning_rate")
+    fp8: bool = from_table("fp8")
+    deterministic: bool = from_table("deterministic")
 
     def __post_init__(self) -> None:
         require_trackers(self.report_to)
