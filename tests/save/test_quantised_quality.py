@@ -18,7 +18,7 @@ from oribi.gguf.mixes import METHODS, Mix, Type
 from oribi.gguf.names import tensors_to_write
 from oribi.gguf.quantize import quantize
 from oribi.models.load import load_model
-from oribi.train.general_text import TEXT
+from oribi.train.report import GENERAL_TEXT
 from tests.gguf.test_quantize import quantize_in_llama_cpp
 
 pytestmark = pytest.mark.slow
@@ -72,8 +72,13 @@ def judge():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05 * parameter.std(), alpha=parameter.dim() - 1)
     files = [ROOT / "LICENSE", *sorted((ROOT / "examples" / "data").glob("*"))]
-    third = len(TEXT) // 3
-    texts = [TEXT, TEXT[third:], TEXT[2 * third :], *(file.read_text() for file in files)]
+    third = len(GENERAL_TEXT) // 3
+    texts = [
+        GENERAL_TEXT,
+        GENERAL_TEXT[third:],
+        GENERAL_TEXT[2 * third :],
+        *(file.read_text() for file in files),
+    ]
     return Judge(model.eval(), torch.tensor([tokenizer(text)["input_ids"][:TOKENS] for text in texts]))
 
 

@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from oribi.save.check import Check, Outcome
 from oribi.train.evaluate import answer_rows, held_out_loss, stop_rate, text_loss
-from oribi.train.general_text import TEXT
 from oribi.train.report import (
+    GENERAL_TEXT,
     Measured,
     as_markdown,
     as_page,
@@ -88,10 +88,10 @@ def test_answers_are_to_the_prompts_of_the_rows(load, rows, conversations):
 
 def test_the_general_text_is_read_whole(load):
     model, tokenizer = load()
-    found = text_loss(model, tokenizer, TEXT, window=64)
-    ids = len(tokenizer(TEXT)["input_ids"])
+    found = text_loss(model, tokenizer, GENERAL_TEXT, window=64)
+    ids = len(tokenizer(GENERAL_TEXT)["input_ids"])
     assert found.tokens == ids - math.ceil(ids / 64)  # the first token of a window is not predicted
-    assert 500 < len(TEXT.split()) < 1000
+    assert 500 < len(GENERAL_TEXT.split()) < 1000
 
 
 def test_figures_are_those_of_the_log():

@@ -3,13 +3,14 @@
 The page needs nothing else: charts are inline SVG, there is no script and no request.
 """
 
-import html
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from torch import nn
 
 import oribi
@@ -18,8 +19,9 @@ from oribi.save.card import fenced, for_markdown
 from oribi.text import clock, write_whole
 from oribi.train.charts import as_svg, loss_chart, save_png, small_chart
 from oribi.train.evaluate import HeldOut, Sample, answer_rows, held_out_loss, stop_rate, text_loss
-from oribi.train.general_text import TEXT
 
+# a short text written for oribi, unlike any training data: has the model forgotten other things?
+GENERAL_TEXT = files("oribi.train").joinpath("templates/general_text.txt").read_text(encoding="utf-8")
 ROWS = 200  # held-out rows that are measured
 SAMPLES = 6
 ANSWER_TOKENS = 64
@@ -59,7 +61,7 @@ def measure(model: nn.Module, tokenizer: Any, rows: Any) -> Measured:
     """
     return Measured(
         None if rows is None else held_out_loss(model, rows, ROWS),
-        text_loss(model, tokenizer, TEXT),
+        text_loss(model, tokenizer, GENERAL_TEXT),
         [] if rows is None else answer_rows(model, tokenizer, rows, SAMPLES, ANSWER_TOKENS),
     )
 
@@ -191,93 +193,39 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as text."""
-    lines = [f"# {for_markdown(_title(report))}", ""]
-    lines += [f"> **Note:** {warning}\n" for warning in report["warnings"]]
-    lines += ["| | | |", "|---|---|---|"]
-    lines += [
-        f"| {for_markdown(name)} | **{for_markdown(figure)}** | {for_markdown(remark)} |"
-        for name, figure, remark in headline(report)
-    ]
-    lines += ["", "![loss](loss.png)", ""]
-    for i, (prompt, expected, answers) in enumerate(_side_by_side(report)):
-        lines += [f"### Sample {i + 1}", "", *_quoted("prompt", prompt), *_quoted("expected", expected)]
-        for name, (text, stopped) in answers.items():
-            going = "" if stopped else f" (still going after {ANSWER_TOKENS} tokens)"
-            lines += _quoted(name + going, text)
-    facts = "\n".join(f"{name}: {value}" for name, value in _data_facts(report).items())
-    lines += ["## Data", "", fenced(facts), ""]
-    lines += ["## Exports", "", "| form | outcome | where |", "|---|---|---|"]
-    lines += [
-        f"| {for_markdown(e['form'])} | {_verdict(e)} | {for_markdown(e['path'])} |"
-        for e in report["exports"]
-    ]
-    lines += ["", *(fenced(_checks(e)) for e in report["exports"] if e["checks"])]
-    lines += [
-        "",
-        "## Settings",
-        "",
-        fenced(_settings(report), "yaml"),
-        "",
-    ]
-    return "\n".join(lines)
+    return _render("report.md.jinja", report)
 
 
 def as_page(report: dict[str, Any], charts: Sequence[str]) -> str:
-    """The report as a page of its own."""
-    e = html.escape
-    cards = "".join(
-        f"<div class=card><div class=name>{e(name)}</div><div class=figure>{e(figure)}</div>"
-        f"<div class=remark>{e(remark)}</div></div>"
-        for name, figure, remark in headline(report)
-    )
-    notes = "".join(f"<p class=note>{e(warning)}</p>" for warning in report["warnings"])
-    samples = "".join(
-        f"<tr><td>{e(prompt)}</td><td>{e(expected)}</td>"
-        + "".join(
-            f"<td>{e(text)}{'' if stopped else f'<i> still going after {ANSWER_TOKENS} tokens</i>'}</td>"
-            for text, stopped in answers.values()
-        )
-        for prompt, expected, answers in _side_by_side(report)
-    )
-    names = list(report["measures"])
-    head = "".join(f"<th>{e(name)}</th>" for name in ("prompt", "expected", *names))
-    exports = "".join(
-        f"<tr><td>{e(x['form'])}</td><td>{e(_verdict(x))}</td><td>{e(_checks(x))}</td><td><code>{e(x['path'])}</code></td>"
-        for x in report["exports"]
-    )
-    body = [
-        f"<h1>{e(_title(report))}</h1>{notes}<div class=cards>{cards}</div>",
-        f"<h2>Curves</h2><div class=charts><div class=wide>{charts[0]}</div>{''.join(charts[1:])}</div>",
-        f"<h2>Held-out answers</h2><table class=samples><tr>{head}</tr>{samples}</table>" if samples else "",
-        f"<h2>Data</h2>{_facts(_data_facts(report))}",
-        f"<h2>Exports</h2><table class=exports><tr><th>form<th>outcome<th>findings<th>where</tr>{exports}</table>"
-        if exports
-        else "",
-        f"<h2>Machine</h2>{_facts(report['machine'])}",
-        f"<h2>Settings</h2><pre>{e(_settings(report))}</pre>",
-    ]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{e(_title(report))}</title><style>{STYLE}</style><main>{''.join(body)}</main></html>\n"
-    )
+    """The report as a page of its own.
+
+    Args:
+        report: what report.json holds. charts: SVG elements; the first is the widest.
+    """
+    return _render("report.html.jinja", report, charts=charts)
 
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;background:#f8fafc;margin:0}
-main{max-width:68rem;margin:2rem auto;padding:0 1.5rem}
-h1{font-size:1.5rem;margin-bottom:.5rem}h2{font-size:1.1rem;margin:2rem 0 .6rem;border-bottom:1px solid #e5e7eb}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:.8rem;margin-top:1rem}
-.card{background:#fff;border:1px solid #e5e7eb;border-radius:.5rem;padding:.8rem 1rem}
-.name,.remark{color:#64748b;font-size:.85rem}.figure{font-size:1.35rem;font-weight:600;white-space:nowrap}
-.note{background:#fff7ed;border-left:4px solid #c2410c;padding:.5rem .8rem;margin:.6rem 0}
-.charts{display:grid;grid-template-columns:repeat(3,1fr);gap:.6rem;background:#fff;border:1px solid #e5e7eb;
-border-radius:.5rem;padding:.8rem}.wide{grid-column:1/-1}svg{width:100%;height:auto}
-table{border-collapse:collapse;width:100%;background:#fff}th,td{border:1px solid #e5e7eb;padding:.4rem .6rem;
-text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f1f5f9;font-weight:600}
-pre{background:#fff;border:1px solid #e5e7eb;padding:.8rem 1rem;overflow-x:auto;font-size:.85rem}td i{color:#c2410c}
-.samples{table-layout:fixed}.samples td{white-space:pre-wrap;font-size:.9rem}
-.exports td:nth-child(-n+2),.exports th{white-space:nowrap}.exports td:nth-child(3){white-space:pre-line}.facts td:first-child{width:15rem;color:#64748b}
-""".replace("\n", "")
+def _render(template: str, report: dict[str, Any], **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("oribi.train"),
+        autoescape=lambda name: ".html" in name,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": for_markdown, "fenced": fenced, "verdict": _verdict, "checks": _checks}
+    data = _data_facts(report)
+    return environment.get_template(template).render(
+        report=report,
+        title=_title(report),
+        headline=headline(report),
+        samples=_side_by_side(report),
+        going=f"still going after {ANSWER_TOKENS} tokens",
+        data=data,
+        data_lines="\n".join(f"{name}: {value}" for name, value in data.items()),
+        settings=as_yaml(report["config"]).rstrip(),  # the file that would repeat the run
+        **values,
+    )
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -285,11 +233,6 @@ def _title(report: dict[str, Any]) -> str:
     model = Path(str(config.get("model", ""))).name or "model"
     names = [Path(str(source)).name for source in config.get("dataset", [])]
     return f"{model} on {', '.join(names)}" if names else model
-
-
-def _settings(report: dict[str, Any]) -> str:
-    """All settings as the file that would repeat the run."""
-    return as_yaml(report["config"]).rstrip()
 
 
 def _side_by_side(report: dict[str, Any]) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
@@ -329,13 +272,6 @@ def _data_facts(report: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("_", " "): value for name, value in facts.items()}
 
 
-def _facts(values: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td>" for k, v in values.items()
-    )
-    return f"<table class=facts>{rows}</table>"
-
-
 def _export(form: str, path: Path) -> dict[str, Any]:
     """A form with the checks that its folder's export_report.json tells."""
     file = (path if path.is_dir() else path.parent) / "export_report.json"
@@ -367,7 +303,3 @@ def _checks(export: dict[str, Any]) -> str:
         f"{check['outcome'] or _verdict(check)}  {check['name']}: {check['says'] or ''}"
         for check in export["checks"]
     )
-
-
-def _quoted(name: str, text: str) -> list[str]:
-    return [f"**{for_markdown(name)}**", "", fenced(text, "text"), ""]
