@@ -2,7 +2,7 @@
 
 import pytest
 
-from oribi.data.formatting import apply_formatting_func
+from oribi.data.rows import formatted
 from oribi.errors import DataError
 
 ROWS = [{"q": "one", "a": "1"}, {"q": "two", "a": "2"}, {"q": "three", "a": "3"}]
@@ -11,7 +11,7 @@ TEXTS = ["one=1", "two=2", "three=3"]
 
 def apply(function, rows=ROWS):
     given = ((f"row {n}", row) for n, row in enumerate(rows, 1))
-    results = list(apply_formatting_func(given, function))
+    results = list(formatted(given, function))
     for origin, result in results:
         if isinstance(result, DataError):  # as preparation tells it
             raise DataError(f"{origin}: {result}")
@@ -58,7 +58,7 @@ def test_nothing_comes_of_nothing():
 def test_other_results_and_failures_are_named():
     with pytest.raises(DataError, match="row 1: formatting_func gave int 3; it must give a text"):
         apply(lambda row: 3)
-    with pytest.raises(DataError, match="row 1: formatting_func failed: KeyError: 'missing'"):
+    with pytest.raises(DataError, match="row 1: formatting_func failed \\(KeyError: 'missing'\\)"):
         apply(lambda row: row["missing"])
     with pytest.raises(DataError, match="gave 2 texts for a batch of 3 rows"):
         apply(lambda rows: by_batch(rows)[:2])
@@ -78,7 +78,7 @@ def test_one_row_that_a_function_fails_on_does_not_take_the_others_with_it(funct
         else lambda batch: [q + "=" + a for q, a in zip(batch["q"], batch["a"])]
     )
     strict = (lambda row: row["q"] + "=" + row["a"]) if function is by_row else texts
-    results = dict(apply_formatting_func(iter(rows), strict))
+    results = dict(formatted(iter(rows), strict))
     assert (results["row 1"], results["row 4"]) == ({"text": "one=1"}, {"text": "three=3"})
-    assert "formatting_func failed: TypeError" in str(results["row 2"])
+    assert "formatting_func failed (TypeError" in str(results["row 2"])
     assert str(results["row 3"]) == "broken"

@@ -237,7 +237,7 @@ def test_a_formatting_func_that_fails_on_one_row_loses_one_row(chatml_tokenizer)
     def function(row):
         return "Q: " + row["q"]
 
-    with pytest.raises(DataError, match="row 2: formatting_func failed: TypeError"):
+    with pytest.raises(DataError, match="row 2: formatting_func failed \\(TypeError"):
         prepare(rows, chatml_tokenizer, formatting_func=function)
     prepared = prepare(rows, chatml_tokenizer, formatting_func=function, malformed="drop")
     assert texts(chatml_tokenizer, prepared) == ["Q: one<|im_end|>", "Q: three<|im_end|>"]

@@ -19,20 +19,10 @@ from oribi.errors import ModelError
 
 # tokens that models reserve for padding, the most specific first
 _PAD_NAMES = (
-    "<|finetune_right_pad_id|>",
-    "<|finetune_right_pad|>",
-    "<|pad|>",
-    "<pad>",
-    "[PAD]",
-    "<|padding|>",
-    "<|PAD_TOKEN|>",
-    "<|vision_pad|>",
-    "<|endoftext|>",
-    "<|reserved_special_token_0|>",
-    "<|dummy_0|>",
-    "<unused0>",
-    "<unk>",
-)
+    "<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>",
+    "<|PAD_TOKEN|>", "<|vision_pad|>", "<|endoftext|>", "<|reserved_special_token_0|>", "<|dummy_0|>",
+    "<unused0>", "<unk>",
+)  # fmt: skip
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -40,14 +30,9 @@ CHATML = (
 # those of a tokenizer's files that hold JSON objects
 OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    *OBJECTS,
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", *OBJECTS,
     "chat_template.jinja",
-)
+)  # fmt: skip
 # what rules of cutting differ on; the leading space is one that some classes add
 _CUTS = " Hello world's  1234567 naïve\n\n\tx=(y+1); 你好ですか? I'LL 👍🏽"
 

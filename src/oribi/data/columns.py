@@ -17,113 +17,44 @@ from oribi.errors import DataError
 
 MESSAGES = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns")
 PAIRS = (
-    ("question", "answer"),
-    ("query", "response"),
-    ("query", "answer"),
-    ("question", "response"),
-    ("problem", "solution"),
-    ("prompt", "response"),
-    ("prompt", "answer"),
-    ("input", "output"),
-    ("question", "solution"),
-    ("question", "output"),
-    ("question", "completion"),
-    ("query", "output"),
-    ("query", "completion"),
-    ("problem", "answer"),
-    ("problem", "response"),
-    ("problem", "output"),
-    ("prompt", "output"),
-    ("prompt", "solution"),
-    ("input", "response"),
-    ("input", "answer"),
-    ("input", "completion"),
-    ("input", "target"),
-    ("inputs", "targets"),
-    ("human", "assistant"),
-    ("human", "bot"),
-    ("user", "assistant"),
-    ("user", "bot"),
-)
+    ("question", "answer"), ("query", "response"), ("query", "answer"), ("question", "response"),
+    ("problem", "solution"), ("prompt", "response"), ("prompt", "answer"), ("input", "output"),
+    ("question", "solution"), ("question", "output"), ("question", "completion"), ("query", "output"),
+    ("query", "completion"), ("problem", "answer"), ("problem", "response"), ("problem", "output"),
+    ("prompt", "output"), ("prompt", "solution"), ("input", "response"), ("input", "answer"),
+    ("input", "completion"), ("input", "target"), ("inputs", "targets"), ("human", "assistant"),
+    ("human", "bot"), ("user", "assistant"), ("user", "bot"),
+)  # fmt: skip
 ANSWERS_TO_INSTRUCTION = ("output", "response", "completion", "answer", "solution")
 QUESTIONS = ("question", "query", "problem")  # beside these an instruction is meant for the whole task
 SYSTEM = (
-    "system",
-    "system_prompt",
-    "system_message",
-    "system_instruction",
-    "system_instructions",
-    "sys_prompt",
-)
+    "system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt",
+)  # fmt: skip
 CONTEXT = (
-    "context",
-    "contexts",
-    "knowledge",
-    "passage",
-    "passages",
-    "document",
-    "documents",
-    "background",
-    "schema",
-    "db_schema",
-    "database_schema",
-    "table_schema",
-    "sql_context",
-    "paragraph",
-    "paragraphs",
-    "article",
-    "evidence",
-    "facts",
-    "table",
-)
+    "context", "contexts", "knowledge", "passage", "passages", "document", "documents", "background",
+    "schema", "db_schema", "database_schema", "table_schema", "sql_context", "paragraph", "paragraphs",
+    "article", "evidence", "facts", "table",
+)  # fmt: skip
 CHOICES = ("choices", "options")
 THOUGHTS = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "thought",
-    "thoughts",
-    "think",
-    "cot",
-    "complex_cot",
-    "chain_of_thought",
-    "thought_process",
-    "reasoning_trace",
-    "thinking_trace",
-    "thinking_content",
+    "reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think", "cot", "complex_cot",
+    "chain_of_thought", "thought_process", "reasoning_trace", "thinking_trace", "thinking_content",
     "rationale",
-)
+)  # fmt: skip
 TOOLS = (
-    "tools",
-    "functions",
-    "tool_defs",
-    "tool_definitions",
-    "tool_schemas",
-    "available_tools",
-    "available_functions",
-    "function_definitions",
-)
+    "tools", "functions", "tool_defs", "tool_definitions", "tool_schemas", "available_tools",
+    "available_functions", "function_definitions",
+)  # fmt: skip
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 LABELS = ("label", "labels", "kto_tag", "desirable", "is_desirable")
 LABEL_WORDS = {"true", "false", "0", "1", "desirable", "undesirable", "chosen", "rejected", "good", "bad"}
 # all names that a column map may give
 NAMES = (
     *MESSAGES,
-    *(
-        "text",
-        "prompt",
-        "completion",
-        "instruction",
-        "input",
-        "output",
-        "history",
-        "answers",
-        "chat_template_kwargs",
-    ),
-    *(name for pair in PAIRS for name in pair),
-    *(*SYSTEM, *CONTEXT, *CHOICES, *THOUGHTS, *TOOLS),
+    *("text", "prompt", "completion", "instruction", "input", "output", "history", "answers", "chat_template_kwargs"),
+    *(name for pair in PAIRS for name in pair), *(*SYSTEM, *CONTEXT, *CHOICES, *THOUGHTS, *TOOLS),
     *("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "loss_mask"),
-)
+)  # fmt: skip
 SEPARATORS = (";", "\t", "|")
 # cells that mean "nothing" where a program wrote its own empty value as text
 NULL_WORDS = {"none", "nan", "null", "<na>", "n/a", "<noinput>"}

@@ -22,16 +22,9 @@ SPLITS = {
 }
 # what stands beside data and is none
 CARDS = (
-    "readme",
-    "license",
-    "licence",
-    "changelog",
-    "citation",
-    "contributing",
-    "notice",
-    "dataset_card",
+    "readme", "license", "licence", "changelog", "citation", "contributing", "notice", "dataset_card",
     "dataset card",
-)
+)  # fmt: skip
 METADATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SHOWN_FILES = 8
 

@@ -21,13 +21,10 @@ from oribi.data.report import DataReport
 from oribi.text import printable, write_whole
 
 STYLES = {
-    ("trained", False): "black on green",
-    ("trained", True): "bold white on dark_green",
-    ("context", False): "",
-    ("context", True): "cyan",
-    ("cut", False): "red strike",
+    ("trained", False): "black on green", ("trained", True): "bold white on dark_green",
+    ("context", False): "", ("context", True): "cyan", ("cut", False): "red strike",
     ("cut", True): "red strike",
-}
+}  # fmt: skip
 _COLOURS = {
     "trained": "background:#b7f0b1",
     "context": "color:#555",

@@ -15,20 +15,10 @@ Marks = list[tuple[int, int, bool | None]]  # spans of a content, and whether ea
 Turn = tuple[dict[str, Any], Trained]
 
 ROLE_ALIASES = {
-    "human": "user",
-    "input": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "model": "assistant",
-    "output": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "tool_result": "tool",
-}
+    "human": "user", "input": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "ai": "assistant", "model": "assistant", "output": "assistant", "observation": "tool",
+    "function_response": "tool", "tool_response": "tool", "tool_result": "tool",
+}  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # the content is the call, as JSON text
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
@@ -38,16 +28,9 @@ TEXT_PARTS = (None, "text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning", "thought")
 # marks of a message or of a part -> whether true means that it is trained
 MARKS = {
-    "train": True,
-    "training": True,
-    "trainable": True,
-    "loss": True,
-    "weight": True,
-    "loss_mask": True,
-    "loss_scale": True,
-    "mask": False,
-    "masked": False,
-}
+    "train": True, "training": True, "trainable": True, "loss": True, "weight": True, "loss_mask": True,
+    "loss_scale": True, "mask": False, "masked": False,
+}  # fmt: skip
 USUAL_KEYS = {*KNOWN_KEYS, *ROLE_KEYS, *CONTENT_KEYS, *MARKS, *THOUGHTS}
 MESSAGE_PAIRS = (
     *PAIRS, ("instruction", "output"), ("instruction", "response"), ("prompt", "completion")

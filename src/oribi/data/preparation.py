@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-from tqdm.auto import tqdm
-
 from oribi.chat.conversation import Conversation
-from oribi.chat.ends import end_id
 from oribi.chat.masking import TRAIN_ON, Marked, Masker, takes_all
 from oribi.chat.named_templates import template_source
 from oribi.chat.rendering import ChatTemplate
 from oribi.data.conversations import RowFormat, recognise
 from oribi.data.converters import Document, Example, Tokens
 from oribi.data.encoding import UNTRAINED, Encoded, Encoder, without_lone_surrogates
-from oribi.data.formatting import apply_formatting_func
 from oribi.data.nulls import without_nested_nulls
 from oribi.data.report import DataReport, Tally, named, some_of
-from oribi.data.rows import examples_of, readable_rows, safely, tokenised
+from oribi.data.rows import examples_of, formatted, readable_rows, safely, tokenised
 from oribi.data.sources import Part, interleave
 from oribi.errors import ConfigError, DataError
-from oribi.text import printable, whole_file
+from oribi.text import printable
 
-OVERLONG = ("error", "drop", "truncate", "split")
-TURNS = ("whole", "split")
-MALFORMED = ("error", "drop")
+CHOICES = {
+    "train_on": TRAIN_ON, "overlong": ("error", "drop", "truncate", "split"), "turns": ("whole", "split"),
+    "malformed": ("error", "drop"),
+}  # fmt: skip
 BATCH_ROWS = 512
 PAIR_TEMPLATE = "alpaca"  # for base models, which have no chat template
 PLAIN_PAIRS = (
     "prompt and completion are trained as plain text, joined without the chat template that `oribi chat` uses; for chat, name the "
     "columns question and answer"
 )
-CACHE_FORMAT = 4  # raise it when the same input gives other tokens or columns
-_IDS = datasets.List(datasets.Value("int32"))
-FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS, "origin": datasets.Value("string")})
 
 
 @dataclass(frozen=True)
@@ -66,19 +55,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} = {value!r} must be one of {', '.join(allowed)}"
-            for name, value, allowed in (
-                ("train_on", self.train_on, TRAIN_ON),
-                ("overlong", self.overlong, OVERLONG),
-                ("turns", self.turns, TURNS),
-                ("malformed", self.malformed, MALFORMED),
-            )
-            if value not in allowed
+            f"{name} = {getattr(self, name)!r} must be one of {', '.join(allowed)}"
+            for name, allowed in CHOICES.items()
+            if getattr(self, name) not in allowed
         ]
         if not isinstance(self.max_seq_length, int) or self.max_seq_length < 2:
             problems.append(f"max_seq_length = {self.max_seq_length!r} must be an integer of at least 2")
         if problems:
             raise ConfigError("data: " + "; ".join(problems))
+
+    @property
+    def shown_overlong(self) -> str:
+        """The policy for long examples, as reports name it."""
+        return self.overlong + (", text files split" if self.split_texts and self.overlong != "split" else "")
 
     def overlong_of(self, encoded: Encoded) -> str:
         """What happens to an example above max_seq_length."""
@@ -110,12 +99,7 @@ class Preparation:
         return DataReport(
             source=" + ".join(part.name for part in self.parts),
             max_seq_length=self.settings.max_seq_length,
-            overlong=self.settings.overlong
-            + (
-                ", text files split"
-                if self.settings.split_texts and self.settings.overlong != "split"
-                else ""
-            ),
+            overlong=self.settings.shown_overlong,
         )
 
     @property
@@ -135,38 +119,6 @@ class Preparation:
                     f'For the same at inference: get_chat_template(tokenizer, "{PAIR_TEMPLATE}")'
                 )
         return self._masker
-
-    def cache_key(self) -> str | None:
-        """Hash of content, template, tokenizer and settings; None if a part's content is not known beforehand."""
-        if any(part.fingerprint is None for part in self.parts):
-            return None
-        tokenizer = self.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary = (
-            backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-        )
-        described = [
-            CACHE_FORMAT,
-            [[p.name, p.fingerprint, p.weight, p.columns, p.text_field] for p in self.parts],
-            hashlib.blake2b(vocabulary.encode()).hexdigest(),
-            tokenizer.chat_template,
-            tokenizer.special_tokens_map,
-            asdict(self.settings),
-            datasets.fingerprint.Hasher.hash(self.formatting_func) if self.formatting_func else None,
-        ]
-        text = json.dumps(described, sort_keys=True, default=repr)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-    def write(self, path: Path, progress: bool) -> None:
-        """Write all examples as an Arrow file, under a temporary name until it is complete."""
-        bar = tqdm(desc=f"Preparing {printable(self.report.source)}", unit=" rows", disable=not progress)
-        arrow_writer = datasets.arrow_writer.ArrowWriter
-        with whole_file(path) as file, bar, arrow_writer(features=FEATURES, path=str(file)) as writer:
-            for encoded in self.batches():
-                writer.write_table(_table(encoded))
-                bar.update(self.report.rows_in - bar.n)
-            self.finish()
-            writer.finalize()
 
     def rows(self) -> Iterator[dict[str, list[int]]]:
         """All examples one by one, for streams; each pass counts anew."""
@@ -238,7 +190,7 @@ class Preparation:
         if self.formatting_func is not None:
             # functions written for rows as they were know no keys that a columnar format filled in
             bare = ((o, r if isinstance(r, DataError) else without_nested_nulls(r)) for o, r in rows)
-            rows = apply_formatting_func(bare, self.formatting_func)
+            rows = formatted(bare, self.formatting_func)
         return examples_of(rows, recognised)
 
     def _announce(self, part: Part, format_name: str, row: Mapping[str, Any]) -> None:
@@ -288,8 +240,7 @@ class Preparation:
 
     def _remark(self, example: Example, origin: str) -> None:
         """Count what is to be said about a row that can be used."""
-        for note, count in Counter(example.notes).items():
-            self.tally.note(note, origin, count)
+        self.tally.note_all(example.notes, origin)
         unread: list[str] = []
         if isinstance(example, Conversation):
             template = self.masker.template
@@ -301,26 +252,22 @@ class Preparation:
         self.tally.unused(example.unused, unread)
 
     def _mark(self, example: Conversation | Document, origin: str) -> Marked:
-        marked = self._marked(example, origin)
-        marked.text, replaced = without_lone_surrogates(marked.text)  # as long as before, so spans hold
-        self.tally.note("half of a character (a lone surrogate) is replaced by U+FFFD", origin, replaced)
-        return marked
-
-    def _marked(self, example: Conversation | Document, origin: str) -> Marked:
+        """The text of an example with its trained spans; what is to be said about it is counted."""
         if isinstance(example, Document):
             only = self.settings.completion_only if example.trained_from else None
             start = 0 if takes_all(self.settings.train_on, only) else example.trained_from
-            return Marked(example.text, [(start, len(example.text))], not example.ends, example.begins)
-        marked = self.masker.mark(example)
-        for what in marked.left_out:
-            self.tally.note(f"the chat template leaves out the {what}", origin)
-        for note, count in Counter(marked.notes).items():
-            self.tally.note(note, origin, count)
-        for end in self.masker.template.ends:
-            if any(end in (message.get("content") or "") for message in example.messages):
-                self.tally.note(
-                    f"a message itself holds the text {end!r}, which is read as the end of a turn", origin
-                )
+            marked = Marked(example.text, [(start, len(example.text))], not example.ends, example.begins)
+        else:
+            marked = self.masker.mark(example)
+            marked.notes += [f"the chat template leaves out the {what}" for what in marked.left_out]
+            marked.notes += [
+                f"a message itself holds the text {end!r}, which is read as the end of a turn"
+                for end in self.masker.template.ends
+                if any(end in (message.get("content") or "") for message in example.messages)
+            ]
+        marked.text, replaced = without_lone_surrogates(marked.text)  # as long as before, so spans hold
+        self.tally.note("half of a character (a lone surrogate) is replaced by U+FFFD", origin, replaced)
+        self.tally.note_all(marked.notes, origin)
         return marked
 
     def _complain(self, bad: list[tuple[str, DataError]]) -> None:
@@ -406,47 +353,10 @@ class Preparation:
         self.tally.finish()
         if self._masker is not None:
             report.mask_sources = dict(self._masker.ways)
-            self._check_ends(self._masker.template)
+            self.tally.name_ends(self.tokenizer, self._masker.template.ends)
         if report.examples == 0:
             raise DataError(
                 f"{report.source}: no token of {report.rows_in:,} rows would be trained: "
                 f"{', '.join((report.untrained_rows or report.dropped_rows)[:5])}. Check max_seq_length "
                 f"({settings.max_seq_length:,}), the rows' roles, and train_on ({settings.train_on})."
             )
-
-    def _check_ends(self, template: ChatTemplate) -> None:
-        """Say which token ends a turn, how often it was trained, and whether generation would stop at it."""
-        report, tokenizer = self.report, self.tokenizer
-        ends = template.ends
-        if not ends:
-            report.notes.append(
-                "the chat template writes nothing at the end of a turn; EOS is added after the last one"
-            )
-            ends = [tokenizer.eos_token] if tokenizer.eos_token else []
-        for end in ends:
-            token = end_id(tokenizer, end)
-            if token is None:
-                report.notes.append(
-                    f"turns end with {end!r}, which holds no token of its own: generation cannot stop at it. Add it to the "
-                    "tokenizer (add_new_tokens) or choose another template."
-                )
-                continue
-            report.end_token_ids.append(token)
-            report.end_tokens[tokenizer.convert_ids_to_tokens(token)] = self.tally.trained_ids[token]
-        if report.end_tokens and not any(report.end_tokens.values()):
-            report.notes.append(
-                f"no end of a turn ({', '.join(map(repr, report.end_tokens))}) is trained: the model would not learn to stop. "
-                "Raise max_seq_length."
-            )
-        if report.end_token_ids and tokenizer.eos_token_id not in report.end_token_ids:
-            report.notes.append(
-                f"turns end with {list(report.end_tokens)}, but the tokenizer's EOS is {tokenizer.eos_token!r}: put "
-                f"{report.end_token_ids} into model.generation_config.eos_token_id."
-            )
-
-
-def _table(encoded: Iterable[Encoded]) -> pa.Table:
-    kind = pa.list_(pa.int32())
-    columns = {"input_ids": [e.ids for e in encoded], "labels": [e.labels for e in encoded]}
-    arrays = {name: pa.array(values, type=kind) for name, values in columns.items()}
-    return pa.table({**arrays, "origin": pa.array([e.origin for e in encoded], type=pa.string())})

@@ -1,18 +1,40 @@
-"""prepare_dataset: from a source to token ids and labels on disk. Everything it decides is in the report that it returns."""
+"""prepare_dataset: from a source to token ids and labels on disk. Everything it decides is in the report that it returns.
+
+Prepared data is written once, by one process at a time, and read by all; a damaged file is written anew.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+from tqdm.auto import tqdm
 
-from oribi.data.cache import prepared
-from oribi.data.preparation import FEATURES, Preparation, Settings
+from oribi.data.preparation import Preparation, Settings
 from oribi.data.report import DataReport
 from oribi.data.sources import open_source
+from oribi.errors import DataError
+from oribi.text import printable, whole_file
+
+try:
+    import fcntl
+except ImportError:  # a system without file locks: processes may prepare the same data side by side
+    fcntl = None
+
+CACHE_FORMAT = 4  # raise it when the same input gives other tokens or columns
+_IDS = datasets.List(datasets.Value("int32"))
+FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS, "origin": datasets.Value("string")})
+
+_unwritable: set[Path] = set()  # cache folders about which a message was shown
 
 
 @dataclass
@@ -90,30 +112,17 @@ def prepare_dataset(
         ConfigError: a setting is out of range.
     """
     preparation = make_preparation(
-        source,
-        tokenizer,
-        max_seq_length=max_seq_length,
-        split=split,
-        train_on=train_on,
-        completion_only=completion_only,
-        overlong=overlong,
-        turns=turns,
-        malformed=malformed,
-        append_eos=append_eos,
-        text_field=text_field,
-        columns=columns,
-        role_aliases=role_aliases,
-        formatting_func=formatting_func,
-        chat_template_kwargs=chat_template_kwargs,
-        max_rows=max_rows,
-        streaming=bool(streaming),
-        announce=announce,
-    )
+        source, tokenizer, max_seq_length=max_seq_length, split=split, train_on=train_on,
+        completion_only=completion_only, overlong=overlong, turns=turns, malformed=malformed,
+        append_eos=append_eos, text_field=text_field, columns=columns, role_aliases=role_aliases,
+        formatting_func=formatting_func, chat_template_kwargs=chat_template_kwargs, max_rows=max_rows,
+        streaming=bool(streaming), announce=announce,
+    )  # fmt: skip
     if streaming or (streaming is None and any(part.streaming for part in preparation.parts)):
         stream = datasets.IterableDataset.from_generator(preparation.rows, features=FEATURES)
         return PreparedData(stream, preparation.report)
-    key = preparation.cache_key() if use_cache else None
-    return PreparedData(*prepared(preparation, key, cache_dir, progress))
+    key = _cache_key(preparation) if use_cache else None
+    return _prepared(preparation, key, cache_dir, progress)
 
 
 def make_preparation(
@@ -135,3 +144,122 @@ def make_preparation(
         overlong = "split" if all(part.is_text for part in parts) else "truncate"
     fixed = Settings(**{**settings, "overlong": overlong, "split_texts": split_texts})
     return Preparation(parts, tokenizer, fixed, formatting_func, announce or (lambda line: None))
+
+
+def _cache_key(preparation: Preparation) -> str | None:
+    """Hash of content, template, tokenizer and settings; None if a part's content is not known beforehand."""
+    if any(part.fingerprint is None for part in preparation.parts):
+        return None
+    tokenizer = preparation.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = (
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    described = [
+        CACHE_FORMAT,
+        [[p.name, p.fingerprint, p.weight, p.columns, p.text_field] for p in preparation.parts],
+        hashlib.blake2b(vocabulary.encode()).hexdigest(),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        asdict(preparation.settings),
+        datasets.fingerprint.Hasher.hash(preparation.formatting_func)
+        if preparation.formatting_func
+        else None,
+    ]
+    text = json.dumps(described, sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _prepared(
+    preparation: Preparation, key: str | None, cache_dir: str | os.PathLike[str] | None, progress: bool
+) -> PreparedData:
+    """What the cache holds under a key, or else what the preparation makes; without a key nothing is kept."""
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "oribi"
+    if key is None or not ((found := _read(preparation, folder, key)) or _writable(preparation, folder)):
+        # emptied when the program ends
+        temporary = Path(datasets.fingerprint.get_temporary_cache_files_directory())
+        return _write(preparation, temporary, f"prepared-{time.time_ns()}", progress)
+    if found:
+        return found
+    with _locked(folder / f".{key}.lock"):  # the process that waited finds what the other wrote
+        return _read(preparation, folder, key) or _write(preparation, folder, key, progress)
+
+
+def _read(preparation: Preparation, folder: Path, key: str) -> PreparedData | None:
+    """What lies in the cache; None if nothing does, or it is damaged."""
+    examples, figures = folder / f"{key}.arrow", folder / f"{key}.json"
+    if not (examples.exists() and figures.exists()):
+        return None
+    try:
+        report = DataReport.from_dict(json.loads(figures.read_text(encoding="utf-8")))
+        dataset = datasets.Dataset.from_file(str(examples))
+        if len(dataset) != report.examples:
+            raise ValueError(f"{len(dataset):,} of {report.examples:,} examples")
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, pa.ArrowException) as error:
+        preparation.announce(f"{examples}: prepared data is damaged ({error}), so it is prepared anew")
+        return None
+    report.from_cache = True
+    preparation.announce(report.first_row)
+    return PreparedData(dataset, report)
+
+
+def _write(preparation: Preparation, folder: Path, name: str, progress: bool) -> PreparedData:
+    try:
+        _write_arrow(preparation, folder / f"{name}.arrow", progress)
+        preparation.report.save(folder / f"{name}.json")
+        return PreparedData(datasets.Dataset.from_file(str(folder / f"{name}.arrow")), preparation.report)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: prepared data cannot be written ({error.strerror or error}). Free space there, or set cache_dir or HF_HOME "
+            "to another folder."
+        ) from error
+
+
+def _write_arrow(preparation: Preparation, path: Path, progress: bool) -> None:
+    """Write all examples as an Arrow file, under a temporary name until it is complete."""
+    report, kind = preparation.report, pa.list_(pa.int32())
+    bar = tqdm(desc=f"Preparing {printable(report.source)}", unit=" rows", disable=not progress)
+    arrow_writer = datasets.arrow_writer.ArrowWriter
+    with whole_file(path) as file, bar, arrow_writer(features=FEATURES, path=str(file)) as writer:
+        for encoded in preparation.batches():
+            columns = {
+                "input_ids": pa.array([example.ids for example in encoded], type=kind),
+                "labels": pa.array([example.labels for example in encoded], type=kind),
+                "origin": pa.array([example.origin for example in encoded], type=pa.string()),
+            }
+            writer.write_table(pa.table(columns))
+            bar.update(report.rows_in - bar.n)
+        preparation.finish()
+        writer.finalize()
+
+
+def _writable(preparation: Preparation, folder: Path) -> bool:
+    """Whether files can be made in a folder; where not, that is said once."""
+    probe = folder / f".{os.getpid()}-{time.time_ns()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        if folder not in _unwritable:
+            preparation.announce(
+                f"{folder}: prepared data is not kept, for the folder cannot be written ({error.strerror}); a temporary folder is "
+                "used. Set HF_HOME to a folder that can be written to keep it."
+            )
+        _unwritable.add(folder)
+        return False
+    return True
+
+
+@contextmanager
+def _locked(lock: Path) -> Iterator[None]:
+    """One process at a time is inside; the lock goes with its process, however that ends."""
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    try:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks; files are written under names of their own
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # who waits for it has it open, and looks into the cache first
+        os.close(descriptor)

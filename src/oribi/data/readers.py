@@ -292,15 +292,9 @@ def read_text(path: Path, name: str) -> Rows:
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".parquet": read_parquet,
-    ".txt": read_text,
-    ".md": read_text,
-}
+    ".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json, ".csv": read_csv,
+    ".tsv": read_csv, ".parquet": read_parquet, ".txt": read_text, ".md": read_text,
+}  # fmt: skip
 
 
 @contextmanager

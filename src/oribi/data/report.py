@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from oribi.chat.ends import end_id
 from oribi.data.encoding import UNTRAINED, without_lone_surrogates
 from oribi.text import write_whole
 
@@ -121,6 +123,11 @@ class Tally:
             self.noted[what] += count
             self.noted_first.setdefault(what, origin)
 
+    def note_all(self, notes: Iterable[str], origin: str) -> None:
+        """Count each of several notes about a row."""
+        for what, count in Counter(notes).items():
+            self.note(what, origin, count)
+
     def unused(self, columns: Iterable[str], message_keys: Iterable[str]) -> None:
         """Name columns and keys of messages that nothing was read from, each once."""
         for names, known in (
@@ -145,6 +152,40 @@ class Tally:
         for what, count in self.noted.items():
             report.notes.append(f"{what}: {count:,} times, first in {self.noted_first[what]}")
         return report
+
+    def name_ends(self, tokenizer: Any, ends: list[str]) -> None:
+        """Say which token ends a turn, how often it was trained, and whether generation would stop at it.
+
+        Args:
+            tokenizer: gives the tokens.
+            ends: the texts with which the chat template closes a turn.
+        """
+        report = self.report
+        if not ends:
+            report.notes.append(
+                "the chat template writes nothing at the end of a turn; EOS is added after the last one"
+            )
+            ends = [tokenizer.eos_token] if tokenizer.eos_token else []
+        for end in ends:
+            token = end_id(tokenizer, end)
+            if token is None:
+                report.notes.append(
+                    f"turns end with {end!r}, which holds no token of its own: generation cannot stop at it. Add it to the "
+                    "tokenizer (add_new_tokens) or choose another template."
+                )
+                continue
+            report.end_token_ids.append(token)
+            report.end_tokens[tokenizer.convert_ids_to_tokens(token)] = self.trained_ids[token]
+        if report.end_tokens and not any(report.end_tokens.values()):
+            report.notes.append(
+                f"no end of a turn ({', '.join(map(repr, report.end_tokens))}) is trained: the model would not learn to stop. "
+                "Raise max_seq_length."
+            )
+        if report.end_token_ids and tokenizer.eos_token_id not in report.end_token_ids:
+            report.notes.append(
+                f"turns end with {list(report.end_tokens)}, but the tokenizer's EOS is {tokenizer.eos_token!r}: put "
+                f"{report.end_token_ids} into model.generation_config.eos_token_id."
+            )
 
 
 def percentiles(lengths: Counter[int]) -> dict[str, int]:

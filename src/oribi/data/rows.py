@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from oribi.chat.masking import Marked
+from oribi.data.columns import short
 from oribi.data.conversations import RowFormat
 from oribi.data.converters import Example
 from oribi.data.encoding import Encoded, Encoder, without_lone_surrogates
 from oribi.data.sources import Part
 from oribi.errors import DataError, OribiError
 
+FORMATTED_ROWS = 256  # given to a formatting_func at a time
 UNRECOGNISED_ROWS = 1000  # so many rows may be null or broken before the first that shows the format
 
 Row = Mapping[str, Any]
@@ -119,3 +122,87 @@ def readable_rows(part: Part) -> Iterator[tuple[str, Any]]:
             ) from error
         last = f"the row after {origin}"
         yield without_lone_surrogates(origin)[0], row
+
+
+def formatted(
+    rows: Iterator[tuple[str, Row | DataError]], function: Callable[[Any], Any]
+) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """Rows as a formatting_func of TRL and Unsloth writes them: {"text": ...} or {"messages": ...}, or what went wrong with a row.
+
+    A function that answers two copies of a row, given as columns, with two texts takes batches; any other takes rows.
+
+    Raises:
+        DataError: the function gives another number of texts than it got rows.
+    """
+    batched: bool | None = None
+    while batch := list(islice(rows, FORMATTED_ROWS)):
+        good = [(origin, row) for origin, row in batch if not isinstance(row, DataError)]
+        if good and batched is None:
+            batched = _takes_batches(function, good[0][1])
+        results = iter(_in_batch(function, good) if batched else [_alone(function, row) for _, row in good])
+        for origin, row in batch:
+            result = row if isinstance(row, DataError) else next(results)
+            if not isinstance(result, DataError):
+                result = {"text" if isinstance(result, str) else "messages": result}
+            yield origin, result
+
+
+def _alone(function: Callable[[Any], Any], row: Row) -> str | list[Any] | DataError:
+    """A text or messages for a row, or what went wrong with it."""
+    try:
+        result = safely("formatting_func", function, dict(row))
+    except DataError as error:
+        return error
+    if isinstance(result, Mapping) and "text" in result:
+        result = result["text"]
+    if isinstance(result, list) and len(result) == 1 and isinstance(result[0], str):
+        result = result[0]
+    if isinstance(result, str) or (isinstance(result, list) and result and isinstance(result[0], Mapping)):
+        return result
+    return _no_text(result)
+
+
+def _in_batch(function: Callable[[Any], Any], batch: list[tuple[str, Row]]) -> list[str | DataError]:
+    """A text for each row of a batch; where the function fails, each row is tried alone, to find the one.
+
+    Raises:
+        DataError: it gives another number of texts.
+    """
+    if not batch:
+        return []
+    try:
+        results = _texts(safely("formatting_func", function, _columns([row for _, row in batch])))
+    except DataError as error:
+        return [error] if len(batch) == 1 else [_in_batch(function, [one])[0] for one in batch]
+    if results is None or len(results) != len(batch):
+        raise DataError(
+            f"{batch[0][0]}: formatting_func gave {'no list' if results is None else f'{len(results)} texts'} for a batch "
+            f"of {len(batch)} rows; it must give one text for each row."
+        )
+    return [result if isinstance(result, str) else _no_text(result) for result in results]
+
+
+def _takes_batches(function: Callable[[Any], Any], row: Row) -> bool:
+    try:
+        results = _texts(function(_columns([row, row])))
+    except Exception:  # a function of single rows may fail in any way when given columns; then it takes rows
+        return False
+    return results is not None and len(results) == 2 and all(isinstance(r, str) for r in results)
+
+
+def _columns(rows: list[Row]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _texts(result: Any) -> list[Any] | None:
+    """The list of texts of a result: itself, or the column "text" of a mapping."""
+    if isinstance(result, Mapping) and isinstance(result.get("text"), list):
+        result = result["text"]
+    return result if isinstance(result, list) else None
+
+
+def _no_text(result: Any) -> DataError:
+    return DataError(
+        f"formatting_func gave {short(result)}; it must give a text, a list of messages, or, for a batch, a list of texts."
+    )

@@ -21,26 +21,10 @@ HUB_NAME = re.compile(r"[\w][\w.\-]*(/[\w.\-]+)?")
 SPEC_KEYS = {"path", "source", "name", "split", "weight", "columns", "text_field", "streaming", "revision"}
 READ_ROWS = 1000
 # `datasets` takes these for readers, which would read every file under the working folder
-READER_NAMES = frozenset(
-    [
-        "arrow",
-        "audiofolder",
-        "csv",
-        "hdf5",
-        "imagefolder",
-        "json",
-        "lance",
-        "niftifolder",
-        "pandas",
-        "parquet",
-        "pdffolder",
-        "sql",
-        "text",
-        "videofolder",
-        "webdataset",
-        "xml",
-    ]
-)
+READER_NAMES = frozenset((
+    "arrow", "audiofolder", "csv", "hdf5", "imagefolder", "json", "lance", "niftifolder", "pandas", "parquet",
+    "pdffolder", "sql", "text", "videofolder", "webdataset", "xml",
+))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
