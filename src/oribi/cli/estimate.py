@@ -135,8 +135,8 @@ def _data_size(settings: Any) -> tuple[int | None, int | None]:
     """Tokens and examples of the training data, where all of it lies on this machine."""
     if not all(Path(source).exists() for source in settings.dataset):
         return None, None
+    from oribi.preflight import tokenizer_of
     from oribi.run import read_data
-    from oribi.train.preflight import tokenizer_of
 
     report = read_data(settings, tokenizer_of(settings))[0].report
     share = 1 - settings.eval_fraction

@@ -45,7 +45,7 @@ def data(
         from oribi.data import inspect_data
         from oribi.errors import ConfigError
         from oribi.models.open import open_model
-        from oribi.train.preflight import tokenizer_of
+        from oribi.preflight import tokenizer_of
 
         settings: dict[str, Any] = {"max_seq_length": max_seq_length, "split": split}
         sources, config = [source], None
