@@ -120,37 +120,36 @@ def test_float_types_round_to_nearest(type):
     assert torch.equal(back.view(values.shape).float(), values.to(dtype).float())
 
 
+@pytest.fixture(scope="module")
+def sixteen_layers(tmp_path_factory):
+    """A model whose layers get different types, and its float32 file."""
+    config = export_config(
+        "llama", hidden_size=256, intermediate_size=288, num_hidden_layers=16, num_attention_heads=4,
+        num_key_value_heads=1, attention_bias=False, mlp_bias=False,
+    )  # fmt: skip
+    model, folder = tiny_model(config), tmp_path_factory.mktemp("f32")
+    return model, save_gguf(model, folder, byte_level_tokenizer(), "f32", verify=False)["gguf_files"][0]
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_tensor_gets_the_type_llama_cpp_gives_it(method, tmp_path):
+def test_every_tensor_gets_the_type_llama_cpp_gives_it(method, sixteen_layers, tmp_path):
     llama_cpp = pytest.importorskip(
         "llama_cpp", reason="llama-cpp-python has llama.cpp's llama_model_quantize"
     )
-    config = export_config(
-        "llama",
-        hidden_size=256,
-        intermediate_size=288,
-        num_hidden_layers=16,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        attention_bias=False,
-        mlp_bias=False,
-    )
-    model = tiny_model(config)
-    result = save_gguf(model, tmp_path / "f32", byte_level_tokenizer(), "f32", verify=False)
+    model, unquantised = sixteen_layers
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = mix_of(method).file_type
     params.nthread = 1
     theirs = tmp_path / "theirs.gguf"
-    done = llama_cpp.llama_model_quantize(
-        result["gguf_files"][0].encode(), str(theirs).encode(), ctypes.byref(params)
+    assert not llama_cpp.llama_model_quantize(
+        unquantised.encode(), str(theirs).encode(), ctypes.byref(params)
     )
-    assert done == 0
     ours = save_gguf(model, tmp_path / "ours", byte_level_tokenizer(), method, verify=False)["gguf_files"][0]
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs).tensors}
     expected = {name: tensor.tensor_type.name for name, tensor in written.items()}
     assert {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(ours).tensors} == expected
     # its files hold what its quantiser gives, with which other tests compare
-    for tensor in gguf.GGUFReader(result["gguf_files"][0]).tensors:
+    for tensor in gguf.GGUFReader(unquantised).tensors:
         if written[tensor.name].tensor_type in QUANTISED:
             packed = quantize_in_llama_cpp(
                 torch.from_numpy(np.array(tensor.data)), written[tensor.name].tensor_type

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from oribi.errors import ConfigError, TrainingError
 from oribi.selftest.subject import Subject, write_small_model
-from oribi.train.checkpoints import failed_write, publish
+from oribi.train.checkpoints import failed_write, publish, require_writable
 from oribi.train.trainer import SFTTrainer
 from tests.trust.kills import read
 from tests.trust.runs import losses_of, trainer_in, weights_of
@@ -274,20 +274,21 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(subject, tmp
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become another user"
 )
 def test_a_folder_of_another_user_is_refused_before_training(tmp_path):
-    script = (
-        "import os, sys; from oribi.train.checkpoints import require_writable; os.setuid(65534)\n"
-        "require_writable(sys.argv[1])"
-    )
     tmp_path.chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    assert "cannot be written to (Permission denied)" in done.stderr
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(65534)
+            require_writable(tmp_path)
+        except ConfigError as error:
+            os.write(tell, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(tell)
+    with os.fdopen(told) as message:
+        assert "cannot be written to (Permission denied)" in message.read()
 
 
 @pytest.fixture
