@@ -19,6 +19,8 @@ from oribi.kernels import (
     fp8,
     gated_mlp,
     lora,
+    lora_expand,
+    lora_pack,
     nf4,
     rms_norm,
     rope,
@@ -31,7 +33,18 @@ pytestmark = [
     pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing"),
 ]
 
-MODULES = (rms_norm, rope, gated_mlp, nf4, cross_entropy, adamw_step, lora, flash_attention, fp8)
+MODULES = (
+    rms_norm,
+    rope,
+    gated_mlp,
+    nf4,
+    cross_entropy,
+    adamw_step,
+    lora_expand,
+    lora_pack,
+    flash_attention,
+    fp8,
+)
 # bytes of shared memory that a program may have; of 8.x, the cards with least
 SHARED = {80: 101376, 90: 232448}
 TYPES = {
@@ -203,12 +216,12 @@ def test_lora_packing_and_expansion_compile(launches, capability, dtype, ranks):
         for rank in ranks
     ]
     group = lora.augmented_weight(projections, dtype, torch.device("cpu"))
-    low, residual = torch.randn(5, group.spare).to(dtype), torch.randn(5, group.out_features).to(dtype)
-    lora.expand(low, group.scaled_b, None)
-    lora.expand(low, group.scaled_b, residual)
-    room = torch.empty(5, group.out_features + group.spare, dtype=dtype)[:, : group.out_features]
-    lora.expand(low, group.scaled_b, residual, residual, out=room)
-    lora.expand(low, group.a.t(), torch.empty(5, 256, dtype=dtype))
+    xa, residual = torch.randn(5, group.lora_columns).to(dtype), torch.randn(5, group.out_features).to(dtype)
+    lora_expand.expand(xa, group.scaled_b, None)
+    lora_expand.expand(xa, group.scaled_b, residual)
+    room = torch.empty(5, group.out_features + group.lora_columns, dtype=dtype)[:, : group.out_features]
+    lora_expand.expand(xa, group.scaled_b, residual, residual, out=room)
+    lora_expand.expand(xa, group.a.t(), torch.empty(5, 256, dtype=dtype))
     assert [launch.kernel.__name__ for launch in launches] == [
         "_pack_kernel",
         *["_expand_kernel"] * 4,

@@ -132,31 +132,31 @@ def test_a_group_computes_the_formula_of_rounded_operands_and_its_gradient(dtype
     group = fp8.fp8_weight(projections, rounded, dtype, device)
     exact = augmented_weight(projections, dtype, device)
     weight = rounded.plain.double() * fp8.group_scale([p.weight for p in projections]).double()
-    room = group.input_room(tokens)
-    room[:, :k] = normal(tokens, k)
-    y = group.forward(room)[:, :n]
-    codes, scales = fp8.quantize_rows(room[:, :k])
-    truth = (codes.double() * scales) @ weight.t() + room[:, k:].double() @ group.scaled_b.double().t()
+    x_buffer = group.input_buffer(tokens)
+    x_buffer[:, :k] = normal(tokens, k)
+    y = group.forward(x_buffer)[:, :n]
+    codes, scales = fp8.quantize_rows(x_buffer[:, :k])
+    truth = (codes.double() * scales) @ weight.t() + x_buffer[:, k:].double() @ group.scaled_b.double().t()
     tolerance = 1e-6 if dtype is torch.float32 else 6e-3
     assert relative_error(y, truth) < tolerance
     residual = normal(tokens, n).to(dtype)
-    onto, low = group.forward_onto(room[:, :k], residual)
+    onto, xa = group.forward_onto(x_buffer[:, :k], residual)
     assert relative_error(onto, truth + residual.double()) < tolerance
-    assert (low is None) == (not group.spare)
-    alone, _ = group.forward_onto(room[:, :k], None)
+    assert (xa is None) == (not group.lora_columns)
+    alone, _ = group.forward_onto(x_buffer[:, :k], None)
     assert relative_error(alone, truth) < tolerance
-    dy_room = group.output_room(tokens)
-    dy_room[:, :n] = normal(tokens, n)
-    group.backward_low(dy_room)
-    dx = group.backward_input(dy_room)
-    codes, scales = fp8.quantize_rows(dy_room[:, :n])
-    truth = (codes.double() * scales) @ weight + dy_room[:, n:].double() @ group.a.double()
+    dy_buffer = group.output_buffer(tokens)
+    dy_buffer[:, :n] = normal(tokens, n)
+    group.compute_dyb(dy_buffer)
+    dx = group.backward_input(dy_buffer)
+    codes, scales = fp8.quantize_rows(dy_buffer[:, :n])
+    truth = (codes.double() * scales) @ weight + dy_buffer[:, n:].double() @ group.a.double()
     assert relative_error(dx, truth) < tolerance
     # and it is near the exact one: two operands with an error of about 2.6 % each
-    assert relative_error(dx, exact.backward_input(dy_room)) < 0.05
-    room_exact = exact.input_room(tokens)
-    room_exact[:, :k] = room[:, :k]
-    assert relative_error(y, exact.forward(room_exact)[:, :n]) < 0.05
+    assert relative_error(dx, exact.backward_input(dy_buffer)) < 0.05
+    exact_buffer = exact.input_buffer(tokens)
+    exact_buffer[:, :k] = x_buffer[:, :k]
+    assert relative_error(y, exact.forward(exact_buffer)[:, :n]) < 0.05
 
 
 @needs_kernels

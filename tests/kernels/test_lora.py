@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from oribi.kernels import dispatch, nf4
-from oribi.kernels.lora import Projection, augmented_weight, expand, lora_linear, weights_kept
+from oribi.kernels.lora import Projection, augmented_weight, lora_linear, weights_kept
+from oribi.kernels.lora_expand import expand
 from tests.kernels.truth import (
     DEVICE,
     DTYPES,
@@ -144,28 +145,28 @@ def test_the_packing_kernel_writes_what_the_reference_writes(name, dtype):
 @pytest.mark.parametrize(("tokens", "n", "p"), [(1, 1, 16), (37, 200, 64), (65, 129, 192), (130, 256, 48)])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_expansion_in_one_pass(dtype, tokens, n, p, with_residual):
-    low = torch.randn(tokens, p, device=DEVICE).to(dtype)
+    xa = torch.randn(tokens, p, device=DEVICE).to(dtype)
     b = torch.randn(n, p + 24, device=DEVICE).to(dtype)[:, :p]
     residual = torch.randn(tokens, n, device=DEVICE).to(dtype) if with_residual else None
-    truth = low.double() @ b.double().t() + (0 if residual is None else residual.double())
-    plain_error = relative_error((low @ b.t()) + (0 if residual is None else residual), truth)
-    assert relative_error(expand(low, b, residual), truth) <= max(2 * plain_error, 2e-6)
+    truth = xa.double() @ b.double().t() + (0 if residual is None else residual.double())
+    plain_error = relative_error((xa @ b.t()) + (0 if residual is None else residual), truth)
+    assert relative_error(expand(xa, b, residual), truth) <= max(2 * plain_error, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", ["new", "residual", "product", "wider"])
 def test_expansion_of_a_transpose_onto_two_sums_and_into_either_of_them(dtype, place):
     tokens, n, p = 70, 136, 16
-    low, a = (
+    xa, a = (
         torch.randn(tokens, p, device=DEVICE).to(dtype),
         torch.randn(p, n + 8, device=DEVICE).to(dtype)[:, :n],
     )
     residual, product = (torch.randn(tokens, n, device=DEVICE).to(dtype) for _ in range(2))
-    truth = low.double() @ a.double() + residual.double() + product.double()
-    plain_error = relative_error(low @ a + residual + product, truth)
+    truth = xa.double() @ a.double() + residual.double() + product.double()
+    plain_error = relative_error(xa @ a + residual + product, truth)
     wider = torch.full((tokens, n + 24), 7.0, dtype=dtype, device=DEVICE)
     out = {"new": None, "residual": residual, "product": product, "wider": wider[:, :n]}[place]
-    got = expand(low, a.t(), residual, product, out=out)
+    got = expand(xa, a.t(), residual, product, out=out)
     assert out is None or got is out
     assert relative_error(got, truth) <= max(2 * plain_error, 2e-6)
     assert (wider[:, n:] == 7).all()

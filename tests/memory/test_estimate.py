@@ -16,7 +16,8 @@ from oribi.memory.duration import duration, steps_of
 from oribi.memory.estimate import Training, largest_batch, largest_context, require_fit, usable
 from oribi.memory.gpus import GPUS, gpu_named, recognise
 from oribi.models.decoder import build
-from oribi.models.fused_layer import POLICIES, Keep
+from oribi.models.fused_layer import POLICIES
+from oribi.models.half import Keep
 from oribi.models.load import load_model
 
 GIB = 2**30

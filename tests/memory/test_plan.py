@@ -5,7 +5,7 @@ import pytest
 from oribi.memory import plan as recompute
 from oribi.memory.plan import choose, items, plan, workspace_bytes
 from oribi.models.decoder import build
-from oribi.models.fused_layer import Keep
+from oribi.models.half import Keep
 from tests.models.tiny import tiny_config
 
 TOKENS, LONGEST = 512, 256

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from oribi.families import FAMILIES
 from oribi.kernels import fp8
-from oribi.models import fused_layer, layers
+from oribi.models import half, layers, mlp
 from oribi.models.decoder import build
-from oribi.models.projections import project, read
+from oribi.models.linear_layers import project, read
+from oribi.models.mixers import attention
 from tests.models.test_fused_layer import KEEPS, adapt, batch_of, gradients
 from tests.models.test_parity import TOLERANCE, relative
 from tests.models.tiny import tiny_config, tiny_pair
@@ -62,10 +63,11 @@ def test_loss_and_gradients_are_those_of_the_formula(model, monkeypatch):
     assert decoder.use_fp8(True) == 3
     got = gradients(model, **batch)
     first = set(decoder.model.layers[0].modules())
-    monkeypatch.setattr(layers, "fusible_groups", lambda layer: None)
-    monkeypatch.setattr(
-        layers, "project", lambda modules, x: (project if modules[0] in first else explicit)(modules, x)
-    )
+    monkeypatch.setattr(layers, "fusible_halves", lambda layer: None)
+    for file in (attention, mlp):
+        monkeypatch.setattr(
+            file, "project", lambda modules, x: (project if modules[0] in first else explicit)(modules, x)
+        )
     expected = gradients(model, **batch)
     errors = {name: relative(got[name], expected[name]) for name in got}
     # 5e-6 where it was written; float32 noise on another machine may carry single values to a neighbour of e4m3
@@ -183,7 +185,7 @@ def test_an_mlp_in_portions_gives_the_gradients_of_the_whole(model, monkeypatch)
     assert (
         len(made) == 3 * 4 * 2
     )  # nothing is made again: one orientation a group in forward, the other in backward
-    monkeypatch.setattr(fused_layer, "MLP_TOKENS", 200)
+    monkeypatch.setattr(half, "MLP_TOKENS", 200)
     in_portions = gradients(model, **batch)
     assert len(made) == 2 * 3 * 4 * 2
     assert max(relative(in_portions[name], whole[name]) for name in whole) < TOLERANCE

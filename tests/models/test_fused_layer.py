@@ -6,9 +6,10 @@ from peft import LoraConfig, get_peft_model
 
 from oribi.errors import ModelError
 from oribi.families import FAMILIES
-from oribi.models import fused_layer as fused_layer_file
+from oribi.models import half as half_file
 from oribi.models import layers as layers_file
-from oribi.models.fused_layer import POLICIES, Keep
+from oribi.models.fused_layer import POLICIES
+from oribi.models.half import Keep
 from tests.models.test_parity import TOLERANCE, packed, relative
 from tests.models.tiny import tiny_config, tiny_pair
 
@@ -90,8 +91,8 @@ def test_an_mlp_in_portions_gives_the_gradients_of_the_whole(model_type, monkeyp
     model = adapt(tiny_pair(tiny_config(model_type))[0])
     batch = batch_of(rows=3, length=150)
     whole = gradients(model, **batch)
-    monkeypatch.setattr(fused_layer_file, "MLP_TOKENS", 200)
-    assert [(p.start, p.stop) for p in fused_layer_file.portions(450)] == [(0, 256), (256, 450)]
+    monkeypatch.setattr(half_file, "MLP_TOKENS", 200)
+    assert [(p.start, p.stop) for p in half_file.portions(450)] == [(0, 256), (256, 450)]
     in_portions = gradients(model, **batch)
     assert max(relative(in_portions[name], whole[name]) for name in whole) < TOLERANCE
     for keep, policy in KEEPS.items():

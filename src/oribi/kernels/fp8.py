@@ -1,8 +1,8 @@
 """Products of frozen weights in fp8, approximate: x, dy and W are rounded to e4m3; LoRA and biases stay as they are.
 
-    y = s_x s_w e4m3(x / s_x) e4m3(W / s_w)^T + S (sB)^T      dx = s_dy s_w e4m3(dy / s_dy) e4m3(W / s_w) + U A
+    y = s_x s_w e4m3(x / s_x) e4m3(W / s_w)^T + xa (sB)^T      dx = s_dy s_w e4m3(dy / s_dy) e4m3(W / s_w) + dyb A
 
-T tokens, K in features, N out features of a group of linear layers that shares its input; S, sB, U and A as in `lora`.
+T tokens, K in features, N out features of a group of linear layers that shares its input; xa, sB, dyb and A as in `lora`.
 e4m3 has three bits of mantissa, and 448 is its largest value. s_x and s_dy [T, 1] are a row's largest magnitude / 448,
 s_w the largest of the whole group's blocks / 448: as e4m3 is a floating-point format, a finer scale would not round less.
 With one scale the copy of W for dx is exactly the transpose of that for y, so dx is the gradient of the y computed.
@@ -18,7 +18,9 @@ import torch
 
 from oribi.kernels import nf4
 from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton
-from oribi.kernels.lora import GroupWeight, Projection, expand, group_shape, pack_factors, spare_columns
+from oribi.kernels.lora import GroupWeight, Projection, group_shape, lora_layout
+from oribi.kernels.lora_expand import expand
+from oribi.kernels.lora_pack import pack_factors
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -191,25 +193,25 @@ class Fp8Weight(GroupWeight):
 
     rounded: RoundedWeights
 
-    def backward_input(self, dy_room: torch.Tensor) -> torch.Tensor:
+    def backward_input(self, dy_buffer: torch.Tensor) -> torch.Tensor:
         n = self.out_features
-        dx = self.rounded.backward(dy_room[:, :n])
-        return expand(dy_room[:, n:], self.a.t(), dx, out=dx) if self.spare else dx
+        dx = self.rounded.backward(dy_buffer[:, :n])
+        return expand(dy_buffer[:, n:], self.a.t(), dx, out=dx) if self.lora_columns else dx
 
-    def _forward(self, room: torch.Tensor, y: torch.Tensor) -> None:
+    def _forward(self, x_buffer: torch.Tensor, y: torch.Tensor) -> None:
         k = self.in_features
-        base = self.rounded.forward(room[:, :k])
-        if self.spare:
-            expand(room[:, k:], self.scaled_b, base, out=y)
+        base = self.rounded.forward(x_buffer[:, :k])
+        if self.lora_columns:
+            expand(x_buffer[:, k:], self.scaled_b, base, out=y)
         else:
             y.copy_(base)
 
     def _forward_onto(
-        self, x: torch.Tensor, low: torch.Tensor | None, residual: torch.Tensor | None
+        self, x: torch.Tensor, xa: torch.Tensor | None, residual: torch.Tensor | None
     ) -> torch.Tensor:
         base = self.rounded.forward(x)
-        if low is not None:
-            return expand(low, self.scaled_b, residual, base, out=base)
+        if xa is not None:
+            return expand(xa, self.scaled_b, residual, base, out=base)
         return base if residual is None else base.add_(residual)
 
 
@@ -218,7 +220,7 @@ def fp8_weight(
 ) -> Fp8Weight:
     """A group's weights in e4m3 with its LoRA pairs and biases in dtype."""
     n, k = group_shape(projections)
-    pad, bias_column = spare_columns(projections, device)
+    pad, bias_column = lora_layout(projections, device)
     a, scaled_b = (torch.empty(shape, dtype=dtype, device=device) for shape in ((pad, k), (n, pad)))
     group = Fp8Weight(a, scaled_b, bias_column, rounded)
     pack_factors(projections, group)

@@ -22,7 +22,8 @@ from oribi.kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 from oribi.memory.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.memory.gpus import Gpu
 from oribi.memory.plan import MARGIN, attention_portions, plan
-from oribi.models.fused_layer import MLP_TOKENS, POLICIES, Keep
+from oribi.models.fused_layer import POLICIES
+from oribi.models.half import MLP_TOKENS, Keep
 from oribi.models.host_memory import buffer_size
 from oribi.models.unfused import UnfusedSizes
 

@@ -14,8 +14,8 @@ import torch
 
 from oribi.kernels.attention import head_groups
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.fused_layer import MLP_TOKENS, Keep, Place
-from oribi.models.layers import Attention
+from oribi.models.half import MLP_TOKENS, Keep, Place
+from oribi.models.mixers.attention import Attention
 
 # share of the device's memory that no plan counts on: fragments, library workspaces, a longer batch
 MARGIN = 0.06

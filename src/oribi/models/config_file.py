@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 from oribi.errors import ModelError
 from oribi.families import MOST_LAYERS, family_of
 from oribi.models.files import Location, read_json
-from oribi.models.layers import window_of
+from oribi.models.mixers.attention import window_of
 from oribi.models.rope import RotaryAngles
 from oribi.text import nearest, shown
 

@@ -19,13 +19,14 @@ from oribi.families import Family, family_of
 from oribi.kernels import fp8
 from oribi.kernels.attention import Visibility
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
-from oribi.models.fused_layer import POLICIES, Keep, fusible_groups
+from oribi.models.fused_layer import POLICY_NAMES, fusible_halves, policy
 from oribi.models.generate import GeneratesInAnyMode
+from oribi.models.half import Keep
 from oribi.models.host_memory import HostMemory, pinned
-from oribi.models.layers import Batch, DecoderLayer, Embedding, RMSNorm, follow_windows
+from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
+from oribi.models.linear_layers import RMSNorm, read
 from oribi.models.outputs import LogitsWhenRead, require_growing, require_known, require_whole
-from oribi.models.projections import read
-from oribi.models.rope import RotaryAngles
+from oribi.models.rope import RotaryAngles, documents_from_positions
 
 # layers that fp8 leaves alone: the first makes the few huge activations that all others read. SmolLM2-135M's gradient has a
 # cosine of 0.79 to the exact one where they, too, are rounded, and of 0.96 where they are not
@@ -54,24 +55,26 @@ class DecoderPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             module.weight.data.fill_(1.0 - module.offset)
 
-    def set_recompute_policy(self, policy: str | list[Keep]) -> None:
+    def set_recompute_policy(self, wanted: str | list[Keep]) -> None:
         """Chooses what each layer keeps between forward and backward, and switches gradient checkpointing on for it.
 
         Args:
-            policy: "speed" (keep all), "balanced", "memory" (inputs wait in host memory), or one `Keep` a layer.
+            wanted: "speed" (keep all), "balanced", "memory" (inputs wait in host memory), or one `Keep` a layer.
 
         Raises:
             ModelError: unknown name, or a list of another length than the layers.
         """
         layers = self._decoder_layers()
-        if isinstance(policy, str):
-            if policy not in POLICIES:
-                raise ModelError(f"recompute policy {policy!r}; it can be {', '.join(map(repr, POLICIES))}")
-            policy = [POLICIES[policy]] * len(layers)
-        if len(policy) != len(layers):
-            raise ModelError(f"{len(policy)} recompute policies for {len(layers)} layers; give one for each")
+        if isinstance(wanted, str):
+            if wanted not in POLICY_NAMES:
+                raise ModelError(
+                    f"recompute policy {wanted!r}; it can be {', '.join(map(repr, POLICY_NAMES))}"
+                )
+            wanted = [policy(wanted, layer.results()) for layer in layers]
+        if len(wanted) != len(layers):
+            raise ModelError(f"{len(wanted)} recompute policies for {len(layers)} layers; give one for each")
         self.gradient_checkpointing_enable()
-        for layer, keep in zip(layers, policy):
+        for layer, keep in zip(layers, wanted):
             layer.keep = keep
             layer.dequantized.clear()
 
@@ -90,8 +93,9 @@ class DecoderPreTrainedModel(PreTrainedModel):
         """
         layers = self._decoder_layers()
         for index, layer in enumerate(layers):
-            groups = fusible_groups(layer) if wanted and index >= EXACT_LAYERS else None
-            layer.fp8 = groups is not None and all(map(fp8.fits, groups.all()))
+            halves = fusible_halves(layer) if wanted and index >= EXACT_LAYERS else None
+            groups = [group for half in halves or () for group in half.groups.values()]
+            layer.fp8 = bool(groups) and all(map(fp8.fits, groups))
             layer.dequantized.clear()
         return sum(layer.fp8 for layer in layers)
 
@@ -416,14 +420,3 @@ def require_family(config: PretrainedConfig) -> Family:
     if family is None:
         raise ModelError(f"model_type {config.model_type!r} with this config is outside oribi's family table")
     return family
-
-
-def documents_from_positions(position_ids: torch.Tensor) -> tuple[torch.Tensor | None, int]:
-    """Offsets [docs + 1] int32 and longest document of a pack, from positions [1, S] that restart at 0."""
-    starts = (position_ids[0] == 0).nonzero().flatten().to(torch.int32)
-    if len(starts) <= 1:
-        return None, 0
-    ends = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])])
-    if starts[0] != 0:
-        ends = torch.cat([starts.new_zeros(1), ends])
-    return ends, int(ends.diff().max())

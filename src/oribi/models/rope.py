@@ -79,6 +79,17 @@ class RotaryAngles:
         return 1.0 / self.parameters["rope_theta"] ** exponents, 1.0
 
 
+def documents_from_positions(position_ids: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """Offsets [docs + 1] int32 and longest document of a pack, from positions [1, S] that restart at 0."""
+    starts = (position_ids[0] == 0).nonzero().flatten().to(torch.int32)
+    if len(starts) <= 1:
+        return None, 0
+    ends = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])])
+    if starts[0] != 0:
+        ends = torch.cat([starts.new_zeros(1), ends])
+    return ends, int(ends.diff().max())
+
+
 def override_rope(config: PretrainedConfig, scaling: dict[str, Any]) -> None:
     """Replaces a config's RoPE scaling; theta and a partial rotation are kept unless given.
 

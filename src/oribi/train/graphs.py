@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from oribi.kernels.adamw import FlatAdamW
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.projections import any_module_hooked
+from oribi.models.linear_layers import any_module_hooked
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from torch import nn
 from oribi.errors import ConfigError, TrainingError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.layers import DecoderLayer
-from oribi.models.projections import read
+from oribi.models.linear_layers import read
 from oribi.train.arguments import SFTConfig
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from oribi.kernels.lora import Projection, lora_linear
+from oribi.kernels.rms_norm import rms_norm
 
 
 def project(modules: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
@@ -80,3 +81,15 @@ def hooked(module: nn.Module) -> bool:
 def any_module_hooked() -> bool:
     """Whether hooks of PyTorch's for all modules want to see every call."""
     return torch.nn.modules.module._has_any_global_hook()
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension; the weight's dtype is the model's, and offset is added to it."""
+
+    def __init__(self, size: int, eps: float, offset: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps, self.offset)

@@ -1,0 +1,399 @@
+"""One half of a decoder layer, mixer or MLP, differentiated by hand, so that what it keeps for backward is a choice.
+
+    p = pre(x) W_in      h = core(p)      y = x + c post(h W_out)
+
+T tokens (rows flattened), D hidden size. `pre` and `post` are RMSNorms or absent, c is the family's residual multiplier.
+W_in and W_out are groups of linear layers with LoRA, N + P columns wide in the words of `kernels/lora.py`. The core is what
+distinguishes one mixer or MLP from another: attention and the gated MLP are two, and another one is one more file.
+
+Backward needs x, p, what the core names, and where a norm follows the product h W_out. A `Keep` says of each result
+whether it stays on the device, waits in host memory or is computed again; norms and the core's cheap parts are always
+computed again. The gradients do not depend on it, to the bit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from oribi.kernels import fp8
+from oribi.kernels.lora import GroupWeight, Projection, augmented_weight, backward_factors, group_shape
+from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from oribi.models.host_memory import Parcel
+from oribi.models.linear_layers import RMSNorm, read
+
+if TYPE_CHECKING:
+    from oribi.models.layers import Batch, DecoderLayer
+
+Place = Literal["keep", "host", "recompute"]
+Factors = list[torch.Tensor | None]
+
+# tokens that a row-wise core computes at a time; so many keep the matrix products at full speed
+MLP_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result of a layer's forward pass that its backward pass reads.
+
+    Args:
+        name: its entry in `Keep`.
+        columns: numbers per token, the sum of these: "qkv.in", "qkv.out" and "qkv.lora" are K, N and P of the group qkv,
+            "hidden" is D, "heads" the number of query heads.
+        made_by: the group whose product it is, or "attention": what computing it again costs.
+        follows: the result that it is kept beside, or computed again with; it never waits in host memory.
+        itemsize: bytes of a number; None is the model's dtype.
+        before_norm: it exists only in layers with a norm after the product.
+        balanced, memory: its place under the policies of these names; under "speed" everything stays on the device.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    made_by: str | None = None
+    follows: str | None = None
+    itemsize: int | None = None
+    before_norm: bool = False
+    balanced: Place = "recompute"
+    memory: Place = "recompute"
+
+
+class Keep(dict[str, Place]):
+    """Where each result of a layer is between forward and backward, by name; one without an entry stays on the device.
+
+    "weights" are the layer's dequantised weights, kept from step to step ("keep") or made again ("recompute", unless
+    there is an entry); they never wait in host memory.
+    """
+
+    def __missing__(self, name: str) -> Place:
+        return "recompute" if name == "weights" else "keep"
+
+
+class Core(Protocol):
+    """What a mixer or an MLP (a module) gives to the pass.
+
+    results: what a half around it can keep. The product of the group `input` has its name, that of `output` (before a
+        norm) too; xa of both groups follow a result.
+    input, output: names of the groups W_in and W_out. output_result: name of y where it can be kept, else None.
+    row_wise: whether tokens do not see each other: then the half runs in portions of the tokens, and `backward` leaves h
+        where dh was, so that h is never kept.
+    """
+
+    results: tuple[Result, ...]
+    input: str
+    output: str
+    output_result: str | None
+    row_wise: bool
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        """The linear layers of W_in and W_out, by the names of the groups."""
+
+    def prepare(self, p: torch.Tensor, batch: "Batch", fresh: bool) -> Any:
+        """The cheap part, done in forward and in backward: p [T, N] may be overwritten where it is `fresh` from W_in."""
+
+    def run(self, prepared: Any, kept: "Kept") -> torch.Tensor:
+        """h [T, K of W_out]; takes its own results from `kept`, or computes them and puts them there."""
+
+    def backward(self, prepared: Any, dh: torch.Tensor) -> None:
+        """Writes the gradient of p over the p that was given to `prepare`."""
+
+
+class Kept:
+    """Results of one pass that wait for its backward.
+
+    Args:
+        layer_pass: the pass.
+    """
+
+    def __init__(self, layer_pass: "LayerPass") -> None:
+        self._layer_pass = layer_pass
+        self._results: dict[str, Any] = {}
+
+    def put(self, name: str, result: Any, follows: str | None = None) -> None:
+        """Leaves a result where `Keep` wants it; nothing where it is to be computed again.
+
+        Args:
+            name: of the result. result: a tensor, or where it follows another, anything.
+            follows: the result that decides whether it is kept.
+        """
+        place = self._layer_pass.keep[follows or name]
+        if result is None or place == "recompute":
+            return
+        if place == "host" and follows is None and result.is_cuda:
+            result = self._layer_pass.batch.host_memory.put(result, self._layer_pass)
+        self._results[name] = result
+
+    def take(self, name: str | None) -> Any:
+        """A result, once; None where it has to be computed again."""
+        found = self._results.pop(name, None)
+        return found.take() if isinstance(found, Parcel) else found
+
+
+@dataclass(eq=False)
+class LayerPass:
+    """One forward and backward of one layer.
+
+    Args:
+        layer, batch, keep: the layer, what all layers of the forward share, and where results wait.
+        dtype, device: of the activations.
+    """
+
+    layer: "DecoderLayer"
+    batch: "Batch"
+    keep: Keep
+    dtype: torch.dtype
+    device: torch.device
+
+    def weight(self, name: str, projections: Sequence[Projection]) -> GroupWeight:
+        """A group's weights, dequantised, with their LoRA pairs."""
+        keeps = self.keep["weights"] == "keep"
+        if not (keeps or self.layer.fp8):
+            return augmented_weight(projections, self.dtype, self.device)
+        # what the weights were made of: a loaded, merged or moved weight is another one
+        source = (self.dtype, *((p.weight.data_ptr(), p.weight._version) for p in projections))
+        known = self.layer.dequantized.get(name)
+        earlier = known[1] if known is not None and known[0] == source else None
+        if self.layer.fp8:
+            rounded = earlier or fp8.rounded_weights(projections)
+            self.layer.dequantized[name] = (source, rounded)
+            # of a copy that is not kept, only the scale stays
+            return fp8.fp8_weight(
+                projections, rounded if keeps else replace(rounded), self.dtype, self.device
+            )
+        group = augmented_weight(projections, self.dtype, self.device, earlier)
+        self.layer.dequantized[name] = (source, group.augmented)
+        return group
+
+
+@dataclass
+class _Restored:
+    """What backward reads of one portion: p with its xa, the core's state, h (None: made again), product, xa of W_out."""
+
+    p: torch.Tensor
+    xa: torch.Tensor | None
+    prepared: Any
+    h: torch.Tensor | None
+    product: torch.Tensor | None
+    xa_out: torch.Tensor | None
+    normed: tuple[torch.Tensor, torch.Tensor | None] | None
+
+
+class Half:
+    """A mixer or MLP with its norms, for one forward and backward.
+
+    Args:
+        core: the module. pre, post: norms before and after it. scale: c.
+    """
+
+    def __init__(self, core: Core, pre: RMSNorm | None, post: RMSNorm | None, scale: float) -> None:
+        self.core, self.pre, self.post, self.scale = core, pre, post, scale
+        self.groups = {name: [read(m) for m in modules] for name, modules in core.groups().items()}
+        self._weights: dict[str, GroupWeight] = {}
+        self._restored: _Restored | None = None
+        self._dy_buffer: torch.Tensor | None = None
+
+    def factors(self) -> Factors:
+        """A and B of every projection in order, as the autograd function takes them."""
+        return [t for group in self.groups.values() for p in group for t in (p.a, p.b)]
+
+    def forward(self, x: torch.Tensor, layer_pass: LayerPass) -> torch.Tensor:
+        """y [T, D] of x [T, D]."""
+        self.layer_pass = layer_pass
+        parts = self._portions(len(x))
+        self.kept = [Kept(layer_pass) for _ in parts]
+        ys = [self._forward(x[rows], kept) for rows, kept in zip(parts, self.kept)]
+        self._weights.clear()
+        return ys[0] if len(ys) == 1 else torch.cat(ys)
+
+    def _forward(self, x: torch.Tensor, kept: Kept) -> torch.Tensor:
+        core = self.core
+        weight = self._weight(core.input)
+        x_buffer, _ = self._normed(x, weight)
+        p = weight.forward(x_buffer)
+        if self.layer_pass.keep[core.input] != "recompute":
+            kept.put(f"{core.input}_xa", weight.copy_xa(x_buffer), core.input)
+        del x_buffer
+        prepared = core.prepare(p[:, : weight.out_features], self.layer_pass.batch, True)
+        kept.put(core.input, p)
+        h = core.run(prepared, kept)
+        del prepared, p
+        if not core.row_wise:
+            del weight, self._weights[core.input]
+        y, xa, product = self._project_out(h, x)
+        kept.put(f"{core.output}_xa", xa, core.output_result or core.input)
+        if core.output_result:
+            kept.put(core.output_result, y)
+        kept.put(core.output, product)
+        return y
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """y [T, D] once more in backward, for a core that is not row-wise; what is computed again for it stays for `backward`."""
+        (kept,) = self.kept
+        y = kept.take(self.core.output_result)
+        self._restored, made = self._restore(kept, x, y is None)
+        return made if y is None else y
+
+    def _restore(self, kept: Kept, x: torch.Tensor, wants_y: bool) -> tuple[_Restored, torch.Tensor | None]:
+        core, normed, y = self.core, None, None
+        p, xa = kept.take(core.input), kept.take(f"{core.input}_xa")
+        fresh = p is None
+        if fresh:
+            weight = self._weight(core.input)
+            normed = self._normed(x, weight)
+            p = weight.forward(normed[0])
+            xa = weight.copy_xa(normed[0])
+            if not core.row_wise:  # long until it is needed again: it is made again
+                normed = None
+        columns, _ = group_shape(self.groups[core.input])
+        prepared = core.prepare(p[:, :columns], self.layer_pass.batch, fresh)
+        h = None if core.row_wise else core.run(prepared, kept)
+        product, xa_out = kept.take(core.output), kept.take(f"{core.output}_xa")
+        if wants_y or (product is None and self.post is not None):
+            y, xa_out, product = self._project_out(core.run(prepared, kept) if h is None else h, x)
+        return _Restored(p, xa, prepared, h, product, xa_out, normed), y
+
+    def place_for_dy(self, like: torch.Tensor) -> torch.Tensor:
+        """Where the gradient of y [T, D] is to be written: where W_out's gradient reads it, if nothing lies between."""
+        if self.post is not None or self.scale != 1.0:
+            return torch.empty_like(like)
+        self._dy_buffer = self._weight(self.core.output).output_buffer(len(like))
+        return self._dy_buffer[:, : like.shape[1]]
+
+    def backward(
+        self,
+        x: torch.Tensor,
+        dy: torch.Tensor,
+        place_for_dx: Callable[[torch.Tensor], torch.Tensor] | None,
+        needs_dx: bool = True,
+    ) -> tuple[torch.Tensor | None, Factors]:
+        """Gradients of x [T, D] and of every factor, in order; empties what was kept.
+
+        Args:
+            x, dy: [T, D]; dy may lie at `place_for_dy`.
+            place_for_dx: makes the place for dx, asked when the widest buffers are free; None takes a buffer at hand.
+            needs_dx: whether dx is wanted.
+        """
+        parts, kept, self.kept = self._portions(len(x)), self.kept, []
+        dx, factors = None, []
+        for rows, one in zip(parts, kept):
+            dn, rstd, grads = self._backward(one, x[rows], dy[rows], needs_dx)
+            factors.append(grads)
+            if not needs_dx:
+                continue
+            if dx is None:
+                dx = dn if place_for_dx is None else place_for_dx(x)
+            self._pre_backward(dn, x[rows], rstd, dy[rows], dx if place_for_dx is None else dx[rows])
+            del dn
+        self._weights.clear()
+        return dx, [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*factors)]
+
+    def _backward(
+        self, kept: Kept, x: torch.Tensor, dy: torch.Tensor, needs_dx: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Factors]:
+        """Of some rows: gradient of pre(x) [t, D], 1/rms of x [t], and gradients of the factors."""
+        core = self.core
+        state, self._restored = self._restored, None
+        if state is None:
+            state = self._restore(kept, x, False)[0]
+        weight = self._weight(core.output)
+        buffer, self._dy_buffer = self._dy_buffer, None
+        if buffer is None:
+            buffer = self._post_backward(dy, state.product, weight)
+        dyb = weight.compute_dyb(buffer)
+        dh = weight.backward_input(buffer)
+        state.product = None
+        if state.h is None:
+            core.backward(state.prepared, dh)
+            state.h = dh
+            xa = weight.compute_xa(dh) if state.xa_out is None else state.xa_out
+            factors = self._factor_gradients(core.output, buffer, dyb, dh, xa)
+        else:
+            factors = self._factor_gradients(core.output, buffer, dyb, state.h, state.xa_out)
+            del buffer, weight, self._weights[core.output]
+            state.h = None
+            core.backward(state.prepared, dh)
+        del dh
+        state.h = state.prepared = buffer = None
+        weight = self._weight(core.input)
+        dyb = weight.compute_dyb(state.p)
+        x_buffer, rstd = self._normed(x, weight) if state.normed is None else state.normed
+        factors_in = self._factor_gradients(
+            core.input, state.p, dyb, x_buffer[:, : weight.in_features], state.xa
+        )
+        state.normed = x_buffer = None
+        return weight.backward_input(state.p) if needs_dx else None, rstd, factors_in + factors
+
+    def _portions(self, tokens: int) -> list[slice]:
+        return portions(tokens) if self.core.row_wise else [slice(None)]
+
+    def _weight(self, name: str) -> GroupWeight:
+        """A group's weights, which stay until their last use in this pass."""
+        if name not in self._weights:
+            self._weights[name] = self.layer_pass.weight(name, self.groups[name])
+        return self._weights[name]
+
+    def _factor_gradients(
+        self, name: str, dy: torch.Tensor, dyb: torch.Tensor | None, x: torch.Tensor, xa: torch.Tensor | None
+    ) -> Factors:
+        """Gradients of a group's LoRA factors; dy [T, N + P]."""
+        group = self.groups[name]
+        return backward_factors(dy[:, : group_shape(group)[0]], dyb, x, xa, group)
+
+    def _normed(self, x: torch.Tensor, weight: GroupWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W_in's input [T, K + P] with pre(x) in front, and 1/rms of x [T]."""
+        x_buffer = weight.input_buffer(len(x))
+        place = x_buffer[:, : weight.in_features]
+        if self.pre is None:
+            place.copy_(x)
+            return x_buffer, None
+        return x_buffer, rms_norm_forward(x, self.pre.weight, self.pre.eps, self.pre.offset, out=place)[2]
+
+    def _pre_backward(
+        self,
+        dn: torch.Tensor,
+        x: torch.Tensor,
+        rstd: torch.Tensor | None,
+        dresidual: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Gradient of x [T, D], which the residual stream and W_in's input share."""
+        if self.pre is None:
+            torch.add(dn, dresidual, out=out)
+        else:
+            rms_norm_backward(dn, x, rstd, self.pre.weight, self.pre.offset, dresidual=dresidual, out=out)
+
+    def _project_out(
+        self, h: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """y [T, D], xa of W_out, and the product where a norm follows it."""
+        weight, norm = self._weight(self.core.output), self.post
+        if norm is None and self.scale == 1.0:
+            return *weight.forward_onto(h, residual), None
+        product, xa = weight.forward_onto(h, None)
+        y = product if norm is None else rms_norm_forward(product, norm.weight, norm.eps, norm.offset)[0]
+        y = residual + (y * self.scale if self.scale != 1.0 else y)
+        return y, xa, None if norm is None else product
+
+    def _post_backward(
+        self, dy: torch.Tensor, product: torch.Tensor | None, weight: GroupWeight
+    ) -> torch.Tensor:
+        """Gradient of W_out's product, in the first columns of [T, N + P]."""
+        buffer, norm = weight.output_buffer(len(dy)), self.post
+        place = buffer[:, : weight.out_features]
+        if self.scale != 1.0:
+            dy = dy * self.scale
+        if norm is None:
+            place.copy_(dy)
+        else:
+            _, _, rstd = rms_norm_forward(product, norm.weight, norm.eps, norm.offset)
+            rms_norm_backward(dy, product, rstd, norm.weight, norm.offset, out=place)
+        return buffer
+
+
+def portions(tokens: int) -> list[slice]:
+    """The rows that a row-wise core computes at a time: equal portions of at most MLP_TOKENS, whatever is kept of them."""
+    tokens = max(tokens, 1)  # an empty batch is one empty portion
+    count = -(-tokens // MLP_TOKENS)
+    size = -(-tokens // (count * 128)) * 128  # a matrix tile's rows
+    return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]

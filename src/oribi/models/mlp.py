@@ -1,0 +1,72 @@
+"""The gated MLP, as a module and as the core of a layer's hand-written pass.
+
+    gate|up = n W_gate_up      h = act(gate) up      out = h W_down
+
+T tokens, D hidden size, I intermediate size. gate|up and h are the widest results of a layer: the pass computes them in
+portions of the tokens, and makes h once more in backward.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from oribi.families import Family, activation_of
+from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
+from oribi.models.half import Kept, Result
+from oribi.models.linear_layers import project
+
+if TYPE_CHECKING:
+    from oribi.models.layers import Batch
+
+
+class MLP(nn.Module):
+    # `models.half.Core` says what these are
+    input, output, output_result, row_wise = "gate_up", "down", None, True
+    results = (
+        Result("gate_up", ("gate_up.out", "gate_up.lora"), made_by="gate_up"),
+        Result("gate_up_xa", ("gate_up.lora",), follows="gate_up"),
+        Result("down_xa", ("down.lora",), follows="gate_up"),
+        Result("down", ("down.out",), made_by="down", before_norm=True),
+    )
+
+    def __init__(self, config: PretrainedConfig, family: Family) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
+        if family.fused_projections:
+            self.gate_up_proj = nn.Linear(size, 2 * inner, bias=bias)
+        else:
+            self.gate_proj = nn.Linear(size, inner, bias=bias)
+            self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.activation = activation_of(config)
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        """The linear layers that share an input: gate and up (or the one layer that holds both), and down."""
+        fused = hasattr(self, "gate_up_proj")
+        return {
+            "gate_up": [self.gate_up_proj] if fused else [self.gate_proj, self.up_proj],
+            "down": [self.down_proj],
+        }
+
+    def forward(self, x: torch.Tensor, batch: "Batch | None" = None) -> torch.Tensor:
+        groups = self.groups()
+        outputs = project(groups["gate_up"], x)
+        gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
+        flat = gated_mlp(gate.flatten(0, -2), up.flatten(0, -2), self.activation)
+        return project(groups["down"], flat.view(*x.shape[:-1], -1))[0]
+
+    def prepare(self, p: torch.Tensor, batch: "Batch", fresh: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate and up [T, I], views of p."""
+        return p.chunk(2, dim=1)
+
+    def run(self, prepared: tuple[torch.Tensor, torch.Tensor], kept: Kept) -> torch.Tensor:
+        """h [T, I]."""
+        return gated_mlp_forward(*prepared, self.activation)
+
+    def backward(self, prepared: tuple[torch.Tensor, torch.Tensor], dh: torch.Tensor) -> None:
+        """Writes the gradient of gate|up over it, and h over dh: at 8B and 4096 tokens that saves 350 MB."""
+        gate, up = prepared
+        gated_mlp_backward(dh, gate, up, self.activation, dgate=gate, dup=up, h=dh)
