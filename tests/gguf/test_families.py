@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from oribi.errors import ExportError
-from oribi.save.export_gguf import save_gguf
+from oribi.save.gguf import save_gguf
 from tests.models.tiny import ROPES
 from tests.save.tiny_export import (
     FAMILY_CHANGES,

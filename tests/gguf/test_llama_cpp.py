@@ -16,7 +16,7 @@ from oribi.errors import ExportError
 from oribi.gguf import llama_cpp_process
 from oribi.gguf.llama_cpp import LlamaCpp, LlamaCppUnavailable
 from oribi.save import verify_gguf
-from oribi.save.export_gguf import save_gguf
+from oribi.save.gguf import save_gguf
 from tests.save.tiny_export import TEMPLATE, adapted, byte_level_tokenizer, export_config, tiny_model
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is the judge")

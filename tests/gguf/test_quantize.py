@@ -14,7 +14,7 @@ from oribi.errors import ConfigError
 from oribi.gguf.file import stored_bytes
 from oribi.gguf.mixes import METHODS, Type, mix_of
 from oribi.gguf.quantize import quantize
-from oribi.save.export_gguf import save_gguf
+from oribi.save.gguf import save_gguf
 from tests.save.tiny_export import (
     byte_level_tokenizer,
     distance_from_llama_cpp,

@@ -15,7 +15,7 @@ from oribi.gguf.llama_cpp import LlamaCpp
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import ALIKE, CUT_BY_CASE, RULES, WHOLE_WORDS
 from oribi.gguf.tokenizer import read_vocabulary, rebuild_tokenizer
-from oribi.save.export_gguf import save_gguf
+from oribi.save.gguf import save_gguf
 from tests.save.tiny_export import (
     VOCAB,
     byte_level_tokenizer,

@@ -20,7 +20,7 @@ from oribi.lora.contents import read_adapter
 from oribi.models.adapter_files import RECORD_FILE
 from oribi.models.wrapper import class_named
 from oribi.save.check import Outcome
-from oribi.save.gguf_adapter import save_gguf_adapter
+from oribi.save.gguf import save_gguf_adapter
 from oribi.train.arguments import SFTConfig
 from oribi.train.trainer import SFTTrainer
 from tests.models.tiny_checkpoint import checkpoint

@@ -10,7 +10,7 @@ from oribi.errors import ConfigError
 from oribi.gguf.modelfile import NoModelfile, Unwritable, for_go_template, for_modelfile, modelfile
 from oribi.save.card import fenced, for_markdown, for_yaml, model_card
 from oribi.save.check import Check, Outcome
-from oribi.save.naming import file_name
+from oribi.save.export import file_name
 from oribi.save.report import ExportReport
 from tests.save.tiny_export import TEMPLATE, byte_level_tokenizer
 

@@ -17,8 +17,8 @@ from oribi.save.folder import finished_folder, gigabytes
 EXPORT = """
 import sys, time
 from oribi.save import gguf, shards
-from oribi.save.export_gguf import save_gguf
-from oribi.save.export_merged import save_merged
+from oribi.save.gguf import save_gguf
+from oribi.save.merged import save_merged
 from tests.save.tiny_export import adapted, byte_level_tokenizer, export_config, tiny_model
 
 model = adapted(tiny_model(export_config("llama")))

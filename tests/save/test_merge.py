@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from oribi.errors import ConfigError, ExportError
-from oribi.save.export_gguf import save_gguf
-from oribi.save.export_merged import save_merged
+from oribi.save.gguf import save_gguf
+from oribi.save.merged import save_merged
 from oribi.save.shards import shard_bytes
 from oribi.save.trained import MergedModel
 from tests.save.tiny_export import VOCAB, adapted, byte_level_tokenizer, export_config, tiny_model

@@ -7,10 +7,9 @@ import torch
 
 from oribi.errors import ConfigError, ExportError
 from oribi.save.check import Check, Outcome
-from oribi.save.export_gguf import save_gguf
-from oribi.save.export_merged import save_merged
-from oribi.save.finish import AskedOnce
-from oribi.save.gguf_adapter import save_gguf_adapter
+from oribi.save.export import AskedOnce
+from oribi.save.gguf import save_gguf, save_gguf_adapter
+from oribi.save.merged import save_merged
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
@@ -79,7 +78,7 @@ def test_several_exports_ask_the_trained_model_once(tmp_path, monkeypatch):
             asked.append(1)
             super().__init__(*arguments)
 
-    monkeypatch.setattr("oribi.save.finish.Trained", Counted)
+    monkeypatch.setattr("oribi.save.export.Trained", Counted)
     tuned, rows = adapted(tiny_model(export_config("llama", num_hidden_layers=1))), AskedOnce(None)
     for name in ("a", "b"):
         report = save_merged(tuned, tmp_path / name, dtype="float32", held_out=rows)
@@ -153,7 +152,7 @@ def test_a_trained_model_that_cannot_be_asked_is_written_all_the_same(tmp_path, 
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("oribi.save.finish.Trained", no_memory)
+    monkeypatch.setattr("oribi.save.export.Trained", no_memory)
     tuned = adapted(tiny_model(export_config("llama", num_hidden_layers=1)))
     report = save_merged(tuned, tmp_path / "m", byte_level_tokenizer())
     assert (tmp_path / "m" / "model.safetensors").is_file()
@@ -171,10 +170,10 @@ def test_a_check_without_memory_is_not_run_and_a_broken_file_is_different(tmp_pa
 
         return raise_it
 
-    monkeypatch.setattr("oribi.save.export_merged.check_folder", fail(MemoryError("no memory")))
+    monkeypatch.setattr("oribi.save.merged.check_folder", fail(MemoryError("no memory")))
     report = save_merged(tuned, tmp_path / "m", byte_level_tokenizer(), dtype="float32")
     assert report.verdict == "equal (1 check not run)"
-    monkeypatch.setattr("oribi.save.export_merged.check_folder", fail(KeyError("model.norm.weight")))
+    monkeypatch.setattr("oribi.save.merged.check_folder", fail(KeyError("model.norm.weight")))
     with pytest.raises(
         ExportError, match="different  weights read back: it cannot be read back .*model.norm.weight"
     ):

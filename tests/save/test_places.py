@@ -9,8 +9,8 @@ import torch
 
 from oribi.errors import ExportError
 from oribi.save import folder as folders
-from oribi.save.export_gguf import save_gguf
-from oribi.save.export_merged import save_merged
+from oribi.save.gguf import save_gguf
+from oribi.save.merged import save_merged
 from tests.save.tiny_export import adapted, byte_level_tokenizer, export_config, tiny_model
 
 
@@ -31,7 +31,7 @@ def fail(number: int):
 def test_a_disk_that_cannot_be_written_is_one_error_and_leaves_nothing(
     number, step, tuned, tmp_path, monkeypatch
 ):
-    target = {"mkdir": (Path, "mkdir"), "write": (Path, "write_text"), "move": (folders.os, "replace")}[step]
+    target = {"mkdir": (Path, "mkdir"), "write": (Path, "write_bytes"), "move": (folders.os, "replace")}[step]
     with monkeypatch.context() as patched:
         patched.setattr(*target, fail(number))
         with pytest.raises(ExportError, match=f"cannot be written: {os.strerror(number)}.*another folder"):
@@ -43,7 +43,7 @@ def test_a_full_disk_that_a_rust_library_meets_is_the_same_error(tuned, tmp_path
     def full(*_, **__):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("oribi.save.export_merged.write_adapter", full)
+    monkeypatch.setattr("oribi.save.merged.write_adapter", full)
     with pytest.raises(ExportError, match="cannot be written: No space left on device"):
         save_merged(tuned, tmp_path / "out", None, "lora")
 

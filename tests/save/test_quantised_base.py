@@ -14,9 +14,8 @@ from oribi.gguf.source import GGUFSource
 from oribi.kernels.nf4 import dequantize
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
-from oribi.save.export_gguf import save_gguf
-from oribi.save.export_merged import save_merged
-from oribi.save.gguf_adapter import save_gguf_adapter
+from oribi.save.gguf import save_gguf, save_gguf_adapter
+from oribi.save.merged import save_merged
 from oribi.save.nf4_checkpoint import Nf4Source, packed_bytes
 from oribi.save.probes import rows_of
 from oribi.save.reference import Trained

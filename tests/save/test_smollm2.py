@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oribi.gguf.llama_cpp import LlamaCpp
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
-from oribi.save.export_gguf import save_gguf
-from oribi.save.export_merged import save_merged
+from oribi.save.gguf import save_gguf
+from oribi.save.merged import save_merged
 from oribi.save.probes import CONVERSATIONS, rendered_ids
 
 pytestmark = pytest.mark.slow

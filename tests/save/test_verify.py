@@ -9,10 +9,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-import oribi.save.export_gguf as export_gguf
+import oribi.save.export as export
 from oribi.errors import ConfigError, ExportError
-from oribi.save.export_gguf import save_gguf
-from oribi.save.export_merged import save_merged
+from oribi.save.gguf import save_gguf
+from oribi.save.merged import save_merged
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
 from oribi.save.trained import MergedModel
@@ -81,7 +81,7 @@ def test_sizes_are_printed_and_too_little_disk_stops_before_any_work(
     save, form, words, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("oribi.save.folder.shutil.disk_usage", lambda _: SimpleNamespace(free=150_000))
-    monkeypatch.setattr("oribi.save.finish.Trained", None)  # would be asked for the model's answers
+    monkeypatch.setattr("oribi.save.export.Trained", None)  # would be asked for the model's answers
     with pytest.raises(ExportError, match=r"needs 0\.[3-8] MB and its disk has 0\.1 MB free"):
         save(tuned_model(), tmp_path / "a/b", byte_level_tokenizer(), form)
     assert f"oribi: {words}" in capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_wrong_weights_are_refused_and_kept_aside(tmp_path, monkeypatch):
             tensor = super().read(name, device, dtype)
             return tensor.roll(1, 0) if name.endswith("layers.2.mlp.down_proj.weight") else tensor
 
-    monkeypatch.setattr(export_gguf, "MergedModel", Shifted)
+    monkeypatch.setattr(export, "MergedModel", Shifted)
     with pytest.raises(ExportError, match="different  f16: weights read back: the likeliest") as error:
         save_gguf(tuned_model(), tmp_path / "gguf", byte_level_tokenizer(), "f16")
     assert "not those that were trained" in str(error.value)

@@ -44,7 +44,7 @@ def export(
     with chatter_aside():
         from oribi.models.files import missing_folder
         from oribi.run import held_out_rows, load_run
-        from oribi.save.finish import AskedOnce
+        from oribi.save.export import AskedOnce
 
         forms = read_forms(to)
         folder = output or Path(run)

@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "save_merged": "oribi.save.export_merged",
-    "save_gguf": "oribi.save.export_gguf",
-    "save_gguf_adapter": "oribi.save.gguf_adapter",
-    "push_merged": "oribi.save.export_merged",
-    "push_gguf": "oribi.save.export_gguf",
+    "save_merged": "oribi.save.merged",
+    "save_gguf": "oribi.save.gguf",
+    "save_gguf_adapter": "oribi.save.gguf",
+    "push_merged": "oribi.save.merged",
+    "push_gguf": "oribi.save.gguf",
     "print_quantization_methods": "oribi.gguf.mixes",
     "ExportReport": "oribi.save.report",
 }

@@ -19,7 +19,6 @@ from oribi.models.files import HubOptions, Location, locate, open_weights, weigh
 from oribi.models.quantize import rounded_to_nf4
 from oribi.models.unwrap import base_model, source_of
 from oribi.models.wrapper import renaming
-from oribi.save.naming import base_name
 from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.reference import Trained, loss_of
 from oribi.save.trained import MergedModel, Slot, plain_tensor, slots_of
@@ -27,6 +26,14 @@ from oribi.tensors import TensorSource
 
 # of a tensor's norm, what merging and unmerging leaves: bfloat16 keeps 8 bits, NF4 is off by 9 % each time
 _ROUNDING, _NF4_ROUNDING = 2**-8, 0.2
+
+
+def base_name(model: nn.Module) -> str:
+    """Name or path that the model was loaded by; "" if it was made from a config."""
+    source = source_of(model)
+    return str(
+        source.name_or_path if source is not None else getattr(model.config, "_name_or_path", "") or ""
+    )
 
 
 def choose_base(model: nn.Module, base: str, trained: Trained | None) -> tuple[str, str]:

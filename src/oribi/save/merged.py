@@ -1,0 +1,254 @@
+"""The trained model as one folder, merged or as adapter.
+
+Adapters are added to their base in float32, rounded once and written tensor by tensor.
+"""
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from oribi.chat.ends import stop_ids
+from oribi.errors import ConfigError, ExportError
+from oribi.families import family_of
+from oribi.save.adapter_check import compare_in_plain_peft
+from oribi.save.adapter_files import WEIGHTS, write_adapter
+from oribi.save.card import fenced
+from oribi.save.check import Check, Outcome
+from oribi.save.export import Export, Verify, checked, trained_answers
+from oribi.save.folder import announce
+from oribi.save.hub import MERGED_KEYWORDS, push, read_accepted, upload_folder
+from oribi.save.nf4_checkpoint import nf4_config, pack, packed_bytes, packed_names
+from oribi.save.report import ExportReport
+from oribi.save.shards import TensorPlan, shard_bytes, write_shards, write_unplanned
+from oribi.save.trained import MergedModel
+from oribi.save.verify import check_folder, check_saved_tokenizer
+from oribi.tensors import TensorSource, all_finite, read_header
+
+METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_CPU = torch.device("cpu")
+
+
+def save_merged(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    tokenizer: Any = None,
+    save_method: str | None = "merged_16bit",
+    *,
+    base: str = "dequantized",
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: str | int = "5GB",
+    held_out: Sequence[Any] | None = None,
+    verify: Verify = True,
+    **accepted: Any,
+) -> ExportReport | None:
+    """Write the trained model as one folder that any program loads, or its adapter alone, and check it.
+
+    Args:
+        model: the trained model, PEFT's or plain.
+        directory: created; files of an earlier export in it are replaced at once when this one is complete.
+        tokenizer: saved with the model; None saves none.
+        save_method: "merged_16bit", "merged_4bit" (the merge quantised to NF4 again), or "lora".
+        base: "dequantized" (the trained function exactly), "original", "auto", or a folder; see `save.base`.
+        dtype: dtype of "merged_16bit"; None takes bfloat16 or float16 of the model, and bfloat16 for float32.
+        max_shard_size: a shard ends before it would pass this size.
+        held_out: texts, lists of messages, or rows of a dataset on which the written model is compared with the trained
+            one; None takes `model.oribi.held_out` if the trainer left one, else a few texts of oribi's own.
+        verify: True refuses a file that differs from the trained model; "report" keeps it under its name, reported as
+            different; False compares nothing and promises nothing.
+        accepted: keywords of other libraries' calls, see `save.hub`.
+
+    Returns:
+        The report; also written as export_report.json and README.md. None in processes that are not the main one.
+
+    Raises:
+        ConfigError: an argument has an unknown value.
+        ExportError: the merge cannot be expressed, does not fit on the disk, or differs from the trained model.
+    """
+    save_method = save_method or "merged_16bit"
+    if save_method not in METHODS:
+        raise ConfigError(f"save_method = {save_method!r}; expected one of {', '.join(METHODS)}")
+    options = read_accepted(accepted, MERGED_KEYWORDS, "save_pretrained_merged")
+    if not options.is_main_process:
+        return None
+    save_method = save_method.removesuffix("_forced")
+    common = (model, directory, save_method, {save_method: "."}, verify, options.tags)
+    if save_method == "lora":
+        report = AdapterExport(*common).save(tokenizer, held_out)
+    else:
+        export = MergedExport(*common)
+        export.dtype = merged_dtype(model, dtype)
+        report = export.save(tokenizer, held_out, base, shard_bytes(max_shard_size))
+    if options.push_to_hub:
+        upload_folder(Path(directory), Path(directory).name, options)
+    return report
+
+
+def push_merged(
+    model: nn.Module, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", **keywords: Any
+) -> str | None:
+    """Save as `save_merged` does and upload the folder.
+
+    Args:
+        model, tokenizer, save_method: as for `save_merged`.
+        repo_id: "user/name", or a name under the token's user; created if it does not exist.
+        keywords: of `save_merged`; token, private, commit_message, commit_description, create_pr, revision, tags; and
+            api, a `huggingface_hub.HfApi` (None makes one with `token`).
+
+    Returns:
+        The commit's address; None in processes that are not the main one.
+
+    Raises:
+        ConfigError, ExportError: as `save_merged`; nothing is uploaded then.
+    """
+    return push(save_merged, MERGED_KEYWORDS, model, repo_id, tokenizer, save_method, **keywords)
+
+
+class MergedExport(Export):
+    """A merged checkpoint; `dtype` is that of the tensors that are not quantised."""
+
+    dtype = torch.bfloat16
+
+    def save(self, tokenizer: Any, held_out: Any, base: str, max_shard_bytes: int) -> ExportReport:
+        """Write and check it; arguments as for `save_merged`."""
+        self.tokenizer, self.max_shard_bytes = tokenizer, max_shard_bytes
+        self.quantized = self.report.kind == "merged_4bit"
+        self.packed = packed_names(self.model) if self.quantized else set()
+        shapes = MergedModel(self.model).shapes()
+        self.plans = [TensorPlan(name, shape, self.dtype) for name, shape in shapes.items()]
+        size = sum(
+            packed_bytes(plan.nbytes // plan.dtype.itemsize) if plan.name in self.packed else plan.nbytes
+            for plan in self.plans
+        )
+        words = f"{self.report.kind}, {len(self.plans)} tensors in {_dtype_name(self.dtype)}"
+        announce(self.directory, {words: size})
+        self.merged = self.merge(tokenizer, held_out, base)
+        return self.run(size)
+
+    def write(self, folder: Path) -> None:
+        tensors = ((plan.name, read_finite(self.merged, plan.name, self.dtype)) for plan in self.plans)
+        if self.quantized:
+            write_unplanned(folder, pack(tensors, self.packed), self.max_shard_bytes)
+        else:
+            write_shards(folder, self.plans, (tensor for _, tensor in tensors), self.max_shard_bytes)
+        self._write_config(folder)
+        generation = copy.deepcopy(getattr(self.inner, "generation_config", None))
+        if generation is not None:
+            stops = stop_ids(self.tokenizer, generation.eos_token_id)
+            generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+            generation.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def _write_config(self, folder: Path) -> None:
+        config = copy.deepcopy(self.inner.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        if self.quantized:
+            config.quantization_config = nf4_config(self.dtype)
+        family = family_of(config)
+        config.architectures = [family.architecture if family is not None else type(self.inner).__name__]
+        config.dtype = self.dtype
+        config.tie_word_embeddings = self.merged.tied
+        config.get_text_config().vocab_size = self.inner.get_input_embeddings().weight.shape[0]
+        config.save_pretrained(folder)
+
+    def check(self, form: str, path: Path) -> list[Check]:
+        if self.trained is None:
+            return []
+        form = "4-bit" if self.quantized else _dtype_name(self.dtype)
+        found = checked("weights read back", check_folder, self.trained, path, form)
+        if self.tokenizer is not None:
+            found += checked("tokenizer", check_saved_tokenizer, self.tokenizer, path)
+        return found
+
+    def usage(self, folder: Path, file: str) -> str:
+        name = self.directory.name
+        return fenced(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+            "python",
+        )
+
+
+class AdapterExport(Export):
+    """The adapter in PEFT's files."""
+
+    def save(self, tokenizer: Any, held_out: Any) -> ExportReport:
+        """Write and check it; arguments as for `save_merged`."""
+        self.tokenizer, self.held_out = tokenizer, held_out
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        announce(self.directory, {"adapter": size})
+        return self.run(size)
+
+    def write(self, folder: Path) -> None:
+        template = getattr(self.tokenizer, "chat_template", None)
+        untested = write_adapter(self.model, folder, chat_template=template)
+        self.report.notes += [f"not tested: {line}" for line in untested]
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form of blanks
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def check(self, form: str, path: Path) -> list[Check]:
+        """What `write_adapter` has compared already, and what the files say in plain PEFT."""
+        self.report.checked_on = "every weight of the adapter"
+        count = sum(len(read_header(file)) for file in path.glob(f"**/{WEIGHTS}"))
+        says = f"{count} of {count} tensors are the same bit by bit, and plain PEFT has a place for each"
+        found = [Check("adapter read back", Outcome.EQUAL, says, {"same": count, "of": count})]
+        trained, unanswered = trained_answers(self.model, self.tokenizer, self.held_out, greedy=False)
+        found += unanswered
+        if trained is not None:
+            found += checked("answers in plain PEFT", compare_in_plain_peft, self.model, path, trained)
+        if self.tokenizer is not None:
+            found += checked("tokenizer", check_saved_tokenizer, self.tokenizer, path)
+        return found
+
+    def usage(self, folder: Path, file: str) -> str:
+        code = (
+            "from oribi import FastLanguageModel\n\n"
+            f"model, tokenizer = FastLanguageModel.from_pretrained({self.directory.name!r})"
+        )
+        return fenced(code, "python") + "\n\nor `peft.AutoPeftModelForCausalLM`."
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def merged_dtype(model: nn.Module, asked: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of a merged checkpoint: as asked, else the model's, and bfloat16 for a float32 model.
+
+    Raises:
+        ConfigError: it is none of bfloat16, float16, float32.
+    """
+    if asked is None:
+        dtype = getattr(model.config, "dtype", None)
+        return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype = {asked!r}; expected bfloat16, float16 or float32")
+    return dtype
+
+
+def read_finite(source: TensorSource, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in `dtype` on the CPU.
+
+    Raises:
+        ExportError: a value is not finite there.
+    """
+    tensor = source.read(name, _CPU, dtype)
+    if not all_finite(tensor):
+        finite = all_finite(source.read(name, _CPU, torch.float32))
+        problem = (
+            f"passes the range of {dtype}; use torch.bfloat16"
+            if finite
+            else "is not finite: training diverged"
+        )
+        raise ExportError(f"{name} has a value that {problem}")
+    return tensor
