@@ -133,7 +133,7 @@ def test_the_size_of_packed_weights_is_foretold():
         torch.randn(1024, 1024), blocksize=64, compress_statistics=True, quant_type="nf4"
     )
     real = sum(t.nbytes for t in (codes, *state.as_dict(packed=True).values()))
-    assert packed_bytes(1024 * 1024) == pytest.approx(real, rel=0.01)
+    assert packed_bytes((1024, 1024)) == pytest.approx(real, rel=0.01)
 
 
 def test_a_packed_checkpoint_is_no_original(checkpoint, tmp_path):

@@ -9,7 +9,7 @@ Source: llama.cpp's `llama-quantize`, whose files these mixes match type by type
 import re
 from dataclasses import dataclass
 
-import gguf
+from gguf import GGML_QUANT_SIZES, LlamaFileType
 from transformers import PretrainedConfig
 
 from oribi.errors import ConfigError
@@ -17,39 +17,54 @@ from oribi.gguf.file import Type
 from oribi.gguf.names import family_in_gguf
 from oribi.text import one_of
 
-_FILE = gguf.LlamaFileType
-
 
 @dataclass(frozen=True)
 class Method:
-    """A quantisation method: its name, the type most tensors get, and llama.cpp's number of the mix."""
+    """A quantisation method.
+
+    Args:
+        name: of the method.
+        words: what it costs and whom it serves.
+        kl: mean KL divergence from the trained model, in nats, above which a file is refused.
+        instead: what to take where it loses too much; "" where it loses nothing that counts.
+    """
 
     name: str
-    default: Type
-    file_type: int
     words: str
+    kl: float
+    instead: str = ""
+
+    @property
+    def default(self) -> Type:
+        """The type that most tensors get."""
+        return Type[re.sub("_[SML]$", "", self.name.upper())]
+
+    @property
+    def file_type(self) -> int:
+        """llama.cpp's number of the mix."""
+        return LlamaFileType["ALL_F32" if self.name == "f32" else f"MOSTLY_{self.name.upper()}"]
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("f32", Type.F32, _FILE.ALL_F32, "float32, exact and twice as large as the model"),
-        Method("f16", Type.F16, _FILE.MOSTLY_F16, "16 bits a weight, all but exact"),
-        Method("bf16", Type.BF16, _FILE.MOSTLY_BF16, "bfloat16, as most checkpoints are"),
-        Method("q8_0", Type.Q8_0, _FILE.MOSTLY_Q8_0, "8.5 bits a weight, hardly to be told from f16"),
-        Method("q6_k", Type.Q6_K, _FILE.MOSTLY_Q6_K, "6.6 bits, close to q8_0"),
-        Method("q5_k_m", Type.Q5_K, _FILE.MOSTLY_Q5_K_M, "5.7 bits, recommended where memory allows"),
-        Method("q5_k_s", Type.Q5_K, _FILE.MOSTLY_Q5_K_S, "5.5 bits"),
-        Method("q4_k_m", Type.Q4_K, _FILE.MOSTLY_Q4_K_M, "4.9 bits, recommended"),
-        Method("q4_k_s", Type.Q4_K, _FILE.MOSTLY_Q4_K_S, "4.6 bits"),
-        Method("q3_k_l", Type.Q3_K, _FILE.MOSTLY_Q3_K_L, "4.3 bits"),
-        Method("q3_k_m", Type.Q3_K, _FILE.MOSTLY_Q3_K_M, "3.9 bits, loses quality"),
-        Method("q3_k_s", Type.Q3_K, _FILE.MOSTLY_Q3_K_S, "3.5 bits, loses quality"),
-        Method("q2_k", Type.Q2_K, _FILE.MOSTLY_Q2_K, "3.2 bits, loses much quality"),
-        Method("q5_1", Type.Q5_1, _FILE.MOSTLY_Q5_1, "6 bits, an older type"),
-        Method("q5_0", Type.Q5_0, _FILE.MOSTLY_Q5_0, "5.5 bits, an older type"),
-        Method("q4_1", Type.Q4_1, _FILE.MOSTLY_Q4_1, "5 bits, an older type"),
-        Method("q4_0", Type.Q4_0, _FILE.MOSTLY_Q4_0, "4.5 bits, an older type"),
+        Method("f32", "float32, exact and twice as large as the model", 0.002),
+        Method("f16", "16 bits per weight, almost exact", 0.005),
+        Method("bf16", "bfloat16, as most checkpoints are", 0.02),
+        Method("q8_0", "8.5 bits per weight, almost indistinguishable from f16", 0.03),
+        Method("q6_k", "6.6 bits, close to q8_0", 0.06, "q8_0"),
+        Method("q5_k_m", "5.7 bits, recommended where memory allows", 0.15, "q6_k or q8_0"),
+        Method("q5_k_s", "5.5 bits", 0.15, "q6_k or q8_0"),
+        Method("q4_k_m", "4.9 bits, recommended", 0.3, "q5_k_m or q8_0"),
+        Method("q4_k_s", "4.6 bits", 0.3, "q5_k_m or q8_0"),
+        Method("q3_k_l", "4.3 bits", 0.5, "q4_k_m, q5_k_m or q8_0"),
+        Method("q3_k_m", "3.9 bits, loses quality", 0.5, "q4_k_m, q5_k_m or q8_0"),
+        Method("q3_k_s", "3.5 bits, loses quality", 0.5, "q4_k_m, q5_k_m or q8_0"),
+        Method("q2_k", "3.2 bits, loses much quality", 0.5, "q4_k_m, q5_k_m or q8_0"),
+        Method("q5_1", "6 bits, an older type", 0.15, "q6_k or q8_0"),
+        Method("q5_0", "5.5 bits, an older type", 0.2, "q6_k or q8_0"),
+        Method("q4_1", "5 bits, an older type", 0.3, "q5_k_m or q8_0"),
+        Method("q4_0", "4.5 bits, an older type", 0.5, "q5_k_m or q8_0"),
     )
 }
 ALIASES = {
@@ -121,7 +136,7 @@ class Mix:
 
     def _head(self, row: int) -> Type:
         default = self.method.default
-        if default == Type.Q8_0 or row % gguf.GGML_QUANT_SIZES[default][0]:
+        if default == Type.Q8_0 or row % GGML_QUANT_SIZES[default][0]:
             return Type.Q8_0
         return Type.Q6_K
 
@@ -169,7 +184,7 @@ class Mix:
 
 def _fitting(wanted: Type, row: int) -> Type:
     """The type itself, or what llama.cpp falls back to where rows of so many values do not fit its blocks."""
-    if row % gguf.GGML_QUANT_SIZES[wanted][0] == 0:
+    if row % GGML_QUANT_SIZES[wanted][0] == 0:
         return wanted
     wanted = _FALLBACK.get(wanted, wanted)
-    return wanted if row % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else Type.F16
+    return wanted if row % GGML_QUANT_SIZES[wanted][0] == 0 else Type.F16

@@ -24,7 +24,7 @@ from oribi.save.folder import announce
 from oribi.save.hub import MERGED_KEYWORDS, push, read_accepted, upload_folder
 from oribi.save.nf4_checkpoint import nf4_config, pack, packed_bytes, packed_names
 from oribi.save.report import ExportReport
-from oribi.save.shards import TensorPlan, shard_bytes, write_shards, write_unplanned
+from oribi.save.shards import TensorPlan, shard_bytes, write_shards
 from oribi.save.trained import MergedModel
 from oribi.save.verify import check_folder, check_saved_tokenizer
 from oribi.tensors import TensorSource, all_finite, read_header
@@ -118,24 +118,25 @@ class MergedExport(Export):
         """Write and check it; arguments as for `save_merged`."""
         self.tokenizer, self.max_shard_bytes = tokenizer, max_shard_bytes
         self.quantized = self.report.kind == "merged_4bit"
-        self.packed = packed_names(self.model) if self.quantized else set()
-        shapes = MergedModel(self.model).shapes()
-        self.plans = [TensorPlan(name, shape, self.dtype) for name, shape in shapes.items()]
-        size = sum(
-            packed_bytes(plan.nbytes // plan.dtype.itemsize) if plan.name in self.packed else plan.nbytes
-            for plan in self.plans
-        )
+        packed = packed_names(self.model) if self.quantized else set()
+        self.plans = [
+            TensorPlan(name, shape, self.dtype, packed_bytes(shape) if name in packed else 0)
+            for name, shape in MergedModel(self.model).shapes().items()
+        ]
+        size = sum(plan.nbytes for plan in self.plans)
         words = f"{self.report.kind}, {len(self.plans)} tensors in {_dtype_name(self.dtype)}"
         announce(self.directory, {words: size})
         self.merged = self.merge(tokenizer, held_out, base)
         return self.run(size)
 
     def write(self, folder: Path) -> None:
-        tensors = ((plan.name, read_finite(self.merged, plan.name, self.dtype)) for plan in self.plans)
-        if self.quantized:
-            write_unplanned(folder, pack(tensors, self.packed), self.max_shard_bytes)
-        else:
-            write_shards(folder, self.plans, (tensor for _, tensor in tensors), self.max_shard_bytes)
+        write_shards(
+            folder,
+            self.plans,
+            lambda name: read_finite(self.merged, name, self.dtype),
+            pack,
+            self.max_shard_bytes,
+        )
         self._write_config(folder)
         generation = copy.deepcopy(getattr(self.inner, "generation_config", None))
         if generation is not None:

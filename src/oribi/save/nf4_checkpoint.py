@@ -1,6 +1,6 @@
 """A merged checkpoint in NF4 again, as bitsandbytes stores it: the tensors that `*-bnb-4bit` checkpoints hold."""
 
-from collections.abc import Iterable, Iterator
+import math
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
@@ -10,6 +10,9 @@ from transformers import BitsAndBytesConfig
 from oribi.models.quantize import BLOCK
 from oribi.save.trained import slots_of
 from oribi.tensors import TensorSource
+
+# bytes of what a packed weight has beside codes and scales: two tables of values and a description in JSON
+_STATE = 16 * 4 + 256 * 4 + 512
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -35,21 +38,17 @@ def packed_names(model: nn.Module) -> set[str]:
     }
 
 
-def packed_bytes(count: int) -> int:
-    """Bytes of so many packed values with their scales, the small fixed parts left out."""
-    return count // 2 + count // BLOCK + count // BLOCK // 256 * 4
+def packed_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a weight's codes, scales and state, at most."""
+    count = math.prod(shape)
+    blocks = -(-count // BLOCK)
+    return count // 2 + blocks + -(-blocks // 256) * 4 + _STATE
 
 
-def pack(tensors: Iterable[tuple[str, torch.Tensor]], packed: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Named dense tensors, those in `packed` as codes [N * K / 2, 1] uint8 and the tensors of their state."""
-    for name, tensor in tensors:
-        if name not in packed:
-            yield name, tensor
-            continue
-        codes, state = quantize_4bit(tensor, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-        yield name, codes
-        for key, value in state.as_dict(packed=True).items():
-            yield f"{name}.{key}", value
+def pack(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A dense weight as codes [N * K / 2, 1] uint8 and the tensors of their state, by their names."""
+    codes, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    return {name: codes, **{f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}}
 
 
 class Nf4Source:

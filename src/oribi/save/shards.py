@@ -1,18 +1,19 @@
-"""Writing a safetensors checkpoint tensor by tensor: the host holds one tensor at a time, never a shard.
+"""Writing a safetensors checkpoint tensor by tensor, in shards that the hub's own function names and divides.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors (8 bytes of header length, JSON, raw data).
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from oribi.errors import ConfigError
-from oribi.text import write_whole
 
 _NAMES = {
     torch.float32: "F32",
@@ -26,95 +27,63 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Name, shape and dtype of a tensor that will be written."""
+    """Name, shape and dtype of a tensor that will be written; `packed_bytes` where it is packed first, its size then."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    packed_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return self.packed_bytes or math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_shards(
     folder: Path,
     plans: list[TensorPlan],
-    tensors: Iterable[torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    pack: Callable[[str, torch.Tensor], dict[str, torch.Tensor]],
     max_shard_bytes: int,
-) -> list[Path]:
+) -> None:
     """Write tensors as model.safetensors, or as numbered shards with their index.
+
+    The host holds one tensor at a time; where a shard has packed ones, whose state has no size before, one shard.
 
     Args:
         folder: existing folder.
         plans: what will be written, in order.
-        tensors: the tensors in the order of `plans`; each is consumed before the next is asked for.
+        read: a tensor by its name.
+        pack: the tensors that a packed one becomes.
         max_shard_bytes: a shard ends before it would pass this size; a larger tensor has a shard of its own.
-
-    Returns:
-        The shard files.
     """
-    shards: list[list[TensorPlan]] = [[]]
-    for plan in plans:
-        if shards[-1] and sum(p.nbytes for p in shards[-1]) + plan.nbytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(plan)
-    paths = [folder / name for name in _shard_names(len(shards))]
-    remaining = iter(tensors)
-    for path, shard in zip(paths, shards):
-        _write_shard(path, shard, remaining)
-    _write_index(
-        folder, {plan.name: path.name for path, shard in zip(paths, shards) for plan in shard}, plans
+    by_name = {plan.name: plan for plan in plans}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda plan: plan.nbytes,
+        get_storage_id=lambda plan: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
     )
-    return paths
+    total, shard_of = 0, {}
+    for file, names in split.filename_to_tensors.items():
+        shard = [by_name[name] for name in names]
+        tensors: Iterable[torch.Tensor] = map(read, names)
+        if any(plan.packed_bytes for plan in shard):
+            parts: dict[str, torch.Tensor] = {}
+            for plan, tensor in zip(shard, tensors):
+                parts |= pack(plan.name, tensor) if plan.packed_bytes else {plan.name: tensor}
+            shard = [TensorPlan(name, tuple(part.shape), part.dtype) for name, part in parts.items()]
+            tensors = parts.values()
+        _write_shard(folder / file, shard, tensors)
+        total += sum(plan.nbytes for plan in shard)
+        shard_of |= {plan.name: file for plan in shard}
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": shard_of}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_unplanned(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
-) -> list[Path]:
-    """The same for tensors whose sizes are known only when they come (packed weights); the host holds one shard."""
-    shards: list[list[TensorPlan]] = []
-    held: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        shards.append([TensorPlan(name, tuple(t.shape), t.dtype) for name, t in held.items()])
-        _write_shard(folder / f"part-{len(shards)}", shards[-1], iter(held.values()))
-        held.clear()
-
-    size = 0
-    for name, tensor in tensors:
-        if held and size + tensor.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        held[name] = tensor
-        size += tensor.nbytes
-    flush()
-    paths = [folder / name for name in _shard_names(len(shards))]
-    for i, path in enumerate(paths):
-        (folder / f"part-{i + 1}").rename(path)
-    plans = [plan for shard in shards for plan in shard]
-    _write_index(
-        folder, {plan.name: path.name for path, shard in zip(paths, shards) for plan in shard}, plans
-    )
-    return paths
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-
-def _write_index(folder: Path, weight_map: dict[str, str], plans: list[TensorPlan]) -> None:
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": sum(plan.nbytes for plan in plans)}, "weight_map": weight_map}
-        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def _write_shard(path: Path, plans: list[TensorPlan], tensors: Iterator[torch.Tensor]) -> None:
+def _write_shard(path: Path, plans: list[TensorPlan], tensors: Iterable[torch.Tensor]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for plan in plans:
@@ -128,8 +97,7 @@ def _write_shard(path: Path, plans: list[TensorPlan], tensors: Iterator[torch.Te
     text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as readers that map the file expect
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for plan in plans:
-            tensor = next(tensors)
+        for plan, tensor in zip(plans, tensors):
             if tuple(tensor.shape) != plan.shape or tensor.dtype != plan.dtype:
                 raise ValueError(f"{plan}: got {tuple(tensor.shape)} {tensor.dtype}")
             file.write(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")

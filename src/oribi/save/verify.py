@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oribi.chat.ends import renders
+from oribi.gguf.mixes import METHODS
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.save.check import Check, Outcome, percent
 from oribi.save.nf4_checkpoint import Nf4Source
@@ -25,19 +26,9 @@ from oribi.tensors import SafetensorsSource, TensorSource
 # mean KL in nats above which a file is not the trained model, by its format
 KL_TOLERANCE = {
     "float32": 0.002, "float16": 0.005, "bfloat16": 0.02, "4-bit": 0.3,
-    "f32": 0.002, "f16": 0.005, "bf16": 0.02, "q8_0": 0.03, "q6_k": 0.06,
-    "q5_k_m": 0.15, "q5_k_s": 0.15, "q5_1": 0.15, "q5_0": 0.2,
-    "q4_k_m": 0.3, "q4_k_s": 0.3, "q4_1": 0.3, "q4_0": 0.5,
-    "q3_k_l": 0.5, "q3_k_m": 0.5, "q3_k_s": 0.5, "q2_k": 0.5,
+    **{method.name: method.kl for method in METHODS.values()},
 }  # fmt: skip
 SIXTEEN_BIT = 0.01  # added where the trained model itself computes in 16 bit
-# what to take where a format loses too much; the others lose nothing that counts
-_MORE_BITS = {
-    "q6_k": "use q8_0", "4-bit": "use merged_16bit, or load the merged_16bit export in 4 bits",
-    **dict.fromkeys(("q5_k_m", "q5_k_s", "q5_1", "q5_0"), "use q6_k or q8_0"),
-    **dict.fromkeys(("q4_k_m", "q4_k_s", "q4_1", "q4_0"), "use q5_k_m or q8_0"),
-    **dict.fromkeys(("q3_k_l", "q3_k_m", "q3_k_s", "q2_k"), "use q4_k_m, q5_k_m or q8_0"),
-}  # fmt: skip
 _WORSE = 1.05  # a base other than the trained one may have a loss so many times as high, and 0.05 more
 EQUAL_KL, EQUAL_PLACES = 0.01, 0.99  # nats, and share of places with the same likeliest token
 # A file gives other answers if its distributions are other ones, not just near ties that fell otherwise, and none of three
@@ -198,10 +189,13 @@ def _precision(trained: Trained) -> str:
 
 
 def _advice(form: str) -> str:
-    more = _MORE_BITS.get(form)
-    if more is None:
+    method = METHODS.get(form)
+    instead = method.instead if method is not None else ""
+    if form == "4-bit":
+        instead = "merged_16bit, or load the merged_16bit export in 4 bits"
+    if not instead:
         return "the written weights are not those that were trained"
-    return f"{form} loses too much of this model; {more}"
+    return f"{form} loses too much of this model; use {instead}"
 
 
 def check_source(trained: Trained, source: TensorSource, form: str) -> list[Check]:
