@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from oribi.errors import ConfigError
 from oribi.gguf.file import stored_bytes
 from oribi.gguf.mixes import METHODS, Type, mix_of
-from oribi.gguf.quantize import quantize
+from oribi.gguf.quantize import encode
 from oribi.save.gguf import save_gguf
 from tests.save.tiny_export import (
     byte_level_tokenizer,
@@ -77,7 +77,7 @@ def error(values: np.ndarray, packed: np.ndarray, type: Type) -> float:
 @pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
 def test_values_are_as_near_as_llama_cpps(type, name):
     values = tensors()[name]
-    ours, theirs = quantize(values, type), quantize_in_llama_cpp(values, type)
+    ours, theirs = encode(values, type), quantize_in_llama_cpp(values, type)
     assert ours.shape == theirs.shape
     assert error(values.numpy(), ours, type) <= 1.02 * error(values.numpy(), theirs, type)
 
@@ -85,7 +85,7 @@ def test_values_are_as_near_as_llama_cpps(type, name):
 @pytest.mark.parametrize("name", tensors())
 def test_q8_0_is_llama_cpps_byte_by_byte(name):
     values = tensors()[name]
-    assert np.array_equal(quantize(values, Type.Q8_0), quantize_in_llama_cpp(values, Type.Q8_0))
+    assert np.array_equal(encode(values, Type.Q8_0), quantize_in_llama_cpp(values, Type.Q8_0))
 
 
 @pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
@@ -93,7 +93,7 @@ def test_zeros_and_single_values_survive(type):
     values = torch.zeros(3, 256)
     values[1, 100] = -2.5
     values[2] = 0.75
-    back = dequantize(quantize(values, type), type)
+    back = dequantize(encode(values, type), type)
     assert np.abs(back - values.numpy()).max() < 0.02 * 2.5
     assert not back[0].any()
 
@@ -101,13 +101,13 @@ def test_zeros_and_single_values_survive(type):
 @pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
 def test_a_part_is_quantised_as_in_the_whole(type):
     values = tensors()["normal"]
-    assert np.array_equal(quantize(values, type)[17:19], quantize(values[17:19].contiguous(), type))
+    assert np.array_equal(encode(values, type)[17:19], encode(values[17:19].contiguous(), type))
 
 
 def test_a_tensor_larger_than_one_part_is_whole():
     torch.manual_seed(1)
     values = torch.randn(1030, 512)
-    back = dequantize(quantize(values, Type.Q8_0), Type.Q8_0)
+    back = dequantize(encode(values, Type.Q8_0), Type.Q8_0)
     assert np.abs(back - values.numpy()).max() < values.abs().max().item() / 127
 
 
@@ -115,7 +115,7 @@ def test_a_tensor_larger_than_one_part_is_whole():
 def test_float_types_round_to_nearest(type):
     values = tensors()["normal"]
     dtype = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}[type]
-    written = quantize(values, type)
+    written = encode(values, type)
     back = torch.from_numpy(written).view(dtype) if type == Type.BF16 else torch.from_numpy(written)
     assert torch.equal(back.view(values.shape).float(), values.to(dtype).float())
 
@@ -184,5 +184,5 @@ def test_methods_are_named_as_people_name_them():
 @pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
 def test_a_gpu_quantises_as_near_as_the_cpu(type):
     values = tensors()["long tails"]
-    here, there = quantize(values, type), quantize(values.cuda(), type)
+    here, there = encode(values, type), encode(values.cuda(), type)
     assert error(values.numpy(), there, type) <= 1.001 * error(values.numpy(), here, type)

@@ -172,10 +172,10 @@ def test_a_check_without_memory_is_not_run_and_a_broken_file_is_different(tmp_pa
 
         return raise_it
 
-    monkeypatch.setattr("oribi.save.merged.check_folder", fail(MemoryError("no memory")))
+    monkeypatch.setattr("oribi.save.merged.check_checkpoint", fail(MemoryError("no memory")))
     report = save_merged(tuned, tmp_path / "m", byte_level_tokenizer(), dtype="float32")
     assert report.verdict == "equal (1 check not run)"
-    monkeypatch.setattr("oribi.save.merged.check_folder", fail(KeyError("model.norm.weight")))
+    monkeypatch.setattr("oribi.save.merged.check_checkpoint", fail(KeyError("model.norm.weight")))
     with pytest.raises(
         ExportError, match="different  weights read back: it cannot be read back .*model.norm.weight"
     ):

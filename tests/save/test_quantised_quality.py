@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 
 from oribi.gguf.mixes import METHODS, Mix, Type
 from oribi.gguf.names import tensors_to_write
-from oribi.gguf.quantize import quantize
+from oribi.gguf.quantize import encode
 from oribi.models.load import load_model
 from oribi.train.report import GENERAL_TEXT
 from tests.gguf.test_quantize import quantize_in_llama_cpp
@@ -84,7 +84,7 @@ def judge():
 
 @pytest.mark.parametrize("method", MIXES)
 def test_a_method_loses_no_more_than_in_llama_cpp(method, judge):
-    ours = judge.divergence(method, quantize)
+    ours = judge.divergence(method, encode)
     theirs = judge.divergence(method, quantize_in_llama_cpp)
     print(f"{method}: KL {ours:.5f}, llama.cpp's {theirs:.5f}, ratio {ours / theirs:.3f}")
     assert ours <= 1.05 * theirs

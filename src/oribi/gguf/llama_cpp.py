@@ -29,7 +29,7 @@ class LlamaCppUnavailable(ExportError):
 
 
 @dataclass(frozen=True)
-class Answer:
+class Continuation:
     """A greedy continuation: its tokens, and the log-probabilities of the likeliest tokens at each place.
 
     A place is None where llama.cpp withholds it: a token that ends inside a character.
@@ -112,7 +112,9 @@ class LlamaCpp:
             except BrokenPipeError:  # what was not sent any more has no reader
                 continue
 
-    def generate(self, ids: Sequence[int], tokens: int, top: int = 1, *, forced: int | None = None) -> Answer:
+    def generate(
+        self, ids: Sequence[int], tokens: int, top: int = 1, *, forced: int | None = None
+    ) -> Continuation:
         """Greedy continuation of a prompt.
 
         Args:
@@ -191,7 +193,7 @@ class LlamaCpp:
         return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")[:300]
 
 
-def _read_answer(answer: dict[str, Any]) -> Answer:
+def _read_answer(answer: dict[str, Any]) -> Continuation:
     given = iter([*answer["completion_probabilities"], None])
     place = next(given)
     logprobs: list[dict[int, float] | None] = []
@@ -201,7 +203,7 @@ def _read_answer(answer: dict[str, Any]) -> Answer:
             continue
         logprobs.append({other["id"]: other["logprob"] for other in place["top_logprobs"]})
         place = next(given)
-    return Answer(list(answer["tokens"]), logprobs)
+    return Continuation(list(answer["tokens"]), logprobs)
 
 
 def _entry(answer: Any, path: str, key: str, kind: type) -> Any:

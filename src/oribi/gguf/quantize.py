@@ -21,7 +21,7 @@ from oribi.gguf.search import fit_affine, fit_scale, inverse
 _AT_ONCE = 1 << 18
 
 
-def quantize(values: torch.Tensor, type: Type) -> np.ndarray:
+def encode(values: torch.Tensor, type: Type) -> np.ndarray:
     """A tensor's bytes: [N, bytes of a row] uint8, or the values themselves in float32, float16.
 
     Args:

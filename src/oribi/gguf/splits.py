@@ -52,12 +52,12 @@ for _names, _rules in RULES.items():
         _NAMES.setdefault((_rules, _name in WHOLE_WORDS), _name)
 
 
-def steps_of(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+def pre_tokenizer_steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The pre-tokenizers of a tokenizer.json one after the other."""
     if step is None:
         return []
     if step["type"] == "Sequence":
-        return [inner for part in step["pretokenizers"] for inner in steps_of(part)]
+        return [inner for part in step["pretokenizers"] for inner in pre_tokenizer_steps(part)]
     return [step]
 
 
@@ -71,7 +71,7 @@ def pre_tokenizer_name(spec: dict[str, Any]) -> str:
         ExportError: none does the same.
     """
     rules: list[str] = []
-    for step in steps_of(spec["pre_tokenizer"]):
+    for step in pre_tokenizer_steps(spec["pre_tokenizer"]):
         if step["type"] == "Digits" and step["individual_digits"]:
             rules.append(r"\p{N}")
         elif step["type"] == "Split":

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from oribi.chat.ends import renders, template_starts_with_bos, turn_end_id
 from oribi.errors import ExportError, ModelError
 from oribi.gguf.file import GGUFFile
-from oribi.gguf.splits import NFC, RULES, WHOLE_WORDS, pre_tokenizer, pre_tokenizer_name, steps_of
+from oribi.gguf.splits import NFC, RULES, WHOLE_WORDS, pre_tokenizer, pre_tokenizer_name, pre_tokenizer_steps
 
 # special tokens: their names here -> in the keys
 _SPECIAL = {
@@ -84,7 +84,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
             "resize the model's embeddings to the tokenizer"
         )
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    byte_level = any(step["type"] == "ByteLevel" for step in steps_of(spec["pre_tokenizer"]))
+    byte_level = any(step["type"] == "ByteLevel" for step in pre_tokenizer_steps(spec["pre_tokenizer"]))
     kinds = [_kind(texts.get(id), added.get(id), model, byte_level) for id in range(rows)]
     tokens = [texts.get(id, f"[PAD{id}]") for id in range(rows)]
     if not byte_level:
@@ -146,7 +146,7 @@ def _prefixes_space(spec: dict) -> bool:
         return True
     return any(
         step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
-        for step in steps_of(spec["pre_tokenizer"])
+        for step in pre_tokenizer_steps(spec["pre_tokenizer"])
     )
 
 

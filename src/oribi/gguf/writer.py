@@ -16,7 +16,7 @@ from oribi.gguf.file import Type, stored_bytes, write_header
 from oribi.gguf.metadata import add_metadata
 from oribi.gguf.mixes import Mix, mix_of
 from oribi.gguf.names import Tensor, family_in_gguf, tensors_to_write
-from oribi.gguf.quantize import quantize
+from oribi.gguf.quantize import encode
 from oribi.gguf.rope import rope_tensors
 from oribi.gguf.tokenizer import Vocabulary, add_tokenizer
 from oribi.tensors import TensorSource, all_finite
@@ -107,7 +107,7 @@ def write_files(
         if not all_finite(values):
             raise ExportError(f"{tensor.source} has a value that is not finite: training diverged")
         for writer, entry in zip(writers.values(), entries):
-            writer.write_tensor_data(quantize(values, entry.type))
+            writer.write_tensor_data(encode(values, entry.type))
     for writer in writers.values():
         writer.close()
     return vocabulary

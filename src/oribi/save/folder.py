@@ -99,11 +99,11 @@ def announce(directory: str | os.PathLike, sizes: dict[str, int]) -> None:
     """
     for words, size in sizes.items():
         say(f"oribi: {words}: {gigabytes(size)} into {directory}")
-    say(f"oribi: this disk has {gigabytes(free_bytes(directory))} free")
+    say(f"oribi: this disk has {gigabytes(free_disk_bytes(directory))} free")
     require_disk(Path(directory), sum(sizes.values()))
 
 
-def free_bytes(folder: str | os.PathLike) -> int:
+def free_disk_bytes(folder: str | os.PathLike) -> int:
     """Free space of the disk where a folder is or will be.
 
     Raises:
@@ -124,7 +124,7 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
     Raises:
         ExportError: it has not.
     """
-    free = free_bytes(folder)
+    free = free_disk_bytes(folder)
     if free < needed_bytes * 1.01:
         raise ExportError(
             f"writing to {folder} needs {gigabytes(needed_bytes)} and its disk has {gigabytes(free)} free; "

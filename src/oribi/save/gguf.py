@@ -23,7 +23,7 @@ from oribi.gguf.metadata import check_config
 from oribi.gguf.mixes import METHODS, mix_of
 from oribi.gguf.modelfile import NoModelfile, modelfile
 from oribi.gguf.names import family_in_gguf, tensors_to_write
-from oribi.gguf.quantize import quantize
+from oribi.gguf.quantize import encode
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import CUT_BY_CASE
 from oribi.gguf.tokenizer import Vocabulary
@@ -311,7 +311,7 @@ def _write_pairs(
     }
     write_header(writer, [(name, tuple(pair.shape), types[name]) for name, pair in pairs.items()])
     for name, pair in pairs.items():
-        writer.write_tensor_data(quantize(pair.contiguous(), types[name]))
+        writer.write_tensor_data(encode(pair.contiguous(), types[name]))
     writer.close()
 
 

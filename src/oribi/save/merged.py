@@ -22,11 +22,11 @@ from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, Verify, checked, trained_answers
 from oribi.save.folder import announce
 from oribi.save.hub import MERGED_KEYWORDS, push, read_accepted, upload_folder
-from oribi.save.nf4_checkpoint import nf4_config, pack, packed_bytes, packed_names
+from oribi.save.nf4_checkpoint import nf4_config, pack_nf4, packed_bytes, packed_names
 from oribi.save.report import ExportReport
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards
 from oribi.save.trained import MergedModel
-from oribi.save.verify import check_folder, check_saved_tokenizer
+from oribi.save.verify import check_checkpoint, check_saved_tokenizer
 from oribi.tensors import TensorSource, all_finite, read_header
 
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
@@ -134,7 +134,7 @@ class MergedExport(Export):
             folder,
             self.plans,
             lambda name: read_finite(self.merged, name, self.dtype),
-            pack,
+            pack_nf4,
             self.max_shard_bytes,
         )
         self._write_config(folder)
@@ -163,7 +163,7 @@ class MergedExport(Export):
         if self.trained is None:
             return []
         form = "4-bit" if self.quantized else _dtype_name(self.dtype)
-        found = checked("weights read back", check_folder, self.trained, path, form)
+        found = checked("weights read back", check_checkpoint, self.trained, path, form)
         if self.tokenizer is not None:
             found += checked("tokenizer", check_saved_tokenizer, self.tokenizer, path)
         return found

@@ -45,7 +45,7 @@ def packed_bytes(shape: tuple[int, ...]) -> int:
     return count // 2 + blocks + -(-blocks // 256) * 4 + _STATE
 
 
-def pack(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def pack_nf4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """A dense weight as codes [N * K / 2, 1] uint8 and the tensors of their state, by their names."""
     codes, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
     return {name: codes, **{f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}}

@@ -142,7 +142,7 @@ def rows_of(tokenizer: Any, held_out: Sequence[Any] | None, vocab_size: int) -> 
             break
     if not kept:
         raise ConfigError("the held-out rows have no row of two tokens or more")
-    packed = pack([row.ids for row in kept], origin, held_out=given)
+    packed = pack_rows([row.ids for row in kept], origin, held_out=given)
     return replace(packed, answers=torch.tensor([answer for row in kept for answer in row.answers()]))
 
 
@@ -176,7 +176,7 @@ def prompts_of(tokenizer: Any, held_out: Sequence[Any] | None, vocab_size: int) 
     return [found[index] for index in sorted(chosen)]
 
 
-def pack(rows: list[list[int]], origin: str, *, held_out: bool = False) -> Rows:
+def pack_rows(rows: list[list[int]], origin: str, *, held_out: bool = False) -> Rows:
     """Rows of ids one after the other."""
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     return Rows(torch.tensor([id for row in rows for id in row])[None], positions[None], origin, held_out)

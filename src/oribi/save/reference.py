@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.generate import inference_mode_of
 from oribi.models.unwrap import base_model
-from oribi.save.probes import Rows, pack
+from oribi.save.probes import Rows, pack_rows
 from oribi.save.stream import streamed_logits
 from oribi.tensors import TensorSource
 
@@ -88,7 +88,7 @@ class Trained:
         """`pack`: the rows, and the answers behind their prompts; `keep` [K]: the compared places of the rows, then those of the
         answers."""
         documents = self.rows.documents + [a.prompt + a.tokens[:-1] for a in self.answers]
-        self.pack = pack(documents, self.rows.origin, held_out=self.rows.held_out)
+        self.pack = pack_rows(documents, self.rows.origin, held_out=self.rows.held_out)
         starts = torch.tensor([0, *(len(document) for document in documents)]).cumsum(0).tolist()
         places = (self.rows.targets() != -100).nonzero().flatten().tolist()
         self.compared = len(places)  # places of rows

@@ -203,7 +203,7 @@ def check_source(trained: Trained, source: TensorSource, form: str) -> list[Chec
     return compare(trained, trained.streamed(source), form)
 
 
-def check_folder(trained: Trained, folder: Path, form: str) -> list[Check]:
+def check_checkpoint(trained: Trained, folder: Path, form: str) -> list[Check]:
     """Compare a written checkpoint with the trained model: streamed, or outside the family table loaded whole."""
     files = sorted(folder.glob("model*.safetensors"))
     if isinstance(trained.inner, DecoderForCausalLM):

@@ -9,11 +9,11 @@ import torch
 from oribi.chat.ends import renders, turn_end_id
 from oribi.chat.template import render_chat
 from oribi.errors import ExportError
-from oribi.gguf.llama_cpp import Answer, LlamaCpp, LlamaCppUnavailable
+from oribi.gguf.llama_cpp import Continuation, LlamaCpp, LlamaCppUnavailable
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.tokenizer import rebuild_tokenizer
 from oribi.save.check import Check, Outcome, percent
-from oribi.save.probes import CONVERSATIONS, pack, rendered_ids
+from oribi.save.probes import CONVERSATIONS, pack_rows, rendered_ids
 from oribi.save.reference import ANSWER_TOKENS, GreedyAnswer, Trained
 from oribi.save.stream import streamed_logits
 from oribi.save.verify import (
@@ -124,14 +124,14 @@ def _check_end_token(peer: LlamaCpp, trained: Trained, tokenizer: Any) -> Check:
 
 
 def _compare_answers(
-    trained: Trained, source: TensorSource, asked: list[GreedyAnswer], given: list[Answer], form: str
+    trained: Trained, source: TensorSource, asked: list[GreedyAnswer], given: list[Continuation], form: str
 ) -> list[Check]:
     """llama.cpp's greedy answers beside our own reading of the file, and beside the trained model's."""
     pairs = [(one.prompt, answer) for one, answer in zip(asked, given) if answer.tokens]
     if not pairs:
         says = "there was no prompt to answer"
         return [Check("answers in llama.cpp", Outcome.NOT_TESTED, says)]
-    rows = pack([prompt + answer.tokens[:-1] for prompt, answer in pairs], "llama.cpp's answers")
+    rows = pack_rows([prompt + answer.tokens[:-1] for prompt, answer in pairs], "llama.cpp's answers")
     places, start = [], 0
     for (prompt, answer), document in zip(pairs, rows.documents):
         first = start + len(prompt) - 1
@@ -161,7 +161,7 @@ def _compare_answers(
     ]
 
 
-def _check_probabilities(read: tuple[torch.Tensor, ...], given: list[Answer]) -> Check:
+def _check_probabilities(read: tuple[torch.Tensor, ...], given: list[Continuation]) -> Check:
     """KL of llama.cpp from our own reading of the file, over its likeliest tokens and the rest as one."""
     divergences, agreeing = [], 0
     for places, answer in zip(read, given):
