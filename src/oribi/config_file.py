@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from oribi.config import ALIASES, SETTINGS, RunConfig, Setting
-from oribi.config_yaml import compose, parse_word, read_text, value_of, words_of
+from oribi.config_yaml import compose, flags_of, parse_word, read_text, value_of, words_of
 from oribi.errors import ConfigError
 from oribi.text import nearest, shown, write_whole
 
@@ -58,7 +58,7 @@ def read_run_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple
     problems: list[Problem] = []
     notes: list[str] = []
     given = _resolve([] if path is None else _read_file(Path(path), problems), problems, notes)
-    given |= _resolve(_read_flags(list(flags), problems), problems, notes)
+    given |= _resolve(_read_flags(flags, problems), problems, notes)
     config = RunConfig()
     for key, one in given.items():
         converted, expected = SETTINGS[key].check(one.value)
@@ -111,18 +111,11 @@ def _setting_named(name: str) -> Setting | None:
     return SETTINGS.get(ALIASES.get(name, name))
 
 
-def _read_flags(flags: list[str], problems: list[Problem]) -> list[Given]:
+def _read_flags(flags: Iterable[str], problems: list[Problem]) -> list[Given]:
+    before, found = flags_of(flags)
+    problems += [Problem(None, word, "flags are written --key value") for word in before]
     entries = []
-    while flags:
-        flag = flags.pop(0)
-        if not flag.startswith("--"):
-            problems.append(Problem(None, flag, "flags are written --key value"))
-            continue
-        key, equals, text = flag[2:].partition("=")
-        key = key.replace("-", "_")
-        words = [text] if equals else []
-        while not equals and flags and not flags[0].startswith("--"):
-            words.append(flags.pop(0))
+    for key, words in found:
         setting = _setting_named(key)
         values = [parse_word(word, as_written=bool(setting and setting.is_words)) for word in words]
         entries.append(Given(key, None, True if not values else values[0] if len(values) == 1 else values))

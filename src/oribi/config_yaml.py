@@ -6,6 +6,7 @@ it costs time or memory.
 
 import codecs
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,24 @@ def parse(text: str, origin: str, *, as_written: bool = False) -> Any:
     """
     reader, node = compose(text, origin)
     return None if node is None else (words_of if as_written else value_of)(reader, node, origin)
+
+
+def flags_of(words: Iterable[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """A command line taken apart.
+
+    Returns:
+        The words before the first flag; and of each `--key value ...` or `--key=value`, its key, with underscores, and its
+        values, none where it stands alone.
+    """
+    before: list[str] = []
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            found.append((key.replace("-", "_"), [value] if equals else []))
+        else:
+            (found[-1][1] if found else before).append(word)
+    return before, found
 
 
 def parse_word(word: str, *, as_written: bool = False) -> Any:

@@ -10,7 +10,7 @@ from oribi.chat.named_templates import NAMES
 from oribi.config import OPTIMIZERS, SCHEDULES, SETTINGS
 from oribi.config_file import read_run_config
 from oribi.dialects import axolotl, convert_file, llama_factory, shared, trl, unsloth
-from oribi.dialects.converted import is_off, read_elsewhere
+from oribi.dialects.converted import is_off, read_together
 from oribi.errors import ConfigError
 
 HANDLERS = {
@@ -220,7 +220,7 @@ def test_every_key_is_accounted_for(tmp_path, name):
     (tmp_path / name).write_text(FILES[name][0])
     found = convert_file(tmp_path / name)
     told = " ".join([*found.notes, *found.idle, *found.unsupported, *found.values])
-    together = {key for key, handler in HANDLERS[found.dialect].items() if handler is read_elsewhere}
+    together = {key for key, handler in HANDLERS[found.dialect].items() if handler is read_together}
     asked = {key for key, value in found.entries.items() if not is_off(value)}
     assert {key for key in asked - together if key not in told} == set()
 

@@ -158,8 +158,13 @@ def only(allowed: Iterable[Any], why: str) -> Handler:
     return handle
 
 
-def read_elsewhere(found: Converted, key: str, value: Any) -> None:
-    """A key that the dialect's `prepare` or `finish` reads."""
+def read_together(found: Converted, key: str, value: Any) -> None:
+    """A key that the dialect's `prepare` or `finish` reads beside others."""
+
+
+def read_elsewhere(keys: Iterable[str]) -> dict[str, Handler]:
+    """Keys that the dialect's `prepare` or `finish` reads."""
+    return dict.fromkeys(keys, read_together)
 
 
 def names_of(value: Any) -> list[str]:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from oribi.config_yaml import parse, read_text
+from oribi.config_yaml import flags_of, parse, parse_word, read_text
 from oribi.errors import ConfigError
 
 
@@ -45,20 +45,11 @@ def _read_flags(path: Path, text: str) -> tuple[list[str], dict[str, Any]]:
         raise ConfigError(
             f"{path}: {error}; a shell script with one command and its flags is expected"
         ) from error
-    command: list[str] = []
+    command, flags = flags_of(words)
     entries: dict[str, Any] = {}
-    key = None
-    for word in words:
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            entries[key] = _value(value) if equals else True
-        elif key is None:
-            command.append(word)
-        else:
-            before = entries[key]
-            first = [] if before is True else before if isinstance(before, list) else [before]
-            entries[key] = [*first, _value(word)] if first else _value(word)
+    for key, given in flags:
+        values = [None if word == "None" else parse_word(word) for word in given]
+        entries[key] = True if not values else values[0] if len(values) == 1 else values
     unknown = [name for name, value in entries.items() if "$" in str(value)]
     if unknown:
         raise ConfigError(
@@ -69,10 +60,3 @@ def _read_flags(path: Path, text: str) -> tuple[list[str], dict[str, Any]]:
             f"{path}: no flags (--name value) in it; if it names a config file, convert that one"
         )
     return command, entries
-
-
-def _value(word: str) -> Any:
-    try:
-        return None if word == "None" else parse(word, "flags")
-    except ConfigError:
-        return word  # a name with braces, say

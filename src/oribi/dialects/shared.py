@@ -1,6 +1,7 @@
 """Keys that several programs have, most of them from transformers' TrainingArguments and PEFT's LoraConfig."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from oribi.config import OPTIMIZERS, SCHEDULES, TRACKERS
@@ -54,18 +55,19 @@ def report_to(found: Converted, key: str, value: Any) -> None:
     found.put("report_to", [name for name in asked if name in TRACKERS] or ["none"], key)
 
 
-def tracker(name: str) -> Handler:
-    """A key that turns a tracker on."""
+def trackers(keys: Iterable[str]) -> dict[str, Handler]:
+    """Keys that turn on the tracker whose name is a part of theirs."""
 
     def handle(found: Converted, key: str, value: Any) -> None:
         if not is_off(value):
+            name = next(name for name in TRACKERS if name in key)
             others = [other for other in found.values.get("report_to", []) if other not in ("none", name)]
             found.values["report_to"] = [*others, name]
             found.notes.append(
                 f"{key} read as report_to = {found.values['report_to']}; {name} reads its own environment variables"
             )
 
-    return handle
+    return dict.fromkeys(keys, handle)
 
 
 def warmup(found: Converted, key: str, value: Any) -> None:
@@ -170,10 +172,9 @@ EIGHT_BITS = "weights are NF4 or 16 bit; 16 bit is taken, which is exact and nee
 NEW_ADAPTER = "oribi starts a new adapter; in Python an adapter can be loaded and trained on: FastLanguageModel.from_pretrained(ADAPTER)"
 ADAPTERS_START = "adapters start as PEFT starts them; in Python: get_peft_model(init_lora_weights=...)"
 # `checkpoints` reads them
-CHECKPOINTS: dict[str, Handler] = dict.fromkeys(
-    ("save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps"), read_elsewhere
+CHECKPOINTS = read_elsewhere(
+    ("save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps")
 )
-PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
 GOES_ON = "oribi trains one model from start to end and keeps its last weights; stop early by hand, or in Python with callbacks"
 HANDLERS: dict[str, Handler] = {
     "lr_scheduler_type": schedule,
@@ -198,7 +199,7 @@ HANDLERS: dict[str, Handler] = {
     "bias": only(["none"], "an adapter trains no biases here"),
     "lora_bias": only(["none", False], "an adapter trains no biases here"),
     "bnb_4bit_quant_type": only(["nf4"], "4-bit weights are NF4"),
-    **dict.fromkeys(PRECISION, read_elsewhere),
+    **read_elsewhere(("bf16", "fp16", "bfloat16", "float16", "pure_bf16")),
     **idle(("tf32", "float32", "fp16_opt_level", "bf16_full_eval", "fp16_full_eval"), "the model's dtype decides the precision"),
     **idle(
         ("flash_attention", "flash_attn", "attn_implementation", "xformers_attention", "sdp_attention", "flex_attention",

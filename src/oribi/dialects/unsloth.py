@@ -67,15 +67,13 @@ def _completions(found: Converted, key: str, value: Any) -> None:
 
 HANDLERS: dict[str, Handler] = {
     **shared.HANDLERS,
-    "training_type": read_elsewhere,
-    "config": read_elsewhere,
+    **read_elsewhere(("training_type", "config")),
     "dataset": _dataset,
     "local_dataset": _dataset,
     "format_type": _format_type,
     "train_on_completions": _completions,
     "target_modules": shared.targets,
-    "enable_wandb": shared.tracker("wandb"),
-    "enable_tensorboard": shared.tracker("tensorboard"),
+    **shared.trackers(("enable_wandb", "enable_tensorboard")),
     **idle(("wandb_project",), "the tracker reads its own environment variables"),
     **idle(("finetune_vision_layers", "vision_all_linear", "dry_run"), "oribi trains language models"),
     **dict.fromkeys(("finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules"), only([True], "target_modules names the layers that get an adapter")),
@@ -123,10 +121,10 @@ def _finish_script(found: Converted) -> None:
 
 SCRIPT_HANDLERS: dict[str, Handler] = {
     **shared.HANDLERS,
+    **read_elsewhere(("random_state",)),
     "dataset": _dataset,
-    "random_state": read_elsewhere,
     "dtype": renamed("dtype"),
-    **dict.fromkeys(("save_model", "save_method", "save_gguf", "quantization"), read_elsewhere),
+    **read_elsewhere(("save_model", "save_method", "save_gguf", "quantization")),
     **idle(("adapter_file", "save_path", "hub_path"), "what is saved lies in output_dir"),
 }  # fmt: skip
 SCRIPT_DEFAULTS = {
