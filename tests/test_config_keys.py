@@ -15,7 +15,7 @@ from datasets import Dataset
 import oribi.run
 from oribi.config import RunConfig
 from oribi.config_file import read_run_config
-from oribi.data import PreparedData
+from oribi.data.prepare import PreparedData
 from oribi.data.report import DataReport
 from oribi.errors import ConfigError
 from oribi.preflight import Start

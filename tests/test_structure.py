@@ -172,7 +172,6 @@ FAMILY_COMPARISONS: dict[str, int] = {}
 
 # two places that share six or more lines -> why they are not one
 SHARED_LINES = {
-    ("__init__.py", "data/__init__.py"): "a package's lazy imports stand in its own __getattr__",
     ("kernels/attention.py", "kernels/attention.py"): "to be looked at",
     (
         "kernels/cross_entropy.py",

@@ -6,11 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from oribi.chat.named_templates import get_chat_template
 from oribi.config import RunConfig
-from oribi.data import get_chat_template
-from oribi.data.evaluation import evaluation_split, require_held_out
 from oribi.data.prepare import make_preparation
-from oribi.data.sources import Part
+from oribi.data.sources import Part, evaluation_split, require_held_out
 from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.gguf.mixes import mix_of

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from oribi.chat.named_templates import get_chat_template
 from oribi.config import RunConfig
 from oribi.config_file import as_yaml, read_run_config
-from oribi.data import PreparedData, get_chat_template, prepare_dataset
+from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.data.report import DataReport
 from oribi.environment import Environment, detect
 from oribi.errors import ConfigError, ExportError

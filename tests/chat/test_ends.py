@@ -5,8 +5,8 @@ import pytest
 from oribi.chat.ends import end_id, stop_ids, turn_end_id
 from oribi.chat.named_templates import get_chat_template
 from oribi.chat.rendering import ChatTemplate
-from oribi.data import prepare_dataset
 from oribi.data.encoding import UNTRAINED
+from oribi.data.prepare import prepare_dataset
 from oribi.errors import DataError, TemplateLimitError
 from tests.data.tokenizers_small import TWO_TURNS
 from tests.save.tiny_export import sentencepiece_tokenizer

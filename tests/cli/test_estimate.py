@@ -7,7 +7,7 @@ import pytest
 from oribi.cli.estimate import _data_size
 from oribi.config import RunConfig
 from oribi.config_file import read_run_config
-from oribi.data import PreparedData
+from oribi.data.prepare import PreparedData
 from oribi.data.report import DataReport
 
 

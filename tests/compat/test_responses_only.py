@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from oribi.compat.responses_only import find_markers
-from oribi.data import get_chat_template, prepare_dataset, train_on_responses_only
+from oribi.chat.named_templates import get_chat_template
+from oribi.compat.responses_only import find_markers, train_on_responses_only
 from oribi.data.encoding import UNTRAINED
+from oribi.data.prepare import prepare_dataset
 from oribi.errors import ConfigError, DataError
 from tests.data.tokenizers_small import TWO_TURNS, WITH_SYSTEM
 

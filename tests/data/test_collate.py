@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oribi.data import PackCollator, PaddedCollator
+from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.errors import DataError
 
 A = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}

@@ -5,8 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from oribi.data.evaluation import evaluation_split, require_held_out
-from oribi.data.sources import open_source
+from oribi.data.sources import evaluation_split, open_source, require_held_out
 from oribi.errors import ConfigError, DataError
 
 

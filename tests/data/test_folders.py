@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from oribi.data import prepare_dataset
+from oribi.data.prepare import prepare_dataset
 from oribi.data.sources import open_source
 from oribi.errors import DataError
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oribi.data import best_fit, pack, prepare_dataset
-from oribi.data.packing import token_lengths
+from oribi.data.packing import best_fit, pack, token_lengths
+from oribi.data.prepare import prepare_dataset
 from oribi.errors import DataError
 
 lengths_and_room = st.integers(4, 64).flatmap(

@@ -7,8 +7,8 @@ import time
 import datasets
 import pytest
 
-from oribi.data import prepare_dataset
 from oribi.data.encoding import UNTRAINED
+from oribi.data.prepare import prepare_dataset
 from oribi.data.report import DataReport
 from oribi.errors import ConfigError, DataError
 from tests.data.tokenizers_small import ONE_TURN, TWO_TURNS, WITH_THINKING, assistant, user
@@ -234,7 +234,7 @@ def test_a_template_that_forgets_bos_gets_it_and_says_so(prepare, plain_tokenize
 
 
 def test_thinking_that_is_left_out_is_said(prepare, family_tokenizer):
-    from oribi.data import get_chat_template
+    from oribi.chat.named_templates import get_chat_template
 
     get_chat_template(family_tokenizer, "qwen-3")
     report = prepare([{"messages": WITH_THINKING}] * 2, family_tokenizer).report
@@ -242,7 +242,7 @@ def test_thinking_that_is_left_out_is_said(prepare, family_tokenizer):
 
 
 def test_split_turns_become_rows_of_their_own(prepare, family_tokenizer):
-    from oribi.data import get_chat_template
+    from oribi.chat.named_templates import get_chat_template
 
     get_chat_template(family_tokenizer, "qwen-3")
     rows = [{"messages": WITH_THINKING}, {"messages": ONE_TURN}]

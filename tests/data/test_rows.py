@@ -6,8 +6,8 @@ import datasets
 import numpy as np
 import pytest
 
-from oribi.data import prepare_dataset
 from oribi.data.encoding import UNTRAINED
+from oribi.data.prepare import prepare_dataset
 from oribi.errors import DataError
 from tests.data.tokenizers_small import ONE_TURN, WEATHER, assistant, call, user
 

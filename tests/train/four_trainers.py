@@ -9,7 +9,7 @@ import trl
 from datasets import Dataset, load_from_disk
 from transformers import TrainingArguments
 
-from oribi.data import PackCollator, PaddedCollator
+from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.kernels.dispatch import reference_only
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model

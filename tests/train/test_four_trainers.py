@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from oribi.data import prepare_dataset
+from oribi.data.prepare import prepare_dataset
 from tests.train import four_trainers
 
 

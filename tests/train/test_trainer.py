@@ -23,7 +23,8 @@ from transformers import (
 
 from oribi.compat.responses_only import train_on_responses_only
 from oribi.compat.trainer_names import UnslothTrainer, UnslothTrainingArguments, unsloth_train
-from oribi.data import PackCollator, PaddedCollator, prepare_dataset
+from oribi.data.collate import PackCollator, PaddedCollator
+from oribi.data.prepare import prepare_dataset
 from oribi.errors import ConfigError, DataError, OribiError
 from oribi.kernels.adamw import FlatAdamW
 from oribi.train.arguments import SFTConfig, adopt

@@ -162,7 +162,7 @@ def test_a_link_out_of_a_folder_of_data_is_not_followed(tmp_path):
 def test_templates_cannot_reach_python(folder, tmp_path, monkeypatch, template):
     from datasets import Dataset
 
-    from oribi.data import prepare_dataset
+    from oribi.data.prepare import prepare_dataset
 
     monkeypatch.chdir(tmp_path)
     _, tokenizer = load(folder)

@@ -75,7 +75,7 @@ def eval(  # noqa: A001 (the verb's name)
 
 
 def _rows(loaded: Any, dataset: list[str] | None, split: str) -> Any:
-    from oribi.data import prepare_dataset
+    from oribi.data.prepare import prepare_dataset
     from oribi.run import held_out_rows
 
     if dataset:

@@ -42,7 +42,7 @@ def data(
         from rich.console import Console
 
         from oribi.config_file import setting_of
-        from oribi.data import inspect_data
+        from oribi.data.view import inspect_data
         from oribi.errors import ConfigError
         from oribi.models.open import open_model
         from oribi.preflight import tokenizer_of

@@ -10,8 +10,7 @@ from oribi.chat.conversation import REASONING_FIELDS, ROLES, Conversation, Remar
 from oribi.data import columns as known
 from oribi.data.columns import Columns, as_text, decoded, is_label, says, short
 from oribi.data.messages import MessageReader, Turn, is_messages
-from oribi.data.nulls import holds_filled_keys, keep_meant_nulls, without_nulls
-from oribi.data.tool_calls import read_tools
+from oribi.data.tool_calls import holds_filled_keys, keep_meant_nulls, read_tools, without_nulls
 from oribi.errors import DataError
 
 

@@ -16,10 +16,10 @@ from oribi.chat.rendering import ChatTemplate
 from oribi.data.conversations import RowFormat, recognise
 from oribi.data.converters import Document, Example, Tokens
 from oribi.data.encoding import UNTRAINED, Encoded, Encoder, without_lone_surrogates
-from oribi.data.nulls import without_nested_nulls
 from oribi.data.report import DataReport, Tally, named, some_of
 from oribi.data.rows import examples_of, formatted, readable_rows, safely, tokenised
 from oribi.data.sources import Part, interleave
+from oribi.data.tool_calls import without_nested_nulls
 from oribi.errors import ConfigError, DataError
 from oribi.text import printable
 

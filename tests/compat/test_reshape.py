@@ -5,8 +5,14 @@ import pytest
 
 from oribi.chat.masking import Masker
 from oribi.chat.rendering import ChatTemplate
-from oribi.data import apply_chat_template, standardize_data_formats, standardize_sharegpt, to_sharegpt
-from oribi.data.reshape import LLAMA_3_EXAMPLE, template_from_example
+from oribi.compat.reshape import (
+    LLAMA_3_EXAMPLE,
+    apply_chat_template,
+    standardize_data_formats,
+    standardize_sharegpt,
+    template_from_example,
+    to_sharegpt,
+)
 from oribi.errors import ConfigError, DataError
 from tests.data.tokenizers_small import ONE_TURN, TWO_TURNS, from_messages
 

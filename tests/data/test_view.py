@@ -9,10 +9,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from oribi.data import inspect_data
 from oribi.data.encoding import Encoded
-from oribi.data.inspect import _folded, view_row
 from oribi.data.preparation import Settings
+from oribi.data.view import _folded, inspect_data, view_row
 from oribi.errors import DataError
 from tests.data.tokenizers_small import TWO_TURNS, user
 
