@@ -21,9 +21,9 @@ import torch
 from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton
 
 BLOCK = 256
-# blocks of a program; buffers end on whole programs, so that no kernel needs a mask
 # blocks of one portion of the reference: temporaries of 256 KB stay in a CPU's cache
 _PORTION = 256
+# blocks of a program; buffers end on whole programs, so that no kernel needs a mask
 _TILE_BLOCKS = 4
 TILE = _TILE_BLOCKS * BLOCK
 # programs that share the gradients when their norm is formed: four for each of an H100's 132 multiprocessors
@@ -75,7 +75,7 @@ def adamw_step(flats: Sequence[Flat], max_grad_norm: float | None) -> None:
     """Clip by the norm over all flats, update weights and states, zero the gradients; nothing waits for the device.
 
     Args:
-        flats: buffers whose partials have room for all of them.
+        flats: buffers; the partials of each are as long as those of all together.
         max_grad_norm: gradients are scaled down to this norm; None does not clip.
     """
     for flat in flats:

@@ -1,6 +1,6 @@
 """Causal attention with documents, padding, sliding windows and soft caps, on the fastest backend that can do it.
 
-B rows, S queries a row, C keys a row, H query heads, K key/value heads, E head_dim. q [B, S, H, E]; k, v [B, C, K, E].
+B rows, S queries and C keys per row, H query heads, K key/value heads, E head_dim. q [B, S, H, E]; k, v [B, C, K, E].
 `out[b, s, h] = softmax(scale * q[b, s, h] @ k[b, :, h // (H/K)]^T + mask) @ v`, mask from `Visibility`.
 
 Backends: `cudnn` (dense rows), `flash` (dense or packed documents, windows), `flash3` (the same, where FlashAttention 3
@@ -17,7 +17,7 @@ from oribi.kernels import flash_attention_3
 from oribi.kernels.dispatch import use_triton
 from oribi.kernels.flash_attention import flash_attention_backward, flash_attention_forward
 
-# keys up to which the reference lays documents side by side and keeps their scores: a call a document costs more
+# keys up to which the reference lays documents side by side and keeps their scores: one call per document costs more
 SHORT = 512
 # tokens from which on FlashAttention 3 is faster than cuDNN
 LONG_ROWS = 8192
@@ -30,7 +30,7 @@ class Visibility:
     """Which keys each query may see; one object serves all layers of a forward.
 
     Args:
-        batch, length: rows and queries a row.
+        batch, length: rows and queries per row.
         past: cached keys before the first query.
         real: [B, past + length] bool, False at padding; None if nothing is padded.
         cu_seqlens: [docs + 1] int32 offsets of packed documents (batch is 1), else None.
@@ -74,7 +74,7 @@ class Visibility:
         return self._starts, self.length
 
     def bounds(self) -> list[int]:
-        """Document offsets on the host; synchronises once a forward if they lie on a GPU."""
+        """Document offsets on the host; synchronises once per forward if they lie on a GPU."""
         if self._bounds is None:
             self._bounds = self.cu_seqlens.tolist()
         return self._bounds
@@ -248,9 +248,8 @@ def head_groups(backend: str, queries: int, kv_heads: int) -> int:
     """
     if backend not in ("cudnn", "flash", "flash3"):
         return 1
-    return max(
-        n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= max(queries // GROUP_QUERIES, 1)
-    )
+    most = max(queries // GROUP_QUERIES, 1)
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= most)
 
 
 def _backward(

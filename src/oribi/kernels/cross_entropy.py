@@ -229,7 +229,7 @@ def _reference(logits, targets, losses, softcap, logit_scale, gradient):
         logits.copy_(d.masked_fill(ignored[:, None], 0.0))
 
 
-# A row's logits are read twice, and 32 warps a program leave one row to a multiprocessor: the rows in flight on an
+# A row's logits are read twice, and 32 warps per program leave one row to a multiprocessor: the rows in flight on an
 # H100 (132 rows of 256 KB) then stay in its L2 cache between the two readings.
 @jit(do_not_specialize=["vocab_size"])
 def _kernel(

@@ -82,7 +82,7 @@ def _programs(cu_seqlens: torch.Tensor, max_length: int, tile: int) -> int:
 
 
 def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
-    """H, heads of q a head of k, and the strides of tokens and heads."""
+    """H, heads of q per head of k, and the strides of tokens and heads."""
     strides = (x.stride(i) for x in (q, k, v) for i in (0, 1))
     return q.shape[1], q.shape[1] // k.shape[1], *strides
 

@@ -122,7 +122,7 @@ def gated_mlp_backward(
 
 
 def _tile(size: int) -> tuple[int, int]:
-    """Columns and warps of a program: 8 elements a thread are one 16-byte vector of 16-bit values."""
+    """Columns and warps of a program: 8 elements per thread are one 16-byte vector of 16-bit values."""
     block = min(next_power_of_2(size), 1024)
     return block, max(block // 256, 1)
 

@@ -77,7 +77,7 @@ def lora_linear(x: torch.Tensor, projections: Sequence[Projection]) -> list[torc
         projections: the group; weights that require a gradient take PyTorch's own linear.
 
     Returns:
-        One [..., N_i] tensor a projection, in x's dtype.
+        One [..., N_i] tensor per projection, in x's dtype.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -102,7 +102,7 @@ _kept = _KeptGroups()
 def weights_kept() -> Iterator[None]:
     """Inside the block, groups that this thread computes without gradients are dequantised once.
 
-    For generation, which asks for every weight once a token; no weight or factor may change inside.
+    For generation, which asks for every weight once per token; no weight or factor may change inside.
     """
     before = _kept.groups
     _kept.groups = {} if before is None else before

@@ -19,7 +19,7 @@ from oribi.kernels.dispatch import jit, launch, tl, use_triton
 
 # weights that one launch can read; q|k|v is the largest group of a decoder layer
 _GROUP = 3
-# 4-byte words (8 codes) of a program of 4 warps: 4 independent loads a thread hide the latency of the scales
+# 4-byte words (8 codes) of a program of 4 warps: 4 independent loads per thread hide the latency of the scales
 _WORDS = 512
 
 
@@ -136,7 +136,7 @@ def _dequantize_one(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-    # one block a row: on the CPU bitsandbytes is wrong where a row ends inside a block
+    # one block per row: on the CPU bitsandbytes is wrong where a row ends inside a block
     blocks = (state.shape.numel() // state.blocksize, state.blocksize)
     flat = torch.ops.bitsandbytes.dequantize_4bit(
         _bytes(weight), absmax.float(), state.blocksize, state.quant_type, blocks, dtype

@@ -1,6 +1,6 @@
 """The decoder: every family of the table behind Hugging Face's interface.
 
-B rows, S tokens a row, T = B * S, D hidden size, H query heads, K key/value heads, E head_dim, V vocabulary.
+B rows, S tokens per row, T = B * S, D hidden size, H query heads, K key/value heads, E head_dim, V vocabulary.
 Parameter names equal the checkpoint's, so a checkpoint loads as it is and PEFT, TRL, transformers' Trainer, `generate`
 and `save_pretrained` work on the model. What a family changes is read from its row in `families.py`.
 """
@@ -11,140 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from oribi.errors import ModelError
 from oribi.families import Family, family_of
-from oribi.kernels import fp8
 from oribi.kernels.attention import Visibility
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
-from oribi.models.fused_layer import POLICY_NAMES, fusible_halves, policy
 from oribi.models.generate import GeneratesInAnyMode
-from oribi.models.half import Keep
-from oribi.models.host_memory import HostMemory, pinned
+from oribi.models.host_memory import HostMemory
 from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
 from oribi.models.linear_layers import RMSNorm, read
 from oribi.models.outputs import LogitsWhenRead, require_growing, require_known, require_whole
+from oribi.models.pretrained import DecoderPreTrainedModel
 from oribi.models.rope import RotaryAngles, documents_from_positions
-
-# layers that fp8 leaves alone: the first makes the few huge activations that all others read. SmolLM2-135M's gradient has a
-# cosine of 0.79 to the exact one where they, too, are rounded, and of 0.96 where they are not
-EXACT_LAYERS = 1
 
 # transformers' word for the cache, in arguments and outputs: another one from 5.24 on
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class DecoderPreTrainedModel(PreTrainedModel):
-    config_class = PretrainedConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_sdpa = True
-    # what Trainer asks before it divides by num_items_in_batch itself
-    accepts_loss_kwargs = True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        std = getattr(self.config, "initializer_range", 0.02)
-        if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.is_floating_point():
-            module.weight.data.normal_(0.0, std)
-            if getattr(module, "bias", None) is not None:
-                module.bias.data.zero_()
-        elif isinstance(module, RMSNorm):
-            module.weight.data.fill_(1.0 - module.offset)
-
-    def set_recompute_policy(self, wanted: str | list[Keep]) -> None:
-        """Chooses what each layer keeps between forward and backward, and switches gradient checkpointing on for it.
-
-        Args:
-            wanted: "speed" (keep all), "balanced", "memory" (inputs wait in host memory), or one `Keep` a layer.
-
-        Raises:
-            ModelError: unknown name, or a list of another length than the layers.
-        """
-        layers = self._decoder_layers()
-        if isinstance(wanted, str):
-            if wanted not in POLICY_NAMES:
-                raise ModelError(
-                    f"recompute policy {wanted!r}; it can be {', '.join(map(repr, POLICY_NAMES))}"
-                )
-            wanted = [policy(wanted, layer.results()) for layer in layers]
-        if len(wanted) != len(layers):
-            raise ModelError(f"{len(wanted)} recompute policies for {len(layers)} layers; give one for each")
-        self.gradient_checkpointing_enable()
-        for layer, keep in zip(layers, wanted):
-            layer.keep = keep
-            layer.dequantized.clear()
-
-    def _returns_dict(self, wanted: bool | None) -> bool:
-        return self.config.return_dict if wanted is None else wanted
-
-    def _decoder_layers(self) -> list[DecoderLayer]:
-        return [module for module in self.modules() if isinstance(module, DecoderLayer)]
-
-    def use_fp8(self, wanted: bool) -> int:
-        """Chooses whether training multiplies frozen weights in fp8, approximately.
-
-        Returns:
-            In how many layers it does, if their modules are in training mode: those after the first that are
-            differentiated by hand and whose sizes the matrix units take.
-        """
-        layers = self._decoder_layers()
-        for index, layer in enumerate(layers):
-            halves = fusible_halves(layer) if wanted and index >= EXACT_LAYERS else None
-            groups = [group for half in halves or () for group in half.groups.values()]
-            layer.fp8 = bool(groups) and all(map(fp8.fits, groups))
-            layer.dequantized.clear()
-        return sum(layer.fp8 for layer in layers)
-
-    # transformers 5.23 warns of these three names, which PEFT and TRL still use, and calls what a class has for them
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict | None = None, **options: object
-    ) -> None:
-        """Each layer keeps what its `keep` says; the options of transformers' own checkpointing choose nothing here."""
-        self._set_gradient_checkpointing(enable=True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Each layer keeps everything."""
-        self._set_gradient_checkpointing(enable=False)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether any layer's `keep` counts."""
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-
-    def release(self) -> None:
-        """Frees what training keeps from step to step: dequantised weights and pinned host memory."""
-        for module in self.modules():
-            if isinstance(module, DecoderLayer):
-                module.dequantized.clear()
-            elif isinstance(module, DecoderModel):
-                module.host_memory = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layers compute; an embedding may lie in host memory."""
-        return next(p for name, p in self.named_parameters() if name.endswith("layernorm.weight")).device
-
-    def offload_embedding(self) -> int:
-        """Moves a frozen embedding that no head shares to pinned host memory.
-
-        Returns:
-            Bytes of device memory freed; 0 where the embedding has to stay.
-        """
-        weight = getattr(self.get_input_embeddings(), "weight", None)
-        head = self.get_output_embeddings()
-        shared = head is not None and getattr(head, "weight", None) is weight
-        if weight is None or shared or weight.requires_grad or not weight.is_cuda:
-            return 0
-        home = pinned(weight.nbytes, weight).view(weight.dtype).view(weight.shape)
-        weight.data = home.copy_(weight.data)
-        return weight.nbytes
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing to do: checkpointed layers pass gradients to their factors whether or not the input wants one."""
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -321,12 +204,24 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
+        loss = None
+        if trains:
+            loss = self._loss(outputs.last_hidden_state, targets, labelled, num_items_in_batch)
+        output = self._output(outputs, loss, logits_to_keep, output_logits)
+        return output if self._returns_dict(return_dict) else output.to_tuple()
+
+    def _output(
+        self,
+        outputs: BaseModelOutputWithPast,
+        loss: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        output_logits: bool | None,
+    ) -> CausalLMOutputWithPast:
         hidden = outputs.last_hidden_state
-        loss = self._loss(hidden, targets, labelled, num_items_in_batch) if trains else None
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         # a sharded head is whole inside forward only
-        waits = output_logits is None and self.training and trains and self.model.shards is None
+        waits = output_logits is None and self.training and loss is not None and self.model.shards is None
         formed = output_logits or (output_logits is None and not waits)
         values = {
             "loss": loss,
@@ -335,10 +230,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             CACHE: getattr(outputs, CACHE),
         }
         if waits:
-            output = LogitsWhenRead(**values).wait_for(lambda: self._logits(hidden[:, logits_to_keep]))
-        else:
-            output = CausalLMOutputWithPast(**values)
-        return output if self._returns_dict(return_dict) else output.to_tuple()
+            return LogitsWhenRead(**values).wait_for(lambda: self._logits(hidden[:, logits_to_keep]))
+        return CausalLMOutputWithPast(**values)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # contiguous: for the last token's view, PyTorch would repeat the head for every row of the batch

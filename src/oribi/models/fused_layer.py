@@ -83,7 +83,7 @@ class _FusedLayer(torch.autograd.Function):
                 "backward was called twice on one forward; oribi's layers free what they kept, call forward again"
             )
         if ctx.layer_pass.batch.host_memory is not None:
-            ctx.layer_pass.batch.host_memory.turn()
+            ctx.layer_pass.batch.host_memory.begin_backward()
         needs_dx, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         dy = dy.reshape(-1, dy.shape[-1])
         with torch.autocast(dy.device.type, enabled=False):

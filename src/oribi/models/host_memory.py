@@ -1,8 +1,8 @@
 """Tensors that wait in pinned host memory between forward and backward, copied beside the computation.
 
 Parcels come in groups, one group a layer, and the order is a stack: backward asks for the group that forward stored
-last. Asking for a parcel starts the copies of the whole group below it, so that they have arrived when that layer's turn
-comes. Nothing synchronises with the host, and all of it can be recorded in a CUDA graph.
+last. Asking for a parcel starts the copies of the whole group below it, so that they have arrived when that layer
+needs them. Nothing synchronises with the host, and all of it can be recorded in a CUDA graph.
 """
 
 import mmap
@@ -14,7 +14,7 @@ import torch
 
 from oribi.kernels.dispatch import next_power_of_2
 
-# smaller buffers gain nothing from huge pages, of which one has so many bytes
+# bytes of a huge page; smaller buffers gain nothing from one
 HUGE_PAGE = 2**21
 
 
@@ -109,8 +109,8 @@ class HostMemory:
             target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
-    def turn(self) -> None:
-        """For backward to begin with: the group stored last starts back, and what was sent out is let go of."""
+    def begin_backward(self) -> None:
+        """Starts the copies back of the group stored last, and lets go of the sources of copies to the host."""
         self.flush()
         top = self._top() if self._top is not None else None
         if top is not None:
@@ -140,8 +140,8 @@ def buffer_size(size: int) -> int:
 def pinned(size: int, owner: object) -> torch.Tensor:
     """Page-locked host memory [size] of bytes for as long as `owner` lives.
 
-    CUDA's own allocation locks 1.6 GiB a second, page by page (measured beside an H100); huge pages that are there already
-    are registered at 17 GiB a second, small ones at 8.
+    CUDA's own allocation locks 1.6 GiB per second, page by page (measured beside an H100); huge pages that are there already
+    are registered at 17 GiB per second, small ones at 8.
     """
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)

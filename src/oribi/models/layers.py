@@ -1,6 +1,6 @@
 """A decoder's embedding and its layer of mixer and MLP.
 
-B rows, S tokens a row, D hidden size. Parameter names equal the checkpoint's. While only LoRA factors are trained, a layer
+B rows, S tokens per row, D hidden size. Parameter names equal the checkpoint's. While only LoRA factors are trained, a layer
 runs as `fused_layer` describes; otherwise by PyTorch's autograd.
 """
 

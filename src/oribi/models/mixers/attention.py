@@ -2,7 +2,7 @@
 
     q|k|v = n W_qkv      a = attention(rope(norm(q)), rope(norm(k)), v)      out = a W_o
 
-B rows, S tokens a row, T = B * S, D hidden size, H query heads, K key/value heads, E head_dim. Norms of q and k, their
+B rows, S tokens per row, T = B * S, D hidden size, H query heads, K key/value heads, E head_dim. Norms of q and k, their
 rotation, windows and soft caps are the family's.
 """
 
