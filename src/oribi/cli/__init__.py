@@ -1,7 +1,7 @@
 """The command line. A verb is a file of this folder with one function of the verb's name, listed in `VERBS`.
 
-Files of verbs import nothing heavy at their top, so that `--help` answers at once. Exit codes: 0 done; 1 something is
-wrong and one message on standard error says what; 2 the command line itself is wrong; 130 stopped from the keyboard.
+Files of verbs import nothing heavy at the top, so that `--help` answers at once. Exit codes: 0 success; 1 an error, with one
+message on standard error; 2 bad arguments; 130 interrupted.
 """
 
 import logging
@@ -22,7 +22,7 @@ VERBS = (
     "init", "convert", "inspect", "estimate", "train", "chat", "eval", "export", "doctor", "selftest", "demo",
 )  # fmt: skip
 STOPPED = 130
-# a verb that takes settings as flags leaves their names to the config
+# these verbs take every setting as a flag, and the config checks their names
 FREE_FLAGS = {
     verb: {"allow_extra_args": True, "ignore_unknown_options": True} for verb in ("train", "estimate")
 }
@@ -70,19 +70,19 @@ class ToStderr(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Let oribi's own messages through, and keep back one of bitsandbytes'."""
+    """Show oribi's own messages, and hide one of bitsandbytes'."""
     log = logging.getLogger("oribi")
-    # one of several processes speaks
+    # of several processes, only the first speaks
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     if not any(isinstance(handler, ToStderr) for handler in log.handlers):
         log.addHandler(ToStderr())
-    # asks for a package that would bring kernels for its own 4-bit layers, which oribi does not run
+    # it asks to install kernels for 4-bit layers that oribi does not run
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def main() -> None:
-    """Run the command line; what goes wrong on purpose is told in one message, without a traceback."""
-    # a stream that is closed (`>&-`) leaves its number to the next file that is opened: take it first
+    """Run the command line; an expected error is one message without a traceback."""
+    # the next file to be opened would take the number of a closed stream (`>&-`)
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     with lasting_output():
@@ -120,7 +120,7 @@ def _run(words: list[str]) -> int | str | None:
 
 
 def _unexpected(error: Exception) -> str:
-    """What is said of an error that no part of oribi expected; its traceback goes into a file."""
+    """The message for an unexpected error; its traceback goes into a file."""
     what = f"this is a bug in oribi, or in a library that it calls: {type(error).__name__}: {error}"
     trace = traceback.format_exc()
     try:

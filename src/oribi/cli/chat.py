@@ -14,13 +14,13 @@ COMMANDS = "/new starts over, /quit ends"
 def chat(
     model: Annotated[str, typer.Argument(help="Run, adapter, model folder, GGUF file or hub name.")],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Ask this and stop; repeat it for more turns.")
+        list[str] | None, typer.Option("--prompt", "-p", help="Ask this and stop; repeat for more turns.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 is greedy; the model's own settings if not given.")
+        float | None, typer.Option(min=0, help="0 is greedy (default: the model's own settings).")
     ] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus sampling.")] = None,
     json: Json = False,

@@ -14,15 +14,15 @@ def convert(
         Path, typer.Argument(help="Config of Axolotl, LLaMA-Factory, TRL or Unsloth; .yaml, .json or .sh.")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write; the terminal if not given.")
+        Path | None, typer.Option("--output", "-o", help="File to write (default: print to the terminal).")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     json: Json = False,
 ) -> None:
-    """Read another program's config as one of oribi's, and say what became of each of its keys.
+    """Convert another program's config, and report what happened to each key.
 
-    Defaults of that program that differ from oribi's are written out. A config that asks for another training than
-    oribi's can describe, such as DPO, is refused; every such line is named.
+    Where that program's default differs from oribi's, it is written out. A config that asks for training that oribi
+    cannot do, such as DPO, is refused with every such line.
     """
     from oribi.config_file import commented_yaml, write_config
     from oribi.dialects import convert_file

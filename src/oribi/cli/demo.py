@@ -9,7 +9,7 @@ import typer
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     prepare: Annotated[
-        Path | None, typer.Option(help="Only write the demo's model and data into this folder.")
+        Path | None, typer.Option(help="Only write the demo's model and data to this folder.")
     ] = None,
 ) -> None:
     """Teach a small model to turn English schedules into cron expressions, in minutes, without a GPU."""

@@ -21,7 +21,7 @@ OPTIONAL = {
 
 
 def doctor(json: Json = False) -> None:
-    """Say what this machine can do and why, and whether the installed packages fit."""
+    """Show what this machine can do and why, and whether the installed packages are supported."""
     import os
 
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
@@ -42,11 +42,7 @@ def doctor(json: Json = False) -> None:
     output.fields(system, indent=2)
     output.text("machine")
     output.fields(
-        {
-            name: f"{value}\n{found.reasons[name]}" if name in found.reasons else value
-            for name, value in facts.items()
-        },
-        indent=2,
+        {name: f"{value}\n{found.reasons.get(name, '')}" for name, value in facts.items()}, indent=2
     )
     packages, problems = _packages()
     output.text("packages")
@@ -76,15 +72,14 @@ def doctor(json: Json = False) -> None:
 
 
 def _system() -> tuple[dict[str, str], list[str]]:
-    """What a report of a fault has to say of the machine, and what to do where PyTorch does not see its GPU."""
+    """What a bug report needs to say about the machine, and what to do if PyTorch does not see its GPU."""
     import os
     import platform
 
     import torch
 
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    if torch.version.hip:
-        built = f"ROCm {torch.version.hip}"
+    versions = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    built = next((f"{name} {number}" for name, number in versions.items() if number), "without CUDA")
     driver = _driver()
     facts = {
         "oribi": version("oribi"),
@@ -95,23 +90,19 @@ def _system() -> tuple[dict[str, str], list[str]]:
     }
     if driver is None or torch.cuda.is_available():
         return facts, []
-    start = "nvidia-smi is installed, and PyTorch finds no GPU: "
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not driver[0].isdigit():
-        return facts, [
-            start + "the driver does not answer either; reinstall it, or restart the machine after an update"
-        ]
-    if not torch.version.cuda:
-        return facts, [
-            start + "its build has no CUDA; install the CUDA build from pytorch.org's install page"
-        ]
-    if visible is not None:
-        return facts, [start + f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or give the GPUs' numbers"]
-    return facts, [
-        start
-        + f"driver {driver} is probably too old for CUDA {torch.version.cuda}; update it, or install a PyTorch built for "
-        "an older CUDA"
-    ]
+        what = "the driver does not answer either; reinstall it, or restart the machine after an update"
+    elif not torch.version.cuda:
+        what = "its build has no CUDA; install the CUDA build from pytorch.org's install page"
+    elif visible is not None:
+        what = f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or give the GPUs' numbers"
+    else:
+        what = (
+            f"driver {driver} is probably too old for CUDA {torch.version.cuda}; update it, or install a PyTorch built for "
+            "an older CUDA"
+        )
+    return facts, [f"nvidia-smi is installed, and PyTorch finds no GPU: {what}"]
 
 
 def _driver() -> str | None:
@@ -131,7 +122,7 @@ def _driver() -> str | None:
 
 
 def _packages() -> tuple[dict[str, str], list[str]]:
-    """Installed versions beside those that are supported, and what does not fit."""
+    """Installed and supported versions, and the problems found."""
     from packaging.requirements import Requirement
 
     lines, problems = {}, []

@@ -1,5 +1,6 @@
 """`oribi eval RUN`."""
 
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -8,13 +9,14 @@ from oribi.cli.output import Json, Output, chatter_aside
 
 
 def eval(  # noqa: A001 (the verb's name)
-    run: Annotated[str, typer.Argument(help="Run, or any model together with --dataset.")],
+    run: Annotated[str, typer.Argument(help="Run, or any model with --dataset.")],
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Files or hub data sets, in place of the run's held-out rows.")
+        list[str] | None,
+        typer.Option(help="Files or hub data sets to use instead of the run's held-out rows."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
-    rows: Annotated[int | None, typer.Option(min=1, help="The first so many rows only.")] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Answers to write out and to count the stops of.")] = 8,
+    rows: Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Answers to generate and print.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     json: Json = False,
 ) -> None:
@@ -33,14 +35,10 @@ def eval(  # noqa: A001 (the verb's name)
             )
         measured: dict[str, Any] = {}
         answers: dict[str, Any] = {}
-        if loaded.has_adapter:
-            with without_adapter(loaded.model):
-                measured["base"] = held_out_loss(loaded.model, held_out, rows)
-                answers["base"] = answer_rows(
-                    loaded.model, loaded.tokenizer, held_out, samples, max_new_tokens
-                )
-        measured["tuned"] = held_out_loss(loaded.model, held_out, rows)
-        answers["tuned"] = answer_rows(loaded.model, loaded.tokenizer, held_out, samples, max_new_tokens)
+        for name in ("base", "tuned") if loaded.has_adapter else ("tuned",):
+            with without_adapter(loaded.model) if name == "base" else nullcontext():
+                measured[name] = held_out_loss(loaded.model, held_out, rows)
+                answers[name] = answer_rows(loaded.model, loaded.tokenizer, held_out, samples, max_new_tokens)
     output = Output(json)
     output.table(
         [
@@ -59,19 +57,15 @@ def eval(  # noqa: A001 (the verb's name)
     for name, figures in measured.items():
         output.record(model=name, **figures.to_json(), stop_rate=stop_rate(answers[name]))
     for i, sample in enumerate(answers["tuned"]):
+        said = {
+            "prompt": sample.prompt,
+            "expected": sample.expected,
+            "base": answers["base"][i].said if "base" in answers else None,
+            "tuned": sample.said,
+        }
         output.text()
-        output.fields(
-            {
-                "prompt": sample.prompt,
-                "expected": sample.expected,
-                "base": answers["base"][i].said if "base" in answers else None,
-                "tuned": sample.said,
-            }
-        )
-        output.record(
-            sample=i, prompt=sample.prompt, expected=sample.expected, tuned=sample.said,
-            base=answers["base"][i].said if "base" in answers else None,
-        )  # fmt: skip
+        output.fields(said)
+        output.record(sample=i, **said)
 
 
 def _rows(loaded: Any, dataset: list[str] | None, split: str) -> Any:

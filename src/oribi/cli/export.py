@@ -7,40 +7,34 @@ import typer
 
 from oribi.cli.output import Json, Output, chatter_aside
 from oribi.errors import ConfigError, ExportError
+from oribi.run_record import FORM_FOLDERS
 from oribi.text import gibibytes, nearest
 
+# name after --to -> form of the model
 FORMS = {
     "adapter": "adapter", "lora": "adapter", "merged": "merged_16bit", "merged_16bit": "merged_16bit",
     "merged_4bit": "merged_4bit", "gguf": "gguf", "gguf-adapter": "gguf-adapter",
 }  # fmt: skip
-FOLDERS = {"adapter": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit", "gguf": "gguf",
-           "gguf-adapter": "gguf-adapter"}  # fmt: skip
 
 
 def export(
     run: Annotated[str, typer.Argument(help="Run, adapter or model folder.")],
     to: Annotated[
         str,
-        typer.Option(
-            help="Forms, separated by commas: adapter, merged, merged_4bit, gguf:METHOD, gguf-adapter."
-        ),
+        typer.Option(help="Comma-separated forms: adapter, merged, merged_4bit, gguf:METHOD, gguf-adapter."),
     ],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the exports; the run's own if not given.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write to (default: the run's own).")] = None,
     base: Annotated[
-        str, typer.Option(help="Weights under the adapter: dequantized, original, auto, or a folder.")
+        str, typer.Option(help="Weights to merge the adapter into: dequantized, original, auto, or a folder.")
     ] = "dequantized",
-    verify: Annotated[bool, typer.Option(help="Compare what was written with the trained model.")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare each file with the trained model.")] = True,
     keep_different: Annotated[
         bool,
-        typer.Option(
-            help="Keep a file that differs from the trained model under its name; the exit code is 1."
-        ),
+        typer.Option(help="Keep files that differ from the trained model; the exit code is still 1."),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Write a trained model as adapter, merged checkpoint or GGUF files, and check each against the trained model."""
+    """Write a trained model as an adapter, a merged checkpoint or GGUF files, and compare each with the trained model."""
     with chatter_aside():
         from oribi.models.files import missing_folder
         from oribi.run import held_out_rows, load_run
@@ -124,7 +118,7 @@ def _write(
 ) -> dict[str, Any]:
     from oribi.save import save_gguf, save_gguf_adapter, save_merged
 
-    target = folder / FOLDERS[form]
+    target = folder / FORM_FOLDERS.get(form, form)
     if form == "adapter":
         if not loaded.has_adapter:
             raise ConfigError("--to adapter: this model has no adapter; export it as merged or gguf")

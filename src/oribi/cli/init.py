@@ -24,14 +24,14 @@ def init(
     dataset: Annotated[list[str], typer.Argument(help="Data files or hub data sets.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The config file.")] = Path("config.yaml"),
     gpu: Annotated[
-        str | None, typer.Option(help="GPU of the table to fit; this machine's if not given.")
+        str | None, typer.Option(help='GPU to size for, e.g. "RTX 4090" (default: this machine\'s).')
     ] = None,
     max_seq_length: Annotated[int, typer.Option(min=16, help="Longest example in tokens.")] = 2048,
     schema: Annotated[
         Path | None,
-        typer.Option(help="Write the JSON schema there, too, and name it in the config for editors."),
+        typer.Option(help="Also write the JSON schema to this file, and name it in the config for editors."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     json: Json = False,
 ) -> None:
     """Write a commented config for a model, a data set and a GPU."""
@@ -61,7 +61,7 @@ def init(
         notes = []
         if not tokenizer.chat_template:
             values["chat_template"] = "chatml"
-            notes.append("the model has no chat template of its own; chatml is trained")
+            notes.append("the model has no chat template of its own, so it is trained with chatml")
         values |= _sizes(architecture, values, gpu, notes)
     text = commented_yaml(values, f"oribi train {output}", notes=notes, shown=SHOWN)
     if schema is not None:
@@ -81,12 +81,12 @@ def _short_name(model: str) -> str:
     return name.lower() or "run"
 
 
-# names that say nothing of a data set: the folder around it does
+# names that say nothing about a data set; its folder's name is used instead
 _NAMELESS = {"train", "training", "data", "dataset", "default"}
 
 
 def _data_name(sources: list[str]) -> str:
-    """The first source's name for a folder: data/FAQ 2.csv -> faq-2; two of one model must not meet in one."""
+    """The first source's name as a folder: data/FAQ 2.csv -> faq-2, so that runs on other data get other folders."""
     source = Path(sources[0].rstrip("/"))
     name = source.name
     while Path(name).suffix in READ_SUFFIXES:
@@ -98,7 +98,7 @@ def _data_name(sources: list[str]) -> str:
 
 
 def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: list[str]) -> dict[str, Any]:
-    """Rows of a micro-batch that fit the GPU, and their number a step for the usual effective batch."""
+    """The batch size that fits the GPU, and how many micro-batches make the usual effective batch."""
     from dataclasses import replace
 
     from oribi.config import RunConfig
@@ -113,7 +113,7 @@ def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: li
         known = recognise(here.device_name, here.memory_bytes)
     memory = known.memory_bytes if known else here.memory_bytes if here.device.type == "cuda" else None
     if memory is None:
-        notes.append("no GPU here: sizes are the usual ones; --gpu NAME fits them to one")
+        notes.append("no GPU here, so the batch size is a usual one; --gpu NAME fits it to a GPU")
         return {"per_device_train_batch_size": 2, "gradient_accumulation_steps": EFFECTIVE_BATCH // 2}
     config = replace(RunConfig(), model=values["model"], max_seq_length=values["max_seq_length"])
     training = Training(architecture, config)
@@ -128,7 +128,7 @@ def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: li
             "max_seq_length": context, "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": EFFECTIVE_BATCH,
         }  # fmt: skip
-    # beyond two rows of 2048 tokens a GPU is busy, and more rows a step would change what is learnt
+    # two rows of 2,048 tokens keep a GPU busy, and a larger effective batch would change what is learned
     most = max(min(rows, 4096 // values["max_seq_length"], EFFECTIVE_BATCH), 1)
     rows = max(n for n in range(1, most + 1) if EFFECTIVE_BATCH % n == 0)
     notes.append(f"sizes fit {name}")

@@ -11,7 +11,7 @@ from oribi.cli.settings import read_settings
 from oribi.text import gibibytes, short_count
 
 app = typer.Typer(
-    no_args_is_help=True, help="Look at data as the model sees it, at a model, an adapter or a run."
+    no_args_is_help=True, help="Inspect data as the model sees it, a model, an adapter or a run."
 )
 
 
@@ -19,25 +19,27 @@ app = typer.Typer(
 def data(
     source: Annotated[str, typer.Argument(help="Config of a run (.yaml), or a data file or hub data set.")],
     model: Annotated[
-        str | None, typer.Option(help="Model whose tokenizer is used; a config names its own.")
+        str | None, typer.Option(help="Model whose tokenizer is used (default: the config's).")
     ] = None,
-    max_seq_length: Annotated[int, typer.Option(min=2, help="Longest example, without a config.")] = 2048,
-    rows: Annotated[int, typer.Option(min=0, help="Rows shown token by token.")] = 3,
-    split: Annotated[str, typer.Option(help="Split of a hub data set, without a config.")] = "train",
+    max_seq_length: Annotated[
+        int, typer.Option(min=2, help="Longest example in tokens, if no config is given.")
+    ] = 2048,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 3,
+    split: Annotated[str, typer.Option(help="Split of a hub data set, if no config is given.")] = "train",
     columns: Annotated[
-        list[str] | None, typer.Option(help="A column by oribi's name, as question=task; repeat it.")
+        list[str] | None, typer.Option(help="Column by oribi's name, such as question=task; repeatable.")
     ] = None,
     role_aliases: Annotated[
         list[str] | None,
-        typer.Option("--role-aliases", "--role_aliases", help="A role, as coach=assistant; repeat it."),
+        typer.Option("--role-aliases", "--role_aliases", help="Role, such as coach=assistant; repeatable."),
     ] = None,
     malformed: Annotated[
-        str | None, typer.Option(help="Rows that cannot be read stop (error) or are left out (drop).")
+        str | None, typer.Option(help="Rows that cannot be read: stop (error) or leave out (drop).")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the rows as a page, too.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the rows as an HTML page.")] = None,
     json: Json = False,
 ) -> None:
-    """Show every token: whether it is trained, context or cut off; then counts, lengths and warnings."""
+    """Show for each token whether it is trained, context or cut off; then counts, lengths and warnings."""
     with chatter_aside():
         from rich.console import Console
 

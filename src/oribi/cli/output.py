@@ -18,7 +18,7 @@ class Output:
     """Where a verb's results go.
 
     Args:
-        json_lines: each `record` is one line of JSON, and `text` is left out.
+        json_lines: print each `record` as one line of JSON, and no `text`.
     """
 
     def __init__(self, json_lines: bool) -> None:
@@ -61,14 +61,14 @@ class Output:
 
 @contextmanager
 def chatter_aside() -> Iterator[None]:
-    """What libraries and loaders print inside the block goes to standard error."""
+    """Inside the block, whatever libraries print goes to standard error."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside the block, output whose reader went away is dropped instead of ending the work."""
+    """Inside the block, output is dropped when its reader has gone, instead of ending the work."""
     out, err = sys.stdout, sys.stderr
     with redirect_stdout(LastingStream(lambda: out)), redirect_stderr(LastingStream(lambda: err)):
         yield

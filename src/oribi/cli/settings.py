@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def read_settings(config: str | None, flags: list[str]) -> "RunConfig":
-    """The settings of a file and of flags; names that were read as others are told on standard error.
+    """The settings of a file and of flags; names that were read as others are noted on standard error.
 
     Raises:
         ConfigError: naming every problem, and `oribi convert` where the file is another program's.

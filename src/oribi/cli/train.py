@@ -6,24 +6,20 @@ import typer
 
 from oribi.cli.output import chatter_aside
 from oribi.cli.settings import read_settings
-
-# a form of the model has one name on the command line, whatever a config calls it
-SAID = {"lora": "adapter", "merged_16bit": "merged"}
+from oribi.run_record import FORM_FOLDERS
 
 
 def train(
     context: typer.Context,
     config: Annotated[str | None, typer.Argument(help="YAML file of settings.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that lies in output_dir.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Check the settings, show all of them, and stop.")
+        bool, typer.Option("--check", help="Check the settings, print all of them and stop.")
     ] = False,
 ) -> None:
     """Fine-tune a model.
 
-    Every setting of the file is also a flag, e.g. --learning_rate 1e-4; a flag overrides the file.
+    Every key of the file is also a flag, such as --learning_rate 1e-4; a flag overrides the file.
     """
     settings = read_settings(config, context.args)
     if check:
@@ -35,5 +31,5 @@ def train(
         from oribi.run import run
 
         saved = run(settings, overwrite)
-    for name, path in saved.items():
-        typer.echo(f"{SAID.get(name, name):<14}{path}")
+    for form, path in saved.items():
+        typer.echo(f"{FORM_FOLDERS.get(form, form):<14}{path}")
