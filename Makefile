@@ -21,12 +21,15 @@ endef
 demo: $(READY)
 	$(BIN)/oribi demo
 
-# one process per core, and no threads of their own: tiny models gain nothing from them
+# One process per core without threads of its own, because tiny models gain nothing from them. worksteal keeps the tests of a file
+# together, so their fixtures are made once.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 test: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
+	$(PYTEST)
 
 test-fast: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-gpu: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu

@@ -6,6 +6,7 @@ import pytest
 
 from tests.docs.test_docs import commands
 
+pytestmark = pytest.mark.slow  # together they take 15 s
 # run word for word, or with a local model in place of the hub's, by tests of test_docs.py
 WHOLE_PAGES = {"README.md", "getting-started.md"}
 ELSEWHERE = {

@@ -131,6 +131,7 @@ def sixteen_layers(tmp_path_factory):
     return model, save_gguf(model, folder, byte_level_tokenizer(), "f32", verify=False)["gguf_files"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_tensor_gets_the_type_llama_cpp_gives_it(method, sixteen_layers, tmp_path):
     llama_cpp = pytest.importorskip(

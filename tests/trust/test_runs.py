@@ -217,6 +217,17 @@ class Seen:
         return collate(examples)
 
 
+@pytest.fixture(scope="module")
+def rows_of_two_passes(subject, tmp_path_factory) -> list[tuple]:
+    """The rows in the order in which a run that nothing stops reads them."""
+    folder = tmp_path_factory.mktemp("whole")
+    whole = resumed(subject, folder, max_steps=-1, num_train_epochs=2, save_strategy="no")
+    read = Seen(whole)
+    whole.train()
+    return read.rows
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -225,16 +236,15 @@ class Seen:
         {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1},
     ],
 )
-def test_another_batch_layout_reads_every_row_of_the_pass_once(subject, run, layout, capsys):
+def test_another_batch_layout_reads_every_row_of_the_pass_once(
+    subject, run, layout, rows_of_two_passes, capsys
+):
     """4 steps of 2 x 2 rows are done; the rest of the pass follows in its order, then whole passes."""
     rows = subject.rows(40, VOCABULARY)
-    whole = resumed(subject, run.with_name("whole"), max_steps=-1, num_train_epochs=2, save_strategy="no")
-    read = Seen(whole)
-    whole.train()
     trainer = resumed(subject, run, max_steps=-1, num_train_epochs=2, save_steps=2, **layout)
     seen = Seen(trainer)
     trainer.train(resume_from_checkpoint=True)
-    assert seen.rows[:24] == read.rows[16:40]
+    assert seen.rows[:24] == rows_of_two_passes[16:40]
     assert sorted(seen.rows[24:]) == sorted(map(tuple, rows["input_ids"]))
     step = layout["per_device_train_batch_size"] * layout["gradient_accumulation_steps"]
     assert trainer.state.global_step == trainer.state.max_steps == 4 + -(-24 // step) + -(-40 // step)
