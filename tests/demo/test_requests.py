@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from oribi.demo.cron import meaning
+from oribi.demo.cron import parse_cron
 from oribi.demo.requests import UNSEEN_ACTIONS, UNSEEN_FRAMES, make_split, messages
 from oribi.demo.schedules import DAYS, TIMES
 
@@ -16,17 +16,17 @@ def split():
 
 def test_no_held_out_meaning_is_trained_on_or_comes_twice(split):
     train, held_out = split
-    kept = [meaning(request.expression) for request in held_out]
+    kept = [parse_cron(request.expression) for request in held_out]
     assert None not in kept
     assert len(set(kept)) == 200
-    assert not set(kept) & {meaning(request.expression) for request in train}
+    assert not set(kept) & {parse_cron(request.expression) for request in train}
 
 
 def test_training_texts_are_many_distinct_and_valid(split):
     train, _ = split
     assert len({request.text for request in train}) == len(train) == 4000
-    assert None not in [meaning(request.expression) for request in train]
-    assert len({meaning(request.expression) for request in train}) > 3000
+    assert None not in [parse_cron(request.expression) for request in train]
+    assert len({parse_cron(request.expression) for request in train}) > 3000
 
 
 def test_every_kind_of_schedule_is_trained_and_most_are_asked_for(split):

@@ -82,7 +82,7 @@ def compare(
             device,
             *trainings,
         ]
-        said = run_together(command, processes, on_gpus=device == "cuda")
+        said, _ = run_together(command, processes, on_gpus=device == "cuda")
         for run in (json.loads(line) for line in said.splitlines() if line.startswith("{")):
             found[run["mode"], run["bits"]] = run
             print(

@@ -2,8 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from transformers import LlamaConfig
 
 from oribi.errors import ConfigError
 from oribi.models.decoder import build
+from oribi.selftest.processes import run_together
 from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.evaluate import without_repeats
@@ -34,32 +33,6 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Subject:
     return Subject(str(write_small_model(tmp_path_factory.mktemp("small"))), "cpu")
-
-
-def said_by_two_processes(command: list[str], timeout: int) -> tuple[str, str]:
-    """What the first of two processes wrote to standard output, and both to standard error."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    errors = "\n".join(text for _, text in said)
-    assert [process.returncode for process in processes] == [0, 0], errors[-4000:]
-    return said[0][0], errors
 
 
 SHARDED = """
@@ -123,8 +96,7 @@ dist.destroy_process_group()
 
 def test_gradients_of_a_sharded_model_equal_one_process(subject, tmp_path):
     """Twice, since weights are gathered into the same memory again; half of them lies in each process."""
-    command = [sys.executable, "-c", SHARDED, subject.path, str(tmp_path / "merged")]
-    said, errors = said_by_two_processes(command, timeout=240)
+    said, errors = run_together(["-c", SHARDED, subject.path, str(tmp_path / "merged")], threads=1)
     found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert [one["kind"] for one in found] == ["nf4", "float32"]
     for one in found:
@@ -226,8 +198,7 @@ def trained(subject, tmp_path_factory) -> Trained:
             str(folder / name),
             *(f"{key}={json.dumps(value)}" for key, value in settings.items()),
         ]
-    command = [sys.executable, "-m", "tests.trust.runs", subject.path, *words[1:]]
-    said, errors = said_by_two_processes(command, timeout=400)
+    said, errors = run_together(["-m", "tests.trust.runs", subject.path, *words[1:]], threads=1)
     losses = [
         json.loads(line.removeprefix("losses ")) for line in said.splitlines() if line.startswith("losses ")
     ]

@@ -22,9 +22,9 @@ def demo(
     from rich.console import Console
     from rich.table import Table
 
-    from oribi.demo.lesson import give_lesson
+    from oribi.demo.lesson import run_demo
 
-    result = give_lesson(output)
+    result = run_demo(output)
     console = Console()
     table = Table(title="held-out requests", title_justify="left")
     for name in ("request", "expected", "before training", "after training"):

@@ -1,5 +1,6 @@
 """Words for numbers, days, months and times of day, as people write them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MONTH_NAMES = (
@@ -19,10 +20,10 @@ ORDINAL_WORDS = (
 
 @dataclass(frozen=True)
 class Wordings:
-    """Ways to say one thing: those that training texts use, and those kept for held-out texts."""
+    """Ways to say one thing: those used in training texts, and those reserved for held-out texts."""
 
-    seen: tuple[str, ...]
-    unseen: tuple[str, ...] = ()
+    seen: Sequence[str]
+    unseen: Sequence[str] = ()
 
 
 def number(value: int) -> tuple[str, ...]:
@@ -55,7 +56,7 @@ def time_of_day(hour: int, minute: int) -> Wordings:
         unseen += [f"{NUMBER_WORDS[twelve]} {half}"]
         if hour in (0, 12):
             seen += ["midnight"] * 2 if hour == 0 else ["noon", "midday"]
-        elif hour >= 5:  # one to four o'clock is the night's, which people do not call morning
+        elif hour >= 5:  # people do not call one to four o'clock morning
             seen.append(f"{twelve} o'clock {part}")
             unseen.append(f"{NUMBER_WORDS[twelve]} {part}")
     elif hour >= 5 and hour != 12:
@@ -66,7 +67,7 @@ def time_of_day(hour: int, minute: int) -> Wordings:
             unseen.append(f"half past {NUMBER_WORDS[twelve]} {part}")
         if minute == 45 and hour not in (11, 17, 23):
             seen.append(f"quarter to {NUMBER_WORDS[twelve % 12 + 1]} {part}")
-    return Wordings(tuple(seen), tuple(unseen))
+    return Wordings(seen, unseen)
 
 
 def hour_of_day(hour: int) -> Wordings:

@@ -1,6 +1,6 @@
 """Cron expressions and what they mean.
 
-Two expressions mean the same when they fire at the same moments, so a score compares meanings, not text.
+Two expressions mean the same if they fire at the same moments, so the score compares meanings, not text.
 An expression is five fields: minute, hour, day of month, month, day of week (0 and 7 are Sunday).
 Source: crontab(5) of Vixie cron, with its rule that a day matches either day field when both are restricted.
 """
@@ -38,8 +38,8 @@ class Meaning:
     ]  # (month, day of month, day of week); every such day occurs in 400 years
 
 
-def meaning(expression: str) -> Meaning | None:
-    """What an expression means, or None if cron would refuse it or it never fires.
+def parse_cron(expression: str) -> Meaning | None:
+    """The meaning of an expression, or None if cron would refuse it or it never fires.
 
     Args:
         expression: five fields of numbers, names, `*`, ranges, lists and steps.
@@ -60,15 +60,15 @@ def meaning(expression: str) -> Meaning | None:
 
 def same_meaning(left: str, right: str) -> bool:
     """Whether two expressions fire at exactly the same moments; an invalid one equals nothing."""
-    found = meaning(left)
-    return found is not None and found == meaning(right)
+    found = parse_cron(left)
+    return found is not None and found == parse_cron(right)
 
 
 def first_expression(text: str) -> str | None:
     """The first cron expression in a model's answer, which may wrap it in words, quotes or backticks."""
     match = _EXPRESSION.search(text)
     while match is not None:
-        if meaning(match.group()) is not None:
+        if parse_cron(match.group()) is not None:
             return match.group()
         match = _EXPRESSION.search(text, match.start() + 1)  # a word before an expression looks like a field
     return None

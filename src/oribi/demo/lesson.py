@@ -1,4 +1,4 @@
-"""The demo's lesson: score the model, teach it by QLoRA, score it again, save it in three forms and compare them."""
+"""The demo: score the model, train it with QLoRA, score it again, save it in three forms and check each."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oribi.compat.language_model import FastLanguageModel
 from oribi.demo.cron import first_expression, same_meaning
-from oribi.demo.requests import EXAMPLES, Request, make_split, messages
+from oribi.demo.requests import EXAMPLES, CronRequest, make_split, messages
 from oribi.environment import detect
 from oribi.errors import ModelError
 from oribi.gguf.llama_cpp import LlamaCpp, is_installed
@@ -24,31 +24,31 @@ from oribi.train.progress import peak_memory_bytes
 from oribi.train.trainer import SFTTrainer
 
 ANSWER_TOKENS = 32  # the longest expression of the demo has 26
-COMPARED = 20  # requests that llama.cpp answers too
-# a fair start for the untaught model: the format and its rules; examples follow
+COMPARED = 20  # requests that llama.cpp answers as well
+# for a fair comparison, the untrained model is told the format and shown examples
 EXPLANATION = """Write the cron expression for a schedule. A cron expression has five fields:
 minute (0-59) hour (0-23) day-of-month (1-31) month (1-12) day-of-week (0-6, Sunday is 0)
 * means every value, */5 every fifth, 9-17 a range, 1,15 a list. Answer with the expression only."""
 
 
 @dataclass
-class Answer:
-    """What a model said to a request, and whether it means the right thing."""
+class ScoredAnswer:
+    """A model's answer to a request, and whether it is right."""
 
-    request: Request
+    request: CronRequest
     text: str
     right: bool
 
 
-def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) -> dict[str, Any]:
+def run_demo(folder: Path, train_size: int = 4000, held_out_size: int = 200) -> dict[str, Any]:
     """Run the demo and write `result.json`.
 
     Args:
-        folder: where everything goes.
+        folder: for all results.
         train_size, held_out_size: numbers of requests.
 
     Returns:
-        What `result.json` holds.
+        The contents of `result.json`.
 
     Raises:
         ModelError: the package with the model is not installed.
@@ -57,7 +57,7 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = make_split(train_size, held_out_size)
     model, tokenizer = FastLanguageModel.from_pretrained(str(model_file()), max_seq_length=512)
-    before = answers(model, tokenizer, held_out, explained=True)
+    before = answer_requests(model, tokenizer, held_out, explained=True)
     print(
         f"before training: {score(before):.1%} of {held_out_size} right (format and examples in the prompt)",
         flush=True,
@@ -68,14 +68,14 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
         SFTConfig(
             output_dir=str(folder),
             max_length=256,
-            per_device_train_batch_size=2,  # packs of 256 tokens: 512 a step
+            per_device_train_batch_size=2,  # packs of 256 tokens: 512 per step
             gradient_accumulation_steps=1,
             packing=True,
             num_train_epochs=1,
             learning_rate=1e-3,
             warmup_steps=0.05,
             weight_decay=0.0,
-            optim="adamw_torch",  # 8-bit states save memory that this adapter does not need, and cost a CPU time
+            optim="adamw_torch",  # 8-bit states are slower on a CPU, and this adapter is small
             save_strategy="no",
         ),
         train_dataset=[{"messages": messages(request)} for request in train],
@@ -85,7 +85,7 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
     trainer.train()
     train_seconds = time.monotonic() - train_started
     dtype = str(model.dtype).removeprefix("torch.")
-    after = answers(model, tokenizer, held_out)
+    after = answer_requests(model, tokenizer, held_out)
     result = {
         "base_score": score(before),
         "tuned_score": score(after),
@@ -95,7 +95,7 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
         "train_requests": train_size,
         "train_tokens": trainer.tokens_seen,
         "train_seconds": train_seconds,
-        **save(model, tokenizer, folder, held_out),
+        **save_and_check(model, tokenizer, folder, held_out),
         "samples": samples(before, after),
         "mistakes": [
             {"request": a.request.text, "expected": a.request.expression, "tuned": a.text}
@@ -113,10 +113,10 @@ def give_lesson(folder: Path, train_size: int = 4000, held_out_size: int = 200) 
 
 
 def write_materials(folder: Path, train_size: int = 4000) -> list[Path]:
-    """The demo's model and training data as files, to run any verb on.
+    """Writes the demo's model and training data as files, for any command.
 
     Args:
-        folder: where `SmolLM2-135M-Instruct.gguf` (98 MB) and `train.jsonl` go.
+        folder: for `SmolLM2-135M-Instruct.gguf` (98 MB) and `train.jsonl`.
         train_size: number of conversations.
 
     Raises:
@@ -134,7 +134,7 @@ def write_materials(folder: Path, train_size: int = 4000) -> list[Path]:
 
 
 def model_file() -> Path:
-    """SmolLM2-135M-Instruct as GGUF, out of the package that carries it.
+    """SmolLM2-135M-Instruct as GGUF, from its package.
 
     Raises:
         ModelError: the package is not installed.
@@ -145,8 +145,8 @@ def model_file() -> Path:
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
-def prompt(request: Request, explained: bool) -> list[dict[str, str]]:
-    """The conversation up to the answer, as trained, or with the task explained in words and examples."""
+def prompt(request: CronRequest, explained: bool) -> list[dict[str, str]]:
+    """The conversation up to the answer: as trained, or with the task explained and shown in examples."""
     if not explained:
         return messages(request)[:2]
     shots = [
@@ -157,33 +157,25 @@ def prompt(request: Request, explained: bool) -> list[dict[str, str]]:
     return [{"role": "system", "content": EXPLANATION}, *shots, {"role": "user", "content": request.text}]
 
 
-def answers(
+def answer_requests(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    requests: list[Request],
+    requests: list[CronRequest],
     explained: bool = False,
     batch_size: int = 50,
-) -> list[Answer]:
-    """Greedy answers to requests.
-
-    Args:
-        model: before or after training.
-        tokenizer: its tokenizer.
-        requests: what is asked.
-        explained: explain the task in the prompt, for a model that was not taught.
-        batch_size: requests answered at a time.
-    """
+) -> list[ScoredAnswer]:
+    """Greedy answers to requests; `explained` explains the task in the prompt, for the untrained model."""
     FastLanguageModel.for_inference(model)
-    # requests of one length together: padding is work
+    # batches of similar lengths need little padding
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].text))
-    found: dict[int, Answer] = {}
+    found: dict[int, ScoredAnswer] = {}
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
         for i, ids in zip(part, generate(model, tokenizer, [prompt(requests[i], explained) for i in part])):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             expression = first_expression(text)
             right = expression is not None and same_meaning(expression, requests[i].expression)
-            found[i] = Answer(requests[i], text.strip(), right)
+            found[i] = ScoredAnswer(requests[i], text.strip(), right)
     FastLanguageModel.for_training(model)
     return [found[i] for i in range(len(requests))]
 
@@ -207,12 +199,12 @@ def generate(
     return rows
 
 
-def score(answered: list[Answer]) -> float:
+def score(answered: list[ScoredAnswer]) -> float:
     """Share of right answers, 0 to 1."""
     return sum(answer.right for answer in answered) / len(answered)
 
 
-def samples(before: list[Answer], after: list[Answer], count: int = 6) -> list[dict[str, Any]]:
+def samples(before: list[ScoredAnswer], after: list[ScoredAnswer], count: int = 6) -> list[dict[str, Any]]:
     """A few requests of different kinds with both answers, side by side."""
     chosen: dict[str, dict[str, Any]] = {}
     for old, new in zip(before, after):
@@ -222,22 +214,22 @@ def samples(before: list[Answer], after: list[Answer], count: int = 6) -> list[d
     return list(chosen.values())[:count]
 
 
-def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, held_out: list[Request]
+def save_and_check(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, held_out: list[CronRequest]
 ) -> dict[str, Any]:
-    """Save adapter, merged model and GGUF, each compared with the trained model, and ask llama.cpp too."""
+    """Save adapter, merged model and GGUF, and compare each with the trained model, also in llama.cpp."""
     paths = {"adapter": folder / "adapter", "merged": folder / "merged"}
     rows = [messages(request) for request in held_out[:32]]
     exports = {
         "adapter": save_merged(model, paths["adapter"], tokenizer, "lora").to_json(),
         "merged": save_merged(model, paths["merged"], tokenizer, "merged_16bit", held_out=rows).to_json(),
     }
-    # f32: beside f16 weights llama.cpp rounds the activations, too, and one near tie in twenty answers falls otherwise
+    # f32, because with f16 weights llama.cpp also rounds the activations, which decides one near tie in twenty answers
     written = save_gguf(model, folder / "gguf", tokenizer, "f32", name="SmolLM2-135M-cron", held_out=rows)
     paths["gguf"] = Path(written["gguf_files"][0])
     exports["gguf"] = written["report"].to_json()
     if is_installed():
-        # for the same reason the trained weights answer in float32 here
+        # float32 for the same reason
         exports["llama_cpp"] = compare_with_llama_cpp(
             model.float(), tokenizer, paths["gguf"], held_out[:COMPARED]
         )
@@ -245,9 +237,9 @@ def save(
 
 
 def compare_with_llama_cpp(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, requests: list[Request]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, requests: list[CronRequest]
 ) -> dict[str, int]:
-    """In how many requests llama.cpp's greedy tokens are those of the trained model."""
+    """How many requests llama.cpp answers with the same greedy tokens as the trained model."""
     FastLanguageModel.for_inference(model)
     peer, same = LlamaCpp(path), 0
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from random import Random
 
-from oribi.demo.cron import meaning
-from oribi.demo.schedules import DAYS, DAYS_OF_INTERVALS, TIMES, choose, every_day, pick
+from oribi.demo.cron import parse_cron
+from oribi.demo.schedules import DAYS, DAYS_OF_INTERVALS, TIMES, every_day, pick, weighted_choice
 
 SYSTEM = "Cron."
 # shown to the untaught model, so never asked for
@@ -38,7 +38,7 @@ UNSEEN_FRAMES = (
 
 
 @dataclass(frozen=True)
-class Request:
+class CronRequest:
     """A request and its answer."""
 
     text: str
@@ -48,7 +48,7 @@ class Request:
     unseen_wording: bool
 
 
-def make_request(rng: Random, unseen: bool) -> Request:
+def make_request(rng: Random, unseen: bool) -> CronRequest:
     """One request.
 
     Args:
@@ -57,9 +57,9 @@ def make_request(rng: Random, unseen: bool) -> Request:
     """
     # the frame is new in any case, each clause in every second
     new_time, new_day = (unseen and rng.random() < 0.5 for _ in range(2))
-    make_time = choose(rng, TIMES)
+    make_time = weighted_choice(rng, TIMES)
     time = make_time(rng, new_time)
-    make_day = choose(rng, DAYS_OF_INTERVALS if time.often else DAYS)
+    make_day = weighted_choice(rng, DAYS_OF_INTERVALS if time.often else DAYS)
     day = make_day(rng, new_day)
     when, which = pick(rng, time.wordings, new_time), pick(rng, day.wordings, new_day)
     if make_day is every_day and (time.often or (which == "once a day" and "," in time.hour)):
@@ -72,12 +72,12 @@ def make_request(rng: Random, unseen: bool) -> Request:
     if text[-1] != "?" and rng.random() < 0.4:
         text += "."
     expression = f"{time.minute} {time.hour} {day.day} {day.month} {day.weekday}"
-    return Request(text, expression, make_time.__name__, make_day.__name__, unseen)
+    return CronRequest(text, expression, make_time.__name__, make_day.__name__, unseen)
 
 
 def make_split(
     train_size: int, held_out_size: int = 200, seed: int = 7
-) -> tuple[list[Request], list[Request]]:
+) -> tuple[list[CronRequest], list[CronRequest]]:
     """Training and held-out requests; no two held-out ones, and no training and held-out one, mean the same.
 
     Half of the held-out requests use wordings that no training request uses.
@@ -88,24 +88,24 @@ def make_split(
         seed: the same seed gives the same requests.
     """
     rng = Random(seed)
-    shown = {meaning(expression) for _, expression in EXAMPLES}
+    shown = {parse_cron(expression) for _, expression in EXAMPLES}
     held_out, kept = [], set()
     while len(held_out) < held_out_size:
         request = make_request(rng, unseen=len(held_out) % 2 == 1)
-        key = meaning(request.expression)
+        key = parse_cron(request.expression)
         if key not in kept and key not in shown:
             kept.add(key)
             held_out.append(request)
     train, texts = [], set()
     while len(train) < train_size:
         request = make_request(rng, unseen=False)
-        if request.text not in texts and meaning(request.expression) not in kept:
+        if request.text not in texts and parse_cron(request.expression) not in kept:
             texts.add(request.text)
             train.append(request)
     return train, held_out
 
 
-def messages(request: Request) -> list[dict[str, str]]:
+def messages(request: CronRequest) -> list[dict[str, str]]:
     """The conversation that the model is trained on."""
     return [
         {"role": "system", "content": SYSTEM},

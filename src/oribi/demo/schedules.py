@@ -90,7 +90,7 @@ def every_minutes(rng: Random, unseen: bool) -> Time:
         seen.append("every half hour")
     if n == 15:
         kept.append("every quarter of an hour")
-    return Time(f"*/{n}", "*", Wordings(tuple(seen), tuple(kept)), often=True)
+    return Time(f"*/{n}", "*", Wordings(seen, kept), often=True)
 
 
 def every_minutes_in_hours(rng: Random, unseen: bool) -> Time:
@@ -124,7 +124,7 @@ def every_hour(rng: Random, unseen: bool) -> Time:
             seen += ["at half past every hour", "every hour at half past"]
         if minute == 45:
             seen.append("at quarter to every hour")
-    return Time(str(minute), "*", Wordings(tuple(seen), tuple(kept)), often=True)
+    return Time(str(minute), "*", Wordings(seen, kept), often=True)
 
 
 def twice_an_hour(rng: Random, unseen: bool) -> Time:
@@ -149,7 +149,7 @@ def every_hours(rng: Random, unseen: bool) -> Time:
         seen = [f"{rng.choice(bases)} at {m} minutes past", f"{rng.choice(bases)} at :{minute:02d}"]
         seen.append(f"at minute {minute} of {bases[0].replace('hours', '').strip()} hours")
         kept = [f"at {w}-hour intervals, {m} minutes past the hour"]
-    return Time(str(minute), f"*/{n}", Wordings(tuple(seen), tuple(kept)), often=True)
+    return Time(str(minute), f"*/{n}", Wordings(seen, kept), often=True)
 
 
 def hourly_in_hours(rng: Random, unseen: bool) -> Time:
@@ -198,7 +198,7 @@ def on_several_weekdays(rng: Random, unseen: bool) -> Day:
     days = sorted(rng.sample(range(7), rng.choice((2, 2, 3))))
     if days == [0, 6]:
         days = [1, 4]
-    shown = [d for d in days if d] + [d for d in days if not d]  # a week is told from Monday
+    shown = [d for d in days if d] + [d for d in days if not d]  # a week starts on Monday
     names = [WEEKDAY_NAMES[d] for d in shown]
     said = Wordings(
         (
@@ -232,7 +232,7 @@ def on_a_date(rng: Random, unseen: bool) -> Day:
     kept = [f"once a month on the {o}", f"on the {o} day of each month"]
     if n == 1:
         seen += ["on the first day of every month", "at the start of every month"]
-    return Day(str(n), "*", "*", Wordings(tuple(seen), tuple(kept)))
+    return Day(str(n), "*", "*", Wordings(seen, kept))
 
 
 def on_several_dates(rng: Random, unseen: bool) -> Day:
@@ -282,7 +282,7 @@ def on_a_yearly_date(rng: Random, unseen: bool) -> Day:
     )
     if feast:
         seen.append(f"every {feast}")
-    return Day(str(day), str(month), "*", Wordings(tuple(seen), tuple(kept)))
+    return Day(str(day), str(month), "*", Wordings(seen, kept))
 
 
 def on_a_quarterly_date(rng: Random, unseen: bool) -> Day:
@@ -360,5 +360,5 @@ DAYS_OF_INTERVALS: dict[Maker, int] = {
 }  # fmt: skip
 
 
-def choose(rng: Random, makers: dict[Maker, int]) -> Maker:
+def weighted_choice(rng: Random, makers: dict[Maker, int]) -> Maker:
     return rng.choices(list(makers), weights=list(makers.values()))[0]

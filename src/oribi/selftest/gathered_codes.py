@@ -28,7 +28,7 @@ def compare_gathered_codes() -> Iterator[Comparison]:
         names["cuda"] = "2 GPUs, NCCL"
     for device, name in names.items():
         try:
-            said = run_together(["-m", "oribi.selftest.gathered_codes", device], on_gpus=device == "cuda")
+            said, _ = run_together(["-m", "oribi.selftest.gathered_codes", device], on_gpus=device == "cuda")
             differing, checked = said.splitlines()[-1].split()
             yield Comparison(GROUP, name, float(differing), 0.0, f"differing bytes, of {int(checked):,}")
         except Exception as error:

@@ -10,7 +10,9 @@ import torch
 SECONDS = 600  # then processes that wait for each other are stopped
 
 
-def run_together(arguments: list[str], processes: int = 2, on_gpus: bool = False, threads: int = 0) -> str:
+def run_together(
+    arguments: list[str], processes: int = 2, on_gpus: bool = False, threads: int = 0
+) -> tuple[str, str]:
     """Runs `python ARGUMENTS` in several processes at once.
 
     Args:
@@ -20,7 +22,7 @@ def run_together(arguments: list[str], processes: int = 2, on_gpus: bool = False
         threads: per process; 0 divides this process's threads among them.
 
     Returns:
-        What the first process wrote to standard output.
+        What the first process wrote to standard output, and all of them to standard error.
 
     Raises:
         RuntimeError: a process failed; the message ends with its standard error.
@@ -52,4 +54,4 @@ def run_together(arguments: list[str], processes: int = 2, on_gpus: bool = False
     for rank, (process, (_, errors)) in enumerate(zip(started, said)):
         if process.returncode:
             raise RuntimeError(f"process {rank} ended with {process.returncode}: {errors.strip()[-1500:]}")
-    return said[0][0]
+    return said[0][0], "\n".join(errors for _, errors in said)
