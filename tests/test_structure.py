@@ -122,7 +122,7 @@ def test_nothing_writes_environment_variables():
 
 
 # lines of the whole package; lowered whenever it shrinks
-PACKAGE_LINES = 36_400
+PACKAGE_LINES = 35_700
 FILE_LINES = 400
 FUNCTION_LINES = 80
 
