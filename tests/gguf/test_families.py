@@ -9,11 +9,9 @@ from tests.models.tiny import ROPES
 from tests.save.tiny_export import (
     FAMILY_CHANGES,
     Distance,
-    adapted,
     byte_level_tokenizer,
     distance_from_llama_cpp,
     export_config,
-    sentencepiece_tokenizer,
     tiny_model,
 )
 
@@ -21,31 +19,28 @@ pytest.importorskip("xllamacpp", reason="llama.cpp judges these files")
 PROMPT = list(range(20, 60))  # longer than the tiny windows
 
 
-def round_trip(config, tmp_path, method: str = "f32", tokenizer=None) -> Distance:
-    model = adapted(tiny_model(config))
-    result = save_gguf(model, tmp_path, tokenizer or byte_level_tokenizer(), method, verify=False)
-    return distance_from_llama_cpp(model, result["gguf_files"][0], PROMPT)
+def judged(exported) -> Distance:
+    model, file = exported
+    return distance_from_llama_cpp(model, file, PROMPT)
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CHANGES)
-def test_llama_cpp_computes_each_family_as_trained(model_type, tmp_path):
-    tokenizer = sentencepiece_tokenizer() if model_type.startswith("gemma") else byte_level_tokenizer()
-    found = round_trip(export_config(model_type), tmp_path, tokenizer=tokenizer)
+def test_llama_cpp_computes_each_family_as_trained(model_type, exported):
+    found = judged(exported(model_type, pieces=model_type.startswith("gemma")))
     assert found.agreeing == 1.0
     # llama.cpp looks GELU up in a float16 table
     assert found.worst < (2e-2 if model_type.startswith("gemma") else 2e-3)
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope", "dynamic"])
-def test_llama_cpp_computes_each_rope_as_trained(kind, tmp_path):
-    config = export_config("llama", rope_parameters=ROPES[kind], max_position_embeddings=64)
-    found = round_trip(config, tmp_path)
+def test_llama_cpp_computes_each_rope_as_trained(kind, exported):
+    found = judged(exported(rope_parameters=ROPES[kind], max_position_embeddings=64))
     assert found.agreeing == 1.0
     assert found.worst < 2e-3
 
 
-def test_a_family_with_tied_embeddings_has_no_output_tensor(tmp_path):
-    found = round_trip(export_config("llama", tie_word_embeddings=True), tmp_path)
+def test_a_family_with_tied_embeddings_has_no_output_tensor(exported):
+    found = judged(exported(tie_word_embeddings=True))
     assert found.agreeing == 1.0
     assert found.worst < 2e-3
 

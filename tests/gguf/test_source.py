@@ -1,5 +1,6 @@
 """A model read from a GGUF file is the model that was written, its tokenizer cuts text as llama.cpp does."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,10 @@ from oribi.errors import ModelError
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.source import GGUFSource
 from oribi.models.load import load_model
-from oribi.save import save_gguf
 from tests.models.tiny import ROPES
 from tests.save.tiny_export import (
     FAMILY_CHANGES,
     byte_level_tokenizer,
-    export_config,
-    sentencepiece_tokenizer,
-    tiny_model,
     with_splits,
 )
 
@@ -40,12 +37,6 @@ TEXTS = [
 ]
 
 
-def written(config, tmp_path: Path, tokenizer=None, method: str = "f32") -> tuple[torch.nn.Module, Path]:
-    model = tiny_model(config)
-    result = save_gguf(model, tmp_path, tokenizer or byte_level_tokenizer(), method, verify=False)
-    return model, Path(result["gguf_files"][0])
-
-
 def distance(model, file: Path) -> float:
     """Relative distance of the logits of the model written and the model read."""
     again, _ = load_model(
@@ -58,18 +49,16 @@ def distance(model, file: Path) -> float:
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CHANGES)
-def test_each_family_read_back_gives_the_logits_it_was_written_from(model_type, tmp_path):
-    tokenizer = sentencepiece_tokenizer() if model_type.startswith("gemma") else None
-    assert distance(*written(export_config(model_type), tmp_path, tokenizer)) < 1e-5
+def test_each_family_read_back_gives_the_logits_it_was_written_from(model_type, exported):
+    assert distance(*exported(model_type, pieces=model_type.startswith("gemma"))) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope"])
-def test_each_rope_read_back_gives_the_logits_it_was_written_from(kind, tmp_path):
-    config = export_config("llama", rope_parameters=ROPES[kind], max_position_embeddings=64)
-    assert distance(*written(config, tmp_path)) < 1e-5
+def test_each_rope_read_back_gives_the_logits_it_was_written_from(kind, exported):
+    assert distance(*exported(rope_parameters=ROPES[kind], max_position_embeddings=64)) < 1e-5
 
 
-def test_llama3_factors_become_the_llama3_kind_again(tmp_path):
+def test_llama3_factors_become_the_llama3_kind_again(exported):
     rope = {
         "rope_type": "llama3",
         "factor": 32.0,
@@ -78,43 +67,41 @@ def test_llama3_factors_become_the_llama3_kind_again(tmp_path):
         "original_max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     }
-    config = export_config("llama", rope_parameters=rope, head_dim=64, max_position_embeddings=131072)
-    _, file = written(config, tmp_path)
+    _, file = exported(rope_parameters=rope, head_dim=64, max_position_embeddings=131072)
     assert GGUFSource(file).config.rope_parameters == rope
 
 
-def test_an_untied_head_and_biases_survive(tmp_path):
-    config = export_config("llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
-    model, file = written(config, tmp_path)
+def test_an_untied_head_and_biases_survive(exported):
+    model, file = exported(tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
     read = GGUFSource(file).config
     assert (read.tie_word_embeddings, read.attention_bias, read.mlp_bias) == (False, True, True)
     assert distance(model, file) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["f16", "bf16", "q8_0", "q4_0"])
-def test_quantised_tensors_are_dequantised_as_the_gguf_package_does(method, tmp_path):
+def test_quantised_tensors_are_dequantised_as_the_gguf_package_does(method, exported):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    _, file = written(export_config("llama"), tmp_path, method=method)
+    _, file = exported(method=method)
     ours = GGUFFile(file)
     for tensor in GGUFReader(file).tensors:
         theirs = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         assert torch.equal(ours.read(tensor.name, torch.float32), theirs), tensor.name
 
 
-def test_metadata_equals_the_gguf_packages_reader(tmp_path):
+def test_metadata_equals_the_gguf_packages_reader(exported):
     from gguf import GGUFReader
 
-    _, file = written(export_config("llama"), tmp_path)
+    _, file = exported()
     ours = GGUFFile(file).metadata
     fields = {k: f.contents() for k, f in GGUFReader(file).fields.items() if not k.startswith("GGUF.")}
     assert ours == fields
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1 << 22])
-def test_the_size_of_the_portions_changes_nothing(rows_at_once, tmp_path, monkeypatch):
-    _, file = written(export_config("llama"), tmp_path, method="q8_0")
+def test_the_size_of_the_portions_changes_nothing(rows_at_once, monkeypatch, exported):
+    _, file = exported(method="q8_0")
     whole = GGUFFile(file).read("blk.0.ffn_up.weight", torch.float32)
     monkeypatch.setattr("oribi.gguf.file._AT_ONCE", rows_at_once * 64)
     assert torch.equal(GGUFFile(file).read("blk.0.ffn_up.weight", torch.float32), whole)
@@ -164,13 +151,13 @@ def assert_cut_alike(file: Path) -> None:
     ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "dbrx", "qwen2", "deepseek-r1-qwen", "stablelm2", "tekken", "gpt-4o",
      "starcoder", "refact", "olmo", "default"],
 )  # fmt: skip
-def test_every_cutting_rule_equals_llama_cpp(rule, tmp_path):
+def test_every_cutting_rule_equals_llama_cpp(rule, exported, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
-    _, file = written(export_config("llama"), tmp_path)
+    _, file = exported()
     assert_cut_alike(rewritten(file, tmp_path / "other.gguf", {"tokenizer.ggml.pre": rule}))
 
 
-def with_tokens(file: Path, tokens: dict[str, int], changes: dict[str, object]) -> Path:
+def with_tokens(file: Path, target: Path, tokens: dict[str, int], changes: dict[str, object]) -> Path:
     """The file with further tokens of the given types in the rows that its model keeps spare."""
     metadata = GGUFFile(file).metadata
     names, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
@@ -178,22 +165,24 @@ def with_tokens(file: Path, tokens: dict[str, int], changes: dict[str, object]) 
         assert types[place] == 5  # unused
         names[place], types[place] = token, kind
     changes = {"tokenizer.ggml.tokens": names, "tokenizer.ggml.token_type": types, **changes}
-    return rewritten(file, file.with_name("other.gguf"), changes)
+    return rewritten(file, target, changes)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_tokens_of_the_users_own_are_cut_as_llama_cpp_does(prefix, tmp_path):
+def test_tokens_of_the_users_own_are_cut_as_llama_cpp_does(prefix, exported, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
-    _, file = written(export_config("llama"), tmp_path, sentencepiece_tokenizer())
+    _, file = exported(pieces=True)
     own = dict.fromkeys(["  ", "   ", "\n\n", "<b>", "the"], 4)  # as Gemma has them
-    assert_cut_alike(with_tokens(file, own, {"tokenizer.ggml.add_space_prefix": prefix}))
+    assert_cut_alike(
+        with_tokens(file, tmp_path / "other.gguf", own, {"tokenizer.ggml.add_space_prefix": prefix})
+    )
 
 
-def test_phi3_swallows_the_space_after_its_markers_as_llama_cpp_does(tmp_path):
+def test_phi3_swallows_the_space_after_its_markers_as_llama_cpp_does(exported, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
-    _, file = written(export_config("phi3"), tmp_path, sentencepiece_tokenizer())
+    _, file = exported("phi3", pieces=True)
     changes = {"general.name": "Phi-3 mini", "tokenizer.ggml.add_space_prefix": False}
-    file = with_tokens(file, {"<|endoftext|>": 3}, changes)
+    file = with_tokens(file, tmp_path / "other.gguf", {"<|endoftext|>": 3}, changes)
     assert_cut_alike(file)
     _, tokenizer = load_model(str(file), load_in_4bit=False, device_map="cpu", max_seq_length=None)
     ids = tokenizer("<end_of_turn> \n a", add_special_tokens=False).input_ids
@@ -201,15 +190,15 @@ def test_phi3_swallows_the_space_after_its_markers_as_llama_cpp_does(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_equals_llama_cpp(prefix, tmp_path):
+def test_sentencepiece_equals_llama_cpp(prefix, exported, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
-    _, file = written(export_config("llama"), tmp_path, sentencepiece_tokenizer())
+    _, file = exported(pieces=True)
     changes = {"tokenizer.ggml.add_space_prefix": prefix}
     assert_cut_alike(rewritten(file, tmp_path / "other.gguf", changes))
 
 
-def test_an_added_bos_and_eos_are_added(tmp_path):
-    _, file = written(export_config("llama"), tmp_path)
+def test_an_added_bos_and_eos_are_added(exported, tmp_path):
+    _, file = exported()
     changes = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
     _, tokenizer = load_model(
         str(rewritten(file, tmp_path / "other.gguf", changes)),
@@ -223,8 +212,8 @@ def test_an_added_bos_and_eos_are_added(tmp_path):
     assert len(ids) == 3
 
 
-def test_a_tokenizer_json_beside_the_file_is_used_instead(tmp_path):
-    _, file = written(export_config("llama"), tmp_path)
+def test_a_tokenizer_json_beside_the_file_is_used_instead(exported, tmp_path):
+    file = Path(shutil.copy(exported()[1], tmp_path))
     with_splits("x", whole_words=False).save_pretrained(tmp_path)
     model, tokenizer = load_model(str(file), load_in_4bit=False, device_map="cpu", max_seq_length=None)
     assert "tokenizer: read from the tokenizer.json beside the GGUF file" in model.oribi.notes
@@ -245,16 +234,16 @@ def test_a_tokenizer_json_beside_the_file_is_used_instead(tmp_path):
         ({"llama.feed_forward_length": [128, 64, 128, 64]}, "differs by layer"),
     ],
 )
-def test_what_cannot_be_read_is_named(changes, words, tmp_path):
-    _, file = written(export_config("llama"), tmp_path)
+def test_what_cannot_be_read_is_named(changes, words, exported, tmp_path):
+    _, file = exported()
     with pytest.raises(ModelError, match=words):
         load_model(
             str(rewritten(file, tmp_path / "other.gguf", changes)), load_in_4bit=False, device_map="cpu"
         )
 
 
-def test_damaged_files_are_named(tmp_path):
-    _, file = written(export_config("llama"), tmp_path)
+def test_damaged_files_are_named(exported, tmp_path):
+    _, file = exported()
     whole = file.read_bytes()
     for content, words in [
         (b"version https://git-lfs", "not a GGUF file"),
@@ -268,8 +257,8 @@ def test_damaged_files_are_named(tmp_path):
             GGUFFile(broken)
 
 
-def test_the_permutation_of_q_and_k_matters(tmp_path, monkeypatch):
-    model, file = written(export_config("llama"), tmp_path)
+def test_the_permutation_of_q_and_k_matters(monkeypatch, exported):
+    model, file = exported()
     monkeypatch.setattr("oribi.gguf.names.Tensor.from_gguf", lambda tensor, values: values)
     assert distance(model, file) > 1e-2
 
