@@ -1,10 +1,10 @@
-"""The table of model families: one row per family, with what the decoder reads and how the family lies in a GGUF file.
+"""The table of model families: one row per family, with what the decoder reads and how the family is stored in a GGUF file.
 
 A row says how a family differs from the plain pre-norm decoder (Llama). Sizes, epsilons, biases and windows come from
 the checkpoint's config. A new family is a new row; a flag names a property, never a model.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from transformers import PretrainedConfig
@@ -15,24 +15,24 @@ MOST_LAYERS = 4096
 
 @dataclass(frozen=True)
 class InGGUF:
-    """How a family lies in a GGUF file, and what llama.cpp computes of it; the decoder's own flags are not repeated here.
+    """How a family is stored in a GGUF file, and what llama.cpp computes; the decoder's own flags are not repeated here.
 
     Args:
         architecture: llama.cpp's name. Files of an architecture are read as its first row.
         interleaved_rope: llama.cpp rotates neighbouring pairs, so the rows of q and k are reordered.
         biases: the biases that it reads: of q, k and v, or of every linear layer.
-        rope_factors: the kinds of RoPE that it reads as a tensor of frequency factors.
-        partial_rope: it rotates as many dimensions of a head as the file says, else all.
+        rope_factors: the kinds of RoPE that it reads from tensors of frequency factors.
+        partial_rope: it rotates as many dimensions of a head as the file says; otherwise all.
         head: "tied": it reads no output tensor; "separate": it needs one even where the embeddings are tied.
-        window_period: all layers but every so many slide; 0: it knows no windows.
+        window_period: every `window_period`-th layer sees everything and the others slide; 0: no windows.
         window_key_required: it loads no file without the window's key, whose value it ignores.
-        no_rope_period: every so many layers have no RoPE.
+        no_rope_period: every `no_rope_period`-th layer has no RoPE; 0: all have.
         derived_head_dim: a head has hidden_size / num_attention_heads dimensions; the config has no field for it.
-        original_context_field: the config has original_max_position_embeddings beside `rope_parameters`.
+        original_context_field: the config has original_max_position_embeddings outside `rope_parameters`.
         attention_softcap: it reads attn_logit_softcapping.
-        layers_of_27b: queries are scaled by head_dim ** -0.5, but in a model of so many layers by
+        layers_of_27b: queries are scaled by head_dim ** -0.5, but in a model with this many layers by
             (hidden_size / num_attention_heads) ** -0.5.
-        layers_of_70b: in a model of so many layers whose heads share values, these get more bits.
+        layers_of_70b: in a model with this many layers whose heads share values, values get more bits.
     """
 
     architecture: str
@@ -71,7 +71,7 @@ class Family:
         multipliers: whether config.embedding_multiplier, residual_multiplier and logits_scaling are read.
         rope_by_layer_type: config.rope_parameters has one entry for each layer type.
         no_rope_layers: whether config.no_rope_layers turns RoPE off in some layers.
-        gguf: how it lies in a GGUF file; None where oribi reads and writes none.
+        gguf: how it is stored in a GGUF file; None where oribi reads and writes none.
     """
 
     architecture: str
@@ -100,23 +100,13 @@ class Family:
         }
 
 
-_BOTH_FACTORS = ("llama3", "longrope")
+# what llama.cpp reads of the Llama lineage
+_LLAMA_CPP = InGGUF("llama", interleaved_rope=True, biases="all", rope_factors=("llama3", "longrope"))
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "LlamaForCausalLM",
-        mlp_bias=True,
-        gguf=InGGUF(
-            "llama", interleaved_rope=True, biases="all", rope_factors=_BOTH_FACTORS, layers_of_70b=80
-        ),
-    ),
+    "llama": Family("LlamaForCausalLM", mlp_bias=True, gguf=replace(_LLAMA_CPP, layers_of_70b=80)),
     "mistral": Family(
-        "MistralForCausalLM",
-        attention_bias=None,
-        windows="all",
-        gguf=InGGUF(
-            "llama", interleaved_rope=True, biases="all", rope_factors=_BOTH_FACTORS, layers_of_70b=80
-        ),
+        "MistralForCausalLM", attention_bias=None, windows="all", gguf=replace(_LLAMA_CPP, layers_of_70b=80)
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -171,7 +161,7 @@ FAMILIES: dict[str, Family] = {
         mlp_bias=True,
         attention_scale="attention_multiplier",
         multipliers=True,
-        gguf=InGGUF("granite", interleaved_rope=True, biases="all", rope_factors=_BOTH_FACTORS),
+        gguf=replace(_LLAMA_CPP, architecture="granite"),
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",

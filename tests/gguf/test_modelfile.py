@@ -122,7 +122,7 @@ def test_stops_and_parameters_are_written():
         ("{% for m in messages %}[{{ loop.index % 5 }}]{{ m['content'] }}{% endfor %}", "text of its own"),
         (
             "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ '!' if loop.length > 5 }}{% endfor %}<assistant>",
-            "no sequence of turns",
+            "not a sequence of turns",
         ),
         ("{{ messages[-1]['content'] }}", "drops, repeats or changes a message"),
         ("{{ raise_exception('tools only') }}", "refuses a plain conversation: tools only"),

@@ -152,7 +152,7 @@ def test_a_missing_original_says_how_to_get_it(tmp_path):
 
 def test_a_folder_of_another_kind_is_no_base(tmp_path):
     tuned = adapted(tiny_model(export_config("llama")))
-    with pytest.raises(ExportError, match="is no base to merge into: .* neither config.json nor"):
+    with pytest.raises(ExportError, match="cannot serve as base of a merge: .* neither config.json nor"):
         save_merged(tuned, tmp_path / "merged", base=str(tmp_path))
 
 

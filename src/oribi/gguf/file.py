@@ -25,7 +25,7 @@ from oribi.tensors import open_bytes
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _AT_ONCE = 1 << 22  # values dequantised together: 16 MiB of float32
-_SMALL = 1 << 16  # bytes that may be asked for without a look at what is left of the file
+_SMALL = 1 << 16  # bytes that are read without comparing them with the rest of the file
 _MOST_DIMENSIONS = 4
 _DEEPEST = 8  # arrays within arrays
 _DAMAGED = (struct.error, UnicodeDecodeError, KeyError, MemoryError, ValueError, TypeError, OverflowError)
@@ -69,7 +69,7 @@ class GGUFFile:
         path: the file, version 2 or 3, little-endian.
 
     Raises:
-        ModelError: it is no GGUF file, or is cut short.
+        ModelError: it is not a GGUF file, or is cut short.
     """
 
     def __init__(self, path: Path) -> None:
@@ -167,7 +167,7 @@ def _scalar(file: BinaryIO, code: str) -> Any:
 
 
 def _take(file: BinaryIO, count: int, what: str) -> bytes:
-    """So many bytes. A damaged length must not become an allocation, so large ones are compared with the file."""
+    """Exactly `count` bytes. Large counts are compared with the file first, so that a damaged length allocates nothing."""
     if count > _SMALL and count > os.fstat(file.fileno()).st_size - file.tell():
         raise ValueError(f"{what} of {count} bytes goes beyond the end")
     raw = file.read(count)

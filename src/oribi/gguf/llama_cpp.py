@@ -1,7 +1,7 @@
 """llama.cpp itself, where the package xllamacpp is installed: what it generates and how it tokenises.
 
-It is the judge of a GGUF file, never needed to write one, and runs in a process of its own: whatever becomes of it, the
-trained model stays.
+It judges a GGUF file and is never needed to write one. It runs in a process of its own, so that the trained model survives
+its crashes.
 """
 
 import json
@@ -25,7 +25,7 @@ _LOAD_SECONDS = 600
 
 
 class LlamaCppUnavailable(ExportError):
-    """llama.cpp cannot be asked on this machine, for a reason that is not the file's."""
+    """llama.cpp cannot be asked on this machine, for a reason other than the file."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LlamaCpp:
     def __init__(self, path: str | Path, context: int = 512, adapter: str | Path | None = None) -> None:
         if not is_installed():
             raise LlamaCppUnavailable("xllamacpp is not installed (pip install xllamacpp)")
-        # a small model's layers are shorter than the wait of one thread for another
+        # in a small model, threads would wait for each other longer than a layer takes
         small = Path(path).stat().st_size < 512 << 20
         threads = 1 if small else min(os.cpu_count() or 1, 8)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
@@ -119,7 +119,7 @@ class LlamaCpp:
 
         Args:
             ids: the prompt's token ids.
-            tokens: at most so many new tokens; it ends earlier after an end token, which is included.
+            tokens: most new tokens; generation ends earlier after an end token, which is included.
             top: how many log-probabilities each place has.
             forced: a token that is made the likeliest everywhere.
 
@@ -146,7 +146,7 @@ class LlamaCpp:
 
         Args:
             messages: the conversation.
-            values: what the template sees beside it; `date_string` takes the place of today's date.
+            values: further variables of the template; `date_string` replaces today's date.
         """
         body = {"messages": messages, "chat_template_kwargs": values}
         return _entry(self._post("/apply-template", body), "/apply-template", "prompt", str)

@@ -77,7 +77,7 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             import xllamacpp  # noqa: F401
-    except Exception as error:  # whatever a foreign library raises when it is imported
+    except Exception as error:  # importing a foreign library may raise anything
         say(unavailable=reason(error))
         return
     try:
@@ -93,7 +93,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             say(answer=post(request["path"], request["body"]))
-        except Exception as error:  # sockets, HTTP, JSON: the other side decides what is done about it
+        except Exception as error:  # sockets, HTTP, JSON: the caller decides what to do
             say(unavailable=reason(error))
 
 

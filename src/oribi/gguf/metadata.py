@@ -1,4 +1,4 @@
-"""The config of a model in a GGUF file's metadata, written and read, and what llama.cpp would compute otherwise."""
+"""The config of a model in a GGUF file's metadata, written and read, and what llama.cpp would compute differently."""
 
 from typing import Any
 
@@ -164,7 +164,7 @@ def _every(period: int, layers: int) -> list[bool]:
 
 
 def _query_scalar(facts: InGGUF, layers: int, hidden_per_head: float, head_dim: int) -> float:
-    """query_pre_attn_scalar as llama.cpp takes it: no key holds it, so it tells the model that differs by its depth."""
+    """query_pre_attn_scalar as llama.cpp assumes it: no key holds it, and one model is told apart by its number of layers."""
     return hidden_per_head if layers == facts.layers_of_27b else head_dim
 
 
@@ -178,7 +178,7 @@ def check_config(config: PretrainedConfig) -> list[str]:
     refused = rope_refusals(config, facts) + _attention_refusals(config, family, facts)
     if refused:
         raise ExportError(
-            f"llama.cpp computes {config.model_type} models otherwise than this one is configured: "
+            f"llama.cpp would compute this {config.model_type} model differently from its config: "
             + "; ".join(refused)
             + ". Save merged_16bit instead"
         )

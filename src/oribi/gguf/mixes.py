@@ -24,7 +24,7 @@ class Method:
 
     Args:
         name: of the method.
-        words: what it costs and whom it serves.
+        words: its size and purpose.
         kl: mean KL divergence from the trained model, in nats, above which a file is refused.
         instead: what to take where it loses too much; "" where it loses nothing that counts.
     """
@@ -75,7 +75,7 @@ ALIASES = {
     "quantized": "q4_k_m",
 }
 _NEED_IMATRIX = re.compile(r"i?q[1-4]_(x?x?s|m|nl|xs)|iq\w+")
-# what a type becomes where rows are no multiple of its 256 values
+# the type to use where rows are not a multiple of a superblock's 256 values
 _FALLBACK = {Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}  # fmt: skip
 _FLOATS = (Type.F32, Type.F16, Type.BF16)
 
@@ -97,7 +97,7 @@ def mix_of(method: str) -> Method:
 
 
 def print_quantization_methods() -> None:
-    """Print every method, what it costs and whom it serves."""
+    """Print every method with its size and purpose."""
     for method in METHODS.values():
         print(f"{method.name:8} {method.words}")
 
@@ -116,7 +116,7 @@ class Mix:
         self.layers = config.num_hidden_layers
         self.queries_per_value = config.num_attention_heads // config.num_key_value_heads
         self.tied = "output.weight" not in names
-        # llama.cpp tells the 70B, whose values many heads share, by its depth
+        # llama.cpp recognises the 70B model, whose heads share values, by its number of layers
         self.is_70b = self.layers == family_in_gguf(config)[1].layers_of_70b and self.queries_per_value > 1
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> Type:
@@ -183,7 +183,7 @@ class Mix:
 
 
 def _fitting(wanted: Type, row: int) -> Type:
-    """The type itself, or what llama.cpp falls back to where rows of so many values do not fit its blocks."""
+    """The type itself, or llama.cpp's fallback where rows of `row` values do not fill its blocks."""
     if row % GGML_QUANT_SIZES[wanted][0] == 0:
         return wanted
     wanted = _FALLBACK.get(wanted, wanted)

@@ -1,8 +1,8 @@
 """The Modelfile by which Ollama runs a GGUF file: the chat template as a Go template, stop tokens, parameters.
 
 Ollama cannot run Jinja. The Go template is not looked up by name but derived: the tokenizer's own template renders marked
-messages, and what stands around the marks becomes the Go template. What Ollama would make of it must then equal the
-tokenizer's own text for every kind of conversation. A template that is no sequence of turns (its text depends on dates,
+messages, and the text around the marks becomes the Go template. What Ollama makes of it must then equal the
+tokenizer's own text for every kind of conversation. A template that is not a sequence of turns (its text depends on dates,
 or on where a message stands) fails this, and no Modelfile is written.
 
 Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.md and docs/template.md.
@@ -39,7 +39,7 @@ def for_modelfile(text: str, *, block: bool = False) -> str:
     '''A value of an Ollama Modelfile, quoted; in """ where `block` says so or it must be.
 
     Ollama ends a value at the first line whose text so far ends with the quote that it began with, and drops every
-    character that is not printable, spaces and line ends excepted. There is no escape sign.
+    character that is not printable, spaces and line ends excepted. There is no escape character.
 
     Raises:
         Unwritable: the value holds """, or a character that Ollama would drop.
@@ -125,7 +125,7 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
         adds_bos: whether llama.cpp puts BOS before every prompt, so that the template must not.
 
     Raises:
-        NoModelfile: the template is no sequence of turns.
+        NoModelfile: the template is not a sequence of turns.
     """
     bos = tokenizer.bos_token if adds_bos else None
 
@@ -164,7 +164,9 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
         except (ChatTemplateError, TemplateLimitError) as error:
             raise NoModelfile(str(error)) from error
         if not same:
-            raise NoModelfile(f"the chat template is no sequence of turns ({roles} come out otherwise)")
+            raise NoModelfile(
+                f"the chat template is not a sequence of turns ({roles} are rendered differently)"
+            )
     return turns
 
 
@@ -185,7 +187,7 @@ def _writes_the_date(tokenizer: Any) -> bool:
             add_generation_prompt=True,
             **tokenizer.special_tokens_map,
         )
-    except (ChatTemplateError, TemplateLimitError):  # the template does more with the date than write it
+    except (ChatTemplateError, TemplateLimitError):  # the template computes with the date
         return True
     return "oribi-date" in found
 
@@ -193,7 +195,7 @@ def _writes_the_date(tokenizer: Any) -> bool:
 def _read_system(render: Render, before: str, head: str) -> tuple[tuple[str, str] | None, bool, bool, str]:
     """system, system_in_question, always and default of `Turns`."""
     messages = _conversation(1, system=True)
-    own_text = NoModelfile("the chat template begins with a text of its own")
+    own_text = NoModelfile("the chat template begins with text of its own")
     try:
         start, middle, _ = _split(render(messages), [message["content"] for message in messages])
     except (ChatTemplateError, TemplateLimitError, NoModelfile):
@@ -280,5 +282,5 @@ def modelfile(
         if isinstance(value, (int, float)) and math.isfinite(value):
             lines.append(f"PARAMETER {theirs} {value:g}")
         else:
-            notes.append(f"the Modelfile does not name {ours} = {value!r}: it is no number")
+            notes.append(f"the Modelfile does not name {ours} = {value!r}: it is not a number")
     return "\n".join(lines) + "\n"

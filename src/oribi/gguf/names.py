@@ -75,7 +75,7 @@ class Tensor:
         """The rows of a file's values [N, ...] in the checkpoint's order; the shift is left to the reader.
 
         Raises:
-            ModelError: the rows are no heads.
+            ModelError: the rows cannot be divided among the heads.
         """
         if not self.heads:
             return values
@@ -91,7 +91,7 @@ def family_in_gguf(config: PretrainedConfig) -> tuple[Family, InGGUF]:
     """The row of a config's family.
 
     Raises:
-        ExportError: oribi writes no GGUF file of it.
+        ExportError: oribi writes no GGUF files of this family.
     """
     family = FAMILIES.get(config.model_type)
     if family is None or family.gguf is None:

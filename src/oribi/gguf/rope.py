@@ -53,7 +53,7 @@ def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, head_dim: int) -
 
 
 def _attention_factor(rope: dict[str, Any], stretch: float, original: int) -> float | None:
-    """What cos and sin are multiplied by, beside YaRN's default, by which llama.cpp multiplies itself."""
+    """The factor of cos and sin, without YaRN's default, which llama.cpp applies itself; None where that is all."""
     factor = rope.get("attention_factor")
     if rope["rope_type"] == "yarn":
         default = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0

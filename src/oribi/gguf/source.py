@@ -20,7 +20,7 @@ class GGUFSource:
         path: the file.
 
     Raises:
-        ModelError: it is no GGUF file, is split, or its architecture is outside the family table.
+        ModelError: it is not a GGUF file, is split, or its architecture is outside the family table.
     """
 
     def __init__(self, path: Path) -> None:

@@ -35,7 +35,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("gpt-4o",): (_GPT4O,),
     ("default",): (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-# a whole word in the vocabulary is taken as it is, whatever the merges say; and a BOS is added unless the file says no
+# a word that is in the vocabulary is taken whole, whatever the merges say; and BOS is added unless the file says otherwise
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 NFC = ("qwen2", "deepseek-r1-qwen")  # text is normalised first
 # llama.cpp's own form of these rules knows no case and no combining marks of letters beyond ASCII

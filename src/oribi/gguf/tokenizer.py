@@ -68,7 +68,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ExportError(f"{type(tokenizer).__name__} is no fast tokenizer; load it with use_fast=True")
+        raise ExportError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with use_fast=True")
     spec = json.loads(backend.to_str())
     model = spec["model"]
     if model["type"] != "BPE":
@@ -201,7 +201,7 @@ def rebuild_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     """The tokenizer of a GGUF file.
 
     Raises:
-        ModelError: the file has no tokenizer, or one of a kind or cutting rule that is not known.
+        ModelError: the file has no tokenizer, or one of an unknown kind or splitting rule.
     """
     kind = file.value("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -305,7 +305,7 @@ def _adds_bos(file: GGUFFile, kind: str) -> bool:
 
 
 def _add_ends(backend: Tokenizer, file: GGUFFile, tokens: list[str], kind: str) -> None:
-    """Makes the backend put BOS before and EOS after a text where the file asks for it."""
+    """Add BOS before and EOS after every text where the file asks for it."""
     ends = {}
     if _adds_bos(file, kind):
         ends["bos"] = file.value("tokenizer.ggml.bos_token_id")

@@ -59,7 +59,7 @@ def write_adapter(
             script resumes) or refused.
         selected_adapters: their names; None writes all.
         save_embedding_layers: whether the embeddings and the head go into the files; "auto": if they have rows that the
-            checkpoint lacks or has otherwise.
+            checkpoint lacks or that differ from it.
         options: further ones of PEFT's save_pretrained.
 
     Returns:
@@ -136,7 +136,7 @@ def _record(model: PeftModel, changed: list[str], chat_template: Any, folder: Pa
 
 
 def changed_tables(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """Embeddings and head, by their names in the adapter's file, with rows that the checkpoint lacks or has otherwise."""
+    """Embeddings and head, by their names in the adapter's file, with rows that the checkpoint lacks or that differ from it."""
     sums = getattr(source_of(model), "sums", {})
     slots = slots_of(model) if sums else {}
     found = {}
@@ -207,7 +207,7 @@ def _require_equal(model: PeftModel, path: Path, found: dict[str, torch.Tensor],
 def _try_outside(source: Any, stored: dict[str, torch.Tensor], folder: Path) -> str | None:
     """Let PEFT load the files on skeletons of the classes that programs build from the base's config."""
     if source is None or source.config is None:
-        return "the model was not loaded by oribi, so nothing says which class others load"
+        return "the model was not loaded by oribi, so the class that other programs load is unknown"
     settings = read_adapter_config(Location("adapter", folder, str(folder)))
     key = json.dumps([settings.to_dict(), {name: list(t.shape) for name, t in stored.items()}], default=str)
     if key in source.tried:  # a checkpoint of the same adapter

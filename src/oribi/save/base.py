@@ -91,7 +91,7 @@ def open_base(model: nn.Module, base: str) -> TensorSource | None:
     try:
         weights = open_weights(location, options, renaming(getattr(source, "names", None)))
     except ModelError as error:
-        raise ExportError(f"{base!r} is no base to merge into: {error}") from error
+        raise ExportError(f"{base!r} cannot serve as base of a merge: {error}") from error
     if any(".quant_state." in name for name in weights.shapes()):
         raise ExportError(
             f"{location.directory} holds 4-bit weights; base='original' needs the 16-bit checkpoint. "
@@ -132,13 +132,13 @@ def locate_here(model: nn.Module, name: str) -> tuple[Location, HubOptions]:
             weight_files(location, options)
     except ModelError as error:
         if os.path.exists(name):
-            raise ExportError(f"{name!r} is no base to merge into: {error}") from error
+            raise ExportError(f"{name!r} cannot serve as base of a merge: {error}") from error
         raise ExportError(
             f"the 16-bit checkpoint {name!r} is not on this machine. Give base='dequantized', which needs no download, "
             f"or download it first: hf download {name}"
         ) from error
     if location.kind == "adapter":
-        raise ExportError(f"{name!r} is an adapter, and no base to merge into")
+        raise ExportError(f"{name!r} is an adapter, and cannot serve as base of a merge")
     return location, options
 
 

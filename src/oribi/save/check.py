@@ -21,7 +21,7 @@ class Outcome(str, Enum):
     __str__ = str.__str__
 
 
-# the worst that was found decides; what was not tested or not run stands beside what was
+# the worst outcome decides; checks that were not made count only where there are no others
 _WORST_FIRST = (Outcome.DIFFERENT, Outcome.CLOSE, Outcome.EQUAL, Outcome.NOT_RUN, Outcome.NOT_TESTED)
 
 
@@ -35,7 +35,7 @@ class Check:
 
     Args:
         name: what was compared.
-        outcome: what came of it.
+        outcome: its result.
         says: the finding in words: percentages with their number of places, "n of m", or why nothing was compared.
         figures: the same for programs.
         advice: what to do where the outcome is different.

@@ -26,7 +26,7 @@ from oribi.save.trained import MergedModel
 
 # True raises where a file is different, "report" keeps it under its name, False compares nothing
 Verify = bool | str
-# what says nothing of the file: memory that is not there, a package that is not installed
+# errors that are not the file's fault: missing memory, a package that is not installed
 _CANNOT_RUN = (MemoryError, torch.OutOfMemoryError, ImportError)
 
 
@@ -107,8 +107,8 @@ class Export:
             size: bytes that the files take at most.
 
         Raises:
-            ExportError: too little disk, or a file differs from the trained model; of several, those that are right are
-                in place all the same.
+            ExportError: too little disk, or a file differs from the trained model; of several, the correct ones
+                are in place nevertheless.
         """
         report = self.report
         with finished_folder(self.directory, size) as folder:
@@ -199,7 +199,7 @@ def trained_answers(
     stops = stop_ids(tokenizer, getattr(generation, "eos_token_id", None))
     try:
         return Trained(model, rows, prompts, stops), []
-    # foreign model code and full GPUs alike: the trained model is written all the same
+    # foreign model code may raise anything, a GPU may be full: the trained model is written nevertheless
     except Exception as error:
         says = f"the trained model could not be asked ({_in_words(error)})"
         return None, [Check("trained model's answers", Outcome.NOT_RUN, says)]
@@ -208,7 +208,7 @@ def trained_answers(
 def checked(name: str, compare: Callable[..., Check | list[Check]], *arguments: Any) -> list[Check]:
     """The checks that a comparison makes; where it fails, one that says why.
 
-    A file that cannot be read back is different; memory or a package that is missing says nothing of the file.
+    A file that cannot be read back is different; a lack of memory or of a package is not the file's fault.
     """
     try:
         found = compare(*arguments)

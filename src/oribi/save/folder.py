@@ -15,9 +15,9 @@ from pathlib import Path
 from oribi.errors import ExportError, OribiError
 from oribi.text import gigabytes, say
 
-# a loader reads these first: they leave before the first new file moves in and arrive last
+# loaders read these first: they are removed before the first new file moves in, and arrive last
 _ENTRIES = ("model.safetensors.index.json", "config.json", "adapter_config.json")
-# the trained model is not to blame for these, and another folder may do
+# errors of the disk, not of the trained model; another folder may work
 _DISK_FAULTS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE,
     errno.ENAMETOOLONG, errno.ESTALE,
@@ -67,14 +67,14 @@ def _cannot_write(folder: str | os.PathLike, error: Exception) -> ExportError:
 
 
 def _fault_of_the_disk(error: Exception) -> str | None:
-    """What a disk or mount says in an error, libraries in Rust included, which raise errors of their own; else None."""
+    """The message of a disk error, also of one raised by a library in Rust in its own form; None for other errors."""
     found = re.search(r"\bos error (\d+)|\bcode: (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1] or found[2]) if found else None
     return os.strerror(number) if number in _DISK_FAULTS else None
 
 
 def reject(partial: Path, final: str | os.PathLike) -> None:
-    """Keep the files of a failed export under `final`.rejected, where nothing takes them for good."""
+    """Keep the files of a failed export under `final`.rejected, where no program mistakes them for a good export."""
     partial.rename(new_rejected(final))
 
 
@@ -119,7 +119,7 @@ def free_disk_bytes(folder: str | os.PathLike) -> int:
 
 
 def require_disk(folder: Path, needed_bytes: int) -> None:
-    """Raise unless the disk of a folder, which need not exist yet, has room for so many bytes and one per cent.
+    """Raise unless the disk of a folder, which need not exist yet, has `needed_bytes` and one per cent free.
 
     Raises:
         ExportError: it has not.
@@ -133,7 +133,7 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
 
 
 def remove_leftovers(final: Path) -> None:
-    """Remove the partial folders that runs which are no longer alive left beside `final`."""
+    """Remove partial folders beside `final` whose process no longer runs."""
     for leftover in final.parent.glob(f".{final.name}.partial-*"):
         pid = leftover.name.rpartition("-")[2]
         if pid == str(os.getpid()) or not (pid.isdigit() and _alive(int(pid))):

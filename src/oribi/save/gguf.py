@@ -78,7 +78,7 @@ def save_gguf(
     Raises:
         ConfigError: an unknown method, or no tokenizer.
         ExportError: llama.cpp cannot hold this model, the disk is too small, or a file differs from the trained model; of
-            several, those that are right are in place all the same.
+            several, the correct ones are in place nevertheless.
     """
     options = read_accepted(accepted, GGUF_KEYWORDS, "save_pretrained_gguf")
     if tokenizer is None:
@@ -248,7 +248,7 @@ class GGUFAdapterExport(Export):
 
 
 def _require_own_base(model: nn.Module) -> None:
-    """Raise if the base in memory is none that a file of the base could be."""
+    """Raise if the base in memory differs from every file of the base."""
     changed = changed_base(model)
     adapters = model.active_adapters if hasattr(model, "peft_config") else []
     rows = [name for adapter in adapters for name in changed_tables(model, adapter)]

@@ -226,7 +226,7 @@ def merged_dtype(model: nn.Module, asked: torch.dtype | str | None) -> torch.dty
     """The dtype of a merged checkpoint: as asked, else the model's, and bfloat16 for a float32 model.
 
     Raises:
-        ConfigError: it is none of bfloat16, float16, float32.
+        ConfigError: it is not bfloat16, float16 or float32.
     """
     if asked is None:
         dtype = getattr(model.config, "dtype", None)

@@ -27,7 +27,7 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
         ("Say hello in three languages.", "Hello! ¡Hola! 你好！"),
     )
 ]
-# asked beside the conversations' own questions
+# asked in addition to the conversations' questions
 QUESTIONS: list[str] = [
     "How many days does a week have?",
     "Translate to Spanish: Good morning.",
@@ -60,8 +60,8 @@ class Rows:
         ids, positions: [1, S] int64; positions restart at 0 at each row.
         origin: where they come from, in words.
         held_out: whether they are of the data that was trained on, and not general texts.
-        answers: [S] bool, the tokens that a model is to say; None where every token counts. What stands in a prompt is given
-            and tells nothing of a model's answers.
+        answers: [S] bool, the tokens that a model is to say; None where every token counts. A prompt is given, so its
+            tokens say nothing about a model's answers.
     """
 
     ids: torch.Tensor
@@ -95,7 +95,7 @@ class _Row:
     labels: list[int] | None = None
 
     def cut(self, tokens: int) -> "_Row":
-        """The row up to so many compared tokens."""
+        """The row up to `tokens` compared tokens."""
         if self.labels is not None:
             labelled = [i for i, label in enumerate(self.labels) if label != -100 and i]
             end = labelled[:tokens][-1] + 1 if labelled else 0

@@ -43,7 +43,7 @@ class Trained:
     Args:
         model: PEFT's or plain; it is put into evaluation mode and back.
         rows: what probabilities are compared on.
-        prompts: token ids of what is answered greedily.
+        prompts: token ids; each is answered greedily.
         stops: ids of the tokens that end an answer.
     """
 
@@ -70,7 +70,7 @@ class Trained:
         log-probabilities [V] at the last token of each.
 
         The answers are those of one pass over all of them, which is how the files are asked: at near ties, generating token
-        by token may have fallen otherwise.
+        by token may have chosen differently.
         """
         on_rows, likeliest = self.split(logits)
         parts = logits[self.compared :].split([len(answer.tokens) for answer in self.answers])

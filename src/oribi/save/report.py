@@ -99,5 +99,5 @@ class ExportReport:
                     else f"the export differs from the trained model; its files are kept in {place}:\n"
                 )
                 + "\n".join(f"  {check.line()}" for check in failed)
-                + "\nTo keep it under its own name all the same: verify='report', on the command line --keep-different"
+                + "\nTo keep it under its own name nevertheless: verify='report', or --keep-different on the command line"
             )

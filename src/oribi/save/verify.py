@@ -3,7 +3,7 @@
 Every export is read back from its file and asked what the trained model was asked: the mean KL divergence of the next
 token's distribution in nats, the share of places with the same likeliest token, both losses, and greedy answers token for
 token. Along a trained model's greedy answer, a file whose likeliest token is the same at every place gives that answer: one
-pass over the file tells all answers. S tokens, V vocabulary, K compared places.
+pass over the file compares all answers. S tokens, V vocabulary, K compared places.
 """
 
 import math
@@ -29,9 +29,9 @@ KL_TOLERANCE = {
     **{method.name: method.kl for method in METHODS.values()},
 }  # fmt: skip
 SIXTEEN_BIT = 0.01  # added where the trained model itself computes in 16 bit
-_WORSE = 1.05  # a base other than the trained one may have a loss so many times as high, and 0.05 more
+_WORSE = 1.05  # a base other than the trained one may raise the loss by this factor, and by 0.05
 EQUAL_KL, EQUAL_PLACES = 0.01, 0.99  # nats, and share of places with the same likeliest token
-# A file gives other answers if its distributions are other ones, not just near ties that fell otherwise, and none of three
+# A file gives other answers if its distributions differ, beyond near ties that are decided differently, and none of three
 # answers is the same or most are not. See docs/export.md for the runs that these numbers come from.
 _NEAR_TIES = 0.05  # nats
 _FEWEST, _NONE_SAME_TOKENS = 3, 0.95
@@ -137,7 +137,7 @@ def compare_answers(
         f"{percent(tokens / total)} of their {total} tokens"
     )
     if (none_same or most_differ) and near_ties:
-        says += f". The distributions are almost the same (KL {kl:.2g}): near ties fell otherwise"
+        says += f". The distributions are almost the same (KL {kl:.2g}): near ties were decided differently"
     figures = {"same_answers": same, "of": answers, "same_tokens": tokens, "of_tokens": total, "kl": kl}
     return Check(name, outcome, says, figures, _advice(form))
 
@@ -165,7 +165,7 @@ def compare_stops(name: str, kept: list[bool], answers: int, form: str, near_tie
         kept: for each answer that the trained model ends, whether the file ends it at the same token.
         answers: how many there were.
         form: a key of `KL_TOLERANCE`, for the advice.
-        near_ties: how many of the lost ends the trained model itself found little likelier than what the file says.
+        near_ties: how many of the lost ends were near ties for the trained model itself.
     """
     if not answers:
         return Check(name, Outcome.NOT_TESTED, "there was no prompt to answer")
@@ -213,13 +213,13 @@ def check_checkpoint(trained: Trained, folder: Path, form: str) -> list[Check]:
 
 
 def check_tokenizer(tokenizer: Any, saved: Any, name: str, *, special: bool) -> Check:
-    """Compare the ids of texts and rendered conversations by a tokenizer and by what was saved of it.
+    """Compare a tokenizer with the saved one by their ids of texts and rendered conversations.
 
     Args:
         special: whether the ids that are put around every text are compared too.
     """
     before, found = _tokenized(tokenizer, special), _tokenized(saved, special)
-    after = _tokenized(tokenizer, special)  # a template that writes the time may render otherwise by now
+    after = _tokenized(tokenizer, special)  # a template that writes the time may render differently by now
     different = [text for text in before if found.get(text) not in (before[text], after[text])]
     return same_ids(name, len(before), different)
 

@@ -1,4 +1,4 @@
-"""What is checked of a GGUF file beside its weights: its tokenizer, and everything that llama.cpp makes of it."""
+"""Checks of a GGUF file beyond its weights: its tokenizer, and what llama.cpp computes from it."""
 
 import time
 from pathlib import Path
@@ -44,7 +44,7 @@ def check_gguf_tokenizer(tokenizer: Any, path: Path) -> Check:
 
 
 def check_in_llama_cpp(trained: Trained, tokenizer: Any, path: Path, form: str) -> list[Check]:
-    """What llama.cpp makes of a file: token ids, probabilities and tokens of greedy answers, and where they end.
+    """Ask llama.cpp about a file: token ids, probabilities and tokens of greedy answers, and where they end.
 
     Where llama.cpp cannot be asked, or no longer, the checks that remain are "not run".
     """
@@ -126,7 +126,7 @@ def _check_end_token(peer: LlamaCpp, trained: Trained, tokenizer: Any) -> Check:
 def _compare_answers(
     trained: Trained, source: TensorSource, asked: list[GreedyAnswer], given: list[Continuation], form: str
 ) -> list[Check]:
-    """llama.cpp's greedy answers beside our own reading of the file, and beside the trained model's."""
+    """Compare llama.cpp's greedy answers with oribi's own reading of the file and with the trained model's."""
     pairs = [(one.prompt, answer) for one, answer in zip(asked, given) if answer.tokens]
     if not pairs:
         says = "there was no prompt to answer"
