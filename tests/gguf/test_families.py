@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from oribi.errors import ExportError
+from oribi.families import FAMILIES
 from oribi.save.gguf import save_gguf
 from tests.models.tiny import ROPES
 from tests.save.tiny_export import (
@@ -17,6 +18,10 @@ from tests.save.tiny_export import (
 
 pytest.importorskip("xllamacpp", reason="llama.cpp judges these files")
 PROMPT = list(range(20, 60))  # longer than the tiny windows
+
+
+def test_every_family_with_a_gguf_layout_is_tested():
+    assert set(FAMILY_CHANGES) == {name for name, family in FAMILIES.items() if family.gguf is not None}
 
 
 def judged(exported) -> Distance:
