@@ -53,7 +53,7 @@ def test_merged_model_in_transformers_equals_the_adapted_model(kind, tied, tmp_p
     tuned = adapted(base, **MERGES[kind])
     expected = logits_of(tuned)
     assert relative(before, expected) > 1e-3  # the adapter does something
-    save_merged(tuned, tmp_path / "merged", dtype=torch.float32)
+    save_merged(tuned, tmp_path / "merged", dtype=torch.float32, verify=not tied)
     assert relative(reloaded(tmp_path / "merged"), expected) < 1e-5
 
 
