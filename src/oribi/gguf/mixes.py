@@ -141,40 +141,30 @@ class Mix:
         return Type.Q6_K
 
     def _of_layer(self, part: str, layer: int) -> Type:
-        name, default = self.method.name, self.method.default
-        costly = self._costly(layer)
-        if part in ("attn_v", "attn_qkv"):
-            return self._values(layer, costly)
-        if part == "ffn_down":
-            if name == "q2_k":
-                return Type.Q3_K
-            if name == "q3_k_m":
-                return Type.Q5_K if layer < self.layers // 16 else Type.Q4_K
-            if name == "q3_k_l":
-                return Type.Q5_K
-            if name in ("q4_k_m", "q5_k_m") and costly:
-                return Type.Q6_K
-            if name == "q4_k_s" and layer < self.layers // 8:
-                return Type.Q5_K
-        if part == "attn_output":
-            return {"q2_k": Type.Q3_K, "q3_k_m": Type.Q4_K, "q3_k_l": Type.Q5_K}.get(name, default)
-        return default
-
-    def _values(self, layer: int, costly: bool) -> Type:
-        wanted = self.method.default
-        name = self.method.name
-        if name == "q2_k":
-            wanted = Type.Q4_K if self.queries_per_value >= 4 else Type.Q3_K
-        elif name == "q3_k_m":
-            wanted = Type.Q5_K if layer < 2 else Type.Q4_K
-        elif name == "q3_k_l":
-            wanted = Type.Q5_K
-        elif name in ("q4_k_m", "q5_k_m") and costly:
-            wanted = Type.Q6_K
-        elif name == "q4_k_s" and layer < 4:
-            wanted = Type.Q5_K
-        if self.is_70b and wanted in (Type.Q3_K, Type.Q4_K):
-            wanted = Type.Q5_K
+        default, part = self.method.default, "attn_v" if part == "attn_qkv" else part
+        costly = Type.Q6_K if self._costly(layer) else default
+        more_bits = {
+            "q2_k": {
+                "attn_v": Type.Q4_K if self.queries_per_value >= 4 else Type.Q3_K,
+                "ffn_down": Type.Q3_K,
+                "attn_output": Type.Q3_K,
+            },
+            "q3_k_m": {
+                "attn_v": Type.Q5_K if layer < 2 else Type.Q4_K,
+                "ffn_down": Type.Q5_K if layer < self.layers // 16 else Type.Q4_K,
+                "attn_output": Type.Q4_K,
+            },
+            "q3_k_l": {"attn_v": Type.Q5_K, "ffn_down": Type.Q5_K, "attn_output": Type.Q5_K},
+            "q4_k_s": {
+                "attn_v": Type.Q5_K if layer < 4 else default,
+                "ffn_down": Type.Q5_K if layer < self.layers // 8 else default,
+            },
+            "q4_k_m": {"attn_v": costly, "ffn_down": costly},
+            "q5_k_m": {"attn_v": costly, "ffn_down": costly},
+        }
+        wanted = more_bits.get(self.method.name, {}).get(part, default)
+        if part == "attn_v" and self.is_70b and wanted in (Type.Q3_K, Type.Q4_K):
+            return Type.Q5_K
         return wanted
 
     def _costly(self, layer: int) -> bool:
