@@ -164,13 +164,11 @@ FAMILY_COMPARISONS: dict[str, int] = {}
 
 # two places that share six or more lines -> why they are not one
 SHARED_LINES = {
-    ("kernels/attention.py", "kernels/attention.py"): "to be looked at",
     (
         "kernels/cross_entropy.py",
         "kernels/cross_entropy.py",
     ): "a Triton kernel repeats the arguments of its neighbour",
     ("kernels/flash_attention.py", "kernels/flash_attention.py"): "Triton kernels cannot share a loop head",
-    ("kernels/flash_attention.py", "kernels/flash_attention_3.py"): "to be looked at",
     ("models/decoder.py", "models/decoder.py"): "a forward's signature is given by transformers",
     ("train/progress.py", "train/progress.py"): "to be looked at",
 }

@@ -8,6 +8,7 @@ is installed), `triton` (with soft caps too) and `reference` (PyTorch on any dev
 document can touch another). Packs of equally long documents are dense rows. FlashAttention 2 is PyTorch's own `flash`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -205,7 +206,7 @@ def attention_forward(
         out, lse = flash_attention_forward(q, k, v, *documents, how.scale, how.window, how.softcap)
         return out.view(shape), (lse,)
     if how.backend == "flash3":
-        out, lse = flash_attention_3.forward(q, k, v, **_flash3_extent(q, how))
+        out, lse = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **_flash3_extent(q, how))[:2]
         return out.reshape(shape), (lse,)
     out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, *_flash_extent(q, how), 0.0, True, False, scale=how.scale, **_flash_window(how)
@@ -224,17 +225,17 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, shaped as they are; dout is shaped as out. "reference" runs its forward again."""
     shapes = q.shape, k.shape, v.shape
-    dout, q, k, v, out = (_laid_out(x, how) for x in (dout, q, k, v, out))
+    tensors = dout, q, k, v, out = [_laid_out(x, how) for x in (dout, q, k, v, out)]
     groups = head_groups(how.backend, q.numel() // q.shape[-1], k.shape[-2])
     if groups == 1:
-        grads = _backward(dout, q, k, v, out, saved, how)
+        grads = _backward(tensors, saved, how)
     else:
         grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         lse, *rest = saved
         heads = 1 if lse.dim() > 2 else 0  # of a pack [H, T], of rows [B, H, S] and more
-        parts = zip(*(x.chunk(groups, -2) for x in (dout, q, k, v, out, *grads)), lse.chunk(groups, heads))
+        parts = zip(*(x.chunk(groups, -2) for x in (*tensors, *grads)), lse.chunk(groups, heads))
         for *inputs, dq, dk, dv, one_lse in parts:
-            for place, grad in zip((dq, dk, dv), _backward(*inputs, (one_lse.contiguous(), *rest), how)):
+            for place, grad in zip((dq, dk, dv), _backward(inputs, (one_lse.contiguous(), *rest), how)):
                 place.copy_(grad)
     return tuple(grad.reshape(shape) for grad, shape in zip(grads, shapes))
 
@@ -253,15 +254,10 @@ def head_groups(backend: str, queries: int, kv_heads: int) -> int:
 
 
 def _backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    saved: tuple[torch.Tensor, ...],
-    how: Attend,
+    tensors: Sequence[torch.Tensor], saved: tuple[torch.Tensor, ...], how: Attend
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, k and v, all laid out for the backend."""
+    """Gradients of q, k and v from dout, q, k, v and out, all laid out for the backend."""
+    dout, q, k, v, out = tensors
     if how.backend == "reference":
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -272,7 +268,7 @@ def _backward(
             dout, q, k, v, out, *saved, *documents, how.scale, how.window, how.softcap
         )
     if how.backend == "flash3":
-        return flash_attention_3.backward(dout, q, k, v, out, *saved, **_flash3_extent(q, how))
+        return torch.ops.flash_attn_3.bwd(dout, q, k, v, out, *saved, **_flash3_extent(q, how))[:3]
     lse, seed, offset = saved
     if how.backend == "flash":
         return torch.ops.aten._flash_attention_backward(

@@ -1,7 +1,7 @@
 """Where a kernel runs: Triton on NVIDIA GPUs, the PyTorch reference everywhere else.
 
-Every op asks `use_triton(x)` in plain sight. `jit` is `triton.jit` where Triton is installed, so that the files of
-kernels import without it.
+Every op has a visible `if use_triton(x)`. `jit` is `triton.jit` where Triton is installed; without it, the kernels' files
+still import.
 """
 
 import threading

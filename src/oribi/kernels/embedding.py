@@ -1,7 +1,7 @@
 """Rows of an embedding that lies in pinned host memory, read over the bus by the GPU itself.
 
-A step needs T rows of V: at 8B, 33 MB of 1 GB. The kernel reads them in place, so the embedding takes no device memory
-and the host waits for nothing.
+A step needs T of the V rows: 33 MB of 1 GB for an 8B model. The kernel reads them in place, so the embedding takes no device
+memory and nothing synchronises with the host.
 """
 
 import torch

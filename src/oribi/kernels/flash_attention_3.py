@@ -1,7 +1,7 @@
 """FlashAttention 3, where its package is installed: attention written for Hopper, for packs and windows too.
 
-The package (`flash_attn_3`) registers two PyTorch operators; they are called here by name, and nothing of PyTorch's own
-attention is replaced. q [T, H, E], k and v [T, K, E] of a pack, or [B, S, heads, E] of rows.
+The package (`flash_attn_3`) registers two PyTorch operators, which `attention` calls by name; nothing of PyTorch's own
+attention is replaced.
 
 Source: FlashAttention-3, Shah et al. 2024 (arXiv:2407.08608).
 """
@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import logging
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -38,27 +37,3 @@ def installed() -> bool:
         return True
     logger.warning("flash_attn_3 is installed but its operators are of another version")
     return False
-
-
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extent: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out, shaped as q, and the log-sum-exp of the scores ([H, T] of a pack, [B, H, S] of rows, float32).
-
-    Args:
-        extent: the operators' arguments that say what a query may see, and the scale.
-    """
-    return torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **extent)[:2]
-
-
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    **extent: Any,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, k and v."""
-    return torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, **extent)[:3]

@@ -175,7 +175,7 @@ class RoundedWeights:
 
 
 def rounded_weights(projections: Sequence[Projection]) -> RoundedWeights:
-    """The frozen weights of a group, of which only the scale is computed yet."""
+    """The frozen weights of a group; only their scale is computed now."""
     weights = tuple(p.weight for p in projections)
     scale = group_scale(weights)
     scales = scale.expand(1, max(group_shape(projections))).contiguous()

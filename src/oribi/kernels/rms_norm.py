@@ -5,7 +5,7 @@
     ds = rstd (g - s rstd^2 mean(g s)) + dresidual,  g = dy (w + offset)      dw = sum over tokens of dy s rstd
 
 T tokens, H heads (where each head of a token is normalised alone), D normalised size. Computed in float32, rounded once
-on the store. A frozen weight never pays for dw.
+on the store. dw is only formed for a trained weight.
 
 Source: Root Mean Square Layer Normalization, Zhang and Sennrich 2019 (arXiv:1910.07467).
 """

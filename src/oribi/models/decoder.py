@@ -109,7 +109,7 @@ class DecoderModel(DecoderPreTrainedModel):
                 raise ModelError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}; give [batch, tokens] of 0 and 1"
                 )
-            # asking costs a synchronisation, a dense mask costs the fast backends: ask
+            # reading the mask synchronises once; a dense mask would rule out the fast backends
             real = None if bool(attention_mask.all()) else attention_mask
         visibility = Visibility(rows, length, past, real, cu_seqlens, int(max_length or 0))
         longest = 0
@@ -174,7 +174,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             output_hidden_states: whether to give the layers' inputs and the last norm's output.
             return_dict: False gives a tuple.
             shift_labels: [B, S] labels that are shifted already, in place of labels.
-            kwargs: what callers pass to any model and what has no meaning here.
+            kwargs: arguments that callers pass to any model and that have no effect here.
 
         Returns:
             loss (float32 scalar or None), logits ([B, S, V] or None), the cache, hidden_states.
@@ -189,7 +189,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         if trains:
             shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
             targets = shifted.reshape(-1)
-            # looks at the labels on the host: asked now, the host need not wait for the layers to have run
+            # reads the labels on the host: done before the layers are launched, nothing has to be waited for
             labelled = labelled_rows(targets, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
@@ -272,7 +272,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         return F.cross_entropy(self._logits(rows).float(), targets, reduction="sum")
 
 
-# names of the arguments, for who misspells one
+# names of the arguments, for messages about misspelt ones
 MODEL_ARGUMENTS, ARGUMENTS = (
     set(inspect.signature(of.forward).parameters) - {"self", "kwargs"}
     for of in (DecoderModel, DecoderForCausalLM)

@@ -53,7 +53,7 @@ def generate_in_inference_mode(
     kwargs.pop("token_type_ids", None)  # some tokenizers add them, no decoder takes them
     if isinstance(model, GeneratesInAnyMode):
         _require_growing_cache(model, kwargs)
-    with inference_mode_of(model), weights_kept() if _has_room(model) else nullcontext():
+    with inference_mode_of(model), weights_kept() if _copy_fits(model) else nullcontext():
         return generate(inputs, *args, **kwargs)
 
 
@@ -70,12 +70,12 @@ def _require_growing_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     if fixed is not None:
         raise ModelError(
             f"cache_implementation = {fixed!r} is a cache of fixed size, for compiled models; oribi's decoder runs with one "
-            "that grows, and answers the same: leave it out"
+            "that grows, with the same answers: leave it out"
         )
 
 
-def _has_room(model: nn.Module) -> bool:
-    """Whether the packed weights fit into free memory once more in 16 bit, with as much left over."""
+def _copy_fits(model: nn.Module) -> bool:
+    """Whether a 16-bit copy of the packed weights fits in half of the free memory."""
     packed = [p for p in model.parameters() if hasattr(p, "quant_state")]
     if not packed:
         return False
@@ -130,15 +130,15 @@ def answer(
 
     Args:
         model, tokenizer: as loaded.
-        prompt: messages, rendered by the chat template with the start of an answer; or a text or token ids, taken as
-            they are.
+        prompt: messages, rendered by the chat template with the start of an answer; or a text or token ids, used as they
+            are.
         max_new_tokens: the longest answer.
-        temperature: 0 takes the likeliest token always; None does what the model's generation settings say.
-        top_p: sample from the likeliest tokens of this total probability.
+        temperature: 0 always takes the most likely token; None uses the model's generation settings.
+        top_p: samples from the most likely tokens with this total probability.
         streamer: as for transformers' `generate`.
 
     Raises:
-        ModelError: the prompt leaves no room below the model's positions.
+        ModelError: the prompt is as long as the model's context.
     """
     ids = prompt_ids(tokenizer, prompt)
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -166,7 +166,7 @@ def answer(
 def answers(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, max_new_tokens: int = 256
 ) -> list[Answer]:
-    """Greedy answers to several prompts at once, given as token ids; each is timed as its share of the whole."""
+    """Greedy answers to several prompts at once, given as token ids; each is timed as an equal share of the whole."""
     if not prompts:
         return []
     started = time.monotonic()
@@ -200,7 +200,7 @@ def _answer(tokenizer: Any, new: list[int], ends: set[int], seconds: float) -> A
 
 
 class PrintableStreamer(TextStreamer):
-    """Prints an answer while it is generated; its control characters are shown and not obeyed by the terminal."""
+    """Prints an answer while it is generated; control characters are shown instead of reaching the terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(printable(text), stream_end=stream_end)

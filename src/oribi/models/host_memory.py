@@ -19,7 +19,7 @@ HUGE_PAGE = 2**21
 
 
 class Parcel:
-    """One tensor on its way out, waiting, or on its way back."""
+    """One tensor that is being copied to the host, waits there, or is being copied back."""
 
     def __init__(
         self, store: "HostMemory", tensor: torch.Tensor, group: object, below: "Parcel | None"
@@ -110,14 +110,14 @@ class HostMemory:
             return self._stream.record_event()
 
     def begin_backward(self) -> None:
-        """Starts the copies back of the group stored last, and lets go of the sources of copies to the host."""
+        """Starts the copies back of the group stored last, and frees the sources of copies to the host."""
         self.flush()
         top = self._top() if self._top is not None else None
         if top is not None:
             top.start_group()
 
     def flush(self) -> None:
-        """Makes the current stream wait for every copy to the host, and lets go of their sources."""
+        """Makes the current stream wait for every copy to the host, and frees their sources."""
         while self._leaving:
             torch.cuda.current_stream(self._device).wait_event(self._leaving.pop(0)[2])
 
@@ -127,7 +127,7 @@ class HostMemory:
         return self._free.pop(first) if first < len(self._free) else pinned(buffer_size(size), self)
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        """Frees a buffer whose last copy has been ordered; later copies come after it on the same stream."""
+        """Frees a buffer whose last copy is queued; later copies follow it on the same stream."""
         insort(self._free, buffer, key=len)
 
 

@@ -10,8 +10,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from oribi.errors import ModelError
 from oribi.text import nearest
 
-# keywords that callers pass to any causal model, and that change nothing here: documents are told by the queries' bounds,
-# positions by position_ids, and no decoder of the table has token types
+# keywords that callers pass to any causal model, and that change nothing here: documents follow from the queries' bounds,
+# positions from position_ids, and no decoder of the table has token types
 WITHOUT_EFFECT = {
     "cu_seq_lens_k", "max_length_k", "seq_idx", "cache_position", "token_type_ids", "mm_token_type_ids", "task_ids",
     "output_router_logits",
@@ -85,7 +85,7 @@ class LogitsWhenRead(CausalLMOutputWithPast):
 
 
 def require_known(keywords: Mapping[str, Any], known: set[str]) -> None:
-    """Stop at a keyword that asks for something the decoder does not do.
+    """Refuses a keyword that asks for something the decoder does not do.
 
     Args:
         keywords: what `forward` was given beside its own arguments; None and False ask for nothing.
@@ -108,7 +108,7 @@ def require_known(keywords: Mapping[str, Any], known: set[str]) -> None:
 
 
 def require_growing(cache: Any) -> None:
-    """Stop at a cache of fixed size.
+    """Refuses a cache of fixed size.
 
     Raises:
         ModelError: the cache was made for a compiled model.
@@ -121,7 +121,7 @@ def require_growing(cache: Any) -> None:
 
 
 def require_whole(cache: Any, windows: list[int | None]) -> None:
-    """Stop at an empty cache that would drop what a layer has yet to see.
+    """Refuses an empty cache that would drop tokens that a layer still attends to.
 
     Args:
         cache: of transformers; None and one that holds tokens already are not looked at.

@@ -125,4 +125,4 @@ class DecoderPreTrainedModel(PreTrainedModel):
         return weight.nbytes
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do: checkpointed layers pass gradients to their factors whether or not the input wants one."""
+        """Does nothing: checkpointed layers pass gradients to their factors even if their input needs none."""

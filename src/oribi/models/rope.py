@@ -121,7 +121,7 @@ def override_rope(config: PretrainedConfig, scaling: dict[str, Any]) -> None:
 
 
 def extend_context(config: PretrainedConfig, max_seq_length: int) -> list[str]:
-    """Makes room for `max_seq_length` positions; does nothing where the config has them already.
+    """Stretches the context to `max_seq_length` positions; does nothing where the config has them already.
 
     Unscaled RoPE becomes YaRN, which keeps the frequencies that distinguish near tokens and interpolates the rest, and
     which every runtime of exported models reads. Linear, dynamic and YaRN scaling grow their factor.
