@@ -39,7 +39,7 @@ def test_a_run_is_estimated_without_weights(oribi, bare_config):
 
 def test_tokens_that_are_cut_off_are_not_subtracted_twice(monkeypatch):
     report = DataReport("rows", tokens=7680, tokens_cut=4875, examples=30)
-    monkeypatch.setattr("oribi.train.preflight.tokenizer_of", lambda _: None)
+    monkeypatch.setattr("oribi.preflight.tokenizer_of", lambda _: None)
     monkeypatch.setattr("oribi.run.read_data", lambda *_: (PreparedData(None, report), None))
     settings = RunConfig(model="m", dataset=["."], eval_fraction=0.0)
     assert _data_size(settings) == (7680, 30)

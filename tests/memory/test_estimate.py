@@ -1,22 +1,22 @@
 """The estimate: against peaks and step times measured on an H100, against what tiny models really hold, and what it refuses."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, Qwen2Config
+from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 from oribi.config import RunConfig
 from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.memory import estimate as memory
-from oribi.memory.architecture import NF4_BYTES, Architecture, OutsideFamilyTable, architecture_of
-from oribi.memory.duration import duration, steps_of
-from oribi.memory.estimate import Training, largest_batch, largest_context, require_fit, usable
+from oribi.memory.architecture import Architecture, OutsideFamilyTable, architecture_of
+from oribi.memory.estimate import Estimate, Training, largest_batch, largest_context, require_fit, usable
 from oribi.memory.gpus import GPUS, gpu_named, recognise
+from oribi.memory.plan import spread
+from oribi.memory.speed import optimizer_steps, step_time
 from oribi.models.decoder import build
-from oribi.models.fused_layer import POLICIES
 from oribi.models.half import Keep
 from oribi.models.load import load_model
 
@@ -26,34 +26,106 @@ MODELS = {
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=131072,
     ),
+    "Llama-3.2-3B": LlamaConfig(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=True,
+    ),
     "Llama-3.2-1B": LlamaConfig(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, tie_word_embeddings=True,
+    ),
+    "Qwen2.5-7B": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=False,
     ),
     "Qwen2.5-0.5B": Qwen2Config(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
         num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
     ),
+    "Gemma-2-2B": Gemma2Config(
+        vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, max_position_embeddings=8192,
+    ),
 }  # fmt: skip
-# allocated GiB and milliseconds of a micro-step on an H100: r 16 on all linear layers, adamw_8bit, bfloat16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured run: rank 16 on all linear layers, adamw_8bit, bfloat16.
+
+    Args:
+        model: a name of MODELS. mode: gradient checkpointing.
+        rows, length: of a micro-batch.
+        gib: allocated at the peak.
+        fitted: whether a constant was fitted to this row; the others are checks.
+        gpu: of the table. device: GiB that could be used, if fewer.
+        rank: of the adapter. host: GiB of host memory that were free.
+        kept: layers that kept q|k|v, attention, x_mid, gate|up and weights on the device, and that sent them to the host,
+            where the plan has changed since.
+    """
+
+    model: str
+    mode: str
+    rows: int
+    length: int
+    gib: float
+    fitted: bool = False
+    gpu: str = "H100"
+    device: float | None = None
+    rank: int = 16
+    host: int = 240
+    kept: dict[str, tuple[int, int]] | None = None
+
+
 MEASURED = [
-    ("Llama-3.1-8B", "memory", 2, 2048, 6.17, 302.5),
-    ("Llama-3.1-8B", "oribi", 2, 2048, 31.17, 237.1),
-    ("Llama-3.1-8B", "speed", 2, 2048, 18.13, 258.0),
-    ("Llama-3.2-1B", "speed", 2, 2048, 4.67, 54.6),
-    ("Llama-3.2-1B", "speed", 2, 512, 2.25, 19.7),
-    ("Qwen2.5-0.5B", "speed", 1, 2048, 2.22, 23.5),
-]
-
-
-# one row of Llama-3.1-8B, the last on an H200: gradient checkpointing, rank, tokens, GPU and host memory that could be
-# had (GiB), allocated GiB, milliseconds
-LONG = [
-    ("memory", 16, 32768, gpu_named("H100").memory_bytes / GIB, 240, 10.53, 4028.0),
-    ("oribi", 16, 32768, gpu_named("H100").memory_bytes / GIB, 240, 70.84, 3635.0),
-    ("memory", 32, 131072, 24, 240, 18.79, None),
-    ("memory", 32, 163840, 24, 240, 22.09, None),
-    ("oribi", 32, 327680, 78, 119, 73.10, None),
+    Row("Llama-3.1-8B", "memory", 2, 2048, 6.17, fitted=True),
+    Row("Llama-3.1-8B", "speed", 2, 2048, 18.13, fitted=True),
+    Row("Llama-3.2-1B", "speed", 2, 2048, 4.67, fitted=True),
+    Row("Llama-3.2-1B", "speed", 2, 512, 2.25, fitted=True),
+    Row("Qwen2.5-0.5B", "speed", 1, 2048, 2.22, fitted=True),
+    Row("Llama-3.1-8B", "oribi", 2, 2048, 31.17),
+    Row("Llama-3.2-1B", "oribi", 2, 2048, 6.56),
+    Row("Llama-3.2-1B", "oribi", 2, 512, 4.14),
+    Row("Qwen2.5-0.5B", "oribi", 1, 2048, 2.94),
+    Row("Qwen2.5-7B", "memory", 2, 2048, 6.04, gpu="H200"),
+    Row("Qwen2.5-7B", "oribi", 2, 2048, 30.1, gpu="H200"),
+    Row("Gemma-2-2B", "memory", 2, 2048, 3.11, gpu="H200"),
+    Row("Gemma-2-2B", "oribi", 2, 2048, 13.5, gpu="H200"),
+    Row("Llama-3.2-3B", "memory", 2, 2048, 3.21, gpu="H200"),
+    Row("Llama-3.2-3B", "oribi", 2, 2048, 14.9, gpu="H200"),
+    # attention's backward and what is on its way to or from the host were corrected after measuring these
+    Row("Llama-3.1-8B", "memory", 1, 32768, 10.53, fitted=True),
+    Row(
+        "Llama-3.1-8B", "oribi", 1, 32768, 70.84, fitted=True,
+        kept={"qkv": (32, 0), "attention": (32, 0), "x_mid": (32, 0), "gate_up": (13, 19), "weights": (4, 0)},
+    ),
+    Row(
+        "Llama-3.1-8B", "memory", 1, 131072, 18.79, fitted=True, device=24, rank=32,
+        kept={"attention": (1, 31), "qkv": (0, 21)},
+    ),
+    Row(
+        "Llama-3.1-8B", "memory", 1, 163840, 22.09, fitted=True, device=24, rank=32,
+        kept={"attention": (1, 31), "qkv": (0, 8)},
+    ),
+    Row("Llama-3.1-8B", "oribi", 1, 327680, 73.10, fitted=True, gpu="H200", device=78, rank=32, host=119),
+]  # fmt: skip
+# milliseconds of a micro-step, and how far the estimate may be off. Three constants were fitted to the "speed" rows, which
+# were measured before steps were recorded as CUDA graphs, attention's rate to a profile of 32,768 tokens
+TIMED = [
+    (Row("Llama-3.1-8B", "speed", 2, 2048, 18.13, fitted=True), 258.0, 0.05),
+    (Row("Llama-3.2-1B", "speed", 2, 2048, 4.67, fitted=True), 54.6, 0.05),
+    (Row("Llama-3.2-1B", "speed", 2, 512, 2.25, fitted=True), 19.7, 0.05),
+    (Row("Qwen2.5-0.5B", "speed", 1, 2048, 2.22, fitted=True), 23.5, 0.05),
+    (Row("Llama-3.1-8B", "memory", 1, 32768, 10.53, fitted=True), 4028.0, 0.05),
+    (Row("Llama-3.1-8B", "memory", 2, 2048, 6.17), 302.5, 0.05),
+    (Row("Llama-3.1-8B", "oribi", 2, 2048, 31.17), 237.1, 0.05),
+    (Row("Llama-3.1-8B", "oribi", 1, 32768, 70.84), 3635.0, 0.05),
+    (Row("Llama-3.1-8B", "memory", 2, 2048, 6.17, gpu="H200"), 283.2, 0.05),
+    (Row("Llama-3.1-8B", "oribi", 2, 2048, 31.2, gpu="H200"), 228.1, 0.05),
+    (Row("Qwen2.5-7B", "memory", 2, 2048, 6.04, gpu="H200"), 274.9, 0.05),
+    (Row("Qwen2.5-7B", "oribi", 2, 2048, 30.1, gpu="H200"), 217.2, 0.05),
+    (Row("Llama-3.2-3B", "memory", 2, 2048, 3.21, gpu="H200"), 140.3, 0.05),
+    (Row("Llama-3.2-3B", "oribi", 2, 2048, 14.9, gpu="H200"), 108.9, 0.07),
 ]
 
 
@@ -63,27 +135,39 @@ def training_of(name: str, **settings) -> Training:
     return Training(architecture, config)
 
 
-@pytest.mark.parametrize(("name", "mode", "rows", "length", "gib", "milliseconds"), MEASURED)
-def test_peak_and_time_are_those_measured(name, mode, rows, length, gib, milliseconds):
+def estimated(row: Row) -> tuple[Training, Estimate]:
+    """The estimate of a measured run."""
     training = training_of(
-        name, gradient_checkpointing=mode, per_device_train_batch_size=rows, max_seq_length=length
+        row.model, gradient_checkpointing=row.mode, lora_r=row.rank, per_device_train_batch_size=row.rows,
+        max_seq_length=row.length,
+    )  # fmt: skip
+    training.host_bytes = row.host * GIB
+    keeps = None
+    if row.kept is not None:
+        layers = MODELS[row.model].num_hidden_layers
+        on_host = (0, layers) if row.mode == "memory" else (layers, 0)
+        kept = {
+            "x": on_host,
+            **dict.fromkeys(("qkv", "attention", "x_mid", "gate_up", "weights"), (0, 0)),
+            **row.kept,
+        }
+        places = {name: spread(*counts, layers) for name, counts in kept.items()}
+        keeps = [Keep(**dict(zip(places, of_layer))) for of_layer in zip(*places.values())]
+    memory_bytes = int(row.device * GIB) if row.device else gpu_named(row.gpu).memory_bytes
+    return training, training.estimate(row.rows * row.length, row.length, memory_bytes, keeps=keeps)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=str)
+def test_peaks_are_those_measured(row):
+    assert estimated(row)[1].peak / GIB == pytest.approx(row.gib, rel=0.03)
+
+
+@pytest.mark.parametrize(("row", "milliseconds", "tolerance"), TIMED, ids=str)
+def test_times_are_those_measured(row, milliseconds, tolerance):
+    training, found = estimated(row)
+    assert 1e3 * step_time(training, found, gpu_named(row.gpu)).seconds == pytest.approx(
+        milliseconds, rel=tolerance
     )
-    h100 = gpu_named("H100")
-    found = memory.estimate_run(training, h100)
-    assert found.peak / GIB == pytest.approx(gib, rel=0.03)
-    if milliseconds is not None:
-        assert 1e3 * duration(training, found, h100).step == pytest.approx(milliseconds, rel=0.06)
-
-
-@pytest.mark.parametrize(("mode", "rank", "length", "gpu", "host", "gib", "milliseconds"), LONG)
-def test_long_rows_take_what_was_measured(mode, rank, length, gpu, host, gib, milliseconds):
-    settings = {"gradient_checkpointing": mode, "per_device_train_batch_size": 1, "max_seq_length": length}
-    training = replace(training_of("Llama-3.1-8B", lora_r=rank, **settings), host_bytes=host * GIB)
-    found = training.estimate(length, length, int(gpu * GIB))
-    assert found.peak / GIB == pytest.approx(gib, rel=0.03)
-    if milliseconds is not None:
-        step = duration(training, found, gpu_named("H100")).step
-        assert 1e3 * step == pytest.approx(milliseconds, rel=0.1)
 
 
 def test_long_rows_need_host_memory():
@@ -106,7 +190,10 @@ def test_long_rows_need_host_memory():
 
 def test_parameters_are_the_published_ones():
     counted = {name: training_of(name).architecture.parameters for name in MODELS}
-    assert counted == {"Llama-3.1-8B": 8030261248, "Llama-3.2-1B": 1235814400, "Qwen2.5-0.5B": 494032768}
+    assert counted == {
+        "Llama-3.1-8B": 8030261248, "Llama-3.2-3B": 3212749824, "Llama-3.2-1B": 1235814400,
+        "Qwen2.5-7B": 7615616512, "Qwen2.5-0.5B": 494032768, "Gemma-2-2B": 2614341888,
+    }  # fmt: skip
 
 
 def test_weights_of_a_loaded_model_take_what_was_estimated(tiny_folder):
@@ -122,7 +209,6 @@ def test_weights_of_a_loaded_model_take_what_was_estimated(tiny_folder):
                 held += state.absmax.nbytes + state.state2.absmax.nbytes
     found = architecture_of(str(tiny_folder)).weight_bytes(load_in_4bit=True)
     assert found == pytest.approx(held, rel=0.01)
-    assert pytest.approx(0.516, abs=0.001) == NF4_BYTES
 
 
 @pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "v_proj"], ["gate_proj", "down_proj"]])
@@ -134,30 +220,6 @@ def test_trainable_parameters_are_pefts(tiny_folder, targets):
         base, LoraConfig(r=4, target_modules=targets[0] if targets == ["all-linear"] else targets)
     )
     assert training.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("keep", [Keep(), POLICIES["balanced"]], ids=["speed", "balanced"])
-def test_a_layer_keeps_what_was_estimated(load, keep, monkeypatch):
-    monkeypatch.setattr(memory, "SPARE_STEP", 16)  # as `kernels.lora` pads without a GPU
-    model, _ = load(r=4)
-    base = model.get_base_model()
-    base.train()
-    layer = base.model.layers[0]
-    seen = {}
-    layer.register_forward_hook(lambda module, inputs, output: seen.update(node=output.grad_fn))
-    base.set_recompute_policy([keep] * 2)
-    ids = torch.randint(3, 100, (2, 32))
-    base(input_ids=ids, labels=ids)
-    # the log-sum-exp is a GPU backend's; the reference keeps something else
-    kept = dict(seen["node"].kept)
-    for portion in kept.pop("mlp"):
-        kept |= portion
-    held = sum(t.nbytes for name, t in kept.items() if name != "attention_extra")
-    training = Training(
-        Architecture("tiny", base.config, None, build(base.config, dtype=torch.float32)), RunConfig(lora_r=4)
-    )
-    log_sum_exp = 64 * 4 * base.config.num_attention_heads
-    assert held == training.kept(keep, 64) - log_sum_exp
 
 
 def test_more_memory_keeps_more_and_never_passes_the_device():
@@ -242,12 +304,12 @@ def test_steps_follow_from_the_data():
         "Qwen2.5-0.5B", max_seq_length=1000, per_device_train_batch_size=2, gradient_accumulation_steps=5,
         num_train_epochs=3.0,
     )  # fmt: skip
-    assert steps_of(training, tokens=98_000, rows=700) == 30  # 100 packs, 10 steps an epoch
-    assert steps_of(training, None, None) is None
+    assert optimizer_steps(training, tokens=98_000, rows=700) == 30  # 100 packs, 10 steps an epoch
+    assert optimizer_steps(training, None, None) is None
     training.config.packing = False
-    assert steps_of(training, tokens=98_000, rows=700) == 210
+    assert optimizer_steps(training, tokens=98_000, rows=700) == 210
     training.config.max_steps = 7
-    assert steps_of(training, None, None) == 7
+    assert optimizer_steps(training, None, None) == 7
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oribi.errors import ModelError
+from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.load import load_model
-from oribi.models.unfused import NF4_BYTES, sizes_of_config
+from oribi.models.unfused import sizes_of_config
 from tests.save.tiny_export import byte_level_tokenizer
 
 SIZES = {
@@ -49,7 +50,7 @@ def test_the_sizes_of_a_config_are_those_of_the_loaded_model(model_type, tmp_pat
             kept += parameter.nbytes
     assert packed > 0
     assert estimated == {
-        "linear layers": int(packed * NF4_BYTES), "experts": experts, "embeddings and other weights": kept
+        "linear layers": nf4_bytes(packed), "experts": experts, "embeddings and other weights": kept
     }  # fmt: skip
     note = next(note for note in model.oribi.notes if note.startswith("load_in_4bit: "))
     assert "stay in 32 bits" in note

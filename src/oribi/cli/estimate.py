@@ -144,12 +144,12 @@ def _data_size(settings: Any) -> tuple[int | None, int | None]:
 
 
 def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:
-    from oribi.memory.duration import duration, steps_of
     from oribi.memory.estimate import estimate_run, largest_batch, largest_context, usable
+    from oribi.memory.speed import optimizer_steps, step_time
 
     found = estimate_run(training, gpu)
-    step = duration(training, found, gpu)
-    steps = steps_of(training, tokens, rows)
+    step = step_time(training, found, gpu)
+    steps = optimizer_steps(training, tokens, rows)
     return {
         "peak": found.peak,
         "usable": usable(gpu.memory_bytes),
@@ -171,9 +171,9 @@ def _line(gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
         "of": f"{f['usable'] / 2**30:.1f}",
         "rows": f["largest_batch"],
         "context": f"{f['largest_context']:,}",
-        "step": f"{f['step'].step:.2f} s{known}" if f["fits"] else "-",
+        "step": f"{f['step'].seconds:.2f} s{known}" if f["fits"] else "-",
         "tokens/s": f"{f['step'].tokens_per_second:,.0f}" if f["fits"] else "-",
-        "in all": clock(f["steps"] * f["step"].step) if f["fits"] and f["steps"] else "-",
+        "in all": clock(f["steps"] * f["step"].seconds) if f["fits"] and f["steps"] else "-",
     }
 
 
@@ -185,7 +185,7 @@ def _tell_parts(output: Output, training: Any, gpu: Any) -> None:
     output.text(f"peak on {gpu.name}, {gibibytes(found.peak)} at {found.at}")
     output.fields({name: gibibytes(size) for name, size in found.parts.items() if size}, indent=2)
     if found.measured:
-        output.text(f"  {describe(list(found.keeps), [*training.results(1), 'weights'])}")
+        output.text(f"  {describe(list(found.keeps), [*training.step(1, 1).layer.results, 'weights'])}")
     else:
         output.text("  PyTorch's autograd keeps what these settings need; such runs were not measured")
     output.text("rows: largest per_device_train_batch_size; context: longest row alone; * GPU not measured")
@@ -201,7 +201,7 @@ def _record(training: Any, gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
         "usable_bytes": f["usable"],
         "parts": f["estimate"].parts,
         "at": f["estimate"].at,
-        "step_seconds": f["step"].step,
+        "step_seconds": f["step"].seconds,
         "time_measured": f["step"].measured,
         "steps": f["steps"],
         "largest_batch": f["largest_batch"],

@@ -136,8 +136,11 @@ def linear_cross_entropy_forward(
     if bias_grad:
         dbias = torch.zeros_like(bias, dtype=accumulator)
     gradient = rows_grad or weight_grad or bias_grad
-    size = _chunk_rows(count, vocab_size, rows.element_size())
-    buffer = _logits_buffer(min(size, count), vocab_size, rows)
+    size, columns = logits_shape(count, vocab_size, rows.element_size())
+    buffer = torch.empty(min(size, count), columns, dtype=rows.dtype, device=rows.device)
+    # oneDNN's bfloat16 product reads one column too many of an odd number: it must not find NaN there
+    buffer[:, vocab_size:] = 0
+    buffer = buffer[:, :vocab_size]
     for start in range(0, count, size):
         part = slice(start, min(start + size, count))
         x, y = (rows[part], targets[part]) if everything else (rows[labelled[part]], targets[labelled[part]])
@@ -295,20 +298,18 @@ def _scale_kernel(x_ptr, factor_ptr, out_ptr, count, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=at < count)
 
 
-def _chunk_rows(count: int, vocab_size: int, element_size: int) -> int:
-    """Rows of a chunk: as many as the buffer holds, spread evenly, in multiples of a matrix tile's 128."""
+def logits_shape(count: int, vocab_size: int, element_size: int) -> tuple[int, int]:
+    """Rows and columns of the buffer that holds a chunk of logits.
+
+    Args:
+        count: rows that are trained on. vocab_size: V. element_size: bytes of a logit.
+    """
     most = max(min(CHUNK_ROWS, CHUNK_BYTES // (vocab_size * element_size)) // 128, 1) * 128
-    chunks = -(-count // most)
-    return most if chunks < 2 else -(-count // (chunks * 128)) * 128
-
-
-def _logits_buffer(rows: int, vocab_size: int, like: torch.Tensor) -> torch.Tensor:
+    # as few chunks as the limit allows, equal, in multiples of a matrix tile's 128 rows
+    chunks = max(-(-count // most), 1)
+    rows = -(-max(count, 1) // (chunks * 128)) * 128
     # rows start on a multiple of 64 elements: vector loads and tensor cores need aligned rows at any vocabulary size
-    padded = -(-vocab_size // 64) * 64
-    buffer = torch.empty(rows, padded, dtype=like.dtype, device=like.device)
-    # oneDNN's bfloat16 product reads one column too many of an odd number: it must not find NaN there
-    buffer[:, vocab_size:] = 0
-    return buffer[:, :vocab_size]
+    return rows, -(-vocab_size // 64) * 64
 
 
 def _divisor_tensor(divisor, targets, losses, count, every_row) -> torch.Tensor:

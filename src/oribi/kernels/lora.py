@@ -326,8 +326,13 @@ def lora_layout(projections: Sequence[Projection], device: torch.device) -> tupl
     """P of a group, and the column of its biases, None without any."""
     rank = sum(0 if p.a is None else p.a.shape[0] for p in projections)
     biased = any(p.bias is not None for p in projections)
+    return padded_columns(rank + biased, device), rank if biased else None
+
+
+def padded_columns(columns: int, device: torch.device) -> int:
+    """P for so many columns of factors and biases."""
     step = 64 if device.type == "cuda" else 16  # rows of a multiple of 128 bytes keep the fast matrix kernels
-    return -(-(rank + biased) // step) * step, rank if biased else None
+    return -(-columns // step) * step
 
 
 def _dequantize_group(projections: Sequence[Projection], out: torch.Tensor) -> None:

@@ -1,18 +1,19 @@
 """A model's sizes from its config alone: every parameter's shape, without weights and without memory."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
+from oribi.kernels.nf4 import nf4_bytes
+from oribi.memory.account import linear_weights
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.files import HubOptions, Location
 from oribi.models.open import open_model
-from oribi.models.unfused import NF4_BYTES, UnfusedSizes, sizes_of_config
+from oribi.models.unfused import UnfusedSizes, sizes_of_config
 
 
 class OutsideFamilyTable(ModelError):
@@ -45,18 +46,9 @@ class Architecture:
     decoder: DecoderForCausalLM
 
     @cached_property
-    def linears(self) -> dict[str, nn.Linear]:
-        """The layers' linear layers by name, without the head."""
-        return {
-            name: module
-            for name, module in self.decoder.model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-
-    @cached_property
     def linear_weights(self) -> int:
         """Weights of the layers' linear layers."""
-        return sum(module.weight.numel() for module in self.linears.values())
+        return linear_weights(self.decoder.model)
 
     @property
     def tied(self) -> bool:
@@ -79,13 +71,8 @@ class Architecture:
 
     def weight_bytes(self, load_in_4bit: bool) -> int:
         """Device memory of the loaded weights."""
-        width = self.decoder.dtype.itemsize
-        linear = self.linear_weights * (NF4_BYTES if load_in_4bit else width)
-        return int(linear + (self.parameters - self.linear_weights) * width)
-
-    def with_dtype(self, dtype: torch.dtype) -> "Architecture":
-        """The same, computing in another dtype."""
-        return replace(self, decoder=build(self.config, dtype=dtype))
+        width, linear = self.decoder.dtype.itemsize, self.linear_weights
+        return (nf4_bytes(linear) if load_in_4bit else linear * width) + (self.parameters - linear) * width
 
 
 def architecture_of(

@@ -17,29 +17,29 @@ import torch
 from oribi.config import RunConfig
 from oribi.environment import Environment
 from oribi.errors import ConfigError
-from oribi.kernels.adamw import FLAT_OPTIMIZERS
-from oribi.kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
+from oribi.memory.account import (
+    LIBRARY_BYTES,
+    LayerAccount,
+    LayerShape,
+    StepAccount,
+    layer_shape,
+    trained_bytes,
+)
 from oribi.memory.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.memory.gpus import Gpu
-from oribi.memory.plan import MARGIN, attention_portions, plan
-from oribi.models.fused_layer import POLICIES
-from oribi.models.half import MLP_TOKENS, Keep
+from oribi.memory.plan import MARGIN, plan
+from oribi.models.fused_layer import policy
+from oribi.models.half import Keep
 from oribi.models.host_memory import buffer_size
 from oribi.models.unfused import UnfusedSizes
 
-# cuBLAS workspaces of two streams, rotary tables, batches: what three runs of Llama-3.2-1B and Qwen2.5-0.5B on an H100
-# took beyond the sums below, within 4 MiB of each other
-LIBRARIES = 131 * 2**20
-# a layer's backward takes so much more than the tensors named below: Llama-3.1-8B on an H100, keeping all and nothing
-BACKWARD_FACTOR = 1.25
 HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
-SPARE_STEP = 64  # `kernels.lora` rounds the spare columns of a group up to this
-FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-GROUPS = {
+GROUP_NAMES = {
     "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"), "o": ("o_proj",),
     "gate_up": ("gate_proj", "up_proj", "gate_up_proj"), "down": ("down_proj",),
 }  # fmt: skip
+FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
@@ -120,177 +120,84 @@ class Training:
         c = self.config
         return not (c.full_finetuning or c.lora_dropout or c.use_dora)
 
+    @property
+    def checkpointed(self) -> bool:
+        """Whether layers that autograd differentiates are computed again in backward."""
+        return self.config.gradient_checkpointing not in ("false", "speed")
+
     def fixed(self) -> dict[str, int]:
         """Bytes that stay through training."""
-        a, c = self.architecture, self.config
-        width = a.decoder.dtype.itemsize
-        weights = a.weight_bytes(c.load_in_4bit and not c.full_finetuning)
-        trained_width = width if c.full_finetuning else 4  # an adapter is float32
-        bits = FLAT_OPTIMIZERS.get(c.optim, 32)
-        state = self.trainable * (2 + 8 / 256 if bits == 8 else 8)
+        c, width = self.config, self.architecture.decoder.dtype.itemsize
+        full = c.full_finetuning
         return {
-            "weights": weights,
-            "adapter": 0 if c.full_finetuning else self.trainable * 4,
-            "gradients": self.trainable * trained_width,
-            "optimizer": int(state),
+            "weights": self.architecture.weight_bytes(c.load_in_4bit and not full),
+            "adapter": 0 if full else self.trainable * 4,  # float32
+            **trained_bytes(self.trainable, c.optim, width if full else 4),
         }
-
-    def spare(self, group: str) -> int:
-        """Columns that a group's buffers have beside their own."""
-        layer = self.architecture.decoder.model.layers[0]
-        modules = [
-            (name.rpartition(".")[2], module)
-            for name, module in layer.named_modules()
-            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in GROUPS[group]
-        ]
-        columns = sum(self.config.lora_r for leaf, _ in modules if leaf in self.adapted)
-        columns += any(module.bias is not None for _, module in modules)
-        return -(-columns // SPARE_STEP) * SPARE_STEP
 
     @cached_property
-    def groups(self) -> dict[str, tuple[int, int, int]]:
-        """Group -> (N, K, P) of its weights and spare columns."""
-        config, attn = self.architecture.config, self.architecture.decoder.model.layers[0].self_attn
-        d, inner = config.hidden_size, config.intermediate_size
-        shapes = {
-            "qkv": (sum(attn.sizes), d), "o": (d, attn.sizes[0]), "gate_up": (2 * inner, d), "down": (d, inner),
-        }  # fmt: skip
-        return {name: (*shape, self.spare(name)) for name, shape in shapes.items()}
-
-    def weight_buffer(self, group: str) -> int:
-        """Bytes of a group's dequantised weights with its adapter beside them."""
-        n, k, p = self.groups[group]
-        return (n + p) * (k + p) * self.architecture.decoder.dtype.itemsize
-
-    def results(self, tokens: int) -> dict[str, int]:
-        """Bytes of what a layer may keep, by the names of `Keep`."""
-        config, decoder = self.architecture.config, self.architecture.decoder
-        width, attn = decoder.dtype.itemsize, decoder.model.layers[0].self_attn
-        hidden = tokens * config.hidden_size * width
-        found = {
-            "x": hidden,
-            "qkv": tokens * (self.groups["qkv"][0] + self.groups["qkv"][2]) * width,
-            "attention": tokens * attn.sizes[0] * width,
-            "x_mid": hidden,
-            "gate_up": tokens * (self.groups["gate_up"][0] + self.groups["gate_up"][2]) * width,
+    def shape(self) -> LayerShape:
+        """Sizes of a layer with the adapter, on a GPU."""
+        ranks = {
+            group: [self.config.lora_r] * sum(name in self.adapted for name in names)
+            for group, names in GROUP_NAMES.items()
         }
-        if decoder.model.layers[0].norms != "pre":
-            found |= {"o": hidden, "down": hidden}
-        return found
+        return layer_shape(self.architecture.decoder, ranks, torch.device("cuda"))
 
-    def kept(self, keep: Keep, tokens: int) -> int:
-        """Device bytes that a layer keeps from forward to backward."""
-        config, width = self.architecture.config, self.architecture.decoder.dtype.itemsize
-        # attention's log-sum-exp, and x A^T of each group, go with the result that they belong to
-        beside = 0 if keep["attention"] == "recompute" else tokens * 4 * config.num_attention_heads
-        for name, of in (("qkv", "qkv"), ("o", "x_mid"), ("gate_up", "gate_up"), ("down", "gate_up")):
-            beside += tokens * self.groups[name][2] * width * (keep[of] != "recompute")
-        return beside + sum(b for name, b in self.results(tokens).items() if keep[name] == "keep")
-
-    def in_host(self, keep: Keep, tokens: int) -> list[int]:
-        """Bytes of each of a layer's results that waits in host memory."""
-        return [one for name, one in self.results(tokens).items() if keep[name] == "host"]
-
-    def in_backward(self, keep: Keep, tokens: int, arriving: int) -> int:
-        """Device bytes of a layer's backward beside what it kept; `arriving` come back meanwhile, for the layer below."""
-        width, config = self.architecture.decoder.dtype.itemsize, self.architecture.config
-        d, inner = config.hidden_size, config.intermediate_size
-        portion = min(tokens, MLP_TOKENS)
-        spare = self.groups["gate_up"][2] + self.groups["down"][2]
-        size = width * (tokens * d + portion * (2 * d + inner + spare))
-        if keep["weights"] != "keep":
-            size += self.weight_buffer("gate_up") + self.weight_buffer("down")
-            size += self.weight_buffer("qkv") * (keep["qkv"] == "recompute")
-            size += self.weight_buffer("o") * (keep["x_mid"] == "recompute")
-        for name, one in self.results(tokens).items():
-            place = keep[name]
-            part = portion / tokens if name in ("gate_up", "down") and place == "recompute" else 1
-            size += part * one * (place != "keep")  # made there, or back from the host
-        return arriving + int(max(BACKWARD_FACTOR * size, self.in_attention_backward(keep, tokens)))
-
-    def in_attention_backward(self, keep: Keep, tokens: int) -> int:
-        """Device bytes of attention's backward, which takes more than the MLP's portions on long rows."""
-        width, d = self.architecture.decoder.dtype.itemsize, self.architecture.config.hidden_size
-        attn = self.architecture.decoder.model.layers[0].self_attn
-        sizes = attn.sizes
-        portions = attention_portions(attn, tokens)
-        # dy, the gradients of x_mid, a, q, k and v; for a group of heads that of q in float32, of k and v by query head
-        size = tokens * width * (2 * d + sizes[0] + sum(sizes) + 4 * sizes[0] // portions)
-        results = self.results(tokens)
-        # what only the MLP needs is gone
-        return size + sum(results[name] for name in ("x", "qkv", "attention") if keep[name] != "keep")
-
-    def by_autograd(self, tokens: int) -> int:
-        """Bytes that PyTorch's autograd keeps of one layer."""
-        config, decoder = self.architecture.config, self.architecture.decoder
-        width, sizes = decoder.dtype.itemsize, decoder.model.layers[0].self_attn.sizes
-        d, inner = config.hidden_size, config.intermediate_size
-        rooms = 2 * d + sizes[0] + inner + sum(p for _, _, p in self.groups.values())
-        numbers = rooms + 3 * d + 3 * sum(sizes) + sizes[0] + 3 * inner
-        dropped = (2 * d + sizes[0] + inner) * 2 if self.config.lora_dropout else 0
-        return tokens * width * (numbers + dropped)
-
-    def in_loss(self, tokens: int) -> int:
-        """Bytes of the loss: a chunk of logits, and the hidden states with their gradients."""
-        a = self.architecture
-        width, vocab = a.decoder.dtype.itemsize, a.config.vocab_size
-        rows = min(max(min(CHUNK_ROWS, CHUNK_BYTES // (vocab * width)) // 128, 1) * 128, tokens)
-        size = rows * vocab * width + 4 * tokens * a.config.hidden_size * width
-        if self.config.full_finetuning or "lm_head" in {
+    def step(self, tokens: int, longest: int) -> StepAccount:
+        """The account of a micro-batch."""
+        trains_head = self.config.full_finetuning or "lm_head" in {
             *self.config.modules_to_save,
             *self.config.target_modules,
-        }:
-            size += (
-                vocab * a.config.hidden_size * (4 + width)
-            )  # its gradient in float32, and the head in 16 bit
-        return size
+        }
+        layer = LayerAccount(self.shape, tokens, longest)
+        return StepAccount(layer, self.architecture.config.vocab_size, trains_head)
 
-    def keeps(self, tokens: int, longest: int, memory_bytes: int) -> list[Keep]:
+    def keeps(self, step: StepAccount, memory_bytes: int) -> list[Keep]:
         """What each layer keeps on a device of so much memory, as training decides it."""
         layers, choice = len(self.architecture.decoder.model.layers), self.config.gradient_checkpointing
         if choice in ("false", "speed"):
             return [Keep()] * layers
         if choice == "balanced":
-            return [POLICIES["balanced"]] * layers
+            return [policy("balanced", step.layer.shape.layer.results())] * layers
         budget = 0 if choice == "memory" else usable(memory_bytes) - sum(self.fixed().values())
-        return plan(self.architecture.decoder, tokens, longest, budget, self.host_bytes)
+        return plan(step, layers, budget, self.host_bytes)
 
-    def estimate(self, tokens: int, longest: int, memory_bytes: int, least: bool = False) -> Estimate:
+    def estimate(
+        self,
+        tokens: int,
+        longest: int,
+        memory_bytes: int,
+        least: bool = False,
+        keeps: Sequence[Keep] | None = None,
+    ) -> Estimate:
         """The peak for a micro-batch.
 
         Args:
             tokens: of a micro-batch. longest: of its longest document.
             memory_bytes: of the device.
             least: with as little kept as the setting allows, to see whether it fits at all.
+            keeps: what each layer keeps; None takes what training would choose.
         """
-        fixed = self.fixed()
+        fixed, step = self.fixed(), self.step(tokens, longest)
         layers = len(self.architecture.decoder.model.layers)
-        automatic = self.config.gradient_checkpointing in ("oribi", "true")
         if not self.by_hand:
-            checkpointed = self.config.gradient_checkpointing not in ("false", "speed")
-            one, keeps = self.by_autograd(tokens), [Keep()] * layers
-            kept = [self.results(tokens)["x"] if checkpointed else one] * layers
-            work = [one * (2 if checkpointed else 1) + self.weight_buffer("gate_up")] * layers
-            leaving = 0
-        else:
-            keeps = self.keeps(tokens, longest, 0 if least and automatic else memory_bytes)
-            kept = [self.kept(keep, tokens) for keep in keeps]
-            away = [sum(self.in_host(keep, tokens)) for keep in keeps]
-            work = [self.in_backward(keep, tokens, below) for keep, below in zip(keeps, [0, *away])]
-            # `HostMemory` holds the sources of the last two layers that it copies until backward begins
-            leaving = sum([one for one in away if one][-2:])
-            fixed["weights"] += sum(
-                sum(map(self.weight_buffer, GROUPS)) for keep in keeps if keep["weights"] == "keep"
+            keeps = [Keep()] * layers
+            moments = step.moments_by_autograd(
+                layers, self.checkpointed, bool(self.config.lora_dropout), self.config.use_dora
             )
+        else:
+            automatic = self.config.gradient_checkpointing in ("oribi", "true")
+            keeps = keeps or self.keeps(step, 0 if least and automatic else memory_bytes)
+            moments = step.moments(keeps)
+            fixed["weights"] += sum(keep["weights"] == "keep" for keep in keeps) * step.layer.weight_bytes
             frozen = not self.whole and not self.architecture.tied
-            if keeps[0]["x"] == "host" and frozen:  # `recompute.choose` moves it
+            if keeps[0]["x"] == "host" and frozen:  # `apply_plan` moves it
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
-        moments = [("the loss", sum(kept), self.in_loss(tokens) + leaving)]
-        moments += [("a layer's backward", sum(kept[: i + 1]), work[i]) for i in range(layers)]
-        at, activations, working = max(moments, key=lambda moment: moment[1] + moment[2])
-        parts = {**fixed, "activations": activations, "in work": working, "libraries": LIBRARIES}
-        host = sum(buffer_size(size) for keep in keeps for size in self.in_host(keep, tokens))
-        return Estimate(parts, at, keeps, self.trainable, tokens, longest, self.by_hand, host)
+        peak = max(moments, key=lambda moment: moment.bytes)
+        parts = {**fixed, "activations": peak.kept, "in work": peak.working, "libraries": LIBRARY_BYTES}
+        host = sum(buffer_size(size) for keep in keeps for size in step.layer.in_host(keep))
+        return Estimate(parts, peak.name, keeps, self.trainable, tokens, longest, self.by_hand, host)
 
     def fits(self, tokens: int, longest: int, memory_bytes: int) -> bool:
         """Whether a micro-batch trains on a device of so much memory, beside this host's."""

@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.pytorch_utils import Conv1D
 
 from oribi.errors import ModelError
+from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.files import Location
 from oribi.models.generate import generate_in_inference_mode
 from oribi.models.quantize import Quantization, fits_nf4
 
-# NF4 with double quantisation: half a byte of codes; a byte for every 64 weights, of which 256 share a float32
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _NAMED = 3  # kinds of tensors that a note names
 _LISTED = 6  # tensors that an error lists
 # tables that a model computes by itself and that older checkpoints store or lack
@@ -46,7 +45,7 @@ class UnfusedSizes:
         """Bytes of the loaded weights by kind; `width` bytes each where they are not packed."""
         experts = sum(count for name, count in self.kept.items() if _is_expert(name))
         return {
-            "linear layers": int(self.packed * (NF4_BYTES if load_in_4bit else width)),
+            "linear layers": nf4_bytes(self.packed) if load_in_4bit else self.packed * width,
             "experts": experts * width,
             "embeddings and other weights": (sum(self.kept.values()) - experts) * width,
         }
@@ -55,7 +54,7 @@ class UnfusedSizes:
         """What stays in 16 bits under load_in_4bit."""
         kept = {name: count * width for name, count in self.kept.items()}
         largest = sorted(kept, key=kept.get, reverse=True)[:_NAMED]
-        packed = self.packed * NF4_BYTES
+        packed = nf4_bytes(self.packed)
         named = ", ".join(f"{name} {kept[name] / 1e9:.2f} GB" for name in largest)
         text = (
             f"load_in_4bit: {sum(kept.values()) / 1e9:.2f} GB of {(packed + sum(kept.values())) / 1e9:.2f} GB of weights "

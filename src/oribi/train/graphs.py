@@ -19,11 +19,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from oribi.kernels.adamw import FlatAdamW
+from oribi.memory.account import linear_weights
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.linear_layers import any_module_hooked
 
 logger = logging.getLogger(__name__)
 
+# arithmetic of a token per weight, forward and backward with recomputation
+FLOP_PER_WEIGHT = 6.0
 # recorded shapes that are kept; each holds its activations
 MAX_GRAPHS = 16
 # arithmetic of a micro-batch above which launching its kernels is hidden behind running them: about 0.7 s of an H100
@@ -58,7 +61,7 @@ class StepGraphs:
     def __init__(self, model: nn.Module, decoder: DecoderForCausalLM, optimizer: FlatAdamW) -> None:
         self._model, self._decoder, self._optimizer = model, decoder, optimizer
         self._failed = False
-        self._flop_per_token = flop_per_token(decoder)
+        self._flop_per_token = FLOP_PER_WEIGHT * linear_weights(decoder)
         self._recorded: OrderedDict[tuple, _Recorded | None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -207,14 +210,9 @@ def reason_against(
         return "float16 changes its loss scale from step to step"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return "dropout draws new random numbers in every step"
-    if tokens * flop_per_token(decoder) > HOST_BOUND_FLOP:
+    if tokens * FLOP_PER_WEIGHT * linear_weights(decoder) > HOST_BOUND_FLOP:
         return "the GPU is the limit, not the host"
     return None
-
-
-def flop_per_token(decoder: nn.Module) -> float:
-    """Arithmetic of the linear layers for one token, forward and backward with recomputation."""
-    return 6.0 * sum(m.in_features * m.out_features for m in decoder.modules() if isinstance(m, nn.Linear))
 
 
 # methods of transformers' Trainer that run inside a micro-step

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Trainer
 
 from oribi.kernels.adamw import FLAT_OPTIMIZERS, FlatAdamW
-from oribi.memory.plan import choose, free_bytes
+from oribi.memory.plan import apply_plan, free_device_bytes
 from oribi.models.unwrap import base_model, source_of
 from oribi.train.graphs import ModelWatch, StepGraphs, changed_step, is_users, reason_against
 from oribi.train.guard import LossGuard
@@ -116,8 +116,8 @@ class StepTrainer(Trainer):
             tokens, reliance = max(tokens // self._smaller.parts, longest), self._smaller.reliance
         if self._plans_memory(model):
             least = base.oribi.checkpointing == "memory"
-            budget = 0 if least else int(reliance * free_bytes(base.device))
-            logger.log(level, choose(base, tokens, longest, budget))
+            budget = 0 if least else int(reliance * free_device_bytes(base.device))
+            logger.log(level, apply_plan(base, tokens, longest, budget))
         elif is_sharded(base) and base.oribi.checkpointing == "memory":
             base.set_recompute_policy("memory")
         if self.args.fp8:

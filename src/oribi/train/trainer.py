@@ -27,7 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from oribi.data.packing import pack
 from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.errors import ConfigError, DataError
-from oribi.memory.utilisation import Utilisation, utilisation_of
+from oribi.memory.speed import Utilisation, utilisation_of
 from oribi.models.adapter_files import read_record
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load_adapter import load_adapter

@@ -10,10 +10,11 @@ from datasets import Dataset
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-import oribi.memory.utilisation as utilisation
+import oribi.memory.speed as speed
 from oribi.environment import detect
 from oribi.lora.attach import attach_lora
-from oribi.memory.utilisation import DataShape, Utilisation, flop_per_token, shape_of, utilisation_of
+from oribi.memory.account import needed_flop_per_token
+from oribi.memory.speed import Utilisation, shape_of, utilisation_of
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
 from oribi.train.trainer import SFTTrainer
@@ -28,7 +29,7 @@ def on_an_h100(monkeypatch):
 
     def pretend(name=H100[0], memory=H100[1]):
         here = replace(detect(), device=torch.device("cuda"), device_name=name, memory_bytes=memory)
-        monkeypatch.setattr(utilisation, "detect", lambda: here)
+        monkeypatch.setattr(speed, "detect", lambda: here)
 
     pretend()
     return pretend
@@ -53,9 +54,8 @@ def test_the_formula_counts_what_transformers_and_peft_compute(trains_all):
         settings = peft.LoraConfig(r=8, target_modules="all-linear")
         theirs, ours = peft.get_peft_model(theirs, settings), peft.get_peft_model(ours, settings)
     length = 64
-    shape = DataShape(trained_share=1.0, document_length=length)
     decoder = ours if trains_all else ours.get_base_model()
-    expected = length * flop_per_token(decoder, shape)
+    expected = length * needed_flop_per_token(decoder, 1.0, length)
     width = decoder.model.layers[0].self_attn.sizes[0]
     attention = 12 * width * length / 2 * length * len(decoder.model.layers)
     found = counted(theirs, torch.randint(3, 512, (1, length)))
@@ -66,7 +66,7 @@ def test_the_formula_counts_what_transformers_and_peft_compute(trains_all):
 
 def test_labels_and_lengths_are_read_from_rows_and_packs():
     rows = Dataset.from_dict({"input_ids": [[1] * 4, [1] * 8], "labels": [[-100] * 4, [-100] * 2 + [1] * 6]})
-    assert shape_of(rows) == DataShape(6 / 12, (16 + 64) / 12)
+    assert shape_of(rows) == (6 / 12, (16 + 64) / 12)
     packs = Dataset.from_dict(
         {"input_ids": [[1] * 12], "labels": [[-100] * 6 + [1] * 6], "seq_lengths": [[4, 8]]}
     )
@@ -76,14 +76,12 @@ def test_labels_and_lengths_are_read_from_rows_and_packs():
 def test_a_window_bounds_what_a_token_sees(load):
     model, _ = load()
     decoder = model.get_base_model()
-    long, longer = (flop_per_token(decoder, DataShape(1.0, length)) for length in (100, 200))
+    long, longer = (needed_flop_per_token(decoder, 1.0, length) for length in (100, 200))
     width, layers = decoder.model.layers[0].self_attn.sizes[0], len(decoder.model.layers)
     assert longer - long == 12 * width * 50 * layers
     for layer in decoder.model.layers:
         layer.self_attn.window = 50
-    assert (
-        flop_per_token(decoder, DataShape(1.0, 200)) == flop_per_token(decoder, DataShape(1.0, 100)) == long
-    )
+    assert needed_flop_per_token(decoder, 1.0, 200) == needed_flop_per_token(decoder, 1.0, 100) == long
 
 
 def test_only_known_gpus_and_16_bit_have_a_peak(load, on_an_h100):
@@ -111,7 +109,7 @@ def test_it_is_logged_and_shown_beside_the_speed(load, conversations, on_an_h100
     )  # fmt: skip
     trainer.train()
     entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    per_token = flop_per_token(model.get_base_model(), shape_of(trainer.train_dataset))
+    per_token = needed_flop_per_token(model.get_base_model(), *shape_of(trainer.train_dataset))
     assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * per_token / 989e12)
     printed = io.StringIO()
     progress = Progress(console=Console(file=printed, width=200))

@@ -1,0 +1,143 @@
+"""The account: against the storages that layers really hold between forward and backward, and products that really run."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from oribi.families import FAMILIES
+from oribi.memory.account import LayerAccount, layer_shape
+from oribi.models.decoder import build
+from oribi.models.fused_layer import POLICIES
+from oribi.models.half import Keep
+from oribi.models.unwrap import base_model
+from tests.models.test_fused_layer import adapt
+from tests.models.tiny import tiny_config
+
+ROWS, LENGTH = 3, 40
+TOKENS = ROWS * LENGTH
+# sizes that no constant of the account was fitted to, each different from all others
+UNEVEN = {
+    "hidden_size": 96,
+    "intermediate_size": 224,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+}
+KEEPS = {
+    **POLICIES,
+    "attention again": Keep(attention="recompute"),
+    "q|k|v in the host": Keep(qkv="host", o="recompute"),
+    "middle again": Keep(x_mid="recompute", o="recompute"),
+    "gate|up again": Keep(gate_up="recompute", down="recompute"),
+    "input in the host": Keep(x="host", gate_up="host"),
+}
+
+
+class Storages(TorchDispatchMode):
+    """Every storage that operations make beside a model's own, and which of them are still held."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        for tensor in model.parameters():
+            reference = StorageWeakRef(tensor.untyped_storage())
+            self.made[reference.cdata] = reference, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.made.setdefault(reference.cdata, (reference, storage.nbytes()))
+        return out
+
+    def held(self) -> int:
+        return sum(nbytes for reference, nbytes in self.made.values() if not reference.expired())
+
+
+class Products(TorchDispatchMode):
+    """FLOP of the matrix products that run. FlopCounterMode hooks every module, which would end the fused path."""
+
+    flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.flop += 2 * left.numel() * right.shape[1]
+        return out
+
+
+def tiny(model_type: str, **changes) -> torch.nn.Module:
+    """A random model with LoRA on every linear layer."""
+    torch.manual_seed(0)
+    return adapt(build(tiny_config(model_type, **{**UNEVEN, **changes}), device="cpu").train())
+
+
+def kept_by_a_layer(model: torch.nn.Module, rows: int = ROWS, length: int = LENGTH) -> float:
+    """Bytes that each of the last two layers adds to what is held after their forward."""
+    base, held = base_model(model), []
+    hooks = [
+        layer.register_forward_hook(lambda *_: held.append(storages.held())) for layer in base.model.layers
+    ]
+    ids = torch.randint(3, 100, (rows, length))
+    with Storages(model) as storages:
+        model(input_ids=ids, labels=ids)
+    for hook in hooks:
+        hook.remove()
+    # masks of both kinds of layers are made in the first two
+    return (held[3] - held[1]) / 2
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_layer_keeps_what_the_account_says(model_type):
+    model = tiny(model_type)
+    base = model.get_base_model()
+    layer = LayerAccount(layer_shape(base), TOKENS, LENGTH)
+    for name, keep in KEEPS.items():
+        base.set_recompute_policy([keep] * 4)
+        # on a CPU, host memory is the device's; the reference of attention saves no log-sum-exp
+        log_sum_exp = layer.results["attention"].beside * (keep["attention"] != "recompute")
+        assert kept_by_a_layer(model) == layer.kept(keep) + sum(layer.in_host(keep)) - log_sum_exp, name
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("how", ["dropout", "dora", "whole"])
+def test_a_layer_that_autograd_differentiates_keeps_about_as_much(model_type, how):
+    # every head has keys of its own and rows are short: on a CPU, attention repeats keys and saves its scores
+    changes = {**UNEVEN, "num_key_value_heads": 6}
+    base = model = build(tiny_config(model_type, **changes), device="cpu").train()
+    if how != "whole":
+        model = adapt(base, **{"lora_dropout": 0.1} if how == "dropout" else {"use_dora": True})
+    groups = {
+        name: group for core, _, _ in base.model.layers[0].parts() for name, group in core.groups().items()
+    }
+    ranks = {name: [4] * len(modules) if how != "whole" else [] for name, modules in groups.items()}
+    layer = LayerAccount(layer_shape(base, ranks), TOKENS, LENGTH)
+    base.gradient_checkpointing_disable()
+    expected = layer.by_autograd(how == "dropout", how == "dora", mask_bytes=4)
+    assert kept_by_a_layer(model, rows=TOKENS // 8, length=8) == pytest.approx(expected, rel=0.1)
+    base.set_recompute_policy("balanced")
+    assert kept_by_a_layer(model) == layer.results["x"].bytes
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_computing_again_takes_the_products_that_the_account_says(model_type):
+    model = tiny(model_type)
+    base = model.get_base_model()
+    ids = torch.randint(3, 100, (ROWS, LENGTH))
+
+    def counted(keep: Keep) -> int:
+        base.set_recompute_policy([keep] * 4)
+        with Products() as products:
+            model(input_ids=ids, labels=ids).loss.backward()
+        return products.flop
+
+    results = LayerAccount(layer_shape(base), TOKENS, LENGTH).results
+    everything = counted(Keep())
+    # attention's arithmetic is counted by tests/memory/test_speed.py
+    for name in results.keys() - {"x", "attention"}:
+        assert counted(Keep({name: "recompute"})) - everything == 4 * results[name].flop, name
