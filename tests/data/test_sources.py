@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from oribi.data import readers
+from oribi.data import readers, text_files
 from oribi.data.sources import interleave, open_source
 from oribi.errors import DataError
 
@@ -246,7 +246,7 @@ def test_a_malformed_file_gives_one_error_with_file_line_and_remedy(tmp_path, na
 
 
 def test_a_row_beyond_the_limit_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_ROW_CHARACTERS", 100)
+    monkeypatch.setattr(text_files, "MAX_ROW_CHARACTERS", 100)
     monkeypatch.setattr(readers, "JSON_CHUNK_CHARACTERS", 60)
     rows = [{"text": "x"}, {"text": "x" * 300}]
     expected = "the row has [0-9]+ characters or more, over the limit of 100. Split it into several rows"
@@ -385,7 +385,7 @@ def test_a_damaged_stream_of_gzip_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.json.gz"])
 def test_a_packed_line_without_end_is_not_held(tmp_path, monkeypatch, name):
     for limit in ("MAX_ROW_CHARACTERS", "MAX_UNPACKED_CHARACTERS", "MAX_SKIPPED_CHARACTERS"):
-        monkeypatch.setattr(readers, limit, 1 << 20)
+        monkeypatch.setattr(text_files, limit, 1 << 20)
     start = b'{"data": ["' if ".json." in name else b""
     (tmp_path / name).write_bytes(gzip.compress(start + b"x" * (1 << 25), 9))
     tracemalloc.start()
@@ -396,7 +396,7 @@ def test_a_packed_line_without_end_is_not_held(tmp_path, monkeypatch, name):
 
 
 def test_a_line_that_is_too_long_costs_no_other_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_ROW_CHARACTERS", 1000)
+    monkeypatch.setattr(text_files, "MAX_ROW_CHARACTERS", 1000)
     lines = [json.dumps({"text": text}) for text in ("a", "b" * 5000, "c")]
     (part,) = open_source(write(tmp_path / "a.jsonl", "\n".join(lines)))
     assert [row.get("text") if isinstance(row, dict) else "an error" for _, row in part.rows()] == [

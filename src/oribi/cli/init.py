@@ -40,7 +40,8 @@ def init(
 
         from oribi.config_file import commented_yaml, write_config
         from oribi.config_schema import json_schema
-        from oribi.data.readers import READERS, suffix_of
+        from oribi.data.readers import READERS
+        from oribi.data.text_files import suffix_of
         from oribi.errors import ConfigError
         from oribi.memory.architecture import architecture_of
         from oribi.models.open import open_model

@@ -19,7 +19,7 @@ from oribi.chat.template import SLOT, shared_prefix, slot
 from oribi.data.encoding import UNTRAINED
 from oribi.errors import ConfigError, DataError
 
-LabelsOf = Callable[[Mapping[str, list[Any]]], dict[str, list[list[int]]]]
+Batch = Mapping[str, list[Any]]  # columns of token rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +73,31 @@ def train_on_responses_only(
         raise ConfigError(
             "train_on_responses_only: give instruction_part and response_part, or neither of them."
         )
-    given = instruction_part is not None
-    markers = Markers(response_part, instruction_part, _ends(tokenizer)) if given else find_markers(tokenizer)
-    if not given:
-        print(
-            f"train_on_responses_only: answers begin after {markers.response!r} and end with {_shown(markers.ends)}."
-        )
-    function = _labels_function(tokenizer, markers, last_response_only)
+    if instruction_part is not None:
+        template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        ends = template.ends if template else [tokenizer.eos_token] if tokenizer.eos_token else []
+        markers = Markers(response_part, instruction_part, tuple(ends))
+    else:
+        markers = find_markers(tokenizer)
+        shown = " or ".join(map(repr, markers.ends)) or "the next question"
+        print(f"train_on_responses_only: answers begin after {markers.response!r} and end with {shown}.")
+    finder = Finder(tokenizer, markers)
+
+    def labels_of(batch: Batch) -> dict[str, list[list[int]]]:
+        return {"labels": finder.labels(batch, last_response_only)}
+
     if return_function:
-        return function
-    trainer.train_dataset = _mask(trainer.train_dataset, function, markers, tokenizer, num_proc)
+        return labels_of
+
+    def mask(dataset: Any) -> Any:
+        return _mask(dataset, labels_of, finder, num_proc)
+
+    trainer.train_dataset = mask(trainer.train_dataset)
     evaluation = getattr(trainer, "eval_dataset", None)
     if isinstance(evaluation, Mapping):
-        trainer.eval_dataset = {
-            k: _mask(v, function, markers, tokenizer, num_proc) for k, v in evaluation.items()
-        }
+        trainer.eval_dataset = {name: mask(dataset) for name, dataset in evaluation.items()}
     elif evaluation is not None:
-        trainer.eval_dataset = _mask(evaluation, function, markers, tokenizer, num_proc)
+        trainer.eval_dataset = mask(evaluation)
     return trainer
 
 
@@ -112,15 +120,16 @@ def find_markers(tokenizer: Any) -> Markers:
     prompts = tuple(
         p[skipped:] for p in asked if p[skipped:].startswith(response) and p[skipped:] != response
     )
-    ends = tuple(template.ends)
-    after_end = next((between[between.index(end) + len(end) :] for end in ends if end in between), between)
+    after_end = next(
+        (between[between.index(end) + len(end) :] for end in template.ends if end in between), between
+    )
     instruction = after_end.strip() or opening.strip()
     if not response.strip() or not instruction:
         raise DataError(
             "train_on_responses_only: the chat template writes nothing before an answer or a question by which it could be "
             "found. Give instruction_part and response_part, or train on a data set of messages, which needs no markers."
         )
-    markers = Markers(response.strip(" "), instruction, ends, prompts)
+    markers = Markers(response.strip(" "), instruction, tuple(template.ends), prompts)
     _check(tokenizer, template, markers)
     return markers
 
@@ -147,7 +156,7 @@ class Finder:
     """
 
     def __init__(self, tokenizer: Any, markers: Markers) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.markers = tokenizer, markers
         self._spellings: dict[int, str] = {}
         self.response, self.instruction = self._spell(markers.response), self._spell(markers.instruction)
         self.ends = [self._spell(end) for end in markers.ends]
@@ -173,6 +182,17 @@ class Finder:
             at = max(at, begin)
         return spans
 
+    def labels(self, batch: Batch, last_only: bool) -> list[list[int]]:
+        """Labels of token rows: those they have, or their ids, within the answers (or the last one), and -100 elsewhere."""
+        known = batch.get("labels") or batch["input_ids"]
+        labels = []
+        for ids, before in zip(batch["input_ids"], known):
+            masked = [UNTRAINED] * len(ids)
+            for first, last in self.spans(ids)[-1 if last_only else 0 :]:
+                masked[first:last] = before[first:last]
+            labels.append(masked)
+        return labels
+
     def _spelling(self, token: int) -> str:
         if token not in self._spellings:
             self._spellings[token] = self.tokenizer.convert_ids_to_tokens(int(token)) or ""
@@ -185,63 +205,32 @@ class Finder:
         return spelled[1:] if spelled.startswith("\u2581") and not marker.startswith(" ") else spelled
 
 
-def _labels_function(tokenizer: Any, markers: Markers, last_only: bool) -> LabelsOf:
-    finder = Finder(tokenizer, markers)
-
-    def labels_of(batch: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
-        labels = []
-        for row, ids in enumerate(batch["input_ids"]):
-            before = batch["labels"][row] if "labels" in batch and batch["labels"] is not None else ids
-            spans = finder.spans(ids)
-            masked = [UNTRAINED] * len(ids)
-            for first, last in spans[-1:] if last_only else spans:
-                masked[first:last] = before[first:last]
-            labels.append(masked)
-        return {"labels": labels}
-
-    return labels_of
-
-
-def _mask(dataset: Any, function: LabelsOf, markers: Markers, tokenizer: Any, num_proc: int | None) -> Any:
+def _mask(dataset: Any, labels_of: Callable[[Batch], Any], finder: Finder, num_proc: int | None) -> Any:
+    """A tokenised data set with the labels of its answers alone, without the rows that train nothing."""
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "input_ids" not in columns:
         raise ConfigError(
             f"train_on_responses_only: the data set has columns {columns}; it works on the tokenised data set of a trainer."
         )
-    masked = dataset.map(
-        function, batched=True, **_map_options(dataset, num_proc, "Masking all but the answers")
-    )
-    if not isinstance(dataset, datasets.Dataset):
-        return masked.filter(lambda row: any(label != UNTRAINED for label in row["labels"]))
+    whole = isinstance(dataset, datasets.Dataset)
+    options = {"batched": True, **({"num_proc": num_proc} if whole else {})}
+    masked = dataset.map(labels_of, **options, **({"desc": "Masking all but the answers"} if whole else {}))
     kept = masked.filter(
         lambda batch: [any(label != UNTRAINED for label in labels[1:]) for labels in batch["labels"]],
-        batched=True,
-        **_map_options(dataset, num_proc, "Leaving out rows without answers"),
+        **options,
+        **({"desc": "Leaving out rows without answers"} if whole else {}),
     )
+    if not whole:
+        return kept
     if len(kept) < len(masked):
         print(
             f"train_on_responses_only: {len(masked) - len(kept):,} of {len(masked):,} rows train nothing and are left out."
         )
     if not len(kept):
-        start = tokenizer.decode(dataset[0]["input_ids"][:120])
+        start = finder.tokenizer.decode(dataset[0]["input_ids"][:120])
         raise DataError(
-            f"train_on_responses_only: no token of {len(masked):,} rows would be trained; {markers.response!r} was looked for as the "
+            f"train_on_responses_only: no token of {len(masked):,} rows would be trained; {finder.markers.response!r} was looked for as the "
             f"beginning of an answer. The first row begins {start!r}. Correct response_part, or raise max_seq_length if the rows were "
             "cut before the first answer."
         )
     return kept
-
-
-def _map_options(dataset: Any, num_proc: int | None, what: str) -> dict[str, Any]:
-    return {"num_proc": num_proc, "desc": what} if isinstance(dataset, datasets.Dataset) else {}
-
-
-def _ends(tokenizer: Any) -> tuple[str, ...]:
-    """What ends a turn by the chat template, or the EOS where there is none."""
-    if tokenizer.chat_template:
-        return tuple(ChatTemplate(tokenizer).ends)
-    return (tokenizer.eos_token,) if tokenizer.eos_token else ()
-
-
-def _shown(ends: Sequence[str]) -> str:
-    return " or ".join(map(repr, ends)) or "the next question"

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from oribi.data.readers import READERS, suffix_of
+from oribi.data.readers import READERS
+from oribi.data.text_files import suffix_of
 from oribi.errors import DataError
 
 # the hub's words for each split

@@ -6,24 +6,20 @@ A line that is broken by itself comes as the error that says so, in the place of
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from oribi.data import text_files
+from oribi.data.text_files import lines_of, open_text, rest_of, suffix_of, too_long
 from oribi.errors import DataError
 
-MAX_ROW_CHARACTERS = 1 << 25  # a tokenizer takes gigabytes for a row beyond this
 TEXT_BLOCK_CHARACTERS = 1 << 20  # plain text files are read in blocks, so memory does not grow with the file
 JSON_CHUNK_CHARACTERS = 1 << 20
-MAX_UNPACKED_CHARACTERS = 1 << 27  # of a packed file that is one JSON object
-MAX_SKIPPED_CHARACTERS = 1 << 30  # of one line
-PEEKED_BYTES = 4096
 SNIFFED_CHARACTERS = 1 << 16
 DELIMITERS = ",;\t|"
 TEXTS = (".txt", ".md")
@@ -56,15 +52,10 @@ def read_file(path: Path, name: str | None = None) -> Rows:
     return reader(path, name or path.name)
 
 
-def suffix_of(path: Path) -> str:
-    suffixes = [s.lower() for s in path.suffixes]
-    return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
-
-
 def read_json_lines(path: Path, name: str) -> Rows:
     empty = True
-    with _open_text(path) as file:
-        for number, line in enumerate(_lines(file), 1):
+    with open_text(path) as file:
+        for number, line in enumerate(lines_of(file), 1):
             origin = f"{name}:{number}"
             if not line.strip():
                 continue
@@ -75,8 +66,8 @@ def read_json_lines(path: Path, name: str) -> Rows:
 
 
 def _json_line(line: str) -> dict[str, Any] | DataError:
-    if len(line) > MAX_ROW_CHARACTERS:
-        return DataError(_too_long(len(line)))
+    if len(line) > text_files.MAX_ROW_CHARACTERS:
+        return DataError(too_long(len(line)))
     try:
         return _object(json.loads(line))
     except (ValueError, RecursionError) as error:
@@ -88,7 +79,7 @@ def _json_line(line: str) -> dict[str, Any] | DataError:
 
 def read_json(path: Path, name: str) -> Rows:
     """An array of objects, read piece by piece; or one object that holds such an array; or, misnamed, JSON lines."""
-    with _open_text(path) as file:
+    with open_text(path) as file:
         head = file.read(JSON_CHUNK_CHARACTERS)
         start = head.lstrip()[:1]
         if start == "[":
@@ -103,7 +94,7 @@ def read_json(path: Path, name: str) -> Rows:
             file.close()
             yield from read_json_lines(path, name)
             return
-        yield from _read_wrapped(path, name, head + _rest(path, file))
+        yield from _read_wrapped(path, name, head + rest_of(path, file))
 
 
 def _read_array(name: str, file: TextIO, buffer: str) -> Rows:
@@ -132,11 +123,11 @@ def _read_array(name: str, file: TextIO, buffer: str) -> Rows:
                 break
             except (ValueError, RecursionError) as error:
                 deep = isinstance(error, RecursionError)
-                whole = deep or len(buffer) - at >= MAX_ROW_CHARACTERS
+                whole = deep or len(buffer) - at >= text_files.MAX_ROW_CHARACTERS
                 more = "" if whole else file.read(JSON_CHUNK_CHARACTERS)
                 if not more:
                     if whole and not deep:
-                        raise DataError(f"{origin}: {_too_long(len(buffer) - at)}") from error
+                        raise DataError(f"{origin}: {too_long(len(buffer) - at)}") from error
                     bad = line + buffer.count("\n", at, getattr(error, "pos", at))
                     raise DataError(
                         f"{name}:{bad}: no valid JSON ({_reason(error, 'file')}) in the object that begins in line {line}. "
@@ -172,7 +163,7 @@ def _read_wrapped(path: Path, name: str, text: str) -> Rows:
 
 
 def read_csv(path: Path, name: str) -> Rows:
-    with _open_text(path, newline="") as file, _long_csv_fields():
+    with open_text(path, newline="") as file, _long_csv_fields():
         head = file.read(SNIFFED_CHARACTERS)
         while head.endswith("\r") and (more := file.read(1)):  # a line feed may belong to it
             head += more
@@ -235,14 +226,14 @@ def _csv_lines(head: str, file: TextIO) -> Iterator[str]:
     """The lines of a file whose beginning has been read."""
     lines = list(io.StringIO(head, newline=""))
     if lines and not lines[-1].endswith("\n"):
-        lines[-1] += file.readline(MAX_ROW_CHARACTERS + 1)
+        lines[-1] += file.readline(text_files.MAX_ROW_CHARACTERS + 1)
     yield from lines
-    yield from _lines(file)
+    yield from lines_of(file)
 
 
 @contextmanager
 def _long_csv_fields() -> Iterator[None]:
-    before = csv.field_size_limit(MAX_ROW_CHARACTERS)  # the limit is the csv module's own, 128 KiB
+    before = csv.field_size_limit(text_files.MAX_ROW_CHARACTERS)  # the limit is the csv module's own, 128 KiB
     try:
         yield
     finally:
@@ -273,7 +264,7 @@ def read_parquet(path: Path, name: str) -> Rows:
 
 def read_text(path: Path, name: str) -> Rows:
     """A file is one document, read in blocks that end between paragraphs, lines or words; only the last one ends it."""
-    with _open_text(path) as file:
+    with open_text(path) as file:
         rest, line, begins, chunk = "", 1, True, file.read(TEXT_BLOCK_CHARACTERS)
         if not chunk.strip():
             raise DataError(f"{path}: the file has only blank lines.")
@@ -295,79 +286,6 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json, ".csv": read_csv,
     ".tsv": read_csv, ".parquet": read_parquet, ".txt": read_text, ".md": read_text,
 }  # fmt: skip
-
-
-@contextmanager
-def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open UTF-8 text, with or without a byte order mark; another encoding is an error that says where it shows."""
-    try:
-        with _open_bytes(path) as raw:
-            if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(
-                    f"{path}: the file is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
-                )
-            if b"\0" in raw.peek(PEEKED_BYTES)[:PEEKED_BYTES]:
-                raise DataError(
-                    f"{path}: the file has zero bytes: it is UTF-16 without a mark, or no text. Convert it: iconv -f UTF-16LE "
-                    f"-t UTF-8 {path.name} > utf8-{path.name}"
-                )
-            with io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as file:
-                yield file
-    except UnicodeDecodeError as error:
-        line = _line_of_bad_byte(path)
-        raise DataError(
-            f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}). Convert the file: "
-            f"iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8-{path.name} (with its real encoding after -f)."
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: no valid gzip file ({error}). Download it again.") from error
-    except OSError as error:
-        raise DataError(f"{path}: the file cannot be read ({error.strerror or error}).") from error
-
-
-def _open_bytes(path: Path) -> Any:
-    return gzip.open(path) if _is_packed(path) else open(path, "rb")
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
-
-
-def _lines(file: TextIO) -> Iterator[str]:
-    """Lines, each no longer than the longest row and one character; what is left of a longer one is passed over."""
-    while line := file.readline(MAX_ROW_CHARACTERS + 1):
-        yield line
-        skipped = 0
-        while len(line) > MAX_ROW_CHARACTERS and not line.endswith("\n"):
-            line = file.readline(MAX_ROW_CHARACTERS + 1)
-            skipped += len(line)
-            if skipped > MAX_SKIPPED_CHARACTERS:
-                raise DataError(
-                    f"{file.name}: a line of more than {MAX_SKIPPED_CHARACTERS:,} characters. Write one row per line."
-                )
-
-
-def _rest(path: Path, file: TextIO) -> str:
-    """What is left of a file that is read as a whole; what a small packed file may become is limited."""
-    if not _is_packed(path):
-        return file.read()
-    rest = file.read(MAX_UNPACKED_CHARACTERS + 1)
-    if len(rest) > MAX_UNPACKED_CHARACTERS:
-        raise DataError(
-            f"{path}: unpacked, the file has more than {MAX_UNPACKED_CHARACTERS:,} characters in one object. Write its rows as "
-            "JSON lines (.jsonl.gz), which are read one by one."
-        )
-    return rest
-
-
-def _line_of_bad_byte(path: Path) -> int:
-    with _open_bytes(path) as raw:
-        for number, line in enumerate(raw, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 1
 
 
 def _object(row: Any) -> dict[str, Any] | DataError:
@@ -404,10 +322,3 @@ def _reason(error: Exception, whole: str) -> str:
 def _begin(text: str, limit: int = 50) -> str:
     text = text.strip()
     return repr(text[:limit]) + ("..." if len(text) > limit else "")
-
-
-def _too_long(characters: int) -> str:
-    return (
-        f"the row has {characters:,} characters or more, over the limit of {MAX_ROW_CHARACTERS:,}. Split it into "
-        "several rows, or put plain text into a .txt file, which is read in blocks."
-    )

@@ -14,7 +14,8 @@ from typing import Any
 import datasets
 
 from oribi.data.folders import choose_files, meaning, splits_of_files
-from oribi.data.readers import READERS, TEXTS, Rows, read_file, suffix_of
+from oribi.data.readers import READERS, TEXTS, Rows, read_file
+from oribi.data.text_files import suffix_of
 from oribi.errors import ConfigError, DataError
 
 HUB_NAME = re.compile(r"[\w][\w.\-]*(/[\w.\-]+)?")
