@@ -156,7 +156,7 @@ NAMES_DEFINED_TWICE = {
 }
 
 # where an index of shards is named outside models/files.py
-INDEX_NAMES = {"save/folder.py", "save/shards.py", "train/checkpoints.py", "train/resume.py"}
+INDEX_NAMES = {"save/folder.py", "save/shards.py"}
 
 # comparisons of model_type with a model's name outside families.py, per file
 FAMILY_COMPARISONS: dict[str, int] = {}

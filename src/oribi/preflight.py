@@ -17,10 +17,16 @@ from oribi.memory.estimate import refuse_what_cannot_fit
 from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
 from oribi.models.open import OpenedModel, open_model
-from oribi.run_record import FORM_FOLDERS, RunRecord, checkpoints, own_checkpoints, read_record
+from oribi.run_record import (
+    FORM_FOLDERS,
+    RunRecord,
+    checkpoints,
+    own_checkpoints,
+    read_record,
+    require_writable,
+)
 from oribi.text import say
 from oribi.train.arguments import require_trackers
-from oribi.train.checkpoints import require_writable
 from oribi.train.fingerprint import compare_settings
 from oribi.train.progress import read_log
 from oribi.train.resume import newest_whole, require_same

@@ -19,7 +19,16 @@ from oribi.lora.attach import attach_lora, set_checkpointing
 from oribi.models.files import missing_folder
 from oribi.models.load import load_model
 from oribi.preflight import check_before_loading, evaluation_sources, result_folders, steps_of
-from oribi.run_record import CONFIG_FILE, FORM_FOLDERS, own_checkpoints, read_record, record_saved, remove_run
+from oribi.run_record import (
+    CONFIG_FILE,
+    FORM_FOLDERS,
+    is_locked,
+    own_checkpoints,
+    read_record,
+    record_saved,
+    remove_run,
+    run_lock,
+)
 from oribi.save import save_gguf, save_merged
 from oribi.text import gibibytes, say_notes, write_whole
 from oribi.train.arguments import SFTConfig
@@ -27,7 +36,6 @@ from oribi.train.checkpoints import checkpoint_trained, where_trained_is
 from oribi.train.determinism import fix_order_of_cublas
 from oribi.train.progress import peak_memory_bytes, read_log
 from oribi.train.report import Measured, measure, write_report
-from oribi.train.run_lock import is_locked, run_lock
 from oribi.train.trainer import SFTTrainer
 
 

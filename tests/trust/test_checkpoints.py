@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from oribi.errors import ConfigError, TrainingError
+from oribi.run_record import require_writable
 from oribi.selftest.subject import Subject, write_small_model
-from oribi.train.checkpoints import failed_write, publish, require_writable
+from oribi.train.checkpoints import failed_write, publish
 from oribi.train.trainer import SFTTrainer
 from tests.trust.kills import read
 from tests.trust.runs import losses_of, trainer_in, weights_of

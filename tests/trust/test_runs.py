@@ -18,10 +18,9 @@ from datasets import Dataset, IterableDataset
 from oribi.config import RunConfig
 from oribi.errors import ConfigError, DataError
 from oribi.lora.attach import attach_lora
-from oribi.run_record import RECORD_FILE, checkpoints, own_checkpoints, read_record, remove_run
+from oribi.run_record import RECORD_FILE, checkpoints, own_checkpoints, read_record, remove_run, run_lock
 from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.fingerprint import APPLIED, BASE, FIXED, FREE, ON_RESUME, ROWS, data_record
-from oribi.train.run_lock import run_lock
 from tests.trust.runs import losses_of, trainer_in, weights_of
 
 PLAIN = {"neftune_noise_alpha": None, "save_strategy": "no"}
@@ -418,7 +417,7 @@ def test_a_checkpoint_of_another_program_is_compared_by_what_it_holds(subject, r
 
 def test_a_second_training_in_a_folder_is_refused_and_touches_nothing(subject, run):
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"from oribi.train.run_lock import run_lock\nwith run_lock({str(run)!r}):\n print(1, flush=True); input()"],
+        [sys.executable, "-c", f"from oribi.run_record import run_lock\nwith run_lock({str(run)!r}):\n print(1, flush=True); input()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout.readline()

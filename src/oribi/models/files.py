@@ -136,7 +136,7 @@ def weight_files(location: Location, options: HubOptions, allow_pickle: bool = F
     if location.kind == "gguf":
         return [location.file]
     directory = location.directory
-    names = _shards(directory / _INDEX)
+    names = shard_names(directory / _INDEX)
     if names is None:
         names = ["model.safetensors"]
         _fetch(location, options, names)
@@ -206,7 +206,7 @@ def _pickles(location: Location, options: HubOptions, allow_pickle: bool) -> lis
         )
     directory = location.directory
     _fetch(location, options, list(_PICKLES))
-    names = _shards(directory / _PICKLES[1]) or [_PICKLES[0]]
+    names = shard_names(directory / _PICKLES[1]) or [_PICKLES[0]]
     _fetch(location, options, names)
     if not all((directory / name).is_file() for name in names):
         raise ModelError(
@@ -215,7 +215,12 @@ def _pickles(location: Location, options: HubOptions, allow_pickle: bool) -> lis
     return [directory / name for name in names]
 
 
-def _shards(index: Path) -> list[str] | None:
+def shard_names(index: Path) -> list[str] | None:
+    """The files that an index of shards names; None where there is no index.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     found = _weight_map(index)
     return None if found is None else sorted(set(found.values()))
 

@@ -16,35 +16,19 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from oribi.errors import TrainingError
 from oribi.run_record import RunRecord, checkpoints, own_checkpoints, read_record
 from oribi.save.trained import require_finite
 from oribi.text import say
-from oribi.train.run_lock import not_writable
 from oribi.train.setup import temporarily
 
 logger = logging.getLogger(__name__)
 
 PARTIAL = "_partial"  # a leading underscore: uploads of the output folder leave such names out
-
-
-def require_writable(folder: str | os.PathLike) -> None:
-    """Make a run's folder and write in it, before hours of training find that they cannot.
-
-    Raises:
-        ConfigError: the folder cannot be made or written to.
-    """
-    path = Path(folder)
-    probe = path / f".oribi-{os.getpid()}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"oribi")
-        probe.unlink()
-    except (OSError, ValueError) as error:
-        raise not_writable(path, error) from error
 
 
 def remove_partial(run_folder: str | os.PathLike) -> None:
@@ -207,7 +191,7 @@ def _failed_writing(write: Callable[[], None], staging: Path) -> Exception | Non
 def _sizes(partial: Path) -> dict[str, int]:
     """Bytes of the files that a training goes on from."""
     needed = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
-    names = ("trainer_state.json", "adapter_config.json", "model.safetensors.index.json")
+    names = ("trainer_state.json", "adapter_config.json", SAFE_WEIGHTS_INDEX_NAME)
     return {
         path.relative_to(partial).as_posix(): path.stat().st_size
         for path in sorted(partial.rglob("*"))
@@ -310,9 +294,7 @@ class StopOnSignal(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args, state, control, **kwargs) -> TrainerControl:
         if self.agree(self.asked is not None):
             self.stopped = True
             control.should_save = control.should_training_stop = True

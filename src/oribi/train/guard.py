@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from oribi.errors import DataError, TrainingError
 from oribi.save.trained import first_non_finite
@@ -57,16 +57,7 @@ class LossGuard(TrainerCallback):
         if not self.scaled and norm is not None and not math.isfinite(float(norm)):
             raise self._error(f"the gradient norm is {float(norm)}", step, model, args)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs=None, model=None, optimizer=None, **kwargs) -> None:
         if not logs or "loss" not in logs:
             return
         loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))

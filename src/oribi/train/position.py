@@ -11,7 +11,7 @@ import datasets
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from oribi.errors import ConfigError, DataError
 from oribi.text import say
@@ -41,21 +41,15 @@ class Position(TrainerCallback):
         self.epoch, self.rows, self.per_batch, self.batches = epoch, rows, per_batch, batches
         self.read, self.unused, self.ended = 0, 0, False
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
         self.read += 1
         self.unused += 1
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         self.read += 1
         self.unused = 0
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
         self.ended = not control.should_training_stop
 
     def to_dict(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from oribi.run_record import LOG_FILE
 from oribi.text import LastingStream, clock, write_whole
@@ -39,21 +39,12 @@ class Progress(TrainerCallback):
         self.told: float | None = None  # when the last plain line was written
         self.line = Text()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.first_step, self.started, self.told = state.global_step, time.monotonic(), None
         if self.live is not None:
             self.live.start()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
         if not state.is_world_process_zero:
             return
         if "loss" in logs:
@@ -69,9 +60,7 @@ class Progress(TrainerCallback):
             losses = "  ".join(f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("_loss"))
             self.console.print(Text(f"step {state.global_step}  {losses}"))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -119,9 +108,7 @@ class JsonLog(TrainerCallback):
 
     failed = False  # the disk is full, or went away; said once
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
             return
         path, step = self._path(args), state.global_step
@@ -139,14 +126,7 @@ class JsonLog(TrainerCallback):
         except OSError as error:
             self._tell(path, error)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
         if state.is_world_process_zero:
             entry = {"step": state.global_step, "time": time.time(), **logs}
             path = self._path(args)

@@ -13,13 +13,22 @@ import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from oribi.data.packing import pack
 from oribi.errors import ConfigError
 from oribi.models.unwrap import base_model
-from oribi.run_record import LOG_FILE, RECORD_FILE, RunRecord, checkpoints, new_run, read_record, set_aside
+from oribi.run_record import (
+    LOG_FILE,
+    RECORD_FILE,
+    RunRecord,
+    checkpoints,
+    new_run,
+    read_record,
+    run_lock,
+    set_aside,
+)
 from oribi.text import say
 from oribi.train.checkpoints import PARTIAL, remove_partial, write_checkpoint
 from oribi.train.fingerprint import (
@@ -39,7 +48,6 @@ from oribi.train.resume import (
     newest_whole,
     require_same,
 )
-from oribi.train.run_lock import run_lock
 from oribi.train.setup import temporarily
 
 # of an optimizer's groups, what a resumed run may change
@@ -52,14 +60,10 @@ class RunFiles(TrainerCallback):
     def __init__(self, trainer: "ResumableTrainer") -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._write(args, state, "running")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs) -> None:
         self._write(args, state, "finished" if self.trainer.has_finished else "stopped")
 
     def _write(self, args: TrainingArguments, state: TrainerState, how: str) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from oribi.errors import ConfigError
+from oribi.errors import ConfigError, ModelError
+from oribi.models.files import shard_names
 from oribi.run_record import Checkpoint, RunRecord, has_damaged_record, own_checkpoints, read_record
 
 STATE_FILE = "trainer_state.json"
@@ -141,14 +143,12 @@ def _weight_problems(checkpoint: Path) -> Iterator[str]:
                     pass
             except (OSError, SafetensorError, ValueError) as error:
                 yield f"{path.name} cannot be read ({str(error).splitlines()[0]})"
-    index = checkpoint / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            yield f"{index.name} cannot be read"
-            return
-        yield from (f"{name} is missing" for name in sorted(shards) if not (checkpoint / name).is_file())
+    try:
+        shards = shard_names(checkpoint / SAFE_WEIGHTS_INDEX_NAME) or []
+    except ModelError:
+        yield f"{SAFE_WEIGHTS_INDEX_NAME} cannot be read"
+        return
+    yield from (f"{name} is missing" for name in shards if not (checkpoint / name).is_file())
 
 
 def _archive_problem(path: Path) -> str | None:

@@ -32,13 +32,14 @@ from oribi.models.adapter_files import read_record
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load_adapter import load_adapter
 from oribi.models.unwrap import base_model
+from oribi.run_record import require_writable
 from oribi.save.adapter_files import write_adapter
 from oribi.save.base import changed_base
 from oribi.save.trained import require_finite
 from oribi.text import say
 from oribi.train.arguments import SFTConfig, adopt
 from oribi.train.batches import GroupedByLength, rank_loader
-from oribi.train.checkpoints import StopOnSignal, any_process, require_writable
+from oribi.train.checkpoints import StopOnSignal, any_process
 from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, fix_order_of_cublas
 from oribi.train.evaluate import PredictingTrainer
 from oribi.train.guard import LossGuard, require_targets
