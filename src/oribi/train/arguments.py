@@ -75,7 +75,7 @@ class SFTConfig(TrainingArguments):
     gradient_accumulation_steps: int = from_table("gradient_accumulation_steps")
     optim: str = from_table("optim")
     logging_steps: float = from_table("logging_steps")
-    # the filter reads the loss back after every micro-batch, which stalls the device; the guard reads it once a log
+    # the filter reads the loss back after every micro-batch, which stalls the device; the guard reads it once per log line
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave nan losses out of the log."})
     report_to: None | str | list[str] = from_table("report_to")
     seed: int = from_table("seed")

@@ -10,27 +10,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from oribi.text import whole_file
+from oribi.train.progress import Smoothed
 
 INK, PALE, ACCENT, POINT = "#1f2937", "#9db8d9", "#1d4ed8", "#c2410c"
-SMOOTHING = 0.9  # share of the past in the smoothed line, as in the progress line
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential mean that starts without a bias towards zero."""
-    total, weight, found = 0.0, 0.0, []
-    for value in values:
-        total = SMOOTHING * total + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        found.append(total / weight)
-    return found
 
 
 def loss_chart(log: Sequence[dict[str, Any]]) -> Figure:
-    """Training loss a step, smoothed, and the loss of each evaluation."""
-    figure, axes = _axes((7.2, 3.2), "loss, nats a token")
+    """Training loss per step, smoothed, and the loss of each evaluation."""
+    figure, axes = _axes((7.2, 3.2), "loss, nats per token")
     steps, losses = _series(log, "loss")
     axes.plot(steps, losses, color=PALE, linewidth=1, label="each log")
-    axes.plot(steps, smoothed(losses), color=ACCENT, linewidth=1.8, label="smoothed")
+    axes.plot(steps, list(map(Smoothed().add, losses)), color=ACCENT, linewidth=1.8, label="smoothed")
     at, evaluated = _series(log, "eval_loss")
     if at:
         axes.plot(at, evaluated, "o-", color=POINT, linewidth=1.2, markersize=4.5, label="held out")

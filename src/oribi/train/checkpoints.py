@@ -301,7 +301,7 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = False
         return control
 
-    def leave(self, checkpoint: str) -> None:
+    def end_program(self, checkpoint: str) -> None:
         """After training: end the program as the signal would have, now that everything is saved."""
         if not self.stopped:
             return

@@ -20,7 +20,7 @@ LEFT_OPEN = (
 
 
 def fix_order_of_cublas() -> None:
-    """Before CUDA starts: have matrix products add in one order. Where there is no CUDA there is nothing to settle.
+    """Before CUDA starts: make cuBLAS add in a fixed order. Without CUDA this does nothing.
 
     Raises:
         ConfigError: CUDA has started already, and the variable that cuBLAS reads then was not set.

@@ -1,4 +1,7 @@
-"""How good a model is on rows it was not trained on: loss a trained token, perplexity, and whether it knows when to stop."""
+"""How good a model is on rows it was not trained on: loss per trained token, perplexity, and whether it stops by itself.
+
+The functions measure any model, for reports and `oribi eval`; `PredictingTrainer` is the part of the trainer that evaluates.
+"""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -3,6 +3,9 @@
 A small model's step is bound by the host that launches its kernels, not by the GPU that runs them. A recorded step is
 one launch. What a graph fixes are addresses and shapes: batches are copied into its own input buffers, documents are
 padded to a fixed number of them and a bounded length, and gradients go into the flat optimizer's buffers.
+
+A recorded step runs no Python: neither methods of a trainer's subclass, nor hooks, nor a replaced forward. Each is a
+documented way to change a training; `changed_step` and `ModelWatch` find them, and steps then run as usual.
 """
 
 import logging
@@ -156,11 +159,11 @@ def fixed_shape(inputs: dict[str, Any], pads: bool = False) -> tuple[dict[str, t
         bounds, tokens = kept["cu_seq_lens_q"], kept["input_ids"].shape[1]
         documents, longest = len(bounds) - 1, int(inputs["max_length_q"])
         step = max(_power_of_two(tokens) // 16, 64)
-        room = -tokens % step if pads and "position_ids" in kept else 0
-        if room:
-            kept.update(_lengthened(kept, room))
-            bounds, tokens, documents = kept["cu_seq_lens_q"], tokens + room, documents + 1
-            longest = max(longest, room)
+        padding_tokens = -tokens % step if pads and "position_ids" in kept else 0
+        if padding_tokens:
+            kept.update(_lengthened(kept, padding_tokens))
+            bounds, tokens, documents = kept["cu_seq_lens_q"], tokens + padding_tokens, documents + 1
+            longest = max(longest, padding_tokens)
         if (
             longest * documents != tokens
         ):  # documents of one length are dense rows, whose shape must stay exact
@@ -171,16 +174,18 @@ def fixed_shape(inputs: dict[str, Any], pads: bool = False) -> tuple[dict[str, t
     return kept, tuple(sorted({**shape, "longest": longest}.items()))
 
 
-def _lengthened(pack: dict[str, torch.Tensor], room: int) -> dict[str, torch.Tensor]:
-    """The pack with one more document of `room` tokens that nothing is learnt from."""
+def _lengthened(pack: dict[str, torch.Tensor], padding_tokens: int) -> dict[str, torch.Tensor]:
+    """The pack with one more document of `padding_tokens` tokens that nothing is learnt from."""
     ids, bounds = pack["input_ids"], pack["cu_seq_lens_q"]
     longer = {
-        "input_ids": F.pad(ids, (0, room)),
-        "position_ids": torch.cat([pack["position_ids"], torch.arange(room, device=ids.device)[None]], dim=1),
-        "cu_seq_lens_q": torch.cat([bounds, bounds[-1:] + room]),
+        "input_ids": F.pad(ids, (0, padding_tokens)),
+        "position_ids": torch.cat(
+            [pack["position_ids"], torch.arange(padding_tokens, device=ids.device)[None]], dim=1
+        ),
+        "cu_seq_lens_q": torch.cat([bounds, bounds[-1:] + padding_tokens]),
     }
     if "labels" in pack:
-        longer["labels"] = F.pad(pack["labels"], (0, room), value=-100)
+        longer["labels"] = F.pad(pack["labels"], (0, padding_tokens), value=-100)
     return longer
 
 

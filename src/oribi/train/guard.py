@@ -28,7 +28,7 @@ HISTORY = 50  # logs that a spike is compared with
 FEWEST = 10  # logs before anything is called a spike
 # a loss this many typical deviations, and this share, above its recent median; a norm this many times its median
 DEVIATIONS, SHARE, NORM_RATIO = 8.0, 0.25, 10.0
-# nats a token: near a loss of zero every batch with one hard answer is many deviations above
+# nats per token: near a loss of zero every batch with one hard answer is many deviations above
 LEAST_JUMP = 0.1
 
 
@@ -66,11 +66,8 @@ class LossGuard(TrainerCallback):
         if not math.isfinite(loss):
             raise self._error(f"the loss is {loss}", state.global_step, model, args)
         if not self.scaled and (fresh > 0 or not math.isfinite(norm)):
-            what = (
-                f"the gradient norm is {norm}"
-                if not math.isfinite(norm)
-                else f"{fresh} gradients were not finite"
-            )
+            bad_norm = f"the gradient norm is {norm}"
+            what = f"{fresh} gradients were not finite" if math.isfinite(norm) else bad_norm
             raise self._error(what, state.global_step, model, args)
         self._warn_of_spikes(state.global_step, loss, norm)
         self.batches.clear()

@@ -63,10 +63,9 @@ class PositionedTrainer(Trainer):
     """transformers' `Trainer` that knows which rows it has read."""
 
     _resumed: Resumed | None = None
-    _parts: list[dict[str, int]] | None = (
-        None  # rows by when they joined the run: {"rows": number, "epoch": pass}
-    )
-    _part_items: list[int] = []  # rows, or packs, of each part
+    # rows by when they joined the run: {"rows": number, "epoch": pass}; and the rows, or packs, of each such part
+    _parts: list[dict[str, int]] | None = None
+    _part_items: list[int] = []
     _tail: dict[str, int] | None = (
         None  # where the resumed pass goes on, if transformers would go on elsewhere
     )

@@ -23,8 +23,21 @@ SMOOTHING = 0.9  # share of the past in the smoothed loss
 LINE_SECONDS = 10.0  # between two plain lines; log.jsonl has every log
 
 
+class Smoothed:
+    """Exponential mean that starts without a bias towards zero."""
+
+    def __init__(self) -> None:
+        self._total, self._weight = 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        """The mean with one more value."""
+        self._total = SMOOTHING * self._total + (1 - SMOOTHING) * value
+        self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        return self._total / self._weight
+
+
 class Progress(TrainerCallback):
-    """Step, loss, smoothed loss, learning rate, tokens a second, MFU on known GPUs, time left and peak memory.
+    """Step, loss, smoothed loss, learning rate, tokens per second, MFU on known GPUs, time left and peak memory.
 
     Args:
         live: rewrite one line; False, and any output that is no terminal, gets a line now and then.
@@ -34,7 +47,7 @@ class Progress(TrainerCallback):
     def __init__(self, live: bool = True, console: Console | None = None) -> None:
         self.console = console or Console(file=LastingStream(lambda: sys.stderr), soft_wrap=True)
         self.live = Live(console=self.console, transient=False) if live and self.console.is_terminal else None
-        self.weighted, self.weight = 0.0, 0.0
+        self.smoothed = Smoothed()
         self.first_step, self.started = 0, 0.0
         self.told: float | None = None  # when the last plain line was written
         self.line = Text()
@@ -73,15 +86,13 @@ class Progress(TrainerCallback):
         return first or state.global_step >= state.max_steps or time.monotonic() - self.told >= LINE_SECONDS
 
     def _describe(self, state: TrainerState, logs: dict[str, Any]) -> dict[str, str]:
-        self.weighted = SMOOTHING * self.weighted + (1 - SMOOTHING) * logs["loss"]
-        self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         step, total = state.global_step, state.max_steps
         elapsed = time.monotonic() - self.started
         left = elapsed / max(step - self.first_step, 1) * (total - step)
         parts = {
             "step": f"step {step}/{total}",
             "loss": f"loss {logs['loss']:.4f}",
-            "smoothed": f"smoothed {self.weighted / self.weight:.4f}",
+            "smoothed": f"smoothed {self.smoothed.add(logs['loss']):.4f}",
             "lr": f"lr {logs.get('learning_rate', 0.0):.2e}",
             "speed": f"{logs.get('tokens_per_second', 0):,.0f} tokens/s",
             "mfu": f"MFU {logs['mfu']:.1%}" if "mfu" in logs else "",
@@ -124,7 +135,7 @@ class JsonLog(TrainerCallback):
                 ]
                 write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         except OSError as error:
-            self._tell(path, error)
+            self._warn(path, error)
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:
         if state.is_world_process_zero:
@@ -135,9 +146,9 @@ class JsonLog(TrainerCallback):
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry, default=float) + "\n")
             except OSError as error:  # a log line is not worth a training
-                self._tell(path, error)
+                self._warn(path, error)
 
-    def _tell(self, path: Path, error: OSError) -> None:
+    def _warn(self, path: Path, error: OSError) -> None:
         if not self.failed:
             logger.warning("%s cannot be written: %s; training goes on without it", path, error.strerror)
         self.failed = True

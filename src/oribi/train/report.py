@@ -108,7 +108,7 @@ def write_report(
     small = [
         small_chart(log, "learning_rate", "learning rate"),
         small_chart(log, "grad_norm", "gradient norm"),
-        small_chart(log, "tokens_per_second", "tokens a second"),
+        small_chart(log, "tokens_per_second", "tokens per second"),
     ]
     charts = [as_svg(loss_chart(log)), *(as_svg(figure) for figure in small if figure is not None)]
     write_whole(folder / "report.html", as_page(report, charts))
@@ -177,7 +177,7 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         "held-out loss",
         lambda m: m["held_out"] and m["held_out"]["loss"],
         ".3f",
-        "before \u2192 after, nats a token",
+        "before \u2192 after, nats per token",
     )
     pair("answers that stop", lambda m: m["stop_rate"], ".0%", f"within {ANSWER_TOKENS} tokens")
     pair("general text", lambda m: m["general"]["perplexity"], ".1f", "perplexity; much higher is forgetting")
@@ -185,7 +185,7 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         found.append(("training", clock(training["seconds"]), f"{training['steps']} steps"))
     if training["tokens_per_second"]:
         share = f"; MFU {training['mfu']:.0%}" if training.get("mfu") is not None else ""
-        found.append(("speed", f"{training['tokens_per_second']:,.0f}", f"tokens a second, median{share}"))
+        found.append(("speed", f"{training['tokens_per_second']:,.0f}", f"tokens per second, median{share}"))
     if report["machine"].get("peak memory"):
         found.append(("peak memory", report["machine"]["peak memory"], report["machine"].get("device", "")))
     return found

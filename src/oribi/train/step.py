@@ -61,7 +61,7 @@ class StepTrainer(Trainer):
         """
         self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         self.guard.keep(self.state.global_step + 1, inputs)
-        # a mean of the micro-batch cannot be cut into parts, and nobody knows what a loss of the user's is
+        # a mean over the micro-batch cannot be cut into parts, and a user's loss need not be a sum over targets
         if not self.own_loss or num_items_in_batch is None or is_users(self, "compute_loss"):
             return self._micro_step(model, inputs, num_items_in_batch)
         if self._smaller is None:
@@ -130,12 +130,12 @@ class StepTrainer(Trainer):
             logger.log(level, said)
 
     def _plans_memory(self, model: nn.Module) -> bool:
-        """Whether what layers keep follows from the free memory; the plan takes weights for whole and lying still."""
+        """Whether the free memory decides what layers keep; the plan assumes whole weights that do not move."""
         choice = getattr(source_of(model), "checkpointing", False)
         return choice in (True, "auto", "oribi", "unsloth", "memory") and not is_sharded(base_model(model))
 
     def _start_recording(self, model: nn.Module, base: nn.Module, tokens: int) -> str | None:
-        """Has steps recorded as CUDA graphs where nothing speaks against it; what does, if anything."""
+        """Records steps as CUDA graphs, or returns the reason against it."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         scaled = self.accelerator.scaler is not None
         reason = reason_against(model, base, optimizer, tokens, self.args.world_size, scaled)
@@ -152,7 +152,7 @@ class StepTrainer(Trainer):
         return reason
 
     def _require_same_model(self) -> None:
-        """Before a recorded step: stops the recording where it would leave out what the user has added since."""
+        """Before a recorded step: stops replaying if the user has added something that a replay would leave out."""
         first = self.state.global_step != self._watched_step
         self._watched_step = self.state.global_step
         # adapters are compared once per optimizer step, hooks are looked for in every micro-step
@@ -205,7 +205,7 @@ class StepTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(args, model)
             self.optimizer = kind(self._parameter_groups(model), **options)
             return self.optimizer
-        # who clips in a way of their own gets the gradients before the optimizer does
+        # a trainer with its own clipping sees the gradients before the optimizer does
         clips_itself = is_users(self, "_clip_grad_norm") or "clip_grad_norm_" in vars(self.accelerator)
         self.optimizer = FlatAdamW(
             self._parameter_groups(model),

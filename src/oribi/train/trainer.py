@@ -282,7 +282,7 @@ class SFTTrainer(StepTrainer, PredictingTrainer, ResumableTrainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Progress):
                     callback.stop()
-        self.stop_on_signal.leave(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
+        self.stop_on_signal.end_program(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
         return output
 
     def _get_dataloader(
