@@ -43,7 +43,7 @@ def test_a_training_killed_at_random_moments_leaves_readable_checkpoints(subject
     tries = int(os.environ.get("ORIBI_KILLS", 4))  # `make test-faults` takes a hundred
     done = subprocess.run(
         [sys.executable, "-m", "tests.trust.kills", subject.path, str(tmp_path), str(tries)],
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=60 * tries,
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=120 + 60 * tries,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
