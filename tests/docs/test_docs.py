@@ -35,6 +35,16 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
+def test_a_training_step_is_followed_in_a_few_files():
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    section = page.partition("## One training step\n")[2].partition("\n## ")[0]
+    files = [
+        ROOT / "src" / "oribi" / name for name in re.findall(r"^\d+\. `([\w/.]+)`: ", section, re.MULTILINE)
+    ]
+    assert 10 < len(files) <= 16
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= 4500
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """(page, words) of every `oribi ...` in a block of shell, and in running text."""
     found = []
@@ -90,8 +100,11 @@ def test_links_and_named_files_exist(page):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-    for name in re.findall(r"`((?:examples|tests|benchmarks)/[\w./-]+)`", text):
+    for name in re.findall(r"`((?:examples|tests|benchmarks|src)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+    if page.name == "how-it-works.md":
+        for name in set(re.findall(r"`([\w/]+(?:\.py|/))`", text)) - {"kernels/NAME.py"}:
+            assert (ROOT / name).exists() or (ROOT / "src" / "oribi" / name).exists(), name
 
 
 @pytest.fixture
