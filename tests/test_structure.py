@@ -140,19 +140,14 @@ LONG_FUNCTIONS = {
 NAMES_DEFINED_TWICE = {
     "main",
     "Answer",
-    "build",
-    "checkpoints",
     "flop_per_token",
     "from_messages",
     "read_json",
-    "read_record",
-    "read_text",
     "recognise",
     "require_fit",
     "require_whole",
     "run",
     "steps_of",
-    "without_adapter",
 }
 
 # where an index of shards is named outside models/files.py

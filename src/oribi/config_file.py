@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from oribi.config import ALIASES, SETTINGS, RunConfig, Setting
-from oribi.config_yaml import compose, flags_of, parse_word, read_text, value_of, words_of
+from oribi.config_yaml import compose, flags_of, parse_word, settings_text, value_of, words_of
 from oribi.errors import ConfigError
 from oribi.text import nearest, shown, write_whole
 
@@ -86,7 +86,7 @@ def _read_file(path: Path, problems: list[Problem]) -> list[Given]:
         raise ConfigError(
             f"{path} is no config: a config is a YAML file, and `oribi init MODEL DATA` writes one"
         )
-    reader, node = compose(read_text(path), str(path))
+    reader, node = compose(settings_text(path), str(path))
     if node is None:
         return []
     if not isinstance(node, yaml.MappingNode):

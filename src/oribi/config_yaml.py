@@ -85,7 +85,7 @@ YamlReader.add_implicit_resolver(
 YamlReader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
-def read_text(path: Path) -> str:
+def settings_text(path: Path) -> str:
     """A settings file's text.
 
     Raises:

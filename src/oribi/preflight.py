@@ -22,7 +22,7 @@ from oribi.run_record import (
     RunRecord,
     checkpoints,
     own_checkpoints,
-    read_record,
+    read_run_record,
     require_writable,
 )
 from oribi.text import say
@@ -91,7 +91,7 @@ def check_folder(config: RunConfig, environment: Environment, overwrite: bool) -
     if overwrite and resume != "false":
         raise ConfigError("--overwrite removes the run that --resume would go on with; give one of them")
     record, results = (
-        read_record(folder),
+        read_run_record(folder),
         [name for name in FORM_FOLDERS.values() if (Path(folder) / name).is_dir()],
     )
     steps = steps_of(folder, record)

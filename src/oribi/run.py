@@ -24,7 +24,7 @@ from oribi.run_record import (
     FORM_FOLDERS,
     is_locked,
     own_checkpoints,
-    read_record,
+    read_run_record,
     record_saved,
     remove_run,
     run_lock,
@@ -202,7 +202,7 @@ def _save(
         Form -> where it was saved; and of each form that could not be written or is not right, its folder and the error.
     """
     folder, saved, failures = Path(config.output_dir), {}, {}
-    step, record = trainer.state.global_step, read_record(folder)
+    step, record = trainer.state.global_step, read_run_record(folder)
     there = record.saved if record else {}
     for form, name in result_folders(config).items():
         if there.get(name) == step and (folder / name).is_dir():
@@ -300,7 +300,7 @@ class RunState:
 
 def state_of(folder: str | Path) -> RunState:
     """Whether a run is finished, was stopped, was killed, or trains now."""
-    record, kept = read_record(folder), own_checkpoints(folder)
+    record, kept = read_run_record(folder), own_checkpoints(folder)
     steps = steps_of(str(folder), record)
     if record is None:  # of an earlier version: the summary of a training that ended, whole or stopped
         ended = any("train_loss" in entry for entry in read_log(folder))

@@ -89,7 +89,7 @@ def new_run() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
-def read_record(folder: str | os.PathLike) -> RunRecord | None:
+def read_run_record(folder: str | os.PathLike) -> RunRecord | None:
     """The record of a folder; None where there is none, or none that can be read."""
     try:
         values = json.loads((Path(folder) / RECORD_FILE).read_text(encoding="utf-8"))
@@ -103,12 +103,12 @@ def read_record(folder: str | os.PathLike) -> RunRecord | None:
 
 def has_damaged_record(folder: str | os.PathLike) -> bool:
     """Whether a folder has a record that cannot be read."""
-    return (Path(folder) / RECORD_FILE).exists() and read_record(folder) is None
+    return (Path(folder) / RECORD_FILE).exists() and read_run_record(folder) is None
 
 
 def record_saved(folder: str | os.PathLike, form: str, step: int) -> None:
     """Note in a run's folder that a result folder now holds the model of a step."""
-    record = read_record(folder)
+    record = read_run_record(folder)
     if record is not None:
         record.saved[form] = step
         record.write(folder)
@@ -134,49 +134,43 @@ def checkpoints(folder: str | os.PathLike) -> list[Checkpoint]:
 
 def own_checkpoints(folder: str | os.PathLike) -> list[Checkpoint]:
     """The checkpoints of the run that a folder's record names; all of them where nothing tells them apart."""
-    found, record = checkpoints(folder), read_record(folder)
+    found, record = checkpoints(folder), read_run_record(folder)
     if record is None:
         return found
-    runs = {one: read_record(one.path) for one in found}
+    runs = {one: read_run_record(one.path) for one in found}
     return [one for one in found if runs[one] is None or runs[one].run == record.run]
 
 
 class Newest(NamedTuple):
-    """The newest model of a run's folder, and what to tell about the choice."""
+    """The newest model of a run's folder, and what to say about the choice."""
 
     path: Path
     note: str
 
 
 def newest_model(folder: str | os.PathLike) -> Newest | None:
-    """The adapter or checkpoint of a run that was trained longest; a merged model only where there is nothing else.
+    """The adapter or checkpoint of a run that was trained longest; a merged model only if there is nothing else.
 
-    A merged model of the run's folder may be an export of an earlier step. It is the run's own result where the run has
-    no adapter and no newer checkpoint.
+    A merged model in a run's folder may be an export of an earlier step. It is the run's own result if the run has
+    neither an adapter nor a newer checkpoint.
     """
-    folder, record = Path(folder), read_record(folder)
-    saved = record.saved if record else {}
+    folder, record = Path(folder), read_run_record(folder)
     kept = [one for one in own_checkpoints(folder) if _holds_model(one.path)]
-    results = [folder / name for name in ("adapter", "merged") if _holds_model(folder / name)]
-    if not results and not kept:
-        return None
-    if not results:
-        return Newest(kept[-1].path, f"its {kept[-1].path.name} is loaded (step {kept[-1].step})")
-    result = results[0]
-    step = saved.get(result.name)
-    if not kept:
-        return Newest(
-            result, f"its {result.name} is loaded" + (f" (step {step})" if step is not None else "")
-        )
-    last = kept[-1]
-    export = result.name == "merged" and step is None
-    newer = last.step > step if step is not None else export or _written(last.path) > _written(result)
-    if newer:
-        older = f"step {step}" if step is not None else "an earlier step"
-        return Newest(
-            last.path, f"its {last.path.name} is loaded (step {last.step}); {result.name} is of {older}"
-        )
-    return Newest(result, f"its {result.name} is loaded (step {last.step if step is None else step})")
+    names = [name for name in ("adapter", "merged") if _holds_model(folder / name)]
+    last, name = kept[-1] if kept else None, names[0] if names else None
+    step = record.saved.get(name) if record and name else None
+    if name is None:
+        return None if last is None else Newest(last.path, f"loading its {last.path.name}")
+    if last is not None:
+        if step is not None:
+            newer = last.step > step
+        else:  # a folder that the record does not name: an export, or of an earlier version
+            newer = name == "merged" or _written(last.path) > _written(folder / name)
+        if newer:
+            older = f"step {step}" if step is not None else "an earlier step"
+            return Newest(last.path, f"loading its {last.path.name}; {name} is from {older}")
+        step = last.step if step is None else step
+    return Newest(folder / name, f"loading its {name}" + (f" (step {step})" if step is not None else ""))
 
 
 def _holds_model(folder: Path) -> bool:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from oribi.run_record import RunRecord, checkpoints, newest_model, read_record
+from oribi.run_record import RunRecord, checkpoints, newest_model, read_run_record
 from tests.train.conftest import some_conversations
 
 
@@ -248,7 +248,7 @@ def test_a_newer_checkpoint_is_loaded_in_place_of_an_older_export(oribi, folder)
     result = oribi("export", folder, "--to", "merged", "--output", folder)
     assert result.code == 0, result.err
     answer = oribi("chat", folder, "-p", "the red fox", "--max-new-tokens", 2)
-    assert "is a run: its checkpoint-4 is loaded (step 4); merged is of an earlier step" in answer.err
+    assert "is a run: loading its checkpoint-4; merged is from an earlier step" in answer.err
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_a_config_with_comments_in_the_folder_of_its_run_is_left_as_it_is(oribi,
     own.write_text("# mine\n" + config.read_text() + f"output_dir: {tmp_path}\n")
     assert oribi("train", own).code == 0
     assert own.read_text().startswith("# mine\n")
-    assert read_record(tmp_path).state == "finished"
+    assert read_run_record(tmp_path).state == "finished"
 
 
 def test_init_names_the_folder_by_model_and_data(oribi, tiny_folder, tmp_path, monkeypatch):

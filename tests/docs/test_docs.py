@@ -13,7 +13,7 @@ import pytest
 import typer
 
 import oribi
-from oribi.cli import build
+from oribi.cli import build_command
 from oribi.config import ALIASES, RunConfig
 from tests.train.conftest import some_conversations
 
@@ -65,7 +65,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: " ".join(value)[:60])
 def test_a_documented_command_exists(page, words):
-    group = typer.main.get_command(build())
+    group = typer.main.get_command(build_command())
     verb = words[1]
     if verb.isupper():  # a placeholder
         return

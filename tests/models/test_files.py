@@ -167,7 +167,7 @@ def test_the_last_checkpoint_of_a_run_is_taken(tmp_path):
         (tmp_path / f"checkpoint-{step}/adapter_config.json").write_text("{}")
     location = locate(str(tmp_path), HubOptions())
     assert (location.kind, location.directory.name) == ("adapter", "checkpoint-100")
-    assert "is a run: its checkpoint-100 is loaded" in location.notes[0]
+    assert "is a run: loading its checkpoint-100" in location.notes[0]
 
 
 def test_weight_files_of_a_single_file_with_another_name(tmp_path):

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from oribi.config import RunConfig
 from oribi.errors import ConfigError, DataError
 from oribi.lora.attach import attach_lora
-from oribi.run_record import RECORD_FILE, checkpoints, own_checkpoints, read_record, remove_run, run_lock
+from oribi.run_record import RECORD_FILE, checkpoints, own_checkpoints, read_run_record, remove_run, run_lock
 from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.fingerprint import APPLIED, BASE, FIXED, FREE, ON_RESUME, ROWS, data_record
 from tests.trust.runs import losses_of, trainer_in, weights_of
@@ -68,7 +68,7 @@ def test_a_new_run_neither_rotates_nor_continues_the_checkpoints_of_another(subj
     other = trainer_in(subject, run, max_steps=4, save_total_limit=2, seed=7)
     other.train()
     assert steps_of(run) == [3, 4]
-    assert {read_record(one.path).run for one in checkpoints(run)} == {other.run_id}
+    assert {read_run_record(one.path).run for one in checkpoints(run)} == {other.run_id}
     (earlier,) = (run / "_earlier").iterdir()
     assert steps_of(earlier) == [2, 3, 4]
     assert (earlier / "log.jsonl").is_file()
@@ -81,7 +81,7 @@ def test_a_new_run_neither_rotates_nor_continues_the_checkpoints_of_another(subj
 
 def test_resume_is_refused_where_only_another_run_left_checkpoints(subject, run):
     """As after a kill before the first save of a run that was started in the folder of another."""
-    record = read_record(run)
+    record = read_run_record(run)
     record.run = "20990101-000000-aaaaaa"
     record.write(run)
     assert own_checkpoints(run) == []
@@ -119,7 +119,7 @@ def test_what_changes_the_meaning_is_refused_with_both_values(subject, run, line
         trainer.train(resume_from_checkpoint=True)
     assert line in str(refused.value)
     assert steps_of(run) == [2, 3, 4]
-    assert read_record(run).state == "stopped"
+    assert read_run_record(run).state == "stopped"
 
 
 @pytest.mark.parametrize("change", ["one token", "other order", "fewer"])
@@ -164,13 +164,13 @@ def test_a_new_learning_rate_acts_from_the_checkpoint_on_and_is_said(subject, ru
     assert rates[5] == pytest.approx(1e-5 * 4 / 8)  # linear over 8 steps without warm-up
     assert rates[8] == pytest.approx(1e-5 * 1 / 8)
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.3}
-    assert read_record(run).settings["learning_rate"] == 1e-5
+    assert read_run_record(run).settings["learning_rate"] == 1e-5
     moved = [w.norm() for n, w in weights_of(trainer).items() if "lora_B" in n]
     assert max(moved) > 0
 
 
 def test_a_schedule_that_finds_its_own_rate_takes_no_other(subject, run):
-    record = read_record(run / "checkpoint-4")
+    record = read_run_record(run / "checkpoint-4")
     record.settings["lr_scheduler_type"] = "reduce_lr_on_plateau"
     record.write(run / "checkpoint-4")
     trainer = resumed(subject, run, learning_rate=1e-5)
@@ -307,7 +307,7 @@ def test_a_finished_run_has_nothing_left_however_often_it_is_started(subject, tm
         assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(again).items())
         assert steps_of(tmp_path) == [1, 2, 3]
         assert [json.loads(a)["loss"] for a in log.splitlines()[:3]] == list(logged(tmp_path).values())
-    assert read_record(tmp_path).state == "finished"
+    assert read_run_record(tmp_path).state == "finished"
     further = trainer_in(subject, tmp_path, **{**words, "max_steps": -1, "num_train_epochs": 1})
     further.train(resume_from_checkpoint=True)
     assert further.state.global_step == 10

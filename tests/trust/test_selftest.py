@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from oribi.cli import build
+from oribi.cli import build_command
 from oribi.environment import detect
 from oribi.errors import ModelError
 from oribi.selftest import suite
@@ -97,7 +97,7 @@ def test_a_failed_check_ends_the_command_with_1(monkeypatch):
     assert math.isnan(bad.error)
     for checks, code in (([good], 0), ([good, bad], 1)):
         monkeypatch.setattr(suite, "_all", lambda subject, folder, checks=checks: iter(checks))
-        result = CliRunner().invoke(build(), ["selftest", "--device", "cpu"])
+        result = CliRunner().invoke(build_command(), ["selftest", "--device", "cpu"])
         assert result.exit_code == code, result.output
     assert "FAILED" in result.output
     assert "ValueError: why" in result.output

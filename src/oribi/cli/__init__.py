@@ -43,7 +43,7 @@ def options(
     """QLoRA fine-tuning of language models: fast, lean, and checked against references."""
 
 
-def build() -> typer.Typer:
+def build_command() -> typer.Typer:
     """The command with all its verbs."""
     # boxes are for terminals; a standard output that is closed is None
     markup = "rich" if LastingStream(lambda: sys.stdout).isatty() else None
@@ -99,7 +99,7 @@ def _words(given: list[str]) -> list[str]:
 
 def _run(words: list[str]) -> int | str | None:
     try:
-        build()(words, prog_name="oribi")
+        build_command()(words, prog_name="oribi")
     except OribiError as error:
         complain(str(error))
     except SystemExit as ended:

@@ -107,7 +107,7 @@ class FastLanguageModel:
             load_in_16bit=load_in_16bit,
             full_finetuning=full_finetuning,
             token=token,
-            device_map=device_map,
+            device_map="auto" if device_map == "unsloth" else device_map,
             rope_scaling=rope_scaling,
             trust_remote_code=trust_remote_code,
             revision=revision,

@@ -56,7 +56,7 @@ def _prepare(found: Converted) -> None:
                 "adapter",
                 "quantised weights cannot be trained; set adapter to qlora or lora, or load_in_4bit to false",
             )
-        shared.without_adapter(found, "no adapter")
+        shared.put_full_finetuning(found, "no adapter")
     elif adapter not in ("lora", "qlora"):
         found.refuse("adapter", "oribi trains LoRA adapters (lora, qlora), or every weight")
     elif adapter == "qlora" or four_bits:

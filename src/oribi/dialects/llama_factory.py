@@ -70,7 +70,7 @@ def _prepare(found: Converted) -> None:
     entries = found.entries
     kind = entries.get("finetuning_type") or "lora"
     if kind == "full":
-        shared.without_adapter(found, "finetuning_type = full")
+        shared.put_full_finetuning(found, "finetuning_type = full")
         if not entries.get("pure_bf16"):
             found.differences.append(shared.MASTER_WEIGHTS)
     elif kind != "lora":
@@ -103,7 +103,7 @@ def _finish(found: Converted) -> None:
     if not found.values.get("full_finetuning"):
         found.put_default("lora_r", 8)
         found.put_default("lora_alpha", 2 * found.values["lora_r"])
-    shared.checkpoints(found, "steps")
+    shared.put_strategies(found, "steps")
     shared.precision(found)
 
 

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from oribi.config_yaml import flags_of, parse, parse_word, read_text
+from oribi.config_yaml import flags_of, parse, parse_word, settings_text
 from oribi.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def read_entries(path: Path) -> tuple[list[str], dict[str, Any]]:
     Raises:
         ConfigError: the file cannot be read, is no YAML or JSON, or its flags cannot be known without running it.
     """
-    text = read_text(path)
+    text = settings_text(path)
     return _read_flags(path, text) if path.suffix == ".sh" else ([], _read_mapping(path, text))
 
 

@@ -129,7 +129,7 @@ def evaluation(found: Converted) -> str:
     return found.entries.get("eval_strategy") or found.entries.get("evaluation_strategy") or "no"
 
 
-def checkpoints(found: Converted, default: str) -> None:
+def put_strategies(found: Converted, default: str) -> None:
     """save_strategy, save_steps, eval_strategy and eval_steps of TrainingArguments, together."""
     entries = found.entries
     saving = entries.get("save_strategy") or default
@@ -154,7 +154,7 @@ def precision(found: Converted) -> None:
         found.put("dtype", "float16", "fp16 = true")
 
 
-def without_adapter(found: Converted, why: str) -> None:
+def put_full_finetuning(found: Converted, why: str) -> None:
     """Every weight is trained, so what the file says of an adapter counts for nothing there, and nothing here."""
     found.put("full_finetuning", True, why)
     for key in list(found.entries):
@@ -171,7 +171,7 @@ MASTER_WEIGHTS = (
 EIGHT_BITS = "weights are NF4 or 16 bit; 16 bit is taken, which is exact and needs more memory"
 NEW_ADAPTER = "oribi starts a new adapter; in Python an adapter can be loaded and trained on: FastLanguageModel.from_pretrained(ADAPTER)"
 ADAPTERS_START = "adapters start as PEFT starts them; in Python: get_peft_model(init_lora_weights=...)"
-# `checkpoints` reads them
+# `put_strategies` reads them
 CHECKPOINTS = read_elsewhere(
     ("save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps")
 )

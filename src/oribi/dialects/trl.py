@@ -39,7 +39,7 @@ def _prepare(found: Converted) -> None:
         if entries.get(key):
             found.refuse(key, "quantised weights cannot be trained without use_peft")
         entries.pop(key, None)
-    shared.without_adapter(found, "use_peft unset")
+    shared.put_full_finetuning(found, "use_peft unset")
     found.differences.append(shared.MASTER_WEIGHTS)
 
 
@@ -52,7 +52,7 @@ def _finish(found: Converted) -> None:
     if "max_length" in entries and entries["max_length"] is None:
         found.refuse("max_length", "without it trl cuts nothing; give the length of the longest example")
     _masking(found)
-    shared.checkpoints(found, "steps")
+    shared.put_strategies(found, "steps")
     if shared.evaluation(found) != "no" and "eval_fraction" not in found.values:
         found.unsupported["dataset_test_split"] = (
             "no evaluation; eval_fraction takes a share of the training rows, eval_dataset files, or data sets of the same split"

@@ -36,7 +36,7 @@ def _prepare(found: Converted) -> None:
         found.refuse("config", "convert that file, and add the flags of the command to what comes out")
     kind = str(flat.get("training_type") or "lora").lower()
     if kind == "full":
-        shared.without_adapter(found, "training_type = full")
+        shared.put_full_finetuning(found, "training_type = full")
         flat.pop("load_in_4bit", None)
         flat.pop("target_modules", None)
     elif kind != "lora":

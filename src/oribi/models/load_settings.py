@@ -16,7 +16,7 @@ _DTYPES = {
     **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
     **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
 }
-_ONE_DEVICE = ("auto", "sequential", "balanced", "balanced_low_0", "unsloth")
+_ONE_DEVICE = ("auto", "sequential", "balanced", "balanced_low_0")
 
 
 # keywords of `load_model` that few callers need, and those of them that are for the hub

@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from oribi.errors import TrainingError
-from oribi.run_record import RunRecord, checkpoints, own_checkpoints, read_record
+from oribi.run_record import RunRecord, checkpoints, own_checkpoints, read_run_record
 from oribi.save.trained import require_finite
 from oribi.text import say
 from oribi.train.setup import temporarily
@@ -109,7 +109,7 @@ def checkpoint_trained(trainer: Trainer) -> Path | None:
         The checkpoint, which may go once the model is saved in every form that is asked for; None if none was written.
     """
     folder, step = trainer.args.output_dir, trainer.state.global_step
-    record = read_record(folder)
+    record = read_run_record(folder)
     saved = record is not None and step in record.saved.values()
     kept = saved or any(one.step == step for one in own_checkpoints(folder))
     if not any_process(trainer, not kept and trainer.args.should_save):
@@ -133,7 +133,7 @@ def where_trained_is(trainer: Trainer) -> str:
     advice = f"When that is mended, `oribi export {folder} --to FORMS` writes them"
     if any(one.step == step for one in own_checkpoints(folder)):
         return f"The trained weights are kept in {folder}/checkpoint-{step}. {advice}"
-    saved = read_record(folder)
+    saved = read_run_record(folder)
     if saved is not None and step in saved.saved.values():
         return f"The model is saved in {folder} in other forms already. {advice} in this one"
     return "The trained weights are in no checkpoint; free some space, and set save_steps"

@@ -25,7 +25,7 @@ from oribi.run_record import (
     RunRecord,
     checkpoints,
     new_run,
-    read_record,
+    read_run_record,
     run_lock,
     set_aside,
 )
@@ -69,7 +69,7 @@ class RunFiles(TrainerCallback):
     def _write(self, args: TrainingArguments, state: TrainerState, how: str) -> None:
         if not state.is_world_process_zero:
             return
-        before = read_record(args.output_dir)
+        before = read_run_record(args.output_dir)
         record = self.trainer.run_record()
         record.state = how
         if before is not None and before.run == record.run:
@@ -212,7 +212,7 @@ class ResumableTrainer(PositionedTrainer):
 
     def _start(self, resumed: Resumed | None) -> None:
         """Take the folder for this run: what is another run's, or lies behind the resumed step, moves aside."""
-        folder, before = Path(self.args.output_dir), read_record(self.args.output_dir)
+        folder, before = Path(self.args.output_dir), read_run_record(self.args.output_dir)
         record = None if resumed is None else resumed.record
         self._resumed, self._tail, self._nothing_left = resumed, None, False
         same = before.run if before is not None else ""
@@ -235,7 +235,7 @@ class ResumableTrainer(PositionedTrainer):
         def stays(step: int, path: Path) -> bool:
             if path.resolve() == mine:
                 return True
-            record = read_record(path)
+            record = read_run_record(path)
             known = before is None or record is None or record.run == self.run_id
             return resumed is not None and step < resumed.step and known
 

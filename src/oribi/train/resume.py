@@ -13,7 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from oribi.errors import ConfigError, ModelError
 from oribi.models.files import shard_names
-from oribi.run_record import Checkpoint, RunRecord, has_damaged_record, own_checkpoints, read_record
+from oribi.run_record import Checkpoint, RunRecord, has_damaged_record, own_checkpoints, read_run_record
 
 STATE_FILE = "trainer_state.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -47,7 +47,7 @@ def newest_whole(folder: str | os.PathLike, weights_only: bool = False) -> Resum
     for one in reversed(own_checkpoints(folder)):
         problem = damage_of(one.path, weights_only)
         if problem is None:
-            return Resumed(one.step, one.path, read_record(one.path), weights_only, tuple(damaged))
+            return Resumed(one.step, one.path, read_run_record(one.path), weights_only, tuple(damaged))
         damaged.append((one, problem))
     if not damaged:
         return None
@@ -72,7 +72,7 @@ def named_checkpoint(path: str | os.PathLike, weights_only: bool = False) -> Res
         advice = "" if weights_only else f", or {WEIGHTS}"
         raise ConfigError(f"{path} is not whole: {problem}. Resume from another checkpoint{advice}")
     step = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
-    return Resumed(step, path, read_record(path), weights_only)
+    return Resumed(step, path, read_run_record(path), weights_only)
 
 
 def damage_of(checkpoint: Path, weights_only: bool = False) -> str | None:
@@ -84,7 +84,7 @@ def damage_of(checkpoint: Path, weights_only: bool = False) -> str | None:
     """
     if has_damaged_record(checkpoint):
         return "its oribi_run.json cannot be read"
-    record = read_record(checkpoint)
+    record = read_run_record(checkpoint)
     files = record.files if record else {}
     return next(_problems(checkpoint, files, weights_only), None)
 
