@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from oribi.data import prepare_dataset
+from oribi.data.prepare import prepare_dataset
 from oribi.errors import ModelError
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
 from oribi.models.open import open_model
 from oribi.save.adapter_files import write_adapter
-from oribi.save.export_gguf import save_gguf
+from oribi.save.gguf import save_gguf
 from tests.models.tiny_checkpoint import checkpoint
 
 LOAD = {"dtype": "float32", "device_map": "cpu", "max_seq_length": 64, "load_in_4bit": False}

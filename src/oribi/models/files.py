@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from oribi.errors import ModelError
 from oribi.gguf.source import GGUFSource
@@ -26,9 +27,8 @@ from oribi.text import nearest
 # everything about a model but its weights; original/ and onnx/ folders hold further copies
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
 _ELSEWHERE = ["original/*", "onnx/*", "coreml/*", "openvino/*", "gguf/*"]
-_INDEX = "model.safetensors.index.json"
 _LARGEST_JSON = 64 << 20  # bytes; an index of thousands of tensors has a few
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def weight_files(location: Location, options: HubOptions, allow_pickle: bool = F
     if location.kind == "gguf":
         return [location.file]
     directory = location.directory
-    names = shard_names(directory / _INDEX)
+    names = shard_names(directory / SAFE_WEIGHTS_INDEX_NAME)
     if names is None:
         names = ["model.safetensors"]
         _fetch(location, options, names)
@@ -176,7 +176,7 @@ def open_weights(
     files = weight_files(location, options, allow_pickle)
     if files[0].suffix == ".bin":
         return PickleSource(files, rename)
-    index = _weight_map(location.directory / _INDEX) or {}
+    index = _weight_map(location.directory / SAFE_WEIGHTS_INDEX_NAME) or {}
     homes = {name: location.directory / shard for name, shard in index.items()}
     return SafetensorsSource(files, rename, homes)
 
@@ -258,7 +258,7 @@ def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location
         return Location("adapter", directory, name)
     if (directory / "config.json").is_file():
         _weight_map(
-            directory / _INDEX
+            directory / SAFE_WEIGHTS_INDEX_NAME
         )  # what loading would refuse is refused wherever the model is looked at
         return Location("checkpoint", directory, name)
     inner = newest_model(directory)

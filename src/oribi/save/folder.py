@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
 from oribi.errors import ExportError, OribiError
 from oribi.text import gigabytes, say
 
 # loaders read these first: they are removed before the first new file moves in, and arrive last
-_ENTRIES = ("model.safetensors.index.json", "config.json", "adapter_config.json")
+_ENTRIES = (SAFE_WEIGHTS_INDEX_NAME, "config.json", "adapter_config.json")
 # errors of the disk, not of the trained model; another folder may work
 _DISK_FAULTS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE,

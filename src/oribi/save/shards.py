@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from oribi.errors import ConfigError
 
@@ -80,7 +81,7 @@ def write_shards(
         shard_of |= {plan.name: file for plan in shard}
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": shard_of}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_shard(path: Path, plans: list[TensorPlan], tensors: Iterable[torch.Tensor]) -> None:
