@@ -73,7 +73,7 @@ class Layout:
 
 
 def _forms(text: str) -> Iterator[str]:
-    """How templates write a text: as it is, trimmed, or as JSON."""
+    """The forms in which templates write a text: as it is, trimmed, or as JSON."""
     yield text
     yield text.strip()
     yield text.lstrip()
@@ -84,7 +84,7 @@ def _forms(text: str) -> Iterator[str]:
 
 
 def take_out_texts(messages: list[dict[str, Any]]) -> Skeleton:
-    """Replace every text of a conversation by a placeholder; thinking within the content is a text of its own."""
+    """Replace every text of a conversation by a placeholder; a thought within the content gets its own placeholder."""
     skeleton = Skeleton([], [], [], [])
 
     def take(text: str, name: str) -> str:
@@ -112,7 +112,7 @@ def take_out_texts(messages: list[dict[str, Any]]) -> Skeleton:
 
 
 def thoughts_of(message: dict[str, Any]) -> list[str]:
-    """What an assistant thought in a turn, in fields of its own or within the content."""
+    """The thoughts of an assistant's message, in fields of their own or within the content."""
     skeleton = take_out_texts([message])
     return [text for text, name in zip(skeleton.texts, skeleton.names) if name == "thinking"]
 
@@ -134,7 +134,7 @@ class LayoutFinder:
         skeleton = self.skeleton
         try:
             rendered = self._render(skeleton.messages)
-        except DataError:  # the template wants more of the texts than that they are texts
+        except DataError:  # the template inspects message contents, so placeholders do not render
             return None
         self.literals, self.slots = SLOT.split(rendered), slots_in(rendered)
         missing = sorted(set(range(len(skeleton.texts))) - set(self.slots))

@@ -62,7 +62,7 @@ def limited() -> Iterator[None]:
 
 
 def spend(steps: int) -> None:
-    """Count work, and look at the clock now and then."""
+    """Count work, and check the clock from time to time."""
     _work.steps += steps
     if _work.steps < _work.next_look:
         return
@@ -86,7 +86,7 @@ def require_items(count: int) -> None:
 
 
 def _checked(value: Any) -> Any:
-    """A value that was made or is read as a whole, if it is not too long."""
+    """Return a value that was made or is read as a whole; refuse one that is too long."""
     kind = value.__class__
     if kind is str:
         if len(value) > LONG_TEXT:
@@ -124,7 +124,7 @@ def _largest(args: Iterable[Any]) -> int:
     return max(sizes, default=0)
 
 
-# How many characters come of a value and arguments, at most: what each makes that makes more than it is given.
+# Upper bounds on the characters that an operation makes of a value and its arguments, for operations whose result is longer.
 
 
 def _padded(value: Any, args: tuple[Any, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation the assistant wrote: found by rendering, never by searching for markers.
+"""Finds which characters of a rendered conversation the assistant wrote, by rendering, never by searching for markers.
 
 A trained span begins where the generation prompt ends and closes with the end-of-turn token. Spans come from the layout
 of the conversation, which holds only if layout and texts put together give exactly the rendered text. Where the template

@@ -105,7 +105,7 @@ def get_chat_template(
         map_eos_token: make the end of a turn the tokenizer's EOS, so that generation stops there. If the vocabulary has no such
             token, turns end with the tokenizer's EOS instead; the vocabulary stays as it is.
         system_message: stands in for a missing system message; named templates only.
-        ignored: `patch_saving` and `use_zoo_tokenizer_patch`, which other callers pass and which mean nothing here.
+        ignored: `patch_saving` and `use_zoo_tokenizer_patch`, which callers of other libraries pass; they have no effect.
 
     Returns:
         The tokenizer.

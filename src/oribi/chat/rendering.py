@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: rendering exactly as transformers does, and what the template says about turns."""
+"""A tokenizer's chat template: renders exactly as transformers does, and finds out which roles, fields and calls it writes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from oribi.errors import DataError
 # Keywords by which known templates switch thinking: a generation prompt of any of these states is given, not generated.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 
+# a tool call that shows how a template writes calls, and what ties a result to it
+_CALL = {
+    "id": "oribi0001", "type": "function",
+    "function": {"name": "oribi_probe", "arguments": {"k": "oribi_v"}},
+}  # fmt: skip
+_ANSWERED = {"name": "oribi_probe", "tool_call_id": "oribi0001"}
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -137,12 +143,10 @@ class ChatTemplate:
         return self._call_forms[key]
 
     def _writes_calls(self, empty: str | None, as_text: bool, tools: Sequence[Any] | None) -> bool:
-        function = {"name": "oribi_probe", "arguments": {"k": "oribi_v"}}
-        call = _with_arguments({"id": "oribi0001", "type": "function", "function": function}, as_text)
         messages = [
             {"role": "user", "content": "x"},
-            {"role": "assistant", "content": empty, "tool_calls": [call]},
-            {"role": "tool", "name": "oribi_probe", "tool_call_id": "oribi0001", "content": "x"},
+            {"role": "assistant", "content": empty, "tool_calls": [_with_arguments(_CALL, as_text)]},
+            {"role": "tool", "content": "x", **_ANSWERED},
         ]
         try:
             rendered = self.render(messages, tools)
@@ -191,10 +195,8 @@ def _with_role(role: str, after: str) -> list[list[dict[str, Any]]]:
     answer = {"role": "assistant", "content": "x"}
     if role in INSTRUCTIONS:
         return [[user, answer, message, user]]
-    function = {"name": "oribi_probe", "arguments": {"k": "oribi_v"}}
-    call = {"id": "oribi0001", "type": "function", "function": function}
-    result = {**message, "name": "oribi_probe", "tool_call_id": "oribi0001"}
-    return [[user, {**answer, "content": "", "tool_calls": [call]}, result], [user, answer, result]]
+    result = {**message, **_ANSWERED}
+    return [[user, {**answer, "content": "", "tool_calls": [_CALL]}, result], [user, answer, result]]
 
 
 def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Loading a tokenizer and repairing what trips up training: padding, the chat template, the end of a turn.
+"""Loads a tokenizer and repairs what breaks training: padding, a missing chat template, a missing end token.
 
 The vocabulary never changes here. Every repair is reported as one line.
 """
@@ -33,7 +33,7 @@ _FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", *OBJECTS,
     "chat_template.jinja",
 )  # fmt: skip
-# what rules of cutting differ on; the leading space is one that some classes add
+# text on which pre-tokenizers differ; some classes add the leading space themselves
 _CUTS = " Hello world's  1234567 naïve\n\n\tx=(y+1); 你好ですか? I'LL 👍🏽"
 
 
@@ -44,7 +44,7 @@ class Repaired:
     Args:
         tokenizer: pads on the left, as batched generation needs.
         eos_token_ids: every token that ends an answer, the tokenizer's own eos first.
-        notes: one line a repair.
+        notes: one line per repair.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ def load_tokenizer(
 
 
 def _try(tokenizer: PreTrainedTokenizerBase) -> None:
-    """What every use of a tokenizer asks of it; one that cannot answer is told while it loads."""
+    """Call what every user of a tokenizer calls, so that a broken one fails while it loads."""
     tokenizer.decode(tokenizer(_CUTS)["input_ids"])
     len(tokenizer), tokenizer.all_special_ids, tokenizer.get_vocab()
 

@@ -22,7 +22,7 @@ class PackCollator:
     """Lays all documents of its examples end to end in one row.
 
     Args:
-        tokens: constant T; the room left is filled with one document of pad tokens that trains nothing. None: no padding.
+        tokens: constant T; the rest is filled with one document of pad tokens that trains nothing. None: no padding.
         pad_to_multiple_of: round T up to a multiple, where `tokens` is not given.
         pad_token_id: what the padding document consists of; any id does, it is never trained.
     """

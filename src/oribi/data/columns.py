@@ -1,4 +1,4 @@
-"""Which column of a row means what, and which columns of a row nothing was read from."""
+"""The meaning of a row's columns by their names, and which of them were read."""
 
 from __future__ import annotations
 

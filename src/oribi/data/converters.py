@@ -1,4 +1,4 @@
-"""One row to one example, in each of the formats that conversations.py recognises."""
+"""Converts one row to one example, for each format that conversations.py recognises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are a split: the hub's rule, by the words of file and folder names.
+"""Finds the files of a folder that belong to a split, by the hub's rule: words in file and folder names.
 
 A split is a word of a file's name (train-00000-of-00002.parquet, my_test.jsonl), or else of the folders it lies in
 (data/train/0.jsonl). Only where no file bears any split's name are all files one split.

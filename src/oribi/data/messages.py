@@ -1,4 +1,4 @@
-"""Messages as a chat template takes them: roles, contents, thoughts, tool calls, and which part of them is trained."""
+"""Reads messages into the form that chat templates take: roles, contents, thoughts, tool calls, and what is trained."""
 
 from __future__ import annotations
 

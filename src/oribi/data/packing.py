@@ -1,4 +1,4 @@
-"""Best-fit packing: whole documents into packs of at most `max_tokens`, with as little room left as the lengths allow.
+"""Best-fit packing: puts whole documents into packs of at most `max_tokens` and leaves as little unused as possible.
 
 Source: best fit decreasing, a guarantee of at most 11/9 of the fewest packs (Johnson et al. 1974, SIAM J. Comput. 3).
 """
@@ -31,7 +31,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[
 
     Args:
         lengths: [N] tokens of each document.
-        max_tokens: room of a pack, in tokens.
+        max_tokens: capacity of a pack, in tokens.
 
     Returns:
         Packs as lists of document numbers; each number comes once, and no pack holds more than max_tokens.
@@ -47,25 +47,25 @@ def best_fit(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[
             f"max_seq_length <= {max_tokens} or make the packs larger."
         )
     packs: list[list[int]] = []
-    open_packs: dict[int, list[int]] = defaultdict(list)  # room left -> packs
-    rooms: list[int] = []  # the keys of open_packs, ascending
+    open_packs: dict[int, list[int]] = defaultdict(list)  # free tokens -> packs
+    sizes: list[int] = []  # the keys of open_packs, ascending
     for document in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[document])
-        place = bisect_left(rooms, length)
-        if place == len(rooms):
-            pack, room = len(packs), max_tokens
+        place = bisect_left(sizes, length)
+        if place == len(sizes):
+            pack, free = len(packs), max_tokens
             packs.append([])
         else:
-            room = rooms[place]
-            pack = open_packs[room].pop()
-            if not open_packs[room]:
-                del open_packs[room], rooms[place]
+            free = sizes[place]
+            pack = open_packs[free].pop()
+            if not open_packs[free]:
+                del open_packs[free], sizes[place]
         packs[pack].append(document)
-        room -= length
-        if room:
-            if room not in open_packs:
-                insort(rooms, room)
-            open_packs[room].append(pack)
+        free -= length
+        if free:
+            if free not in open_packs:
+                insort(sizes, free)
+            open_packs[free].append(pack)
     return packs
 
 
@@ -80,7 +80,7 @@ def pack(
 
     Args:
         dataset: columns input_ids and labels, and origin where it is known.
-        max_tokens: room of a pack, in tokens.
+        max_tokens: capacity of a pack, in tokens.
         seed: order of the packs; best fit alone would put the longest documents first.
         cache_dir: where the packs are written; None is a folder that is emptied when the program ends.
 

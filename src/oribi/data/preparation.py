@@ -1,4 +1,4 @@
-"""One pass over the rows of a source: recognise, render, mask, encode, cut, count."""
+"""One pass over the rows of a source: recognise the format, render, mask, encode, cut and count."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Preparation:
 
     @property
     def masker(self) -> Masker:
-        """Made at the first conversation: plain text needs no chat template."""
+        """Created for the first conversation, since plain text needs no chat template."""
         borrowed = not self.tokenizer.chat_template and self._pairs
         if self._masker is None or (self._borrowed and not borrowed):
             source = template_source(self.tokenizer, PAIR_TEMPLATE) if borrowed else None
@@ -131,7 +131,7 @@ class Preparation:
         self.finish()
 
     def _announce_unused(self) -> None:
-        """Name what a stream's rows hold and nothing reads, when it first shows."""
+        """Name columns and keys of a stream that nothing reads, when they first appear."""
         for what, names in self.report.unused().items():
             new = [name for name in names if (what, name) not in self._said]
             self._said |= {(what, name) for name in new}
@@ -210,33 +210,34 @@ class Preparation:
             self.announce(f"{printable(part.name)}: {PLAIN_PAIRS}")
 
     def _encode(self, batch: list[tuple[str, Example | DataError]]) -> list[tuple[str, Encoded]]:
-        done: list[Encoded | None] = [None] * len(batch)
-        marks: dict[int, Marked] = {}
-        bad: dict[int, DataError] = {}
+        """The usable rows of a batch as tokens; the others are complained about."""
         self.report.rows_in += len(batch)
-        for place, (origin, example) in enumerate(batch):
-            if isinstance(example, DataError):
-                bad[place] = example
-            elif isinstance(example, Tokens):
-                done[place] = Encoded(example.ids, example.labels)
-                self._remark(example, origin)
-            else:
-                try:
-                    marks[place] = safely("rendering the row", self._mark, example, origin)
-                    self._remark(example, origin)
-                except DataError as error:
-                    bad[place] = error
-        plain = [isinstance(batch[place][1], Document) for place in marks]
-        for place, encoded in zip(marks, tokenised(self.encoder, list(marks.values()), plain)):
-            if isinstance(encoded, DataError):
-                bad[place] = encoded
-            else:
-                done[place] = encoded
-        for (_, example), one in zip(batch, done):
-            if one:
+        found = [self._mark_row(origin, example) for origin, example in batch]
+        places = [place for place, one in enumerate(found) if isinstance(one, Marked)]
+        plain = [isinstance(batch[place][1], Document) for place in places]
+        marks = [found[place] for place in places]
+        for place, encoded in zip(places, tokenised(self.encoder, marks, plain)):
+            found[place] = encoded
+        rows = [(origin, example, one) for (origin, example), one in zip(batch, found)]
+        self._complain([(origin, one) for origin, _, one in rows if isinstance(one, DataError)])
+        for _, example, one in rows:
+            if isinstance(one, Encoded):
                 one.from_text_file = isinstance(example, Document) and example.from_text_file
-        self._complain([(batch[place][0], bad[place]) for place in sorted(bad)])
-        return [(origin, one) for (origin, _), one in zip(batch, done) if one]
+        return [(origin, one) for origin, _, one in rows if isinstance(one, Encoded)]
+
+    def _mark_row(self, origin: str, example: Example | DataError) -> Marked | Encoded | DataError:
+        """A text with its trained spans, tokens that the row has already, or what is wrong with the row."""
+        if isinstance(example, DataError):
+            return example
+        try:
+            if isinstance(example, Tokens):
+                marked = Encoded(example.ids, example.labels)
+            else:
+                marked = safely("rendering the row", self._mark, example, origin)
+            self._remark(example, origin)
+        except DataError as error:
+            return error
+        return marked
 
     def _remark(self, example: Example, origin: str) -> None:
         """Count what is to be said about a row that can be used."""

@@ -1,6 +1,6 @@
-"""Files to rows. Each reader yields (origin, row); the origin is `file:line`, so that every complaint can name its place.
+"""Reads files into rows. Each reader yields (origin, row); the origin is `file:line`, so that every error names its place.
 
-A line that is broken by itself comes as the error that says so, in the place of its row; what ends the reading is raised.
+A broken line yields its error in place of a row; an error that ends the reading is raised.
 """
 
 from __future__ import annotations

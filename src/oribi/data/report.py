@@ -1,4 +1,4 @@
-"""What became of a data set: counts, lengths, the rows that were cut, dropped or train nothing, and what to know."""
+"""The report on a prepared data set: counts, lengths, rows that were cut or dropped or train nothing, and notes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a source one by one: whatever goes wrong with one of them is that row's problem, and one sentence."""
+"""Reads the rows of a source one by one. An error in a row concerns that row alone and is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Row = Mapping[str, Any]
 def examples_of(
     rows: Iterator[tuple[str, Row | DataError]], recognise: Callable[[Row], RowFormat]
 ) -> Iterator[tuple[str, Example | DataError]]:
-    """Rows as examples; rows that cannot be read come as the error that says so.
+    """Turn rows into examples; a row that cannot be read is replaced by its error.
 
     Args:
-        rows: origins and rows, or what a reader found wrong in the place of a row.
-        recognise: the format by a row; it is asked until a row shows it.
+        rows: origins and rows, or the reader's error in place of a row.
+        recognise: finds the format from a row; called until a row shows it.
 
     Raises:
         DataError: the first rows show no format.
@@ -57,18 +57,18 @@ def examples_of(
 
 
 def tokenised(encoder: Encoder, marks: Sequence[Marked], plain: Sequence[bool]) -> list[Encoded | DataError]:
-    """All texts in one call of the tokenizer; one by one where that fails, to find the row.
+    """Encode all texts in one call of the tokenizer, or one by one if that fails, to find the row.
 
     Args:
         encoder, marks, plain: as for `Encoder.encode`.
 
     Returns:
-        For each text its tokens, or what the tokenizer cannot do with it.
+        For each text its tokens, or the error.
     """
     counted = encoder.bos_added
     try:
         return list(encoder.encode(marks, plain))
-    except Exception:  # of whatever kind: each row is tried again, and says its own
+    except Exception:  # any exception: each row is tried again and reports its own
         encoder.bos_added = counted
     found: list[Encoded | DataError] = []
     for mark, is_plain in zip(marks, plain):
@@ -80,7 +80,7 @@ def tokenised(encoder: Encoder, marks: Sequence[Marked], plain: Sequence[bool]) 
 
 
 def safely(what: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The result of a call on one row; whatever goes wrong in it is the row's problem, and one sentence.
+    """Call a function on one row; any exception becomes a DataError of one sentence.
 
     Raises:
         DataError: the call failed.
@@ -106,7 +106,7 @@ def _converted(row_format: RowFormat, row: Mapping[str, Any] | DataError) -> Exa
 
 
 def readable_rows(part: Part) -> Iterator[tuple[str, Any]]:
-    """The rows of a part; a failure of the data set itself names the last row that was read."""
+    """The rows of a part; if the data set itself fails, the error names the last row that was read."""
     last = "the first row"
     rows = iter(part.rows())
     while True:

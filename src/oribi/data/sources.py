@@ -125,7 +125,7 @@ def _splits_of(source: str) -> list[str]:
     if path is None:
         try:
             return datasets.get_dataset_split_names(source)
-        except Exception as error:  # of whatever kind: it runs the data set's own reader
+        except Exception as error:  # any exception: this runs the data set's own reader
             raise DataError(
                 f"{source}: its splits cannot be listed ({error}); name the one to evaluate on with eval_split."
             ) from error
@@ -325,7 +325,7 @@ def _open_hub(source: str, split: str, streaming: bool, name: str | None, revisi
         )
     try:
         loaded = datasets.load_dataset(source, name, split=split, streaming=streaming, revision=revision)
-    except Exception as error:  # of whatever kind: building a data set runs readers of every format
+    except Exception as error:  # any exception: building a data set runs readers of every format
         raise DataError(
             f"{source}: no such file or folder here, and loading split {split!r} of the data set failed: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""See the data as the model will: every token, whether it is trained, context, cut or special, in the terminal or as HTML."""
+"""Shows the data as the model will see it: which tokens are trained, context, cut or special, in the terminal or as HTML."""
 
 from __future__ import annotations
 
@@ -113,12 +113,12 @@ def inspect_data(
 
 
 def _print(console: Console, line: str | Text) -> None:
-    """A line as it is: the terminal breaks it where it is too long, and nothing is cut off."""
+    """Print a line in full: the terminal wraps it, and nothing is cut off."""
     console.print(line if isinstance(line, Text) else Text(printable(line)), soft_wrap=True)
 
 
 def _folded(text: Text, width: int) -> Text:
-    """Text broken into lines of at most `width` cells, of which none loses a character, not even a space."""
+    """Break text into lines of at most `width` cells without losing a character, not even a space."""
     cuts, cells = [], 0
     for at, character in enumerate(text.plain):
         size = cell_len(character)
@@ -171,7 +171,7 @@ def _text_of(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _visible(text: str) -> str:
-    """Text whose blanks and control characters are seen; it must not move the terminal's cursor."""
+    """Text with visible blanks and control characters, which must not move the terminal's cursor."""
     shown = text.replace("\r", "\u240d").replace("\t", "\u2192   ").replace("\n", "\u23ce\n")
     return printable(shown)
 
