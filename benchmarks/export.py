@@ -1,11 +1,11 @@
-"""Time and host memory of each way to export a model: merging, quantising, and the comparison that ends every export.
+"""Time and host memory of each export: merging, quantising, and the comparison at the end.
 
     python benchmarks/random_model.py llama-3.2-1b /tmp/llama-3.2-1b
     python benchmarks/export.py /tmp/llama-3.2-1b
 
-The model is loaded in NF4 with a LoRA adapter of random values (r 16, seven projections). Each export has a process of its
-own. Memory is the largest resident set during the export less that before it, sampled every 5 ms; pages of mapped files,
-which the system takes back when it needs them, are counted apart. Results go to benchmarks/results/<device>_export.json.
+The model is loaded in NF4 with a LoRA adapter of random values (r 16, seven projections). Each export runs in its
+own process. Memory is the largest resident set during the export minus that before it, sampled every 5 ms. Pages of mapped
+files, which the system can reclaim, are counted separately. Results go to benchmarks/results/<device>_export.json.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The longest row that a stack trains within so much GPU memory: rows of growing length, one a step, until one fails.
+"""The longest row that a stack can train in a given amount of GPU memory: longer and longer rows, one per step, until one fails.
 
     python benchmarks/longest_context.py --stack oribi:memory --gib 24 --length 65536 --length 131072
 
-The process may take no more than --gib of the device, which is counted from what PyTorch's allocator reserves. Model,
-adapter, optimizer and trainer are those of train_step.py; rows beyond 131,072 tokens want `--model llama-3.1-8b-1m`.
-Prints one line a row and writes results/<gpu>_longest_context.json, where a run of another stack or size stays.
+The process may use at most --gib of the device, as reserved by PyTorch's allocator. Model, adapter, optimizer and trainer are
+those of train_step.py; rows of more than 131,072 tokens need `--model llama-3.1-8b-1m`. Prints one line per row and writes
+results/<gpu>_longest_context.json, keeping the results of other stacks and sizes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     name, mode = args.stack.split(":")
     if mode not in MODES.get(name, ()):
-        parser.error(f"{args.stack!r} is no stack with a mode; there are {MODES}")
+        parser.error(f"--stack {args.stack!r}: expected STACK:MODE with one of {MODES}")
     rows = climb(name, mode, args)
     path = args.output / f"{gpu_name()}_longest_context.json"
     args.output.mkdir(parents=True, exist_ok=True)

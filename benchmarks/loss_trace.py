@@ -1,11 +1,11 @@
-"""Whether a stack computes the same training as the reference path: the losses of the same steps, beside transformers'.
+"""Whether a stack trains as the reference does: its losses and transformers' on the same steps.
 
     python benchmarks/loss_trace.py --workload llama-3.1-8b:2x2048 --stack hf:default --stack oribi:memory
 
-Model, factors and trainers are those of train_step.py, but every step trains on the same tokens, so that the loss falls
-and a wrong gradient shows; every stack keeps its factors in float32 (TRL rounds them to bfloat16 otherwise) and steps by
-PyTorch's AdamW, so that nothing but the gradients differs. The reference is transformers with PEFT and bitsandbytes in
-float32, on the same NF4 weights: how far transformers in bfloat16 is from it, is a stack's fair share of rounding.
+Model, LoRA matrices and trainers are those of train_step.py, but every step trains on the same tokens, so that the loss falls
+and a wrong gradient shows. Every stack keeps its LoRA matrices in float32 (TRL would round them to bfloat16) and uses PyTorch's
+AdamW, so only the gradients differ. The reference is transformers with PEFT and bitsandbytes in float32 on the same NF4
+weights; the distance of transformers in bfloat16 from it shows how much rounding to expect.
 Writes results/<gpu>_loss_trace.json.
 """
 

@@ -1,10 +1,10 @@
-"""Times every kernel beside the peers that are installed, and prints one table.
+"""Times every kernel and those of installed peers, and prints one table.
 
     python benchmarks/ops.py [--model 8b|1b|0.5b|gemma2-9b|tiny] [--tokens 4096] [--device cuda|cpu] [--only nf4]
 
-GB/s count each operand once, read or written; "of copy" is that over the bandwidth of a large device copy measured in
-the same run. Products, attention and the loss count arithmetic instead. Between calls a buffer larger than the L2
-cache is overwritten. Every number is a median.
+GB/s count each operand once, read or written; "of copy" is the fraction of the bandwidth of a large device copy measured in
+the same run. Matrix products, attention and the loss count FLOP instead. Between calls, a buffer larger than the L2 cache is
+overwritten. Every number is a median.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Writes a random model of public dimensions as a bitsandbytes 4-bit checkpoint, so that every stack loads equal codes.
+"""Writes a random model of public dimensions as a bitsandbytes 4-bit checkpoint, so that all stacks load equal codes.
 
     python benchmarks/random_model.py llama-3.2-1b /tmp/llama-3.2-1b
 

@@ -1,12 +1,12 @@
-"""Time and memory of a QLoRA training step: oribi beside installed peers, each through its own SFTTrainer.
+"""Time and memory of a QLoRA training step: oribi and installed peers, each through its own SFTTrainer.
 
     python benchmarks/train_step.py --workload llama-3.1-8b:2x2048 --stack oribi:memory --stack unsloth:default --pairs 2
 
 Every stack loads the same 4-bit checkpoint (see random_model.py), attaches the same LoRA (r 16, alpha 16, seven
-projections, the same values in every factor), and sees the same token ids with the same 8-bit AdamW. One process a run,
-runs of different stacks alternate. Milliseconds are medians of synchronised steps after warm-up; memory is counted from
-the first step on. With --overlap all processes import at once and then take turns on the GPU, which saves minutes but
-makes the seconds to the first step incomparable. Results go to benchmarks/results/<gpu>_train_step.json and, as a table, to the terminal.
+projections, the same values in every LoRA matrix), and sees the same token ids with the same 8-bit AdamW. Each run is one
+process, and runs of different stacks alternate. Milliseconds are medians of synchronised steps after warm-up; memory is counted
+from the first step on. With --overlap all processes import at once and then take turns on the GPU, which saves minutes but makes
+the seconds to the first step incomparable. Results go to benchmarks/results/<gpu>_train_step.json and, as a table, to the terminal.
 """
 
 import argparse
@@ -30,8 +30,8 @@ TRAINING = {
     "save_strategy": "no", "seed": 0, "bf16": True, "packing": False,
     "dataset_kwargs": {"skip_prepare_dataset": True},
 }  # fmt: skip
-# oribi's modes are its recompute policies, and "fp8": auto, approximately; peers' modes are the forms of checkpointing
-# that they offer, and "float32": the same weights computed with in float32
+# oribi's modes are its recompute policies, and "fp8" (auto with approximate products); peers' modes are the forms of
+# checkpointing that they offer, and "float32" (the same weights, computed in float32)
 MODES = {
     "oribi": ("auto", "memory", "balanced", "speed", "fp8"),
     "unsloth": ("default", "off"),
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--models", type=Path, default=Path("/tmp/oribi-models"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--timeout", type=int, default=400, help="seconds a run")
+    parser.add_argument("--timeout", type=int, default=400, help="seconds per run")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--overlap", action="store_true", help="import in parallel, then take turns")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Teach a chat model answers in conversations, and talk to it."""
+"""Train a chat model on conversations, and ask it a question."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Teach a model to complete prompts, without a chat template; only the completion is trained."""
+"""Train a model to complete prompts without a chat template; only the completion is trained."""
 
 import argparse
 
@@ -20,5 +20,5 @@ trainer = SFTTrainer(
     processing_class=tokenizer,
 )
 trainer.train()
-print(f"{trainer.data_reports['train'].trained_tokens} tokens of completions were trained a pass")
+print(f"{trainer.data_reports['train'].trained_tokens} tokens of completions were trained per epoch")
 model.save_pretrained_merged(f"{options.output}/adapter", tokenizer, save_method="lora")

@@ -1,4 +1,4 @@
-"""Continue pretraining on plain text: embeddings and head are trained too, at a learning rate of their own."""
+"""Continue pretraining on plain text; embeddings and head are trained as well, at their own learning rate."""
 
 import argparse
 

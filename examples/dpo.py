@@ -1,4 +1,4 @@
-"""Preferences with TRL's own DPOTrainer on oribi's model; the model without its adapter is the reference.
+"""Train on preferences with TRL's DPOTrainer; the model without its adapter is the reference.
 
 Needs a GPU and `pip install "oribi[trl]"`.
 """
@@ -29,8 +29,8 @@ trainer = DPOTrainer(
         learning_rate=5e-5,
         beta=0.1,
         max_length=512,
-        gradient_checkpointing=False,  # the model decides what its layers keep
-        bf16=False,  # so it does its precision
+        gradient_checkpointing=False,  # oribi decides what its layers keep
+        bf16=False,  # and in which precision they compute
         report_to="none",
         logging_steps=1,
         save_strategy="no",

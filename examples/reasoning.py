@@ -1,4 +1,4 @@
-"""Teach a model to think in <think> before it answers, then export it as GGUF."""
+"""Train a model to think in <think> tags before it answers, then export it as GGUF."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Teach tool calls: rows with `tools`, calls, tools' answers, and the final answer; calls and answers are trained."""
+"""Train tool calls: rows have `tools`, calls, tool results and final answers; calls and answers are trained."""
 
 import argparse
 

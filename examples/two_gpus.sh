@@ -1,5 +1,5 @@
 #!/bin/sh
-# One process a GPU: each takes its share of the rows, gradients are averaged over all of them.
+# One process per GPU: each takes its share of the rows, and gradients are averaged over all of them.
 # with accelerate: accelerate launch --multi_gpu --num_processes 2 -m oribi train --model MODEL ...
 # usage: examples/two_gpus.sh MODEL DATA OUTPUT [more settings]
 set -e
