@@ -371,8 +371,8 @@ def loss_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterat
         f"{op}, {labelled} of {tokens} labelled", "oribi",
         lambda: cross_entropy.linear_cross_entropy_forward(rows, head, some), flop=flop * labelled / tokens,
     )  # fmt: skip
-    chunk = cross_entropy._logits_buffer(min(tokens, cross_entropy.CHUNK_ROWS), m.vocab_size, rows)
-    chunk.normal_()
+    size, columns = cross_entropy.logits_shape(tokens, m.vocab_size, rows.element_size())
+    chunk = torch.randn(min(size, tokens), columns, dtype=rows.dtype, device=device)[:, : m.vocab_size]
     losses = torch.empty(len(chunk), device=device)
     yield Case(
         f"its kernel alone, {len(chunk)} rows", "oribi",

@@ -1,6 +1,7 @@
-"""Every example runs as it stands, on a tiny model."""
+"""Every example runs as it stands, on a tiny model, and so does the benchmark of the ops."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,10 @@ def test_two_processes_train_one_model(tiny_folder, tmp_path):
     assert sum('"loss"' in line for line in log) == 2
     assert done.stderr.count("step 2/2") == 1  # the two know of each other, and one of them speaks
     assert done.stdout.count("report.html") == 1
+
+
+def test_the_benchmark_of_the_ops_runs(monkeypatch, capsys):
+    words = ["ops.py", "--model", "tiny", "--tokens", "64", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / "benchmarks" / "ops.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("| oribi") > 20
