@@ -87,6 +87,11 @@ def warps_for(elements: int) -> int:
     return min(max(elements // 512, 1), 16)
 
 
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x, copied where its last dimension is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def wide(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that references compute in: float64 as it is, everything else as float32."""
     return x if x.dtype is torch.float64 else x.float()

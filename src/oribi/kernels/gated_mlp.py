@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from oribi.errors import ModelError
-from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton, wide
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, unit_stride, use_triton, wide
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 _CUBIC = 0.044715
@@ -74,7 +74,7 @@ def gated_mlp_forward(
             g = wide(gate[rows])
             out[rows] = g * _probability(g, activation) * wide(up[rows])
         return out
-    gate, up = _unit_stride(gate), _unit_stride(up)
+    gate, up = unit_stride(gate), unit_stride(up)
     tokens, size = gate.shape
     block, warps = _tile(size)
     launch(
@@ -110,7 +110,7 @@ def gated_mlp_backward(
         for rows in _row_blocks(gate):
             _backward_reference(rows, dh, gate, up, activation, dgate, dup, h)
         return dgate, dup, h
-    dh, gate, up = _unit_stride(dh), _unit_stride(gate), _unit_stride(up)
+    dh, gate, up = unit_stride(dh), unit_stride(gate), unit_stride(up)
     tokens, size = gate.shape
     block, warps = _tile(size)
     launch(
@@ -125,10 +125,6 @@ def _tile(size: int) -> tuple[int, int]:
     """Columns and warps of a program: 8 elements per thread are one 16-byte vector of 16-bit values."""
     block = min(next_power_of_2(size), 1024)
     return block, max(block // 256, 1)
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # Both kernels are launched without fused multiply-adds: h must come out the same in both, whatever else each computes.

@@ -116,10 +116,7 @@ def _kept_group_linear(x: torch.Tensor, projections: Sequence[Projection]) -> to
     key = (x.dtype, *((id(p.weight), id(p.a), id(p.b), p.scale) for p in projections))
     if key not in _kept.groups:
         _kept.groups[key] = projections, augmented_weight(projections, x.dtype, x.device)
-    group = _kept.groups[key][1]
-    x_buffer = group.input_buffer(x[..., 0].numel())
-    x_buffer[:, : group.in_features] = x.reshape(len(x_buffer), -1)
-    return group.forward(x_buffer)[:, : group.out_features].unflatten(0, x.shape[:-1])
+    return _kept.groups[key][1].linear(x)[0]
 
 
 def _composed(x: torch.Tensor, p: Projection) -> torch.Tensor:
@@ -140,13 +137,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projections, *factors):
         group = augmented_weight(projections, x.dtype, x.device)
-        rows = x.reshape(-1, x.shape[-1])
-        x_buffer = group.input_buffer(len(rows))
-        x_buffer[:, : group.in_features] = rows
-        y = group.forward(x_buffer)[:, : group.out_features]
+        y, x_buffer = group.linear(x)
         ctx.save_for_backward(x_buffer if any(ctx.needs_input_grad[2:]) else None)
         ctx.projections, ctx.shape = projections, x.shape
-        return y.unflatten(0, x.shape[:-1])
+        return y
 
     @staticmethod
     def backward(ctx, dy):
@@ -205,6 +199,13 @@ class GroupWeight(ABC):
     def output_buffer(self, tokens: int) -> torch.Tensor:
         """Uninitialised [T, N + P]: dy goes into the first N columns."""
         return self.a.new_empty(tokens, self.out_features + self.lora_columns)
+
+    def linear(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """y [..., N] of x [..., K], and the buffer [T, K + P] with x and xa."""
+        x_buffer = self.input_buffer(x[..., 0].numel())
+        x_buffer[:, : self.in_features] = x.reshape(len(x_buffer), -1)
+        y = self.forward(x_buffer)[:, : self.out_features]
+        return y.unflatten(0, x.shape[:-1]), x_buffer
 
     def forward(self, x_buffer: torch.Tensor) -> torch.Tensor:
         """y of x in `x_buffer` [T, K + P], whose last P columns become xa (and a column of ones where a bias is).

@@ -83,7 +83,7 @@ def _quantize_in_portions(
 ) -> tuple[torch.Tensor, object]:
     """The same on the CPU, some blocks at a time.
 
-    Large temporaries between what stays leave holes in the heap: 430 MB beside the 106 MB of SmolLM2-135M, 90 MB so.
+    Large temporaries fragment the heap: SmolLM2-135M's 106 MB left holes of 430 MB, in portions 90 MB.
     """
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
 
@@ -92,9 +92,8 @@ def _quantize_in_portions(
     absmax = torch.empty(len(blocks))
     step = max(16384 // blocksize, 1)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # portions are too small to share: on a busy machine each would wait for the other thread
+    # portions are too small to share: on a busy machine each would wait for the other thread
+    torch.set_num_threads(1)
     try:
         for start in range(0, len(blocks), step):
             part = torch.ops.bitsandbytes.quantize_4bit(
@@ -135,9 +134,8 @@ def _dequantize_one(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     state = weight.quant_state
     if state.shape.numel() % state.blocksize:
         return reference(weight, dtype)
-    from bitsandbytes.functional import (
-        dequantize_blockwise,
-    )  # a second to import, and only packed weights need it
+    # takes a second to import, and only packed weights need it
+    from bitsandbytes.functional import dequantize_blockwise
 
     absmax = state.absmax
     if state.nested:

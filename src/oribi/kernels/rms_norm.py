@@ -13,7 +13,7 @@ Source: Root Mean Square Layer Normalization, Zhang and Sennrich 2019 (arXiv:191
 import torch
 from torch.autograd.function import once_differentiable
 
-from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton, warps_for, wide
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, unit_stride, use_triton, warps_for, wide
 
 # programs that share the rows when dweight is formed: two for each of an H100's 132 multiprocessors
 _WEIGHT_GRAD_PROGRAMS = 264
@@ -46,8 +46,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         rows, weight, rstd = ctx.saved_tensors
-        dy_rows = dy.reshape(rows.shape)
-        dy_rows = dy_rows if dy_rows.stride(-1) == 1 else dy_rows.contiguous()
+        dy_rows = unit_stride(dy.reshape(rows.shape))
         dx, dweight = rms_norm_backward(
             dy_rows, rows, rstd, weight, ctx.offset, weight_grad=ctx.needs_input_grad[1]
         )

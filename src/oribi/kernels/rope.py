@@ -11,7 +11,7 @@ Source: RoFormer, Su et al. 2021 (arXiv:2104.09864), in the halves layout of GPT
 import torch
 from torch.autograd.function import once_differentiable
 
-from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton, warps_for, wide
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, unit_stride, use_triton, warps_for, wide
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -61,7 +61,7 @@ def rope_forward(
     Returns:
         The rotated q and k.
     """
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = unit_stride(q), unit_stride(k)
     out_q, out_k = (
         (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)) if out is None else out
     )
