@@ -1,7 +1,7 @@
-"""YAML as people write it, within bounds: files in any Unicode encoding, numbers as in YAML 1.2, and 2e-4 a number.
+"""YAML as people write it, within limits: files in any Unicode encoding, numbers as in YAML 1.2, and 2e-4 is a number.
 
-A settings file is small and shallow. What is larger, deeper, or grows when its aliases are written out is refused before
-it costs time or memory.
+A settings file is small and shallow. A file that is too large or too deep, or whose aliases expand to too much, is refused
+before it costs time or memory.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from oribi.errors import ConfigError
 
 _LARGEST = 1 << 20  # bytes of a file
 _MOST = 100_000  # values, with aliases written out
-_DEEPEST = 40  # brackets or indents within each other
+_DEEPEST = 40  # nested brackets or indents
 _ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
@@ -25,7 +25,7 @@ _ENCODINGS = (
 
 
 class YamlReader(yaml.SafeLoader):
-    """Reads one bounded document. Whole numbers are decimal unless 0x or 0o says otherwise, dates are text."""
+    """Reads one document within the limits. Whole numbers are decimal unless they start with 0x or 0o; dates are text."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -33,7 +33,7 @@ class YamlReader(yaml.SafeLoader):
         self.sizes: dict[int, int] = {}  # values of each node, with aliases written out
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        """One node, refused where it lies too deep or its aliases make it too large."""
+        """One node; refused if it is nested too deep, or if its aliases make it too large."""
         mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
         if self.depth == _DEEPEST:
             raise ComposerError(None, None, f"values lie more than {_DEEPEST} deep in each other", mark)
@@ -115,7 +115,7 @@ def compose(text: str, origin: str) -> tuple[YamlReader, yaml.Node | None]:
     """The one document of a text, as nodes with their lines, and the reader that makes values of them.
 
     Raises:
-        ConfigError: the text is no YAML, or beyond the bounds.
+        ConfigError: the text is not valid YAML, or beyond the limits.
     """
     try:
         reader = YamlReader(text)
@@ -129,10 +129,10 @@ def compose(text: str, origin: str) -> tuple[YamlReader, yaml.Node | None]:
 
 
 def value_of(reader: YamlReader, node: yaml.Node, origin: str) -> Any:
-    """What a node stands for.
+    """The value of a node.
 
     Raises:
-        ConfigError: its tag is none that a settings file may use, or does not fit it.
+        ConfigError: its tag is not allowed in a settings file, or does not fit the value.
     """
     try:
         return reader.construct_object(node, deep=True)
@@ -142,7 +142,7 @@ def value_of(reader: YamlReader, node: yaml.Node, origin: str) -> Any:
 
 
 def words_of(reader: YamlReader, node: yaml.Node, origin: str) -> Any:
-    """What a node stands for, its words as they are written, and not what YAML makes of 1.0 or no; nothing stays None.
+    """The value of a node with its words as they are written, not as YAML reads 1.0 or no; an empty node is None.
 
     Raises:
         ConfigError: as `value_of`.
@@ -159,7 +159,7 @@ def parse(text: str, origin: str, *, as_written: bool = False) -> Any:
     """The value of a whole text; `as_written` leaves its words as they are.
 
     Raises:
-        ConfigError: it is no YAML, or beyond the bounds.
+        ConfigError: it is not valid YAML, or beyond the limits.
     """
     reader, node = compose(text, origin)
     return None if node is None else (words_of if as_written else value_of)(reader, node, origin)
@@ -184,7 +184,7 @@ def flags_of(words: Iterable[str]) -> tuple[list[str], list[tuple[str, list[str]
 
 
 def parse_word(word: str, *, as_written: bool = False) -> Any:
-    """The value of a word of a command line; the word itself where it is no YAML, such as a name with braces."""
+    """The value of a word of a command line; the word itself if it is not valid YAML, such as a name with braces."""
     try:
         return parse(word, "flags", as_written=as_written)
     except ConfigError:

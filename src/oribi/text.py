@@ -1,4 +1,4 @@
-"""Text: the nearest allowed name, values, sizes and times as messages show them, lines for readers who may leave, and files
+"""Text for people and files: nearest names, values, sizes and times in messages, output that outlives its reader, and files
 that are written whole."""
 
 import difflib

@@ -612,7 +612,7 @@ def test_the_names_that_are_written_are_known_here():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour: blue\n", "neither Axolotl's"),
+        ("colour: blue\n", "not a config of Axolotl"),
         ("- a\n- b\n", "expected lines of 'key: value'"),
         ("a: [1\n", ":2: no valid YAML"),
         ("", "expected lines"),

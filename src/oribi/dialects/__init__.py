@@ -1,7 +1,7 @@
-"""Configs of Axolotl, LLaMA-Factory, Unsloth's command line and TRL, read as a run config of oribi's.
+"""Configs of Axolotl, LLaMA-Factory, Unsloth's command line and TRL, converted to a run config of oribi.
 
-Nothing is lost in silence. Each key became a setting, or nothing comes of it and why, or it asks for something beside the
-training that oribi does not do; a config whose training would be another one here is refused as a whole.
+Nothing is dropped silently. Each key becomes a setting, is not needed (with the reason), or asks for something beside the
+training that oribi does not do (with what to do instead). A config whose training would differ here is refused as a whole.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from oribi.dialects.reading import read_entries
 from oribi.errors import ConfigError
 
 __all__ = ["Converted", "convert_file", "program_of"]
-# settings that say nothing where every weight is trained
+# settings without meaning when every weight is trained
 ADAPTER = {
     "lora_r",
     "lora_alpha",
@@ -29,18 +29,18 @@ def convert_file(path: str | Path) -> Converted:
     """Read another program's config.
 
     Args:
-        path: YAML or JSON, or a shell script with the program's flags.
+        path: a YAML or JSON file, or a shell script with the program's flags.
 
     Raises:
-        ConfigError: the file cannot be read, is no config of a program that is known here, or asks for a training that
-            oribi's config cannot describe; then every such line is named.
+        ConfigError: the file cannot be read, is not a config of one of these programs, or asks for training that oribi's
+            config cannot describe; then every such line is named.
     """
     path = Path(path)
     command, entries = read_entries(path)
     dialect = _dialect_of(set(entries), entries, command)
     if dialect is None:
         raise ConfigError(
-            f"{path}: neither Axolotl's, LLaMA-Factory's, TRL's nor Unsloth's; it has the keys "
+            f"{path}: not a config of Axolotl, LLaMA-Factory, TRL or Unsloth; it has the keys "
             f"{', '.join(list(entries)[:8])}. A config of oribi's own needs no conversion"
         )
     found = Converted(dialect.name, path, entries, command)
@@ -57,18 +57,18 @@ def convert_file(path: str | Path) -> Converted:
 
 
 def program_of(path: str | Path) -> str | None:
-    """The program whose config a file is, judged by keys that this program has and oribi has not; else None."""
+    """The program that a config file belongs to, if it has keys of that program that oribi does not know; else None."""
     try:
         command, entries = read_entries(Path(path))
     except ConfigError:
-        return None  # what is wrong with the file is told where it is read
+        return None  # reading the file reports what is wrong with it
     dialect = _dialect_of(set(entries), entries, command)
     foreign = [key for key in entries if key not in SETTINGS and key not in ALIASES]
     return dialect.name if dialect is not None and any(key in dialect.handlers for key in foreign) else None
 
 
 def _settle(found: Converted) -> None:
-    """Take back what has no meaning beside the other settings, and say so."""
+    """Remove settings without meaning beside the others, and say so."""
     values = found.values
     if values.get("full_finetuning"):
         values["load_in_4bit"] = False

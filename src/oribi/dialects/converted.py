@@ -1,4 +1,4 @@
-"""What becomes of a foreign config, and the few ways in which a key of it is read."""
+"""The result of a conversion, and the ways in which a key can be read."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,19 +10,19 @@ from oribi.config import ALIASES, SETTINGS
 
 @dataclass
 class Converted:
-    """A foreign config in oribi's words; every key of it ends in one of the lists.
+    """Another program's config as settings of oribi; every key ends up in one of the lists.
 
     Args:
-        dialect: whose it was.
-        path: where it lies.
-        entries: what it says.
-        command: the words before the first flag, where it is a shell script.
+        dialect: the program.
+        path: the file.
+        entries: its keys and values.
+        command: the words before the first flag of a shell script.
         values: settings.
         notes: one line for each key that was read under another name, and for each default of that program.
-        differences: what is done a little otherwise here, or needs a look.
-        idle: key -> why nothing comes of it.
-        unsupported: key -> what to do instead; what is learned stays the same, or nearly so.
-        refused: key with its value -> why. Something else would be learned, so nothing is converted.
+        differences: what oribi does slightly differently, or what should be checked.
+        idle: key -> why it is not needed.
+        unsupported: key -> what to do instead; the model learns the same, or nearly so.
+        refused: key with its value -> why. The model would learn something else, so nothing is converted.
     """
 
     dialect: str
@@ -37,7 +37,7 @@ class Converted:
     refused: dict[str, str] = field(default_factory=dict)
 
     def put(self, key: str, value: Any, said: str) -> None:
-        """A setting, and the words of the file that it comes from."""
+        """Set a setting; `said` quotes the words of the file that it comes from."""
         if value is None:
             return
         problem = SETTINGS[key].check(value)[1]
@@ -51,12 +51,12 @@ class Converted:
                 self.notes.append(f"{said} read as {key} = {value}")
 
     def put_default(self, key: str, value: Any) -> None:
-        """A setting of a program that its file leaves out."""
+        """Set what the program does when its file leaves the setting out."""
         if key not in self.values:
             self.put(key, value, f"default of {self.dialect}")
 
     def refuse(self, key: str, why: str) -> None:
-        """A key that asks for something else than oribi would do."""
+        """Refuse a key that asks for something other than what oribi would do."""
         self.refused[f"{key} = {self.entries[key]}" if key in self.entries else key] = why
 
 
@@ -69,10 +69,10 @@ class Dialect:
 
     Args:
         name: the program.
-        handlers: key -> what is made of it; other keys are read by their names here.
-        defaults: what the program does where its file says nothing and oribi would do something else.
-        prepare: looks at the entries before they are read one by one.
-        finish: sets what several keys say together.
+        handlers: key -> what to do with it; other keys are looked up among oribi's settings and their aliases.
+        defaults: the program's defaults that differ from oribi's.
+        prepare: runs before the keys are read one by one.
+        finish: runs after them, and sets what several keys say together.
     """
 
     name: str
@@ -83,12 +83,12 @@ class Dialect:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a key asks for nothing."""
+    """Whether a value switches its key off."""
     return value in (None, False, "", "none", "None", [], {}, 0)
 
 
 def put_plain(found: Converted, key: str, value: Any) -> None:
-    """A key that is called here as it is there, or by a known other name."""
+    """A key that has the same name here, or a known alias."""
     name = ALIASES.get(key, key)
     if name in SETTINGS:
         found.put(name, None if value == "" else value, key)
@@ -97,7 +97,7 @@ def put_plain(found: Converted, key: str, value: Any) -> None:
 
 
 def renamed(name: str) -> Handler:
-    """A key that is called otherwise here."""
+    """A key that has another name here."""
 
     def handle(found: Converted, key: str, value: Any) -> None:
         found.put(name, value, key)
@@ -106,7 +106,7 @@ def renamed(name: str) -> Handler:
 
 
 def inverted(name: str) -> Handler:
-    """A key that says the opposite of a setting."""
+    """A key that means the opposite of a setting."""
 
     def handle(found: Converted, key: str, value: Any) -> None:
         if value is not None:
@@ -116,7 +116,7 @@ def inverted(name: str) -> Handler:
 
 
 def idle(keys: Iterable[str], why: str) -> dict[str, Handler]:
-    """Keys that nothing comes of."""
+    """Keys that oribi does not need."""
 
     def handle(found: Converted, key: str, value: Any) -> None:
         if value is not None:
@@ -126,7 +126,7 @@ def idle(keys: Iterable[str], why: str) -> dict[str, Handler]:
 
 
 def lacking(keys: Iterable[str], why: str) -> dict[str, Handler]:
-    """Keys that oribi does not follow, though the same is learned without them."""
+    """Keys that oribi ignores, although the model learns the same without them."""
 
     def handle(found: Converted, key: str, value: Any) -> None:
         if not is_off(value):
@@ -136,7 +136,7 @@ def lacking(keys: Iterable[str], why: str) -> dict[str, Handler]:
 
 
 def refusing(keys: Iterable[str], why: str) -> dict[str, Handler]:
-    """Keys that change what is learned, in a way that oribi's config cannot."""
+    """Keys that change what the model learns in a way that oribi's config cannot express."""
 
     def handle(found: Converted, key: str, value: Any) -> None:
         if not is_off(value):
@@ -146,7 +146,7 @@ def refusing(keys: Iterable[str], why: str) -> dict[str, Handler]:
 
 
 def only(allowed: Iterable[Any], why: str) -> Handler:
-    """A key that may say what oribi does anyway, and nothing else."""
+    """A key that is accepted only with values that oribi follows anyway."""
     allowed = list(allowed)
 
     def handle(found: Converted, key: str, value: Any) -> None:
@@ -168,22 +168,22 @@ def read_elsewhere(keys: Iterable[str]) -> dict[str, Handler]:
 
 
 def names_of(value: Any) -> list[str]:
-    """A list, or names with commas between them."""
+    """The names of a list or of a comma-separated text."""
     parts = value if isinstance(value, list) else str(value).split(",")
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def sources_of(value: list[Any] | None) -> list[dict[str, Any]]:
-    """A list of data sets; an entry that is no mapping is a path."""
+    """A list of data sets; an entry that is not a mapping is a path."""
     return [entry if isinstance(entry, dict) else {"path": entry} for entry in value or []]
 
 
 def put_row_keys(found: Converted, rows: list[dict[str, dict[str, str]]], said: str) -> None:
-    """Column maps and role names of data sets, which a run has once for all of them.
+    """Set the column map and the role names, of which a run has one for all its data sets.
 
     Args:
-        found: gets them.
-        rows: of each data set, columns and role_aliases; either may be missing.
+        found: the conversion.
+        rows: `columns` and `role_aliases` of each data set; either may be missing.
         said: the words of the file that they come from.
     """
     for key in ("columns", "role_aliases"):
@@ -195,7 +195,7 @@ def put_row_keys(found: Converted, rows: list[dict[str, dict[str, str]]], said: 
 
 
 def names(setting: str) -> Handler:
-    """A key that holds a list, or names with commas between them."""
+    """A key that holds a list of names, or a comma-separated text."""
 
     def handle(found: Converted, key: str, value: Any) -> None:
         if not is_off(value):

@@ -1,4 +1,4 @@
-"""A config's entries: from YAML, JSON, or the flags of a command in a shell script."""
+"""The keys and values of a config: from YAML, JSON, or the flags of a command in a shell script."""
 
 import json
 import re
@@ -11,13 +11,13 @@ from oribi.errors import ConfigError
 
 
 def read_entries(path: Path) -> tuple[list[str], dict[str, Any]]:
-    """What a file says.
+    """The keys and values of a file.
 
     Returns:
-        The words before the first flag of a shell script, none for other files; and key -> value.
+        The words before the first flag of a shell script (empty for other files), and key -> value.
 
     Raises:
-        ConfigError: the file cannot be read, is no YAML or JSON, or its flags cannot be known without running it.
+        ConfigError: the file cannot be read, is not valid YAML or JSON, or its flags depend on shell variables.
     """
     text = settings_text(path)
     return _read_flags(path, text) if path.suffix == ".sh" else ([], _read_mapping(path, text))
@@ -38,7 +38,7 @@ def _read_mapping(path: Path, text: str) -> dict[str, Any]:
 
 
 def _read_flags(path: Path, text: str) -> tuple[list[str], dict[str, Any]]:
-    """Comments and line ends with a backslash are understood; variables are not, since only a shell knows their values."""
+    """Comments and continued lines are understood; variables are refused, since only a shell knows their values."""
     try:
         words = shlex.split(re.sub(r"\\\n", " ", text), comments=True)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Keys that several programs have, most of them from transformers' TrainingArguments and PEFT's LoraConfig."""
+"""Keys that several programs share, most of them from transformers' TrainingArguments and PEFT's LoraConfig."""
 
 import re
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from oribi.dialects.converted import (
     refusing,
 )
 
-# other names of the same computation
+# other names of the same optimizer
 SAME_OPTIMIZER = {
     "adamw_hf": "adamw_torch", "optimi_adamw": "adamw_torch", "ao_adamw_8bit": "adamw_8bit",
     "ao_adamw_4bit": "adamw_torch_4bit", "paged_adamw": "paged_adamw_32bit",
@@ -45,7 +45,7 @@ def optimizer(found: Converted, key: str, value: Any) -> None:
 
 
 def report_to(found: Converted, key: str, value: Any) -> None:
-    """Trackers; those that oribi does not call are named and left out."""
+    """Trackers; those that oribi does not support are named and left out."""
     asked = names_of(value or "none")
     for name in asked:
         if name not in TRACKERS:
@@ -71,7 +71,7 @@ def trackers(keys: Iterable[str]) -> dict[str, Handler]:
 
 
 def warmup(found: Converted, key: str, value: Any) -> None:
-    """Warm-up in steps wins over a share, where both are given."""
+    """Warm-up; steps win over a ratio if both are given."""
     steps = found.entries.get("warmup_steps")
     if key == "warmup_steps" and (value or is_off(found.entries.get("warmup_ratio"))):
         found.put("warmup_steps", value, key)
@@ -83,7 +83,7 @@ def warmup(found: Converted, key: str, value: Any) -> None:
 
 
 def steps(setting: str) -> Handler:
-    """Steps between two events; nothing, 0 and -1 mean never."""
+    """Steps between two events; no value, 0 and -1 mean never."""
 
     def handle(found: Converted, key: str, value: Any) -> None:
         if value is None or (isinstance(value, (int, float)) and value <= 0):
@@ -97,7 +97,7 @@ def steps(setting: str) -> Handler:
 
 
 def resume(found: Converted, key: str, value: Any) -> None:
-    """Going on from a checkpoint: only from oribi's own."""
+    """Resuming: only from oribi's own checkpoints."""
     if value is True:
         found.put("resume", True, key)
     elif not is_off(value):
@@ -146,7 +146,7 @@ def put_strategies(found: Converted, default: str) -> None:
 
 
 def precision(found: Converted) -> None:
-    """bf16 and fp16, where one of them is asked for; nothing said leaves it to the machine."""
+    """bf16 and fp16; without them the machine decides."""
     entries = found.entries
     if any(entries.get(name) in (True, "full") for name in ("bf16", "bfloat16", "pure_bf16")):
         found.put("dtype", "bfloat16", "bf16 = true")
@@ -155,7 +155,7 @@ def precision(found: Converted) -> None:
 
 
 def put_full_finetuning(found: Converted, why: str) -> None:
-    """Every weight is trained, so what the file says of an adapter counts for nothing there, and nothing here."""
+    """Full fine-tuning: settings of an adapter have no effect in that program either, and are dropped."""
     found.put("full_finetuning", True, why)
     for key in list(found.entries):
         if key.startswith(("lora_", "peft_", "loraplus_")) or key in ("use_rslora", "use_dora", "r"):
