@@ -5,7 +5,7 @@ from copy import copy
 import pytest
 from datasets import Dataset
 
-from oribi.train.setup import warn_of_same_rows
+from oribi.train.rows import warn_of_same_rows
 
 ROWS = Dataset.from_dict({"text": ["a", "b", "c"]})
 

@@ -8,20 +8,14 @@ from typing import Any
 
 import peft
 import torch
-import transformers
-from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import set_seed
 
-from oribi.chat.ends import turn_end_id
-from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.environment import Environment, detect
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
-from oribi.models.untrained import untrained_token
 from oribi.models.unwrap import base_model
-from oribi.text import say
 from oribi.train.arguments import SFTConfig
 from oribi.train.shards import require_shardable
 
@@ -39,8 +33,6 @@ NOT_HONOURED = {
     "router_aux_loss_coef": (None, "oribi adds no load-balancing loss; leave it out"),
     "truncation_mode": ("keep_start", "oribi keeps the start; overlong chooses what else happens to long rows"),
 }  # fmt: skip
-# these pad a batch into a rectangle and keep given labels: the same loss as one row without padding, for more work
-STOCK_PADDERS = (transformers.DataCollatorForSeq2Seq, transformers.DataCollatorWithPadding)
 
 # NVIDIA's first generation whose matrix units take e4m3
 FP8_CAPABILITY = (8, 9)
@@ -93,11 +85,6 @@ def model_and_tokenizer(
     if hasattr(model, "_orig_mod") and isinstance(base_model(model), DecoderForCausalLM):
         raise ConfigError(f"the model went through torch.compile: {NOT_COMPILED}. Pass it as it was before")
     return model, tokenizer
-
-
-def prepares_data(args: SFTConfig) -> bool:
-    """Whether the trainer prepares its rows; if not, the collator takes them as they are."""
-    return not (args.dataset_kwargs or {}).get("skip_prepare_dataset")
 
 
 def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
@@ -156,147 +143,6 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
                 f"dtype={asked} or leave out {flag}: the model's dtype decides"
             )
     args.mixed_precision = "fp16" if base.config.dtype is torch.float16 else "no"
-
-
-def trained_parts(args: SFTConfig) -> dict[str, Any]:
-    """What the labels of messages cover, and those of prompt with completion; each follows its own setting."""
-    return {
-        "train_on": "everything" if args.assistant_only_loss is False else "responses",
-        "completion_only": args.completion_only_loss is not False,
-    }
-
-
-def choose_collator(
-    collator: Any, args: SFTConfig, base: nn.Module, tokenizer: Any, rows: Any, evaluated: Any
-) -> Any:
-    """How the examples of a batch are joined.
-
-    Args:
-        collator: the caller's, or None.
-        args: of the trainer. base: the bare model. tokenizer: its pad token fills rectangles.
-        rows: prepared training rows. evaluated: prepared evaluation rows, or a dict of them, or None.
-
-    Raises:
-        ConfigError: the caller's collator would train other tokens, or let documents of a row see each other.
-    """
-    known = known_collator(collator, rows)
-    chosen = make_collator(args, base, tokenizer) if known is None else known
-    for part in (rows, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
-        require_positions(chosen, part, args)
-    return chosen
-
-
-def known_collator(collator: Any, rows: Dataset | IterableDataset | None) -> Any:
-    """The caller's collator, or None where oribi's gives the same loss for less work.
-
-    Args:
-        collator: what the trainer was given. rows: the prepared rows that it is to join.
-
-    Raises:
-        ConfigError: it would train other tokens than the prepared labels say.
-    """
-    if collator is None or type(collator) in STOCK_PADDERS or collator is transformers.default_data_collator:
-        return None
-    if type(collator) is not transformers.DataCollatorForLanguageModeling:
-        return collator
-    if not collator.mlm and isinstance(rows, Dataset) and "labels" in rows.column_names:
-        few = rows.select(range(min(len(rows), 100)))
-        if all(row["labels"][1:] == row["input_ids"][1:] for row in few):
-            return None  # plain text, of which every token is trained either way
-    raise ConfigError(
-        "DataCollatorForLanguageModeling makes labels of its own, of every token or of masked ones, in place of the prepared "
-        "ones, which leave prompts out. Leave out data_collator; to train on every token, set assistant_only_loss = False "
-        "and completion_only_loss = False"
-    )
-
-
-def require_positions(collator: Any, rows: Any, args: SFTConfig) -> None:
-    """Make sure that documents which lie in one row cannot see each other.
-
-    Args:
-        collator: makes the batches. rows: prepared rows, or packs of them. args: padding_free = True joins rows as well.
-
-    Raises:
-        ConfigError: the collator drops the documents' bounds.
-    """
-    if not isinstance(rows, Dataset) or isinstance(collator, (PackCollator, PaddedCollator)):
-        return
-    packs = "seq_lengths" in rows.column_names
-    if not len(rows) or not (packs or args.padding_free):
-        return
-    what = "packing = True" if packs else "padding_free = True"
-    examples = [dict(rows[i]) for i in range(min(len(rows), max(args.per_device_train_batch_size, 2)))]
-    try:
-        batch = collator(examples)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{what}, and {type(collator).__name__} fails on such rows: {error}") from error
-    positions = batch.get("position_ids")
-    told = positions is not None and len(positions) == 1 and batch.get("attention_mask") is None
-    if batch.get("cu_seq_lens_q") is None and not told:
-        raise ConfigError(
-            f"{what}, and batches of {type(collator).__name__} do not say where documents begin: they would see each other. "
-            "Leave out data_collator, or let it make one row with position_ids that restart at 0 and without attention_mask"
-        )
-
-
-def make_collator(args: SFTConfig, base: nn.Module, tokenizer: Any) -> PackCollator | PaddedCollator:
-    """How the examples of a batch become one: a row without padding, or a rectangle where that is asked for."""
-    pad_id = getattr(tokenizer, "pad_token_id", None)
-    pad_id = 0 if pad_id is None else pad_id
-    # transformers' classes see the documents of a joined row as one text unless flash attention runs them
-    if args.padding_free is False or (args.padding_free is None and not isinstance(base, DecoderForCausalLM)):
-        return PaddedCollator(pad_id, pad_to_multiple_of=args.pad_to_multiple_of)
-    multiple = args.pad_to_multiple_of
-    if multiple is None and args.packing and base.device.type == "cuda":
-        multiple = args.max_length  # packs are almost full, and rows of one length can be replayed as a graph
-    return PackCollator(pad_to_multiple_of=multiple, pad_token_id=pad_id)
-
-
-def warn_of_untrained_ends(base: nn.Module, tokenizer: Any, report: Any) -> None:
-    """Say, before training, which token that ends answers the base model never learned, and what to do.
-
-    Args:
-        base: the model under PEFT's wrapper.
-        tokenizer: of the run.
-        report: of the training data; None where it came prepared.
-    """
-    vocabulary = tokenizer.get_vocab()
-    ends = {vocabulary.get(name) for name in getattr(report, "end_tokens", None) or ()}
-    if not ends and hasattr(tokenizer, "chat_template"):
-        ends = {turn_end_id(tokenizer)}
-    for end in ends - {None}:
-        why = untrained_token(base, tokenizer, end)
-        if why is not None:
-            say(
-                f"oribi: warning: {tokenizer.convert_ids_to_tokens(end)!r} ends the answers of this data, and the base model "
-                f"never learned it: {why}. LoRA on the layers does not change that row, so the model will not stop by itself. "
-                "Train the rows too (modules_to_save: [embed_tokens, lm_head]), start from the instruct model, or take a "
-                "chat template whose end the base knows"
-            )
-
-
-def warn_of_same_rows(trained: Any, evaluated: Any) -> None:
-    """Say it where a trainer evaluates on the rows that it trains on."""
-    parts = evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
-    for name, rows in parts.items():
-        same_rows = (
-            isinstance(rows, Dataset)
-            and isinstance(trained, Dataset)
-            and rows._fingerprint == trained._fingerprint
-        )
-        if rows is not None and (rows is trained or same_rows):
-            say(
-                f"oribi: {name} holds the rows of train_dataset, so its loss does not tell how the model does on other rows"
-            )
-
-
-def keep_held_out_rows(base: nn.Module, rows: Dataset | IterableDataset) -> None:
-    """Leave a few evaluation rows on the model, for exports to be compared on."""
-    if hasattr(base, "oribi") and isinstance(rows, Dataset):
-        base.oribi.held_out = [
-            {name: row[name] for name in ("input_ids", "labels") if name in row}
-            for row in rows.select(range(min(len(rows), 32)))
-        ]
 
 
 def require_fp8_gpu(environment: Environment) -> None:

@@ -13,20 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 import transformers
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset, IterableDataset
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
-from oribi.data.packing import pack
-from oribi.data.prepare import PreparedData, prepare_dataset
-from oribi.errors import ConfigError, DataError
+from oribi.errors import ConfigError
 from oribi.memory.speed import Utilisation, utilisation_of
 from oribi.models.adapter_files import read_record
 from oribi.models.decoder import DecoderForCausalLM
@@ -38,24 +33,14 @@ from oribi.save.base import changed_base
 from oribi.save.trained import require_finite
 from oribi.text import say
 from oribi.train.arguments import SFTConfig, adopt
-from oribi.train.batches import GroupedByLength, rank_loader
 from oribi.train.checkpoints import StopOnSignal, any_process
 from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, fix_order_of_cublas
 from oribi.train.evaluate import PredictingTrainer
 from oribi.train.guard import LossGuard, require_targets
 from oribi.train.progress import JsonLog, Progress
 from oribi.train.resumable import ResumableTrainer
-from oribi.train.setup import (
-    choose_collator,
-    fit_arguments,
-    keep_held_out_rows,
-    model_and_tokenizer,
-    prepares_data,
-    temporarily,
-    trained_parts,
-    warn_of_same_rows,
-    warn_of_untrained_ends,
-)
+from oribi.train.rows import RowsTrainer, choose_collator
+from oribi.train.setup import fit_arguments, model_and_tokenizer, temporarily
 from oribi.train.shards import require_wrapper, sharded
 from oribi.train.step import EmbeddingNoise, StepTrainer
 
@@ -70,13 +55,8 @@ MOVED_KEYWORDS = {
     "neftune_noise_alpha": "neftune_noise_alpha",
 }
 
-NO_ROWS = (
-    "the training stream has no rows. A stream that was read already may be at its end: give one that begins anew at every "
-    "pass, as IterableDataset.from_generator makes them. If it filters its rows, all of them were filtered out"
-)
 
-
-class SFTTrainer(StepTrainer, PredictingTrainer, ResumableTrainer):
+class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, ResumableTrainer):
     """transformers' `Trainer` for models that `FastLanguageModel` loads; any other causal model works too, unfused.
 
     It takes what `trl.SFTTrainer` takes. Data preparation, batches, the optimizer step, checkpoints and resuming are oribi's.
@@ -166,75 +146,6 @@ class SFTTrainer(StepTrainer, PredictingTrainer, ResumableTrainer):
             model.add_model_tags(["oribi", "sft"])
         self._add_callbacks(getattr(processing_class, "decode", None))
 
-    def _prepare_data(
-        self, args: SFTConfig, base: nn.Module, tokenizer: Any, train_dataset: Any, eval_dataset: Any
-    ) -> tuple[Any, Any]:
-        """Training and evaluation rows as the trainer keeps them, with what there is to say about them."""
-        if args.process_index == 0:
-            warn_of_same_rows(train_dataset, eval_dataset)
-        if prepares_data(args):
-            train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {
-                    name: self._prepare_dataset(rows, tokenizer, args, name)
-                    for name, rows in eval_dataset.items()
-                }
-            elif eval_dataset is not None:
-                eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, args, "eval")
-                keep_held_out_rows(base, eval_dataset)
-        if args.process_index == 0:
-            warn_of_untrained_ends(base, tokenizer, self.data_reports.get("train"))
-        if isinstance(train_dataset, IterableDataset):
-            # accelerate would join the batches of several processes along their rows, which breaks packs
-            args.accelerator_config.dispatch_batches = False
-            if next(iter(train_dataset), None) is None:
-                raise DataError(NO_ROWS)
-        return train_dataset, eval_dataset
-
-    def _prepare_dataset(
-        self, dataset: Any, tokenizer: Any, args: SFTConfig, name: str
-    ) -> Dataset | IterableDataset:
-        """One data set as prepared rows or packs; what this trainer prepared already is returned as it is."""
-        if any(dataset is one for one in self._prepared):
-            return dataset
-        prepared = dataset
-        if not isinstance(dataset, PreparedData):
-            prepared = prepare_dataset(
-                dataset,
-                tokenizer,
-                max_seq_length=args.max_length,
-                **trained_parts(args),
-                text_field=args.dataset_text_field,
-                formatting_func=self._formatting_func,
-                overlong=args.overlong,
-                turns=args.turns,
-                num_proc=args.dataset_num_proc,
-                progress=not args.disable_tqdm,
-                # what is not used of a stream shows only while it is read
-                announce=print if isinstance(dataset, IterableDataset) and args.process_index == 0 else None,
-            )
-        if args.process_index == 0 and all(
-            report is not prepared.report for report in self.data_reports.values()
-        ):
-            say(str(prepared.report))
-        self.data_reports[name] = prepared.report
-        result = prepared.dataset
-        require_targets(result, name)
-        if name == "train":
-            if args.shuffle_dataset:
-                result = result.shuffle(seed=args.seed)
-            self.rows = result
-        packs = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
-        if packs:
-            if isinstance(result, IterableDataset):
-                raise ConfigError(
-                    "packing = True needs the whole data set, and this one is a stream; set packing = False"
-                )
-            examples, result = result, pack(result, args.max_length, seed=args.seed)
-            self._packs.append((result, examples))
-        self._prepared.append(result)
-        return result
-
     def _add_callbacks(self, decode: Callable | None) -> None:
         """Guard, signals, log and progress; oribi's progress takes the place of transformers'."""
         self.guard = LossGuard(self.train_dataset, decode, scaled=self.accelerator.scaler is not None)
@@ -246,21 +157,6 @@ class SFTTrainer(StepTrainer, PredictingTrainer, ResumableTrainer):
             if any(type(callback) is default for callback in self.callback_handler.callbacks):
                 self.remove_callback(default)
                 self.add_callback(Progress(live=default is ProgressCallback))
-
-    def _set_signature_columns_if_needed(self) -> None:
-        # bounds of the documents in a pack; what else rows have beside ids and labels is for people
-        self._signature_columns = ["input_ids", "labels", "seq_lengths"]
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        def prepared(rows: Any, name: str) -> Any:
-            return self._prepare_dataset(rows, self.processing_class, self.args, name)
-
-        if prepares_data(self.args) and eval_dataset is not None and not isinstance(eval_dataset, str):
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: prepared(rows, name) for name, rows in eval_dataset.items()}
-            else:
-                eval_dataset = prepared(eval_dataset, "eval")
-        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         require_targets(self.train_dataset, "train")
@@ -284,29 +180,6 @@ class SFTTrainer(StepTrainer, PredictingTrainer, ResumableTrainer):
                     callback.stop()
         self.stop_on_signal.end_program(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
         return output
-
-    def _get_dataloader(
-        self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any
-    ) -> DataLoader:
-        build = super()._get_dataloader
-        streams = isinstance(dataset, torch.utils.data.IterableDataset)
-        # without a count of targets, a row of which nothing is trained would make a mean of nothing
-        counted = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        shared = self.args.world_size > 1 and not (
-            self.accelerator.split_batches or self.is_deepspeed_enabled
-        )
-        if not (shared and counted and (is_training or streams)):
-            return build(dataset, *args, is_training=is_training, **kwargs)
-        with temporarily(self.accelerator, prepare=partial(rank_loader, self.accelerator)):
-            return build(dataset, *args, is_training=is_training, **kwargs)
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
-        args = self.args
-        step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return GroupedByLength(sampler, step_rows, args.seed if args.data_seed is None else args.data_seed)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # accelerate from 1.13 on takes a model that was evaluated before for one that is wrapped already
