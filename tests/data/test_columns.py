@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from oribi.chat.conversation import Conversation
-from oribi.data.conversations import recognise
+from oribi.data.conversations import recognise_format
 from oribi.data.converters import Document, Tokens
 from oribi.errors import ConfigError, DataError
 from tests.data.tokenizers_small import ONE_TURN, WEATHER, assistant, call, user
 
 
 def convert(row, **options):
-    return recognise(row, **options).convert(row)
+    return recognise_format(row, **options).convert(row)
 
 
 def system(text):
@@ -224,16 +224,16 @@ def test_masks_of_tokens_are_honoured():
 
 
 def test_a_null_is_no_column_and_no_format():
-    row_format = recognise({"id": 1, "messages": ONE_TURN, "category": None})
+    row_format = recognise_format({"id": 1, "messages": ONE_TURN, "category": None})
     assert row_format.convert({"id": 1, "messages": ONE_TURN, "category": None}).unused == ["id"]
     with pytest.raises(
         DataError, match=r"row has an empty \(null\) 'messages'; its keys are \['id', 'messages'\]"
     ):
-        recognise({"id": 1, "messages": None})
+        recognise_format({"id": 1, "messages": None})
 
 
 def test_later_rows_may_have_more_columns_but_not_another_format():
-    row_format = recognise({"question": "q", "answer": "a"})
+    row_format = recognise_format({"question": "q", "answer": "a"})
     more = row_format.convert({"question": "q", "answer": "a", "context": "c", "topic": "t"})
     assert (more.messages[0], more.unused) == (user("q\n\nc"), ["topic"])
     with pytest.raises(DataError, match="the row is messages .* too, and the rows before it are question"):
@@ -329,7 +329,7 @@ def test_a_data_set_gives_the_rows_that_it_was_made_of():
             "tools": json.dumps([say]),
         },
     ]
-    row_format = recognise(rows[0])
+    row_format = recognise_format(rows[0])
     for row, given in zip(rows, datasets.Dataset.from_list(rows)):
         assert row_format.convert(given) == row_format.convert(row)
 

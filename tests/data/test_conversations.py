@@ -3,14 +3,14 @@
 import pytest
 
 from oribi.chat.conversation import Conversation
-from oribi.data.conversations import recognise
+from oribi.data.conversations import recognise_format
 from oribi.data.converters import Document, Tokens
 from oribi.errors import DataError
 from tests.data.tokenizers_small import ONE_TURN, assistant, user
 
 
 def convert(row, **options):
-    row_format = recognise(row, **options)
+    row_format = recognise_format(row, **options)
     return row_format.name, row_format.convert(row)
 
 
@@ -250,15 +250,15 @@ def test_a_wrong_row_says_what_is_wrong_and_what_to_do(name):
 
 def test_messages_must_be_a_list_in_later_rows_too():
     with pytest.raises(DataError, match="'messages' is str 'hello'; it must be a list of messages"):
-        recognise({"messages": ONE_TURN}).convert({"messages": "hello"})
+        recognise_format({"messages": ONE_TURN}).convert({"messages": "hello"})
 
 
 def test_a_later_row_is_held_to_the_first():
-    row_format = recognise({"messages": ONE_TURN})
+    row_format = recognise_format({"messages": ONE_TURN})
     with pytest.raises(DataError, match="row has no 'messages'; its keys are \\['text'\\]"):
         row_format.convert({"text": "x"})
 
 
 def test_a_column_map_must_fit():
     with pytest.raises(DataError, match="row has keys \\['text'\\], but columns names \\['task'\\]"):
-        recognise({"text": "x"}, columns={"instruction": "task"})
+        recognise_format({"text": "x"}, columns={"instruction": "task"})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from oribi.data.conversations import recognise
+from oribi.data.conversations import recognise_format
 from oribi.errors import DataError
 from tests.data.tokenizers_small import assistant, call, from_messages, user
 
@@ -22,7 +22,9 @@ def test_roles_are_compared_without_case_and_spaces(role):
 
 def test_role_aliases_are_compared_so_too():
     row = {"messages": [user("q"), {"role": "COACH", "content": "a"}]}
-    assert recognise(row, role_aliases={"Coach": "assistant"}).convert(row).messages[1] == assistant("a")
+    assert recognise_format(row, role_aliases={"Coach": "assistant"}).convert(row).messages[1] == assistant(
+        "a"
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,6 @@ def test_other_keys_of_messages_are_named_and_those_of_templates_are_not():
     row = {
         "messages": [{**user("q"), "info": {"x": 1}, "name": "Ada"}, assistant("a", tool_calls=[call("f")])]
     }
-    example = recognise(row).convert(row)
+    example = recognise_format(row).convert(row)
     assert example.message_keys == ["info"]
     assert example.messages[0]["name"] == "Ada"

@@ -90,7 +90,7 @@ class RowFormat:
         return self._others[key]
 
 
-def recognise(
+def recognise_format(
     row: Row,
     *,
     text_field: str | None = None,
@@ -171,19 +171,21 @@ def _refuse_null(row: Row, names: Mapping[str, str] | None, text_field: str | No
         given.need(name)
 
 
+def _format(name: str, columns: tuple[str, ...], read: Callable[..., Example], **bound: Any) -> RowFormat:
+    return RowFormat(name, columns, partial(read, **bound), is_pair=read is from_pair)
+
+
 def _choose(row: Columns, text_field: str | None, roles: Mapping[str, str]) -> RowFormat:
     if "input_ids" in row:
-        return RowFormat("tokens (input_ids)", ("input_ids",), from_tokens)
+        return _format("tokens (input_ids)", ("input_ids",), from_tokens)
     if text_field and text_field in row:
-        read = partial(from_text, column=text_field, asked=True)
-        return RowFormat(f"text (column {text_field!r})", (text_field,), read)
+        return _format(
+            f"text (column {text_field!r})", (text_field,), from_text, column=text_field, asked=True
+        )
     for column in known.MESSAGES:
         if _holds_messages(row, column):
-            return RowFormat(
-                f"{_style(row.peek(column))} (column {column!r})",
-                (column,),
-                partial(from_messages, column=column, roles=roles),
-            )
+            name = f"{_style(row.peek(column))} (column {column!r})"
+            return _format(name, (column,), from_messages, column=column, roles=roles)
     found = _choose_answered(row, roles)
     if found is not None:
         refuse_label(row)
@@ -200,34 +202,29 @@ def _choose(row: Columns, text_field: str | None, roles: Mapping[str, str]) -> R
 def _choose_answered(row: Columns, roles: Mapping[str, str]) -> RowFormat | None:
     """Formats of columns for a question and its answer."""
     if "prompt" in row and "completion" in row:
-        read = partial(from_prompt_completion, roles=roles)
-        return RowFormat("prompt + completion", ("prompt", "completion"), read)
+        return _format("prompt + completion", ("prompt", "completion"), from_prompt_completion, roles=roles)
     pair = next(((q, a) for q, a in known.PAIRS if q in row and a in row), None)
     output = row.first(known.ANSWERS_TO_INSTRUCTION)
     if "instruction" in row and output and not (pair and pair[0] in known.QUESTIONS):
-        read = partial(from_pair, question="instruction", answer=output, roles=roles)
-        return RowFormat(f"instruction (Alpaca) + {output}", ("instruction", output), read, True)
-    if pair:
-        read = partial(from_pair, question=pair[0], answer=pair[1], roles=roles)
-        return RowFormat(f"{pair[0]} + {pair[1]}", pair, read, True)
-    if "query" in row and "answers" in row and row.first(known.TOOLS):
-        return RowFormat(
-            "query + answers (tool calls)", ("query", "answers"), partial(from_calls, roles=roles)
-        )
-    return None
+        pair, name = ("instruction", output), f"instruction (Alpaca) + {output}"
+    elif pair:
+        name = f"{pair[0]} + {pair[1]}"
+    elif "query" in row and "answers" in row and row.first(known.TOOLS):
+        return _format("query + answers (tool calls)", ("query", "answers"), from_calls, roles=roles)
+    else:
+        return None
+    return _format(name, pair, from_pair, question=pair[0], answer=pair[1], roles=roles)
 
 
 def _choose_text(row: Columns) -> RowFormat:
     """Plain text, if a column is named so, or alone and named like nothing else."""
     names = [own for own in row.row if own in row]
     column = "text" if "text" in row else names[0] if len(row.row) == 1 and names else None
-    if column is not None and isinstance(row.peek(column), str):
+    is_text = column is not None and isinstance(row.peek(column), str)
+    if is_text:
         _refuse_half(row, column)
-        return RowFormat(
-            f"text (column {column!r})", (column,), partial(from_text, column=column, asked=False)
-        )
-    if column == "text":
-        return RowFormat("text (column 'text')", ("text",), partial(from_text, column="text", asked=False))
+    if is_text or column == "text":
+        return _format(f"text (column {column!r})", (column,), from_text, column=column, asked=False)
     as_words = [c for c in known.MESSAGES if isinstance(row.peek(c), str)]
     if as_words:
         raise DataError(

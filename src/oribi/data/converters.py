@@ -59,8 +59,7 @@ def from_tokens(row: Columns) -> Tokens:
             "the row holds several packed examples (seq_lengths or position_ids): give one example per row; packing: true packs them."
         )
     if "attention_mask" in row:
-        mask = _mask(row, "attention_mask", len(ids))
-        seen = [i for i, m in enumerate(mask) if m]
+        seen = [i for i, m in enumerate(_mask(row, "attention_mask", len(ids))) if m]
         if not seen or seen[-1] - seen[0] + 1 != len(seen):
             raise DataError(
                 "'attention_mask' hides tokens in the middle of the row; it may only mark padding at its ends."

@@ -13,7 +13,7 @@ from oribi.chat.conversation import Conversation
 from oribi.chat.masking import TRAIN_ON, Marked, Masker, takes_all
 from oribi.chat.named_templates import template_source
 from oribi.chat.rendering import ChatTemplate
-from oribi.data.conversations import RowFormat, recognise
+from oribi.data.conversations import RowFormat, recognise_format
 from oribi.data.converters import Document, Example, Tokens
 from oribi.data.encoding import UNTRAINED, Encoded, Encoder, without_lone_surrogates
 from oribi.data.report import DataReport, Tally, named, some_of
@@ -176,7 +176,7 @@ class Preparation:
         """Converted rows of one part; its format is announced with the first row that shows it."""
 
         def recognised(row: Mapping[str, Any]) -> RowFormat:
-            found = recognise(
+            found = recognise_format(
                 row,
                 text_field=part.text_field or self.settings.text_field,
                 columns=part.columns or self.settings.columns,

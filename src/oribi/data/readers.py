@@ -52,7 +52,7 @@ def read_file(path: Path, name: str | None = None) -> Rows:
     return reader(path, name or path.name)
 
 
-def read_json_lines(path: Path, name: str) -> Rows:
+def _read_json_lines(path: Path, name: str) -> Rows:
     empty = True
     with open_text(path) as file:
         for number, line in enumerate(lines_of(file), 1):
@@ -77,7 +77,7 @@ def _json_line(line: str) -> dict[str, Any] | DataError:
         )
 
 
-def read_json(path: Path, name: str) -> Rows:
+def _read_json(path: Path, name: str) -> Rows:
     """An array of objects, read piece by piece; or one object that holds such an array; or, misnamed, JSON lines."""
     with open_text(path) as file:
         head = file.read(JSON_CHUNK_CHARACTERS)
@@ -92,7 +92,7 @@ def read_json(path: Path, name: str) -> Rows:
         first = head.lstrip().split("\n", 1)
         if len(first) == 2 and first[1].strip() and _is_json(first[0]):
             file.close()
-            yield from read_json_lines(path, name)
+            yield from _read_json_lines(path, name)
             return
         yield from _read_wrapped(path, name, head + rest_of(path, file))
 
@@ -162,7 +162,7 @@ def _read_wrapped(path: Path, name: str, text: str) -> Rows:
         yield f"{name}:{key}[{number}]", row
 
 
-def read_csv(path: Path, name: str) -> Rows:
+def _read_csv(path: Path, name: str) -> Rows:
     with open_text(path, newline="") as file, _long_csv_fields():
         head = file.read(SNIFFED_CHARACTERS)
         while head.endswith("\r") and (more := file.read(1)):  # a line feed may belong to it
@@ -240,7 +240,7 @@ def _long_csv_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def read_parquet(path: Path, name: str) -> Rows:
+def _read_parquet(path: Path, name: str) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -262,7 +262,7 @@ def read_parquet(path: Path, name: str) -> Rows:
         raise DataError(f"{path}: the file has no rows.")
 
 
-def read_text(path: Path, name: str) -> Rows:
+def _read_text(path: Path, name: str) -> Rows:
     """A file is one document, read in blocks that end between paragraphs, lines or words; only the last one ends it."""
     with open_text(path) as file:
         rest, line, begins, chunk = "", 1, True, file.read(TEXT_BLOCK_CHARACTERS)
@@ -283,8 +283,8 @@ def read_text(path: Path, name: str) -> Rows:
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json, ".csv": read_csv,
-    ".tsv": read_csv, ".parquet": read_parquet, ".txt": read_text, ".md": read_text,
+    ".jsonl": _read_json_lines, ".ndjson": _read_json_lines, ".json": _read_json, ".csv": _read_csv,
+    ".tsv": _read_csv, ".parquet": _read_parquet, ".txt": _read_text, ".md": _read_text,
 }  # fmt: skip
 
 
