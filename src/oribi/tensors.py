@@ -179,6 +179,15 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.split(rows))
 
 
+def problems_in_words(problems: Mapping[str, Sequence[str]], most: int = 6) -> str:
+    """How many tensors have each kind of problem, and the first of their names; "" where none has one."""
+    return "; ".join(
+        f"{len(names)} {what}: {', '.join(names[:most])}{', ...' if len(names) > most else ''}"
+        for what, names in problems.items()
+        if names
+    )
+
+
 def open_bytes(path: Path) -> BinaryIO:
     """Open a model's file for reading.
 

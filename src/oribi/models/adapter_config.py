@@ -1,18 +1,27 @@
 """adapter_config.json, read once and checked: whoever opens an adapter, to train, show or export it, asks here."""
 
 import json
-import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftType, TaskType
 
 from oribi.errors import ModelError
+from oribi.models.fields import (
+    BOOLEAN,
+    Field,
+    are,
+    each,
+    field_problems,
+    is_number,
+    is_whole,
+    number_from,
+    whole_from,
+)
 from oribi.models.files import Location, read_json
 from oribi.text import nearest, shown
 
@@ -23,72 +32,47 @@ _MATCH = (
 )
 
 
-@dataclass(frozen=True)
-class _Kind:
-    allowed: str
-    fits: Callable[[Any], bool]
-
-
-def _is(value: Any, *kinds: type) -> bool:
-    return type(value) in kinds
-
-
-def _number(value: Any, low: float, high: float) -> bool:
-    return _is(value, int, float) and math.isfinite(value) and low <= value <= high
-
-
-def _all(values: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(values, list) and all(fits(value) for value in values)
-
-
-def _names(value: Any) -> bool:
-    return _all(value, lambda name: _is(name, str))
-
-
-def _whole(value: Any, low: int = 0, high: int = 2**31 - 1) -> bool:
-    return _is(value, int) and low <= value <= high
-
-
-_BOOLEAN = _Kind("true or false", lambda value: _is(value, bool))
-_NAMES = _Kind("a list of names", _names)
-_PATTERN_OR_NAMES = _Kind("a list of names, or one pattern", lambda value: _is(value, str) or _names(value))
+_NAMES = Field("a list of names", lambda value: are(value, str))
+_PATTERN_OR_NAMES = Field(
+    "a list of names, or one pattern", lambda value: type(value) is str or are(value, str)
+)
 _FIELDS = {
-    "r": _Kind("a whole number from 1 to 65,536", lambda value: _whole(value, 1, 65536)),
-    "lora_alpha": _Kind("a number from -1e6 to 1e6", lambda value: _number(value, -1e6, 1e6)),
-    "lora_dropout": _Kind("a number from 0 to below 1", lambda value: _number(value, 0, 1) and value < 1),
-    "bias": _Kind("none, all or lora_only", lambda value: value in ("none", "all", "lora_only")),
+    "r": whole_from(1, 65536),
+    "lora_alpha": number_from(-1e6, 1e6),
+    "lora_dropout": Field("a number from 0 to below 1", lambda value: is_number(value, 0, 1) and value < 1),
+    "bias": Field("none, all or lora_only", lambda value: value in ("none", "all", "lora_only")),
     **dict.fromkeys(
         ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "inference_mode", "use_qalora"),
-        _BOOLEAN,
+        BOOLEAN,
     ),
     "target_modules": _PATTERN_OR_NAMES,
     "exclude_modules": _PATTERN_OR_NAMES,
     "layers_pattern": _PATTERN_OR_NAMES,
     "modules_to_save": _NAMES,
     "target_parameters": _NAMES,
-    "layers_to_transform": _Kind(
-        "a layer's number, or a list of them", lambda value: _whole(value) or _all(value, _whole)
+    "layers_to_transform": Field(
+        "a layer's number, or a list of them", lambda value: is_whole(value) or each(value, is_whole)
     ),
-    "rank_pattern": _Kind(
+    "rank_pattern": Field(
         "patterns with whole numbers above 0",
-        lambda value: isinstance(value, dict) and all(_whole(rank, 1, 65536) for rank in value.values()),
+        lambda value: isinstance(value, dict) and all(is_whole(rank, 1, 65536) for rank in value.values()),
     ),
-    "alpha_pattern": _Kind(
+    "alpha_pattern": Field(
         "patterns with numbers",
-        lambda value: isinstance(value, dict) and all(_number(alpha, -1e6, 1e6) for alpha in value.values()),
+        lambda value: isinstance(value, dict) and all(is_number(alpha, -1e6, 1e6) for alpha in value.values()),
     ),
-    "trainable_token_indices": _Kind(
+    "trainable_token_indices": Field(
         "a list of token ids, or such a list for each table",
-        lambda value: _all(value, _whole)
-        or (isinstance(value, dict) and all(_all(ids, _whole) for ids in value.values())),
+        lambda value: each(value, is_whole)
+        or (isinstance(value, dict) and all(each(ids, is_whole) for ids in value.values())),
     ),
-    "layer_replication": _Kind(
-        "a list of pairs of layers", lambda value: _all(value, lambda pair: _all(pair, _whole) and len(pair) == 2)
+    "layer_replication": Field(
+        "a list of pairs of layers", lambda value: each(value, lambda pair: each(pair, is_whole) and len(pair) == 2)
     ),
     # its second half is a module to import
-    "megatron_config": _Kind("null: oribi does not run Megatron's layers", lambda value: False),
-    "revision": _Kind("a branch, tag or commit", lambda value: _is(value, str)),
-    "task_type": _Kind(f"one of {', '.join(TaskType)}", lambda value: _is(value, str) and value in list(TaskType)),
+    "megatron_config": Field("null: oribi does not run Megatron's layers", lambda value: False),
+    "revision": Field("a branch, tag or commit", lambda value: type(value) is str),
+    "task_type": Field(f"one of {', '.join(TaskType)}", lambda value: type(value) is str and value in list(TaskType)),
 }  # fmt: skip
 
 
@@ -104,7 +88,7 @@ def read_adapter_settings(location: Location) -> dict[str, Any]:
     file = location.directory / "adapter_config.json"
     settings = read_json(file)
     kind = settings.get("peft_type")
-    if not _is(kind, str) or kind not in list(PeftType):
+    if type(kind) is not str or kind not in list(PeftType):
         near = nearest(kind, [known.value for known in PeftType])
         raise ModelError(
             f"{file}: peft_type = {shown(kind)}: PEFT knows no such adapter"
@@ -113,11 +97,7 @@ def read_adapter_settings(location: Location) -> dict[str, Any]:
     fields = (
         _FIELDS if kind == PeftType.LORA else {"base_model_name_or_path": _FIELDS["base_model_name_or_path"]}
     )
-    problems = [
-        f"{name} = {shown(settings[name])}: must be {field.allowed}"
-        for name, field in fields.items()
-        if settings.get(name) is not None and not field.fits(settings[name])
-    ]
+    problems = field_problems(settings, fields)
     for _, pattern in _patterns(settings) if not problems else ():
         try:
             re.compile(pattern)

@@ -20,7 +20,7 @@ from oribi.errors import ModelError
 from oribi.models.files import read_json
 from oribi.models.identity import BaseIdentity
 from oribi.models.unwrap import bare_module, base_model
-from oribi.tensors import read_header
+from oribi.tensors import problems_in_words, read_header
 from oribi.text import write_whole
 
 RECORD_FILE = "oribi.json"
@@ -158,7 +158,7 @@ def require_whole(
         ModelError: a tensor is missing, has another shape, or belongs to nothing.
     """
     known = {**optional, **expected}
-    problems = {
+    problems = problems_in_words({
         "missing": [name for name in expected if name not in found],
         "belonging to no layer that the adapter's settings name": [n for n in found if n not in known],
         "of another shape": [
@@ -166,16 +166,11 @@ def require_whole(
             for name in found
             if name in known and tuple(found[name]) != tuple(known[name])
         ],
-    }
-    told = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for what, names in problems.items()
-        if names
-    ]
-    if told:
+    }, most=3)  # fmt: skip
+    if problems:
         raise ModelError(
             f"{path}: its tensors are not those of the adapter that adapter_config.json describes, so nothing is loaded; "
-            + "; ".join(told)
+            f"{problems}"
         )
 
 

@@ -4,7 +4,6 @@ transformers reads the types; what fits no network, such as heads that do not di
 field, before anything is built.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,23 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from oribi.errors import ModelError
 from oribi.families import MOST_LAYERS, family_of
+from oribi.models.fields import (
+    BOOLEAN,
+    MOST,
+    Field,
+    are,
+    each,
+    field_problems,
+    is_number,
+    is_whole,
+    number_from,
+    whole_from,
+)
 from oribi.models.files import Location, read_json
 from oribi.models.mixers.attention import window_of
 from oribi.models.rope import RotaryAngles
 from oribi.text import nearest, shown
 
-_MOST = 2**31 - 1
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings",
@@ -91,7 +101,7 @@ def _refuse_impossible_sizes(file: Path, settings: Mapping[str, Any]) -> None:
         if not isinstance(part, dict):
             continue
         for name in (*_SIZES, *_LAYERS):
-            value, most = part.get(name), MOST_LAYERS if name in _LAYERS else _MOST
+            value, most = part.get(name), MOST_LAYERS if name in _LAYERS else MOST
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue
             if value > most or (value < 1 and name in _SIZES):
@@ -106,7 +116,7 @@ def _check_quantization(file: Path, quantization: Any) -> None:
     if not isinstance(quantization, dict):
         raise ModelError(f"{file}: quantization_config = {shown(quantization)}; it holds keys with values")
     skipped = quantization.get("llm_int8_skip_modules")
-    if skipped is not None and not _are(skipped, str):
+    if skipped is not None and not are(skipped, str):
         raise ModelError(f"{file}: llm_int8_skip_modules = {shown(skipped)}; it is a list of names")
 
 
@@ -139,15 +149,15 @@ def check_decoder(file: Path, config: PretrainedConfig, notes: list[str] | None 
         ModelError: naming the file, and every field that does not fit.
     """
     problems = [
-        f"{name} = {shown(getattr(config, name))}: must be a whole number from 1 to {MOST_LAYERS if name in _LAYERS else _MOST:,}"
+        f"{name} = {shown(getattr(config, name))}: must be a whole number from 1 to {MOST_LAYERS if name in _LAYERS else MOST:,}"
         for name in _SIZES
-        if not _whole(getattr(config, name), 1, MOST_LAYERS if name in _LAYERS else _MOST)
+        if not is_whole(getattr(config, name), 1, MOST_LAYERS if name in _LAYERS else MOST)
     ]
     problems = problems or [*_check_heads(config), *_check_numbers(config), *_check_lists(config)]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(config, name, None)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not _are(ids, int):
+        if not are(ids, int):
             problems.append(f"{name} = {shown(value)}: must be the number of a token")
         elif not problems and not all(0 <= token < config.vocab_size for token in ids):
             setattr(config, name, None)
@@ -193,7 +203,7 @@ def _check_heads(config: PretrainedConfig) -> list[str]:
     if head_dim is None and config.hidden_size % heads:
         found.append(f"hidden_size = {config.hidden_size} is no multiple of num_attention_heads = {heads}")
     head_dim = config.hidden_size // heads if head_dim is None else head_dim
-    if not _whole(head_dim, 2, 65536) or head_dim % 2:
+    if not is_whole(head_dim, 2, 65536) or head_dim % 2:
         found.append(f"head_dim = {shown(head_dim)}: must be an even number")
     return found
 
@@ -206,16 +216,16 @@ def _check_numbers(config: PretrainedConfig) -> list[str]:
     found = [
         f"{name} = {shown(getattr(config, name))}: must be a number above 0"
         for name in [*positive, *optional]
-        if not (_finite(getattr(config, name)) and getattr(config, name) > 0)
+        if not (is_number(getattr(config, name)) and getattr(config, name) > 0)
         and not (name in optional and getattr(config, name) is None)
     ]
     found += [
         f"{name} = {shown(getattr(config, name))}: must be a number other than 0"
         for name in nonzero
-        if not _finite(getattr(config, name)) or getattr(config, name) == 0
+        if not is_number(getattr(config, name)) or getattr(config, name) == 0
     ]
     window = getattr(config, "sliding_window", None)
-    if window is not None and not _whole(window, 1, _MOST):  # caches read it in every family
+    if window is not None and not is_whole(window, 1, MOST):  # caches read it in every family
         found.append(f"sliding_window = {shown(window)}: must be a whole number above 0, or null")
     return found
 
@@ -235,7 +245,7 @@ def _check_lists(config: PretrainedConfig) -> list[str]:
             "give the window, or full_attention for each layer"
         )
     rotated = getattr(config, "no_rope_layers", None)
-    if family.no_rope_layers and not (_are(rotated, int, bool) and len(rotated) == layers):
+    if family.no_rope_layers and not (are(rotated, int, bool) and len(rotated) == layers):
         found.append(f"no_rope_layers: must be 0 or 1 for each of {layers} layers")
     return found
 
@@ -287,15 +297,36 @@ def refuse_other_sizes(file: Path, config: PretrainedConfig, shapes: Mapping[str
         raise ModelError(f"{file}: {'; '.join(found)}. Take the config.json that belongs to the weights")
 
 
-# what `generate` computes with: from, to, whether whole
+_TOKEN = Field("the number of a token", is_whole)
+_TOKENS = Field("a list of tokens' numbers", lambda value: each(value, is_whole))
+# what `generate` computes with
 _GENERATION = {
-    "temperature": (0, 1e6, False), "top_p": (0, 1, False), "min_p": (0, 1, False), "typical_p": (0, 1, False),
-    "repetition_penalty": (1e-6, 1e6, False), "length_penalty": (-1e6, 1e6, False), "top_k": (0, _MOST, True),
-    "max_length": (1, _MOST, True), "max_new_tokens": (1, _MOST, True), "min_length": (0, _MOST, True),
-    "min_new_tokens": (0, _MOST, True), "num_beams": (1, 4096, True), "num_return_sequences": (1, 4096, True),
-    "no_repeat_ngram_size": (0, _MOST, True), "encoder_no_repeat_ngram_size": (0, _MOST, True),
-    "diversity_penalty": (-1e6, 1e6, False), "guidance_scale": (-1e6, 1e6, False),
+    "temperature": number_from(0, 1e6), "top_p": number_from(0, 1), "min_p": number_from(0, 1), "typical_p": number_from(0, 1),
+    "repetition_penalty": number_from(1e-6, 1e6), "length_penalty": number_from(-1e6, 1e6), "top_k": whole_from(),
+    "max_length": whole_from(1), "max_new_tokens": whole_from(1), "min_length": whole_from(), "min_new_tokens": whole_from(),
+    "num_beams": whole_from(1, 4096), "num_return_sequences": whole_from(1, 4096), "no_repeat_ngram_size": whole_from(),
+    "encoder_no_repeat_ngram_size": whole_from(), "diversity_penalty": number_from(-1e6, 1e6),
+    "guidance_scale": number_from(-1e6, 1e6), "forced_bos_token_id": _TOKEN, "forced_eos_token_id": _TOKEN,
+    "suppress_tokens": _TOKENS, "begin_suppress_tokens": _TOKENS,
+    **dict.fromkeys(
+        ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"),
+        Field(_TOKEN.allowed, lambda value: is_whole(value, -1) or each(value, is_whole)),
+    ),
+    **dict.fromkeys(("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"), BOOLEAN),
+    "bad_words_ids": Field(
+        "a list of lists of tokens' numbers",
+        lambda value: bool(value) and each(value, lambda word: bool(word) and each(word, is_whole)),
+    ),
+    "stop_strings": Field(
+        "a text or a list of texts", lambda value: bool(value) and (isinstance(value, str) or are(value, str))
+    ),
+    "output_attentions": Field("false, since its decoder never forms them", lambda value: value is False),
 }  # fmt: skip
+# `generate` refuses 1 where 1.0 is meant
+_FLOATS = (
+    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "diversity_penalty",
+    "guidance_scale",
+)  # fmt: skip
 
 
 def read_generation(directory: Path) -> GenerationConfig | None:
@@ -308,22 +339,9 @@ def read_generation(directory: Path) -> GenerationConfig | None:
     if not file.is_file():
         return None
     settings = {name: value for name, value in read_json(file).items() if value is not None}
-    problems = []
-    for name, (low, high, whole) in _GENERATION.items():
-        value = settings.get(name, low)
-        if not (_whole(value, low, high) if whole else _finite(value) and low <= value <= high):
-            problems.append(
-                f"{name} = {shown(value)}: must be a {'whole ' * whole}number from {low:g} to {high:g}"
-            )
-        elif name in settings and not whole:
-            settings[name] = float(value)  # `generate` refuses 1 where 1.0 is meant
-    problems += [
-        f"{name} = {shown(settings[name])}: must be {allowed}"
-        for names, (allowed, fits) in _GENERATION_IDS.items()
-        for name in names
-        if name in settings and not fits(settings[name])
-    ]
+    problems = field_problems(settings, _GENERATION)
     if not problems:
+        settings |= {name: float(settings[name]) for name in _FLOATS if name in settings}
         try:
             generation = GenerationConfig.from_dict(settings)
             generation.validate()
@@ -333,44 +351,3 @@ def read_generation(directory: Path) -> GenerationConfig | None:
     raise ModelError(
         f"{file}: {'; '.join(problems)}. Correct it, or delete the file to answer by the defaults"
     )
-
-
-def _is_token(value: Any) -> bool:
-    return _whole(value, 0, _MOST)
-
-
-def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_token, value))
-
-
-_GENERATION_IDS = {
-    ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"): (
-        "the number of a token", lambda value: _is_token(value) or value == -1 or _are_tokens(value),
-    ),
-    ("forced_bos_token_id", "forced_eos_token_id"): ("the number of a token", _is_token),
-    ("suppress_tokens", "begin_suppress_tokens"): ("a list of tokens' numbers", _are_tokens),
-    ("bad_words_ids",): (
-        "a list of lists of tokens' numbers",
-        lambda value: isinstance(value, list) and bool(value) and all(word and _are_tokens(word) for word in value),
-    ),
-    ("stop_strings",): (
-        "a text or a list of texts",
-        lambda value: bool(value) and (isinstance(value, str) or _are(value, str)),
-    ),
-    ("output_attentions",): ("false, since its decoder never forms them", lambda value: value is False),
-    ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"): (
-        "true or false", lambda value: isinstance(value, bool),
-    ),
-}  # fmt: skip
-
-
-def _whole(value: Any, low: float, high: float) -> bool:
-    return type(value) is int and low <= value <= high
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are(values: Any, *kinds: type) -> bool:
-    return isinstance(values, (list, tuple)) and all(type(value) in kinds for value in values)

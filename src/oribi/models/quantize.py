@@ -13,7 +13,7 @@ from torch import nn
 
 from oribi.errors import ModelError
 from oribi.kernels import nf4
-from oribi.tensors import TensorSource
+from oribi.tensors import TensorSource, problems_in_words
 
 # layers that share an input lie next to each other in one buffer, so that one launch can dequantise them
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -111,15 +111,10 @@ def _check(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: set[str
         for name, shape in expected.items()
         if name in stored and name not in packed and stored[name] != shape
     ]
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        if names
-    ]
+    problems = problems_in_words({"missing": missing, "unexpected": unexpected, "of another shape": wrong})
     if problems:
         raise ModelError(
-            f"the checkpoint's tensors are not those of {type(model).__name__} with this config.json; "
-            + "; ".join(problems)
+            f"the checkpoint's tensors are not those of {type(model).__name__} with this config.json; {problems}"
         )
     return notes
 

@@ -18,9 +18,9 @@ from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.files import Location
 from oribi.models.generate import generate_in_inference_mode
 from oribi.models.quantize import Quantization, fits_nf4
+from oribi.tensors import problems_in_words
 
 _NAMED = 3  # kinds of tensors that a note names
-_LISTED = 6  # tensors that an error lists
 # tables that a model computes by itself and that older checkpoints store or lack
 _COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias)$")
 
@@ -185,24 +185,16 @@ def _compare_tensors(location: Location, model: PreTrainedModel, report: dict[st
         expected = [getattr(layer, "out_features", None), getattr(layer, "in_features", None)]
         if state is not None and list(state.shape) != expected:
             wrong[f"{name}.weight"] = (list(state.shape), expected)
-    problems = {
+    problems = problems_in_words({
         "missing": sorted(name for name in report["missing_keys"] if not _COMPUTED.search(name)),
         "of another shape": [f"{name}: {a}, expected {b}" for name, (a, b) in sorted(wrong.items())],
         "not converted": list(map(str, report["error_msgs"])),
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{len(names)} {what}: {_list(names)}" for what, names in problems.items() if names)
+    })  # fmt: skip
+    if problems:
         raise ModelError(
-            f"{location.name}: the checkpoint's tensors are not those of {type(model).__name__} with this config.json; {found}. "
+            f"{location.name}: the checkpoint's tensors are not those of {type(model).__name__} with this config.json; {problems}. "
             "Download it again, or take the config.json that belongs to the weights"
         )
     unused = sorted(name for name in report["unexpected_keys"] if not _COMPUTED.search(name))
-    if not unused:
-        return []
-    return [
-        f"{len(unused)} tensors of the checkpoint are not used by {type(model).__name__}: {_list(unused)}"
-    ]
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    words = problems_in_words({f"tensors of the checkpoint are not used by {type(model).__name__}": unused})
+    return [words] if words else []
