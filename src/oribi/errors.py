@@ -30,4 +30,4 @@ class ExportError(OribiError, RuntimeError):
 
 
 class TrainingError(OribiError, RuntimeError):
-    """Training cannot go on: its numbers are no longer finite, or its checkpoints cannot be written."""
+    """Training cannot continue: its numbers are no longer finite, or its checkpoints cannot be written."""

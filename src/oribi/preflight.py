@@ -41,7 +41,7 @@ class Start:
     """How a run begins.
 
     Args:
-        resumes: whether it goes on from a checkpoint. weights_only: of which it takes the weights alone.
+        resumes: whether it continues from a checkpoint. weights_only: of which it takes the weights alone.
         finished: form -> where it lies, if there is nothing left to do.
     """
 
@@ -61,7 +61,7 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         How the run begins.
 
     Raises:
-        ConfigError: a setting cannot be, the folder is another run's or cannot be written to, or the run that is to go on
+        ConfigError: a setting is invalid, the folder is another run's or cannot be written to, or the run to be resumed
             is another than the config's.
         DataError: a source cannot be opened, or its first rows cannot be used.
         ModelError: there is no such model.
@@ -89,7 +89,7 @@ def check_folder(config: RunConfig, environment: Environment, overwrite: bool) -
     folder, resume = config.output_dir, str(config.resume).lower()
     weights_only = resume == "weights"
     if overwrite and resume != "false":
-        raise ConfigError("--overwrite removes the run that --resume would go on with; give one of them")
+        raise ConfigError("--overwrite removes the run that --resume would continue with; give one of them")
     record, results = (
         read_run_record(folder),
         [name for name in FORM_FOLDERS.values() if (Path(folder) / name).is_dir()],
@@ -115,7 +115,7 @@ def check_folder(config: RunConfig, environment: Environment, overwrite: bool) -
         if done:
             return Start(finished=done)
         raise ConfigError(
-            f"output_dir = {folder}: it holds {whose} without a checkpoint to go on from, since save_steps was not set. "
+            f"output_dir = {folder}: it holds {whose} without a checkpoint to continue from, since save_steps was not set. "
             f"Train its result further as a new run (--model {folder} --output_dir ANOTHER), or replace it (--overwrite)"
         )
     say(f"oribi: {folder} holds {whose} without a checkpoint, so it starts from the beginning")
@@ -135,7 +135,7 @@ def _finished(config: RunConfig, record: RunRecord | None, step: int) -> dict[st
         return {}
     same = record.settings.get("num_train_epochs") == config.num_train_epochs and record.max_steps <= step
     kept = bool(own_checkpoints(config.output_dir))
-    # more rows make a longer epoch, which only the data can tell, and only a checkpoint can be gone on from
+    # more rows make a longer epoch, which only the data can tell, and only a checkpoint can be resumed from
     if not (0 < config.max_steps <= step or (config.max_steps < 0 and same and not kept)):
         return {}
     folder = Path(config.output_dir)
@@ -143,7 +143,7 @@ def _finished(config: RunConfig, record: RunRecord | None, step: int) -> dict[st
     if any(record.saved.get(name) != step or not (folder / name).is_dir() for name in wanted.values()):
         return {}
     say(
-        f"oribi: nothing left to train: {folder} is finished at step {step:,}. Raise max_steps or num_train_epochs to go on"
+        f"oribi: nothing left to train: {folder} is finished at step {step:,}. Raise max_steps or num_train_epochs to continue"
     )
     return {form: folder / name for form, name in wanted.items()}
 

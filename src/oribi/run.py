@@ -196,7 +196,7 @@ def _report(
 def _save(
     config: RunConfig, trainer: SFTTrainer, tokenizer: Any
 ) -> tuple[dict[str, Path], dict[str, tuple[Path, Exception]]]:
-    """Save the model in every form that the config names; what lies there already from the same step stays.
+    """Save the model in every form that the config names; forms already saved at the same step are kept.
 
     Returns:
         Form -> where it was saved; and of each form that could not be written or is not right, its folder and the error.
@@ -312,5 +312,5 @@ def state_of(folder: str | Path) -> RunState:
     if is_locked(folder):
         return RunState(f"no: it trains now, {total}", steps, False)
     ended = "was stopped" if record.state == "stopped" else "ended before its time"
-    where = f"; --resume goes on from {kept[-1].path.name}" if kept else ", without a checkpoint"
+    where = f"; --resume continues from {kept[-1].path.name}" if kept else ", without a checkpoint"
     return RunState(f"no: it {ended} at {total}{where}", steps, False)

@@ -2,7 +2,7 @@
 
 The record is one small JSON file, `oribi_run.json`. A lock keeps the folder for one training; the operating system drops it
 when the process ends, however it ends.
-The folder's tells which run lies there and how far it came; a checkpoint's tells what the weights beside it come from.
+A folder's record identifies its run and how far it got; a checkpoint's record says how its weights were trained.
 """
 
 import json
@@ -53,7 +53,7 @@ class RunRecord:
     """A run as its folder or one of its checkpoints describes it.
 
     Args:
-        run: identifies the run; a run that goes on keeps it.
+        run: identifies the run; a resumed run keeps it.
         model: the base model's name, as the user called it.
         base: the base's identity (`models.identity`); None where the model was not loaded by oribi.
         data: rows, and hashes of them (`train.fingerprint`).
@@ -265,7 +265,9 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
     finally:
         del _mine[key]
         if descriptor is not None:
-            path.unlink(missing_ok=True)  # while it is held, so that nobody is between opening and locking it
+            path.unlink(
+                missing_ok=True
+            )  # while it is locked, so that no process is between opening and locking it
             os.close(descriptor)
         if made and not any(path.parent.iterdir()):
             path.parent.rmdir()  # a run that was refused leaves nothing

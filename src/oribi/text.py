@@ -128,7 +128,7 @@ def say_notes(notes: Iterable[str]) -> None:
 
 
 class LastingStream:
-    """A text stream that drops what can no longer be written, so that work goes on when its reader left (`| head -1`).
+    """A text stream that drops what can no longer be written, so that work continues when the reader is gone (`| head -1`).
 
     Args:
         stream: gives the stream to write to, at each time; None counts as closed.

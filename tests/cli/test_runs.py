@@ -1,4 +1,4 @@
-"""A run's folder from the command line: one run in it, gone on with as it was, and nothing loaded before it is checked."""
+"""A run's folder from the command line: one run in it, continued with as it was, and nothing loaded before it is checked."""
 
 import json
 import os
@@ -190,7 +190,7 @@ def test_what_needs_no_model_is_told_before_it_is_loaded(
 def test_a_run_goes_on_with_new_settings_which_its_config_then_holds(oribi, config, folder):
     result = oribi("train", config, "--output_dir", folder, "--resume", "--learning_rate", 1e-4)
     assert result.code == 0, result.err
-    assert "going on from checkpoint-4 (step 4)" in result.err
+    assert "continuing from checkpoint-4 (step 4)" in result.err
     assert "learning_rate: 0.01 in the run, 0.0001 now" in result.err
     assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 1e-4
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -228,7 +228,7 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(oribi, config_wit
     assert "nothing left to train" in again.err
     more = oribi(*once[:-1], 3, "--resume")
     assert more.code == 1
-    assert "without a checkpoint to go on from" in more.err
+    assert "without a checkpoint to continue from" in more.err
     assert contents(tmp_path / "run") == before
 
 
@@ -236,7 +236,7 @@ def test_inspect_tells_a_stopped_run_from_a_finished_one(oribi, config, folder):
     (record,) = oribi("inspect", "run", folder, "--json").records
     assert record["finished"] is False
     assert (
-        "no: it was stopped at step 4 of 6; --resume goes on from checkpoint-4"
+        "no: it was stopped at step 4 of 6; --resume continues from checkpoint-4"
         in oribi("inspect", "run", folder).out
     )
     assert oribi("train", config, "--output_dir", folder, "--resume").code == 0

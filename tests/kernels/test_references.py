@@ -284,7 +284,7 @@ def test_chunks_are_even_aligned_and_bounded(count, vocab_size):
 def test_reference_only_ends_with_its_block():
     with dispatch.reference_only():
         pass
-    assert not dispatch.use_triton(torch.ones(1))  # the fixture's block goes on
+    assert not dispatch.use_triton(torch.ones(1))  # the fixture's block continues
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (300, 192), (7, 33)])

@@ -162,7 +162,7 @@ def test_names_that_the_model_lacks_are_told_and_the_others_taken(llama):
     model = attach_lora(load(llama), r=4, target_modules=["q_proj", "in_proj_qkv", "w1"])
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in trained(model)} == {"q_proj"}
     notes = [note for note in model.oribi.notes if note.startswith("target_modules")]
-    assert notes == ["target_modules: the model has no in_proj_qkv, w1; LoRA goes on q_proj"]
+    assert notes == ["target_modules: the model has no in_proj_qkv, w1; LoRA is attached to q_proj"]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -111,7 +111,7 @@ def test_a_file_without_the_end_token_is_different_in_any_format():
     logits[:, case.stop] = -100.0
     found = {check.name: check for check in compare(trained, logits, "q2_k")}
     assert found["ends of answers"].outcome == "different"
-    assert "goes on where the trained model ends its answer" in found["ends of answers"].line()
+    assert "continues where the trained model ends its answer" in found["ends of answers"].line()
 
 
 def test_of_held_out_rows_the_answers_are_compared_and_not_the_prompts():

@@ -1,4 +1,4 @@
-"""A trainer that evaluates on its training rows says so, and goes on: scripts do it on purpose."""
+"""A trainer that evaluates on its training rows says so, and continues: scripts do it on purpose."""
 
 from copy import copy
 

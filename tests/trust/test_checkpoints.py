@@ -216,7 +216,7 @@ def test_a_full_disk_ends_neither_the_run_nor_the_earlier_checkpoints(subject, t
     ]
     assert not list(tmp_path.glob("_partial*"))
     assert "checkpoint-3 could not be written" in caplog.text
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     assert [read(path) for path in sorted(tmp_path.glob("checkpoint-*"))] == [1, 2, 4, 5]
 
 

@@ -1,4 +1,4 @@
-"""Two processes with gloo on the CPU train as one process does, save once, and go on from each other's checkpoints."""
+"""Two processes with gloo on the CPU train as one process does, save once, and continue from each other's checkpoints."""
 
 import json
 import os

@@ -248,7 +248,7 @@ def test_another_batch_layout_reads_every_row_of_the_pass_once(
     step = layout["per_device_train_batch_size"] * layout["gradient_accumulation_steps"]
     assert trainer.state.global_step == trainer.state.max_steps == 4 + -(-24 // step) + -(-40 // step)
     assert "per_device_train_batch_size: 2 in the run" in capsys.readouterr().out
-    # and a checkpoint of the second layout is gone on from rightly, too
+    # and a checkpoint of the second layout is resumed rightly, too
     last = checkpoints(run)[-2]
     again = resumed(subject, run, max_steps=-1, num_train_epochs=2, **layout)
     seen_again = Seen(again)
@@ -363,7 +363,7 @@ def test_a_run_goes_on_behind_a_damaged_checkpoint_and_says_so(subject, run, cap
     trainer.train(resume_from_checkpoint=True)
     said = capsys.readouterr().out
     assert "checkpoint-4 is not whole (optimizer.pt has" in said
-    assert "going on from checkpoint-3" in said
+    assert "continuing from checkpoint-3" in said
     assert steps_of(run) == [7, 8]
     assert list(logged(run)) == list(range(1, 9))
 

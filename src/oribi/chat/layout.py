@@ -258,9 +258,7 @@ class LayoutFinder:
         if before and before[0] not in slots:
             return 0
         at = slots.index(before[0]) + 1 if before else 0
-        written = "".join(
-            SLOT.split(upto)[at:]
-        )  # without texts that stand elsewhere once the conversation goes on
+        written = "".join(SLOT.split(upto)[at:])  # without texts that move when the conversation continues
         return self.template.closing_end(shared_prefix(written, self.literals[number]), begin)
 
     def _follows(self, rendered: str, number: int) -> bool:

@@ -33,10 +33,10 @@ class Marked:
     text: str
     spans: list[Span]
     closed: bool  # False: an EOS belongs behind the text
-    begins: bool = True  # False: the text goes on where another stopped, so no BOS belongs before it
+    begins: bool = True  # False: the text continues where another stopped, so no BOS belongs before it
     left_out: list[str] = field(default_factory=list)  # what the chat template does not write
     untrained: str = ""  # why no span is trained, where that is known
-    notes: list[str] = field(default_factory=list)  # what was written otherwise than the row says
+    notes: list[str] = field(default_factory=list)  # where the rendered text differs from the row
 
 
 def takes_all(train_on: str, completion_only: bool | None) -> bool:

@@ -84,7 +84,7 @@ def load_tokenizer(
         ) from error
     if notes is not None:
         notes.append(
-            f"tokenizer: transformers takes it for a {type(tokenizer).__name__}, which cuts text otherwise than its "
+            f"tokenizer: transformers takes it for a {type(tokenizer).__name__}, which splits text differently from its "
             "tokenizer.json; the file is taken as it stands"
         )
     return stored

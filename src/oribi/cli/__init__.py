@@ -105,7 +105,7 @@ def _run(words: list[str]) -> int | str | None:
     except SystemExit as ended:
         if ended.code != STOPPED:
             return ended.code
-        typer.echo("stopped", err=True)  # typer ends with the code, but without a word
+        typer.echo("stopped", err=True)  # typer exits with the code, but prints nothing
         return STOPPED
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

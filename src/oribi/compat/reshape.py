@@ -138,7 +138,7 @@ def to_sharegpt(
         merged_column_name: column of the prompt, or where the merged prompt is put.
         output_column_name: column of the answer.
         remove_unused_columns: keep only `conversations`.
-        conversation_extension: join so many conversations of the (shuffled) table into each.
+        conversation_extension: how many conversations of the (shuffled) table are joined into each.
         random_state: seed of the shuffles.
 
     Returns:

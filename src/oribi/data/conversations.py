@@ -1,6 +1,6 @@
 """Rows of every common format become one of three examples: a Conversation, a Document or Tokens.
 
-The format is recognised once, from the first row that shows it, and every later row is held to it. What a row says beside the
+The format is recognised once, from the first row that shows it, and every later row must have it. What a row says beside the
 columns of its format is used where it has a place, and named where it has none.
 """
 

@@ -16,7 +16,7 @@ from oribi.errors import DataError
 
 @dataclass(slots=True)
 class Document(Remarks):
-    """Plain text, or a block of one that began in an earlier row or goes on in the next; trained from a character on."""
+    """Plain text, or a block of one that began in an earlier row or continues in the next; trained from a character on."""
 
     text: str
     trained_from: int = 0

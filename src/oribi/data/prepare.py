@@ -96,7 +96,7 @@ def prepare_dataset(
         role_aliases: further names of roles.
         formatting_func: row -> text or messages, or batch -> list of texts.
         chat_template_kwargs: passed to every rendering, e.g. {"enable_thinking": False}.
-        max_rows: stop after so many rows.
+        max_rows: stop after this many rows.
         streaming: return an IterableDataset that prepares as it is read; None does so for an IterableDataset.
         num_proc: accepted for the callers of `datasets.map`; the tokenizer uses all cores from one process.
         cache_dir: where prepared data lies; None is the cache of `datasets`.

@@ -314,7 +314,7 @@ def _reason(error: Exception, whole: str) -> str:
         return f"the {whole} ends inside a string: the file was cut off, or {cause}"
     if at_end:
         return f"the {whole} ends inside an object: the file was cut off" + (
-            ", or the object goes on in the next line" if whole == "line" else ""
+            ", or the object continues in the next line" if whole == "line" else ""
         )
     return f"{error.msg[0].lower()}{error.msg[1:]}, column {error.colno}"
 

@@ -15,7 +15,7 @@ from oribi.data.sources import Part
 from oribi.errors import DataError, OribiError
 
 FORMATTED_ROWS = 256  # given to a formatting_func at a time
-UNRECOGNISED_ROWS = 1000  # so many rows may be null or broken before the first that shows the format
+UNRECOGNISED_ROWS = 1000  # rows that may be null or broken before the first that shows the format
 
 Row = Mapping[str, Any]
 

@@ -101,7 +101,7 @@ def resume(found: Converted, key: str, value: Any) -> None:
     if value is True:
         found.put("resume", True, key)
     elif not is_off(value):
-        found.unsupported[key] = "resume: true goes on from oribi's newest checkpoint in output_dir"
+        found.unsupported[key] = "resume: true continues from oribi's newest checkpoint in output_dir"
 
 
 def targets(found: Converted, key: str, value: Any) -> None:

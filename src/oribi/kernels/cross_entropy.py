@@ -138,7 +138,7 @@ def linear_cross_entropy_forward(
     gradient = rows_grad or weight_grad or bias_grad
     size, columns = logits_shape(count, vocab_size, rows.element_size())
     buffer = torch.empty(min(size, count), columns, dtype=rows.dtype, device=rows.device)
-    # oneDNN's bfloat16 product reads one column too many of an odd number: it must not find NaN there
+    # oneDNN's bfloat16 product reads one column too many of an odd number: which must not be NaN
     buffer[:, vocab_size:] = 0
     buffer = buffer[:, :vocab_size]
     for start in range(0, count, size):

@@ -83,7 +83,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def warps_for(elements: int) -> int:
-    """Warps of a program that holds so many elements: 16 per thread, so that 16-bit rows load in 16-byte vectors."""
+    """Warps of a program of `elements` elements: 16 per thread, so that 16-bit rows load in 16-byte vectors."""
     return min(max(elements // 512, 1), 16)
 
 

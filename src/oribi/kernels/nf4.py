@@ -24,7 +24,7 @@ _WORDS = 512
 
 
 def nf4_bytes(count: int) -> int:
-    """Bytes of so many weights in NF4 with double quantisation: codes and scales, without the small tables."""
+    """Bytes of `count` weights in NF4 with double quantisation: codes and scales, without the small tables."""
     blocks = count // 64
     return count // 2 + blocks + 4 * (blocks // 256)
 

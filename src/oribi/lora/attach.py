@@ -57,7 +57,7 @@ def attach_lora(
         lora_alpha: scale is lora_alpha / r, or / sqrt(r) with use_rslora.
         lora_dropout: probability in [0, 1).
         bias: "none", "all" or "lora_only": which biases are trained.
-        layers_to_transform, layers_pattern: as in PEFT. finetune_last_n_layers: only the last so many layers.
+        layers_to_transform, layers_pattern: as in PEFT. finetune_last_n_layers: only the last N layers.
         use_gradient_checkpointing: False keeps everything; True, "oribi", "unsloth" and "auto" balance memory against
             time; "memory", "balanced" and "speed" name a policy.
         random_state: seed of the LoRA matrices; the global random state is left as it was.
@@ -257,7 +257,9 @@ def _resolve_targets(
     _present("modules_to_save", saved, names)
     found, absent = _present("target_modules", targets, names, some=True)
     if absent:
-        notes.append(f"target_modules: the model has no {', '.join(absent)}; LoRA goes on {', '.join(found)}")
+        notes.append(
+            f"target_modules: the model has no {', '.join(absent)}; LoRA is attached to {', '.join(found)}"
+        )
     if len(names) < len(every):
         found = _within_text(found, names, every)
     return found, list(dict.fromkeys(saved)) or None
@@ -351,5 +353,5 @@ def _check_same(model: PeftModel, settings: dict[str, Any]) -> None:
         raise ConfigError(
             "the model has a LoRA adapter already, with other settings: "
             + "; ".join(different)
-            + ". Load the base model again, or go on with the adapter it has"
+            + ". Load the base model again, or continue with the adapter it has"
         )

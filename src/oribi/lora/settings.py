@@ -9,7 +9,7 @@ from torch import nn
 
 from oribi.errors import ConfigError
 
-# what no file of oribi's could hold, or what the decoder would compute otherwise than PEFT
+# what oribi could not write to a file, or what its decoder would compute differently from PEFT
 _REFUSED = {
     "alora_invocation_tokens": "Activated LoRA depends on the tokens before, which no merged model or GGUF file can hold",
     "arrow_config": "Arrow routes between adapters by the input, which no merged model or GGUF file can hold",

@@ -29,7 +29,7 @@ from oribi.models.linear_layers import read
 LIBRARY_BYTES = 131 * 2**20
 # a layer's backward takes more than the tensors named below. Fitted: Llama-3.1-8B on an H100, keeping all and nothing
 BACKWARD_FACTOR = 1.25
-# attention's arithmetic takes as long as so much of a matrix product: 582 and 514 TFLOP/s in forward and backward of
+# attention's arithmetic takes as long as this much of a matrix product: 582 and 514 TFLOP/s in forward and backward of
 # 32,768 tokens on an H100
 ATTENTION_BY_PRODUCTS = 1.22
 

@@ -1,6 +1,6 @@
 """How much device memory a training run takes, from its config alone: no weights, no GPU.
 
-    peak = weights + adapter and gradients + optimizer + max over moments of (kept activations + what is in work)
+    peak = weights + adapter and gradients + optimizer + max over moments of (kept activations + temporary tensors)
 
 The moments are the loss, when every layer's kept results are there, and each layer's backward, when those of the layers
 above are gone. What a layer keeps is `models/fused_layer.py`'s, decided as in training by `train/recompute.py`; buffers
@@ -154,7 +154,7 @@ class Training:
         return StepAccount(layer, self.architecture.config.vocab_size, trains_head)
 
     def keeps(self, step: StepAccount, memory_bytes: int) -> list[Keep]:
-        """What each layer keeps on a device of so much memory, as training decides it."""
+        """What each layer keeps on a device with this much memory, as training decides it."""
         layers, choice = len(self.architecture.decoder.model.layers), self.config.gradient_checkpointing
         if choice in ("false", "speed"):
             return [Keep()] * layers
@@ -200,7 +200,7 @@ class Training:
         return Estimate(parts, peak.name, keeps, self.trainable, tokens, longest, self.by_hand, host)
 
     def fits(self, tokens: int, longest: int, memory_bytes: int) -> bool:
-        """Whether a micro-batch trains on a device of so much memory, beside this host's."""
+        """Whether a micro-batch trains on a device with this much memory, and with this host's."""
         found = self.estimate(tokens, longest, memory_bytes, least=True)
         return found.peak <= usable(memory_bytes) and found.host <= HOST_LIMIT * self.host_bytes
 

@@ -14,7 +14,7 @@ class Gpu:
         name: short.
         memory_gib: usable by programs.
         tflops: dense 16-bit tensor arithmetic with float32 sums, in 10^12 a second.
-        bandwidth_gbs: of its memory, in 10^9 bytes a second.
+        bandwidth_gbs: of its memory, in 10^9 bytes per second.
         capability: CUDA compute capability.
     """
 

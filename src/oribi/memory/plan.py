@@ -17,7 +17,7 @@ from oribi.models.half import Keep, Place
 
 # share of the device's memory that no plan counts on: fragments, library workspaces, a longer batch
 MARGIN = 0.06
-# a layer's forward also dequantises and norms: beside attention it takes so many times as long as its products, and
+# a layer's forward also dequantises and norms: without attention, it takes this many times as long as its products, and
 # copies to host memory have that long (measured: 8B, 2 x 2048 tokens on an H100)
 FORWARD_BY_PRODUCTS = 1.3
 # where nothing can be measured: an H100 copies 49 GB/s to pinned memory while it multiplies at 650 TFLOP/s

@@ -31,7 +31,7 @@ from oribi.memory.gpus import Gpu, recognise
 from oribi.models.decoder import DecoderForCausalLM
 
 PRODUCT_SHARE, BANDWIDTH_SHARE = 650 / 989, 3.0 / 3.35
-# rounding counted, products of frozen weights in fp8 take so much less time: Llama-3.1-8B 2 x 2048, 178 and 237 ms a step
+# rounding counted, products of frozen weights in fp8 take this fraction of the time: Llama-3.1-8B 2 x 2048, 178 and 237 ms per step
 FP8_SPEED = 1.5
 SECONDS_PER_LAYER = 0.48e-3
 # bytes that norms, rope, activations and residuals move per token and layer in forward, in units of the widths, and how

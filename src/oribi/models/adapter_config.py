@@ -77,7 +77,7 @@ _FIELDS = {
 
 
 def read_adapter_settings(location: Location) -> dict[str, Any]:
-    """What an adapter_config.json says, as it stands there.
+    """The contents of an adapter_config.json.
 
     Args:
         location: of kind "adapter".

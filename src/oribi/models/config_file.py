@@ -330,7 +330,7 @@ _FLOATS = (
 
 
 def read_generation(directory: Path) -> GenerationConfig | None:
-    """How the model is meant to answer; None where generation_config.json is not there.
+    """The model's recommended generation settings; None without generation_config.json.
 
     Raises:
         ModelError: naming each field that cannot be used; without the file the model loads with its defaults.

@@ -166,7 +166,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             past_key_values, cache: the cache to read and extend, by either of transformers' names.
             inputs_embeds: [B, S, D] in place of input_ids.
             labels: [B, S] int64, not shifted; -100 is not trained on.
-            logits_to_keep: only the last so many positions' logits (0: all), or their indices.
+            logits_to_keep: logits of only the last N positions (0: all), or of these indices.
             num_items_in_batch: what the summed loss is divided by; None divides by this batch's labelled tokens.
             output_logits: None gives logits, which are formed when they are read while training with labels; False never
                 forms them.

@@ -185,7 +185,7 @@ def adapter_weights(location: Location, options: HubOptions, allow_pickle: bool 
     """The weights of an adapter, downloaded if need be.
 
     Raises:
-        ModelError: they are not there, or are a pickle that was not asked for.
+        ModelError: they are missing, or are a pickle that was not asked for.
     """
     names = ["adapter_model.safetensors"] + ["adapter_model.bin"] * allow_pickle
     _fetch(location, options, names)
@@ -295,7 +295,7 @@ def _refuse_links_out(directory: Path) -> None:
 
 
 def _fetch(location: Location, options: HubOptions, names: list[str]) -> None:
-    """Downloads files of a hub model that are not there yet; a local directory has what it has."""
+    """Downloads files of a hub model that are not in the cache; a local directory is left as it is."""
     if Path(location.name).expanduser().exists() or all((location.directory / n).exists() for n in names):
         return
     _download(location.name, options, names)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Place = Literal["keep", "host", "recompute"]
 Factors = list[torch.Tensor | None]
 
-# tokens that a row-wise core computes at a time; so many keep the matrix products at full speed
+# tokens that a row-wise core computes at a time; this many keep the matrix products at full speed
 MLP_TOKENS = 16384
 
 

@@ -132,7 +132,7 @@ class HostMemory:
 
 
 def buffer_size(size: int) -> int:
-    """Bytes of the pinned buffer for so many: at most an eighth more, so that batches of any length share few sizes."""
+    """Bytes of the pinned buffer for `size` bytes: at most an eighth more, so that batches of any length share few sizes."""
     step = max(next_power_of_2(size) // 16, 1)
     return -(-size // step) * step
 

@@ -2,7 +2,7 @@
 
 "dequantized"  the loaded weights themselves, NF4 read back: exactly the function that was trained, no download
 "original"     the 16-bit checkpoint that was loaded: better weights, not those the adapter was trained on
-"auto"         of these two the one with the lower loss on held-out rows; without such rows "dequantized"
+"auto"         whichever of the two has the lower loss on held-out rows; without such rows "dequantized"
 a folder       another 16-bit checkpoint of the same model, or a GGUF file of it
 """
 

@@ -1,4 +1,4 @@
-"""What an export is checked on: held-out rows if there are some, else a few conversations and texts of its own."""
+"""What an export is checked on: held-out rows if there are any, otherwise a few conversations and texts of oribi's own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -193,7 +193,7 @@ def _question(tokenizer: Any, question: str) -> list[int]:
 
 
 def _row(tokenizer: Any, row: Any) -> _Row:
-    """A held-out row: of labels or messages it is known where the answer begins.
+    """A held-out row; labels or messages show where the answer begins.
 
     Behind a prompt that is too long to compare on, nothing is compared: its beginning is a text.
     """
@@ -220,7 +220,7 @@ def _first_label(labels: list[int]) -> int:
 
 
 def _prompt(tokenizer: Any, row: Any) -> list[int]:
-    """Token ids of what a model is asked in a held-out row; of a row without an answer of its own, the first half."""
+    """Token ids of the prompt in a held-out row; of a row without an answer, the first half."""
     found = _row(tokenizer, row)
     return found.ids[: found.answer] if found.answer > 1 else found.ids[: len(found.ids) // 2]
 

@@ -38,7 +38,7 @@ _FEWEST, _NONE_SAME_TOKENS = 3, 0.95
 # 82 % of tokens: SmolLM2-135M chatting keeps its ends and its loss in q4_k_m (85 and 90 %), and no longer in q4_0 (72 %) or
 # q2_k (63 %); 85 % would leave it to the choice of questions whether a q4_k_m is refused.
 _SAME_ANSWERS, _SAME_TOKENS = 0.5, 0.82
-# share of the trained model's ends of answers that may be lost, one always: at an end, going on is often a near tie
+# share of the trained model's ends of answers that may be lost, one always: at an end, continuing is often a near tie
 _LOST_STOPS = 1 / 3
 
 
@@ -179,7 +179,7 @@ def compare_stops(name: str, kept: list[bool], answers: int, form: str, near_tie
     says = f"{sum(kept)} of {len(kept)} answers end where the trained model ends them"
     if near_ties:
         says += f" ({near_ties} of the others are near ties)"
-    advice = f"it goes on where the trained model ends its answer; {_advice(form)}"
+    advice = f"it continues where the trained model ends its answer; {_advice(form)}"
     return Check(name, outcome, says, {"ended": sum(kept), "of": len(kept)}, advice)
 
 

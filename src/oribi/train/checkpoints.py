@@ -79,7 +79,7 @@ def write_checkpoint(
         "checkpoints are as they were"
     )
     if not (trainer.control.should_training_stop or state.global_step >= state.max_steps):
-        logger.error("%s; training goes on and tries again at the next save. Free some space", message)
+        logger.error("%s; training continues and tries again at the next save. Free some space", message)
         return
     elsewhere = [str(Path(tempfile.gettempdir()) / f"oribi-{folder.name}-{secrets.token_hex(4)}")]
     if trainer.args.world_size > 1:
@@ -177,7 +177,7 @@ def _write_whole(
 
 
 def _failed_writing(write: Callable[[], None], staging: Path) -> Exception | None:
-    """The file system's error that ended a write; every other error goes on, with nothing half-written left."""
+    """The file system's error that ended a write; every other error is raised again, with nothing half-written left."""
     try:
         write()
     except Exception as error:
@@ -189,7 +189,7 @@ def _failed_writing(write: Callable[[], None], staging: Path) -> Exception | Non
 
 
 def _sizes(partial: Path) -> dict[str, int]:
-    """Bytes of the files that a training goes on from."""
+    """Bytes of the files that a training continues from."""
     needed = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
     names = ("trainer_state.json", "adapter_config.json", SAFE_WEIGHTS_INDEX_NAME)
     return {

@@ -50,7 +50,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt with the answer that the data gives and the model's."""
+    """A held-out prompt with the answer of the data and the model's answer."""
 
     prompt: str
     expected: str
@@ -65,7 +65,7 @@ def held_out_loss(model: nn.Module, rows: Dataset, limit: int | None = None) -> 
     Args:
         model: with or without adapter, in any mode.
         rows: input_ids and labels, not shifted, -100 where nothing is trained.
-        limit: the first so many rows only.
+        limit: use only the first rows, this many.
     """
     base = base_model(model)
     own = isinstance(base, DecoderForCausalLM)
@@ -89,7 +89,7 @@ def held_out_loss(model: nn.Module, rows: Dataset, limit: int | None = None) -> 
 
 
 def text_loss(model: nn.Module, tokenizer: Any, text: str, window: int = 512) -> HeldOut:
-    """Mean loss of a text, read in windows of so many tokens."""
+    """Mean loss of a text, read in windows."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])  # longer than the model on purpose
     parts = [ids[start : start + window] for start in range(0, len(ids), window)]
     rows = Dataset.from_dict({"input_ids": parts, "labels": [list(part) for part in parts]})

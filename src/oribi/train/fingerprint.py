@@ -1,4 +1,4 @@
-"""What makes a training the one it is, and what a run that goes on may change: base, rows, settings.
+"""What identifies a training, and what a resumed run may change: base, rows, settings.
 
 `ON_RESUME` is the one table of it. Rows are compared by hashes of their ids and labels, so files may move and be renamed.
 """
@@ -125,7 +125,7 @@ def _sampled(model: nn.Module) -> str:
 
 @dataclass
 class Changes:
-    """What differs from a run that is to go on, a line each."""
+    """The differences from the run to be resumed, one line each."""
 
     refused: list[str] = field(default_factory=list)
     applied: list[str] = field(default_factory=list)
@@ -197,7 +197,7 @@ def row_hashes(rows: datasets.Dataset, block: int) -> list[str] | None:
 
 
 def compare_rows(record: RunRecord, rows: Any) -> tuple[str | None, int]:
-    """What differs of the rows in a run that goes on, and how many came behind those of the run.
+    """How the rows of a resumed run differ, and how many were added at the end.
 
     Returns:
         A line if the run's rows are not the first of these, else None; rows that were added.

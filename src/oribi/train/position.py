@@ -1,4 +1,4 @@
-"""Where in the data a training reads: counted in rows, so that a run goes on rightly in another layout of batches.
+"""Where in the data a training reads: counted in rows, so that a run can be resumed with another batch layout.
 
 transformers counts steps, and takes every step before a checkpoint for one of the present size.
 """
@@ -37,7 +37,7 @@ class Position(TrainerCallback):
     ended: bool = False
 
     def begin(self, epoch: int, rows: int, per_batch: int, batches: int | None) -> None:
-        """A pass begins, or goes on at one of its rows."""
+        """A pass begins, or continues at one of its rows."""
         self.epoch, self.rows, self.per_batch, self.batches = epoch, rows, per_batch, batches
         self.read, self.unused, self.ended = 0, 0, False
 
@@ -67,7 +67,7 @@ class PositionedTrainer(Trainer):
     _parts: list[dict[str, int]] | None = None
     _part_items: list[int] = []
     _tail: dict[str, int] | None = (
-        None  # where the resumed pass goes on, if transformers would go on elsewhere
+        None  # where the resumed epoch continues, if transformers would continue elsewhere
     )
     _sequential = False
     _nothing_left = False
@@ -101,7 +101,7 @@ class PositionedTrainer(Trainer):
             self._nothing_left, epochs = True, 0
             self._say(
                 f"nothing left to train: {self._resumed.path.name} is at step {done:,} of {max_steps:,}. Raise max_steps "
-                "or num_train_epochs to go on"
+                "or num_train_epochs to continue"
             )
         return epochs, per_epoch, examples, samples, batch, in_epoch, max_steps
 
@@ -110,7 +110,7 @@ class PositionedTrainer(Trainer):
         return self.args.per_device_train_batch_size * self.args.world_size
 
     def _reads_elsewhere(self, position: dict[str, int], per_epoch: int) -> bool:
-        """Whether transformers' count of steps would go on at other rows than the run stopped at."""
+        """Whether transformers' count of steps would continue at other rows than the run stopped at."""
         epoch, steps = divmod(self._resumed.step, per_epoch)
         rows = steps * self.args.gradient_accumulation_steps * self._rows_per_batch
         added = any(part["epoch"] == position["epoch"] for part in (self._parts or [])[1:])

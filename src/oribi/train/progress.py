@@ -114,7 +114,7 @@ def fitting(parts: dict[str, str], width: int) -> str:
 class JsonLog(TrainerCallback):
     """Writes every log as a line of `log.jsonl` in the output folder; each step is in it once.
 
-    A run that starts anew starts a new file; one that goes on from a checkpoint drops the lines behind it.
+    A new run starts a new file; a resumed run drops the lines after its checkpoint.
     """
 
     failed = False  # the disk is full, or went away; said once
@@ -150,7 +150,7 @@ class JsonLog(TrainerCallback):
 
     def _warn(self, path: Path, error: OSError) -> None:
         if not self.failed:
-            logger.warning("%s cannot be written: %s; training goes on without it", path, error.strerror)
+            logger.warning("%s cannot be written: %s; training continues without it", path, error.strerror)
         self.failed = True
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The part of the trainer that makes a run one run: its folder and record, and going on from a checkpoint.
+"""The part of the trainer that makes a run one run: its folder and record, and continuing from a checkpoint.
 
 Everything here overrides a method of `transformers.Trainer`; what a checkpoint holds and whether it fits is asked elsewhere.
 """
@@ -102,7 +102,7 @@ class ResumableTrainer(PositionedTrainer):
         resume_weights_only: bool = False,
         **kwargs: Any,
     ) -> TrainOutput:
-        """Train from the start, or go on from a checkpoint of the same run.
+        """Train from the start, or continue from a checkpoint of the same run.
 
         Args:
             resume_from_checkpoint: True takes the newest whole checkpoint of the run in output_dir; a path takes that one.
@@ -144,7 +144,7 @@ class ResumableTrainer(PositionedTrainer):
             yield
 
     def find_checkpoint(self, resume: str | bool | None, weights_only: bool = False) -> Resumed | None:
-        """The checkpoint to go on from, compared with this training; None to start anew.
+        """The checkpoint to continue from, compared with this training; None to start anew.
 
         Raises:
             ConfigError: as for `train`.
@@ -165,13 +165,13 @@ class ResumableTrainer(PositionedTrainer):
                 "path of a checkpoint"
             )
         for one, problem in resumed.damaged:
-            self._say(f"{one.path} is not whole ({problem}); going on from {resumed.path.name}")
+            self._say(f"{one.path} is not whole ({problem}); continuing from {resumed.path.name}")
         self._compare(resumed)
         self._found = ((resume, weights_only), resumed)
         return resumed
 
     def _compare(self, resumed: Resumed) -> None:
-        """Refuse what changed of base, rows and settings; say what changed and acts from here on."""
+        """Refuse changes of base and rows and of settings that must stay; report those that take effect from here."""
         record, now = resumed.record, settings_of(self.args, self.model, self.processing_class)
         if record is None:
             stored = adapter_config_of(resumed.path)
@@ -194,7 +194,7 @@ class ResumableTrainer(PositionedTrainer):
                 f"rows: {record.data['rows']:,} in the run, {self._added_rows:,} more now, which come last in this pass"
             )
         self._parts = (record.data or {}).get("parts")
-        said = f"going on from {resumed.path.name} (step {resumed.step})"
+        said = f"continuing from {resumed.path.name} (step {resumed.step})"
         if resumed.weights_only:
             said += ", with its weights only: the optimizer begins anew"
         self._say(said + "".join(f"\noribi:   changed: {line}" for line in changes.applied))

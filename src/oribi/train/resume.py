@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole, and only if the run is still the same."""
+"""Which checkpoint a run continues from: the newest whole one, and only if the run is still the same."""
 
 import json
 import os
@@ -22,7 +22,7 @@ WEIGHTS = "resume only the weights with `--resume weights` (in Python: train(...
 
 @dataclass(frozen=True)
 class Resumed:
-    """A checkpoint that a training goes on from.
+    """A checkpoint that a training continues from.
 
     Args:
         step: optimizer steps done. path: the checkpoint's folder. record: None where it was written by other programs.
@@ -76,7 +76,7 @@ def named_checkpoint(path: str | os.PathLike, weights_only: bool = False) -> Res
 
 
 def damage_of(checkpoint: Path, weights_only: bool = False) -> str | None:
-    """Why a training cannot go on from a checkpoint; None if it can.
+    """Why a training cannot continue from a checkpoint; None if it can.
 
     Args:
         checkpoint: its folder.
@@ -162,7 +162,7 @@ def _archive_problem(path: Path) -> str | None:
 
 
 def require_same(resumed: Resumed, refused: list[str]) -> None:
-    """Refuse to go on where something changed that the weights depend on.
+    """Refuse to continue where something changed that the weights depend on.
 
     Raises:
         ConfigError: naming every change with both values.

@@ -3,7 +3,7 @@
 A QLoRA run's memory is its frozen weights; adapters with their gradients and optimizer states are a hundredth of them. So
 `LayerShards` splits the layers as bytes, PyTorch's `fully_shard` (FSDP2) splits embedding and head, and
 `DistributedDataParallel` averages the gradients of what is trained. Optimizer, clipping, checkpoints and saved adapters
-are those of any other run, which goes on with another number of processes, sharded or not. The scales of 4-bit weights,
+are those of any other run, which continues with another number of processes, sharded or not. The scales of 4-bit weights,
 a thirtieth of them, stay whole.
 
 Accelerate's own FSDP shards on GPUs only, and leaves out codes that are stored as bytes. PyTorch's refuses them before

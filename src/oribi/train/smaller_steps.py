@@ -25,7 +25,7 @@ class SmallerSteps:
 
     Args:
         run: forward and backward of (inputs, targets of the step) -> loss.
-        restart: makes gradients zero and memory free, and plans anew for micro-batches of so many parts.
+        restart: makes gradients zero and memory free, and plans anew for micro-batches of that many parts.
         processes: of the training.
         plans: whether `restart` can make layers keep less, which may help where nothing can be cut.
 
@@ -105,7 +105,7 @@ class SmallerSteps:
 
 
 def cut(inputs: Inputs, parts: int) -> list[Inputs]:
-    """A micro-batch as at most so many, cut between documents; those without labels are left out unless nothing remains.
+    """A micro-batch cut between documents into at most `parts`; those without labels are left out unless nothing remains.
 
     Args:
         inputs: one row of documents with `cu_seq_lens_q` [docs + 1], or padded rows [B, S].

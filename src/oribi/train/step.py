@@ -225,7 +225,7 @@ class StepTrainer(Trainer):
         ends = {
             id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()
         }
-        # by kind, not by value: a run that goes on may change the values, and its optimizer's groups stay the same
+        # by kind, not by value: a resumed run may change the values, and its optimizer's groups stay the same
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
