@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from oribi.config import RunConfig
+from oribi.config import ALIASES, RunConfig, json_schema
 from oribi.config_file import as_yaml, read_run_config
 from oribi.dialects import convert_file
 from oribi.errors import ConfigError
@@ -206,3 +206,27 @@ def test_a_foreign_config_is_read_within_the_same_bounds(tmp_path, name, content
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError, match=name):
         convert_file(path)
+
+
+def test_every_key_and_every_alias_is_in_the_schema():
+    schema = json_schema()
+    assert set(schema["properties"]) == {f.name for f in fields(RunConfig)} | set(ALIASES)
+    assert schema["additionalProperties"] is False
+
+
+def test_limits_choices_and_defaults_are_the_configs():
+    properties = json_schema()["properties"]
+    assert properties["lora_r"] == {
+        "description": "Rank of the adapter.", "type": "integer", "minimum": 1, "maximum": 65536,
+        "default": 16,
+    }  # fmt: skip
+    assert properties["learning_rate"]["exclusiveMaximum"] == 1
+    assert properties["overlong"]["anyOf"][0]["enum"] == ["truncate", "drop", "split", "error"]
+    assert True in properties["gradient_checkpointing"]["enum"]
+    assert properties["eval_steps"]["anyOf"][1] == {"type": "null"}
+    assert properties["dataset"]["anyOf"] == [
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "string"},
+    ]
+    assert properties["sequence_len"]["deprecated"]
+    assert properties["sequence_len"]["type"] == "integer"

@@ -13,6 +13,7 @@ from oribi.config_yaml import parse_word
 from oribi.text import one_of
 
 MOST = 2**31 - 1  # of whole numbers without a limit of their own
+_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -254,6 +255,25 @@ class Setting:
                 return f"must be at most {high:,}"
         return None
 
+    def schema(self) -> dict[str, Any]:
+        """What a value may be, as JSON schema."""
+        bounds = {"minimum": self.low, "maximum": self.high, "exclusiveMaximum": self.below}
+        choices: list[Any] = [*self.choices, *self.same]
+        if self.container is list:
+            item = {"enum": choices} if choices else {"type": "string"}
+            shape: dict[str, Any] = {
+                "anyOf": [{"type": "array", "items": item}, item]
+            }  # one name may stand alone
+        elif self.container is dict:
+            shape = {"type": "object", "additionalProperties": {"type": "string"}}
+        elif choices:
+            booleans = {"true": True, "false": False}
+            shape = {"enum": [*choices, *(booleans[choice] for choice in choices if choice in booleans)]}
+        else:
+            limits = {name: bound for name, bound in bounds.items() if bound is not None}
+            shape = {"type": _JSON_TYPES[self.kind], **limits}
+        return {"anyOf": [shape, {"type": "null"}]} if self.optional else shape
+
 
 def _pairs(value: Any) -> tuple[dict[str, str] | None, str | None]:
     """A mapping of names, which flags may write as name=name."""
@@ -317,3 +337,24 @@ _OTHER_NAMES = {
     "quantization_method": "quantization",
 }
 ALIASES = {alias: name for name, aliases in _OTHER_NAMES.items() for alias in aliases.split()}
+
+
+def json_schema() -> dict[str, Any]:
+    """The settings as a JSON schema, by which editors complete keys and mark mistakes; aliases are allowed too."""
+    shapes = {name: setting.schema() for name, setting in SETTINGS.items()}
+    properties = {
+        name: {"description": f"{setting.help}.", **shapes[name], "default": setting.default}
+        for name, setting in SETTINGS.items()
+    }
+    aliases = {
+        alias: {"description": f"Read as {name}.", "deprecated": True, **shapes[name]}
+        for alias, name in ALIASES.items()
+        if alias not in properties
+    }
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "oribi run config",
+        "type": "object",
+        "properties": {**properties, **aliases},
+        "additionalProperties": False,
+    }

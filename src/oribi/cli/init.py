@@ -38,8 +38,8 @@ def init(
     with chatter_aside():
         from json import dumps
 
+        from oribi.config import json_schema
         from oribi.config_file import commented_yaml, write_config
-        from oribi.config_schema import json_schema
         from oribi.data.readers import READERS
         from oribi.data.text_files import suffix_of
         from oribi.errors import ConfigError
