@@ -34,7 +34,7 @@ HOMES = {
     "accelerate": {"train"},
     "typer": {"cli"},
     "xllamacpp": {"gguf"},
-    "gguf": {"gguf", "save"},
+    "gguf": {"gguf"},
     "tokenizers": {"chat", "gguf", "selftest"},
     "yaml": {"config_file", "config_yaml"},
     "matplotlib": {"train"},

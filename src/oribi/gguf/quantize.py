@@ -1,13 +1,20 @@
 """Tensors as the bytes of a GGUF type, in PyTorch on any device.
 
 A type packs blocks of 32 values with one scale each, or superblocks of 256 values whose blocks of 16 or 32 have scales
-(and minima) that are themselves quantised. Layouts are the format's; scales come from `search`, so that the values are
+(and minima) that are themselves quantised. Layouts are the format's; scales come from a search, so that the values are
 at least as near as those of llama.cpp's own quantiser. B blocks of n values.
+
+The search takes, for each block, the scale (and minimum) whose rounded values are nearest. A block x becomes s q, or
+s q - m, with integers q of a few bits. A candidate scale rounds the block; least squares then gives the best s (and m) for
+these integers; the candidate with the smallest error wins and is rounded and fitted again. Errors come from sums over the
+block, so no candidate is dequantised. A value x counts with the weight |x| + 2 rms of its block: the outputs of a layer
+depend most on its large weights. On SmolLM2 the KL divergence of Q6_K is 3 % lower than with equal weights, that of Q5_K
+11 %, for errors 1 % larger. Blocks stand as columns, [n, B]: a sum over a block is a sum of rows, which vectorises.
 
 Source: the layouts of ggml's block types; `gguf.quants.dequantize` reads them back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import gguf
@@ -15,10 +22,10 @@ import numpy as np
 import torch
 
 from oribi.gguf.file import Type
-from oribi.gguf.search import fit_affine, fit_scale, inverse
 
 # values quantised at a time: the working set of a search stays in a core's cache
 _AT_ONCE = 1 << 18
+_REFITS = 2
 
 
 def encode(values: torch.Tensor, type: Type) -> np.ndarray:
@@ -58,27 +65,27 @@ def _columns(x: torch.Tensor, n: int) -> torch.Tensor:
 
 def _rounded(columns: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """columns [n, B] / scale [B] as integers from 0, where low becomes 0: [B, n] uint8."""
-    q = (columns * inverse(scale)).round_().clamp_(low, high).sub_(low)
+    q = (columns * _inverse(scale)).round_().clamp_(low, high).sub_(low)
     return q.to(torch.uint8).T.contiguous()
 
 
 def _q8_0(x: torch.Tensor) -> list[torch.Tensor]:
     scale = x.abs().amax(1) / 127
     # by the scale before it is stored as float16, as llama.cpp rounds: the same bytes
-    return [_half(scale)[0], (x * inverse(scale)[:, None]).round_().to(torch.int8).view(torch.uint8)]
+    return [_half(scale)[0], (x * _inverse(scale)[:, None]).round_().to(torch.int8).view(torch.uint8)]
 
 
 def _legacy_symmetric(x: torch.Tensor, bits: int) -> list[torch.Tensor]:
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     columns = _columns(x, 32)
-    d, scale = _half(fit_scale(columns, low, high, _STEPS_SYMMETRIC))
+    d, scale = _half(_fit_scale(columns, low, high, _STEPS_SYMMETRIC))
     return [d, *_nibbles(_rounded(columns, scale, low, high), bits)]
 
 
 def _legacy_affine(x: torch.Tensor, bits: int) -> list[torch.Tensor]:
     high = (1 << bits) - 1
     columns = _columns(x, 32)
-    s, m = fit_affine(columns, high, _STEPS_AFFINE[bits], any_sign=True)
+    s, m = _fit_affine(columns, high, _STEPS_AFFINE[bits], any_sign=True)
     (d, scale), (least, minimum) = _half(s), _half(-m)
     return [d, least, *_nibbles(_rounded(columns - minimum, scale, 0, high), bits)]
 
@@ -110,11 +117,11 @@ def _super_affine(
         d, dmin [B, 2] bytes; scales, minima [B, 256 / n] and integers [B, 256], uint8.
     """
     columns = _columns(x, n)
-    s, m = (t.view(len(x), -1) for t in fit_affine(columns, high, steps))
+    s, m = (t.view(len(x), -1) for t in _fit_affine(columns, high, steps))
     (d, step), (dmin, mstep) = _half(s.amax(1) / levels), _half(m.amax(1) / levels)
     step, mstep = step[:, None], mstep[:, None]
-    scales = (s * inverse(step)).round_().clamp_(0, levels)
-    minima = (m * inverse(mstep)).round_().clamp_(0, levels)
+    scales = (s * _inverse(step)).round_().clamp_(0, levels)
+    minima = (m * _inverse(mstep)).round_().clamp_(0, levels)
     q = _rounded(columns + (minima * mstep).view(-1), (scales * step).view(-1), 0, high)
     return d, dmin, scales.to(torch.uint8), minima.to(torch.uint8), q.view(len(x), 256)
 
@@ -153,10 +160,10 @@ def _super_symmetric(
         d [B, 2] bytes; scales [B, 16] float32 integers in [-levels, levels - 1]; integers [B, 256] uint8 from 0.
     """
     columns = _columns(x, 16)
-    s = fit_scale(columns, low, -low - 1, _STEPS_SYMMETRIC).view(len(x), 16)
+    s = _fit_scale(columns, low, -low - 1, _STEPS_SYMMETRIC).view(len(x), 16)
     largest = s.gather(1, s.abs().argmax(1, keepdim=True))[:, 0]
     d, step = _half(largest / -levels)
-    scales = (s * inverse(step)[:, None]).round_().clamp_(-levels, levels - 1)
+    scales = (s * _inverse(step)[:, None]).round_().clamp_(-levels, levels - 1)
     q = _rounded(columns, (scales * step[:, None]).view(-1), low, -low - 1)
     return d, scales, q.view(len(x), 256)
 
@@ -177,7 +184,7 @@ def _q6_k(x: torch.Tensor) -> list[torch.Tensor]:
     return [low, _quarters(q >> 4), scales.to(torch.int8).view(torch.uint8), d]
 
 
-# where searches start; least squares moves on from there (see fit_scale, fit_affine)
+# where searches start; least squares moves on from there (see _fit_scale, _fit_affine)
 _STEPS_SYMMETRIC = (-0.9, -0.6, -0.3, 0.0, 0.3, 0.6)
 _STEPS_AFFINE = {
     2: (-0.5, -0.25, 0.0, 0.25, 0.5, 0.75),
@@ -197,3 +204,81 @@ _PACKERS: dict[Type, Callable[[torch.Tensor], list[torch.Tensor]]] = {
     Type.Q5_K: _q5_k,
     Type.Q6_K: _q6_k,
 }
+
+
+def _inverse(x: torch.Tensor) -> torch.Tensor:
+    """1 / x, and 0 where x is 0."""
+    return torch.where(x == 0, 0, 1 / x)
+
+
+def _weights(x: torch.Tensor) -> torch.Tensor:
+    return x.abs() + x.square().mean(0, keepdim=True).sqrt_().mul_(2)
+
+
+def _fit_scale(x: torch.Tensor, low: int, high: int, steps: Sequence[float]) -> torch.Tensor:
+    """Scales s [B] such that s * q, q integer in [low, high], is near x [n, B].
+
+    Args:
+        x: [n, B] float32.
+        low, high: the integers' range, low = -high - 1.
+        steps: candidates: the value of largest magnitude falls on low - step, so s has the opposite sign of it.
+    """
+    largest = x.gather(0, x.abs().argmax(0, keepdim=True))  # [1, B]
+    unit = _inverse(largest)
+    best, scale = torch.full_like(largest, -1.0), torch.zeros_like(largest)
+    w = _weights(x)
+    wx = w * x
+    q, product = torch.empty_like(x), torch.empty_like(x)
+    for step in [*steps, *[None] * _REFITS]:
+        torch.mul(x, _inverse(scale) if step is None else (low - step) * unit, out=q)
+        q.round_().clamp_(low, high)
+        xq = torch.mul(wx, q, out=product).sum(0, keepdim=True)
+        qq = torch.mul(w, q, out=product).mul_(q).sum(0, keepdim=True).clamp_min_(1e-30)
+        s = xq / qq
+        gain = xq * s  # what s q explains of sum(w x^2)
+        better = gain > best
+        best, scale = torch.where(better, gain, best), torch.where(better, s, scale)
+    return scale[0]
+
+
+def _fit_affine(
+    x: torch.Tensor, high: int, steps: Sequence[float], *, any_sign: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales s >= 0 and minima m [B] such that s * q - m, q integer in [0, high], is near x [n, B].
+
+    Args:
+        x: [n, B] float32.
+        high: largest integer.
+        steps: candidates: the range of a block is cut into high + step.
+        any_sign: whether m may be negative; otherwise it is 0 where a block lies above zero.
+    """
+    least = x.amin(0, keepdim=True)
+    if not any_sign:
+        least.clamp_max_(0)
+    span = x.amax(0, keepdim=True) - least
+    unit = _inverse(span)
+    w = _weights(x)
+    wx = w * x
+    n = w.sum(0, keepdim=True).clamp_min_(1e-30)  # how many values, by weight
+    sx, sxx = wx.sum(0, keepdim=True), (wx * x).sum(0, keepdim=True)
+    best, scale, minimum = torch.full_like(span, torch.inf), torch.zeros_like(span), -least
+    q, product, above = torch.empty_like(x), torch.empty_like(x), x - least
+    for step in [*steps, *[None] * _REFITS]:
+        if step is None:
+            torch.add(x, minimum, out=q).mul_(_inverse(scale))
+        else:
+            torch.mul(above, (high + step) * unit, out=q)
+        q.round_().clamp_(0, high)
+        sxq = torch.mul(wx, q, out=product).sum(0, keepdim=True)
+        sq = torch.mul(w, q, out=product).sum(0, keepdim=True)
+        sqq = product.mul_(q).sum(0, keepdim=True)
+        s = ((n * sxq - sx * sq) / (n * sqq - sq * sq).clamp_min_(1e-30)).clamp_min_(0)
+        m = (s * sq - sx) / n
+        if not any_sign:
+            s = torch.where(m < 0, sxq / sqq.clamp_min(1e-30), s)
+            m.clamp_min_(0)
+        error = sxx + s * (s * sqq - 2 * sxq) + m * (n * m + 2 * (sx - s * sq))
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, minimum = torch.where(better, s, scale), torch.where(better, m, minimum)
+    return scale[0], minimum[0]

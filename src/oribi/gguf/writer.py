@@ -111,3 +111,29 @@ def write_files(
     for writer in writers.values():
         writer.close()
     return vocabulary
+
+
+def write_adapter_file(
+    path: Path, config: PretrainedConfig, alpha: float, pairs: dict[str, torch.Tensor], kind: Type, name: str
+) -> None:
+    """Write a LoRA adapter as a GGUF file.
+
+    Args:
+        path: the file.
+        config: the base's config.
+        alpha: llama.cpp adds alpha / r * B A to each weight.
+        pairs: a [r, K] and b [N, r] of every adapted weight, float32, by their names in the file.
+        kind: type of the factors; float16 where their rows do not fill its blocks.
+        name: the adapter's name, for people.
+    """
+    writer = gguf.GGUFWriter(path, family_in_gguf(config)[1].architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    kinds = {name: Type.F16 if pair.shape[-1] % block else kind for name, pair in pairs.items()}
+    write_header(writer, [(name, tuple(pair.shape), kinds[name]) for name, pair in pairs.items()])
+    for name, pair in pairs.items():
+        writer.write_tensor_data(encode(pair.contiguous(), kinds[name]))
+    writer.close()

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from torch import nn
@@ -18,16 +17,15 @@ from torch import nn
 from oribi.chat.ends import renders, stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.gguf import llama_cpp
-from oribi.gguf.file import GGUFFile, Type, write_header
+from oribi.gguf.file import GGUFFile, Type
 from oribi.gguf.metadata import check_config
 from oribi.gguf.mixes import METHODS, mix_of
 from oribi.gguf.modelfile import NoModelfile, modelfile
-from oribi.gguf.names import family_in_gguf, tensors_to_write
-from oribi.gguf.quantize import encode
+from oribi.gguf.names import tensors_to_write
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import CUT_BY_CASE
 from oribi.gguf.tokenizer import Vocabulary
-from oribi.gguf.writer import plan_file, write_files
+from oribi.gguf.writer import plan_file, write_adapter_file, write_files
 from oribi.models.unwrap import source_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import base_name, changed_base
@@ -234,11 +232,11 @@ class GGUFAdapterExport(Export):
         self.run(size + (1 << 20))
 
     def write(self, folder: Path) -> None:
-        arch = family_in_gguf(self.inner.config)[1].architecture
+        base = base_name(self.model)
+        name = f"LoRA of {base}" if base else "LoRA"
         for form, file in self.files.items():
-            _write_pairs(
-                folder / file, arch, self.alpha, self.pairs, _ADAPTER_TYPES[form], base_name(self.model)
-            )
+            kind = _ADAPTER_TYPES[form]
+            write_adapter_file(folder / file, self.inner.config, self.alpha, self.pairs, kind, name)
 
     def check(self, form: str, path: Path) -> list[Check]:
         return checked(form, _check_pairs, form, path, self.alpha, self.pairs, _ADAPTER_TYPES[form])
@@ -297,24 +295,6 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
     return alpha, pairs
 
 
-def _write_pairs(
-    path: Path, arch: str, alpha: float, pairs: dict[str, torch.Tensor], type: Type, base: str
-) -> None:
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(f"LoRA of {base}" if base else "LoRA")
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    types = {
-        name: Type.F16 if pair.shape[-1] % gguf.GGML_QUANT_SIZES[type][0] else type
-        for name, pair in pairs.items()
-    }
-    write_header(writer, [(name, tuple(pair.shape), types[name]) for name, pair in pairs.items()])
-    for name, pair in pairs.items():
-        writer.write_tensor_data(encode(pair.contiguous(), types[name]))
-    writer.close()
-
-
 def _check_pairs(name: str, path: Path, alpha: float, pairs: dict[str, torch.Tensor], type: Type) -> Check:
     """Compare a written file's factors with the adapter's."""
     file = GGUFFile(path)
@@ -322,7 +302,7 @@ def _check_pairs(name: str, path: Path, alpha: float, pairs: dict[str, torch.Ten
     lacking = [key for key in pairs if key not in found]
     if lacking:
         raise ExportError(f"{path} lacks {len(lacking)} of {len(pairs)} factors, {lacking[0]} the first")
-    same_alpha = file.metadata.get(gguf.Keys.Adapter.LORA_ALPHA) == np.float32(alpha)
+    same_alpha = file.value("adapter.lora.alpha") == np.float32(alpha)
     worst = 0.0 if same_alpha else np.inf
     for key, pair in pairs.items():
         difference = file.read(key, torch.float32) - pair
