@@ -184,12 +184,10 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, rows: 
     writer.add_add_eos_token(
         tokenizer.eos_token_id is not None and len(probe) > 1 and probe[-1] == tokenizer.eos_token_id
     )
-    end = turn_end_id(tokenizer)
-    if end is not None and end != tokenizer.eos_token_id:
-        writer.add_eot_token_id(end)
-    if tokenizer.chat_template is not None and renders(
-        tokenizer
-    ):  # llama.cpp loads no file whose template fails
+    if renders(tokenizer):  # llama.cpp loads no file whose template fails
+        end = turn_end_id(tokenizer)
+        if end is not None and end != tokenizer.eos_token_id:
+            writer.add_eot_token_id(end)
         templates = tokenizer.chat_template
         if isinstance(templates, dict):
             templates = [{"name": name, "template": text} for name, text in templates.items()]

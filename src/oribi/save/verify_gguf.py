@@ -109,7 +109,7 @@ def _same_prompt(peer: LlamaCpp, tokenizer: Any, messages: list[dict[str, str]])
 
 def _check_end_token(peer: LlamaCpp, trained: Trained, tokenizer: Any) -> Check:
     """Whether llama.cpp stops at the token that ends an answer, which is made the likeliest for the purpose."""
-    name, end = "end token in llama.cpp", turn_end_id(tokenizer)
+    name, end = "end token in llama.cpp", turn_end_id(tokenizer) if renders(tokenizer) else None
     end = tokenizer.eos_token_id if end is None else end
     if end is None:
         return Check(name, Outcome.NOT_TESTED, "neither the tokenizer nor its chat template has an end token")
