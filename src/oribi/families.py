@@ -30,6 +30,8 @@ class InGGUF:
         derived_head_dim: a head has hidden_size / num_attention_heads dimensions; the config has no field for it.
         original_context_field: the config has original_max_position_embeddings outside `rope_parameters`.
         attention_softcap: it reads attn_logit_softcapping.
+        stripping_names: a model whose general.name holds one of these, whatever its architecture, was trained with the
+            whitespace after control tokens swallowed.
         layers_of_27b: queries are scaled by head_dim ** -0.5, but in a model with this many layers by
             (hidden_size / num_attention_heads) ** -0.5.
         layers_of_70b: in a model with this many layers whose heads share values, values get more bits.
@@ -47,6 +49,7 @@ class InGGUF:
     derived_head_dim: bool = False
     original_context_field: bool = False
     attention_softcap: bool = False
+    stripping_names: tuple[str, ...] = ()
     layers_of_27b: int = 0
     layers_of_70b: int = 0
 
@@ -154,6 +157,7 @@ FAMILIES: dict[str, Family] = {
             window_key_required=True,
             derived_head_dim=True,
             original_context_field=True,
+            stripping_names=("phi-3", "phi3", "phi 3"),
         ),
     ),
     "granite": Family(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from oribi.chat.ends import renders, template_starts_with_bos, turn_end_id
 from oribi.errors import ExportError, ModelError
+from oribi.families import FAMILIES
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.splits import NFC, RULES, WHOLE_WORDS, pre_tokenizer, pre_tokenizer_name, pre_tokenizer_steps
 
@@ -212,14 +213,14 @@ def rebuild_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens, types)
     # by the model's name, as llama.cpp does: the file has no key for it
     called = str(file.value("general.name", "")).lower()
-    strip = any(name in called for name in ("phi-3", "phi3", "phi 3"))
+    rows = [family.gguf for family in FAMILIES.values() if family.gguf is not None]
+    strip = any(name in called for row in rows for name in row.stripping_names)
     backend.add_tokens(
         [
             AddedToken(
                 token,
                 normalized=False,
                 special=what == TokenType.CONTROL,
-                # Phi-3 was trained with the whitespace after its markers swallowed
                 rstrip=strip and what == TokenType.CONTROL and token not in ("<unk>", "<s>", "<|endoftext|>"),
             )
             for token, what in zip(tokens, types)
