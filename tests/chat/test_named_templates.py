@@ -117,17 +117,26 @@ def _check(tokenizer, name, messages, expected, tools=None):
     assert encoded.split_tokens == 0
 
 
-def test_the_wheel_holds_the_file_of_every_template(tmp_path, monkeypatch):
+def test_the_wheel_holds_every_template(tmp_path, monkeypatch):
     build_meta = pytest.importorskip("setuptools.build_meta")
     root = Path(__file__).parents[2]
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path)
-    shutil.copytree(root / "src" / "oribi" / "chat", tmp_path / "src" / "oribi" / "chat")
+    shutil.copytree(
+        root / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
+    wanted = {
+        str(path.relative_to(tmp_path / "src"))
+        for path in (tmp_path / "src" / "oribi").rglob("*")
+        if path.is_file() and path.suffix != ".py"
+    }
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile(build_meta.build_wheel(str(tmp_path))) as wheel:
-        inside = {Path(name).stem for name in wheel.namelist() if name.startswith("oribi/chat/templates/")}
-    assert inside == {template.file for template in TEMPLATES.values()}
-    assert all(FOLDER.joinpath(f"{file}.jinja").is_file() for file in inside)
+        assert wanted <= set(wheel.namelist())
+    assert {f"oribi/chat/templates/{template.file}.jinja" for template in TEMPLATES.values()} == {
+        name for name in wanted if name.startswith("oribi/chat/")
+    }
+    assert all(FOLDER.joinpath(f"{template.file}.jinja").is_file() for template in TEMPLATES.values())
 
 
 @pytest.mark.parametrize("name", sorted(RENDERED))

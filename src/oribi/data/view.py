@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from rich.cells import cell_len
 from rich.console import Console
 from rich.panel import Panel
@@ -25,12 +25,6 @@ STYLES = {
     ("context", False): "", ("context", True): "cyan", ("cut", False): "red strike",
     ("cut", True): "red strike",
 }  # fmt: skip
-_COLOURS = {
-    "trained": "background:#b7f0b1",
-    "context": "color:#555",
-    "cut": "color:#b00;text-decoration:line-through",
-    "special": "outline:1px solid #0aa;border-radius:2px",
-}
 SHOWN_TOKENS = 2000  # of one row
 PANEL_BORDER = 4  # cells
 
@@ -211,20 +205,9 @@ def _legend() -> Text:
 
 def write_html(path: Path, rows: list[RowView], report: DataReport) -> None:
     """Write rows and report as one HTML page that needs nothing else."""
-    classes = "".join(f".{name}{{{style}}}" for name, style in _COLOURS.items())
-    style = f"body{{font:14px/1.6 sans-serif;margin:2em;max-width:70em}}pre{{white-space:pre-wrap;font:13px/1.7 monospace}}{classes}"
-    legend = " ".join(f'<span class="{name}">{name}</span>' for name in _COLOURS)
-    blocks = [
-        f"<h3>{html.escape(row.heading())}</h3><pre>{''.join(map(_span, row.tokens))}</pre>" for row in rows
-    ]
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(report.source)}</title><style>{style}</style>'
-        f"<h1>{html.escape(report.source)}</h1><p>{legend}</p>{''.join(blocks)}<h3>Report</h3><pre>{html.escape(str(report))}</pre></html>\n"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("oribi.data"), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    page = environment.get_template("rows.html.jinja").render(rows=rows, report=report, visible=_visible)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page)
-
-
-def _span(token: TokenView) -> str:
-    classes = token.kind + (" special" if token.special else "")
-    return f'<span class="{classes}" title="{" ".join(map(str, token.ids))}">{html.escape(_visible(token.text))}</span>'
+    write_whole(path, page + "\n")
