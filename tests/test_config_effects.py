@@ -103,7 +103,7 @@ EFFECTS = {
     ),
     "use_rslora": Effect(True, lambda run: run.layer.scaling["default"], 8.0),
     "use_dora": Effect(True, lambda run: "default" in run.layer.lora_magnitude_vector, True),
-    "gradient_checkpointing": Effect("false", lambda run: run.base.is_gradient_checkpointing, False),
+    "gradient_checkpointing": Effect("off", lambda run: run.base.is_gradient_checkpointing, False),
     "dataset": Effect(["OTHER_ROWS"], lambda run: len(run.trainer.train_dataset), 5, {"packing": False}),
     "split": Effect("test", lambda run: len(run.trainer.train_dataset), 7, {"dataset": ["SPLITS"], "packing": False}),
     "dataset_text_field": Effect(

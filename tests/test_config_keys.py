@@ -36,7 +36,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "use_rslora": {"use_rslora": True},
     "use_dora": {"use_dora": True},
-    "gradient_checkpointing": {"gradient_checkpointing": "false"},
+    "gradient_checkpointing": {"gradient_checkpointing": "off"},
     "dataset": {"dataset": ["other.jsonl"]},
     "split": {"split": "test"},
     "dataset_text_field": {"dataset_text_field": "body"},

@@ -139,8 +139,8 @@ def test_the_nearest_allowed_word_is_named(read, line, says):
     [
         ("dtype: bf16", "dtype", "bfloat16"),
         ("dtype: half", "dtype", "float16"),
-        ("gradient_checkpointing: auto", "gradient_checkpointing", "oribi"),
-        ("gradient_checkpointing: no", "gradient_checkpointing", "false"),
+        ("gradient_checkpointing: oribi", "gradient_checkpointing", "auto"),
+        ("gradient_checkpointing: no", "gradient_checkpointing", "off"),
         ("save_method: [adapter, merged]", "save_method", ["lora", "merged_16bit"]),
     ],
 )

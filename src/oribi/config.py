@@ -36,6 +36,11 @@ OPTIMIZERS = (
     "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "schedule_free_adamw",
     "schedule_free_radam", "schedule_free_sgd", "stable_adamw", "grokadamw",
 )  # fmt: skip
+# what layers keep between forward and backward, and older names for it; YAML writes true and false in several ways
+CHECKPOINTING = ("auto", "memory", "balanced", "speed", "off")
+OLDER_CHECKPOINTING = {
+    **dict.fromkeys(("oribi", "unsloth", "true", "yes", "on"), "auto"), **dict.fromkeys(("false", "no"), "off"),
+}  # fmt: skip
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -65,8 +70,8 @@ class RunConfig:
     use_rslora: bool = setting(False, "Scale by sqrt(r) instead of r")
     use_dora: bool = setting(False, "Weight-decomposed LoRA")
     gradient_checkpointing: str = setting(
-        "oribi", "What is recomputed instead of kept: oribi chooses by free memory, memory as much as can be, false nothing",
-        choices=("oribi", "memory", "balanced", "speed", "true", "false"), same={"auto": "oribi", "unsloth": "oribi"},
+        "auto", "Activations: auto keeps what fits in free memory, memory the least, speed and off all of them",
+        choices=CHECKPOINTING, same=OLDER_CHECKPOINTING,
     )  # fmt: skip
     # the data
     dataset: list[str] = setting([], "Files or hub data sets to train on")
@@ -193,7 +198,7 @@ class Setting:
 
     @property
     def is_words(self) -> bool:
-        """Whether it is a name or names; one that may be true or false as well is read as YAML."""
+        """Whether it is a name or names, read as written; one that may be true or false as well is read as YAML."""
         return self.kind is str and "true" not in self.choices
 
     def check(self, value: Any) -> tuple[Any, str | None]:
@@ -228,7 +233,7 @@ class Setting:
         return (int(value), None) if whole else (None, "must be a whole number")
 
     def _word(self, value: Any) -> tuple[str | None, str | None]:
-        if isinstance(value, bool) and "true" in self.choices:
+        if isinstance(value, bool) and "true" in (*self.choices, *self.same):
             value = str(value).lower()
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             return None, "must be one name"

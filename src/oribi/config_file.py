@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from oribi.config import ALIASES, SETTINGS, RunConfig, Setting
+from oribi.config import ALIASES, OLDER_CHECKPOINTING, SETTINGS, RunConfig, Setting
 from oribi.config_yaml import compose, flags_of, parse_word, settings_text, value_of, words_of
 from oribi.errors import ConfigError
 from oribi.text import nearest, shown, write_whole
@@ -64,6 +64,8 @@ def read_run_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple
         converted, expected = SETTINGS[key].check(one.value)
         if expected is None:
             setattr(config, key, converted)
+            if SETTINGS[key].same is OLDER_CHECKPOINTING and str(one.value).lower() != converted:
+                notes.append(f"{one.name}: {shown(one.value)} read as {converted}")
         elif one.value is True and one.line is None:
             problems.append(Problem(None, f"--{one.name}", f"its value is missing; {expected}"))
         else:

@@ -97,11 +97,8 @@ def _load(config: RunConfig, environment: Environment) -> tuple[Any, Any]:
         revision=config.revision,
     )
     _announce(model)
-    checkpointing = {"true": True, "false": False}.get(
-        config.gradient_checkpointing, config.gradient_checkpointing
-    )
     if config.full_finetuning:
-        set_checkpointing(model, checkpointing)
+        set_checkpointing(model, config.gradient_checkpointing)
     else:
         told = len(model.oribi.notes)
         model = attach_lora(
@@ -113,7 +110,7 @@ def _load(config: RunConfig, environment: Environment) -> tuple[Any, Any]:
             modules_to_save=config.modules_to_save or None,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            use_gradient_checkpointing=checkpointing,
+            use_gradient_checkpointing=config.gradient_checkpointing,
             random_state=config.seed,
         )
         say_notes(model.oribi.notes[told:])

@@ -44,10 +44,10 @@ def test_values_are_what_people_write(read):
     assert config.dataset == ["d"]
     assert config.target_modules == ["q_proj"]
     assert config.save_method == ["lora", "merged_16bit"]
-    assert config.gradient_checkpointing == "false"
+    assert config.gradient_checkpointing == "off"
     assert (config.lora_r, type(config.lora_r)) == (8, int)
     assert config.dataset_num_proc is None
-    assert notes == []
+    assert notes == ["gradient_checkpointing: 'false' read as off"]
 
 
 def test_a_flag_overrides_its_line(read):

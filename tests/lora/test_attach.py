@@ -212,18 +212,20 @@ def test_a_fully_finetuned_model_is_returned_as_it_is(llama):
 
 
 @pytest.mark.parametrize(
-    ("choice", "on"),
+    ("choice", "name"),
     [
-        (False, False),
-        (True, True),
-        ("oribi", True),
-        ("unsloth", True),
-        ("auto", True),
-        ("memory", True),
-        ("balanced", True),
+        (False, "off"),
+        (True, "auto"),
+        ("oribi", "auto"),
+        ("unsloth", "auto"),
+        ("auto", "auto"),
+        ("memory", "memory"),
+        ("balanced", "balanced"),
+        ("speed", "speed"),
+        ("off", "off"),
     ],
 )
-def test_checkpointing_is_set_and_changes_no_gradient(llama, choice, on):
+def test_checkpointing_is_set_and_changes_no_gradient(llama, choice, name):
     def gradients(choice):
         model = attach_lora(load(llama), r=4, use_gradient_checkpointing=choice)
         perturb(model)
@@ -231,9 +233,13 @@ def test_checkpointing_is_set_and_changes_no_gradient(llama, choice, on):
         return model, [p.grad for p in trained(model).values()]
 
     model, found = gradients(choice)
-    assert model.base_model.model.is_gradient_checkpointing == on
-    assert model.oribi.checkpointing == choice
-    assert all(torch.equal(a, b) for a, b in zip(found, gradients(False)[1]))
+    assert model.base_model.model.is_gradient_checkpointing == (name not in ("speed", "off"))
+    assert model.oribi.checkpointing == name
+    told = [note for note in model.oribi.notes if "use_gradient_checkpointing" in note]
+    assert told == (
+        [] if choice == name else [f"use_gradient_checkpointing = {choice!r} is read as {name!r}"]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients("off")[1]))
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ def test_checkpointing_is_set_and_changes_no_gradient(llama, choice, on):
         ({"lora_alpha": 0}, "lora_alpha = 0: must be above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout = 1.0"),
         ({"bias": "some"}, "bias = 'some'"),
-        ({"use_gradient_checkpointing": "yes"}, "use_gradient_checkpointing = 'yes'"),
+        ({"use_gradient_checkpointing": "some"}, "use_gradient_checkpointing = 'some'"),
         ({"target_modules": ["q_prj"]}, "has no module 'q_prj'; did you mean q_proj?"),
         ({"target_modules": "q_.*_nothing"}, "matches no module as a regular expression"),
         ({"target_modules": "(q_proj"}, "is no regular expression"),

@@ -83,20 +83,20 @@ MEASURED = [
     Row("Llama-3.2-1B", "speed", 2, 2048, 4.67, fitted=True),
     Row("Llama-3.2-1B", "speed", 2, 512, 2.25, fitted=True),
     Row("Qwen2.5-0.5B", "speed", 1, 2048, 2.22, fitted=True),
-    Row("Llama-3.1-8B", "oribi", 2, 2048, 31.17),
-    Row("Llama-3.2-1B", "oribi", 2, 2048, 6.56),
-    Row("Llama-3.2-1B", "oribi", 2, 512, 4.14),
-    Row("Qwen2.5-0.5B", "oribi", 1, 2048, 2.94),
+    Row("Llama-3.1-8B", "auto", 2, 2048, 31.17),
+    Row("Llama-3.2-1B", "auto", 2, 2048, 6.56),
+    Row("Llama-3.2-1B", "auto", 2, 512, 4.14),
+    Row("Qwen2.5-0.5B", "auto", 1, 2048, 2.94),
     Row("Qwen2.5-7B", "memory", 2, 2048, 6.04, gpu="H200"),
-    Row("Qwen2.5-7B", "oribi", 2, 2048, 30.1, gpu="H200"),
+    Row("Qwen2.5-7B", "auto", 2, 2048, 30.1, gpu="H200"),
     Row("Gemma-2-2B", "memory", 2, 2048, 3.11, gpu="H200"),
-    Row("Gemma-2-2B", "oribi", 2, 2048, 13.5, gpu="H200"),
+    Row("Gemma-2-2B", "auto", 2, 2048, 13.5, gpu="H200"),
     Row("Llama-3.2-3B", "memory", 2, 2048, 3.21, gpu="H200"),
-    Row("Llama-3.2-3B", "oribi", 2, 2048, 14.9, gpu="H200"),
+    Row("Llama-3.2-3B", "auto", 2, 2048, 14.9, gpu="H200"),
     # attention's backward and what is on its way to or from the host were corrected after measuring these
     Row("Llama-3.1-8B", "memory", 1, 32768, 10.53, fitted=True),
     Row(
-        "Llama-3.1-8B", "oribi", 1, 32768, 70.84, fitted=True,
+        "Llama-3.1-8B", "auto", 1, 32768, 70.84, fitted=True,
         kept={"qkv": (32, 0), "attention": (32, 0), "x_mid": (32, 0), "gate_up": (13, 19), "weights": (4, 0)},
     ),
     Row(
@@ -107,7 +107,7 @@ MEASURED = [
         "Llama-3.1-8B", "memory", 1, 163840, 22.09, fitted=True, device=24, rank=32,
         kept={"attention": (1, 31), "qkv": (0, 8)},
     ),
-    Row("Llama-3.1-8B", "oribi", 1, 327680, 73.10, fitted=True, gpu="H200", device=78, rank=32, host=119),
+    Row("Llama-3.1-8B", "auto", 1, 327680, 73.10, fitted=True, gpu="H200", device=78, rank=32, host=119),
 ]  # fmt: skip
 # milliseconds of a micro-step, and how far the estimate may be off. Three constants were fitted to the "speed" rows, which
 # were measured before steps were recorded as CUDA graphs, attention's rate to a profile of 32,768 tokens
@@ -118,14 +118,14 @@ TIMED = [
     (Row("Qwen2.5-0.5B", "speed", 1, 2048, 2.22, fitted=True), 23.5, 0.05),
     (Row("Llama-3.1-8B", "memory", 1, 32768, 10.53, fitted=True), 4028.0, 0.05),
     (Row("Llama-3.1-8B", "memory", 2, 2048, 6.17), 302.5, 0.05),
-    (Row("Llama-3.1-8B", "oribi", 2, 2048, 31.17), 237.1, 0.05),
-    (Row("Llama-3.1-8B", "oribi", 1, 32768, 70.84), 3635.0, 0.05),
+    (Row("Llama-3.1-8B", "auto", 2, 2048, 31.17), 237.1, 0.05),
+    (Row("Llama-3.1-8B", "auto", 1, 32768, 70.84), 3635.0, 0.05),
     (Row("Llama-3.1-8B", "memory", 2, 2048, 6.17, gpu="H200"), 283.2, 0.05),
-    (Row("Llama-3.1-8B", "oribi", 2, 2048, 31.2, gpu="H200"), 228.1, 0.05),
+    (Row("Llama-3.1-8B", "auto", 2, 2048, 31.2, gpu="H200"), 228.1, 0.05),
     (Row("Qwen2.5-7B", "memory", 2, 2048, 6.04, gpu="H200"), 274.9, 0.05),
-    (Row("Qwen2.5-7B", "oribi", 2, 2048, 30.1, gpu="H200"), 217.2, 0.05),
+    (Row("Qwen2.5-7B", "auto", 2, 2048, 30.1, gpu="H200"), 217.2, 0.05),
     (Row("Llama-3.2-3B", "memory", 2, 2048, 3.21, gpu="H200"), 140.3, 0.05),
-    (Row("Llama-3.2-3B", "oribi", 2, 2048, 14.9, gpu="H200"), 108.9, 0.07),
+    (Row("Llama-3.2-3B", "auto", 2, 2048, 14.9, gpu="H200"), 108.9, 0.07),
 ]
 
 
@@ -254,8 +254,8 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would():
     with pytest.raises(ConfigError, match="needs about .* GiB and Tesla T4 has 13.1 GiB") as refused:
         require_fit(training, "Tesla T4", size)
     assert "per_device_train_batch_size: 32 with gradient_accumulation_steps: 2" in str(refused.value)
-    kept = training_of("Llama-3.1-8B", per_device_train_batch_size=2, gradient_checkpointing="false")
-    with pytest.raises(ConfigError, match="gradient_checkpointing: oribi"):
+    kept = training_of("Llama-3.1-8B", per_device_train_batch_size=2, gradient_checkpointing="off")
+    with pytest.raises(ConfigError, match="gradient_checkpointing: auto"):
         require_fit(kept, "Tesla T4", size)
     whole = training_of("Llama-3.1-8B", full_finetuning=True, load_in_4bit=False)
     with pytest.raises(ConfigError, match="full_finetuning: false"):

@@ -11,7 +11,7 @@ from peft import get_peft_model as peft_get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from oribi.config import PROJECTIONS
+from oribi.config import CHECKPOINTING, OLDER_CHECKPOINTING, PROJECTIONS
 from oribi.errors import ConfigError
 from oribi.lora.settings import refuse_settings
 from oribi.models.load_adapter import train_in_float32
@@ -23,7 +23,6 @@ _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
-_CHECKPOINTING = (False, True, "oribi", "unsloth", "auto", "memory", "balanced", "speed")
 _NEEDS_DATA = ("eva", "corda", "lora_ga")
 _MOVES_BASE = ("pissa", "olora", "loftq")
 
@@ -38,7 +37,7 @@ def attach_lora(
     layers_to_transform: Sequence[int] | int | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     finetune_last_n_layers: int | None = None,
-    use_gradient_checkpointing: bool | str = "oribi",
+    use_gradient_checkpointing: bool | str = "auto",
     random_state: int = 3407,
     use_rslora: bool = False,
     modules_to_save: Sequence[str] | None = None,
@@ -58,8 +57,8 @@ def attach_lora(
         lora_dropout: probability in [0, 1).
         bias: "none", "all" or "lora_only": which biases are trained.
         layers_to_transform, layers_pattern: as in PEFT. finetune_last_n_layers: only the last N layers.
-        use_gradient_checkpointing: False keeps everything; True, "oribi", "unsloth" and "auto" balance memory against
-            time; "memory", "balanced" and "speed" name a policy.
+        use_gradient_checkpointing: which activations are kept: "auto" (what fits in free memory), "memory" (the least),
+            "balanced", "speed" or "off" (all). Older names, such as True, False and "unsloth", are read as these.
         random_state: seed of the LoRA matrices; the global random state is left as it was.
         use_rslora: rank-stabilised scaling.
         modules_to_save: modules trained whole and saved with the adapter, in float32.
@@ -148,11 +147,18 @@ def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int) -> PeftM
 
 def set_checkpointing(model: PreTrainedModel, choice: bool | str) -> None:
     """Sets what the model keeps between forward and backward; `choice` as in `attach_lora`."""
-    if choice is not False and hasattr(model, "set_recompute_policy"):
-        model.set_recompute_policy(choice if choice in ("memory", "balanced", "speed") else "balanced")
+    name = OLDER_CHECKPOINTING.get(str(choice).lower(), choice)
+    note = f"use_gradient_checkpointing = {choice!r} is read as {name!r}"
+    if name != choice and note not in model.oribi.notes:
+        model.oribi.notes.append(note)
+    keeps_all = name in ("speed", "off")
+    if not keeps_all and hasattr(model, "set_recompute_policy"):
+        model.set_recompute_policy(
+            "balanced" if name == "auto" else name
+        )  # "auto" is planned when training starts
     else:
-        switch_checkpointing(model, choice not in (False, "speed"))
-    model.oribi.checkpointing = choice
+        switch_checkpointing(model, not keeps_all)
+    model.oribi.checkpointing = name
 
 
 def switch_checkpointing(model: PreTrainedModel, on: bool) -> None:
@@ -175,8 +181,9 @@ def _check_range(r: int, alpha: float, dropout: float, bias: str, checkpointing:
         problems.append(f"lora_dropout = {dropout!r}: must be at least 0 and below 1")
     if bias not in ("none", "all", "lora_only"):
         problems.append(f"bias = {bias!r}: must be 'none', 'all' or 'lora_only'")
-    if checkpointing not in _CHECKPOINTING:
-        problems.append(f"use_gradient_checkpointing = {checkpointing!r}: must be one of {_CHECKPOINTING}")
+    if OLDER_CHECKPOINTING.get(str(checkpointing).lower(), checkpointing) not in CHECKPOINTING:
+        allowed = ", ".join(map(repr, CHECKPOINTING))
+        problems.append(f"use_gradient_checkpointing = {checkpointing!r}: must be one of {allowed}")
     if problems:
         raise ConfigError("get_peft_model: " + "; ".join(problems))
 

@@ -123,7 +123,7 @@ class Training:
     @property
     def checkpointed(self) -> bool:
         """Whether layers that autograd differentiates are computed again in backward."""
-        return self.config.gradient_checkpointing not in ("false", "speed")
+        return self.config.gradient_checkpointing not in ("off", "speed")
 
     def fixed(self) -> dict[str, int]:
         """Bytes that stay through training."""
@@ -156,7 +156,7 @@ class Training:
     def keeps(self, step: StepAccount, memory_bytes: int) -> list[Keep]:
         """What each layer keeps on a device with this much memory, as training decides it."""
         layers, choice = len(self.architecture.decoder.model.layers), self.config.gradient_checkpointing
-        if choice in ("false", "speed"):
+        if choice in ("off", "speed"):
             return [Keep()] * layers
         if choice == "balanced":
             return [policy("balanced", step.layer.shape.layer.results())] * layers
@@ -187,7 +187,7 @@ class Training:
                 layers, self.checkpointed, bool(self.config.lora_dropout), self.config.use_dora
             )
         else:
-            automatic = self.config.gradient_checkpointing in ("oribi", "true")
+            automatic = self.config.gradient_checkpointing == "auto"
             keeps = keeps or self.keeps(step, 0 if least and automatic else memory_bytes)
             moments = step.moments(keeps)
             fixed["weights"] += sum(keep["weights"] == "keep" for keep in keeps) * step.layer.weight_bytes
@@ -316,7 +316,7 @@ def _proposals(training: Training, memory_bytes: int) -> list[str]:
     if not rows and context:
         found.append(f"max_seq_length: {context} with per_device_train_batch_size: 1")
     changes = [
-        ("gradient_checkpointing", "oribi", config.gradient_checkpointing in ("false", "speed", "balanced")),
+        ("gradient_checkpointing", "auto", config.gradient_checkpointing in ("off", "speed", "balanced")),
         ("load_in_4bit", True, not config.load_in_4bit and not config.full_finetuning),
         ("full_finetuning", False, config.full_finetuning),
     ]

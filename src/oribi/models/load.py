@@ -69,7 +69,7 @@ class ModelSource:
     load_in_4bit: bool
     full_finetuning: bool = False
     fused: bool = True
-    checkpointing: bool | str = False
+    checkpointing: str = "off"
     new_token_ids: tuple[int, ...] = ()
     identity: BaseIdentity | None = None
     revision: str | None = None

@@ -131,8 +131,8 @@ class StepTrainer(Trainer):
 
     def _plans_memory(self, model: nn.Module) -> bool:
         """Whether the free memory decides what layers keep; the plan assumes whole weights that do not move."""
-        choice = getattr(source_of(model), "checkpointing", False)
-        return choice in (True, "auto", "oribi", "unsloth", "memory") and not is_sharded(base_model(model))
+        choice = getattr(source_of(model), "checkpointing", "off")
+        return choice in ("auto", "memory") and not is_sharded(base_model(model))
 
     def _start_recording(self, model: nn.Module, base: nn.Module, tokens: int) -> str | None:
         """Records steps as CUDA graphs, or returns the reason against it."""
