@@ -16,7 +16,7 @@ from oribi.config_yaml import compose, flags_of, parse_word, settings_text, valu
 from oribi.errors import ConfigError
 from oribi.text import nearest, shown, write_whole
 
-# what a run is trained on and by, and no config
+# files of data and models, which are easily given in place of a config
 OTHER_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".gguf", ".safetensors")
 # first setting of each group, in the order of RunConfig
 GROUPS = {"model": "the model", "lora_r": "the adapter", "dataset": "the data", "output_dir": "the training",
@@ -256,21 +256,21 @@ def _on_one_line(value: Any) -> str:
     return text.removesuffix("\n...\n").strip()
 
 
-# keys that people know from other programs, and what says the same here
+# keys of other programs, and what to write instead
 _GPUS = "several GPUs: `torchrun --nproc-per-node 2 -m oribi train CONFIG`"
-_ATTENTION = "the machine chooses, and `oribi doctor` says what; leave the line out"
-_EVALUATION = "eval_steps says when; without it each epoch ends with an evaluation"
-_SAVING = "save_steps says when; without it only the end is saved"
+_ATTENTION = "chosen automatically (`oribi doctor` shows it); leave the line out"
+_EVALUATION = "eval_steps sets it; without it, each epoch ends with an evaluation"
+_SAVING = "save_steps sets it; without it, only the final model is saved"
 _HUB = "push the saved folder with `hf upload` or push_to_hub in Python"
 _KNOWN = {
-    ("bf16", "bfloat16"): "dtype: bfloat16 says it, and auto chooses it where the machine has it",
-    ("fp16", "float16", "half"): "dtype: float16 says it",
-    ("fp32", "float32", "tf32", "mixed_precision"): "dtype: bfloat16, float16, float32 or auto says it",
-    ("load_in_8bit", "quantization_bit", "bits"): "load_in_4bit: true (NF4) or false (16 bits)",
+    ("bf16", "bfloat16"): "use dtype: bfloat16; auto picks it if the machine supports it",
+    ("fp16", "float16", "half"): "use dtype: float16",
+    ("fp32", "float32", "tf32", "mixed_precision"): "use dtype: bfloat16, float16, float32 or auto",
+    ("load_in_8bit", "quantization_bit", "bits"): "use load_in_4bit: true (NF4) or false (16 bits)",
     ("adapter", "finetuning_type", "use_peft", "use_lora", "peft_type"): (
-        "LoRA is what is trained; full_finetuning: true trains every weight"
+        "LoRA is the default; full_finetuning: true trains every weight"
     ),
-    ("lora_target_linear", "lora_on_all_linear"): "target_modules: all-linear says it, and is the default",
+    ("lora_target_linear", "lora_on_all_linear"): "target_modules: all-linear does this, and is the default",
     ("flash_attention", "flash_attn", "flash_attn_2", "use_flash_attention_2", "attn_implementation",
      "xformers_attention", "sdp_attention"): _ATTENTION,
     ("deepspeed", "fsdp", "fsdp_config", "ddp", "device_map", "accelerate"): _GPUS,
@@ -286,13 +286,13 @@ _KNOWN = {
     ("test_datasets", "eval_file", "validation_dataset"): "did you mean eval_dataset?",
     ("eval_strategy", "evaluation_strategy", "do_eval", "evals_per_epoch"): _EVALUATION,
     ("save_strategy", "saves_per_epoch"): _SAVING,
-    ("do_train", "stage"): "supervised fine-tuning is what is done; leave the line out",
+    ("do_train", "stage"): "oribi train is supervised fine-tuning; leave the line out",
     ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"): _HUB,
     ("overwrite_output_dir",): "leave the line out",
-    ("gradient_checkpointing_kwargs", "use_reentrant"): "gradient_checkpointing alone chooses; leave the line out",
-    ("train_on_inputs", "mask_prompt"): "train_on_responses_only says the opposite",
+    ("gradient_checkpointing_kwargs", "use_reentrant"): "gradient_checkpointing is enough; leave the line out",
+    ("train_on_inputs", "mask_prompt"): "use train_on_responses_only, which means the opposite",
     ("group_by_length", "length_column_name", "dataloader_num_workers", "remove_unused_columns", "pad_to_sequence_len",
-     "dataset_prepared_path", "tokenizer_type", "model_type", "special_tokens"): "nothing here needs it; leave the line out",
+     "dataset_prepared_path", "tokenizer_type", "model_type", "special_tokens"): "not needed; leave the line out",
 }  # fmt: skip
 _HINTS = {name: advice for names, advice in _KNOWN.items() for name in names}
 

@@ -1,6 +1,5 @@
 """The seven steps for one config: environment, model, adapter, data, trainer, training, saving; and a run's folder reopened."""
 
-import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from oribi.run_record import (
     run_lock,
 )
 from oribi.save import save_gguf, save_merged
-from oribi.text import gibibytes, say_notes, write_whole
+from oribi.text import gibibytes, is_first_process, say_notes, write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
 from oribi.train.determinism import fix_order_of_cublas
@@ -51,7 +50,7 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
     """
     if config.deterministic:
         fix_order_of_cublas()
-    alone = run_lock(config.output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext()
+    alone = run_lock(config.output_dir) if is_first_process() else nullcontext()
     with alone:
         environment = detect()  # 1
         start = check_before_loading(config, environment, overwrite)

@@ -120,9 +120,14 @@ def say(text: str) -> None:
     print(printable(text), file=LastingStream(lambda: sys.stdout), flush=True)
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say_notes(notes: Iterable[str]) -> None:
     """Print notes of oribi, a line each; of several processes only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         for note in notes:
             say(f"oribi: {note}")
 

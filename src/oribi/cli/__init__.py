@@ -16,7 +16,7 @@ import typer
 
 from oribi.cli.output import complain, lasting_output
 from oribi.errors import OribiError
-from oribi.text import LastingStream, printable
+from oribi.text import LastingStream, is_first_process, printable
 
 VERBS = (
     "init", "convert", "inspect", "estimate", "train", "chat", "eval", "export", "doctor", "selftest", "demo",
@@ -73,7 +73,7 @@ def set_up_logging() -> None:
     """Show oribi's own messages, and hide one of bitsandbytes'."""
     log = logging.getLogger("oribi")
     # of several processes, only the first speaks
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    log.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     if not any(isinstance(handler, ToStderr) for handler in log.handlers):
         log.addHandler(ToStderr())
     # it asks to install kernels for 4-bit layers that oribi does not run
