@@ -262,7 +262,7 @@ def _open_one(
     if isinstance(source, datasets.Dataset):
         return Part("dataset", lambda: _rows_of_dataset(source), source._fingerprint)
     if isinstance(source, datasets.IterableDataset):
-        return Part("stream", lambda: _rows_of_stream(source), None, streaming=True)
+        return Part("stream", lambda: _numbered(source), None, streaming=True)
     if isinstance(source, str | Path):
         path = local_path(source) or Path(source)
         if path.is_dir():
@@ -277,15 +277,23 @@ def _open_one(
 
 
 def _open_file(path: Path, label: str | None) -> Part:
-    read_file(path)  # complains now about a missing file
+    read_file(path)  # raises now if the file is missing
     label = label or path.name
-    return Part(
-        label,
-        lambda: read_file(path, label),
-        _hash_files([path]),
-        is_text=suffix_of(path) in TEXTS,
-        files=(path.resolve(),),
-    )
+    return _part_of_files(label, [path], [label], _hash_files([path]))
+
+
+def _part_of_files(
+    name: str, files: Sequence[Path], origins: Sequence[str], fingerprint: str, about: str = ""
+) -> Part:
+    """Files that are read one after the other; `origins` is what each is called in the origins of its rows."""
+
+    def rows() -> Rows:
+        for file, origin in zip(files, origins):
+            yield from read_file(file, origin)
+
+    is_text = all(suffix_of(file) in TEXTS for file in files)
+    resolved = tuple(file.resolve() for file in files)
+    return Part(name, rows, fingerprint, about=about, is_text=is_text, files=resolved)
 
 
 def _open_folder(path: Path, split: str, label: str | None) -> Part:
@@ -300,19 +308,7 @@ def _open_folder(path: Path, split: str, label: str | None) -> Part:
     chosen = choose_files(path, split)
     names = [f"{label}/{file.as_posix()}" if label else file.as_posix() for file in chosen.files]
     files = [path / file for file in chosen.files]
-
-    def rows() -> Rows:
-        for file, name in zip(files, names):
-            yield from read_file(file, name)
-
-    return Part(
-        label or path.name,
-        rows,
-        _hash_files(files, names),
-        about=chosen.about,
-        is_text=all(suffix_of(file) in TEXTS for file in files),
-        files=tuple(file.resolve() for file in files),
-    )
+    return _part_of_files(label or path.name, files, names, _hash_files(files, names), chosen.about)
 
 
 def _open_hub(source: str, split: str, streaming: bool, name: str | None, revision: str | None) -> Part:
@@ -354,7 +350,7 @@ def _from_rows(rows: Sequence[Mapping[str, Any]]) -> Part:
         digest = content.hexdigest()
     except (TypeError, ValueError, RecursionError):
         pass  # rows that are no JSON have no fingerprint: they are prepared each time
-    return Part("list", lambda: ((f"row {n}", dict(row)) for n, row in enumerate(rows, 1)), digest)
+    return Part("list", lambda: _numbered(rows), digest)
 
 
 def _whole(value: Any) -> Any:
@@ -372,8 +368,8 @@ def _rows_of_dataset(dataset: datasets.Dataset) -> Rows:
         raise DataError("the data set has no rows.")
 
 
-def _rows_of_stream(dataset: datasets.IterableDataset) -> Rows:
-    for number, row in enumerate(dataset, 1):
+def _numbered(rows: Iterable[Mapping[str, Any]]) -> Rows:
+    for number, row in enumerate(rows, 1):
         yield f"row {number}", dict(row)
 
 
