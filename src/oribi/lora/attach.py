@@ -1,28 +1,22 @@
 """STEP 3: LoRA on a loaded model, through PEFT: which layers, which arguments, in float32, the same on every run."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
 from peft import get_peft_model as peft_get_peft_model
-from torch import nn
 from transformers import PreTrainedModel
 
 from oribi.config import CHECKPOINTING, OLDER_CHECKPOINTING, PROJECTIONS
 from oribi.errors import ConfigError
 from oribi.lora.settings import refuse_settings
+from oribi.lora.targets import is_tied, resolve_layers, resolve_targets
 from oribi.models.load_adapter import train_in_float32
 from oribi.models.unwrap import base_model
-from oribi.text import did_you_mean, nearest
+from oribi.text import did_you_mean
 
-# what a family with fused projections calls them
-_FUSED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
-}
 _NEEDS_DATA = ("eva", "corda", "lora_ga")
 _MOVES_BASE = ("pissa", "olora", "loftq")
 
@@ -73,51 +67,50 @@ def attach_lora(
     Raises:
         ConfigError: an argument is out of range or unknown, a target names no layer, or the model has another LoRA.
     """
-    source = model.oribi
+    source, base, notes = model.oribi, base_model(model), []
     if source.full_finetuning:
         source.notes.append(
             "get_peft_model: the model was loaded with full_finetuning=True, so no LoRA is attached"
         )
         return model
-    base = base_model(model)
-    notes: list[str] = []
     _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
     _check_fields(lora_config)
     _check_initialisation(init_lora_weights, loftq_config, source.load_in_4bit)
-    targets, saved = _resolve_targets(base, target_modules, modules_to_save, notes)
-    tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
-    if tied and "embed_tokens" in (saved or ()) and isinstance(targets, list) and "lm_head" in targets:
-        targets.remove("lm_head")
+    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes)
     refuse_settings(base, targets, lora_config)
     settings: dict[str, Any] = {
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "target_modules": targets,
-        "lora_dropout": lora_dropout,
-        "bias": bias,
-        "layers_to_transform": _resolve_layers(base, layers_to_transform, finetune_last_n_layers),
-        "layers_pattern": layers_pattern,
-        "use_rslora": use_rslora,
-        "modules_to_save": saved,
-        "init_lora_weights": init_lora_weights,
-        "loftq_config": loftq_config or {},
-        "task_type": TaskType.CAUSAL_LM,
-        "revision": source.revision,
-        **lora_config,
-    }
+        "r": r, "lora_alpha": lora_alpha, "target_modules": targets, "lora_dropout": lora_dropout, "bias": bias,
+        "layers_to_transform": resolve_layers(base, layers_to_transform, finetune_last_n_layers),
+        "layers_pattern": layers_pattern, "use_rslora": use_rslora, "modules_to_save": saved,
+        "init_lora_weights": init_lora_weights, "loftq_config": loftq_config or {}, "task_type": TaskType.CAUSAL_LM,
+        "revision": source.revision, **lora_config,
+    }  # fmt: skip
     if isinstance(model, PeftModel):
         _check_same(model, settings)
-        set_checkpointing(base, use_gradient_checkpointing)
-        return model
-    if tied and {"embed_tokens", "lm_head"} & set(saved or ()) and "ensure_weight_tying" not in lora_config:
+    else:
+        _train_tables(base, settings, notes)
+        model = _attach(base, settings, random_state, notes)
+        source.notes += notes
+    set_checkpointing(base, use_gradient_checkpointing)
+    return model
+
+
+def _train_tables(base: PreTrainedModel, settings: dict[str, Any], notes: list[str]) -> None:
+    """Adds what PEFT must know of tied embeddings, and of rows that `add_new_tokens` made."""
+    saved, tied = settings["modules_to_save"] or (), is_tied(base)
+    if tied and {"embed_tokens", "lm_head"} & set(saved) and "ensure_weight_tying" not in settings:
         settings["ensure_weight_tying"] = True
         notes.append("embeddings and head are one matrix in this model: it is trained as one")
-    new_tokens = source.new_token_ids
-    if new_tokens and "trainable_token_indices" not in settings and "embed_tokens" not in (saved or ()):
+    new_tokens = base.oribi.new_token_ids
+    if new_tokens and "trainable_token_indices" not in settings and "embed_tokens" not in saved:
         # PEFT finds a tied head by itself
         tables = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
         settings["trainable_token_indices"] = {table: list(new_tokens) for table in tables}
         notes.append(f"the rows of the {len(new_tokens)} added tokens are trained and saved with the adapter")
+
+
+def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int, notes: list[str]) -> PeftModel:
+    source = base.oribi
     changed = source.changed_weights(base)
     source.changed_before_lora = tuple(changed)
     if changed:
@@ -125,15 +118,6 @@ def attach_lora(
             f"{len(changed)} of the base's tensors were changed after it was loaded, {changed[0]} the first: an adapter on "
             "them cannot be saved alone; write the whole model (save_pretrained_merged) first, or after training"
         )
-    peft_model = _attach(base, settings, random_state)
-    if str(init_lora_weights).startswith(_MOVES_BASE):
-        source.sum_weights(base)  # PEFT moves them by the same rule whenever it loads the adapter
-    set_checkpointing(base, use_gradient_checkpointing)
-    source.notes += notes
-    return peft_model
-
-
-def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int) -> PeftModel:
     devices = [base.device] if base.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -142,6 +126,8 @@ def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int) -> PeftM
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"PEFT refuses these LoRA settings: {error}") from error
     train_in_float32(peft_model)
+    if str(settings["init_lora_weights"]).startswith(_MOVES_BASE):
+        source.sum_weights(base)  # PEFT moves them by the same rule whenever it loads the adapter
     return peft_model.train()
 
 
@@ -222,126 +208,6 @@ def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, 
             f"init_lora_weights={how!r} moves a part of the base weights into the adapter, and packed NF4 weights cannot be "
             "changed exactly; load with load_in_4bit=False, or use True or 'gaussian'"
         )
-
-
-def _resolve_targets(
-    model: nn.Module,
-    target_modules: Sequence[str] | str | None,
-    modules_to_save: Sequence[str] | None,
-    notes: list[str],
-) -> tuple[list[str] | str, list[str] | None]:
-    """Target and whole-trained module names that this model has, those of its text decoder."""
-    saved = list(modules_to_save or ())
-    every = [name for name, _ in model.named_modules()]
-    names = _of_text(model, every)
-    if isinstance(target_modules, str):
-        target_modules = target_modules.strip()
-        leaves = {name.rpartition(".")[2] for name in names}
-        if target_modules.lower() == "all-linear" and len(names) < len(every):
-            target_modules = list(PROJECTIONS)
-        elif target_modules.lower() == "all-linear":
-            _present("modules_to_save", saved, names)
-            return "all-linear", saved or None
-        elif target_modules not in leaves:
-            _check_expression(target_modules, names)
-            _present("modules_to_save", saved, names)
-            return target_modules, saved or None
-        else:
-            target_modules = [target_modules]
-    targets = list(dict.fromkeys(target_modules if target_modules is not None else PROJECTIONS))
-    if "embed_tokens" in targets:
-        targets.remove("embed_tokens")
-        saved.append("embed_tokens")
-        notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
-    leaves = {name.rpartition(".")[2] for name in names}
-    fused = {t: _FUSED[t] for t in targets if t not in leaves and _FUSED.get(t) in leaves}
-    if fused:
-        targets = list(dict.fromkeys(fused.get(t, t) for t in targets))
-        asked = ", ".join(fused)
-        notes.append(
-            f"this family keeps {asked} in {', '.join(dict.fromkeys(fused.values()))}: LoRA goes there"
-        )
-    _present("modules_to_save", saved, names)
-    found, absent = _present("target_modules", targets, names, some=True)
-    if absent:
-        notes.append(
-            f"target_modules: the model has no {', '.join(absent)}; LoRA is attached to {', '.join(found)}"
-        )
-    if len(names) < len(every):
-        found = _within_text(found, names, every)
-    return found, list(dict.fromkeys(saved)) or None
-
-
-def _of_text(model: nn.Module, names: list[str]) -> list[str]:
-    """The modules that a text model has; of a multimodal one, those of its text decoder and the head."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    parts = {id(decoder), id(model.get_output_embeddings())}
-    prefixes = [name for name, module in model.named_modules() if id(module) in parts]
-    if getattr(model.config, "text_config", None) is None or len(prefixes) != 2:
-        return names
-    return [name for name in names if name.startswith(tuple(f"{p}." for p in prefixes)) or name in prefixes]
-
-
-def _within_text(targets: list[str], names: list[str], every: list[str]) -> list[str]:
-    """Targets that mean modules of the text decoder only: full names where a tower has modules of the same name."""
-    wanted = [name for name in names if _matches(name, targets)]
-    return targets if sum(_matches(name, targets) for name in every) == len(wanted) else wanted
-
-
-def _matches(name: str, targets: Iterable[str]) -> bool:
-    # the way PEFT matches: a whole name or its end
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _present(
-    what: str, wanted: list[str], names: list[str], some: bool = False
-) -> tuple[list[str], list[str]]:
-    """Those of the wanted names that the model has, and those that it has not.
-
-    Raises:
-        ConfigError: one is absent, or, with `some`, all are.
-    """
-    found = [name for name in wanted if any(_matches(have, [name]) for have in names)]
-    absent = [name for name in wanted if name not in found]
-    if absent and not (some and found):
-        leaves = sorted({name.rpartition(".")[2] for name in names} - {""})
-        near = [match for name in absent if (match := nearest(name, leaves))]
-        hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else "."
-        linear = ", ".join(leaf for leaf in leaves if leaf.endswith(("_proj", "_head", "_tokens")))
-        raise ConfigError(
-            f"{what}: the model has no module {', '.join(map(repr, absent))}{hint} It has {linear}"
-        )
-    return found, absent
-
-
-def _check_expression(expression: str, names: list[str]) -> None:
-    try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise ConfigError(f"target_modules = {expression!r} is no regular expression: {error}") from error
-    if not any(pattern.fullmatch(name) for name in names):
-        raise ConfigError(
-            f"target_modules = {expression!r} matches no module as a regular expression over full names such as {names[-2]!r}"
-        )
-
-
-def _resolve_layers(
-    model: PreTrainedModel, layers: Sequence[int] | int | None, last: int | None
-) -> list[int] | None:
-    count = model.config.get_text_config().num_hidden_layers
-    if last is not None:
-        if layers is not None:
-            raise ConfigError("give layers_to_transform or finetune_last_n_layers, not both")
-        if not 1 <= last <= count:
-            raise ConfigError(f"finetune_last_n_layers = {last}: must be 1 to {count}, the model's layers")
-        return list(range(count - last, count))
-    if layers is None:
-        return None
-    chosen = [layers] if isinstance(layers, int) else list(layers)
-    outside = [i for i in chosen if not 0 <= i < count]
-    if outside:
-        raise ConfigError(f"layers_to_transform: {outside} are not among the model's layers 0 to {count - 1}")
-    return chosen
 
 
 def _check_same(model: PeftModel, settings: dict[str, Any]) -> None:

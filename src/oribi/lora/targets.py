@@ -1,0 +1,144 @@
+"""Which modules of a model LoRA goes on: names, expressions and layers, checked against what the model has."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from oribi.config import PROJECTIONS
+from oribi.errors import ConfigError
+from oribi.text import nearest
+
+# what a family with fused projections calls them
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embeddings and head are one matrix."""
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def resolve_targets(
+    model: nn.Module,
+    target_modules: Sequence[str] | str | None,
+    modules_to_save: Sequence[str] | None,
+    notes: list[str],
+) -> tuple[list[str] | str, list[str] | None]:
+    """Target and whole-trained module names that this model has, those of its text decoder."""
+    saved = list(modules_to_save or ())
+    every = [name for name, _ in model.named_modules()]
+    names = _of_text(model, every)
+    if isinstance(target_modules, str):
+        target_modules = target_modules.strip()
+        leaves = {name.rpartition(".")[2] for name in names}
+        if target_modules.lower() == "all-linear" and len(names) < len(every):
+            target_modules = list(PROJECTIONS)
+        elif target_modules.lower() == "all-linear":
+            _present("modules_to_save", saved, names)
+            return "all-linear", saved or None
+        elif target_modules not in leaves:
+            _check_expression(target_modules, names)
+            _present("modules_to_save", saved, names)
+            return target_modules, saved or None
+        else:
+            target_modules = [target_modules]
+    targets = list(dict.fromkeys(target_modules if target_modules is not None else PROJECTIONS))
+    if "embed_tokens" in targets:
+        targets.remove("embed_tokens")
+        saved.append("embed_tokens")
+        notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
+    leaves = {name.rpartition(".")[2] for name in names}
+    fused = {t: _FUSED[t] for t in targets if t not in leaves and _FUSED.get(t) in leaves}
+    if fused:
+        targets = list(dict.fromkeys(fused.get(t, t) for t in targets))
+        asked = ", ".join(fused)
+        notes.append(
+            f"this family keeps {asked} in {', '.join(dict.fromkeys(fused.values()))}: LoRA goes there"
+        )
+    _present("modules_to_save", saved, names)
+    found, absent = _present("target_modules", targets, names, some=True)
+    if absent:
+        notes.append(
+            f"target_modules: the model has no {', '.join(absent)}; LoRA is attached to {', '.join(found)}"
+        )
+    if len(names) < len(every):
+        found = _within_text(found, names, every)
+    if "embed_tokens" in saved and "lm_head" in found and is_tied(model):
+        found.remove("lm_head")
+    return found, list(dict.fromkeys(saved)) or None
+
+
+def _of_text(model: nn.Module, names: list[str]) -> list[str]:
+    """The modules that a text model has; of a multimodal one, those of its text decoder and the head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    parts = {id(decoder), id(model.get_output_embeddings())}
+    prefixes = [name for name, module in model.named_modules() if id(module) in parts]
+    if getattr(model.config, "text_config", None) is None or len(prefixes) != 2:
+        return names
+    return [name for name in names if name.startswith(tuple(f"{p}." for p in prefixes)) or name in prefixes]
+
+
+def _within_text(targets: list[str], names: list[str], every: list[str]) -> list[str]:
+    """Targets that mean modules of the text decoder only: full names where a tower has modules of the same name."""
+    wanted = [name for name in names if _matches(name, targets)]
+    return targets if sum(_matches(name, targets) for name in every) == len(wanted) else wanted
+
+
+def _matches(name: str, targets: Iterable[str]) -> bool:
+    # the way PEFT matches: a whole name or its end
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _present(
+    what: str, wanted: list[str], names: list[str], some: bool = False
+) -> tuple[list[str], list[str]]:
+    """Those of the wanted names that the model has, and those that it has not.
+
+    Raises:
+        ConfigError: one is absent, or, with `some`, all are.
+    """
+    found = [name for name in wanted if any(_matches(have, [name]) for have in names)]
+    absent = [name for name in wanted if name not in found]
+    if absent and not (some and found):
+        leaves = sorted({name.rpartition(".")[2] for name in names} - {""})
+        near = [match for name in absent if (match := nearest(name, leaves))]
+        hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else "."
+        linear = ", ".join(leaf for leaf in leaves if leaf.endswith(("_proj", "_head", "_tokens")))
+        raise ConfigError(
+            f"{what}: the model has no module {', '.join(map(repr, absent))}{hint} It has {linear}"
+        )
+    return found, absent
+
+
+def _check_expression(expression: str, names: list[str]) -> None:
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"target_modules = {expression!r} is no regular expression: {error}") from error
+    if not any(pattern.fullmatch(name) for name in names):
+        raise ConfigError(
+            f"target_modules = {expression!r} matches no module as a regular expression over full names such as {names[-2]!r}"
+        )
+
+
+def resolve_layers(
+    model: PreTrainedModel, layers: Sequence[int] | int | None, last: int | None
+) -> list[int] | None:
+    count = model.config.get_text_config().num_hidden_layers
+    if last is not None:
+        if layers is not None:
+            raise ConfigError("give layers_to_transform or finetune_last_n_layers, not both")
+        if not 1 <= last <= count:
+            raise ConfigError(f"finetune_last_n_layers = {last}: must be 1 to {count}, the model's layers")
+        return list(range(count - last, count))
+    if layers is None:
+        return None
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    outside = [i for i in chosen if not 0 <= i < count]
+    if outside:
+        raise ConfigError(f"layers_to_transform: {outside} are not among the model's layers 0 to {count - 1}")
+    return chosen
