@@ -122,7 +122,7 @@ def test_a_quoted_number_is_told_from_a_number(read):
         ("FP16: true", "unknown key; use dtype: float16"),
         ("deepspeed: ds.json", "unknown key; several GPUs: `torchrun"),
         ("wandb_project: p", "unknown key; report_to: wandb"),
-        ("flash_attention: true", "unknown key; the machine chooses"),
+        ("flash_attention: true", "unknown key; chosen automatically"),
         ("datasets: [a]", "unknown key; did you mean dataset?"),
         ("colour: blue", "unknown key"),
     ],
