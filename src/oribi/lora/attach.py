@@ -1,11 +1,11 @@
 """STEP 3: LoRA on a loaded model, through PEFT: which layers, which arguments, in float32, the same on every run."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoftQConfig, LoraConfig, PeftModel, TaskType
 from peft import get_peft_model as peft_get_peft_model
 from transformers import PreTrainedModel
 
@@ -82,7 +82,7 @@ def attach_lora(
         "r": r, "lora_alpha": lora_alpha, "target_modules": targets, "lora_dropout": lora_dropout, "bias": bias,
         "layers_to_transform": resolve_layers(base, layers_to_transform, finetune_last_n_layers),
         "layers_pattern": layers_pattern, "use_rslora": use_rslora, "modules_to_save": saved,
-        "init_lora_weights": init_lora_weights, "loftq_config": loftq_config or {}, "task_type": TaskType.CAUSAL_LM,
+        "init_lora_weights": init_lora_weights, "loftq_config": _loftq(init_lora_weights, loftq_config), "task_type": TaskType.CAUSAL_LM,
         "revision": source.revision, **lora_config,
     }  # fmt: skip
     if isinstance(model, PeftModel):
@@ -180,6 +180,11 @@ def _check_fields(given: dict[str, Any]) -> None:
     if unknown:
         hint = did_you_mean(unknown[0], known)
         raise ConfigError(f"get_peft_model: unknown argument {', '.join(unknown)}{hint}")
+
+
+def _loftq(how: bool | str, given: dict[str, Any] | None) -> dict[str, Any]:
+    """LoftQ's settings, each with PEFT's default where it is not given."""
+    return {**asdict(LoftQConfig()), **(given or {})} if how == "loftq" else {}
 
 
 def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, packed: bool) -> None:
