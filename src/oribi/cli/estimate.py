@@ -16,24 +16,26 @@ def estimate(
     context: typer.Context,
     config: Annotated[str | None, typer.Argument(help="YAML file of settings.")] = None,
     gpu: Annotated[
-        list[str] | None, typer.Option(help="GPU of the table, e.g. H100; repeat it for several.")
+        list[str] | None, typer.Option(help="GPU to size for, e.g. H100; repeat it for several.")
     ] = None,
     data: Annotated[
-        bool, typer.Option(help="Count the tokens of local data files for the time in all.")
+        bool, typer.Option(help="Count the tokens of local data files, for the total time.")
     ] = True,
     json: Json = False,
 ) -> None:
-    """Tell parameters, peak memory, time and disk of a run, without GPU and without the model's weights."""
+    """Estimate a run's parameters, peak memory, time and disk use; needs neither a GPU nor the weights."""
     with chatter_aside():
+        from psutil import virtual_memory
+
         from oribi.memory.architecture import OutsideFamilyTable
-        from oribi.memory.estimate import Training
+        from oribi.memory.estimate import training_of
         from oribi.memory.gpus import gpu_named
 
         settings = read_settings(config, context.args)
         gpus = [gpu_named(name) for name in gpu or _default_gpus()]
         training = outside = tokens = rows = None
         try:
-            training = _training(settings, Training)
+            training = training_of(settings, virtual_memory().total)
         except OutsideFamilyTable as error:
             if error.sizes is None:
                 raise
@@ -69,14 +71,15 @@ def estimate(
 
 def _tell_weights(output: Output, settings: Any, outside: Any, gpus: list[Any]) -> None:
     """What is known of a model outside the family table: its weights, and what of them stays in 16 bits."""
-    from oribi.memory.estimate import usable
+    from oribi.memory.estimate import compute_dtype, usable
 
+    width = compute_dtype(settings).itemsize
     load_in_4bit = settings.load_in_4bit and not settings.full_finetuning
-    parts = outside.sizes.parts(_dtype(settings).itemsize, load_in_4bit)
+    parts = outside.sizes.parts(width, load_in_4bit)
     needed = sum(parts.values())
     typer.echo(str(outside), err=True)
     if load_in_4bit:
-        typer.echo(outside.sizes.note(_dtype(settings).itemsize), err=True)
+        typer.echo(outside.sizes.note(width), err=True)
     parameters = outside.sizes.parameters
     output.fields({"model": settings.model, "parameters": f"{parameters:,} ({short_count(parameters)})"})
     output.text("weights")
@@ -98,27 +101,6 @@ def _tell_weights(output: Output, settings: Any, outside: Any, gpus: list[Any]) 
             gpu=one.name, weights_fit=fits, parameters=parameters, weight_bytes=needed, parts=parts,
             usable_bytes=usable(one.memory_bytes),
         )  # fmt: skip
-
-
-def _dtype(settings: Any) -> Any:
-    import torch
-
-    return {"float16": torch.float16, "float32": torch.float32}.get(settings.dtype, torch.bfloat16)
-
-
-def _training(settings: Any, kind: Any) -> Any:
-    import psutil
-
-    from oribi.memory.architecture import architecture_of
-
-    dtype = _dtype(settings)
-    architecture = architecture_of(
-        settings.model,
-        dtype=dtype,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    return kind(architecture, settings, psutil.virtual_memory().total)
 
 
 def _default_gpus() -> list[str]:

@@ -3,8 +3,7 @@
     peak = weights + adapter and gradients + optimizer + max over moments of (kept activations + temporary tensors)
 
 The moments are the loss, when every layer's kept results are there, and each layer's backward, when those of the layers
-above are gone. What a layer keeps is `models/fused_layer.py`'s, decided as in training by `train/recompute.py`; buffers
-are those of `kernels/lora.py` and `kernels/cross_entropy.py`. T tokens of a micro-batch, D hidden, I MLP, V vocabulary.
+above are gone. Bytes are those of `account.py`; what each layer keeps is decided by `plan.py`, as in training.
 """
 
 from collections.abc import Callable, Sequence
@@ -239,24 +238,36 @@ def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
     """
     if environment.device.type != "cuda":
         return
-    dtype = {"float16": torch.float16, "float32": torch.float32}.get(config.dtype, torch.bfloat16)
     try:
-        architecture = architecture_of(
-            config.model,
-            dtype=dtype,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        training = training_of(config, psutil.virtual_memory().available)
     except OutsideFamilyTable as outside:
-        require_weights_fit(outside.sizes, config, dtype, environment)
+        require_weights_fit(outside.sizes, config, environment)
         return
-    training = Training(architecture, config, psutil.virtual_memory().available)
     require_fit(training, environment.device_name, environment.memory_bytes)
 
 
-def require_weights_fit(
-    sizes: UnfusedSizes | None, config: RunConfig, dtype: torch.dtype, environment: Environment
-) -> None:
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """What a run computes in, on a GPU."""
+    return {"float16": torch.float16, "float32": torch.float32}.get(config.dtype, torch.bfloat16)
+
+
+def training_of(config: RunConfig, host_bytes: int) -> Training:
+    """A run by its config and the host memory that activations may wait in.
+
+    Raises:
+        ModelError: there is no such model.
+        OutsideFamilyTable: oribi's decoder does not cover it.
+    """
+    architecture = architecture_of(
+        config.model,
+        dtype=compute_dtype(config),
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return Training(architecture, config, host_bytes)
+
+
+def require_weights_fit(sizes: UnfusedSizes | None, config: RunConfig, environment: Environment) -> None:
     """Refuse a run of a model outside the family table whose weights alone are too large.
 
     Raises:
@@ -264,7 +275,7 @@ def require_weights_fit(
     """
     if sizes is None:
         return  # loading says what is wrong
-    parts = sizes.parts(dtype.itemsize, config.load_in_4bit and not config.full_finetuning)
+    parts = sizes.parts(compute_dtype(config).itemsize, config.load_in_4bit and not config.full_finetuning)
     needed, free = sum(parts.values()), usable(environment.memory_bytes)
     if needed > free:
         named = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items() if size)
