@@ -139,8 +139,6 @@ NAMES_DEFINED_TWICE = {
     "main",
     "Answer",
     "flop_per_token",
-    "require_fit",
-    "require_whole",
     "run",
     "steps_of",
 }

@@ -140,7 +140,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def require_whole(
+def require_exact_tensors(
     path: Path,
     found: Mapping[str, torch.Size],
     expected: Mapping[str, torch.Size],

@@ -17,7 +17,7 @@ from oribi.models.adapter_files import (
     adapter_tensors,
     base_tables,
     read_tensors,
-    require_whole,
+    require_exact_tensors,
     shapes_of,
 )
 from oribi.models.files import HubOptions, Location, adapter_weights, locate
@@ -99,14 +99,16 @@ def load_into(model: PeftModel, path: Path, adapter: str) -> None:
         ModelError: the file does not hold exactly this adapter's tensors.
     """
     _, tensors = read_for(model, model.peft_config[adapter], path)
-    require_fit(model, path, tensors, adapter)
+    require_adapter_fits(model, path, tensors, adapter)
     set_peft_model_state_dict(model, tensors, adapter_name=adapter)
 
 
-def require_fit(model: PeftModel, path: Path, tensors: Mapping[str, torch.Tensor], adapter: str) -> None:
-    """`require_whole` of a file's tensors and an adapter that is attached to a model."""
+def require_adapter_fits(
+    model: PeftModel, path: Path, tensors: Mapping[str, torch.Tensor], adapter: str
+) -> None:
+    """`require_exact_tensors` of a file's tensors and an adapter that is attached to a model."""
     expected, optional = (shapes_of(adapter_tensors(model, adapter, tables=t)) for t in (False, True))
-    require_whole(path, shapes_of(tensors), expected, optional | shapes_of(base_tables(model)))
+    require_exact_tensors(path, shapes_of(tensors), expected, optional | shapes_of(base_tables(model)))
 
 
 def attach_from(
@@ -136,7 +138,7 @@ def attach_from(
             settings.base_model_name_or_path = None  # PEFT would warn that it is called by another name here
             model = get_peft_model(model, settings, adapter)
             settings.base_model_name_or_path = base
-        require_fit(model, path, tensors, adapter)
+        require_adapter_fits(model, path, tensors, adapter)
         set_peft_model_state_dict(model, tensors, adapter_name=adapter)
     except ModelError:
         raise

@@ -25,7 +25,7 @@ from oribi.models.adapter_files import (
     read_tensors,
 )
 from oribi.models.files import Location
-from oribi.models.load_adapter import require_fit
+from oribi.models.load_adapter import require_adapter_fits
 from oribi.models.plain_peft import try_in_plain_peft
 from oribi.models.unwrap import bare_name, base_model, source_of
 from oribi.save.base import changed_base, table_slots
@@ -182,7 +182,7 @@ def check_files(model: PeftModel, adapter: str, folder: Path) -> str | None:
     try:
         stored = read_tensors(path)
         inner = names.read(stored) if names is not None else stored
-        require_fit(model, path, inner, adapter)
+        require_adapter_fits(model, path, inner, adapter)
         _require_equal(model, path, inner, adapter)
         return _try_outside(source, stored, folder)
     except ModelError as error:
