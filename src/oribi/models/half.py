@@ -71,7 +71,7 @@ class Keep(dict[str, Place]):
 
 
 class Core(Protocol):
-    """What a mixer or an MLP (a module) gives to the pass.
+    """What a mixer or an MLP (a module) provides for the pass.
 
     results: what a half around it can keep. The product of the group `input` has its name, that of `output` (before a
         norm) too; xa of both groups follow a result.
@@ -111,10 +111,10 @@ class Kept:
         self._results: dict[str, Any] = {}
 
     def put(self, name: str, result: Any, follows: str | None = None) -> None:
-        """Leaves a result where `Keep` wants it; nothing where it is to be computed again.
+        """Stores a result where `Keep` says, or drops it if it is to be computed again.
 
         Args:
-            name: of the result. result: a tensor, or where it follows another, anything.
+            name: of the result. result: a tensor; anything if it follows another result.
             follows: the result that decides whether it is kept.
         """
         place = self._layer_pass.keep[follows or name]
@@ -228,7 +228,7 @@ class Half:
         return y
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
-        """y [T, D] once more in backward, for a core that is not row-wise; what is computed again for it stays for `backward`."""
+        """y [T, D] in backward, for a core that is not row-wise; what is recomputed for it is reused by `backward`."""
         (kept,) = self.kept
         y = kept.take(self.core.output_result)
         self._restored, made = self._restore(kept, x, y is None)
@@ -243,7 +243,7 @@ class Half:
             normed = self._normed(x, weight)
             p = weight.forward(normed[0])
             xa = weight.copy_xa(normed[0])
-            if not core.row_wise:  # long until it is needed again: it is made again
+            if not core.row_wise:  # not needed until the end of backward: cheaper to make it again
                 normed = None
         columns, _ = group_shape(self.groups[core.input])
         prepared = core.prepare(p[:, :columns], self.layer_pass.batch, fresh)
@@ -254,7 +254,7 @@ class Half:
         return _Restored(p, xa, prepared, h, product, xa_out, normed), y
 
     def place_for_dy(self, like: torch.Tensor) -> torch.Tensor:
-        """Where the gradient of y [T, D] is to be written: where W_out's gradient reads it, if nothing lies between."""
+        """Where to write the gradient of y [T, D]: in W_out's gradient buffer, unless a norm or a scale lies between."""
         if self.post is not None or self.scale != 1.0:
             return torch.empty_like(like)
         self._dy_buffer = self._weight(self.core.output).output_buffer(len(like))
@@ -271,7 +271,7 @@ class Half:
 
         Args:
             x, dy: [T, D]; dy may lie at `place_for_dy`.
-            place_for_dx: makes the place for dx, asked when the widest buffers are free; None takes a buffer at hand.
+            place_for_dx: allocates dx, called once the widest buffers are free; None reuses a buffer.
             needs_dx: whether dx is wanted.
         """
         parts, kept, self.kept = self._portions(len(x)), self.kept, []
