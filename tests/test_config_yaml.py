@@ -51,7 +51,7 @@ def refusal(read, content: str | bytes, needed: str = NEEDED) -> str:
         ("<<: {lora_r: 8}", "line 3: << merge keys are not read"),
         ("? [lora_r]\n: 8", "line 3: a sequence a key is one word"),
         ("lora_r: 8\n---\nlora_r: 16", "run.yaml:4: no valid YAML: but found another document"),
-        ("x: " + "y" * (1 << 20), "larger than 1 MiB, so it is no settings file"),
+        ("x: " + "y" * (1 << 20), "larger than 1 MiB, so it is not a settings file"),
     ],
     ids=range(12),
 )  # fmt: skip

@@ -83,10 +83,10 @@ def _read_file(path: Path, problems: list[Problem]) -> list[Given]:
     if path.is_dir():
         own = path / "config.yaml"
         hint = f", such as its own {own}" if own.is_file() else "; oribi init writes one"
-        raise ConfigError(f"{path} is a folder, and a config is a YAML file{hint}")
+        raise ConfigError(f"{path} is a folder; a config is a YAML file{hint}")
     if path.suffix in OTHER_FILES:
         raise ConfigError(
-            f"{path} is no config: a config is a YAML file, and `oribi init MODEL DATA` writes one"
+            f"{path} is not a config: a config is a YAML file; `oribi init MODEL DATA` writes one"
         )
     reader, node = compose(settings_text(path), str(path))
     if node is None:

@@ -98,7 +98,7 @@ def settings_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(raw) > _LARGEST:
         raise ConfigError(
-            f"{path}: larger than {_LARGEST >> 20} MiB, so it is no settings file; `oribi init` writes one"
+            f"{path}: larger than {_LARGEST >> 20} MiB, so it is not a settings file; `oribi init` writes one"
         )
     encoding = next((name for mark, name in _ENCODINGS if raw.startswith(mark)), "utf-8")
     try:

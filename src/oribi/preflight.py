@@ -123,7 +123,7 @@ def check_folder(config: RunConfig, environment: Environment, overwrite: bool) -
 
 
 def steps_of(folder: str, record: RunRecord | None) -> int:
-    """How far the run of a folder came, by its record, its checkpoints and its log."""
+    """How far a folder's run has got, by its record, its checkpoints and its log."""
     found = [one.step for one in own_checkpoints(folder) or checkpoints(folder)]
     found += [entry["step"] for entry in read_log(folder)]
     return max([record.step if record else 0, *found])

@@ -287,7 +287,7 @@ def held_out_rows(config: RunConfig, tokenizer: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run came. `words` says it, `steps` are done, `finished` whether none is left."""
+    """How far a run has got. `words` says it, `steps` are done, `finished` whether none is left."""
 
     words: str
     steps: int

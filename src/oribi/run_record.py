@@ -324,7 +324,7 @@ def _take(path: Path) -> int | None:
             os.close(descriptor)
             path.unlink(missing_ok=True)
             logger.warning(
-                "%s: this file system has no locks, so a second training in the folder would not be noticed",
+                "%s: this file system has no locks, so a second training in the same folder would go unnoticed",
                 path.parent,
             )
             return None

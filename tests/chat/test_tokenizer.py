@@ -77,7 +77,7 @@ def test_without_a_spare_token_pad_stays_eos_and_the_note_says_so():
     made = tokenizer(pad_token=None, eos_token="<|im_end|>", bos_token="<|endoftext|>")
     repaired = repair(made, 384)
     assert made.pad_token == made.eos_token
-    assert "no token to spare; padding is told apart by position" in repaired.notes[0]
+    assert "no unused token; padding is recognised by position" in repaired.notes[0]
 
 
 def test_a_missing_chat_template_becomes_chatml_where_its_markers_are_known():

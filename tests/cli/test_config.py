@@ -186,5 +186,5 @@ def test_a_run_can_be_repeated_from_its_folder(trained_run):
 
 def test_a_runs_folder_names_its_config(tmp_path):
     (tmp_path / "config.yaml").write_text("model: m\ndataset: d\n")
-    with pytest.raises(ConfigError, match=r"is a folder, .* such as its own .*config\.yaml"):
+    with pytest.raises(ConfigError, match=r"is a folder; .* such as its own .*config\.yaml"):
         read_run_config(tmp_path)

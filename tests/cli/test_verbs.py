@@ -216,7 +216,7 @@ def test_an_adapter_is_inspected(oribi, trained_run, tiny_folder):
     assert record["problems"] == []
     refused = oribi("inspect", "adapter", tiny_folder)
     assert refused.code == 1
-    assert "is no adapter" in refused.err
+    assert "is not an adapter" in refused.err
 
 
 def test_norms_of_products_are_those_of_the_whole_matrix():

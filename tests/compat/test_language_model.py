@@ -91,7 +91,7 @@ def test_keywords_at_their_defaults_pass_in_silence(llama, keyword, value):
         ("fast_inference", True, "there is no vLLM engine"),
         ("load_in_fp8", "block", "weights are NF4 or 16 bit"),
         ("qat_scheme", "int4", "quantisation-aware training is not supported"),
-        ("num_labels", 3, "causal language models, no classifiers"),
+        ("num_labels", 3, "causal language models, not classifiers"),
         ("auto_model", object, "chooses their class itself"),
         ("whisper_language", "English", "speech models are not supported"),
         ("variant", "fp16", "weights of a variant"),

@@ -22,7 +22,7 @@ def lines() -> list[str]:
         line
         for line in found - names
         if line == "oribi doctor"
-        or (len(line.split()) > 2 and "..." not in line and not line.split()[2].isupper())
+        or (len(line.split()) > 2 and "..." not in line and not any(map(str.isupper, line.split()[2:])))
     )
 
 

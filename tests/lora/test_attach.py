@@ -256,7 +256,7 @@ def test_checkpointing_is_set_and_changes_no_gradient(llama, choice, name):
         ({"use_gradient_checkpointing": "some"}, "use_gradient_checkpointing = 'some'"),
         ({"target_modules": ["q_prj"]}, "has no module 'q_prj'; did you mean q_proj?"),
         ({"target_modules": "q_.*_nothing"}, "matches no module as a regular expression"),
-        ({"target_modules": "(q_proj"}, "is no regular expression"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"modules_to_save": ["embed"]}, "modules_to_save: the model has no module 'embed'"),
         ({"layers_to_transform": [4]}, "are not among the model's layers 0 to 3"),
         ({"finetune_last_n_layers": 5}, "must be 1 to 4"),

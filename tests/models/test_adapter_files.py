@@ -210,7 +210,7 @@ def test_of_a_foreign_adapter_it_is_said_that_its_base_is_not_known(base, tmp_pa
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path), **LOAD)
-    assert sum("not known which weights it was trained on" in note for note in model.oribi.notes) == 1
+    assert sum("the weights it was trained on are unknown" in note for note in model.oribi.notes) == 1
 
 
 def test_stretched_rope_is_stretched_again(base, tmp_path):

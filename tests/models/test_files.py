@@ -128,7 +128,7 @@ def refusal(kind: type[Exception]) -> Exception:
         ),
         (errors.RepositoryNotFoundError, "the hub has no model 'owner/name', or it is private"),
         (errors.RevisionNotFoundError, "owner/name has no revision 'v9'"),
-        (errors.LocalEntryNotFoundError, "is not in the hub's cache, and the hub was not reached"),
+        (errors.LocalEntryNotFoundError, "is not in the hub's cache, and the hub could not be reached"),
         (errors.HfHubHTTPError, "could not be fetched from the hub: no"),
         (OSError, "could not be fetched from the hub: no"),
     ],
@@ -157,7 +157,7 @@ def test_a_local_directory_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
 def test_damaged_json_is_named(name, content, tmp_path):
     checkpoint(tmp_path)
     (tmp_path / name).write_text(content)
-    with pytest.raises(ModelError, match=r"is no index of shards|config.json:1: no valid JSON"):
+    with pytest.raises(ModelError, match=r"is not an index of shards|config.json:1: no valid JSON"):
         load(str(tmp_path))
 
 
@@ -210,7 +210,7 @@ def no_hub(monkeypatch) -> list[str]:
         ("C:\\models\\llama", r"there is no folder C:\\models", []),
         ("../llama", r"there is no folder \.\./llama", []),
         ("./models/llama", r"there is no folder \./models/llama", []),
-        ("someone/llama", "is not in the hub's cache, and the hub was not reached", ["someone/llama"]),
+        ("someone/llama", "is not in the hub's cache, and the hub could not be reached", ["someone/llama"]),
         ("", "names no base_model_name_or_path", []),
         (None, "names no base_model_name_or_path", []),
         (["llama"], "names no base_model_name_or_path", []),

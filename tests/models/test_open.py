@@ -93,7 +93,7 @@ HOSTILE = {
     "a link to a file elsewhere": (link_out, "outside its folder"),
     "a shard elsewhere": (write_index({"model.norm.weight": "../secret.safetensors"}), "is refused"),
     "an absolute shard": (write_index({"model.norm.weight": "/etc/passwd"}), "is refused"),
-    "no names of shards": (write_index({"model.norm.weight": 3}), "is no index of shards"),
+    "no names of shards": (write_index({"model.norm.weight": 3}), "is not an index of shards"),
     "a config of a billion layers": (
         lambda folder: edit(folder / "config.json", num_hidden_layers=10**9), "num_hidden_layers"
     ),

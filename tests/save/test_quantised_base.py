@@ -148,7 +148,7 @@ INDICES = {
     "a shard outside the folder": (lambda text: re.sub(r"model-0", "../model-0", text), "so this is refused"),
     "an absolute shard": (lambda text: re.sub(r"model-0", "/model-0", text), "so this is refused"),
     "cut off": (lambda text: text[: len(text) // 2], "index.json"),
-    "a list in place of names": (lambda text: '{"weight_map": ["model.safetensors"]}', "is no index of shards"),
+    "a list in place of names": (lambda text: '{"weight_map": ["model.safetensors"]}', "is not an index of shards"),
     "a shard that is not there": (lambda text: text.replace("model-00002", "model-00009"), "shards are missing"),
     "tensors at another shard": (
         lambda text: text.replace("model-00002", "model-00001"), "that the index looks for in it",

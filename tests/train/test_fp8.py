@@ -90,7 +90,7 @@ def test_models_outside_the_table_and_in_host_memory_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="LlamaForCausalLM is outside oribi's family table"):
         fp8.require_fp8(SimpleNamespace(fp8=True, fsdp=None), other)
     base = adapt(tiny_pair(tiny_config("llama"))[0].bfloat16()).get_base_model()
-    with pytest.raises(ConfigError, match="the model lies in host memory"):
+    with pytest.raises(ConfigError, match="the model is in host memory"):
         fp8.require_fp8(SimpleNamespace(fp8=True, fsdp=None), base)
 
 

@@ -85,7 +85,7 @@ def load_tokenizer(
     if notes is not None:
         notes.append(
             f"tokenizer: transformers takes it for a {type(tokenizer).__name__}, which splits text differently from its "
-            "tokenizer.json; the file is taken as it stands"
+            "tokenizer.json; the file is used as it is"
         )
     return stored
 
@@ -203,5 +203,5 @@ def _repair_padding(
             return
     tokenizer.pad_token = tokenizer.eos_token
     notes.append(
-        f"tokenizer: {problem} and its vocabulary has no token to spare; padding is told apart by position"
+        f"tokenizer: {problem}, and its vocabulary has no unused token; padding is recognised by position"
     )

@@ -63,7 +63,7 @@ def build_command() -> typer.Typer:
 
 
 class ToStderr(logging.Handler):
-    """Messages of oribi's modules as plain lines on standard error, wherever that leads at the time."""
+    """Messages of oribi's modules as plain lines on standard error, wherever it currently leads."""
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(printable(f"oribi: {self.format(record)}"), err=True)

@@ -48,14 +48,14 @@ _REFUSED = {
     "float8_kv_cache": "there is no vLLM engine",
     "load_in_fp8": "weights are NF4 or 16 bit",
     "qat_scheme": "quantisation-aware training is not supported",
-    "num_labels": "oribi trains causal language models, no classifiers",
-    "id2label": "oribi trains causal language models, no classifiers",
-    "label2id": "oribi trains causal language models, no classifiers",
+    "num_labels": "oribi trains causal language models, not classifiers",
+    "id2label": "oribi trains causal language models, not classifiers",
+    "label2id": "oribi trains causal language models, not classifiers",
     "auto_model": "oribi trains causal language models and chooses their class itself",
     "whisper_language": "speech models are not supported",
     "whisper_task": "speech models are not supported",
     "config": "the checkpoint's config.json is read; change it with rope_scaling and max_seq_length",
-    "variant": "weights of a variant are not looked for",
+    "variant": "weights of a variant are not used",
 }
 _QUIET_DEFAULTS = {
     "max_lora_rank": 64, "gpu_memory_utilization": 0.5, "disable_log_stats": True, "fullgraph": True,

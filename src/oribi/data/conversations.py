@@ -142,7 +142,7 @@ def _own_names(row: Row, columns: Mapping[str, str], text_field: str | None) -> 
         if set(unknown) <= set(row) and set(turned) & set(known.NAMES):
             hint = f"; did you mean columns = {turned}?"
         raise ConfigError(
-            f"columns names {unknown}, which oribi has no use for{hint} Its names come first, those of the rows second: "
+            f"columns names {unknown}, which oribi does not know{hint} Its names come first, those of the rows second: "
             "{question: <your column>, answer: <your column>}; docs/data-formats.md has all."
         )
     spelled = {known.usual_name(own): own for own in row}

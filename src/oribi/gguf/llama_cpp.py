@@ -25,7 +25,7 @@ _LOAD_SECONDS = 600
 
 
 class LlamaCppUnavailable(ExportError):
-    """llama.cpp cannot be asked on this machine, for a reason other than the file."""
+    """llama.cpp cannot run on this machine, for a reason other than the file."""
 
 
 @dataclass(frozen=True)

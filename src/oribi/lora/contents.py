@@ -79,7 +79,7 @@ def read_adapter(name: str) -> AdapterContents:
     location = locate(name, HubOptions())
     if location.kind != "adapter":
         raise ModelError(
-            f"{name} is no adapter: it has no adapter_config.json; `oribi inspect model` shows models"
+            f"{name} is not an adapter: it has no adapter_config.json; `oribi inspect model` shows models"
         )
     path = adapter_weights(location, HubOptions())
     found = AdapterContents(name, path, read_adapter_settings(location))

@@ -118,7 +118,7 @@ def _check_expression(expression: str, names: list[str]) -> None:
     try:
         pattern = re.compile(expression)
     except re.error as error:
-        raise ConfigError(f"target_modules = {expression!r} is no regular expression: {error}") from error
+        raise ConfigError(f"target_modules = {expression!r} is not a regular expression: {error}") from error
     if not any(pattern.fullmatch(name) for name in names):
         raise ConfigError(
             f"target_modules = {expression!r} matches no module as a regular expression over full names such as {names[-2]!r}"

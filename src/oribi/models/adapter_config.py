@@ -102,7 +102,7 @@ def read_adapter_settings(location: Location) -> dict[str, Any]:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            problems.append(f"{shown(pattern)} is no regular expression: {error}")
+            problems.append(f"{shown(pattern)} is not a regular expression: {error}")
     if problems:
         raise ModelError(f"{file}: " + "; ".join(problems))
     return settings

@@ -135,7 +135,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if bad:
         raise ModelError(
             f"{path}: {len(bad)} of {len(tensors)} tensors have values that are not finite, {bad[0]} the first. "
-            "Its training diverged; take an earlier checkpoint"
+            "Its training diverged; use an earlier checkpoint"
         )
     return tensors
 

@@ -75,7 +75,9 @@ def read_config(
     if chosen:  # which might name kernels of a hub
         config._attn_implementation = config._experts_implementation = None
         if notes is not None:
-            notes.append(f"{' and '.join(chosen)} of config.json: not followed, the machine chooses")
+            notes.append(
+                f"{' and '.join(chosen)} of config.json: not followed; oribi chooses for this machine"
+            )
     dtype = config.dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         given = settings.get("dtype", settings.get("torch_dtype"))
@@ -83,7 +85,7 @@ def read_config(
     text = getattr(config, "text_config", None)
     if "text_config" in settings and not isinstance(text, PretrainedConfig):
         raise ModelError(
-            f"{file}: text_config = {shown(text)}: a model of type {kind} holds no other; take the field out"
+            f"{file}: text_config = {shown(text)}: a model of type {kind} holds no other; remove the field"
         )
     for one in (config, text):
         if one is not None and family_of(one) is not None:

@@ -235,14 +235,14 @@ def _weight_map(index: Path) -> dict[str, str] | None:
         or not all(isinstance(shard, str) for shard in found.values())
     ):
         raise ModelError(
-            f"{index} is no index of shards: its weight_map does not name a file for each tensor"
+            f"{index} is not an index of shards: its weight_map does not name a file for each tensor"
         )
     outside = [
         shard for shard in found.values() if shard != PurePath(shard).name or "\\" in shard or "\0" in shard
     ]
     if outside:
         raise ModelError(
-            f"{index} names the shard {outside[0]!r}; shards lie beside their index, so this is refused"
+            f"{index} names the shard {outside[0]!r}; shards must be in the folder of their index, so this is refused"
         )
     return found
 
@@ -339,7 +339,9 @@ _EXPLANATIONS: list[tuple[type[Exception], Callable[[str, HubOptions], str]]] = 
     (HFValidationError, lambda name, o: f"{name!r} is neither a directory nor a possible name on the hub"),
     (
         LocalEntryNotFoundError,
-        lambda name, o: f"{missing_folder(name)}, it is not in the hub's cache, and the hub was not reached",
+        lambda name, o: (
+            f"{missing_folder(name)}, it is not in the hub's cache, and the hub could not be reached"
+        ),
     ),
 ]
 

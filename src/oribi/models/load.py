@@ -190,7 +190,7 @@ def _load_with_adapter(
     if record is None:
         how = "in NF4" if source.load_in_4bit else "in 16 bit"
         source.notes.append(
-            f"{location.name} has no {RECORD_FILE}: it is not known which weights it was trained on; they are loaded {how}"
+            f"{location.name} has no {RECORD_FILE}: the weights it was trained on are unknown; they are loaded {how}"
         )
     else:
         source.notes += compare_with_record(location, record, source.identity)

@@ -49,7 +49,7 @@ def compare_with_record(location: Location, record: AdapterRecord, base: BaseIde
     if record.base.in_nf4 != base.in_nf4:
         notes.append(
             f"{location.name} was trained on {record.base.weights} weights and is loaded on {base.weights} ones, as asked. "
-            "Such a pair has cost 12 points of 85 (SmolLM2-135M); load_in_4bit=None loads what it was trained on"
+            "This has cost 12 of 85 points (SmolLM2-135M); load_in_4bit=None loads what it was trained on"
         )
     return notes
 
@@ -168,7 +168,7 @@ def load_adapter(
     known = {name: options[name] for name in HubOptions.__dataclass_fields__ if options.get(name) is not None}
     location = locate(str(model_id), HubOptions(**known))
     if location.kind != "adapter":
-        raise ModelError(f"{model_id} has no adapter_config.json, so it is no adapter")
+        raise ModelError(f"{model_id} has no adapter_config.json, so it is not an adapter")
     path = adapter_weights(location, HubOptions(**known), allow_pickle=True)
     if adapter_name in model.peft_config:
         load_into(model, path, adapter_name)

@@ -149,7 +149,7 @@ def choose_device(device_map: str | int | torch.device | dict[str, Any] | None) 
         if len(places) != 1:
             raise ConfigError(
                 f"device_map spreads the model over {', '.join(sorted(places))}; oribi keeps a model on one device. "
-                "For several GPUs start one process a GPU with torchrun"
+                "For several GPUs start one process per GPU with torchrun"
             )
         (device_map,) = places
     if device_map is None or device_map in _ONE_DEVICE:

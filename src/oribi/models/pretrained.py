@@ -1,4 +1,4 @@
-"""What PEFT, TRL and transformers' Trainer ask of a decoder beside its forward pass, and what training chooses in it."""
+"""What PEFT, TRL and transformers' Trainer ask of a decoder beside its forward pass, and what training sets in it."""
 
 import torch
 from torch import nn

@@ -159,7 +159,7 @@ def extend_context(config: PretrainedConfig, max_seq_length: int) -> list[str]:
     _validate(config)
     return [
         f"max_seq_length {max_seq_length} is {ratio:.3g} times the model's {trained} positions: RoPE is stretched "
-        f"({kind}); train on long texts for it to be of use"
+        f"({kind}); train on long texts to make use of it"
     ]
 
 

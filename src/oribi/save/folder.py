@@ -64,7 +64,7 @@ def finished_folder(directory: str | os.PathLike, needed_bytes: int) -> Iterator
 def _cannot_write(folder: str | os.PathLike, error: Exception) -> ExportError:
     why = _fault_of_the_disk(error) or getattr(error, "strerror", None) or str(error)
     return ExportError(
-        f"{str(folder)!r} cannot be written: {why}. Nothing half-written was left there; make room or give another folder"
+        f"{str(folder)!r} cannot be written: {why}. No partial files were left there; free some space or give another folder"
     )
 
 

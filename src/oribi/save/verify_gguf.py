@@ -61,7 +61,7 @@ def check_in_llama_cpp(trained: Trained, tokenizer: Any, path: Path, form: str) 
     except LlamaCppUnavailable as why:
         return [*found, Check(name, Outcome.NOT_RUN, str(why))]
     except ExportError as why:
-        advice = "a program that is built on llama.cpp will not load it either"
+        advice = "programs built on llama.cpp will not load it either"
         return [Check("loads in llama.cpp", Outcome.DIFFERENT, str(why), {"loaded": 0, "of": 1}, advice)]
     return [*found, *_compare_answers(trained, GGUFSource(path), asked, given, form)]
 

@@ -130,13 +130,13 @@ def checkpoint_trained(trainer: Trainer) -> Path | None:
 def where_trained_is(trainer: Trainer) -> str:
     """Where the trained weights are, for the error of a form that could not be saved."""
     folder, step = trainer.args.output_dir, trainer.state.global_step
-    advice = f"When that is mended, `oribi export {folder} --to FORMS` writes them"
+    advice = f"When that is fixed, `oribi export {folder} --to FORMS` writes them"
     if any(one.step == step for one in own_checkpoints(folder)):
         return f"The trained weights are kept in {folder}/checkpoint-{step}. {advice}"
     saved = read_run_record(folder)
     if saved is not None and step in saved.saved.values():
         return f"The model is saved in {folder} in other forms already. {advice} in this one"
-    return "The trained weights are in no checkpoint; free some space, and set save_steps"
+    return "No checkpoint has the trained weights; free some space, and set save_steps"
 
 
 def _write_whole(

@@ -79,7 +79,7 @@ class LossGuard(TrainerCallback):
             DEVIATIONS * deviation, SHARE * abs(usual), LEAST_JUMP
         ):
             logger.warning(
-                "step %d: the loss jumped to %.4f from about %.4f; if it does not come back, lower learning_rate",
+                "step %d: the loss jumped to %.4f from about %.4f; if it does not recover, lower learning_rate",
                 step, loss, usual,
             )  # fmt: skip
         usual = median(self.norms) if self.norms else norm
@@ -104,7 +104,7 @@ class LossGuard(TrainerCallback):
         if bad is not None:
             return f"The weights of {bad} are no longer finite."
         if is_sharded(model):
-            return "The row behind it was not looked for: no process can run the sharded model alone."
+            return "The row that caused it was not searched for: no process can run the sharded model alone."
         documents = 0
         for step, inputs in self.batches:
             for document in documents_of(inputs):

@@ -288,7 +288,7 @@ def warn_of_same_rows(trained: Any, evaluated: Any) -> None:
         )
         if rows is not None and (rows is trained or same_rows):
             say(
-                f"oribi: {name} holds the rows of train_dataset, so its loss does not tell how the model does on other rows"
+                f"oribi: {name} holds the rows of train_dataset, so its loss does not show how the model does on other rows"
             )
 
 

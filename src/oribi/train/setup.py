@@ -184,7 +184,7 @@ def _fp8_problems(args: SFTConfig, base: nn.Module) -> Iterator[str]:
         yield f"{type(base).__name__} is outside oribi's family table, and transformers' class runs it"
         return
     if base.device.type != "cuda":
-        yield "the model lies in host memory: load it on the GPU"
+        yield "the model is in host memory: load it on the GPU"
     dtype = base.model.norm.weight.dtype
     if dtype is not torch.bfloat16:
         yield f"the model computes in {str(dtype).removeprefix('torch.')}: load it with dtype='bfloat16'"
