@@ -1,0 +1,197 @@
+"""`oribi.trl`: TRL's trainers with the keywords of earlier releases, on oribi's model and with the same losses as elsewhere."""
+
+import pickle
+
+import pytest
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import oribi.trl
+from oribi.errors import ConfigError
+from oribi.lora.attach import attach_lora
+from oribi.models.load import load_model
+from tests.train.conftest import WORDS, write_tiny_model
+
+STEPS = 5
+SETTINGS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-2,
+    "warmup_ratio": 0.0,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "seed": 3,
+    "optim": "adamw_torch",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "overwrite_output_dir": True,
+}
+
+
+def words(start: int, count: int) -> str:
+    return " ".join(WORDS[(start + 3 * i) % len(WORDS)] for i in range(count))
+
+
+PAIRS = [
+    {"prompt": words(i, 3 + i % 3), "chosen": " " + words(2 * i, 4), "rejected": " " + words(5 * i + 1, 5)}
+    for i in range(10)
+]
+JUDGED = [
+    {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+    for i, row in enumerate(PAIRS)
+]
+PROMPTS = [{"prompt": row["prompt"]} for row in PAIRS]
+
+
+def longer_is_better(completions, **_):
+    return [len(text) / 10 for text in completions]
+
+
+def many_words(completions, **_):
+    return [float(text.count(" ")) for text in completions]
+
+
+ANSWERS = {"num_generations": 2, "max_completion_length": 6, "temperature": 1.0, "beta": 0.1}
+# trainer -> rows, what scripts write in the config, and what older ones write on the trainer
+CASES = {
+    "DPO": (PAIRS, {}, {"beta": 0.2, "max_length": 64}),
+    "ORPO": (PAIRS, {"beta": 0.2, "max_length": 64}, {}),
+    "KTO": (JUDGED, {"beta": 0.2, "max_length": 64, "evaluation_strategy": "no"}, {}),
+    "GRPO": (PROMPTS, ANSWERS, {"reward_funcs": [longer_is_better, many_words]}),
+    "RLOO": (PROMPTS, ANSWERS, {"reward_funcs": longer_is_better}),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A tiny model's folder, and an adapter on it whose B is not zero."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("model"))
+    model, _ = load_model(
+        str(folder), dtype="float32", device_map="cpu", load_in_4bit=False, max_seq_length=128
+    )
+    model = attach_lora(model, r=4, lora_alpha=8)
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=__import__("torch").Generator().manual_seed(i))
+    adapter = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(adapter)
+    return folder, adapter
+
+
+def losses(method, model, tokenizer, output):
+    rows, config, keywords = CASES[method]
+    arguments = getattr(oribi.trl, f"{method}Config")(output_dir=str(output), **SETTINGS, **config)
+    trainer = getattr(oribi.trl, f"{method}Trainer")(
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), tokenizer=tokenizer, **keywords
+    )
+    trainer.train()
+    return [(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e]
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_losses_equal_those_of_transformers_and_peft(method, start, tmp_path):
+    folder, adapter = start
+    model, tokenizer = load_model(
+        str(adapter), dtype="float32", device_map="cpu", load_in_4bit=False, max_seq_length=128
+    )
+    ours = losses(method, model, tokenizer, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    theirs = losses(method, PeftModel.from_pretrained(base, adapter, is_trainable=True), tokenizer, tmp_path)
+    assert len(ours) == STEPS
+    assert any(norm > 1e-3 for _, norm in ours)
+    assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], abs=1e-4)
+    assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in theirs], rel=1e-3, abs=1e-4)
+
+
+class TestKeywordsOfEarlierReleases:
+    def config(self, method="DPO", **keywords):
+        return getattr(oribi.trl, f"{method}Config")(
+            output_dir="unused", report_to="none", use_cpu=True, bf16=False, **keywords
+        )
+
+    def test_older_names_are_read_as_todays_and_said(self, capsys):
+        args = self.config("GRPO", warmup_ratio=0.1, evaluation_strategy="no", max_new_tokens=7)
+        assert (args.warmup_steps, args.eval_strategy, args.max_completion_length) == (0.1, "no", 7)
+        said = capsys.readouterr().out
+        assert "warmup_ratio read as warmup_steps = 0.1" in said
+        assert "max_new_tokens read as max_completion_length = 7" in said
+
+    def test_steps_of_warm_up_win_over_their_share(self):
+        assert self.config(warmup_ratio=0.1, warmup_steps=5).warmup_steps == 5
+
+    def test_a_keyword_without_counterpart_is_said(self, capsys):
+        self.config(logging_dir="logs", label_pad_token_id=-100)
+        assert "logging_dir is not needed" in capsys.readouterr().out
+
+    def test_a_keyword_that_changes_the_training_is_refused(self):
+        with pytest.raises(ConfigError, match="rpo_alpha = 1.0 .*loss_weights"):
+            self.config(rpo_alpha=1.0)
+        assert self.config(rpo_alpha=None).beta == 0.1
+
+    def test_an_unknown_keyword_names_the_nearest(self):
+        with pytest.raises(ConfigError, match="unknown keyword learning_rat; did you mean learning_rate?"):
+            self.config(learning_rat=1e-3)
+
+    def test_two_names_of_one_setting_must_agree(self):
+        with pytest.raises(ConfigError, match="max_seq_length and max_length"):
+            self.config(max_length=64, max_seq_length=128)
+
+    def test_one_prompt_per_batch_is_raised_to_a_group_of_answers(self, capsys):
+        args = self.config("GRPO", per_device_train_batch_size=1, num_generations=4)
+        assert args.per_device_train_batch_size == 4
+        assert "per_device_train_batch_size = 1 read as 4" in capsys.readouterr().out
+
+    def test_batches_that_hold_whole_groups_stay(self):
+        args = self.config(
+            "GRPO", per_device_train_batch_size=1, gradient_accumulation_steps=4, num_generations=4
+        )
+        assert args.per_device_train_batch_size == 1
+
+    def test_sampling_parameters_of_an_engine_are_read(self):
+        class SamplingParams:
+            temperature, top_p, top_k, min_p, stop = 0.7, 0.9, 20, 0.1, ["<end>"]
+
+        args = self.config("GRPO", vllm_sampling_params=SamplingParams(), top_p=0.5, num_generations=2)
+        assert (args.temperature, args.top_p, args.top_k, args.min_p) == (0.7, 0.5, 20, 0.1)
+        assert args.generation_kwargs == {"stop_strings": ["<end>"]}
+
+    def test_training_arguments_and_pickles_of_them(self):
+        args = oribi.trl.TrainingArguments("unused", warmup_ratio=0.5, use_cpu=True, report_to="none")
+        assert isinstance(args, TrainingArguments)
+        assert pickle.loads(pickle.dumps(args)).warmup_steps == 0.5
+
+    def test_a_prompt_above_max_prompt_length_is_left_out_and_said(self, start, tmp_path, capsys):
+        model, tokenizer = load_model(str(start[1]), dtype="float32", load_in_4bit=False, max_seq_length=128)
+        rows = Dataset.from_list([*PAIRS, {**PAIRS[0], "prompt": words(0, 60)}])
+        trainer = oribi.trl.DPOTrainer(
+            model, None, train_dataset=rows, tokenizer=tokenizer, max_prompt_length=40,
+            args=oribi.trl.DPOConfig(str(tmp_path), report_to="none", use_cpu=True),
+        )  # fmt: skip
+        assert len(trainer.train_dataset) == len(PAIRS)
+        assert "1 of 11 rows have a prompt above max_prompt_length = 40" in capsys.readouterr().out
+
+
+class TestNames:
+    def test_sft_is_oribis(self):
+        from oribi import SFTConfig, SFTTrainer
+
+        assert oribi.trl.SFTTrainer is SFTTrainer
+        assert issubclass(oribi.trl.SFTConfig, SFTConfig)
+
+    def test_other_names_are_trls_own(self):
+        import trl
+
+        assert oribi.trl.ModelConfig is trl.ModelConfig
+        assert issubclass(oribi.trl.DPOTrainer, trl.DPOTrainer)
+
+    def test_a_trainer_that_moved_is_found(self):
+        assert oribi.trl.CPOConfig.__mro__[1].__module__.startswith("trl.experimental.cpo")
+
+    def test_a_name_that_trl_has_not_is_an_error(self):
+        with pytest.raises(AttributeError, match="has no DPOTrainr; did you mean DPOTrainer?"):
+            oribi.trl.DPOTrainr
