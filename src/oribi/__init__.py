@@ -40,10 +40,23 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
+# modules of Unsloth's whose names scripts reach through the package; all of them are here
+_PLACES = ("chat_templates", "trainer", "dataprep")
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'oribi' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
-    return getattr(import_module(_HOME[name]), name)
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _PLACES:
+        return import_module(f"oribi.{name}")
+    if not name.startswith("_"):
+        from oribi.compat.names import NAMES
+
+        if name in NAMES and NAMES[name].home:
+            return getattr(import_module(NAMES[name].home), name)
+        if name in NAMES:
+            raise ImportError(f"oribi has no {name}: {NAMES[name].note}")
+    raise AttributeError(f"module 'oribi' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
 
 
 def __dir__() -> list[str]:

@@ -194,4 +194,4 @@ class TestNames:
 
     def test_a_name_that_trl_has_not_is_an_error(self):
         with pytest.raises(AttributeError, match="has no DPOTrainr; did you mean DPOTrainer?"):
-            oribi.trl.DPOTrainr
+            getattr(oribi.trl, "DPOTrainr")  # noqa: B009

@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oribi.compat.names import IGNORED_KEYWORDS, REFUSED_KEYWORDS
 from oribi.config import PROJECTIONS
 from oribi.environment import detect
 from oribi.errors import ConfigError
@@ -24,39 +25,6 @@ from oribi.text import did_you_mean, say_notes
 
 Model = PreTrainedModel | PeftModel
 
-# keyword -> why nothing comes of it
-_WITHOUT_EFFECT = {
-    "use_exact_model_name": "names are never replaced here",
-    "gpu_memory_utilization": "it sizes an inference engine that is not used",
-    "max_lora_rank": "it sizes an inference engine that is not used",
-    "disable_log_stats": "it belongs to an inference engine that is not used",
-    "offload_embedding": "use_gradient_checkpointing='memory' moves frozen embeddings to host memory",
-    "unsloth_tiled_mlp": "use_gradient_checkpointing='memory' bounds the MLP's memory",
-    "unsloth_force_compile": "nothing is compiled at run time",
-    "fullgraph": "nothing is compiled at run time",
-    "return_logits": "logits are returned except for the training loss",
-    "attn_implementation": "the decoder chooses its attention backend",
-    "device_map_planner_kwargs": "the model lies on one device",
-    "low_cpu_mem_usage": "weights are always streamed",
-    "max_memory": "the model lies on one device",
-    "text_only": "only text decoders are loaded",
-    "random_state": "loading draws no random numbers",
-}
-# keyword -> why it is refused when set
-_REFUSED = {
-    "fast_inference": "there is no vLLM engine; model.generate works as it is",
-    "float8_kv_cache": "there is no vLLM engine",
-    "load_in_fp8": "weights are NF4 or 16 bit",
-    "qat_scheme": "quantisation-aware training is not supported",
-    "num_labels": "oribi trains causal language models, not classifiers",
-    "id2label": "oribi trains causal language models, not classifiers",
-    "label2id": "oribi trains causal language models, not classifiers",
-    "auto_model": "oribi trains causal language models and chooses their class itself",
-    "whisper_language": "speech models are not supported",
-    "whisper_task": "speech models are not supported",
-    "config": "the checkpoint's config.json is read; change it with rope_scaling and max_seq_length",
-    "variant": "weights of a variant are not used",
-}
 _QUIET_DEFAULTS = {
     "max_lora_rank": 64, "gpu_memory_utilization": 0.5, "disable_log_stats": True, "fullgraph": True,
     "random_state": 3407,
@@ -150,7 +118,7 @@ class FastLanguageModel:
             qat_scheme: refused.
         """
         if qat_scheme is not None:
-            raise ConfigError(f"get_peft_model: qat_scheme is refused: {_REFUSED['qat_scheme']}")
+            raise ConfigError(f"get_peft_model: qat_scheme is refused: {REFUSED_KEYWORDS['qat_scheme']}")
         before = len(model.oribi.notes)
         peft_model = attach_lora(
             model,
@@ -249,6 +217,13 @@ class FastModel(FastLanguageModel):
         )  # fmt: skip
 
 
+FastTextModel = FastVisionModel = FastModel
+# scripts that name a family: the checkpoint says it
+FastLlamaModel = FastMistralModel = FastGemmaModel = FastGemma2Model = FastLanguageModel
+FastQwen2Model = FastQwen3Model = FastQwen3MoeModel = FastLanguageModel
+FastGraniteModel = FastCohereModel = FastFalconH1Model = FastLanguageModel
+
+
 def _sort_out(options: dict[str, Any], *known_by: Callable[..., Any]) -> list[str]:
     """Drops keywords without effect from `options` and returns notes on them; raises over refused and unknown ones."""
     from oribi.models.load_settings import RARE_OPTIONS
@@ -256,17 +231,17 @@ def _sort_out(options: dict[str, Any], *known_by: Callable[..., Any]) -> list[st
     known = {*RARE_OPTIONS, "torch_dtype"}
     notes = []
     for name, value in list(options.items()):
-        if name in _REFUSED:
+        if name in REFUSED_KEYWORDS:
             if value not in (None, False):
-                raise ConfigError(f"from_pretrained: {name}={value!r} is refused: {_REFUSED[name]}")
+                raise ConfigError(f"from_pretrained: {name}={value!r} is refused: {REFUSED_KEYWORDS[name]}")
             options.pop(name)
-        elif name in _WITHOUT_EFFECT:
+        elif name in IGNORED_KEYWORDS:
             if value not in (None, False, _QUIET_DEFAULTS.get(name)):
-                notes.append(f"{name}={value!r} has no effect: {_WITHOUT_EFFECT[name]}")
+                notes.append(f"{name}={value!r} has no effect: {IGNORED_KEYWORDS[name]}")
             options.pop(name)
         elif name not in known:
             named = {p for call in known_by for p in inspect.signature(call).parameters}
-            hint = did_you_mean(name, {*known, *named, *_WITHOUT_EFFECT})
+            hint = did_you_mean(name, {*known, *named, *IGNORED_KEYWORDS})
             raise ConfigError(f"from_pretrained: unknown keyword {name}{hint}")
     return notes
 

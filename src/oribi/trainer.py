@@ -1,0 +1,3 @@
+"""Unsloth's place for the trainer, for scripts that import from it; the names are `oribi`'s own."""
+
+from oribi import __getattr__ as __getattr__
