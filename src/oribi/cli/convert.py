@@ -1,4 +1,4 @@
-"""`oribi convert FILE`."""
+"""`oribi convert FILE`: another program's config, or a script or notebook written for Unsloth or TRL."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,19 +11,29 @@ from oribi.errors import ConfigError
 
 def convert(
     file: Annotated[
-        Path, typer.Argument(help="Config of Axolotl, LLaMA-Factory, TRL or Unsloth; .yaml, .json or .sh.")
+        Path,
+        typer.Argument(
+            help="Config of Axolotl, LLaMA-Factory, TRL or Unsloth (.yaml, .json, .sh), or a script for Unsloth or TRL (.py, .ipynb)."
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write (default: print to the terminal).")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File to write (default: the terminal for a config, a copy beside the script)."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     json: Json = False,
 ) -> None:
-    """Convert another program's config, and report what happened to each key.
+    """Convert another program's config, script or notebook, and report what happened to each of its keys or lines.
 
     Where that program's default differs from oribi's, it is written out. A config that asks for training that oribi
-    cannot do, such as DPO, is refused with every such line.
+    cannot do, such as DPO, is refused with every such line. In a script, imports and calls that mean something else
+    today are changed, and nothing else.
     """
+    if file.suffix in (".py", ".ipynb"):
+        _convert_script(file, output, force, json)
+        return
     from oribi.config_file import commented_yaml, write_config
     from oribi.dialects import convert_file
 
@@ -51,3 +61,24 @@ def convert(
     missing = [name for name in ("model", "dataset") if name not in found.values]
     if missing:
         raise ConfigError(f"{file} names no {' and no '.join(missing)}; add it before training")
+
+
+def _convert_script(file: Path, output: Path | None, force: bool, json: bool) -> None:
+    """Write a script's copy for oribi, and say what was changed, what is ignored and what is refused."""
+    from oribi.compat.script import convert_script
+    from oribi.text import write_whole
+
+    output = output or file.with_stem(f"{file.stem}_oribi")
+    if output.exists() and not force:
+        raise ConfigError(f"{output} is there already; --force overwrites it, --output names another")
+    found = convert_script(file)
+    write_whole(output, found.text.encode())
+    out = Output(json)
+    out.text(f"written: {output}")
+    for line in found.changed:
+        out.text(f"  changed   {line}")
+    for line in found.ignored:
+        out.text(f"  ignored   {line}")
+    for line in found.refused:
+        complain(f"  refused   {line}", "yellow")
+    out.record(output=output, changed=found.changed, ignored=found.ignored, refused=found.refused)

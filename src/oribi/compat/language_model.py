@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oribi.compat.names import IGNORED_KEYWORDS, REFUSED_KEYWORDS
+from oribi.compat.reinforcement import fast_generate, load_lora, save_lora
 from oribi.config import PROJECTIONS
 from oribi.environment import detect
 from oribi.errors import ConfigError
@@ -86,6 +87,7 @@ class FastLanguageModel:
         set_checkpointing(base_model(model), use_gradient_checkpointing)
         model.oribi.notes += notes
         say_notes([detect().summary(model.dtype), *model.oribi.notes])
+        base_model(model).loaded_tokenizer = tokenizer
         _bind(model)
         return model, tokenizer
 
@@ -254,6 +256,9 @@ def _bind(model: Model) -> None:
     if isinstance(model, PeftModel):
         model.save_pretrained = MethodType(_save_adapter, model)
         model.load_adapter = MethodType(load_adapter, model)
+        model.save_lora = MethodType(save_lora, model)
+        model.load_lora = MethodType(load_lora, model)
+    model.fast_generate = MethodType(fast_generate, model)
     model.for_inference = MethodType(FastLanguageModel.for_inference, model)
     model.for_training = MethodType(FastLanguageModel.for_training, model)
 
