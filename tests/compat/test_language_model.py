@@ -64,6 +64,7 @@ def test_only_the_first_process_prints(llama, capsys, monkeypatch):
     [
         ("use_exact_model_name", True, "names are never replaced here"),
         ("offload_embedding", True, "moves frozen embeddings to host memory"),
+        ("fast_inference", True, "the model's own generate answers"),
         ("gpu_memory_utilization", 0.9, "an inference engine that is not used"),
         ("attn_implementation", "flash_attention_2", "the decoder chooses its attention backend"),
         ("unsloth_tiled_mlp", True, "bounds the MLP's memory"),
@@ -88,7 +89,7 @@ def test_keywords_at_their_defaults_pass_in_silence(llama, keyword, value):
 @pytest.mark.parametrize(
     ("keyword", "value", "words"),
     [
-        ("fast_inference", True, "there is no vLLM engine"),
+        ("float8_kv_cache", True, "there is no vLLM engine"),
         ("load_in_fp8", "block", "weights are NF4 or 16 bit"),
         ("qat_scheme", "int4", "quantisation-aware training is not supported"),
         ("num_labels", 3, "causal language models, not classifiers"),

@@ -7,6 +7,7 @@ with a note, one that would silently change the result is refused, and an unknow
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -299,7 +300,11 @@ def _save_gguf(
 
     folder = f"{os.path.normpath(save_directory)}_gguf"
     written = save_gguf(self, folder, tokenizer, quantization_method=quantization_method, **options)
-    return None if written is None else {**written, "save_directory": str(save_directory)}
+    if written is None:
+        return None
+    if tokenizer is not None and written.get("modelfile_location"):
+        tokenizer._ollama_modelfile = Path(written["modelfile_location"]).read_text(encoding="utf-8")
+    return {**written, "save_directory": str(save_directory)}
 
 
 def _push_gguf(

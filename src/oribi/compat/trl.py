@@ -171,6 +171,8 @@ def _translating_config(name: str, config: type) -> type:
         known = {f.name for f in fields(config)}
         if sampling is not None:
             keywords |= _sampling_values(sampling, keywords, known)
+        if keywords.get("top_k", 1) in (-1, None):
+            keywords["top_k"] = 0
         if keywords.get("use_vllm") and find_spec("vllm") is None:
             keywords["use_vllm"] = False
             say_notes([f"{name}: use_vllm is off: vLLM is not installed; the model's own generate answers"])
@@ -188,6 +190,8 @@ def _translating_config(name: str, config: type) -> type:
 def _sampling_values(sampling: Any, keywords: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """The values of vLLM's SamplingParams that the config has a field for and the script has not set."""
     values = {key: getattr(sampling, key, None) for key in SAMPLING}
+    if (values["top_k"] or 0) < 1:  # vLLM's word for all tokens
+        values["top_k"] = None
     stops = getattr(sampling, "stop", None)
     if stops:
         values["generation_kwargs"] = {"stop_strings": list(stops) if not isinstance(stops, str) else [stops]}

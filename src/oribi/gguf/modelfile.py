@@ -71,6 +71,7 @@ class Turns:
         question, answer: before and after each.
         ask: what asks for an answer.
         default: the system's text where a conversation has none.
+        opening: what stands before every conversation where there is no system message.
     """
 
     system: tuple[str, str] | None
@@ -80,6 +81,7 @@ class Turns:
     answer: tuple[str, str]
     ask: str
     default: str = ""
+    opening: str = ""
 
     def render(self, messages: Messages) -> str:
         """The prompt that Ollama makes of a conversation with `go_template`."""
@@ -87,7 +89,7 @@ class Turns:
         opening = ""
         if self.system is not None and (system or self.always):
             opening = self.system[0] + system + self.system[1]
-        text = "" if self.system_in_question else opening
+        text = self.opening if self.system_in_question else self.opening + opening
         for message in messages:
             if message["role"] == "user":
                 text += self.question[0]
@@ -100,7 +102,7 @@ class Turns:
 
     def go_template(self) -> str:
         """The template in Go's words."""
-        before, inside, first = "", "", ""
+        before, inside, first = for_go_template(self.opening), "", ""
         if self.system is not None:
             opening = f"{for_go_template(self.system[0])}{{{{ $.System }}}}{for_go_template(self.system[1])}"
             if self.system_in_question:
@@ -153,7 +155,8 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
     )
     answer = (to_answer.removeprefix(after), to_question.removesuffix(before))
     system, inside, always, default = _read_system(render, before, head)
-    turns = Turns(system, inside, always, (before, after), answer, ending.removeprefix(after), default)
+    opening = head.removesuffix(before) if system is None else ""
+    turns = Turns(system, inside, always, (before, after), answer, ending.removeprefix(after), default, opening)
     kinds = [_conversation(count, system=False) for count in (1, 2, 3)]
     if system is not None:
         kinds += [_conversation(count, system=True) for count in (1, 3)]
@@ -198,9 +201,7 @@ def _read_system(render: Render, before: str, head: str) -> tuple[tuple[str, str
     own_text = NoModelfile("the chat template begins with text of its own")
     try:
         start, middle, _ = _split(render(messages), [message["content"] for message in messages])
-    except (ChatTemplateError, TemplateLimitError, NoModelfile):
-        if head != before:
-            raise own_text from None
+    except (ChatTemplateError, TemplateLimitError, NoModelfile):  # it takes no system message
         return None, False, False, ""
     if middle.endswith(before) and start != before:
         around = (start, middle.removesuffix(before))

@@ -51,6 +51,10 @@ def generate_in_inference_mode(
             kwargs = {**packed, **kwargs}
             inputs = None
     kwargs.pop("token_type_ids", None)  # some tokenizers add them, no decoder takes them
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    loaded = getattr(model, "loaded_tokenizer", None)
+    if loaded is not None and (kwargs.get("stop_strings") or getattr(config, "stop_strings", None)):
+        kwargs.setdefault("tokenizer", loaded)  # trainers that set stop strings hand none over
     if isinstance(model, GeneratesInAnyMode):
         _require_growing_cache(model, kwargs)
     with inference_mode_of(model), weights_kept() if _copy_fits(model) else nullcontext():

@@ -11,10 +11,10 @@ from oribi.errors import ModelError
 from oribi.text import nearest
 
 # keywords that callers pass to any causal model, and that change nothing here: documents follow from the queries' bounds,
-# positions from position_ids, and no decoder of the table has token types
+# positions from position_ids, no decoder of the table has token types, and generate passes the tokenizer of stop strings on
 WITHOUT_EFFECT = {
     "cu_seq_lens_k", "max_length_k", "seq_idx", "cache_position", "token_type_ids", "mm_token_type_ids", "task_ids",
-    "output_router_logits",
+    "output_router_logits", "tokenizer", "assistant_tokenizer",
 }  # fmt: skip
 
 
