@@ -14,6 +14,7 @@ import typer
 
 import oribi
 from oribi.cli import build_command
+from oribi.compat.names import NAMES
 from oribi.config import ALIASES, RunConfig
 from tests.train.conftest import some_conversations
 
@@ -165,3 +166,9 @@ def test_getting_started_runs_as_it_is_written(said_by, tiny_folder, tmp_path):
         said_by(line, "the red fox")
     assert len(list((tmp_path / "runs" / "latest" / "gguf").glob("*.gguf"))) == 2
     assert (tmp_path / "runs" / "latest" / "report.html").is_file()
+
+
+def test_coming_from_says_of_every_name_of_unsloths_what_it_is_here():
+    text = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (works|refused) \|", text, re.MULTILINE))
+    assert rows == {name: "works" if known.home else "refused" for name, known in NAMES.items()}

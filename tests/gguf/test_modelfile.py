@@ -115,6 +115,16 @@ def test_stops_and_parameters_are_written():
     assert "PARAMETER temperature 0.6\nPARAMETER top_p 0.95\n" in text
 
 
+def test_a_template_with_a_text_before_every_conversation():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}Some instructions.\n"
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    text = modelfile("m.gguf", tokenizer, [], None, adds_bos=False)
+    assert '"""Some instructions.\n{{ range .Messages }}' in text
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

@@ -178,7 +178,9 @@ def _translating_config(name: str, config: type) -> type:
             say_notes([f"{name}: use_vllm is off: vLLM is not installed; the model's own generate answers"])
         if "num_generations" in known:
             _fill_batches(name, keywords)
-        if detect().device.type == "cpu":  # transformers refuses bf16 where it is not told that no GPU is there
+        if (
+            detect().device.type == "cpu"
+        ):  # transformers refuses bf16 where it is not told that no GPU is there
             keywords.setdefault("use_cpu", True)
         config.__init__(self, *args, **keywords)
         self.max_prompt_length = limit  # no field, so it is in no file of settings

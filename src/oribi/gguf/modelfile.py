@@ -156,7 +156,9 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
     answer = (to_answer.removeprefix(after), to_question.removesuffix(before))
     system, inside, always, default = _read_system(render, before, head)
     opening = head.removesuffix(before) if system is None else ""
-    turns = Turns(system, inside, always, (before, after), answer, ending.removeprefix(after), default, opening)
+    turns = Turns(
+        system, inside, always, (before, after), answer, ending.removeprefix(after), default, opening
+    )
     kinds = [_conversation(count, system=False) for count in (1, 2, 3)]
     if system is not None:
         kinds += [_conversation(count, system=True) for count in (1, 3)]
