@@ -19,7 +19,9 @@ def convert(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="File to write (default: the terminal for a config, a copy beside the script)."
+            "--output",
+            "-o",
+            help="File to write (default: the terminal for a config, a copy beside the script).",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
