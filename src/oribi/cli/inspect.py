@@ -137,8 +137,8 @@ def adapter(
     )
 
 
-@app.command()
-def run(folder: Annotated[Path, typer.Argument(help="Folder of a run.")], json: Json = False) -> None:
+@app.command("run")
+def inspect_run(folder: Annotated[Path, typer.Argument(help="Folder of a run.")], json: Json = False) -> None:
     """Show how a run went and what it left."""
     from oribi.run import read_run, state_of
     from oribi.run_record import EARLIER
