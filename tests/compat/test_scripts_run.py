@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from oribi.compat.script import convert_script
-from tests.compat.test_trl import JUDGED, PAIRS, words
+from tests.compat.test_trl import JUDGED, NEEDS_DRIVER, PAIRS, words
 from tests.train.conftest import write_tiny_model
 
 SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("*.py"))
@@ -56,7 +56,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, marks=NEEDS_DRIVER if s.stem in ("dpo", "kto", "grpo") else ()) for s in SCRIPTS],
+    ids=lambda path: path.stem,
+)
 def test_runs_after_conversion(script, folder, monkeypatch, tmp_path):
     found = convert_script(script)
     assert found.refused == []

@@ -43,6 +43,8 @@ def test_a_documented_command_runs(
     words = [word.replace("q4_k_m", "f16").replace("merged_4bit", "merged") for word in words]
     if words[0] == "export" and "--output" not in words:
         words += ["--output", str(tmp_path / "exports")]
+    (tmp_path / "train.py").write_text("from unsloth import FastLanguageModel\n")
+    (tmp_path / "notebook.ipynb").write_text('{"cells": []}')
     monkeypatch.chdir(tmp_path)
     done = oribi(*words)
     assert done.code == 0, done.err[-2000:]

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from oribi.chat.template import render_chat
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.text import did_you_mean, say_notes
@@ -287,7 +288,7 @@ def _short_prompts(rows: Any, tokenizer: Any, limit: int, what: str) -> Any:
         if prompt is None:
             return True
         if not isinstance(prompt, str):
-            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            prompt = render_chat(tokenizer, prompt, add_generation_prompt=True)
         return len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) <= limit
 
     kept = rows.filter(is_short)
