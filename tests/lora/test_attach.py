@@ -306,6 +306,14 @@ def test_starts_that_are_no_zero_are_not(llama, how):
     assert all(p.abs().sum() > 0 for p in trained(model).values())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_loftq_without_a_gpu_is_refused(llama):
+    with pytest.raises(ConfigError, match="PEFT computes it on a GPU only"):
+        attach_lora(load(llama, load_in_4bit=False), r=4, init_lora_weights="loftq")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_loftq_starts_from_a_16_bit_model(llama):
     pytest.importorskip("scipy", reason="PEFT's LoftQ needs scipy")
     model = attach_lora(

@@ -213,6 +213,10 @@ def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, 
             f"init_lora_weights={how!r} moves a part of the base weights into the adapter, and packed NF4 weights cannot be "
             "changed exactly; load with load_in_4bit=False, or use True or 'gaussian'"
         )
+    if name == "loftq" and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        raise ConfigError(
+            "init_lora_weights='loftq': PEFT computes it on a GPU only, and none was found; use 'pissa', 'olora' or True"
+        )
 
 
 def _check_same(model: PeftModel, settings: dict[str, Any]) -> None:
