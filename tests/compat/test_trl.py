@@ -135,7 +135,7 @@ class TestKeywordsOfEarlierReleases:
 
     def test_a_keyword_without_counterpart_is_said(self, capsys):
         self.config(logging_dir="logs", label_pad_token_id=-100)
-        assert "logging_dir is not needed" in capsys.readouterr().out
+        assert "logging_dir has no effect" in capsys.readouterr().out
 
     def test_a_keyword_that_changes_the_training_is_refused(self):
         with pytest.raises(ConfigError, match="rpo_alpha = 1.0 .*loss_weights"):

@@ -30,9 +30,9 @@ RENAMED = {
     "push_to_hub_token": "hub_token",
     "max_new_tokens": "max_completion_length",
 }
-# older keyword -> why nothing is lost without it
+# older keyword -> why it has no effect
 RETIRED = {
-    "overwrite_output_dir": "checkpoints of an earlier run are kept apart",
+    "overwrite_output_dir": "transformers 5 always writes into the folder",
     "logging_dir": "trackers take their folder from their own variables",
     "save_safetensors": "safetensors is the only format",
     "use_mps_device": "the device is found",
@@ -45,7 +45,7 @@ RETIRED = {
     "label_pad_token_id": "labels are padded with -100",
     "padding_value": "padding is masked",
     "is_encoder_decoder": "the model says what it is",
-    "generate_during_eval": "samples are in the run's report",
+    "generate_during_eval": "this trainer draws no samples",
     "model_adapter_name": "the model's active adapter is trained",
     "ref_adapter_name": "the reference is the model without its adapter",
     "force_use_ref_model": "a ref_model that is given is used",
@@ -66,7 +66,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def trl_name(name: str) -> Any:
-    """What a name of TRL's means in a script that runs on oribi.
+    """The object that one of TRL's names stands for in a script that runs on oribi.
 
     Args:
         name: as in `from trl import NAME`, of any release since 0.9.
@@ -99,14 +99,12 @@ def _find(name: str) -> Any:
         return getattr(trl, name)
     stem = re.sub(r"(Trainer|Config)$", "", name)
     folder = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", stem).lower()
-    if stem != name and find_spec(f"trl.experimental.{folder}") is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # that it is experimental is TRL's word; the script was written before
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL warns that the place is experimental; scripts name older places
+        if stem != name and find_spec(f"trl.experimental.{folder}") is not None:
             place = import_module(f"trl.experimental.{folder}")
-        if hasattr(place, name):
-            return getattr(place, name)
+            if hasattr(place, name):
+                return getattr(place, name)
     raise AttributeError(f"TRL {trl.__version__} has no {name}{did_you_mean(name, dir(trl))}")
 
 
@@ -145,7 +143,7 @@ def translated(keywords: Mapping[str, Any], config: type) -> dict[str, Any]:
                     f"{config.__name__}: {name} = {value!r} is not taken any more: {REFUSED[name][1]}"
                 )
             if name in RETIRED and value not in (None, False):
-                notes.append(f"{config.__name__}: {name} is not needed: {RETIRED[name]}")
+                notes.append(f"{config.__name__}: {name} has no effect: {RETIRED[name]}")
             continue
         else:
             raise ConfigError(
