@@ -237,7 +237,7 @@ def commented_yaml(
 
 
 def write_config(path: Path, text: str, force: bool) -> None:
-    """Write a config file.
+    """Write a config, or a script, that a command made.
 
     Raises:
         ConfigError: the file exists and `force` is off.

@@ -68,13 +68,11 @@ def convert(
 def _convert_script(file: Path, output: Path | None, force: bool, json: bool) -> None:
     """Write a script's copy for oribi, and say what was changed, what is ignored and what is refused."""
     from oribi.compat.script import convert_script
-    from oribi.text import write_whole
+    from oribi.config_file import write_config
 
     output = output or file.with_stem(f"{file.stem}_oribi")
-    if output.exists() and not force:
-        raise ConfigError(f"{output} is there already; --force overwrites it, --output names another")
     found = convert_script(file)
-    write_whole(output, found.text.encode())
+    write_config(output, found.text, force)
     out = Output(json)
     out.text(f"written: {output}")
     for line in found.changed:

@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError
+from oribi.models.generate import generate_ids, until_end
 from oribi.models.unwrap import base_model
 
 # prompts that are answered together
@@ -136,14 +137,11 @@ def _text(prompt: Any) -> str:
 
 def _complete(model: Any, tokenizer: Any, texts: list[str], wanted: SamplingParams) -> list[Completion]:
     """Answers to a batch of texts; a text that begins with the BOS token gets no second one."""
-    rows = [
+    prompts = [
         tokenizer(t, add_special_tokens=not (tokenizer.bos_token and t.startswith(tokenizer.bos_token)))
         for t in texts
     ]
-    batch = tokenizer.pad(
-        [{"input_ids": row["input_ids"]} for row in rows], padding_side="left", return_tensors="pt"
-    ).to(base_model(model).device)
-    settings: dict[str, Any] = {"do_sample": wanted.temperature > 0, "max_new_tokens": wanted.max_tokens}
+    settings: dict[str, Any] = {"do_sample": wanted.temperature > 0}
     if settings["do_sample"]:
         settings |= {
             "temperature": wanted.temperature,
@@ -155,23 +153,18 @@ def _complete(model: Any, tokenizer: Any, texts: list[str], wanted: SamplingPara
         settings["repetition_penalty"] = wanted.repetition_penalty
     stops = [wanted.stop] if isinstance(wanted.stop, str) else list(wanted.stop or ())
     if stops:
-        settings |= {"stop_strings": stops, "tokenizer": tokenizer}
-    with torch.no_grad():
-        out = model.generate(**batch, **settings)
-    ends = set(stop_ids(tokenizer, base_model(model).generation_config.eos_token_id))
-    return [
-        _completion(tokenizer, ids, ends, stops) for ids in out[:, batch["input_ids"].shape[1] :].tolist()
-    ]
+        settings["stop_strings"] = stops
+    rows = generate_ids(model, tokenizer, [p["input_ids"] for p in prompts], wanted.max_tokens, settings)
+    ends = set(stop_ids(tokenizer, model.generation_config.eos_token_id))
+    return [_completion(tokenizer, new, ends, stops) for new in rows]
 
 
 def _completion(tokenizer: Any, ids: list[int], ends: set[int], stops: list[str]) -> Completion:
     """An answer up to its end token or stop text; the stop text is not part of it, as in vLLM."""
-    end = next((i for i, token in enumerate(ids) if token in ends), None)
-    ids = ids if end is None else ids[: end + 1]
+    ids, ended = until_end(ids, ends)
     text = tokenizer.decode(ids, skip_special_tokens=True)
     cuts = [text.index(stop) for stop in stops if stop in text]
-    finished = end is not None or bool(cuts)
-    return Completion(text[: min(cuts)] if cuts else text, ids, "stop" if finished else "length")
+    return Completion(text[: min(cuts)] if cuts else text, ids, "stop" if ended or cuts else "length")
 
 
 @contextmanager

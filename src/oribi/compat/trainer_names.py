@@ -8,8 +8,8 @@ from transformers.trainer_utils import TrainOutput
 from oribi.train.arguments import SFTConfig
 from oribi.train.trainer import SFTTrainer
 
-OribiTrainer = UnslothTrainer = SFTTrainer
-OribiTrainingArguments = UnslothTrainingArguments = SFTConfig
+UnslothTrainer = SFTTrainer
+UnslothTrainingArguments = SFTConfig
 
 
 def unsloth_train(trainer: Trainer, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -12,11 +12,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
 from oribi.chat.template import render_chat
 from oribi.environment import detect
 from oribi.errors import ConfigError
+from oribi.models.unwrap import source_of
 from oribi.text import did_you_mean, say_notes
 
 # older keyword of training arguments -> today's
@@ -163,11 +165,12 @@ def translated(keywords: Mapping[str, Any], config: type) -> dict[str, Any]:
 def _translating_config(name: str, config: type) -> type:
     """The config whose constructor takes older keywords too."""
 
+    known = {f.name for f in fields(config)}
+
     def __init__(self: Any, *args: Any, **keywords: Any) -> None:
         limit = keywords.pop("max_prompt_length", None)
         sampling = keywords.pop("vllm_sampling_params", None)
         keywords = translated(keywords, config)
-        known = {f.name for f in fields(config)}
         if sampling is not None:
             keywords |= _sampling_values(sampling, keywords, known)
         if keywords.get("top_k", 1) in (-1, None):
@@ -177,9 +180,8 @@ def _translating_config(name: str, config: type) -> type:
             say_notes([f"{name}: use_vllm is off: vLLM is not installed; the model's own generate answers"])
         if "num_generations" in known:
             _fill_batches(name, keywords)
-        if (
-            detect().device.type == "cpu"
-        ):  # transformers refuses bf16 where it is not told that no GPU is there
+        # transformers refuses bf16 where it is not told that no GPU is there
+        if detect().device.type == "cpu":
             keywords.setdefault("use_cpu", True)
         config.__init__(self, *args, **keywords)
         self.max_prompt_length = limit  # no field, so it is in no file of settings
@@ -209,27 +211,22 @@ def _fill_batches(name: str, keywords: dict[str, Any]) -> None:
     steps = keywords.get("steps_per_generation") or keywords.get("gradient_accumulation_steps", 1)
     if keywords.get("generation_batch_size") is None and (batch * steps) % answers:
         keywords["per_device_train_batch_size"] = answers
-        say_notes(
-            [
-                f"{name}: per_device_train_batch_size = {batch} read as {answers}: a batch holds whole groups of num_generations answers"
-            ]
-        )
+        why = "a batch holds whole groups of num_generations answers"
+        say_notes([f"{name}: per_device_train_batch_size = {batch} read as {answers}: {why}"])
     evaluated = keywords.get("num_generations_eval") or answers
-    if (
-        keywords.get("eval_strategy", "no") != "no"
-        and keywords.get("per_device_eval_batch_size", 8) % evaluated
-    ):
+    evaluates = keywords.get("eval_strategy", "no") != "no"
+    if evaluates and keywords.get("per_device_eval_batch_size", 8) % evaluated:
         keywords["per_device_eval_batch_size"] = evaluated
 
 
 def _translating_trainer(name: str, trainer: type) -> type:
     """The trainer whose constructor takes older keywords too."""
-    taken = set(inspect.signature(trainer.__init__).parameters)
+    taken = list(inspect.signature(trainer.__init__).parameters)
     config_name = name.removesuffix("Trainer") + "Config"
 
     def __init__(self: Any, model: Any = None, *args: Any, **keywords: Any) -> None:
         if args:
-            keywords |= dict(zip(list(inspect.signature(trainer.__init__).parameters)[2:], args))
+            keywords |= dict(zip(taken[2:], args))
         if "tokenizer" in keywords:
             keywords["processing_class"] = keywords.pop("tokenizer")
             say_notes([f"{name}: tokenizer read as processing_class"])
@@ -265,8 +262,7 @@ def _arguments(config_name: str, args: Any, settings: dict[str, Any]) -> Any:
 
 def _leave_to_the_model(model: Any, arguments: TrainingArguments) -> None:
     """Switch off what oribi's model decides itself: what its layers keep, and in which dtype it computes."""
-    base = getattr(model, "get_base_model", lambda: model)()
-    if getattr(base, "oribi", None) is not None:
+    if isinstance(model, nn.Module) and source_of(model) is not None:
         arguments.gradient_checkpointing = False
         arguments.bf16 = arguments.fp16 = False
 
@@ -274,12 +270,10 @@ def _leave_to_the_model(model: Any, arguments: TrainingArguments) -> None:
 def _short_prompts(rows: Any, tokenizer: Any, limit: int, what: str) -> Any:
     """The rows whose prompt has at most `limit` tokens; TRL cuts prompts no more, and half a prompt asks something else."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if tokenizer is None or isinstance(rows, Mapping):
-        return (
-            rows
-            if tokenizer is None
-            else {k: _short_prompts(v, tokenizer, limit, f"{what} {k}") for k, v in rows.items()}
-        )
+    if tokenizer is None:
+        return rows
+    if isinstance(rows, Mapping):
+        return {k: _short_prompts(v, tokenizer, limit, f"{what} {k}") for k, v in rows.items()}
 
     def is_short(row: Mapping[str, Any]) -> bool:
         prompt = row.get("prompt")
@@ -291,9 +285,8 @@ def _short_prompts(rows: Any, tokenizer: Any, limit: int, what: str) -> Any:
 
     kept = rows.filter(is_short)
     if hasattr(rows, "__len__") and len(kept) < len(rows):
-        say_notes(
-            [
-                f"{what}: {len(rows) - len(kept)} of {len(rows)} rows have a prompt above max_prompt_length = {limit} and are left out"
-            ]
+        left_out = (
+            f"{len(rows) - len(kept)} of {len(rows)} rows have a prompt above max_prompt_length = {limit}"
         )
+        say_notes([f"{what}: {left_out} and are left out"])
     return kept

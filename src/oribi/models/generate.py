@@ -158,7 +158,7 @@ def answer(
     if top_p is not None:
         settings |= {"top_p": top_p}
     started = time.monotonic()
-    (new,) = _generate(model, tokenizer, [ids], max_new_tokens, {"streamer": streamer, **settings})
+    (new,) = generate_ids(model, tokenizer, [ids], max_new_tokens, {"streamer": streamer, **settings})
     return _answer(
         tokenizer,
         new,
@@ -174,7 +174,7 @@ def answers(
     if not prompts:
         return []
     started = time.monotonic()
-    rows = _generate(model, tokenizer, list(prompts), max_new_tokens, {"do_sample": False})
+    rows = generate_ids(model, tokenizer, list(prompts), max_new_tokens, {"do_sample": False})
     seconds, ends = (
         (time.monotonic() - started) / len(prompts),
         set(stop_ids(tokenizer, model.generation_config.eos_token_id)),
@@ -182,25 +182,40 @@ def answers(
     return [_answer(tokenizer, new, ends, seconds) for new in rows]
 
 
-def _generate(
+def generate_ids(
     model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, settings: dict[str, Any]
 ) -> list[list[int]]:
-    """New tokens of each prompt, padding included."""
+    """Continues prompts of different lengths together.
+
+    Args:
+        model, tokenizer: as loaded.
+        prompts: token ids of each.
+        max_new_tokens: the longest answer.
+        settings: further ones of `generate`; with stop strings, the tokenizer is passed on.
+
+    Returns:
+        The new ids of each prompt, padding included.
+    """
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.no_grad():
-        if model.generation_config.stop_strings:
+        if settings.get("stop_strings") or model.generation_config.stop_strings:
             settings = {"tokenizer": tokenizer, **settings}
         out = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens, **settings)
     return out[:, longest:].tolist()
 
 
-def _answer(tokenizer: Any, new: list[int], ends: set[int], seconds: float) -> Answer:
+def until_end(new: list[int], ends: set[int]) -> tuple[list[int], bool]:
+    """New ids up to their first end token, which is one of them; and whether there is one."""
     last = next((i for i, token in enumerate(new) if token in ends), None)
-    kept = new if last is None else new[: last + 1]
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), last is not None, seconds)
+    return (new, False) if last is None else (new[: last + 1], True)
+
+
+def _answer(tokenizer: Any, new: list[int], ends: set[int], seconds: float) -> Answer:
+    kept, stopped = until_end(new, ends)
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), stopped, seconds)
 
 
 class PrintableStreamer(TextStreamer):
