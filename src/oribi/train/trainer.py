@@ -7,9 +7,6 @@ versions are tested for; nothing is assigned into another package.
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -17,30 +14,21 @@ import transformers
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from oribi.errors import ConfigError
 from oribi.memory.speed import Utilisation, utilisation_of
-from oribi.models.adapter_files import read_record
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.load_adapter import load_adapter
 from oribi.models.unwrap import base_model
 from oribi.run_record import require_writable
-from oribi.save.adapter_files import write_adapter
-from oribi.save.base import changed_base
-from oribi.save.trained import require_finite
-from oribi.text import say
 from oribi.train.arguments import SFTConfig, adopt
-from oribi.train.checkpoints import StopOnSignal, any_process
-from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms, fix_order_of_cublas
+from oribi.train.determinism import fix_order_of_cublas
 from oribi.train.evaluate import PredictingTrainer
-from oribi.train.guard import LossGuard, require_targets
-from oribi.train.progress import JsonLog, Progress
-from oribi.train.resumable import ResumableTrainer
+from oribi.train.guard import require_targets
 from oribi.train.rows import RowsTrainer, choose_collator
-from oribi.train.setup import fit_arguments, model_and_tokenizer, temporarily
+from oribi.train.run_trainer import RunTrainer
+from oribi.train.setup import fit_arguments, model_and_tokenizer
 from oribi.train.shards import require_wrapper, sharded
 from oribi.train.step import EmbeddingNoise, StepTrainer
 
@@ -56,7 +44,7 @@ MOVED_KEYWORDS = {
 }
 
 
-class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, ResumableTrainer):
+class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, RunTrainer):
     """transformers' `Trainer` for models that `FastLanguageModel` loads; any other causal model works too, unfused.
 
     It takes what `trl.SFTTrainer` takes. Data preparation, batches, the optimizer step, checkpoints and resuming are oribi's.
@@ -121,7 +109,6 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, ResumableTrainer):
         base = base_model(model)
         self.own_loss = isinstance(base, DecoderForCausalLM)
         fit_arguments(args, base)
-        self._writes_checkpoint = False
         self._utilisation: Utilisation | None = None
         self.data_reports: dict[str, Any] = {}
         self.tokens_seen, self._logged = 0, (0, time.monotonic())
@@ -146,18 +133,6 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, ResumableTrainer):
             model.add_model_tags(["oribi", "sft"])
         self._add_callbacks(getattr(processing_class, "decode", None))
 
-    def _add_callbacks(self, decode: Callable | None) -> None:
-        """Guard, signals, log and progress; oribi's progress takes the place of transformers'."""
-        self.guard = LossGuard(self.train_dataset, decode, scaled=self.accelerator.scaler is not None)
-        self.stop_on_signal = StopOnSignal(lambda asked: any_process(self, asked))
-        self.add_callback(self.guard)
-        self.add_callback(self.stop_on_signal)
-        self.add_callback(JsonLog())
-        for default in (ProgressCallback, PrinterCallback):
-            if any(type(callback) is default for callback in self.callback_handler.callbacks):
-                self.remove_callback(default)
-                self.add_callback(Progress(live=default is ProgressCallback))
-
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         require_targets(self.train_dataset, "train")
         alpha = self.args.neftune_noise_alpha
@@ -165,21 +140,12 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, ResumableTrainer):
             self._noise = EmbeddingNoise(base_model(self.model).get_input_embeddings(), alpha)
         self._utilisation = utilisation_of(base_model(self.model), self.train_dataset)
         self._logged = (self.tokens_seen, time.monotonic())
-        deterministic = self.args.deterministic
-        if self.args.device.type == "cuda" and self.args.process_index == 0 and not deterministic:
-            say(f"oribi: {LEFT_OPEN}")
         try:
-            with deterministic_algorithms(deterministic), self.stop_on_signal.listening():
-                output = super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             self._release_steps()
             if self._noise is not None:
                 self._noise.remove()
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, Progress):
-                    callback.stop()
-        self.stop_on_signal.end_program(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
-        return output
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # accelerate from 1.13 on takes a model that was evaluated before for one that is wrapped already
@@ -197,41 +163,6 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, ResumableTrainer):
         handler = self.accelerator.ddp_handler
         options = {} if handler is None else handler.to_kwargs()
         return sharded(model, base_model(model), self.args.device, **options)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        require_finite(self.model)
-        self._writes_checkpoint = _internal_call
-        super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        write = self.model.save_pretrained
-        if isinstance(self.model, peft.PeftModel):
-            template = getattr(self.processing_class, "chat_template", None)
-            write = partial(
-                write_adapter, self.model, chat_template=template, allow_changed_base=self._writes_checkpoint
-            )
-        with temporarily(self.model, save_pretrained=write):
-            super()._save(output_dir, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        record = read_record(Path(resume_from_checkpoint))
-        if record is not None and record.changed and not changed_base(self.model):
-            raise ConfigError(
-                f"{resume_from_checkpoint} was trained on a base that was changed after it was loaded "
-                f"({len(record.changed)} tensors, {record.changed[0]} the first); change it in the same way before resuming"
-            )
-        with self._whole_adapters(self.model if model is None else model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        with self._whole_adapters(self.model):
-            super()._load_best_model()
-
-    def _whole_adapters(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside the block the model loads whole adapters only; transformers looks at nothing that it reads."""
-        if not isinstance(model, peft.PeftModel):
-            return nullcontext()
-        return temporarily(model, load_adapter=partial(load_adapter, model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -1,0 +1,83 @@
+"""The part of a trainer that makes its optimizer: oribi's flat AdamW, clipping within its step, rates by kind of parameter."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from oribi.kernels.adamw import FLAT_OPTIMIZERS, FlatAdamW
+from oribi.models.unwrap import base_model
+from oribi.train.graphs import is_users
+from oribi.train.guard import LossGuard
+
+
+class OptimizerTrainer(Trainer):
+    """transformers' `Trainer` with oribi's optimizer, whatever computes the loss."""
+
+    guard: LossGuard
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """oribi's flat AdamW for the names in `FLAT_OPTIMIZERS`, otherwise what transformers makes of `optim`."""
+        if self.optimizer is not None:
+            return self.optimizer
+        args, model = self.args, self.model if model is None else model
+        bits = FLAT_OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
+        if self.optimizer_cls_and_kwargs is not None or is_users(self, "get_optimizer_cls_and_kwargs"):
+            bits = None
+        if bits is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if args.embedding_learning_rate is None:
+                return super().create_optimizer(model)
+            kind, options = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = kind(self._parameter_groups(model), **options)
+            return self.optimizer
+        # a trainer with its own clipping sees the gradients before the optimizer does
+        clips_itself = is_users(self, "_clip_grad_norm") or "clip_grad_norm_" in vars(self.accelerator)
+        self.optimizer = FlatAdamW(
+            self._parameter_groups(model),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            max_grad_norm=None if clips_itself else args.max_grad_norm or None,
+            bits=bits,
+        )
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Trained parameters by learning rate and weight decay."""
+        decayed = set(self.get_decay_parameter_names(model))
+        base, embedding_rate = base_model(model), self.args.embedding_learning_rate
+        ends = {
+            id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()
+        }
+        # by kind, not by value: a resumed run may change the values, and its optimizer's groups stay the same
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((id(parameter) in ends, name in decayed), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": embedding_rate if at_end and embedding_rate is not None else self.args.learning_rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for (at_end, decays), parameters in groups.items()
+        ]
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
+        # the flat optimizer clips within its step, where the norm costs no pass over the gradients of its own
+        flat = self._clipping_optimizer()
+        return super()._clip_grad_norm(model) if flat is None else flat.last_grad_norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> torch.Tensor | float:
+        flat = self._clipping_optimizer()
+        if flat is not None:  # it skips a step whose norm is not finite; the guard sees it at the next log
+            return flat.last_grad_norm
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.require_norm(norm, self.state.global_step + 1, self.model, self.args)
+        return norm
+
+    def _clipping_optimizer(self) -> FlatAdamW | None:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, FlatAdamW) and inner.max_grad_norm is not None else None
