@@ -115,7 +115,7 @@ class RunConfig:
     gradient_accumulation_steps: int = setting(4, "Micro-batches per optimizer step", low=1)
     learning_rate: float = setting(2e-4, "Peak learning rate", low=0, below=1)
     embedding_learning_rate: float | None = setting(
-        None, "Learning rate of trained embeddings", low=0, below=1
+        None, "Learning rate of embeddings and head trained whole", low=0, below=1
     )
     lr_scheduler_type: str = setting(
         "linear", "How the learning rate falls, such as linear or cosine", choices=SCHEDULES

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from oribi.config import CHECKPOINTING, OLDER_CHECKPOINTING, PROJECTIONS
 from oribi.errors import ConfigError
+from oribi.families import family_of
 from oribi.lora.settings import refuse_settings
-from oribi.lora.targets import is_tied, resolve_layers, resolve_targets
-from oribi.models.load_adapter import train_in_float32
+from oribi.lora.targets import has_head, is_tied, resolve_layers, resolve_targets
+from oribi.models.load_adapter import train_in_float32, without_word_on_ties
 from oribi.models.unwrap import base_model
 from oribi.text import did_you_mean
 
@@ -76,7 +77,8 @@ def attach_lora(
     _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
     _check_fields(lora_config)
     _check_initialisation(init_lora_weights, loftq_config, source.load_in_4bit)
-    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes)
+    tied = is_tied(base) and lora_config.get("ensure_weight_tying") is not False
+    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied)
     refuse_settings(base, targets, lora_config)
     settings: dict[str, Any] = {
         "r": r, "lora_alpha": lora_alpha, "target_modules": targets, "lora_dropout": lora_dropout, "bias": bias,
@@ -97,22 +99,39 @@ def attach_lora(
 
 def _train_tables(base: PreTrainedModel, settings: dict[str, Any], notes: list[str]) -> None:
     """Adds what PEFT must know of tied embeddings, and of rows that `add_new_tokens` made."""
-    saved, tied = settings["modules_to_save"] or (), is_tied(base)
-    if tied and {"embed_tokens", "lm_head"} & set(saved) and "ensure_weight_tying" not in settings:
-        settings["ensure_weight_tying"] = True
-        notes.append("embeddings and head are one matrix in this model: it is trained as one")
+    saved, tied = {name.rpartition(".")[2] for name in settings["modules_to_save"] or ()}, is_tied(base)
+    if tied and saved & {"embed_tokens", "lm_head"} and settings.setdefault("ensure_weight_tying", True):
+        notes.append(
+            "embed_tokens and lm_head are one matrix in this model (tied): it is trained whole, once, and stays one matrix in "
+            "every file"
+        )
+    elif tied and (saved & {"embed_tokens", "lm_head"} or has_head(settings["target_modules"])):
+        family = family_of(base.config.get_text_config())
+        no_gguf = family is not None and family.gguf is not None and family.gguf.head == "tied"
+        notes.append(
+            "embed_tokens and lm_head are one matrix in this model (tied), and only one of them, or each by itself, is trained: "
+            "a merged model holds two matrices" + ", and no GGUF file can hold it" * no_gguf
+        )
     new_tokens = base.oribi.new_token_ids
-    if new_tokens and "trainable_token_indices" not in settings and "embed_tokens" not in saved:
-        # PEFT finds a tied head by itself
-        tables = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
-        settings["trainable_token_indices"] = {table: list(new_tokens) for table in tables}
-        notes.append(f"the rows of the {len(new_tokens)} added tokens are trained and saved with the adapter")
+    if new_tokens and "trainable_token_indices" not in settings:
+        trained = {*saved, *(("lm_head",) if has_head(settings["target_modules"]) else ())}
+        if tied:  # PEFT finds a tied head by itself
+            trained |= {"lm_head"} if not settings.get("ensure_weight_tying") else {"embed_tokens", "lm_head"}
+        tables = [table for table in ("embed_tokens", "lm_head") if table not in trained]
+        settings["trainable_token_indices"] = {table: list(new_tokens) for table in tables} or None
+        if tables:
+            notes.append(
+                f"the rows of the {len(new_tokens)} added tokens are trained and saved with the adapter"
+            )
 
 
 def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int, notes: list[str]) -> PeftModel:
     source = base.oribi
-    changed = source.changed_weights(base)
-    source.changed_before_lora = tuple(changed)
+    source.changed_before_lora = tuple(source.changed_weights(base))
+    tables = {id(m.weight) for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m}
+    # rows of embeddings and head travel in the adapter's file
+    in_adapter = {name for name, p in base.named_parameters(remove_duplicate=False) if id(p) in tables}
+    changed = [name for name in source.changed_before_lora if name not in in_adapter]
     if changed:
         notes.append(
             f"{len(changed)} of the base's tensors were changed after it was loaded, {changed[0]} the first: an adapter on "
@@ -120,7 +139,7 @@ def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int, notes: l
         )
     devices = [base.device] if base.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), without_word_on_ties():
             torch.manual_seed(seed)
             peft_model = peft_get_peft_model(base, LoraConfig(**settings))
     except (ValueError, TypeError, ImportError) as error:

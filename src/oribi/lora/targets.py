@@ -22,13 +22,27 @@ def is_tied(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
+def has_head(targets: Iterable[str] | str) -> bool:
+    """Whether targets name the head."""
+    if isinstance(targets, str):
+        return targets != "all-linear" and re.fullmatch(targets, "lm_head") is not None
+    return any(_matches("lm_head", [target]) for target in targets)
+
+
 def resolve_targets(
     model: nn.Module,
     target_modules: Sequence[str] | str | None,
     modules_to_save: Sequence[str] | None,
     notes: list[str],
+    tied: bool,
 ) -> tuple[list[str] | str, list[str] | None]:
-    """Target and whole-trained module names that this model has, those of its text decoder."""
+    """Target and whole-trained module names that this model has, those of its text decoder.
+
+    Args:
+        model: the base. target_modules, modules_to_save: as asked for.
+        notes: takes a line on each name that is read as another.
+        tied: whether embeddings and head are trained as one matrix.
+    """
     saved = list(modules_to_save or ())
     every = [name for name, _ in model.named_modules()]
     names = _of_text(model, every)
@@ -67,7 +81,7 @@ def resolve_targets(
         )
     if len(names) < len(every):
         found = _within_text(found, names, every)
-    if "embed_tokens" in saved and "lm_head" in found and is_tied(model):
+    if tied and "embed_tokens" in saved and "lm_head" in found:
         found.remove("lm_head")
     return found, list(dict.fromkeys(saved)) or None
 

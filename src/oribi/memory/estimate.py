@@ -104,14 +104,32 @@ class Training:
     @cached_property
     def whole(self) -> int:
         """Parameters trained whole beside the adapter."""
-        a, names = self.architecture, set(self.config.modules_to_save) | set(self.config.target_modules)
-        return a.embedding * ("embed_tokens" in names) + (a.head or a.embedding) * ("lm_head" in names)
+        a = self.architecture
+        return a.embedding * self.trains_embedding + a.head * self.trains_head
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether the embeddings are trained whole, which a tied head is with them."""
+        saved = set(self.config.modules_to_save)
+        named = "embed_tokens" in {*saved, *self.config.target_modules}
+        return self.config.full_finetuning or named or (self.architecture.tied and "lm_head" in saved)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head is trained whole."""
+        if self.architecture.tied:
+            return self.trains_embedding
+        return self.config.full_finetuning or "lm_head" in self.config.modules_to_save
 
     @property
     def trainable(self) -> int:
-        if self.config.full_finetuning:
-            return self.architecture.parameters
-        return len(self.architecture.decoder.model.layers) * sum(self.adapted.values()) + self.whole
+        a, c = self.architecture, self.config
+        if c.full_finetuning:
+            return a.parameters
+        pairs = len(a.decoder.model.layers) * sum(self.adapted.values())
+        if "lm_head" in c.target_modules and not self.trains_head:  # LoRA on the head
+            pairs += c.lora_r * sum(a.decoder.lm_head.weight.shape)
+        return pairs + self.whole
 
     @property
     def by_hand(self) -> bool:
@@ -145,12 +163,8 @@ class Training:
 
     def step(self, tokens: int, longest: int) -> StepAccount:
         """The account of a micro-batch."""
-        trains_head = self.config.full_finetuning or "lm_head" in {
-            *self.config.modules_to_save,
-            *self.config.target_modules,
-        }
         layer = LayerAccount(self.shape, tokens, longest)
-        return StepAccount(layer, self.architecture.config.vocab_size, trains_head)
+        return StepAccount(layer, self.architecture.config.vocab_size, self.trains_head)
 
     def keeps(self, step: StepAccount, memory_bytes: int) -> list[Keep]:
         """What each layer keeps on a device with this much memory, as training decides it."""
@@ -190,7 +204,7 @@ class Training:
             keeps = keeps or self.keeps(step, 0 if least and automatic else memory_bytes)
             moments = step.moments(keeps)
             fixed["weights"] += sum(keep["weights"] == "keep" for keep in keeps) * step.layer.weight_bytes
-            frozen = not self.whole and not self.architecture.tied
+            frozen = not self.trains_embedding and not self.architecture.tied
             if keeps[0]["x"] == "host" and frozen:  # `apply_plan` moves it
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
         peak = max(moments, key=lambda moment: moment.bytes)

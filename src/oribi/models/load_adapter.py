@@ -1,6 +1,8 @@
 """An adapter's files on a model: read by the names that the model's modules have, whole or not at all."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,14 @@ def train_in_float32(model: PeftModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def without_word_on_ties() -> Iterator[None]:
+    """Inside the block PEFT does not warn of adapters on one of two tied matrices, which every export here keeps apart."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        yield
 
 
 def read_for(model: Any, settings: PeftConfig, path: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
@@ -132,12 +142,15 @@ def attach_from(
     settings.inference_mode = not is_trainable
     base = settings.base_model_name_or_path
     try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(adapter, settings)
-        else:
-            settings.base_model_name_or_path = None  # PEFT would warn that it is called by another name here
-            model = get_peft_model(model, settings, adapter)
-            settings.base_model_name_or_path = base
+        with without_word_on_ties():
+            if isinstance(model, PeftModel):
+                model.add_adapter(adapter, settings)
+            else:
+                settings.base_model_name_or_path = (
+                    None  # PEFT would warn that it is called by another name here
+                )
+                model = get_peft_model(model, settings, adapter)
+                settings.base_model_name_or_path = base
         require_adapter_fits(model, path, tensors, adapter)
         set_peft_model_state_dict(model, tensors, adapter_name=adapter)
     except ModelError:

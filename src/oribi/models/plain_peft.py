@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from oribi.errors import ModelError
 from oribi.models.adapter_files import PEFT_REFUSALS
+from oribi.models.unwrap import bare_name
 from oribi.models.wrapper import WrapperNames, classes_of, skeleton
 
 
@@ -68,7 +69,8 @@ def _load_on_skeleton(
 ) -> tuple[list[str], list[str]]:
     """Places that get no tensor and tensors that find no place when PEFT loads an adapter on an empty model."""
     outside, settings = skeleton(kind, config), copy.deepcopy(settings)
-    rows = [len(t) for name, t in stored.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    tables = ("embed_tokens.weight", "lm_head.weight")
+    rows = [len(t) for name, t in stored.items() if bare_name(name).endswith(tables)]
     if rows and rows[0] != len(outside.get_input_embeddings().weight):
         outside.resize_token_embeddings(rows[0], mean_resizing=False)
     if isinstance(settings, LoraConfig):

@@ -56,7 +56,8 @@ class SFTConfig(TrainingArguments):
         overlong: what happens to an example longer than max_length: "truncate", "drop", "split" or "error"; None splits
             text files and truncates otherwise.
         turns: "whole" makes one example of a conversation; "split" makes one per assistant turn, with its thought.
-        embedding_learning_rate: learning rate of trained embeddings and head; None takes learning_rate.
+        embedding_learning_rate: learning rate of embeddings and head that are trained whole, and of rows of added tokens;
+            None takes learning_rate, which LoRA on a head always has.
         fp8: approximate: the products of frozen weights are computed in 8-bit floating point while training; evaluation
             and exports stay exact. Needs a model in bfloat16 on an NVIDIA GPU of compute capability 8.9 or higher.
         deterministic: two runs are equal to the bit, on a GPU too, where it is slower; full_determinism is the same.

@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from oribi.kernels.adamw import FLAT_OPTIMIZERS, FlatAdamW
 from oribi.models.unwrap import base_model
+from oribi.text import say
 from oribi.train.graphs import is_users
 from oribi.train.guard import LossGuard
 
@@ -16,6 +17,10 @@ class OptimizerTrainer(Trainer):
     """transformers' `Trainer` with oribi's optimizer, whatever computes the loss."""
 
     guard: LossGuard
+    # of the optimizer's groups, and the embeddings' rate of the last step
+    _main_group = 0
+    _embedding_group: int | None = None
+    _embedding_rate: float | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """oribi's flat AdamW for the names in `FLAT_OPTIMIZERS`, otherwise what transformers makes of `optim`."""
@@ -48,14 +53,26 @@ class OptimizerTrainer(Trainer):
         """Trained parameters by learning rate and weight decay."""
         decayed = set(self.get_decay_parameter_names(model))
         base, embedding_rate = base_model(model), self.args.embedding_learning_rate
+        # whole matrices and rows of added tokens; LoRA factors of a head learn as all others do
         ends = {
-            id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()
+            id(p)
+            for module in (base.get_input_embeddings(), base.get_output_embeddings())
+            for name, p in module.named_parameters()
+            if "lora_" not in name
         }
         # by kind, not by value: a resumed run may change the values, and its optimizer's groups stay the same
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups.setdefault((id(parameter) in ends, name in decayed), []).append(parameter)
+        kinds = [at_end for at_end, _ in groups]
+        if embedding_rate is not None and True not in kinds:
+            say(
+                f"oribi: embedding_learning_rate = {embedding_rate:g} has no effect: neither embeddings nor head are trained whole; "
+                "embed_tokens in target_modules, or modules_to_save, trains them"
+            )
+        self._main_group = kinds.index(False) if False in kinds else 0
+        self._embedding_group = kinds.index(True) if True in kinds and embedding_rate is not None else None
         return [
             {
                 "params": parameters,
@@ -64,6 +81,21 @@ class OptimizerTrainer(Trainer):
             }
             for (at_end, decays), parameters in groups.items()
         ]
+
+    def _get_learning_rate(self) -> float:
+        rate = super()._get_learning_rate()
+        if self.is_deepspeed_enabled:
+            return rate
+        groups = self.optimizer.param_groups
+        if self._embedding_group is not None:
+            self._embedding_rate = groups[self._embedding_group]["lr"]
+        # transformers reports the first group's, which may be that of the embeddings
+        return groups[self._main_group]["lr"] if self._main_group else rate
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._embedding_rate is not None:
+            logs["embedding_learning_rate"] = self._embedding_rate
+        super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
         # the flat optimizer clips within its step, where the norm costs no pass over the gradients of its own
