@@ -46,13 +46,21 @@ TOOLS = (
     "available_functions", "function_definitions",
 )  # fmt: skip
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# the better answer and the worse one
+PREFERENCES = (
+    ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
+    ("preferred", "dispreferred"), ("preferred_output", "non_preferred_output"),
+    ("preferred_response", "dispreferred_response"), ("preferred_response", "rejected_response"),
+    ("chosen_answer", "rejected_answer"), ("answer_chosen", "answer_rejected"), ("chosen_messages", "rejected_messages"),
+    ("preferred", "rejected"), ("accepted", "rejected"), ("winner", "loser"), ("better", "worse"), ("win", "lose"),
+)  # fmt: skip
 LABELS = ("label", "labels", "kto_tag", "desirable", "is_desirable")
 LABEL_WORDS = {"true", "false", "0", "1", "desirable", "undesirable", "chosen", "rejected", "good", "bad"}
 # all names that a column map may give
 NAMES = (
     *MESSAGES,
     *("text", "prompt", "completion", "instruction", "input", "output", "history", "answers", "chat_template_kwargs"),
-    *(name for pair in PAIRS for name in pair), *(*SYSTEM, *CONTEXT, *CHOICES, *THOUGHTS, *TOOLS),
+    *(name for pair in (*PAIRS, *PREFERENCES) for name in pair), "label", "margin", *(*SYSTEM, *CONTEXT, *CHOICES, *THOUGHTS, *TOOLS),
     *("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "loss_mask"),
 )  # fmt: skip
 SEPARATORS = (";", "\t", "|")
@@ -112,6 +120,21 @@ class Columns:
             null = "an empty (null)" if name in self._own else "no"
             raise DataError(f"row has {null} {name!r}; its keys are {list(self.row)}.")
         return self.take(name)
+
+    def hide(self, names: Iterable[str]) -> list[str]:
+        """Make columns absent to what reads the row from here on; returns the row's own names of those that had a value."""
+        hidden = [self._own[name] for name in names if name in self]
+        for own in hidden:
+            del self._values[own]
+        return hidden
+
+    def own(self, names: Iterable[str]) -> set[str]:
+        """The row's own names of columns."""
+        return {self._own[name] for name in names if name in self._own}
+
+    def values(self) -> dict[str, Any]:
+        """All columns under the row's own names; None where there is no value."""
+        return {own: self._values.get(own) for own in self.row}
 
     def names(self) -> list[str]:
         """Oribi's names of all columns with a value."""
@@ -176,9 +199,14 @@ def as_text(value: Any, name: str) -> str:
     try:
         if isinstance(value, date | time | Decimal | UUID | bytes):
             return _as_json(value)
-        return json.dumps(value, ensure_ascii=False, default=_as_json)
+        return as_json_text(value)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name!r} is {short(value)}; it must be text ({error}).") from error
+
+
+def as_json_text(value: Any) -> str:
+    """A value as JSON, those of columnar files that JSON has no form for as text."""
+    return json.dumps(value, ensure_ascii=False, default=_as_json)
 
 
 def _as_json(value: Any) -> str:

@@ -83,7 +83,7 @@ class RowFormat:
         key = (*names, *(_holds_messages(columns, name) for name in known.MESSAGES if name in columns))
         if key not in self._others:
             try:
-                found = _choose(columns, self.asked, ROLE_ALIASES)
+                found = choose_format(columns, self.asked, ROLE_ALIASES)
             except DataError:
                 found = None
             self._others[key] = found if found is not None and found.columns != self.columns else None
@@ -109,14 +109,11 @@ def recognise_format(
         DataError: no format fits.
         ConfigError: columns or role_aliases name what oribi does not know.
     """
-    columns = _own_names(row, columns or {}, text_field)
-    roles = ROLE_ALIASES | {str(k).strip().lower(): v for k, v in (role_aliases or {}).items()}
-    unknown = sorted({str(role) for role in roles.values() if role not in ROLES})
-    if unknown:
-        raise ConfigError(f"role_aliases: {', '.join(unknown)}: a role must be one of {', '.join(ROLES)}.")
+    columns = own_names(row, columns or {}, text_field)
+    roles = known_roles(role_aliases)
     given = Columns(row, columns)
     try:
-        found = _choose(given, text_field, roles)
+        found = choose_format(given, text_field, roles)
     except DataError:
         _refuse_null(row, columns, text_field)
         raise
@@ -130,7 +127,20 @@ def recognise_format(
     return replace(found, names=columns, asked=text_field, _others={})
 
 
-def _own_names(row: Row, columns: Mapping[str, str], text_field: str | None) -> dict[str, str]:
+def known_roles(aliases: Mapping[str, str] | None) -> dict[str, str]:
+    """Other name of a role, in lower case -> role: the usual ones and those of a run.
+
+    Raises:
+        ConfigError: an alias stands for no role.
+    """
+    roles = ROLE_ALIASES | {str(k).strip().lower(): v for k, v in (aliases or {}).items()}
+    unknown = sorted({str(role) for role in roles.values() if role not in ROLES})
+    if unknown:
+        raise ConfigError(f"role_aliases: {', '.join(unknown)}: a role must be one of {', '.join(ROLES)}.")
+    return roles
+
+
+def own_names(row: Row, columns: Mapping[str, str], text_field: str | None) -> dict[str, str]:
     """A column map as the row spells it: oribi's names first, the row's second."""
     columns = {
         ours if ours == text_field else known.usual_name(ours): theirs for ours, theirs in columns.items()
@@ -163,7 +173,7 @@ def _refuse_null(row: Row, names: Mapping[str, str] | None, text_field: str | No
         for own, value in row.items()
     }
     try:
-        found = _choose(Columns(filled, names), text_field, ROLE_ALIASES)
+        found = choose_format(Columns(filled, names), text_field, ROLE_ALIASES)
     except DataError:
         return
     given = Columns(row, names)
@@ -175,7 +185,12 @@ def _format(name: str, columns: tuple[str, ...], read: Callable[..., Example], *
     return RowFormat(name, columns, partial(read, **bound), is_pair=read is from_pair)
 
 
-def _choose(row: Columns, text_field: str | None, roles: Mapping[str, str]) -> RowFormat:
+def choose_format(row: Columns, text_field: str | None, roles: Mapping[str, str]) -> RowFormat:
+    """The format that a row's columns make.
+
+    Raises:
+        DataError: none.
+    """
     if "input_ids" in row:
         return _format("tokens (input_ids)", ("input_ids",), from_tokens)
     if text_field and text_field in row:

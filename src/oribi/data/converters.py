@@ -133,7 +133,7 @@ def from_prompt_completion(row: Columns, roles: Mapping[str, str]) -> Example:
     if all(plain):
         refuse_label(row)
         prompt, completion = as_text(row.take("prompt"), "prompt"), row.text("completion")
-        _refuse_without_place(row, prompt)
+        refuse_without_place(row, prompt)
         return Document(prompt + completion, trained_from=len(prompt))
     reader = MessageReader(roles, row.notes)
     turns: list[Turn] = []
@@ -149,12 +149,12 @@ def from_prompt_completion(row: Columns, roles: Mapping[str, str]) -> Example:
             read, before = [(message, trained or False) for message, trained in read], len(read)
         turns += read
     answers = [i for i, (message, _) in enumerate(turns) if i >= before and message["role"] == "assistant"]
-    conversation = _conversation(row, turns, reader, answers[0] if len(answers) == 1 else None)
+    conversation = conversation_of(row, turns, reader, answers[0] if len(answers) == 1 else None)
     conversation.completes = True
     return conversation
 
 
-def _refuse_without_place(row: Columns, prompt: str) -> None:
+def refuse_without_place(row: Columns, prompt: str) -> None:
     """Plain prompt and completion are joined as they are, so nothing else can stand between them."""
     left = []
     for name in (*known.SYSTEM, *known.CONTEXT, *known.CHOICES, *known.TOOLS, *known.THOUGHTS, "history"):
@@ -175,27 +175,27 @@ def from_pair(row: Columns, question: str, answer: str, roles: Mapping[str, str]
     """A question, or Alpaca's instruction, with what it is about below it, and the answer; LLaMA-Factory's history before."""
     reader = MessageReader(roles, row.notes)
     turns: list[Turn] = []
-    if history := _history(row):
+    if history := history_turns(row):
         turns += reader.read(history, "history")
     if is_messages(row.peek(question)):
         asked = reader.read(row.take(question), question, len(turns))
         turns += [(message, trained or False) for message, trained in asked]
     else:
-        turns.append(({"role": "user", "content": _question(row, question)}, None))
+        turns.append(({"role": "user", "content": question_text(row, question)}, None))
     if row.first(known.CHOICES) and isinstance(row.peek(answer), int | float):
         raise DataError(
             f"{answer!r} is {short(row.peek(answer))}, the number of a choice: write the text of the answer."
         )
     turns.append(({"role": "assistant", "content": row.text(answer)}, None))
-    return _conversation(row, turns, reader, len(turns) - 1)
+    return conversation_of(row, turns, reader, len(turns) - 1)
 
 
 def from_calls(row: Columns, roles: Mapping[str, str]) -> Conversation:
     """A query, and the tool calls that answer it."""
     reader = MessageReader(roles, row.notes)
     call = {"role": "assistant", "tool_calls": row.need("answers")}
-    turns = [({"role": "user", "content": _question(row, "query")}, None), reader.message(call, 1)]
-    return _conversation(row, turns, reader, 1)
+    turns = [({"role": "user", "content": question_text(row, "query")}, None), reader.message(call, 1)]
+    return conversation_of(row, turns, reader, 1)
 
 
 def from_messages(row: Columns, column: str, roles: Mapping[str, str]) -> Conversation:
@@ -203,10 +203,12 @@ def from_messages(row: Columns, column: str, roles: Mapping[str, str]) -> Conver
     reader = MessageReader(roles, row.notes)
     turns = reader.read(row.need(column), column)
     answers = [i for i, (message, _) in enumerate(turns) if message["role"] == "assistant"]
-    return _conversation(row, turns, reader, answers[0] if len(answers) == 1 else None)
+    return conversation_of(row, turns, reader, answers[0] if len(answers) == 1 else None)
 
 
-def _conversation(row: Columns, turns: list[Turn], reader: MessageReader, answer: int | None) -> Conversation:
+def conversation_of(
+    row: Columns, turns: list[Turn], reader: MessageReader, answer: int | None
+) -> Conversation:
     """The conversation with what else the row says of it; `answer` is the message that a thought belongs to."""
     media = next((name for name in known.MEDIA if row.peek(name) not in (None, "", [], {})), None)
     if media is not None:
@@ -293,7 +295,7 @@ def _add_thoughts(row: Columns, message: dict[str, Any]) -> None:
             message["reasoning_content"] = value
 
 
-def _question(row: Columns, column: str) -> str:
+def question_text(row: Columns, column: str) -> str:
     """The question with what it is about below it."""
     text = row.text(column)
     instruction = row.peek("instruction")
@@ -327,7 +329,7 @@ def _choices(given: Any, name: str) -> str:
     return "\n".join(lines)
 
 
-def _history(row: Columns) -> list[Any]:
+def history_turns(row: Columns) -> list[Any]:
     """Earlier turns as messages: pairs of texts, or messages already.
 
     Raises:

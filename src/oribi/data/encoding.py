@@ -91,7 +91,7 @@ class Encoder:
                         split += 1
             labels[first:last] = ids[first:last]
         eos = self.tokenizer.eos_token_id
-        if not mark.closed and self.append_eos and eos is not None and not self._is_closed(text):
+        if not mark.closed and self.append_eos and eos is not None and not self.is_closed(text):
             ids, labels = [*ids, eos], [*labels, eos]
         prefix = self.prefix_ids
         if prefix and mark.begins and ids[: len(prefix)] != prefix:
@@ -99,7 +99,7 @@ class Encoder:
             ids, labels = prefix + ids, [UNTRAINED] * len(prefix) + labels
         return Encoded(ids, labels, split, untrained=mark.untrained)
 
-    def _is_closed(self, text: str) -> bool:
+    def is_closed(self, text: str) -> bool:
         """Whether a token such as <|im_end|> ends the text already, so that an EOS would be a second end."""
         if self.added is None:
             return False

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import datasets
+import pyarrow as pa
+
 from oribi.chat.conversation import Conversation
 from oribi.chat.masking import TRAIN_ON, Marked, Masker, takes_all
 from oribi.chat.named_templates import template_source
@@ -28,6 +31,8 @@ CHOICES = {
     "malformed": ("error", "drop"),
 }  # fmt: skip
 BATCH_ROWS = 512
+_IDS = datasets.List(datasets.Value("int32"))
+FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS, "origin": datasets.Value("string")})
 PAIR_TEMPLATE = "alpaca"  # for base models, which have no chat template
 PLAIN_PAIRS = (
     "prompt and completion are trained as plain text, joined without the chat template that `oribi chat` uses; for chat, name the "
@@ -52,6 +57,7 @@ class Settings:
     role_aliases: Mapping[str, str] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_rows: int | None = None
+    stage: str = "sft"
 
     def __post_init__(self) -> None:
         problems = [
@@ -76,6 +82,8 @@ class Settings:
 
 class Preparation:
     """One pass over the parts of a source."""
+
+    features = FEATURES  # of the prepared data set
 
     def __init__(
         self,
@@ -130,6 +138,16 @@ class Preparation:
                 yield {"input_ids": example.ids, "labels": example.labels, "origin": example.origin}
         self.finish()
 
+    def columns(self) -> Iterator[dict[str, pa.Array]]:
+        """Batches of finished examples in the columns of the prepared data set."""
+        kind = FEATURES.arrow_schema.field("input_ids").type
+        for encoded in self.batches():
+            yield {
+                "input_ids": pa.array([example.ids for example in encoded], type=kind),
+                "labels": pa.array([example.labels for example in encoded], type=kind),
+                "origin": pa.array([example.origin for example in encoded], type=pa.string()),
+            }
+
     def _announce_unused(self) -> None:
         """Name columns and keys of a stream that nothing reads, when they first appear."""
         for what, names in self.report.unused().items():
@@ -176,12 +194,7 @@ class Preparation:
         """Converted rows of one part; its format is announced with the first row that shows it."""
 
         def recognised(row: Mapping[str, Any]) -> RowFormat:
-            found = recognise_format(
-                row,
-                text_field=part.text_field or self.settings.text_field,
-                columns=part.columns or self.settings.columns,
-                role_aliases=self.settings.role_aliases,
-            )
+            found = self._recognise(part, row)
             self._pairs &= found.is_pair
             self._announce(part, found.name, row)
             return found
@@ -192,6 +205,14 @@ class Preparation:
             bare = ((o, r if isinstance(r, DataError) else without_nested_nulls(r)) for o, r in rows)
             rows = formatted(bare, self.formatting_func)
         return examples_of(rows, recognised)
+
+    def _recognise(self, part: Part, row: Mapping[str, Any]) -> RowFormat:
+        return recognise_format(
+            row,
+            text_field=part.text_field or self.settings.text_field,
+            columns=part.columns or self.settings.columns,
+            role_aliases=self.settings.role_aliases,
+        )
 
     def _announce(self, part: Part, format_name: str, row: Mapping[str, Any]) -> None:
         try:
@@ -354,7 +375,8 @@ class Preparation:
         self.tally.finish()
         if self._masker is not None:
             report.mask_sources = dict(self._masker.ways)
-            self.tally.name_ends(self.tokenizer, self._masker.template.ends)
+            if self.settings.stage != "grpo":
+                self.tally.name_ends(self.tokenizer, self._masker.template.ends)
         if report.examples == 0:
             raise DataError(
                 f"{report.source}: no token of {report.rows_in:,} rows would be trained: "

@@ -17,9 +17,11 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
-from oribi.data.preparation import Preparation, Settings
+from oribi.data.preference_preparation import PreferencePreparation
+from oribi.data.preparation import FEATURES, Preparation, Settings
 from oribi.data.report import DataReport
 from oribi.data.sources import open_source
 from oribi.errors import DataError
@@ -31,8 +33,6 @@ except ImportError:  # a system without file locks: processes may prepare the sa
     fcntl = None
 
 CACHE_FORMAT = 4  # raise it when the same input gives other tokens or columns
-_IDS = datasets.List(datasets.Value("int32"))
-FEATURES = datasets.Features({"input_ids": _IDS, "labels": _IDS, "origin": datasets.Value("string")})
 
 _unwritable: set[Path] = set()  # cache folders about which a message was shown
 
@@ -121,8 +121,7 @@ def prepare_dataset(
     if streaming or (streaming is None and any(part.streaming for part in preparation.parts)):
         stream = datasets.IterableDataset.from_generator(preparation.rows, features=FEATURES)
         return PreparedData(stream, preparation.report)
-    key = _cache_key(preparation) if use_cache else None
-    return _prepared(preparation, key, cache_dir, progress)
+    return prepared(preparation, cache_dir, use_cache, progress)
 
 
 def make_preparation(
@@ -136,14 +135,17 @@ def make_preparation(
     announce: Callable[[str], None] | None = print,
     **settings: Any,
 ) -> Preparation:
-    """Open a source and fix the settings, without reading a row; arguments as for prepare_dataset."""
+    """Open a source and fix the settings, without reading a row; arguments as for prepare_dataset, or prepare_preferences."""
     parts = open_source(source, split=split, streaming=streaming)
     # text files are split whatever stands beside them
     split_texts = overlong is None and any(part.is_text for part in parts)
+    if overlong is None and settings.get("stage", "sft") != "sft":
+        overlong, split_texts = "truncate", False
     if overlong is None:
         overlong = "split" if all(part.is_text for part in parts) else "truncate"
     fixed = Settings(**{**settings, "overlong": overlong, "split_texts": split_texts})
-    return Preparation(parts, tokenizer, fixed, formatting_func, announce or (lambda line: None))
+    kind = Preparation if fixed.stage == "sft" else PreferencePreparation
+    return kind(parts, tokenizer, fixed, formatting_func, announce or (lambda line: None))
 
 
 def _cache_key(preparation: Preparation) -> str | None:
@@ -170,10 +172,15 @@ def _cache_key(preparation: Preparation) -> str | None:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _prepared(
-    preparation: Preparation, key: str | None, cache_dir: str | os.PathLike[str] | None, progress: bool
+def prepared(
+    preparation: Preparation, cache_dir: str | os.PathLike[str] | None, use_cache: bool, progress: bool
 ) -> PreparedData:
-    """What the cache holds under a key, or else what the preparation makes; without a key nothing is kept."""
+    """What the cache holds of a preparation, or else what it makes; sources that cannot be known beforehand are not kept.
+
+    Raises:
+        DataError: as prepare_dataset.
+    """
+    key = _cache_key(preparation) if use_cache else None
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "oribi"
     if key is None or not ((found := _read(preparation, folder, key)) or _writable(preparation, folder)):
         # emptied when the program ends
@@ -217,20 +224,17 @@ def _write(preparation: Preparation, folder: Path, name: str, progress: bool) ->
 
 def _write_arrow(preparation: Preparation, path: Path, progress: bool) -> None:
     """Write all examples as an Arrow file, under a temporary name until it is complete."""
-    report, kind = preparation.report, pa.list_(pa.int32())
+    report = preparation.report
     bar = tqdm(desc=f"Preparing {printable(report.source)}", unit=" rows", disable=not progress)
-    arrow_writer = datasets.arrow_writer.ArrowWriter
-    with whole_file(path) as file, bar, arrow_writer(features=FEATURES, path=str(file)) as writer:
-        for encoded in preparation.batches():
-            columns = {
-                "input_ids": pa.array([example.ids for example in encoded], type=kind),
-                "labels": pa.array([example.labels for example in encoded], type=kind),
-                "origin": pa.array([example.origin for example in encoded], type=pa.string()),
-            }
+    with whole_file(path) as file, bar:
+        writer = None
+        for columns in preparation.columns():
+            writer = writer or ArrowWriter(features=preparation.features, path=str(file))
             writer.write_table(pa.table(columns))
             bar.update(report.rows_in - bar.n)
         preparation.finish()
-        writer.finalize()
+        if writer is not None:
+            writer.finalize()
 
 
 def _writable(preparation: Preparation, folder: Path) -> bool:

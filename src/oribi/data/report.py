@@ -49,6 +49,10 @@ class DataReport:
     unused_columns: list[str] = field(default_factory=list)
     unused_message_keys: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stage: str = "sft"
+    preferences: dict[str, Any] = field(
+        default_factory=dict
+    )  # figures of the stages that compare or score answers
     first_row: str = ""
     seconds: float = 0.0
     from_cache: bool = False
