@@ -1,22 +1,34 @@
 # Every target does its own set-up: the first one creates .venv, later ones find it there.
 PYTHON ?= python3
-# On Linux x86-64 the package registry's torch includes CUDA, about 3 GB. For the CPU build pass
-# TORCH_INDEX=<the CPU index from pytorch.org's install page>; it is asked for torch alone.
+# Where no NVIDIA driver is found, the CPU build of torch is installed: by uv, if it is there. pip takes the registry's build, which for
+# Linux x86-64 may include CUDA (about 3 GB), unless TORCH_INDEX=<the CPU index from pytorch.org's install page> is given.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-# says before the download what it may bring where no NVIDIA driver would use it
+HAS_DRIVER := $(shell command -v nvidia-smi 2>/dev/null)
+PIP_INSTALL := -m pip install --disable-pip-version-check
+
+# $(1): the Python to install for. uv's attempt is a preference: where it cannot reach the CPU builds, pip installs the pin.
 define install_torch
-@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null; then \
-	echo "installing $(TORCH): no NVIDIA driver was found, and the package registry's build for Linux x86-64 may include CUDA"; \
-	echo "(about 3 GB); for the CPU build: make $(MAKECMDGOALS) TORCH_INDEX=<the CPU index from pytorch.org's install page>"; \
+@set -e; \
+if [ -n "$(TORCH_INDEX)" ]; then \
+	echo "installing $(TORCH) from TORCH_INDEX"; \
+	$(1) $(PIP_INSTALL) --index-url "$(TORCH_INDEX)" "$(TORCH)"; \
+elif [ -n "$(HAS_DRIVER)" ]; then \
+	echo "installing $(TORCH): an NVIDIA driver was found"; \
+	$(1) $(PIP_INSTALL) "$(TORCH)"; \
+elif command -v uv >/dev/null && echo "installing $(TORCH) for the CPU with uv: no NVIDIA driver was found" \
+	&& UV_HTTP_RETRIES=0 uv pip install --python $(1) --torch-backend=cpu "$(TORCH)"; then :; \
+else \
+	echo "installing $(TORCH): no NVIDIA driver was found. If pip now downloads CUDA (about 3 GB), stop it and call"; \
+	echo "make TORCH_INDEX=<the CPU index from pytorch.org's install page>, or install uv first"; \
+	$(1) $(PIP_INSTALL) "$(TORCH)"; \
 fi
-$(1) -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
 endef
 
-.PHONY: demo test test-fast test-gpu lint format clean test-faults test-matrix soak
+.PHONY: demo test test-fast test-gpu lint types format docs clean test-faults test-matrix soak
 
 demo: $(READY)
 	$(BIN)/oribi demo
@@ -54,7 +66,7 @@ test-matrix: .venv-oldest/.ready .venv-newest/.ready
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
 	$(call install_torch,$(@D)/bin/python)
-	$(@D)/bin/python -m pip install --quiet $(if $(findstring oldest,$@),$(OLDEST),$(NEWEST)) --editable ".[dev]"
+	$(@D)/bin/python $(PIP_INSTALL) $(if $(findstring oldest,$@),$(OLDEST),$(NEWEST)) --editable ".[dev]"
 	touch $@
 
 lint: $(READY)
@@ -65,6 +77,15 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# what users' type checkers see of oribi
+types: $(READY)
+	$(BIN)/mypy
+
+# the site, in build/docs; needs no network, and every warning is an error
+docs: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist src/*.egg-info
 
@@ -73,5 +94,6 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(call install_torch,$(BIN)/python)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@echo "installing oribi and what its tests need"
+	$(BIN)/python $(PIP_INSTALL) --editable ".[dev]"
 	touch $@

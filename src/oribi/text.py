@@ -90,7 +90,7 @@ def gigabytes(size: float) -> str:
 def short_count(number: float) -> str:
     """8030261248 -> "8.03 B"."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
+        if number >= 0.9995 * limit:  # what three digits round up to it
             return f"{number / limit:.3g} {unit}"
     return f"{number:.0f}"
 

@@ -1,0 +1,301 @@
+"""Writes the generated pages: `python docs/generate.py`. A test compares them with what is committed.
+
+They are committed, so that they can be read without building the site and a review shows what a change does to them.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from model_sizes import NAMES, architecture, config_of  # noqa: E402
+from run_files import CARDS, MODELS, file_name, run_files  # noqa: E402
+
+from oribi.cli import build_command  # noqa: E402
+from oribi.config import ALIASES, SETTINGS, RunConfig, Setting  # noqa: E402
+from oribi.config_advice import WHEN_TO_CHANGE  # noqa: E402
+from oribi.config_file import GROUPS  # noqa: E402
+from oribi.families import FAMILIES, Family  # noqa: E402
+from oribi.memory.estimate import Training, estimate_run, largest_batch, largest_context  # noqa: E402
+from oribi.memory.gpus import gpu_named  # noqa: E402
+from oribi.memory.speed import step_time  # noqa: E402
+from oribi.text import short_count  # noqa: E402
+from tests.docs.test_settings import OTHERWISE, python_calls, shown  # noqa: E402
+
+MARK = "<!-- written by docs/generate.py; change what it reads, then run it -->"
+ROW, BATCH = 2048, 8
+REQUIRED = ("model", "dataset")
+
+
+def table(heads: list[str], rows: list[list[Any]]) -> list[str]:
+    """A Markdown table."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return ["", *(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *cells])]
+
+
+# --- models
+
+
+def properties(family: Family) -> str:
+    """What sets a family apart, in words."""
+    found = {
+        f"{family.norms} norms": family.norms != "pre",
+        f"q and k normalised per {family.qk_norm}": family.qk_norm,
+        "sliding windows where the config has them": family.windows,
+        "soft caps": family.softcaps,
+        "fused projections": family.fused_projections,
+        "biases of q, k and v": family.attention_bias == "qkv",
+        "scaled embeddings": family.embedding_scale,
+        "multipliers": family.multipliers,
+        "layers without RoPE": family.no_rope_layers,
+    }
+    return ", ".join(name for name, holds in found.items() if holds) or "-"
+
+
+def models_page() -> str:
+    lines = [
+        "# Models",
+        MARK,
+        "",
+        "oribi's own decoder runs the families below with hand-written backward passes (**fused**). A checkpoint of one of these",
+        "families trains whatever its size, whoever fine-tuned it, and whether its name says so or not: `model_type` in its",
+        "`config.json` decides. `oribi inspect model NAME` shows what oribi makes of a checkpoint, without reading its weights.",
+        "",
+        "## Families",
+    ]
+    sizes: dict[str, list[str]] = {}
+    for name in NAMES:
+        sizes.setdefault(config_of(name).model_type, []).append(short_count(architecture(name).parameters))
+    lines += table(
+        ["model_type", "sizes listed below", "fused", "GGUF", "what sets it apart"],
+        [
+            [
+                f"`{name}`",
+                ", ".join(sizes.get(name, [])) or "-",
+                "yes",
+                f"`{family.gguf.architecture}`" if family.gguf else "no",
+                properties(family),
+            ]
+            for name, family in FAMILIES.items()
+        ],
+    )
+    lines += [
+        "",
+        "A family with an entry under *GGUF* is read from and written to GGUF files, under llama.cpp's name for it. Multimodal",
+        "checkpoints of these families train as text models; pictures are not read.",
+        "",
+        "## Other models",
+        "",
+        "Every other causal language model of transformers trains through its own class with NF4 and PEFT, **unfused**: slower, with",
+        "more memory, and without GGUF files. A note at loading says so, and says which weights stay in 16 bits; weights of experts",
+        "do.",
+        "",
+        "## Sizes",
+        "",
+        "Parameters, the weights in NF4, and the adapter of rank 16 on all linear layers.",
+    ]
+    rows = []
+    for name in NAMES:
+        made = architecture(name)
+        training = Training(made, RunConfig(model=name))
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{made.config.model_type}`",
+                short_count(made.parameters),
+                f"{made.weight_bytes(load_in_4bit=True) / 2**30:.1f} GiB",
+                short_count(training.trainable),
+                f"{made.config.max_position_embeddings:,}",
+            ]
+        )
+    lines += table(["model", "family", "parameters", "in NF4", "trained", "positions"], rows)
+    return ended(lines)
+
+
+# --- config
+
+
+def allowed(setting: Setting) -> str:
+    """What a setting may be."""
+    if setting.choices:
+        return ", ".join(f"`{choice}`" for choice in setting.choices)
+    kind = {bool: "`true`, `false`", int: "whole number", float: "number", str: "name"}[setting.kind]
+    if setting.container is list:
+        kind = "a name or a list of names"
+    if setting.container is dict:
+        kind = "pairs of names"
+    limits = [
+        f"from {setting.low:,g}" if setting.low is not None else "",
+        f"below {setting.below:g}" if setting.below is not None else "",
+        f"up to {setting.high:,}" if setting.high is not None else "",
+    ]
+    return " ".join([kind, *filter(None, limits)])
+
+
+def in_python(name: str, setting: Setting) -> str:
+    """The calls that take a setting, with the default of each."""
+    cells = []
+    for one, call, argument, default in python_calls():
+        if one != name:
+            continue
+        reason = OTHERWISE.get((call, name), (None, ""))[1]
+        value = "" if repr(default).startswith("<") else f"={shown(default)}"
+        cell = f"`{call}({argument}{value})`" + (f" ({reason})" if reason else "")
+        differs = not reason and value and shown(default) != shown(setting.default)
+        cells.append(f"**{cell}**" if differs else cell)
+    return ", ".join(cells) or "-"
+
+
+def config_page() -> str:
+    lines = [
+        "# Config",
+        MARK,
+        "",
+        "Every key of a run file. Each key is also a flag: `--learning_rate 1e-4`. `oribi init` writes a file with the keys that",
+        "matter for your model and GPU, `oribi train CONFIG --check` shows all values in force, and `oribi init --schema FILE` writes",
+        "a JSON schema by which editors complete and check keys.",
+        "",
+        "The calls in Python keep the defaults that scripts for TRL and Unsloth expect. **Bold** marks those that differ.",
+    ]
+    for name, setting in SETTINGS.items():
+        if name in GROUPS:
+            lines += ["", f"## {GROUPS[name].removeprefix('the ').capitalize()}"]
+        others = [f"`{alias}`" for alias, key in ALIASES.items() if key == name]
+        lines += [
+            "",
+            f"### `{name}`",
+            "",
+            f"{setting.help}.",
+            "",
+            f"- **Default:** {'none, it has to be given' if name in REQUIRED else f'`{shown(setting.default)}`'}",
+            f"- **In Python:** {in_python(name, setting)}",
+            f"- **Allowed:** {allowed(setting)}",
+            f"- **When to change it:** {WHEN_TO_CHANGE[name]}",
+            *([f"- **Also read as:** {', '.join(others)}"] if others else []),
+        ]
+    return ended(lines)
+
+
+# --- command line
+
+
+def verbs(command: Any, words: str = "oribi") -> Iterator[tuple[str, Any]]:
+    """Every command with the words that call it."""
+    for name, one in getattr(command, "commands", {}).items():
+        if hasattr(one, "commands"):
+            yield from verbs(one, f"{words} {name}")
+        else:
+            yield f"{words} {name}", one
+
+
+def option_row(parameter: Any) -> list[str]:
+    names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
+    default = parameter.default
+    plain = isinstance(default, (int, float, str, Path)) and not isinstance(default, bool)
+    help = (parameter.help or "").strip()
+    return [names, f"`{default}`" if plain else "", help]
+
+
+def cli_page() -> str:
+    lines = [
+        "# Command line",
+        MARK,
+        "",
+        "`oribi VERB --help` shows the same. Results go to standard output and everything else to standard error; `--json` prints",
+        "JSON lines. Exit codes: 0 success, 1 error (with a message), 2 bad arguments, 130 interrupted.",
+    ]
+    for words, command in verbs(typer.main.get_command(build_command())):
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        usage = [f"{p.name.upper()}{'...' if p.nargs == -1 else ''}" for p in arguments]
+        usage = [one if p.required else f"[{one}]" for one, p in zip(usage, arguments, strict=True)]
+        lines += ["", f"## {words}", "", "```text", " ".join([words, *usage, "[OPTIONS]"]), "```", ""]
+        paragraphs = [" ".join(part.split()) for part in command.help.strip().split("\n\n")]
+        lines += ["\n\n".join(paragraphs)]
+        if arguments:
+            lines += table(
+                ["argument", "meaning"],
+                [
+                    [f"`{p.name.upper()}`", (p.help or "").replace("[required]", "").strip()]
+                    for p in arguments
+                ],
+            )
+        if options:
+            lines += table(["option", "default", "meaning"], [option_row(p) for p in options])
+    return ended(lines)
+
+
+# --- memory by card
+
+
+def memory_page() -> str:
+    lines = [
+        "# Memory by card",
+        MARK,
+        "",
+        "What fits on a GPU of 8 to 80 GB, by the functions of `oribi estimate`: QLoRA with rank 16 on all linear layers,",
+        f"`adamw_8bit`, `gradient_checkpointing: auto`, rows of {ROW:,} tokens and 64 GiB of free host memory.",
+        "",
+        "- **least** is the peak memory of one row with `gradient_checkpointing: memory`.",
+        "- **rows** is the largest `per_device_train_batch_size`.",
+        "- **longest row** is the longest context of a single row, up to the positions of the model.",
+        f"- **seconds** is the time of an optimizer step of {BATCH} rows. Only the H100 was measured; times of other cards assume the",
+        "  same fraction of their data sheets. See [benchmarks](../benchmarks.md#estimates) for estimates beside measurements.",
+        "",
+        "The shapes are those of the models' published configs. `oribi estimate config.yaml --gpu NAME` answers for your own run.",
+        "Below each table stand the run files of `examples/configs` for that card; a test checks that they fit.",
+    ]
+    trained = [(name, architecture(name)) for name in NAMES]
+    for size, (card, _, _) in CARDS.items():
+        gpu = gpu_named(card)
+        rows = []
+        for name, made in trained:
+            config = RunConfig(model=name, max_seq_length=ROW, per_device_train_batch_size=1)
+            training = Training(made, config)
+            most = largest_batch(training, gpu.memory_bytes)
+            if not most:
+                continue
+            least = training.estimate(ROW, ROW, gpu.memory_bytes, least=True).peak
+            per_device = max(n for n in (1, 2, 4, 8) if n <= most)
+            config.per_device_train_batch_size = min(per_device, 2)
+            config.gradient_accumulation_steps = BATCH // config.per_device_train_batch_size
+            seconds = step_time(training, estimate_run(training, gpu), gpu).seconds
+            rows.append(
+                [
+                    f"`{name}`",
+                    f"{least / 2**30:.1f} GiB",
+                    most,
+                    f"{largest_context(training, gpu.memory_bytes):,}",
+                    f"{seconds:.1f}",
+                ]
+            )
+        lines += ["", f"## {size} GB: {card}", "", f"{gpu.memory_gib:g} GiB for programs."]
+        lines += table(["model", "least", "rows", "longest row", "seconds"], rows)
+        files = ", ".join(f"`{file_name(name, size)}`" for name in MODELS[size])
+        lines += ["", f"Run files: {files}."]
+    return ended(lines)
+
+
+def ended(lines: list[str]) -> str:
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "models.md": models_page,
+    "config.md": config_page,
+    "cli.md": cli_page,
+    "guides/memory-by-card.md": memory_page,
+}
+
+if __name__ == "__main__":
+    for page, make in PAGES.items():
+        (HERE / page).write_text(make(), encoding="utf-8")
+    folder = HERE.parent / "examples" / "configs"
+    folder.mkdir(exist_ok=True)
+    for file, text in run_files().items():
+        (folder / file).write_text(text, encoding="utf-8")

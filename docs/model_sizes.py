@@ -1,0 +1,91 @@
+"""Sizes of common models as their published config.json states them: for the generated pages and for the example run files.
+
+hub name -> (model_type, fields). Fields that do not change memory or time are left out.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from oribi.memory.architecture import Architecture
+from oribi.models.decoder import build
+
+_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+_TIED = {"tie_word_embeddings": True}
+_UNTIED = {"tie_word_embeddings": False}
+# width, MLP, layers, heads, key-value heads, head dimensions, vocabulary, positions; further fields
+_MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "meta-llama/Llama-3.2-1B-Instruct": ("llama", (2048, 8192, 16, 32, 8, 64, 128256, 131072), _TIED),
+    "meta-llama/Llama-3.2-3B-Instruct": ("llama", (3072, 8192, 28, 24, 8, 128, 128256, 131072), _TIED),
+    "meta-llama/Llama-3.1-8B-Instruct": ("llama", (4096, 14336, 32, 32, 8, 128, 128256, 131072), _UNTIED),
+    "meta-llama/Llama-3.3-70B-Instruct": ("llama", (8192, 28672, 80, 64, 8, 128, 128256, 131072), _UNTIED),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", (576, 1536, 30, 9, 3, 64, 49152, 8192), _TIED),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("llama", (2048, 8192, 24, 32, 32, 64, 49152, 8192), _TIED),
+    "mistralai/Mistral-7B-Instruct-v0.3": (
+        "mistral", (4096, 14336, 32, 32, 8, 128, 32768, 32768), {**_UNTIED, "sliding_window": None},
+    ),
+    "mistralai/Mistral-Nemo-Instruct-2407": (
+        "mistral", (5120, 14336, 40, 32, 8, 128, 131072, 131072), {**_UNTIED, "sliding_window": None},
+    ),
+    "mistralai/Mistral-Small-24B-Instruct-2501": (
+        "mistral", (5120, 32768, 40, 32, 8, 128, 131072, 32768), {**_UNTIED, "sliding_window": None},
+    ),
+    "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", (896, 4864, 24, 14, 2, 64, 151936, 32768), _TIED),
+    "Qwen/Qwen2.5-1.5B-Instruct": ("qwen2", (1536, 8960, 28, 12, 2, 128, 151936, 32768), _TIED),
+    "Qwen/Qwen2.5-3B-Instruct": ("qwen2", (2048, 11008, 36, 16, 2, 128, 151936, 32768), _TIED),
+    "Qwen/Qwen2.5-7B-Instruct": ("qwen2", (3584, 18944, 28, 28, 4, 128, 152064, 32768), _UNTIED),
+    "Qwen/Qwen2.5-14B-Instruct": ("qwen2", (5120, 13824, 48, 40, 8, 128, 152064, 32768), _UNTIED),
+    "Qwen/Qwen2.5-32B-Instruct": ("qwen2", (5120, 27648, 64, 40, 8, 128, 152064, 32768), _UNTIED),
+    "Qwen/Qwen2.5-72B-Instruct": ("qwen2", (8192, 29568, 80, 64, 8, 128, 152064, 32768), _UNTIED),
+    "Qwen/Qwen3-0.6B": ("qwen3", (1024, 3072, 28, 16, 8, 128, 151936, 40960), _TIED),
+    "Qwen/Qwen3-1.7B": ("qwen3", (2048, 6144, 28, 16, 8, 128, 151936, 40960), _TIED),
+    "Qwen/Qwen3-4B": ("qwen3", (2560, 9728, 36, 32, 8, 128, 151936, 40960), _TIED),
+    "Qwen/Qwen3-8B": ("qwen3", (4096, 12288, 36, 32, 8, 128, 151936, 40960), _UNTIED),
+    "Qwen/Qwen3-14B": ("qwen3", (5120, 17408, 40, 40, 8, 128, 151936, 40960), _UNTIED),
+    "Qwen/Qwen3-32B": ("qwen3", (5120, 25600, 64, 64, 8, 128, 151936, 40960), _UNTIED),
+    "google/gemma-2b-it": ("gemma", (2048, 16384, 18, 8, 1, 256, 256000, 8192), _TIED),
+    "google/gemma-2-2b-it": ("gemma2", (2304, 9216, 26, 8, 4, 256, 256000, 8192), _TIED),
+    "google/gemma-2-9b-it": ("gemma2", (3584, 14336, 42, 16, 8, 256, 256000, 8192), _TIED),
+    "google/gemma-2-27b-it": ("gemma2", (4608, 36864, 46, 32, 16, 128, 256000, 8192), _TIED),
+    "google/gemma-3-1b-it": ("gemma3_text", (1152, 6912, 26, 4, 1, 256, 262144, 32768), _TIED | {"sliding_window": 512}),
+    "google/gemma-3-4b-it": (
+        "gemma3_text", (2560, 10240, 34, 8, 4, 256, 262208, 131072), _TIED | {"sliding_window": 1024},
+    ),
+    "google/gemma-3-12b-it": (
+        "gemma3_text", (3840, 15360, 48, 16, 8, 256, 262208, 131072), _TIED | {"sliding_window": 1024},
+    ),
+    "google/gemma-3-27b-it": (
+        "gemma3_text", (5376, 21504, 62, 32, 16, 128, 262208, 131072), _TIED | {"sliding_window": 1024},
+    ),
+    "microsoft/Phi-3.5-mini-instruct": (
+        "phi3", (3072, 8192, 32, 32, 32, 96, 32064, 131072), _UNTIED | {"sliding_window": None},
+    ),
+    "microsoft/phi-4": ("phi3", (5120, 17920, 40, 40, 10, 128, 100352, 16384), _UNTIED | {"sliding_window": None}),
+    "ibm-granite/granite-3.3-2b-instruct": ("granite", (2048, 8192, 40, 32, 8, 64, 49159, 131072), _TIED),
+    "ibm-granite/granite-3.3-8b-instruct": ("granite", (4096, 12800, 40, 32, 8, 128, 49159, 131072), _TIED),
+    "allenai/OLMo-2-0425-1B-Instruct": ("olmo2", (2048, 8192, 16, 16, 16, 128, 100352, 4096), _UNTIED),
+    "allenai/OLMo-2-1124-7B-Instruct": ("olmo2", (4096, 11008, 32, 32, 32, 128, 100352, 4096), _UNTIED),
+    "allenai/OLMo-2-1124-13B-Instruct": ("olmo2", (5120, 13824, 40, 40, 40, 128, 100352, 4096), _UNTIED),
+    "HuggingFaceTB/SmolLM3-3B": ("smollm3", (2048, 11008, 36, 16, 4, 128, 128256, 65536), _TIED),
+}  # fmt: skip
+NAMES = tuple(_MODELS)
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """A model's config, as far as its sizes go."""
+    model_type, sizes, more = _MODELS[name]
+    fields = dict(zip(_FIELDS, sizes, strict=True))
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    if model_type == "phi3":
+        del fields["head_dim"]  # it follows from the width
+    return AutoConfig.for_model(model_type, **fields, **special, **more)
+
+
+def architecture(name: str) -> Architecture:
+    """A model's sizes as the estimate takes them, without its files."""
+    config = config_of(name)
+    return Architecture(name, config, None, build(config, dtype=torch.bfloat16))  # type: ignore[arg-type]
