@@ -1,4 +1,4 @@
-"""Writes the generated pages: `python docs/generate.py`. A test compares them with what is committed.
+"""Writes the generated pages: `python docs/generate.py [PAGE ...]`. A test compares them with what is committed.
 
 They are committed, so that they can be read without building the site and a review shows what a change does to them.
 """
@@ -293,9 +293,12 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 if __name__ == "__main__":
-    for page, make in PAGES.items():
-        (HERE / page).write_text(make(), encoding="utf-8")
-    folder = HERE.parent / "examples" / "configs"
-    folder.mkdir(exist_ok=True)
-    for file, text in run_files().items():
-        (folder / file).write_text(text, encoding="utf-8")
+    wanted = sys.argv[1:] or [*PAGES, "run files"]
+    for page in wanted:
+        if page in PAGES:
+            (HERE / page).write_text(PAGES[page](), encoding="utf-8")
+    if "run files" in wanted:
+        folder = HERE.parent / "examples" / "configs"
+        folder.mkdir(exist_ok=True)
+        for file, text in run_files().items():
+            (folder / file).write_text(text, encoding="utf-8")

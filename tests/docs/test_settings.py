@@ -1,9 +1,11 @@
 """docs/settings.md shows the table of settings, and the Python calls have the defaults that the table says.
 
-`python -m tests.docs.test_settings` writes the page anew.
+`python -m tests.docs.test_settings` writes the page anew, and docs/config.md.
 """
 
 import inspect
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -139,3 +141,4 @@ def test_attach_lora_has_the_defaults_of_get_peft_model():
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    subprocess.run([sys.executable, str(PAGE.parent / "generate.py"), "config.md"], check=True)
