@@ -92,8 +92,7 @@ def test_keywords_at_their_defaults_pass_in_silence(llama, keyword, value):
         ("float8_kv_cache", True, "there is no vLLM engine"),
         ("load_in_fp8", "block", "weights are NF4 or 16 bit"),
         ("qat_scheme", "int4", "quantisation-aware training is not supported"),
-        ("num_labels", 3, "causal language models, not classifiers"),
-        ("auto_model", object, "chooses their class itself"),
+        ("auto_model", object, "oribi loads language models and sequence classifiers"),
         ("whisper_language", "English", "speech models are not supported"),
         ("variant", "fp16", "weights of a variant"),
     ],
@@ -184,7 +183,7 @@ def test_fast_model_chooses_modules_by_its_flags(llama, flags, expected):
         ({"finetune_language_layers": False}, "only the layers of the text decoder"),
         ({"finetune_audio_layers": True}, "only the layers of the text decoder"),
         ({"finetune_attention_modules": False, "finetune_mlp_modules": False}, "are both off"),
-        ({"task_type": "SEQ_CLS"}, "oribi trains causal language models"),
+        ({"task_type": "SEQ_CLS"}, "the model is loaded for 'CAUSAL_LM'"),
     ],
 )
 def test_fast_model_refuses_what_is_not_loaded(llama, flags, words):

@@ -66,7 +66,8 @@ class FastLanguageModel:
             ConfigError: a keyword is unknown or refused, or arguments contradict each other.
             ModelError: the model cannot be loaded.
         """
-        notes = _sort_out(options, load_model, FastLanguageModel.from_pretrained)
+        notes = _read_auto_model(options)
+        notes += _sort_out(options, load_model, FastLanguageModel.from_pretrained)
         older_name = options.pop("torch_dtype", None)
         model, tokenizer = load_model(
             model_name,
@@ -182,7 +183,7 @@ class FastModel(FastLanguageModel):
         finetune_attention_modules: bool = True,
         finetune_mlp_modules: bool = True,
         finetune_audio_layers: bool = False,
-        task_type: str | None = "CAUSAL_LM",
+        task_type: str | None = None,
         **arguments: Any,
     ) -> Model:
         """The model with trainable LoRA pairs.
@@ -191,7 +192,7 @@ class FastModel(FastLanguageModel):
             finetune_attention_modules, finetune_mlp_modules: which of the projections, where `target_modules` is None or
                 "all-linear".
             finetune_language_layers: must be on, there are no others. finetune_vision_layers: nothing to switch here.
-            finetune_audio_layers: refused. task_type: None or "CAUSAL_LM".
+            finetune_audio_layers: refused. task_type: None, or what the model is loaded for, as in `attach_lora`.
             arguments: as in `FastLanguageModel.get_peft_model`.
 
         Raises:
@@ -200,10 +201,6 @@ class FastModel(FastLanguageModel):
         if not finetune_language_layers or finetune_audio_layers:
             raise ConfigError(
                 "get_peft_model: only the layers of the text decoder are loaded, so only they can be trained"
-            )
-        if task_type not in (None, "CAUSAL_LM"):
-            raise ConfigError(
-                f"get_peft_model: task_type is {task_type!r}; oribi trains causal language models"
             )
         if target_modules is None or target_modules == "all-linear":
             target_modules = [
@@ -216,7 +213,7 @@ class FastModel(FastLanguageModel):
                 )
         return FastLanguageModel.get_peft_model(
             model, r=r, target_modules=target_modules, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias,
-            **arguments,
+            task_type=task_type, **arguments,
         )  # fmt: skip
 
 
@@ -225,6 +222,31 @@ FastTextModel = FastVisionModel = FastModel
 FastLlamaModel = FastMistralModel = FastGemmaModel = FastGemma2Model = FastLanguageModel
 FastQwen2Model = FastQwen3Model = FastQwen3MoeModel = FastLanguageModel
 FastGraniteModel = FastCohereModel = FastFalconH1Model = FastLanguageModel
+
+
+def _read_auto_model(options: dict[str, Any]) -> list[str]:
+    """Reads a class of transformers that scripts name: one of a sequence classifier asks for labels, 2 where none are named.
+
+    Raises:
+        ConfigError: it is neither a classifier's nor a language model's.
+    """
+    kind = options.pop("auto_model", None)
+    name = getattr(kind, "__name__", kind)
+    if kind is None:
+        return []
+    if str(name).endswith("ForSequenceClassification"):
+        if not any(options.get(label) for label in ("num_labels", "id2label", "label2id")):
+            options["num_labels"] = 2
+            return [
+                "auto_model names a sequence classifier and num_labels is not given: it gets 2, as in transformers"
+            ]
+        return []
+    if str(name).endswith("ForCausalLM"):
+        return [f"auto_model={name} has no effect: the checkpoint's config.json says the class"]
+    raise ConfigError(
+        f"from_pretrained: auto_model={name} is refused: oribi loads language models and sequence classifiers; embedding models "
+        "are loaded by FastSentenceTransformer"
+    )
 
 
 def _sort_out(options: dict[str, Any], *known_by: Callable[..., Any]) -> list[str]:

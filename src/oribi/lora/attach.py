@@ -14,6 +14,7 @@ from oribi.errors import ConfigError
 from oribi.families import family_of
 from oribi.lora.settings import refuse_settings
 from oribi.lora.targets import has_head, is_tied, resolve_layers, resolve_targets
+from oribi.models.labels import HEADS
 from oribi.models.load_adapter import train_in_float32, without_word_on_ties
 from oribi.models.unwrap import base_model
 from oribi.text import did_you_mean
@@ -61,6 +62,7 @@ def attach_lora(
             and "loftq".
         loftq_config: settings of LoftQ.
         lora_config: further fields of `peft.LoraConfig`: use_dora, rank_pattern, alpha_pattern, target_parameters, ...
+            A task_type must be that of the model: "SEQ_CLS" of one that was loaded with labels, else "CAUSAL_LM".
 
     Returns:
         The PeftModel, its LoRA weights float32 and requiring gradients.
@@ -77,14 +79,17 @@ def attach_lora(
     _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
     _check_fields(lora_config)
     _check_initialisation(init_lora_weights, loftq_config, source.load_in_4bit)
+    task = _task(source, lora_config.pop("task_type", None))
     tied = is_tied(base) and lora_config.get("ensure_weight_tying") is not False
     targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied)
+    if task == TaskType.SEQ_CLS:
+        saved = _with_heads(saved, source.new_modules)
     refuse_settings(base, targets, lora_config)
     settings: dict[str, Any] = {
         "r": r, "lora_alpha": lora_alpha, "target_modules": targets, "lora_dropout": lora_dropout, "bias": bias,
         "layers_to_transform": resolve_layers(base, layers_to_transform, finetune_last_n_layers),
         "layers_pattern": layers_pattern, "use_rslora": use_rslora, "modules_to_save": saved,
-        "init_lora_weights": init_lora_weights, "loftq_config": _loftq(init_lora_weights, loftq_config), "task_type": TaskType.CAUSAL_LM,
+        "init_lora_weights": init_lora_weights, "loftq_config": _loftq(init_lora_weights, loftq_config), "task_type": task,
         "revision": source.revision, **lora_config,
     }  # fmt: skip
     if isinstance(model, PeftModel):
@@ -95,6 +100,27 @@ def attach_lora(
         source.notes += notes
     set_checkpointing(base, use_gradient_checkpointing)
     return model
+
+
+def _task(source: Any, asked: str | None) -> TaskType:
+    """The kind of model that PEFT is told.
+
+    Raises:
+        ConfigError: the caller names another kind than was loaded.
+    """
+    task = TaskType.CAUSAL_LM if source.labels is None else TaskType.SEQ_CLS
+    if asked not in (None, task):
+        raise ConfigError(
+            f"get_peft_model: task_type is {str(asked)!r}, and the model is loaded for {task.value!r}; load it with num_labels= "
+            "to classify, without to continue texts, and embedding models by FastSentenceTransformer"
+        )
+    return task
+
+
+def _with_heads(saved: Sequence[str] | None, new_modules: Sequence[str]) -> list[str]:
+    """Modules to save of a classifier: PEFT adds the heads; what else is new would otherwise be random where it is loaded."""
+    others = [name for name in new_modules if name.partition(".")[0] not in HEADS]
+    return list(dict.fromkeys([*(saved or ()), *others, *reversed(HEADS)]))
 
 
 def _train_tables(base: PreTrainedModel, settings: dict[str, Any], notes: list[str]) -> None:

@@ -19,7 +19,8 @@ _FUSED = {
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether embeddings and head are one matrix."""
-    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return tied and model.get_output_embeddings() is not None
 
 
 def has_head(targets: Iterable[str] | str) -> bool:
@@ -66,6 +67,12 @@ def resolve_targets(
         saved.append("embed_tokens")
         notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
     leaves = {name.rpartition(".")[2] for name in names}
+    if set(targets) == set(PROJECTIONS) and not leaves & {*PROJECTIONS, *_FUSED.values()}:
+        notes.append(
+            f"target_modules: the model has none of {', '.join(PROJECTIONS)}; LoRA goes on all its linear layers"
+        )
+        _present("modules_to_save", saved, names)
+        return "all-linear", saved or None
     fused = {t: _FUSED[t] for t in targets if t not in leaves and _FUSED.get(t) in leaves}
     if fused:
         targets = list(dict.fromkeys(fused.get(t, t) for t in targets))

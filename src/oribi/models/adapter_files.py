@@ -16,9 +16,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 import oribi
-from oribi.errors import ModelError
+from oribi.errors import ConfigError, ModelError
 from oribi.models.files import read_json
 from oribi.models.identity import BaseIdentity
+from oribi.models.labels import Labels, read_labels
 from oribi.models.unwrap import bare_module, base_model
 from oribi.tensors import problems_in_words, read_header
 from oribi.text import write_whole
@@ -41,6 +42,7 @@ class AdapterRecord:
         chat_template: the tokenizer's while training: a text, several by name, or None where it is not known.
         changed: tensors of the base that had other values than its files, or () if none had.
         positions: rope_parameters and max_position_embeddings of the config, where they were not the checkpoint's.
+        labels: of a sequence classifier.
     """
 
     base: BaseIdentity
@@ -48,6 +50,7 @@ class AdapterRecord:
     chat_template: Any = None
     changed: tuple[str, ...] = ()
     positions: dict[str, Any] | None = None
+    labels: Labels | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into an adapter's folder."""
@@ -60,6 +63,8 @@ class AdapterRecord:
             "base_tensors_changed": list(self.changed),
             "positions": self.positions,
         }
+        if self.labels is not None:
+            values["labels"] = {"names": list(self.labels.names), "problem_type": self.labels.problem}
         write_whole(folder / RECORD_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -85,11 +90,20 @@ def read_record(folder: Path) -> AdapterRecord | None:
             values.get("chat_template"),
             tuple(values.get("base_tensors_changed", ())),
             values.get("positions"),
+            _labels_of(values.get("labels")),
         )
-    except (KeyError, TypeError, ValueError, ModelError) as error:
+    except (KeyError, TypeError, ValueError, ModelError, ConfigError) as error:
         raise ModelError(
             f"{path} is damaged: {error}. Without this file the adapter loads, but nothing says what it was trained on"
         ) from error
+
+
+def _labels_of(stored: Any) -> Labels | None:
+    return (
+        None
+        if stored is None
+        else read_labels(None, dict(enumerate(stored["names"])), None, stored["problem_type"])
+    )
 
 
 def adapter_tensors(model: PeftModel, adapter: str, *, tables: bool = False) -> dict[str, torch.Tensor]:

@@ -280,14 +280,21 @@ MODEL_ARGUMENTS, ARGUMENTS = (
 
 
 def build(
-    config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "meta"
-) -> DecoderForCausalLM:
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "meta",
+    kind: type[DecoderPreTrainedModel] = DecoderForCausalLM,
+    name: str | None = None,
+) -> DecoderPreTrainedModel:
     """A model for a config, its class named as the checkpoint's architecture.
 
     Args:
         config: config of a family of the table.
         dtype: dtype of every parameter.
         device: "meta" gives parameters without storage, to be assigned by a loader; elsewhere they are initialised.
+        kind: what is put on the decoder.
+        name: of the architecture; None is the family's causal language model.
 
     Raises:
         ModelError: the table has no row for this config.
@@ -295,7 +302,7 @@ def build(
     family = require_family(config)
     # saved configs name the class, and transformers must find its own class by that name
     architecture = type(
-        family.architecture, (DecoderForCausalLM,), {"config_class": type(config), "__module__": __name__}
+        name or family.architecture, (kind,), {"config_class": type(config), "__module__": __name__}
     )
     config.dtype = dtype
     config = follow_windows(config, family)

@@ -1,10 +1,11 @@
 """STEP 2: a model and its tokenizer from a directory, a hub name, a GGUF file or a LoRA adapter, in NF4 or 16 bit."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from torch import nn
 from transformers import (
     BitsAndBytesConfig,
@@ -16,20 +17,24 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from oribi.errors import ConfigError, ModelError
-from oribi.models.adapter_files import RECORD_FILE
+from oribi.models.adapter_files import RECORD_FILE, read_tensors
+from oribi.models.classifier import WithScore, build_classifier
 from oribi.models.config_file import refuse_other_sizes, stored_quantization
 from oribi.models.decoder import build
 from oribi.models.files import HubOptions, adapter_weights, open_weights, weight_files, written_name
 from oribi.models.identity import BaseIdentity, WeightSums, identify, weight_sums
+from oribi.models.labels import HEADS, Labels, read_labels, stored_labels
 from oribi.models.load_adapter import attach_from, compare_with_record, train_in_float32
 from oribi.models.load_settings import (
     HUB_OPTIONS,
+    LABEL_OPTIONS,
     LoadSettings,
     choose_device,
     choose_dtype,
     choose_quantization,
 )
-from oribi.models.open import OpenedModel, open_model
+from oribi.models.open import OpenedAdapter, OpenedModel, open_model
+from oribi.models.pretrained import DecoderPreTrainedModel
 from oribi.models.quantize import Quantization, fill
 from oribi.models.rope import extend_context, override_rope
 from oribi.models.unfused import load_unfused
@@ -53,6 +58,8 @@ class ModelSource:
         identity: the base's files and how they lie in memory.
         revision: the revision of the base that was asked for.
         hub: how the hub was asked for it.
+        labels: of a sequence classifier; None for a language model.
+        new_modules: those of a classifier's head that its checkpoint does not hold; they are trained whole.
         names: the decoder's names in the multimodal class that its checkpoint's config.json names; None where they are
             the same.
         chat_template: what the adapter's record says that it was trained with, or the trainer's.
@@ -74,6 +81,8 @@ class ModelSource:
     identity: BaseIdentity | None = None
     revision: str | None = None
     hub: HubOptions = HubOptions()
+    labels: Labels | None = None
+    new_modules: tuple[str, ...] = ()
     names: WrapperNames | None = None
     chat_template: Any = None
     config: PretrainedConfig | None = None
@@ -152,6 +161,9 @@ def load_model(
     Raises:
         ConfigError: arguments contradict each other.
         ModelError: the model cannot be loaded; the message says why.
+
+    With `num_labels`, or the labels' names in `id2label` or `label2id`, a sequence classifier is loaded; so is a checkpoint
+    that is one.
     """
     if load_in_8bit:
         raise ConfigError(
@@ -162,9 +174,10 @@ def load_model(
     hub = HubOptions(token, revision, **{name: value for name, value in asked.items() if value},
                      trust_remote_code=trust_remote_code)  # fmt: skip
     gguf_file = options.pop("gguf_file", None)
+    labels = read_labels(*(options.pop(name, None) for name in LABEL_OPTIONS))
     settings = LoadSettings(
         max_seq_length, dtype, choose_device(device_map), False if load_in_16bit else load_in_4bit, full_finetuning,
-        rope_scaling, **options,
+        rope_scaling, labels=labels, **options,
     )  # fmt: skip
     opened = open_model(str(model_name), hub, gguf_file)
     if opened.adapter is None:
@@ -183,6 +196,7 @@ def _load_with_adapter(
             "(save_pretrained_merged) or load it without full_finetuning"
         )
     weights = adapter_weights(location, hub, settings.allow_pickle)
+    settings = replace(settings, labels=_labels_of_adapter(opened.adapter, weights, settings.labels))
     if record is not None:
         settings = settings.as_trained(record.base, record.positions)
     base, tokenizer = _load_base(opened, settings)
@@ -203,6 +217,33 @@ def _load_with_adapter(
     return model.train(), tokenizer
 
 
+def _labels_of_adapter(adapter: OpenedAdapter, weights: Path, asked: Labels | None) -> Labels | None:
+    """What an adapter's classifier tells apart: as its record says, or the caller, or as many labels as its head has.
+
+    Raises:
+        ConfigError: the caller asks for other labels.
+    """
+    name = adapter.location.name
+    if adapter.settings.task_type != TaskType.SEQ_CLS:
+        if asked is not None:
+            raise ConfigError(
+                f"{name} is the adapter of a language model; num_labels, id2label and label2id do not fit it"
+            )
+        return None
+    heads = [
+        t
+        for key, t in read_tensors(weights).items()
+        if key.endswith(tuple(f"{head}.weight" for head in HEADS))
+    ]
+    count = len(heads[0]) if heads else len(asked.names) if asked else None
+    if asked is not None and len(asked.names) != count:
+        raise ConfigError(
+            f"{name} tells {count} labels apart, and {len(asked.names)} are asked for; leave num_labels out"
+        )
+    stored = adapter.record.labels if adapter.record is not None else None
+    return asked or stored or read_labels(count)
+
+
 def _load_base(
     opened: OpenedModel, settings: LoadSettings
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -213,12 +254,19 @@ def _load_base(
     quantization = choose_quantization(settings, notes, stored)
     _choose_positions(config, settings, notes)
     files = weight_files(location, opened.hub, settings.allow_pickle)
-    pickled, names = files[0].suffix == ".bin", None
+    pickled, names, new_modules = files[0].suffix == ".bin", None, ()
+    labels = settings.labels or stored_labels(opened.whole)
+    if labels is not None:
+        for one in (opened.whole, opened.whole.get_text_config(), config):
+            labels.write(one)
     if opened.fused:
-        names = wrapper_names(opened.whole) if opened.is_part else None
+        names = wrapper_names(opened.whole, labels is not None) if opened.is_part else None
         weights = opened.gguf or open_weights(location, opened.hub, renaming(names), settings.allow_pickle)
         refuse_other_sizes(opened.config_file, config, weights.shapes())
-        model = build(config, dtype=dtype)
+        if labels is not None:
+            weights = WithScore(weights, config)
+            new_modules = ("score",) * weights.is_new
+        model = (build if labels is None else build_classifier)(config, dtype=dtype)
         notes += fill(
             model, weights, device=settings.device, dtype=dtype, quantization=quantization,
             trainable=settings.full_finetuning,
@@ -228,12 +276,15 @@ def _load_base(
             f"{config.model_type} is outside oribi's family table: it runs as transformers' {config.architectures}, "
             "unfused; expect the speed and memory of plain PEFT"
         )
-        model = load_unfused(
+        model, new_modules = load_unfused(
             location, config, device=settings.device, dtype=dtype, quantization=quantization,
             trust_remote_code=opened.hub.trust_remote_code, allow_pickle=pickled, notes=notes,
+            classifies=labels is not None,
         )  # fmt: skip
         if type(model.config) is type(getattr(config, "text_config", None)):
-            names = wrapper_names(opened.whole)
+            names = wrapper_names(opened.whole, labels is not None)
+    if new_modules and opened.adapter is None:  # an adapter brings its own
+        notes.append(f"{', '.join(new_modules)}: not in the checkpoint, so random values are trained from")
     model.config._name_or_path = model.name_or_path = written_name(location.name)
     model.generation_config = opened.generation
     if opened.fused and quantization.enabled:
@@ -244,8 +295,9 @@ def _load_base(
     seen = [location.file] if opened.gguf is not None else [opened.config_file, *files]
     identity = identify(location.name, seen, model, opened.hub.revision, template)
     if settings.fix_tokenizer:
-        ends = opened.repair_tokenizer(tokenizer, rows, max_seq_length).eos_token_ids
-        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+        if not _is_encoder(model):
+            ends = opened.repair_tokenizer(tokenizer, rows, max_seq_length).eos_token_ids
+            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     kind = "gguf" if opened.gguf is not None else "pickle" if pickled else "safetensors"
     model.oribi = ModelSource(
@@ -258,6 +310,8 @@ def _load_base(
         identity=identity,
         revision=opened.hub.revision,
         hub=opened.hub,
+        labels=labels,
+        new_modules=new_modules,
         names=names,
         config=opened.whole,
         sums=sums,
@@ -266,6 +320,11 @@ def _load_base(
     model.max_seq_length = max_seq_length
     model.requires_grad_(settings.full_finetuning)
     return model.train(settings.full_finetuning), tokenizer
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    """Whether a model reads whole texts and never continues one, so that no token has to end them."""
+    return not getattr(model, "can_generate", bool)() and not isinstance(model, DecoderPreTrainedModel)
 
 
 def _resize(model: PreTrainedModel, tokens: int, opened: OpenedModel, wanted: int | None) -> int:

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.models.identity import BaseIdentity
+from oribi.models.labels import Labels
 from oribi.models.quantize import Quantization
 
 _DTYPES = {
@@ -19,11 +20,12 @@ _DTYPES = {
 _ONE_DEVICE = ("auto", "sequential", "balanced", "balanced_low_0")
 
 
-# keywords of `load_model` that few callers need, and those of them that are for the hub
+# keywords of `load_model` that few callers need, those of them that are for the hub, and those that make a classifier
 HUB_OPTIONS = ("cache_dir", "local_files_only", "force_download", "subfolder")
+LABEL_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
 RARE_OPTIONS = (
     "float32_mixed_precision", "quantization_config", "fix_tokenizer", "resize_model_vocab", "use_safetensors",
-    "gguf_file", *HUB_OPTIONS,
+    "gguf_file", *LABEL_OPTIONS, *HUB_OPTIONS,
 )  # fmt: skip
 
 
@@ -38,6 +40,7 @@ class LoadSettings:
         resize_model_vocab: number of rows that the embeddings get.
         use_safetensors: False allows pickled .bin weights.
         positions: RoPE's settings that an adapter was trained with, where they are not the checkpoint's.
+        labels: what a sequence classifier tells apart; None loads what the checkpoint is.
     """
 
     max_seq_length: int | None
@@ -52,6 +55,7 @@ class LoadSettings:
     resize_model_vocab: int | None = None
     use_safetensors: bool | None = None
     positions: dict[str, Any] | None = None
+    labels: Labels | None = None
 
     @property
     def allow_pickle(self) -> bool:

@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, TaskType, get_peft_model, set_peft_model_state_dict
 from transformers import PretrainedConfig, PreTrainedModel
 
 from oribi.errors import ModelError
@@ -41,7 +41,7 @@ def try_in_plain_peft(
     Raises:
         ModelError: a tensor is missing, belongs to nothing, or has another shape.
     """
-    kinds = classes_of(config)
+    kinds = classes_of(config, settings.task_type == TaskType.SEQ_CLS)
     if not kinds:
         return f"the class {config.architectures} comes with the model's own code, which was not run"
     for kind in kinds:

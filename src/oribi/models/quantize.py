@@ -17,6 +17,7 @@ from oribi.tensors import TensorSource, problems_in_words
 
 # layers that share an input lie next to each other in one buffer, so that one launch can dequantise them
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_HEADS = ("lm_head", "score", "classifier")  # of language models and of classifiers
 BLOCK = 64  # values that share one scale
 _NF4_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _NF4_KEY)
@@ -29,7 +30,7 @@ class Quantization:
     Args:
         enabled: 4-bit NF4; otherwise every weight stays in the compute dtype.
         double: the scales of blocks are quantised too.
-        skip: module names, or parts of them, that stay in the compute dtype besides the head.
+        skip: module names, or parts of them, that stay in the compute dtype besides the head, of whichever kind.
     """
 
     enabled: bool = True
@@ -38,7 +39,7 @@ class Quantization:
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer called `name` is to be quantised."""
-        return self.enabled and not any(f".{part}." in f".{name}." for part in (*self.skip, "lm_head"))
+        return self.enabled and not any(f".{part}." in f".{name}." for part in (*self.skip, *_HEADS))
 
 
 def fits_nf4(layer: nn.Linear, device: torch.device) -> bool:

@@ -10,7 +10,13 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from oribi.errors import ModelError
@@ -81,10 +87,16 @@ def unfused_sizes(parameters: Iterable[tuple[str, nn.Parameter]], linear: set[st
     return UnfusedSizes(packed, dict(kept))
 
 
-def weightless(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def weightless(
+    config: PretrainedConfig, *, trust_remote_code: bool = False, classifies: bool = False
+) -> PreTrainedModel:
     """The model that transformers makes of a config, on the meta device; no weights are read and no memory is taken."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return _auto(classifies).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _auto(classifies: bool) -> Any:
+    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
 
 
 def sizes_of_config(config: PretrainedConfig, *, trust_remote_code: bool = False) -> UnfusedSizes:
@@ -109,30 +121,37 @@ def load_unfused(
     trust_remote_code: bool,
     allow_pickle: bool,
     notes: list[str],
-) -> PreTrainedModel:
-    """A causal language model through `AutoModelForCausalLM`.
+    classifies: bool = False,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """A causal language model through `AutoModelForCausalLM`, or a sequence classifier through its own class.
 
     Args:
         location: a checkpoint whose weights are on disk.
         config: its config; one that names a quantisation is loaded as it is.
         device, dtype, quantization, trust_remote_code, allow_pickle: as in `load.Request`.
         notes: gets a line on what stays in 16 bits, and one on tensors that the model does not use.
+        classifies: whether the config holds labels to tell apart. What its checkpoint lacks of the head is made anew.
+
+    Returns:
+        The model, and its modules that were made anew.
 
     Raises:
         ModelError: transformers cannot load it, tensors are missing or have another shape than the config says, or its
             layers cannot be packed on this device.
     """
     settings = None
+    expected = weightless(config, trust_remote_code=trust_remote_code, classifies=classifies)
+    heads = [name for name, _ in expected.named_modules() if classifies and _is_head(expected, name)]
     if quantization.enabled and not getattr(config, "quantization_config", None):
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=quantization.double,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", *quantization.skip],
+            llm_int8_skip_modules=["lm_head", *heads, *quantization.skip],
         )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto(classifies).from_pretrained(
             location.directory,
             config=config,
             dtype=dtype,
@@ -151,9 +170,10 @@ def load_unfused(
         raise ModelError(
             f"{location.name}: transformers cannot load this {config.model_type} model: {reason}"
         ) from error
-    expected = weightless(config, trust_remote_code=trust_remote_code)
+    new_modules = _new_modules(model, report) if classifies else ()
     notes += _compare_tensors(location, model, expected, report)
-    model.generate = partial(generate_in_inference_mode, model, model.generate)
+    if not classifies:
+        model.generate = partial(generate_in_inference_mode, model, model.generate)
     packed = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, bnb.nn.Linear4bit):
@@ -168,7 +188,19 @@ def load_unfused(
         layer.support_avx512bf16_for_cpu = False
     if quantization.enabled:
         notes.append(unfused_sizes(model.named_parameters(), packed).note(dtype.itemsize))
-    return model
+    return model, new_modules
+
+
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a module or parameter of a classifier comes after the layers, which checkpoints of other models may lack."""
+    return not name.startswith(model.base_model_prefix) or ".pooler." in f"{name}."
+
+
+def _new_modules(model: PreTrainedModel, report: dict[str, Any]) -> tuple[str, ...]:
+    """The modules outside the encoder that a classifier's checkpoint lacks; their tensors are no longer counted as missing."""
+    missing = [name for name in report["missing_keys"] if _is_head(model, name)]
+    report["missing_keys"] = [name for name in report["missing_keys"] if name not in missing]
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in sorted(missing)))
 
 
 def _compare_tensors(

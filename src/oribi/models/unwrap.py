@@ -24,6 +24,11 @@ def source_of(model: nn.Module) -> Any:
     return getattr(base_model(model), "oribi", None)
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model scores labels, oribi's or transformers', and so continues no texts."""
+    return type(base_model(model)).__name__.endswith("ForSequenceClassification")
+
+
 def bare_module(module: nn.Module) -> nn.Module:
     """The module that PEFT put its wrappers around."""
     for name in _INNER:

@@ -14,7 +14,13 @@ import transformers
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from oribi.errors import ModelError
 
@@ -174,8 +180,30 @@ def _auto_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     return None
 
 
-def classes_of(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
-    """The transformers classes that programs build from a config.json: the one it names and the automatic one."""
+def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The sequence classifier that transformers builds from a config.json.
+
+    Raises:
+        ModelError: it has none.
+    """
+    mapping = AutoModelForSequenceClassification._model_mapping
+    if type(config) not in mapping:
+        raise ModelError(
+            f"num_labels: transformers has no sequence classifier for {config.model_type}, so no program could load one that "
+            "is trained here; take a model of another family"
+        )
+    return mapping[type(config)]
+
+
+def classes_of(config: PretrainedConfig, classifies: bool = False) -> list[type[PreTrainedModel]]:
+    """The transformers classes that programs build from a config.json: the one it names and the automatic one.
+
+    Args:
+        config: of the whole checkpoint.
+        classifies: whether it is loaded as a sequence classifier, of which there is one class.
+    """
+    if classifies:
+        return [classifier_class(config)]
     return list(
         dict.fromkeys(kind for kind in (class_named(config), _auto_class(config)) if kind is not None)
     )
@@ -198,18 +226,20 @@ def skeleton(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTraine
         raise ModelError(f"transformers cannot build {kind.__name__}: {error}") from error
 
 
-def wrapper_names(config: PretrainedConfig) -> WrapperNames | None:
+def wrapper_names(config: PretrainedConfig, classifies: bool = False) -> WrapperNames | None:
     """Where the class that a composite config names keeps its text decoder; None where that cannot be told.
 
     Args:
         config: of the whole checkpoint, with a text_config.
+        classifies: as of `classes_of`; the module of scores has one name in all classes.
     """
-    kinds = classes_of(config)
+    kinds = classes_of(config, classifies)
     if not kinds:
         return None
     outside = skeleton(kinds[0], config)
     names = {id(module): name for name, module in outside.named_modules()}
-    decoder, head = names.get(id(outside.get_decoder())), names.get(id(outside.get_output_embeddings()))
+    decoder = names.get(id(outside.get_decoder()))
+    head = _HEAD if classifies else names.get(id(outside.get_output_embeddings()))
     if not decoder or not head:
         return None
     others = [tuple(name for name, _ in skeleton(kind, config).named_modules()) for kind in kinds[1:]]
@@ -243,7 +273,7 @@ def _rename_inside(names: WrapperNames, name: str) -> str | None:
     is_text = (
         inner != name
         or moved != name
-        or name.startswith(("lm_head.", "model.embed_tokens.", "model.layers.", "model.norm."))
+        or name.startswith(("lm_head.", "score.", "model.embed_tokens.", "model.layers.", "model.norm."))
     )
     return moved if is_text and moved is not None and not moved.endswith(".rotary_emb.inv_freq") else None
 

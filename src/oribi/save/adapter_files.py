@@ -132,7 +132,10 @@ def _record(model: PeftModel, changed: list[str], chat_template: Any, folder: Pa
         return
     template = source.chat_template if chat_template is None else chat_template
     positions = source.positions(base_model(model).config)
-    AdapterRecord(source.identity, source.max_seq_length, template, tuple(changed), positions).write(folder)
+    record = AdapterRecord(
+        source.identity, source.max_seq_length, template, tuple(changed), positions, source.labels
+    )
+    record.write(folder)
 
 
 def changed_tables(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:

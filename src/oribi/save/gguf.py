@@ -26,7 +26,7 @@ from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import CUT_BY_CASE
 from oribi.gguf.tokenizer import Vocabulary
 from oribi.gguf.writer import plan_file, write_adapter_file, write_files
-from oribi.models.unwrap import source_of
+from oribi.models.unwrap import is_classifier, source_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import base_name, changed_base
 from oribi.save.card import fenced
@@ -79,6 +79,7 @@ def save_gguf(
             several, the correct ones are in place nevertheless.
     """
     options = read_accepted(accepted, GGUF_KEYWORDS, "save_pretrained_gguf")
+    _refuse_classifier(model)
     if tokenizer is None:
         raise ConfigError("GGUF files hold the tokenizer; give tokenizer=")
     if not options.is_main_process:
@@ -101,6 +102,14 @@ def save_gguf(
         "fix_bos_token": export.vocabulary.bos_removed,
         "report": export.report,
     }
+
+
+def _refuse_classifier(model: nn.Module) -> None:
+    if is_classifier(model):
+        raise ExportError(
+            "a sequence classifier is not written as GGUF: llama.cpp and Ollama run models that continue texts, and would not read "
+            "its scores. Call save_pretrained_merged, whose folder transformers' AutoModelForSequenceClassification loads"
+        )
 
 
 def push_gguf(
@@ -202,6 +211,7 @@ def save_gguf_adapter(
         ConfigError: an unknown type.
         ExportError: the adapter has parts that llama.cpp cannot apply, or a file differs from it.
     """
+    _refuse_classifier(model)
     names = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     unknown = [name for name in names if name.lower() not in _ADAPTER_TYPES]
     if unknown:

@@ -15,7 +15,7 @@ from oribi.environment import Environment, detect
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
-from oribi.models.unwrap import base_model
+from oribi.models.unwrap import base_model, is_classifier
 from oribi.train.arguments import SFTConfig
 from oribi.train.shards import require_shardable
 
@@ -78,6 +78,11 @@ def model_and_tokenizer(
             )
         set_seed(args.seed)
         model = peft.get_peft_model(model, adapter)
+    if is_classifier(model):
+        raise ConfigError(
+            "SFTTrainer trains models that continue texts, and this one scores labels: pass it to transformers.Trainer, or to "
+            "oribi.trl.RewardTrainer where num_labels is 1"
+        )
     if tokenizer is None:
         raise ConfigError(
             "the tokenizer is missing; pass tokenizer= what from_pretrained returned with the model"
