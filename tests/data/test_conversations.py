@@ -160,8 +160,18 @@ WRONG = {
     ),
     "preferences": (
         {"chosen": "a", "rejected": "b"},
-        "row has 'chosen' and 'rejected': a preference data set. oribi does supervised fine-tuning; rename the column to train on in "
-        "the file, or name it in the run file: columns: {messages: chosen} or columns: {completion: chosen} (in Python "
+        "row has 'chosen' and 'rejected', answers to compare: write stage: dpo (or orpo, kto, reward) in the run file. To fine-tune "
+        "on one of them instead (stage: sft), name it: columns: {messages: chosen} or columns: {completion: chosen} (in Python "
+        "columns={'messages': 'chosen'}).",
+    ),
+    "preferences beside a question": (
+        {
+            "conversations": [{"from": "human", "value": "a"}],
+            "chosen": {"value": "b"},
+            "rejected": {"value": "c"},
+        },
+        "row has 'chosen' and 'rejected', answers to compare: write stage: dpo (or orpo, kto, reward) in the run file. To fine-tune "
+        "on one of them instead (stage: sft), name it: columns: {messages: chosen} or columns: {completion: chosen} (in Python "
         "columns={'messages': 'chosen'}).",
     ),
     "no messages": ({"messages": []}, "'messages' is an empty list: remove the row."),

@@ -1,6 +1,8 @@
 """Rows of preferences become the tokens that supervised fine-tuning would make of the same conversations."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +104,16 @@ SHAPES = {
     "a list of one text": ({"prompt": "What is it?", "chosen": ["this"], "rejected": ["that"]}, ASKED),
     "rendered before": ({"prompt": ASKED, "chosen": "this<|im_end|>\n", "rejected": "that<|im_end|>"}, ASKED),
 }
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "data-formats.md"
+DOCUMENTED = [
+    (stage, line)
+    for stage, block in re.findall(
+        r"^\*\*`(\w+)`.*?```json\n(.*?)```", PAGE.read_text(), re.DOTALL | re.MULTILINE
+    )
+    for line in block.splitlines()
+]
 
 
 @pytest.fixture
@@ -439,3 +451,18 @@ def test_settings_without_effect_are_named(prefer):
 )
 def test_the_stage_of_a_source_is_recognised(row, stage):
     assert stage_of_source([{**row, "id": 1}]) == stage
+
+
+@pytest.mark.parametrize(("stage", "line"), DOCUMENTED)
+def test_documented_rows_are_read_as_they_stand(stage, line, prefer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(line + "\n")
+    for one in ("dpo", "orpo", "reward") if stage == "dpo" else (stage,):
+        made = prefer(str(file), one)
+        assert made.dataset[0]["prompt"]
+        assert made.report.unused_columns in ([], ["score_chosen", "score_rejected"])
+
+
+def test_every_stage_is_documented():
+    assert {stage for stage, _ in DOCUMENTED} == {"dpo", "kto", "grpo"}
+    assert len(DOCUMENTED) >= 18

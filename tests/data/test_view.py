@@ -161,3 +161,46 @@ def test_texts_of_prompt_and_completion_are_said_to_be_plain(chatml_tokenizer, p
     assert not any(
         "joined" in note for note in show([{"question": "a", "answer": "b"}], chatml_tokenizer)[0].notes
     )
+
+
+PAIR = {"prompt": "What is it?", "chosen": "It is this.", "rejected": "that " * 40, "score": 1}
+
+
+def test_answers_to_compare_are_shown_apart(chatml_tokenizer, tmp_path):
+    report, text = show(
+        [PAIR], chatml_tokenizer, stage="dpo", max_seq_length=40, html_file=tmp_path / "rows.html"
+    )
+    heading = re.search(r"row 1: (\d+) tokens: (\d+) prompt, (\d+) chosen, (\d+) rejected, (\d+) cut", text)
+    total, prompt, chosen, rejected, cut = map(int, heading.groups())
+    assert total == prompt + chosen + rejected + cut
+    assert (prompt + rejected, cut, report.rows_cut) == (40, report.tokens_cut, 1)
+    boxes = [line.split()[1] for line in text.splitlines() if line.startswith("╭")]
+    assert boxes == ["prompt", "chosen", "rejected"]
+    assert "It is this.<|im_end|>" in text
+    assert text.count("✂") == 2  # where the row is cut, and in the legend
+    assert "columns not used: score" in text
+    page = (tmp_path / "rows.html").read_text()
+    assert 'class="good special"' in page
+    assert 'class="bad"' in page
+
+
+def test_good_and_bad_answers_have_their_colours(chatml_tokenizer):
+    _, text = show([PAIR], chatml_tokenizer, terminal=True, stage="dpo")
+    assert re.search(r"\x1b\[2mW", text), "the prompt is dim"
+    assert re.search(r"\x1b\[30;42m[^\n]*this", text), "chosen is green"
+    assert re.search(r"\x1b\[30;41m[^\n]*that", text), "rejected is red"
+    judged = [
+        {"prompt": "x", "completion": "this", "label": False},
+        {"prompt": "x", "completion": "it", "label": 1},
+    ]
+    _, text = show(judged, chatml_tokenizer, stage="kto")
+    assert "completion, label False" in text
+    assert "labels    1 good, 1 bad" in text
+
+
+def test_prompts_are_shown_with_the_columns_that_are_kept(chatml_tokenizer):
+    _, text = show([{"prompt": "What?", "answer": 7, "long": "x" * 900}], chatml_tokenizer, stage="grpo")
+    assert "\nanswer: 7\n" in text
+    assert "long: 'xxx" in text
+    assert "x" * 600 not in text
+    assert "columns   for reward functions: answer, long" in text

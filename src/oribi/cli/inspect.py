@@ -26,6 +26,12 @@ def data(
     ] = 2048,
     rows: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 3,
     split: Annotated[str, typer.Option(help="Split of a hub data set, if no config is given.")] = "train",
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            help="sft, dpo, orpo, kto, reward or grpo (default: the config's, or as the rows are made)."
+        ),
+    ] = None,
     columns: Annotated[
         list[str] | None, typer.Option(help="Column by oribi's name, such as question=task; repeatable.")
     ] = None,
@@ -39,7 +45,7 @@ def data(
     html: Annotated[Path | None, typer.Option(help="Also write the rows as an HTML page.")] = None,
     json: Json = False,
 ) -> None:
-    """Show for each token whether it is trained, context or cut off; then counts, lengths and warnings."""
+    """Show for each token whether it is trained, context or cut off, or of which answer it is; then counts, lengths and warnings."""
     with chatter_aside():
         from rich.console import Console
 
@@ -63,11 +69,28 @@ def data(
                 f"inspect data {source}: name the tokenizer with --model, or give a run's config.yaml"
             )
         tokenizer = open_model(model).tokenizer() if config is None else tokenizer_of(config)
+        parts = [{"path": path} for path in sources]
+        if stage is not None:
+            settings["stage"] = stage
+        elif config is None:
+            settings["stage"] = recognised(parts, settings)
     report = inspect_data(
-        [{"path": path} for path in sources], tokenizer, rows=rows, html_file=html,
+        parts, tokenizer, rows=rows, html_file=html,
         console=Console(stderr=json), **settings,
     )  # fmt: skip
     Output(json).record(**report.to_dict())
+
+
+def recognised(parts: list[dict[str, str]], settings: dict[str, Any]) -> str:
+    """The stage that the rows are made for, which is said where it is not sft."""
+    from oribi.data.preferences import stage_of_source
+
+    names = {key: settings[key] for key in ("split", "columns", "role_aliases") if key in settings}
+    stage = stage_of_source(parts, **names)
+    if stage != "sft":
+        others = {"dpo": "; --stage orpo, kto or reward shows them for those"}.get(stage, "")
+        typer.echo(f"the rows are made for stage {stage}{others}", err=True)
+    return stage
 
 
 @app.command()

@@ -25,7 +25,7 @@ from oribi.data.converters import (
     refuse_label,
     refuse_messages,
 )
-from oribi.data.messages import ROLE_ALIASES, is_messages
+from oribi.data.messages import ROLE_ALIASES, ROLE_KEYS, is_messages
 from oribi.errors import ConfigError, DataError
 from oribi.text import did_you_mean
 
@@ -199,19 +199,44 @@ def choose_format(row: Columns, text_field: str | None, roles: Mapping[str, str]
         )
     for column in known.MESSAGES:
         if _holds_messages(row, column):
+            if not _ends_with_answer(row.peek(column), roles):
+                _refuse_preferences(row)
             name = f"{_style(row.peek(column))} (column {column!r})"
             return _format(name, (column,), from_messages, column=column, roles=roles)
     found = _choose_answered(row, roles)
     if found is not None:
         refuse_label(row)
         return found
-    if "chosen" in row and "rejected" in row:
-        raise DataError(
-            "row has 'chosen' and 'rejected': a preference data set. oribi does supervised fine-tuning; rename the column to "
-            "train on in the file, or name it in the run file: columns: {messages: chosen} or columns: {completion: chosen} "
-            "(in Python columns={'messages': 'chosen'})."
-        )
+    _refuse_preferences(row)
     return _choose_text(row)
+
+
+def _refuse_preferences(row: Columns) -> None:
+    """Two answers to compare are not for supervised fine-tuning.
+
+    Raises:
+        DataError: the row has such.
+    """
+    pair = next(((good, bad) for good, bad in known.PREFERENCES if good in row and bad in row), None)
+    if pair is not None:
+        good, bad = pair
+        raise DataError(
+            f"row has {good!r} and {bad!r}, answers to compare: write stage: dpo (or orpo, kto, reward) in the run file. To "
+            f"fine-tune on one of them instead (stage: sft), name it: columns: {{messages: {good}}} or columns: {{completion: "
+            f"{good}}} (in Python columns={{'messages': {good!r}}})."
+        )
+
+
+def _ends_with_answer(given: Any, roles: Mapping[str, str]) -> bool:
+    """Whether the last of a list of messages seems to be the assistant's."""
+    given = known.listed(decoded(given, "") if isinstance(given, str) else given)
+    last = given[-1] if isinstance(given, Sequence) and given else {}
+    role = (
+        next((last[key] for key in ROLE_KEYS if key in last), "assistant")
+        if isinstance(last, Mapping)
+        else ""
+    )
+    return roles.get(str(role).lower(), str(role).lower()) == "assistant"
 
 
 def _choose_answered(row: Columns, roles: Mapping[str, str]) -> RowFormat | None:

@@ -250,8 +250,8 @@ def refuse_label(row: Columns) -> None:
     name = next((name for name in known.LABELS if is_label(row.peek(name))), None)
     if name is not None:
         raise DataError(
-            f"row has {name!r} = {row.peek(name)!r} beside an answer: a data set of good and bad answers (as KTO takes). oribi does "
-            "supervised fine-tuning: keep the rows with good answers and remove the column; if it says something else, rename it."
+            f"row has {name!r} = {row.peek(name)!r} beside an answer, which says whether it is good: write stage: kto in the run file. "
+            "For stage: sft keep the rows with good answers and remove the column; if it says something else, rename it."
         )
 
 

@@ -32,6 +32,7 @@ from oribi.data.report import DataReport, named, percentiles
 from oribi.data.rows import safely, tokenised
 from oribi.data.sources import Part
 from oribi.errors import ConfigError, DataError
+from oribi.text import one_of
 
 LENGTH_BIAS = 0.9  # share of pairs whose chosen answer is longer, above which length alone tells them apart
 
@@ -66,7 +67,7 @@ class PreferencePreparation(Preparation):
     def __init__(self, parts: list[Part], tokenizer: Any, settings: Settings, *others: Any) -> None:
         stage = self.stage = settings.stage
         if stage not in STAGES:
-            raise ConfigError(f"stage = {stage!r} must be one of sft, {', '.join(STAGES)}")
+            raise ConfigError(f"stage = {stage}: {one_of(stage, ('sft', *STAGES))}")
         if settings.overlong == "split":
             raise ConfigError(
                 f"overlong = 'split': stage {stage} compares whole answers; take truncate, drop or error"
@@ -94,6 +95,7 @@ class PreferencePreparation(Preparation):
         self._seen: set[bytes] = set()
         self._features: datasets.Features | None = None
         self._has_margins = False
+        self._kept: dict[str, None] = {}
 
     def _new_report(self) -> DataReport:
         report = super()._new_report()
@@ -287,6 +289,7 @@ class PreferencePreparation(Preparation):
             self._longer += lengths[0] > lengths[1]
             self._equally_long += lengths[0] == lengths[1]
             self._shared[common_prefix(*row.answers)] += 1
+        self._kept |= dict.fromkeys(row.kept)
         if row.label is not None:
             self._labels[row.label] += 1
         key = repr((row.prompt_ids, row.answers, row.label, row.kept)).encode()
@@ -324,6 +327,8 @@ class PreferencePreparation(Preparation):
                     f"all {report.rows_kept:,} answers are labelled {'good' if good else 'bad'}: KTO learns from the difference and "
                     "needs both"
                 )
+        if self.stage == "grpo":
+            figures["kept_columns"] = list(self._kept)
         report.preferences = figures
 
     @property

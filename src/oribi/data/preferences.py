@@ -56,8 +56,6 @@ def prepare_preferences(
         DataError: a row or file cannot be used (it names file and line), or the rows are made for another stage.
         ConfigError: a setting is out of range.
     """
-    if overlong is None and stage == "reward":
-        overlong = "drop"
     preparation = make_preparation(
         source, tokenizer, stage=stage, max_seq_length=max_seq_length, overlong=overlong, **row_settings
     )

@@ -139,8 +139,10 @@ def make_preparation(
     parts = open_source(source, split=split, streaming=streaming)
     # text files are split whatever stands beside them
     split_texts = overlong is None and any(part.is_text for part in parts)
-    if overlong is None and settings.get("stage", "sft") != "sft":
-        overlong, split_texts = "truncate", False
+    stage = settings.get("stage", "sft")
+    if overlong is None and stage != "sft":
+        # a score is of a whole answer
+        overlong, split_texts = "drop" if stage == "reward" else "truncate", False
     if overlong is None:
         overlong = "split" if all(part.is_text for part in parts) else "truncate"
     fixed = Settings(**{**settings, "overlong": overlong, "split_texts": split_texts})

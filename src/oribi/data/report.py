@@ -84,12 +84,18 @@ class DataReport:
             f"  format    {self.format}",
             f"  rows      {self.rows_in:,} in, {self.rows_kept:,} kept, {self.rows_cut:,} cut, {self.rows_dropped:,} dropped"
             f" -> {self.examples:,} examples",
-            f"  tokens    {self.tokens:,}, of which {self.trained_tokens:,} trained ({share:.1f} %)"
+            f"  tokens    {self.tokens:,}"
+            + (
+                f", of which {self.trained_tokens:,} trained ({share:.1f} %)"
+                if self.stage != "grpo"
+                else " of prompts"
+            )
             + (f"; {self.tokens_cut:,} cut off" if self.tokens_cut else ""),
         ]
         if self.length_percentiles:
             lengths = ", ".join(f"{name} {value:,}" for name, value in self.length_percentiles.items())
             lines.append(f"  lengths   {lengths}; max_seq_length {self.max_seq_length:,}")
+        lines += self._compared()
         if self.end_tokens:
             ends = ", ".join(f"{token!r} {count:,} times" for token, count in self.end_tokens.items())
             lines.append(f"  turn end  trained: {ends}")
@@ -106,6 +112,31 @@ class DataReport:
         lines += [f"  note: {note}" for note in self.notes]
         lines.append(f"  prepared in {self.seconds:.1f} s")
         return "\n".join(lines)
+
+    def _compared(self) -> list[str]:
+        """Lines on prompts and answers, of the stages that compare or score answers."""
+        found = self.preferences
+        lines = [
+            f"  {said:<9} {', '.join(f'{place} {value:,}' for place, value in found[name].items())} tokens"
+            for name, said in (
+                ("prompt", "prompt"),
+                ("chosen", "chosen"),
+                ("rejected", "rejected"),
+                ("completion", "answer"),
+            )
+            if found.get(name) and self.stage != "grpo"
+        ]
+        if "chosen_longer" in found:
+            alike = found["shared_beginning"]
+            lines.append(
+                f"  pairs     chosen longer in {100 * found['chosen_longer']:.1f} %, equally long in "
+                f"{100 * found['equally_long']:.1f} %; answers begin alike for p50 {alike['p50']:,}, max {alike['max']:,} tokens"
+            )
+        if "desirable" in found:
+            lines.append(f"  labels    {found['desirable']:,} good, {found['undesirable']:,} bad")
+        if found.get("kept_columns"):
+            lines.append(f"  columns   for reward functions: {', '.join(found['kept_columns'])}")
+        return lines
 
 
 class Tally:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from oribi.data.encoding import UNTRAINED, Encoded
+from oribi.data.preference_preparation import Ranked
 from oribi.data.preparation import Preparation
 from oribi.data.prepare import make_preparation
 from oribi.data.report import DataReport
@@ -24,14 +26,24 @@ STYLES = {
     ("trained", False): "black on green", ("trained", True): "bold white on dark_green",
     ("context", False): "", ("context", True): "cyan", ("cut", False): "red strike",
     ("cut", True): "red strike",
+    ("prompt", False): "dim", ("prompt", True): "dim cyan",
+    ("good", False): "black on green", ("good", True): "bold white on dark_green",
+    ("bad", False): "black on red", ("bad", True): "bold white on dark_red",
 }  # fmt: skip
+KINDS = {
+    "sft": ("trained", "context", "cut"),
+    "grpo": ("prompt", "cut"),
+}  # of the stages; the others compare answers
+COMPARED = ("prompt", "good", "bad", "cut")
+KIND_NAMES = {"good": "chosen", "bad": "rejected"}
 SHOWN_TOKENS = 2000  # of one row
+SHOWN_CHARACTERS = 500  # of a column for reward functions
 PANEL_BORDER = 4  # cells
 
 
 @dataclass(frozen=True, slots=True)
 class TokenView:
-    """One token as people read it, or the tokens that make one character together; `kind` is trained, context or cut."""
+    """One token as people read it, or the tokens that make one character together; `kind` is a key of STYLES."""
 
     ids: tuple[int, ...]
     text: str
@@ -40,20 +52,36 @@ class TokenView:
 
 
 @dataclass(frozen=True, slots=True)
+class Passage:
+    """Tokens of a row that are shown together, and their name where a row has several such passages."""
+
+    tokens: list[TokenView]
+    name: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RowView:
-    """The tokens of one row."""
+    """The tokens of one row; `facts` are what else its trainer gets."""
 
     origin: str
-    tokens: list[TokenView]
+    passages: list[Passage]
     length: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> list[TokenView]:
+        return [token for passage in self.passages for token in passage.tokens]
 
     def heading(self) -> str:
-        counts = {
-            k: sum(len(t.ids) for t in self.tokens if t.kind == k) for k in ("trained", "context", "cut")
-        }
-        total = sum(counts.values())
+        counts: Counter[str] = Counter()
+        for passage in self.passages:
+            for token in passage.tokens:
+                counts[token.kind if token.kind == "cut" else passage.name or token.kind] += len(token.ids)
+        total = counts.total()
         shown = f", {total:,} shown" if total < self.length else ""
-        parts = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+        order = ("trained", "context", *(passage.name for passage in self.passages), "cut")
+        parts = ", ".join(f"{counts[kind]:,} {kind}" for kind in dict.fromkeys(order) if counts[kind])
         return f"{self.origin}: {self.length:,} tokens{shown}: {parts}"
 
 
@@ -75,7 +103,7 @@ def inspect_data(
         html_file: write the rows as a page of its own, too.
         console: where it is shown; None is the terminal.
         settings: as for prepare_dataset: split, train_on, overlong, malformed, append_eos, text_field, columns, role_aliases,
-            formatting_func, chat_template_kwargs, max_rows.
+            formatting_func, chat_template_kwargs, max_rows; and stage, as for prepare_preferences.
 
     Returns:
         The report.
@@ -95,15 +123,27 @@ def inspect_data(
     for view in _views(preparation, rows):
         shown.append(view)
         _print(console, view.heading())
-        text = _as_text(view, marked=not console.is_terminal)
-        console.print(Panel(_folded(text, console.width - PANEL_BORDER)))
+        for passage in view.passages:
+            text = _as_text(passage.tokens, marked=not console.is_terminal)
+            title = {"title": passage.name, "title_align": "left"} if passage.name else {}
+            border = {"good": "green", "bad": "red"}.get(passage.kind, "none")
+            console.print(Panel(_folded(text, console.width - PANEL_BORDER), border_style=border, **title))
+        for name, value in view.facts.items():
+            _print(console, f"{name}: {_shortened(value)}")
     preparation.finish()
-    _print(console, _legend() if console.is_terminal else "legend: \u27e6trained\u27e7 context \u2702 cut")
+    kinds = KINDS.get(preparation.settings.stage, COMPARED)
+    plain = "\u27e6trained\u27e7 context \u2702 cut" if "trained" in kinds else "\u2702 cut"
+    _print(console, _legend(kinds) if console.is_terminal else f"legend: {plain}")
     _print(console, str(preparation.report))
     if html_file is not None:
         write_html(Path(html_file), shown, preparation.report)
         _print(console, f"written: {html_file}")
     return preparation.report
+
+
+def _shortened(value: Any) -> str:
+    written = repr(value)
+    return written if len(written) <= SHOWN_CHARACTERS else written[:SHOWN_CHARACTERS] + "..."
 
 
 def _print(console: Console, line: str | Text) -> None:
@@ -131,29 +171,58 @@ def _views(preparation: Preparation, rows: int) -> Iterator[RowView]:
     seen = 0
     for batch in preparation.encoded():
         for origin, encoded in batch:
-            preparation.count(origin, encoded)
             if seen < rows:
                 seen += 1
-                yield view_row(preparation.tokenizer, origin, encoded, preparation.settings)
+                view = view_answers if isinstance(encoded, Ranked) else view_row
+                yield view(preparation.tokenizer, origin, encoded, preparation.settings)
+            preparation.count(origin, encoded)
 
 
 def view_row(tokenizer: Any, origin: str, encoded: Encoded, settings: Any) -> RowView:
     """The view of one encoded row under the run's limit."""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     overlong = settings.overlong_of(encoded)
     limit = settings.max_seq_length if overlong != "split" else len(encoded.ids)
     if overlong == "drop" and len(encoded.ids) > limit:
         limit = 0
+    kinds = [
+        "cut" if place >= limit else "context" if label == UNTRAINED or place == 0 else "trained"
+        for place, label in enumerate(encoded.labels)
+    ]
+    return RowView(origin, [Passage(_token_views(tokenizer, encoded.ids, kinds))], len(encoded.ids))
+
+
+def view_answers(tokenizer: Any, origin: str, row: Ranked, settings: Any) -> RowView:
+    """The view of a prompt and its answers under the run's limit."""
+    limit, length = settings.max_seq_length, row.length
+    if length > limit and (
+        settings.overlong != "truncate" or len(row.prompt_ids) >= limit or not row.answers
+    ):
+        limit = 0  # the row is left out
+    names = {0: (), 1: ("good" if row.label else "bad",), 2: ("good", "bad")}[len(row.answers)]
+    passages = []
+    for kind, ids in zip(("prompt", *names), (row.prompt_ids, *row.answers)):
+        space = limit if kind == "prompt" else limit - len(row.prompt_ids)
+        name = f"completion, label {row.label}" if row.label is not None else KIND_NAMES.get(kind, kind)
+        kinds = [kind if place < space else "cut" for place in range(len(ids))]
+        passages.append(
+            Passage(_token_views(tokenizer, ids, kinds), "prompt" if kind == "prompt" else name, kind)
+        )
+    facts = {"margin": row.margin} if row.margin is not None else row.kept
+    return RowView(origin, passages, len(row.prompt_ids) + sum(map(len, row.answers)), facts)
+
+
+def _token_views(tokenizer: Any, ids: list[int], kinds: list[str]) -> list[TokenView]:
+    """Views of the first tokens; tokens that make one character together are one."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tokens, part = [], []
-    for place, (token, label) in enumerate(zip(encoded.ids[:SHOWN_TOKENS], encoded.labels)):
-        kind = "cut" if place >= limit else "context" if label == UNTRAINED or place == 0 else "trained"
+    for place, (token, kind) in enumerate(zip(ids[:SHOWN_TOKENS], kinds)):
         part.append(token)
         text = _text_of(tokenizer, part)
-        if "\ufffd" in text and len(part) < 4 and place + 1 < len(encoded.ids):
+        if "\ufffd" in text and len(part) < 4 and place + 1 < len(ids):
             continue  # a part of a character; the next tokens complete it
         tokens.append(TokenView(tuple(part), text, kind, token in special))
         part = []
-    return RowView(origin, tokens, len(encoded.ids))
+    return tokens
 
 
 def _text_of(tokenizer: Any, ids: list[int]) -> str:
@@ -170,7 +239,7 @@ def _visible(text: str) -> str:
     return printable(shown)
 
 
-def _as_text(view: RowView, marked: bool) -> Text:
+def _as_text(tokens: list[TokenView], marked: bool) -> Text:
     """Coloured text; `marked` for output without colours, where brackets show what is trained and scissors where it is cut."""
     text, before = Text(), "context"
     brackets = {
@@ -178,10 +247,10 @@ def _as_text(view: RowView, marked: bool) -> Text:
         ("trained", "context"): "\u27e7",
         ("trained", "cut"): "\u27e7\u2702",
     }
-    brackets |= {("context", "cut"): "\u2702"}
-    for token in view.tokens:
+    for token in tokens:
         if marked:
-            text.append(brackets.get((before, token.kind), ""))
+            starts_cut = token.kind == "cut" != before
+            text.append(brackets.get((before, token.kind), "\u2702" if starts_cut else ""))
             before = token.kind
         text.append(_visible(token.text), style=STYLES[token.kind, token.special])
     if marked and before == "trained":
@@ -189,17 +258,13 @@ def _as_text(view: RowView, marked: bool) -> Text:
     return text
 
 
-def _legend() -> Text:
+def _legend(kinds: Sequence[str]) -> Text:
     text = Text("legend: ")
-    for kind, special, label in (
-        ("trained", False, "trained"),
-        ("trained", True, "trained special"),
-        ("context", False, "context"),
-        ("context", True, "context special"),
-        ("cut", False, "cut"),
-    ):
-        text.append(label, style=STYLES[kind, special])
-        text.append("  ")
+    for kind in kinds:
+        for special in (False, True) if kind != "cut" else (False,):
+            name = KIND_NAMES.get(kind, kind)
+            text.append(f"{name} special" if special else name, style=STYLES[kind, special])
+            text.append("  ")
     return text
 
 
@@ -208,6 +273,12 @@ def write_html(path: Path, rows: list[RowView], report: DataReport) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("oribi.data"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("rows.html.jinja").render(rows=rows, report=report, visible=_visible)
+    page = environment.get_template("rows.html.jinja").render(
+        rows=rows,
+        report=report,
+        visible=_visible,
+        kinds=(*KINDS.get(report.stage, COMPARED), "special"),
+        names=KIND_NAMES,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page + "\n")
