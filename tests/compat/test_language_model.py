@@ -180,8 +180,8 @@ def test_fast_model_chooses_modules_by_its_flags(llama, flags, expected):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"finetune_language_layers": False}, "only the layers of the text decoder"),
-        ({"finetune_audio_layers": True}, "only the layers of the text decoder"),
+        ({"finetune_language_layers": False}, "only the layers of the text decoder can be trained"),
+        ({"finetune_audio_layers": True}, "only the layers of the text decoder can be trained"),
         ({"finetune_attention_modules": False, "finetune_mlp_modules": False}, "are both off"),
         ({"task_type": "SEQ_CLS"}, "the model is loaded for 'CAUSAL_LM'"),
     ],

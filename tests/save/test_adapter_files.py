@@ -36,6 +36,15 @@ TEXT = {
 VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 16, "patch_size": 8}  # fmt: skip
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 8,
+}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 WRAPPERS = {
     "gemma3": {"text_config": {**TEXT, **SLIDING}, "vision_config": VISION, "mm_tokens_per_image": 4},
     "mistral3": {
@@ -50,17 +59,33 @@ WRAPPERS = {
         "text_config": {**TEXT, "model_type": "qwen2"},
         "vision_config": {**VISION, "model_type": "siglip_vision_model"},
     },
+    "internvl": {
+        "text_config": {**TEXT, "model_type": "qwen2"},
+        "vision_config": {**VISION, "image_size": [16, 16], "patch_size": [8, 8]},
+    },
+    "qwen2_5_vl": {"text_config": {**TEXT, **MROPE}, "vision_config": {**QWEN_VISION, "window_size": 16}},
+    "qwen3_vl": {
+        "text_config": {**TEXT, **MROPE},
+        "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    },
+    "paligemma": {
+        "text_config": {**TEXT, "model_type": "gemma"},
+        "vision_config": {**VISION, "model_type": "siglip_vision_model"},
+    },
+    "aya_vision": {
+        "text_config": {**TEXT, **SLIDING, "model_type": "cohere2"},
+        "vision_config": {**VISION, "model_type": "siglip_vision_model"},
+    },
     "smolvlm": {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": VISION},
     "gemma4": {
-        "text_config": {**TEXT, **SLIDING, "global_head_dim": 16, "hidden_size_per_layer_input": 16,
+        "text_config": {**TEXT, **SLIDING, "global_head_dim": 16, "hidden_size_per_layer_input": 64,
                         "vocab_size_per_layer_input": 384, "num_kv_shared_layers": 0},
         "vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 32},
     },
     "qwen3_5": {
         "text_config": {**TEXT, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
                         "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
-        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-                          "patch_size": 8},
+        "vision_config": QWEN_VISION,
     },
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ The vocabulary never changes here. Every repair is reported as one line.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders
 from transformers import (
@@ -15,7 +16,8 @@ from transformers import (
 )
 
 from oribi.chat.ends import stop_ids, turn_end_id
-from oribi.errors import ModelError
+from oribi.chat.template import render_chat, slot
+from oribi.errors import ModelError, OribiError
 
 # tokens that models reserve for padding, the most specific first
 _PAD_NAMES = (
@@ -27,6 +29,14 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# put before a template of a processor, whose contents are lists of parts: texts become such lists
+TEXTS_AS_PARTS = (
+    "{%- set listed = namespace(messages=[]) -%}{%- for message in messages -%}{%- if message['content'] is string -%}"
+    "{%- set message = dict(message, content=[{'type': 'text', 'text': message['content']}]) -%}{%- endif -%}"
+    "{%- set listed.messages = listed.messages + [message] -%}{%- endfor -%}{%- set messages = listed.messages -%}"
+)
+# where a processor keeps its chat template when its tokenizer has none
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
 # those of a tokenizer's files that hold JSON objects
 OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FILES = (
@@ -165,6 +175,11 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _repair_chat_template(tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
     if tokenizer.chat_template:
+        if _drops_texts(tokenizer):
+            tokenizer.chat_template = TEXTS_AS_PARTS + tokenizer.chat_template
+            notes.append(
+                "tokenizer: its chat template reads contents as lists of parts, as for images; texts are given to it as such"
+            )
         return
     vocab = tokenizer.get_vocab()
     if "<|im_start|>" in vocab and "<|im_end|>" in vocab:
@@ -174,6 +189,21 @@ def _repair_chat_template(tokenizer: PreTrainedTokenizerBase, notes: list[str]) 
         notes.append(
             "tokenizer: it has no chat template; get_chat_template(tokenizer, ...) sets one for chats"
         )
+
+
+def _drops_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template leaves out contents that are texts, and writes those that are lists of parts."""
+    if not isinstance(tokenizer.chat_template, str):
+        return False
+    text = slot(0)
+
+    def writes(content: Any) -> bool:
+        try:
+            return text in render_chat(tokenizer, [{"role": "user", "content": content}])
+        except OribiError:
+            return False
+
+    return not writes(text) and writes([{"type": "text", "text": text}])
 
 
 def _repair_padding(

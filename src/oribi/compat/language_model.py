@@ -20,6 +20,7 @@ from oribi.config import PROJECTIONS
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.lora.attach import attach_lora, set_checkpointing, switch_checkpointing
+from oribi.lora.targets import layer_projections
 from oribi.models.load import load_model
 from oribi.models.load_adapter import load_adapter
 from oribi.models.unwrap import base_model
@@ -90,6 +91,7 @@ class FastLanguageModel:
         model.oribi.notes += notes
         say_notes([detect().summary(model.dtype), *model.oribi.notes])
         base_model(model).loaded_tokenizer = tokenizer
+        tokenizer.tokenizer = tokenizer  # scripts for image-text models take the tokenizer out of a processor
         _bind(model)
         return model, tokenizer
 
@@ -178,7 +180,7 @@ class FastModel(FastLanguageModel):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
-        finetune_vision_layers: bool = True,
+        finetune_vision_layers: bool | None = None,
         finetune_language_layers: bool = True,
         finetune_attention_modules: bool = True,
         finetune_mlp_modules: bool = True,
@@ -191,7 +193,7 @@ class FastModel(FastLanguageModel):
         Args:
             finetune_attention_modules, finetune_mlp_modules: which of the projections, where `target_modules` is None or
                 "all-linear".
-            finetune_language_layers: must be on, there are no others. finetune_vision_layers: nothing to switch here.
+            finetune_language_layers: must be on, no others are trained. finetune_vision_layers: True is answered with a note.
             finetune_audio_layers: refused. task_type: None, or what the model is loaded for, as in `attach_lora`.
             arguments: as in `FastLanguageModel.get_peft_model`.
 
@@ -200,13 +202,23 @@ class FastModel(FastLanguageModel):
         """
         if not finetune_language_layers or finetune_audio_layers:
             raise ConfigError(
-                "get_peft_model: only the layers of the text decoder are loaded, so only they can be trained"
+                "get_peft_model: only the layers of the text decoder can be trained, those for images and sound cannot"
+            )
+        if finetune_vision_layers and model.oribi.config.get_text_config() is not model.oribi.config:
+            say_notes(
+                [
+                    "finetune_vision_layers=True: only the text decoder is trained; the layers for images stay as they are"
+                ]
             )
         if target_modules is None or target_modules == "all-linear":
-            target_modules = [
-                *(PROJECTIONS[:4] if finetune_attention_modules else ()),
-                *(PROJECTIONS[4:] if finetune_mlp_modules else ()),
-            ]
+            if model.oribi.fused:
+                target_modules = [
+                    *(PROJECTIONS[:4] if finetune_attention_modules else ()),
+                    *(PROJECTIONS[4:] if finetune_mlp_modules else ()),
+                ]
+            else:
+                base = base_model(model)
+                target_modules = layer_projections(base, finetune_attention_modules, finetune_mlp_modules)
             if not target_modules:
                 raise ConfigError(
                     "get_peft_model: finetune_attention_modules and finetune_mlp_modules are both off"

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from oribi.config import PROJECTIONS
 from oribi.errors import ConfigError
@@ -21,6 +22,38 @@ def is_tied(model: PreTrainedModel) -> bool:
     """Whether embeddings and head are one matrix."""
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     return tied and model.get_output_embeddings() is not None
+
+
+# parts of a module's name by which transformers' classes keep apart attention and MLP; whatever else mixes tokens is attention
+_MLP_PARTS = re.compile(r"mlp|feed_forward|ffn|moe|expert|fc\d|dense_h|dense_4h|w[123]$")
+# PEFT refuses out_proj of these: their kernels read its weight past LoRA
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+# choose experts, and are not trained as projections are
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+def layer_projections(model: PreTrainedModel, attention: bool, mlp: bool) -> list[str]:
+    """Names of the linear layers in a text decoder, whatever its family calls them.
+
+    Args:
+        model: the base.
+        attention, mlp: which: those that mix tokens, and those that do not.
+    """
+    inside = set(_of_text(model, [name for name, _ in model.named_modules()]))
+    head, without = model.get_output_embeddings(), set(_ROUTERS)
+    if model.config.model_type in _MAMBA:
+        without |= {"out_proj"}
+    found: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if (
+            isinstance(module, (nn.Linear, Conv1D))
+            and module is not head
+            and name in inside
+            and leaf not in without
+        ):
+            found[leaf] = _MLP_PARTS.search(name) is not None
+    return [leaf for leaf, is_mlp in found.items() if (mlp if is_mlp else attention)]
 
 
 def has_head(targets: Iterable[str] | str) -> bool:

@@ -272,10 +272,6 @@ def _load_base(
             trainable=settings.full_finetuning,
         )  # fmt: skip
     else:
-        notes.append(
-            f"{config.model_type} is outside oribi's family table: it runs as transformers' {config.architectures}, "
-            "unfused; expect the speed and memory of plain PEFT"
-        )
         model, new_modules = load_unfused(
             location, config, device=settings.device, dtype=dtype, quantization=quantization,
             trust_remote_code=opened.hub.trust_remote_code, allow_pickle=pickled, notes=notes,

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from oribi.chat.tokenizer import OBJECTS, Repaired, load_tokenizer, repair
+from oribi.chat.tokenizer import OBJECTS, PROCESSOR_FILES, Repaired, load_tokenizer, repair
 from oribi.errors import ModelError
 from oribi.families import family_of
 from oribi.gguf.source import GGUFSource
@@ -147,7 +147,18 @@ class OpenedModel:
         for name in OBJECTS:
             if (directory / name).is_file():
                 read_json(directory / name)  # names the file that is damaged
-        return load_tokenizer(directory, trust_remote_code=self.hub.trust_remote_code, notes=self.notes)
+        tokenizer = load_tokenizer(directory, trust_remote_code=self.hub.trust_remote_code, notes=self.notes)
+        if not tokenizer.chat_template:
+            self._take_processors_template(tokenizer, directory)
+        return tokenizer
+
+    def _take_processors_template(self, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+        for file in (directory / name for name in PROCESSOR_FILES if (directory / name).is_file()):
+            template = read_json(file).get("chat_template")
+            if isinstance(template, str) and template:
+                tokenizer.chat_template = template
+                self.notes.append(f"chat template: the processor's, from {file.name}")
+                return
 
 
 def open_model(name: str, hub: HubOptions | None = None, gguf_file: str | None = None) -> OpenedModel:

@@ -11,7 +11,6 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -24,6 +23,7 @@ from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.files import Location
 from oribi.models.generate import generate_in_inference_mode
 from oribi.models.quantize import Quantization, fits_nf4
+from oribi.models.wrapper import automatic
 from oribi.tensors import problems_in_words
 
 _NAMED = 3  # kinds of tensors that a note names
@@ -92,21 +92,41 @@ def weightless(
 ) -> PreTrainedModel:
     """The model that transformers makes of a config, on the meta device; no weights are read and no memory is taken."""
     with torch.device("meta"):
-        return _auto(classifies).from_config(config, trust_remote_code=trust_remote_code)
+        return _auto(config, classifies).from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _auto(classifies: bool) -> Any:
-    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+def _auto(config: PretrainedConfig, classifies: bool) -> Any:
+    return AutoModelForSequenceClassification if classifies else automatic(config)
+
+
+def beside_decoder(model: PreTrainedModel) -> list[str]:
+    """Modules of a multimodal class beside its text decoder and head, such as the vision tower: they are not trained, and not
+    packed, so that an export holds them as they were."""
+    names = {id(module): name for name, module in model.named_modules()}
+    decoder = names.get(id(model.get_decoder())) if hasattr(model, "get_decoder") else None
+    head = names.get(id(model.get_output_embeddings()))
+    if not decoder or getattr(model.config, "text_config", None) is None:
+        return []
+    parts = decoder.split(".")
+    around = {".".join(parts[:depth]) for depth in range(len(parts))}
+    kept = [f"{name}." for name in (decoder, head or decoder)]
+    return [
+        name
+        for name in names.values()
+        if name and name.rpartition(".")[0] in around and not any(one.startswith(f"{name}.") for one in kept)
+    ]
 
 
 def sizes_of_config(config: PretrainedConfig, *, trust_remote_code: bool = False) -> UnfusedSizes:
     """Sizes of the model that transformers makes of a config."""
     model = weightless(config, trust_remote_code=trust_remote_code)
-    head = model.get_output_embeddings()
+    head, others = model.get_output_embeddings(), tuple(f"{name}." for name in beside_decoder(model))
     linear = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and module is not head
+        and not f"{name}.".startswith(others)
     }
     return unfused_sizes(model.named_parameters(), linear)
 
@@ -123,7 +143,7 @@ def load_unfused(
     notes: list[str],
     classifies: bool = False,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """A causal language model through `AutoModelForCausalLM`, or a sequence classifier through its own class.
+    """A causal language model, or the text decoder within a multimodal one, or a sequence classifier, in transformers' class.
 
     Args:
         location: a checkpoint whose weights are on disk.
@@ -139,19 +159,11 @@ def load_unfused(
         ModelError: transformers cannot load it, tensors are missing or have another shape than the config says, or its
             layers cannot be packed on this device.
     """
-    settings = None
-    expected = weightless(config, trust_remote_code=trust_remote_code, classifies=classifies)
-    heads = [name for name, _ in expected.named_modules() if classifies and _is_head(expected, name)]
-    if quantization.enabled and not getattr(config, "quantization_config", None):
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=quantization.double,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", *heads, *quantization.skip],
-        )
     try:
-        model, report = _auto(classifies).from_pretrained(
+        expected = weightless(config, trust_remote_code=trust_remote_code, classifies=classifies)
+        kept = [name for name, _ in expected.named_modules() if classifies and _is_head(expected, name)]
+        settings = _bitsandbytes(config, quantization, [*kept, *beside_decoder(expected)], dtype)
+        model, report = _auto(config, classifies).from_pretrained(
             location.directory,
             config=config,
             dtype=dtype,
@@ -171,6 +183,7 @@ def load_unfused(
             f"{location.name}: transformers cannot load this {config.model_type} model: {reason}"
         ) from error
     new_modules = _new_modules(model, report) if classifies else ()
+    notes.append(_outside_table(config, model, expected))
     notes += _compare_tensors(location, model, expected, report)
     if not classifies:
         model.generate = partial(generate_in_inference_mode, model, model.generate)
@@ -189,6 +202,33 @@ def load_unfused(
     if quantization.enabled:
         notes.append(unfused_sizes(model.named_parameters(), packed).note(dtype.itemsize))
     return model, new_modules
+
+
+def _bitsandbytes(
+    config: PretrainedConfig, quantization: Quantization, kept: list[str], dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """How transformers packs the linear layers other than `kept`; None where none is packed, or all are already."""
+    if not quantization.enabled or getattr(config, "quantization_config", None):
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantization.double,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", *kept, *quantization.skip],
+    )
+
+
+def _outside_table(config: PretrainedConfig, model: PreTrainedModel, expected: PreTrainedModel) -> str:
+    """What runs a model outside the family table, and what becomes of its parts for images and sound."""
+    text = (
+        f"{config.model_type} is outside oribi's family table: it runs as transformers' {type(model).__name__}, unfused; expect "
+        "the speed and memory of plain PEFT"
+    )
+    if config.get_text_config() is config:
+        return text
+    kept = "stays as it is, frozen and not packed" if beside_decoder(expected) else "is not loaded"
+    return f"{text}. Its text decoder is trained; what it has for images and sound {kept}"
 
 
 def _is_head(model: PreTrainedModel, name: str) -> bool:

@@ -173,11 +173,16 @@ def class_named(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     return _auto_class(config)
 
 
+def automatic(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The automatic class of transformers that builds a config's model; the causal one where the model's own code does."""
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    images = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if images and not causal else AutoModelForCausalLM
+
+
 def _auto_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
-    return None
+    mapping = automatic(config)._model_mapping
+    return mapping.get(type(config), None)
 
 
 def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:

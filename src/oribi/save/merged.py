@@ -5,6 +5,7 @@ Adapters are added to their base in float32, rounded once and written tensor by 
 
 import copy
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from torch import nn
 from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
+from oribi.models.unfused import beside_decoder
+from oribi.models.unwrap import source_of
+from oribi.models.wrapper import automatic
 from oribi.save.adapter_check import compare_in_plain_peft
 from oribi.save.adapter_files import WEIGHTS, write_adapter
+from oribi.save.base import base_name, locate_here
 from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, Verify, checked, trained_answers
@@ -32,6 +37,8 @@ from oribi.tensors import TensorSource, all_finite, read_header
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU = torch.device("cpu")
+# how images are prepared; the tokenizer's files are written anew
+PROCESSOR_SETTINGS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def save_merged(
@@ -127,6 +134,11 @@ class MergedExport(Export):
         words = f"{self.report.kind}, {len(self.plans)} tensors in {_dtype_name(self.dtype)}"
         announce(self.directory, {words: size})
         self.merged = self.merge(tokenizer, held_out, base)
+        whole = getattr(source_of(self.model), "config", None)
+        if whole is not None and whole.get_text_config() is not whole and not beside_decoder(self.inner):
+            self.report.notes.append(
+                f"the text model alone: what {whole.model_type} has for images and sound is not in it"
+            )
         return self.run(size)
 
     def write(self, folder: Path) -> None:
@@ -145,13 +157,28 @@ class MergedExport(Export):
             generation.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+        if beside_decoder(self.inner):
+            self._copy_processor(folder)
+
+    def _copy_processor(self, folder: Path) -> None:
+        """What a program reads to prepare images for the model, as the base has it."""
+        try:
+            directory = locate_here(self.model, base_name(self.model))[0].directory
+        except ExportError:
+            self.report.notes.append(
+                "the base's files are not here, so no settings of its image processor are written"
+            )
+            return
+        for name in PROCESSOR_SETTINGS:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, folder / name)
 
     def _write_config(self, folder: Path) -> None:
         config = copy.deepcopy(self.inner.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         if self.quantized:
-            config.quantization_config = nf4_config(self.dtype)
+            config.quantization_config = nf4_config(self.dtype, beside_decoder(self.inner))
         family = family_of(config)
         config.architectures = [family.architecture if family is not None else type(self.inner).__name__]
         config.dtype = self.dtype
@@ -169,10 +196,10 @@ class MergedExport(Export):
         return found
 
     def usage(self, folder: Path, file: str) -> str:
-        name = self.directory.name
+        name, kind = self.directory.name, automatic(self.inner.config).__name__
         return fenced(
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto")\n'
+            f"from transformers import {kind}, AutoTokenizer\n\n"
+            f'model = {kind}.from_pretrained({name!r}, dtype="auto")\n'
             f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
             "python",
         )

@@ -1,6 +1,7 @@
 """A merged checkpoint in NF4 again, as bitsandbytes stores it: the tensors that `*-bnb-4bit` checkpoints hold."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
@@ -8,6 +9,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from oribi.models.quantize import BLOCK
+from oribi.models.unfused import beside_decoder
+from oribi.models.unwrap import base_model
 from oribi.save.trained import slots_of
 from oribi.tensors import TensorSource
 
@@ -15,25 +18,32 @@ from oribi.tensors import TensorSource
 _STATE = 16 * 4 + 256 * 4 + 512
 
 
-def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """`quantization_config` of the checkpoint's config.json."""
+def nf4_config(dtype: torch.dtype, kept: Sequence[str] = ()) -> BitsAndBytesConfig:
+    """`quantization_config` of the checkpoint's config.json.
+
+    Args:
+        dtype: of what is not packed.
+        kept: modules beside the head that are not packed.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head"],
+        llm_int8_skip_modules=["lm_head", *kept],
     )
 
 
 def packed_names(model: nn.Module) -> set[str]:
-    """Names of the weights that are packed: of linear layers other than the head whose rows are whole blocks."""
+    """Names of the weights that are packed: of the text decoder's linear layers whose rows are whole blocks."""
+    others = tuple(f"{name}." for name in beside_decoder(base_model(model)))
     return {
         name
         for name, slot in slots_of(model).items()
         if slot.leaf == "weight"
         and isinstance(slot.module, nn.Linear)
         and name != "lm_head.weight"
+        and not name.startswith(others)
         and slot.module.in_features % BLOCK == 0
     }
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from oribi.chat.ends import renders
 from oribi.gguf.mixes import METHODS
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.wrapper import automatic
 from oribi.save.check import Check, Outcome, percent
 from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.probes import CONVERSATIONS, rendered_ids
@@ -208,7 +209,8 @@ def check_checkpoint(trained: Trained, folder: Path, form: str) -> list[Check]:
     files = sorted(folder.glob("model*.safetensors"))
     if isinstance(trained.inner, DecoderForCausalLM):
         return check_source(trained, Nf4Source(SafetensorsSource(files)), form)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=trained.dtype).to(trained.device).eval()
+    kind = automatic(AutoConfig.from_pretrained(folder))
+    loaded = kind.from_pretrained(folder, dtype=trained.dtype).to(trained.device).eval()
     return compare(trained, logits_by_document(loaded, trained.pack, trained.keep), form)
 
 
