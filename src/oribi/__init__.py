@@ -40,18 +40,14 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-# modules of Unsloth's whose names scripts reach through the package; all of them are here
-_PLACES = ("chat_templates", "trainer", "dataprep")
-
-
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in _PLACES:
-        return import_module(f"oribi.{name}")
     if not name.startswith("_"):
-        from oribi.compat.names import NAMES
+        from oribi.compat.names import NAMES, PLACES
 
+        if name in PLACES:
+            return import_module(f"oribi.{name}")
         if name in NAMES and NAMES[name].home:
             return getattr(import_module(NAMES[name].home), name)
         if name in NAMES:

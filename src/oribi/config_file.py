@@ -236,7 +236,7 @@ def commented_yaml(
     return "\n".join(lines) + "\n"
 
 
-def write_config(path: Path, text: str, force: bool) -> None:
+def write_config(path: Path, text: str | bytes, force: bool) -> None:
     """Write a config, or a script, that a command made.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
+    if name.startswith("__") and name != "__version__":
         raise AttributeError(f"module 'oribi.trl' has no attribute {name!r}")
     from oribi.compat.trl import trl_name
 

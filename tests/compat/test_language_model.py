@@ -69,6 +69,8 @@ def test_only_the_first_process_prints(llama, capsys, monkeypatch):
         ("attn_implementation", "flash_attention_2", "the decoder chooses its attention backend"),
         ("unsloth_tiled_mlp", True, "bounds the MLP's memory"),
         ("text_only", True, "only text decoders are loaded"),
+        ("load_in_fp8", "block", "there are no 8-bit float weights"),
+        ("unsloth_vllm_standby", True, "an inference engine that is not used"),
     ],
 )
 def test_keywords_without_meaning_are_noted(llama, keyword, value, note):
@@ -79,7 +81,7 @@ def test_keywords_without_meaning_are_noted(llama, keyword, value, note):
 
 @pytest.mark.parametrize(
     ("keyword", "value"),
-    [("fast_inference", False), ("gpu_memory_utilization", 0.5), ("max_lora_rank", 64), ("load_in_fp8", False),
+    [("fast_inference", False), ("gpu_memory_utilization", 0.5), ("max_lora_rank", 64),
      ("random_state", 3407), ("qat_scheme", None), ("num_labels", None), ("float8_kv_cache", False)],
 )  # fmt: skip
 def test_keywords_at_their_defaults_pass_in_silence(llama, keyword, value):
@@ -89,8 +91,6 @@ def test_keywords_at_their_defaults_pass_in_silence(llama, keyword, value):
 @pytest.mark.parametrize(
     ("keyword", "value", "words"),
     [
-        ("float8_kv_cache", True, "there is no vLLM engine"),
-        ("load_in_fp8", "block", "weights are NF4 or 16 bit"),
         ("qat_scheme", "int4", "quantisation-aware training is not supported"),
         ("auto_model", object, "oribi loads language models and sequence classifiers"),
         ("whisper_language", "English", "speech models are not supported"),

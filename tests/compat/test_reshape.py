@@ -140,6 +140,21 @@ def test_an_example_without_an_end_gets_eos(plain_tokenizer):
     assert text.startswith(prompt)
 
 
+@pytest.mark.parametrize(
+    ("once", "twice"),
+    [
+        ("Begin.\n\n### Q:\n{INPUT}\n\n### A:\n{OUTPUT}", "Begin.\n\n### Q:\n{INPUT}\n\n### A:\n{OUTPUT}\n\n### Q:\n{INPUT}\n\n### A:\n{OUTPUT}"),
+        ("<s>{SYSTEM}</s>\nQ: {INPUT} A: {OUTPUT}</s>\n", "<s>{SYSTEM}</s>\nQ: {INPUT} A: {OUTPUT}</s>\nQ: {INPUT} A: {OUTPUT}</s>\n"),
+        ("{SYSTEM}\nUSER: {INPUT}\nBOT: {OUTPUT}\n", "{SYSTEM}\nUSER: {INPUT}\nBOT: {OUTPUT}\nUSER: {INPUT}\nBOT: {OUTPUT}\n"),
+        ("Q: {INPUT} A: {OUTPUT}</s>", "Q: {INPUT} A: {OUTPUT}</s>Q: {INPUT} A: {OUTPUT}</s>"),
+    ],
+)  # fmt: skip
+def test_one_turn_says_what_two_say(family_tokenizer, once, twice):
+    assert template_from_example(once, family_tokenizer, "Be brief.") == template_from_example(
+        twice, family_tokenizer, "Be brief."
+    )
+
+
 def test_bos_in_the_example_is_the_tokenizers_own(family_tokenizer):
     example = "<s>{INPUT}>{OUTPUT}</s>{INPUT}>{OUTPUT}</s>"
     source = template_from_example(example, family_tokenizer, "")
@@ -152,7 +167,8 @@ def test_bos_in_the_example_is_the_tokenizers_own(family_tokenizer):
 @pytest.mark.parametrize(
     ("example", "reason"),
     [
-        ("{INPUT}{OUTPUT}", "must hold {INPUT} and {OUTPUT} twice"),
+        ("{INPUT}{INPUT}{OUTPUT}", "must hold {INPUT} and {OUTPUT} once or twice"),
+        ("{OUTPUT}{INPUT}", "must hold {INPUT} before {OUTPUT}"),
         ("a{INPUT}b{OUTPUT}c a{INPUT}x{OUTPUT}c", "differ between {INPUT} and {OUTPUT}"),
         ("a{INPUT}b{OUTPUT}c y{INPUT}b{OUTPUT}c", "does not begin as the second"),
     ],

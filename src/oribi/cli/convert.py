@@ -72,7 +72,7 @@ def _convert_script(file: Path, output: Path | None, force: bool, json: bool) ->
 
     output = output or file.with_stem(f"{file.stem}_oribi")
     found = convert_script(file)
-    write_config(output, found.text, force)
+    write_config(output, found.text.encode(found.encoding), force)
     out = Output(json)
     out.text(f"written: {output}")
     for line in found.changed:

@@ -6,7 +6,6 @@ with a note, one that would silently change the result is refused, and an unknow
 
 import inspect
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oribi.compat.names import IGNORED_KEYWORDS, REFUSED_KEYWORDS
+from oribi.compat.names import IGNORED_KEYWORDS, QUIET_DEFAULTS, REFUSED_KEYWORDS
 from oribi.compat.reinforcement import fast_generate, load_lora, save_lora
 from oribi.config import PROJECTIONS
 from oribi.environment import detect
@@ -27,11 +26,6 @@ from oribi.models.unwrap import base_model
 from oribi.text import did_you_mean, say_notes
 
 Model = PreTrainedModel | PeftModel
-
-_QUIET_DEFAULTS = {
-    "max_lora_rank": 64, "gpu_memory_utilization": 0.5, "disable_log_stats": True, "fullgraph": True,
-    "random_state": 3407,
-}  # fmt: skip
 
 
 class FastLanguageModel:
@@ -67,8 +61,10 @@ class FastLanguageModel:
             ConfigError: a keyword is unknown or refused, or arguments contradict each other.
             ModelError: the model cannot be loaded.
         """
+        if options.get("load_in_fp8") and load_in_4bit is None:
+            load_in_4bit = False  # nobody who asks for 8 bits expects 4
         notes = _read_auto_model(options)
-        notes += _sort_out(options, load_model, FastLanguageModel.from_pretrained)
+        notes += _sort_out(options)
         older_name = options.pop("torch_dtype", None)
         model, tokenizer = load_model(
             model_name,
@@ -261,24 +257,32 @@ def _read_auto_model(options: dict[str, Any]) -> list[str]:
     )
 
 
-def _sort_out(options: dict[str, Any], *known_by: Callable[..., Any]) -> list[str]:
-    """Drops keywords without effect from `options` and returns notes on them; raises over refused and unknown ones."""
+def loading_keywords() -> set[str]:
+    """Keywords that `from_pretrained` reads."""
     from oribi.models.load_settings import RARE_OPTIONS
 
-    known = {*RARE_OPTIONS, "torch_dtype"}
-    notes = []
+    named = {
+        p
+        for call in (load_model, FastLanguageModel.from_pretrained)
+        for p in inspect.signature(call).parameters
+    }
+    return {*RARE_OPTIONS, "torch_dtype", "auto_model", *named} - {"options"}
+
+
+def _sort_out(options: dict[str, Any]) -> list[str]:
+    """Drops keywords without effect from `options` and returns notes on them; raises over refused and unknown ones."""
+    known, notes = loading_keywords(), []
     for name, value in list(options.items()):
         if name in REFUSED_KEYWORDS:
             if value not in (None, False):
                 raise ConfigError(f"from_pretrained: {name}={value!r} is refused: {REFUSED_KEYWORDS[name]}")
             options.pop(name)
         elif name in IGNORED_KEYWORDS:
-            if value not in (None, False, _QUIET_DEFAULTS.get(name)):
+            if value not in (None, False, QUIET_DEFAULTS.get(name)):
                 notes.append(f"{name}={value!r} has no effect: {IGNORED_KEYWORDS[name]}")
             options.pop(name)
         elif name not in known:
-            named = {p for call in known_by for p in inspect.signature(call).parameters}
-            hint = did_you_mean(name, {*known, *named, *IGNORED_KEYWORDS})
+            hint = did_you_mean(name, {*known, *IGNORED_KEYWORDS})
             raise ConfigError(f"from_pretrained: unknown keyword {name}{hint}")
     return notes
 

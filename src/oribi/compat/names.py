@@ -14,6 +14,9 @@ class Name:
     note: str = ""
 
 
+# modules of Unsloth's whose names scripts reach through the package; all of oribi's names are in each
+PLACES = ("chat_templates", "trainer", "dataprep")
+
 _MODEL = "oribi.compat.language_model"
 _TEXT = "text models only; a vision tower is not loaded"
 _CLASS = "the same as FastLanguageModel: the checkpoint says its family"
@@ -37,6 +40,7 @@ NAMES = {
     "PatchKTOTrainer": Name("oribi.compat.reinforcement", _NOTHING),
     "PatchFastRL": Name("oribi.compat.reinforcement", _NOTHING),
     "get_chat_template": Name("oribi"),
+    "CHAT_TEMPLATES": Name("oribi.compat.reshape", "the names are the same; the templates are oribi's"),
     "standardize_sharegpt": Name("oribi"),
     "standardize_data_formats": Name("oribi"),
     "to_sharegpt": Name("oribi"),
@@ -83,6 +87,11 @@ IGNORED_KEYWORDS = {
     "gpu_memory_utilization": "it sizes an inference engine that is not used",
     "max_lora_rank": "it sizes an inference engine that is not used",
     "disable_log_stats": "it belongs to an inference engine that is not used",
+    "unsloth_vllm_standby": "it belongs to an inference engine that is not used",
+    "enforce_eager": "it belongs to an inference engine that is not used",
+    "conservativeness": "it belongs to an inference engine that is not used",
+    "float8_kv_cache": "it belongs to an inference engine that is not used",
+    "load_in_fp8": "there are no 8-bit float weights; they are 16 bit, or NF4 with load_in_4bit=True",
     "offload_embedding": "use_gradient_checkpointing='memory' moves frozen embeddings to host memory",
     "unsloth_tiled_mlp": "use_gradient_checkpointing='memory' bounds the MLP's memory",
     "unsloth_force_compile": "nothing is compiled at run time",
@@ -95,10 +104,13 @@ IGNORED_KEYWORDS = {
     "text_only": "only text decoders are loaded",
     "random_state": "loading draws no random numbers",
 }
+# value of an ignored keyword that scripts of other libraries write by default, about which nothing is said
+QUIET_DEFAULTS = {
+    "max_lora_rank": 64, "gpu_memory_utilization": 0.5, "disable_log_stats": True, "fullgraph": True,
+    "random_state": 3407,
+}  # fmt: skip
 # keyword of from_pretrained -> why it is refused when set
 REFUSED_KEYWORDS = {
-    "float8_kv_cache": "there is no vLLM engine",
-    "load_in_fp8": "weights are NF4 or 16 bit",
     "qat_scheme": "quantisation-aware training is not supported",
     "whisper_language": "speech models are not supported",
     "whisper_task": "speech models are not supported",

@@ -10,10 +10,14 @@ from typing import Any
 
 import datasets
 
+from oribi.chat.named_templates import TEMPLATES
 from oribi.chat.template import render_chat
 from oribi.data.columns import MESSAGES as MESSAGE_COLUMNS
 from oribi.data.columns import Columns, as_text, short
 from oribi.errors import ConfigError, DataError
+
+# under the name that scripts list the templates' names by
+CHAT_TEMPLATES = TEMPLATES
 
 AnyDataset = datasets.Dataset | datasets.IterableDataset
 
@@ -215,7 +219,7 @@ def apply_chat_template(
     Args:
         dataset: with a column conversations or messages.
         tokenizer: its chat_template is replaced.
-        chat_template: an example of two turns: {INPUT} and {OUTPUT} twice each, {SYSTEM} once or not at all.
+        chat_template: an example of one or two turns: {INPUT} and {OUTPUT} in each, {SYSTEM} once or not at all.
         default_system_message: stands in for a missing system message.
         extra_eos_tokens: tokens that end a turn already, so that no EOS is put behind them.
 
@@ -248,12 +252,15 @@ def apply_chat_template(
 def template_from_example(
     example: str, tokenizer: Any, default_system_message: str, extra_eos_tokens: Sequence[str] = ()
 ) -> str:
-    """Jinja for an example of two turns; see apply_chat_template."""
+    """Jinja for an example of one or two turns; see apply_chat_template."""
     counts = {name: example.count(f"{{{name}}}") for name in ("SYSTEM", "INPUT", "OUTPUT")}
-    if counts["INPUT"] != 2 or counts["OUTPUT"] != 2 or counts["SYSTEM"] > 1:
+    if counts["INPUT"] not in (1, 2) or counts["OUTPUT"] != counts["INPUT"] or counts["SYSTEM"] > 1:
         raise ConfigError(
-            f"the example of a chat template must hold {{INPUT}} and {{OUTPUT}} twice and {{SYSTEM}} at most once; it holds {counts}."
+            "the example of a chat template must hold {INPUT} and {OUTPUT} once or twice each and {SYSTEM} at most once; it holds "
+            f"{counts}."
         )
+    if counts["INPUT"] == 1:
+        example = _with_second_turn(example, tokenizer.bos_token or "")
     pieces = re.split(r"\{(?:INPUT|OUTPUT)\}", example)
     opening, middle, between, middle_again, tail = pieces
     if middle != middle_again or not example.index("{INPUT}") < example.index("{OUTPUT}"):
@@ -294,6 +301,27 @@ def template_from_example(
         {{{{- raise_exception('this template has no form for the role ' + message['role']) -}}}}
     {{%- endif -%}}
 {{%- endfor -%}}"""
+
+
+def _with_second_turn(example: str, bos: str) -> str:
+    """An example of one turn with that turn once more.
+
+    The turn begins after what ends an answer, where that stands before the question too; else with the space that sets the
+    answer's heading apart, and else behind the system message or BOS.
+    """
+    before, _, rest = example.partition("{INPUT}")
+    if "{OUTPUT}" not in rest:
+        raise ConfigError("the example of a chat template must hold {INPUT} before {OUTPUT}.")
+    middle, _, tail = rest.partition("{OUTPUT}")
+    opening = before.find("{SYSTEM}") + len("{SYSTEM}") if "{SYSTEM}" in before else 0
+    opening = max(opening, len(bos) if before.startswith(bos) else 0)
+    space = middle[: len(middle) - len(middle.lstrip())]
+    ended, spaced = before.rfind(tail) if tail else -1, before.rstrip().rfind(space) if space else -1
+    if ended >= opening and (tail.strip() or not space):
+        opening = ended + len(tail)
+    elif spaced >= opening:
+        opening = spaced if tail.strip() or not tail else spaced + len(space)
+    return f"{example}{before[opening:]}{{INPUT}}{middle}{{OUTPUT}}{tail}"
 
 
 def _quote(text: str) -> str:

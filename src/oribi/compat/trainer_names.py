@@ -5,11 +5,10 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from oribi.train.arguments import SFTConfig
-from oribi.train.trainer import SFTTrainer
+from oribi.compat.trl import trl_name
 
-UnslothTrainer = SFTTrainer
-UnslothTrainingArguments = SFTConfig
+UnslothTrainer = trl_name("SFTTrainer")
+UnslothTrainingArguments = trl_name("SFTConfig")
 
 
 def unsloth_train(trainer: Trainer, *args: Any, **kwargs: Any) -> TrainOutput:

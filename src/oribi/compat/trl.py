@@ -4,96 +4,86 @@ Source: TRL's release notes and signatures, 0.9 to 1.16; transformers' migration
 """
 
 import inspect
+import pkgutil
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import TrainingArguments
 
-from oribi.chat.template import render_chat
+from oribi.compat.prompts import short_prompts, template_columns
+from oribi.compat.trl_keywords import REFUSED, fate_of
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.models.unwrap import source_of
 from oribi.text import did_you_mean, say_notes
+from oribi.train.setup import keep_dtype_in_evaluation
 
-# older keyword of training arguments -> today's
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "max_seq_length": "max_length",
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "push_to_hub_model_id": "hub_model_id",
-    "push_to_hub_token": "hub_token",
-    "max_new_tokens": "max_completion_length",
-}
-# older keyword -> why it has no effect
-RETIRED = {
-    "overwrite_output_dir": "transformers 5 always writes into the folder",
-    "logging_dir": "trackers take their folder from their own variables",
-    "save_safetensors": "safetensors is the only format",
-    "use_mps_device": "the device is found",
-    "use_ipex": "the device is found",
-    "fp16_backend": "there is one backend",
-    "half_precision_backend": "there is one backend",
-    "fp16_opt_level": "there is one backend",
-    "include_inputs_for_metrics": "include_for_metrics names what metrics get",
-    "include_tokens_per_second": "tokens are counted",
-    "label_pad_token_id": "labels are padded with -100",
-    "padding_value": "padding is masked",
-    "is_encoder_decoder": "the model says what it is",
-    "generate_during_eval": "this trainer draws no samples",
-    "model_adapter_name": "the model's active adapter is trained",
-    "ref_adapter_name": "the reference is the model without its adapter",
-    "force_use_ref_model": "a ref_model that is given is used",
-    "dataset_num_proc": "this trainer prepares its rows in one process",
-    "max_completion_length": "max_length bounds prompt and completion together",
-    "truncation_mode": "this trainer cuts the end",
-    "unsloth_num_chunks": "the loss is computed in chunks",
-    "unsloth_logit_chunk_multiplier": "the loss is computed in chunks",
-    "unsloth_grpo_mini_batch": "the loss is computed in chunks",
-}
-# older keyword -> what to write instead; these change what is trained, so they are refused unless they say the default
-REFUSED = {
-    "rpo_alpha": (None, "write loss_type=['sigmoid', 'sft'] and loss_weights=[1.0, rpo_alpha]"),
-    "reference_free": (False, "write loss_type of a trainer without a reference, such as ORPO"),
-    "use_logits_to_keep": (False, "leave it out"),
-}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
+# modules in which TRL's helpers have been; some are in another one today
+_PLACES = (
+    "data_utils",
+    "trainer.utils",
+    "trainer.callbacks",
+    "experimental.utils",
+    "models.utils",
+    "rewards",
+    "import_utils",
+)
+# names that TRL has no more, and what does their work
+_GONE = {
+    "DataCollatorForCompletionOnlyLM": "call oribi.train_on_responses_only(trainer, instruction_part=..., response_part=...)",
+    "ConstantLengthDataset": "write packing=True in SFTConfig",
+    "setup_chat_format": "call oribi.get_chat_template(tokenizer, 'chatml')",
+    "AutoModelForCausalLMWithValueHead": "GRPO and RLOO train without a value head",
+    "PPOTrainer": "GRPO and RLOO train on rewards without a value model",
+    "PPOConfig": "GRPO and RLOO train on rewards without a value model",
+    "PPOv2Trainer": "GRPO and RLOO train on rewards without a value model",
+    "PPOv2Config": "GRPO and RLOO train on rewards without a value model",
+}
+
+
+@cache
 def trl_name(name: str) -> Any:
     """The object that one of TRL's names stands for in a script that runs on oribi.
 
     Args:
-        name: as in `from trl import NAME`, of any release since 0.9.
+        name: as in `from trl import NAME`, of any release since 0.9; also transformers' `Trainer` and `TrainingArguments`.
 
     Raises:
         AttributeError: the installed TRL has no such name.
         ImportError: TRL is not installed.
     """
-    if name == "TrainingArguments":
-        return _translating_config(name, TrainingArguments)
-    if name in ("SFTTrainer", "SFTConfig"):
+    if name == "__version__":
+        return version("trl")
+    if name in ("Trainer", "TrainingArguments"):
+        found = getattr(transformers, name)
+    elif name in ("SFTTrainer", "SFTConfig"):
         from oribi.train.arguments import SFTConfig
         from oribi.train.trainer import SFTTrainer
 
-        return SFTTrainer if name == "SFTTrainer" else _translating_config(name, SFTConfig)
-    found = _find(name)
-    if name.endswith("Config") and isinstance(found, type) and issubclass(found, TrainingArguments):
+        found = SFTTrainer if name == "SFTTrainer" else SFTConfig
+    else:
+        found = _find(name)
+    if isinstance(found, type) and issubclass(found, TrainingArguments):
         return _translating_config(name, found)
-    if name.endswith("Trainer") and isinstance(found, type):
+    if isinstance(found, type) and issubclass(found, transformers.Trainer):
         return _translating_trainer(name, found)
     return found
 
 
 def _find(name: str) -> Any:
-    """TRL's object of a name, also where it moved to `trl.experimental`."""
+    """TRL's object of a name, also where it moved within TRL."""
     if find_spec("trl") is None:
         raise ImportError(f"oribi.trl.{name} needs TRL: pip install 'oribi[trl]'")
     trl = import_module("trl")
@@ -101,13 +91,40 @@ def _find(name: str) -> Any:
         return getattr(trl, name)
     stem = re.sub(r"(Trainer|Config)$", "", name)
     folder = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", stem).lower()
+    places = [f"experimental.{folder}"] if stem != name else [*_PLACES, *_trainers()]
+    for place in places:
+        if has_name(f"trl.{place}", name):
+            return getattr(import_module(f"trl.{place}"), name)
+    why = f"; {_GONE[name]}" if name in _GONE else did_you_mean(name, dir(trl))
+    raise AttributeError(f"TRL {trl.__version__} has no {name}{why}")
+
+
+def _trainers() -> list[str]:
+    """TRL's modules of trainers, which hold some of their helpers."""
+    return [
+        f"trainer.{module.name}" for module in pkgutil.iter_modules(import_module("trl.trainer").__path__)
+    ]
+
+
+def has_name(module: str, name: str) -> bool:
+    """Whether a module of TRL's exists and has a name."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL warns that the place is experimental; scripts name older places
-        if stem != name and find_spec(f"trl.experimental.{folder}") is not None:
-            place = import_module(f"trl.experimental.{folder}")
-            if hasattr(place, name):
-                return getattr(place, name)
-    raise AttributeError(f"TRL {trl.__version__} has no {name}{did_you_mean(name, dir(trl))}")
+        warnings.simplefilter("ignore")  # TRL warns that a place is experimental; scripts name older places
+        try:
+            return hasattr(import_module(module), name)
+        except ImportError:
+            return False
+
+
+def trainer_keywords(name: str) -> list[str]:
+    """Keywords that a trainer of `oribi.trl` takes itself; all others are those of its config."""
+    taken = trl_name(name).__mro__[1]
+    keywords = [*inspect.signature(taken.__init__).parameters]
+    if taken.__module__.startswith("oribi."):  # passes on what it does not name
+        from oribi.train.trainer import MOVED_KEYWORDS
+
+        keywords += [*inspect.signature(transformers.Trainer.__init__).parameters, *MOVED_KEYWORDS]
+    return [keyword for keyword in keywords if keyword != "kwargs"]
 
 
 def translated(keywords: Mapping[str, Any], config: type) -> dict[str, Any]:
@@ -127,30 +144,24 @@ def translated(keywords: Mapping[str, Any], config: type) -> dict[str, Any]:
     taken: dict[str, Any] = {}
     notes = []
     for name, value in keywords.items():
-        if name in known:
-            new, value = name, value
-        elif name == "warmup_ratio":
+        fate = fate_of(name, known)
+        new = fate.name
+        if name == "warmup_ratio" and fate.kind == "read":
             if not value or keywords.get("warmup_steps"):  # steps win, as they did when both were arguments
                 continue
             new = "warmup_steps"
-        elif name == "group_by_length":
+        elif name == "group_by_length" and fate.kind == "read":
             if not value:
                 continue
             new, value = "train_sampling_strategy", "group_by_length"
-        elif name in RENAMED and RENAMED[name] in known:
-            new = RENAMED[name]
-        elif name in RETIRED or name in REFUSED:
-            if name in REFUSED and value != REFUSED[name][0]:
-                raise ConfigError(
-                    f"{config.__name__}: {name} = {value!r} is not taken any more: {REFUSED[name][1]}"
-                )
-            if name in RETIRED and value not in (None, False):
-                notes.append(f"{config.__name__}: {name} has no effect: {RETIRED[name]}")
+        elif fate.kind in ("retired", "refused"):
+            if fate.kind == "refused" and value != REFUSED[name][0]:
+                raise ConfigError(f"{config.__name__}: {name} = {value!r} is not taken any more: {fate.why}")
+            if fate.kind == "retired" and value not in (None, False):
+                notes.append(f"{config.__name__}: {name} has no effect: {fate.why}")
             continue
-        else:
-            raise ConfigError(
-                f"{config.__name__}: unknown keyword {name}{did_you_mean(name, known | RENAMED.keys())}"
-            )
+        elif fate.kind in ("read", "unknown"):
+            raise ConfigError(f"{config.__name__}: {fate.why or f'{name} is for trainers that generate'}")
         if new != name:
             notes.append(f"{config.__name__}: {name} read as {new} = {value!r}")
         if new in taken and taken[new] != value:
@@ -222,23 +233,27 @@ def _fill_batches(name: str, keywords: dict[str, Any]) -> None:
 def _translating_trainer(name: str, trainer: type) -> type:
     """The trainer whose constructor takes older keywords too."""
     taken = list(inspect.signature(trainer.__init__).parameters)
-    config_name = name.removesuffix("Trainer") + "Config"
+    config_name = "TrainingArguments" if name == "Trainer" else name.removesuffix("Trainer") + "Config"
 
     def __init__(self: Any, model: Any = None, *args: Any, **keywords: Any) -> None:
         if args:
             keywords |= dict(zip(taken[2:], args))
-        if "tokenizer" in keywords:
+        if "tokenizer" in keywords and "tokenizer" not in taken:
             keywords["processing_class"] = keywords.pop("tokenizer")
             say_notes([f"{name}: tokenizer read as processing_class"])
-        settings = {key: keywords.pop(key) for key in list(keywords) if key not in taken}
+        known = trainer_keywords(name)
+        settings = {key: keywords.pop(key) for key in list(keywords) if key not in known}
         arguments = _arguments(config_name, keywords.pop("args", None), settings)
-        _leave_to_the_model(model, arguments)
+        if name != "SFTTrainer":
+            _leave_to_the_model(model, arguments)
+        _leave_out_compilers(model, arguments)
         limit = getattr(arguments, "max_prompt_length", None)
+        tokenizer = keywords.get("processing_class")
         for key in ("train_dataset", "eval_dataset"):
             if limit is not None and keywords.get(key) is not None:
-                keywords[key] = _short_prompts(
-                    keywords[key], keywords.get("processing_class"), limit, f"{name}: {key}"
-                )
+                keywords[key] = short_prompts(keywords[key], tokenizer, limit, f"{name}: {key}")
+        if hasattr(arguments, "chat_template_kwargs") and not arguments.chat_template_kwargs:
+            arguments.chat_template_kwargs = template_columns(keywords.get("train_dataset"), tokenizer, name)
         trainer.__init__(self, model, args=arguments, **keywords)
 
     body = {"__init__": __init__, "__doc__": trainer.__doc__, "__module__": "oribi.trl", "__qualname__": name}
@@ -252,6 +267,14 @@ def _arguments(config_name: str, args: Any, settings: dict[str, Any]) -> Any:
         return config(**settings)
     if not settings and isinstance(args, config.__mro__[1]):
         return args
+    if config_name == "SFTConfig":
+        from oribi.train.arguments import adopt
+
+        adopted = adopt(args)
+        for name, value in translated(settings, type(adopted)).items():
+            if value is not None:
+                setattr(adopted, name, value)
+        return adopted
     known = {f.name for f in fields(config)}
     given = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
     if settings:
@@ -265,28 +288,14 @@ def _leave_to_the_model(model: Any, arguments: TrainingArguments) -> None:
     if isinstance(model, nn.Module) and source_of(model) is not None:
         arguments.gradient_checkpointing = False
         arguments.bf16 = arguments.fp16 = False
+        keep_dtype_in_evaluation(arguments)
 
 
-def _short_prompts(rows: Any, tokenizer: Any, limit: int, what: str) -> Any:
-    """The rows whose prompt has at most `limit` tokens; TRL cuts prompts no more, and half a prompt asks something else."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if tokenizer is None:
-        return rows
-    if isinstance(rows, Mapping):
-        return {k: _short_prompts(v, tokenizer, limit, f"{what} {k}") for k, v in rows.items()}
-
-    def is_short(row: Mapping[str, Any]) -> bool:
-        prompt = row.get("prompt")
-        if prompt is None:
-            return True
-        if not isinstance(prompt, str):
-            prompt = render_chat(tokenizer, prompt, add_generation_prompt=True)
-        return len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) <= limit
-
-    kept = rows.filter(is_short)
-    if hasattr(rows, "__len__") and len(kept) < len(rows):
-        left_out = (
-            f"{len(rows) - len(kept)} of {len(rows)} rows have a prompt above max_prompt_length = {limit}"
-        )
-        say_notes([f"{what}: {left_out} and are left out"])
-    return kept
+def _leave_out_compilers(model: Any, arguments: TrainingArguments) -> None:
+    """Switch off what would put other kernels under oribi's layers; the result is the same without."""
+    if not isinstance(model, nn.Module) or source_of(model) is None:
+        return
+    for name in ("use_liger_kernel", "torch_compile"):
+        if getattr(arguments, name, False):
+            setattr(arguments, name, False)
+            say_notes([f"{name} has no effect: the model's layers have kernels of their own"])

@@ -6,6 +6,7 @@ and `save_pretrained` work on the model. What a family changes is read from its 
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,8 +155,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         max_length_q: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        shift_labels: torch.Tensor | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Loss and logits of a batch.
 
@@ -173,8 +173,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
             cu_seq_lens_q, max_length_q: bounds [docs + 1] int32 and longest document of a pack.
             output_hidden_states: whether to give the layers' inputs and the last norm's output.
             return_dict: False gives a tuple.
-            shift_labels: [B, S] labels that are shifted already, in place of labels.
-            kwargs: arguments that callers pass to any model and that have no effect here.
+            kwargs: shift_labels, [B, S] labels that are shifted already, in place of labels (transformers' trainer takes every
+                parameter whose name holds "label" for one that each batch has); and arguments that callers pass to any model
+                and that have no effect here.
 
         Returns:
             loss (float32 scalar or None), logits ([B, S, V] or None), the cache, hidden_states.
@@ -182,6 +183,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         Raises:
             ModelError: an argument is unknown, or asks for what the decoder does not do.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         if kwargs:
             require_known(kwargs, ARGUMENTS)
         targets = labelled = None

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from oribi.environment import Environment, detect
 from oribi.errors import ConfigError
@@ -37,6 +37,14 @@ NOT_HONOURED = {
 # NVIDIA's first generation whose matrix units take e4m3
 FP8_CAPABILITY = (8, 9)
 WITHOUT_FP8 = "Leave out fp8: training is exact then"
+
+
+def keep_dtype_in_evaluation(args: TrainingArguments) -> None:
+    """Switch off the cast of a whole model for an evaluation: it is never undone, so the adapter would stay rounded."""
+    for name in ("fp16_full_eval", "bf16_full_eval"):
+        if getattr(args, name):
+            setattr(args, name, False)
+            logger.warning("%s has no effect: the model's dtype decides how it is evaluated", name)
 
 
 def model_and_tokenizer(
@@ -126,6 +134,7 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
         if args.gradient_checkpointing and any(not p.requires_grad for p in base.parameters()):
             base.enable_input_require_grads()  # a frozen embedding's output would end the checkpoints' backward
         return
+    keep_dtype_in_evaluation(args)
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every layer takes part in every step
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
