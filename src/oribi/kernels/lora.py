@@ -84,7 +84,7 @@ def lora_linear(x: torch.Tensor, projections: Sequence[Projection]) -> list[torc
     if all(p.fusible for p in projections):
         sizes = [p.shape[0] for p in projections]
         if _kept.groups is not None and not torch.is_grad_enabled():
-            return list(_kept_group_linear(x, projections).split(sizes, dim=-1))
+            return list(kept_weight(projections, x.dtype, x.device).linear(x)[0].split(sizes, dim=-1))
         y = _LoraLinear.apply(x, projections, *(t for p in projections for t in (p.a, p.b)))
         return list(y.split(sizes, dim=-1))
     return [_composed(x, p) for p in projections]
@@ -92,7 +92,7 @@ def lora_linear(x: torch.Tensor, projections: Sequence[Projection]) -> list[torc
 
 class _KeptGroups(threading.local):
     # ids of a group's tensors and the dtype -> the group, which keeps those ids taken, and its buffer
-    groups: dict[tuple, tuple[Sequence[Projection], "GroupWeight"]] | None = None
+    groups: dict[tuple, tuple[Sequence[Projection], "AugmentedWeight"]] | None = None
 
 
 _kept = _KeptGroups()
@@ -112,11 +112,16 @@ def weights_kept() -> Iterator[None]:
         _kept.groups = before
 
 
-def _kept_group_linear(x: torch.Tensor, projections: Sequence[Projection]) -> torch.Tensor:
-    key = (x.dtype, *((id(p.weight), id(p.a), id(p.b), p.scale) for p in projections))
+def kept_weight(
+    projections: Sequence[Projection], dtype: torch.dtype, device: torch.device
+) -> "AugmentedWeight | None":
+    """A group's weights and pairs, dequantised once; None outside `weights_kept`."""
+    if _kept.groups is None:
+        return None
+    key = (dtype, *((id(p.weight), id(p.a), id(p.b), p.scale) for p in projections))
     if key not in _kept.groups:
-        _kept.groups[key] = projections, augmented_weight(projections, x.dtype, x.device)
-    return _kept.groups[key][1].linear(x)[0]
+        _kept.groups[key] = projections, augmented_weight(projections, dtype, device)
+    return _kept.groups[key][1]
 
 
 def _composed(x: torch.Tensor, p: Projection) -> torch.Tensor:

@@ -19,6 +19,8 @@ from oribi.errors import ModelError
 from oribi.families import Family, family_of
 from oribi.kernels.attention import Visibility
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
+from oribi.models.decoding.loop import continue_prompts, say_once
+from oribi.models.decoding.request import read_request
 from oribi.models.generate import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory
 from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
@@ -227,21 +229,48 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         formed = output_logits or (output_logits is None and not waits)
         values = {
             "loss": loss,
-            "logits": self._logits(hidden[:, logits_to_keep]) if formed else None,
+            "logits": self.head_logits(hidden[:, logits_to_keep]) if formed else None,
             "hidden_states": outputs.hidden_states,
             CACHE: getattr(outputs, CACHE),
         }
         if waits:
-            return LogitsWhenRead(**values).wait_for(lambda: self._logits(hidden[:, logits_to_keep]))
+            return LogitsWhenRead(**values).wait_for(lambda: self.head_logits(hidden[:, logits_to_keep]))
         return CausalLMOutputWithPast(**values)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [B, S, V] of hidden states [B, S, D] after the last norm."""
         # contiguous: for the last token's view, PyTorch would repeat the head for every row of the batch
         hidden = hidden.to(self.lm_head.weight.dtype).contiguous()  # a head trained whole is float32
-        logits = self.lm_head(hidden)
+        return self.scaled_logits(self.lm_head(hidden))
+
+    def scaled_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the head computes, scaled and capped as the family does."""
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
+        **model_kwargs: object,
+    ) -> object:  # fmt: skip
+        """What transformers' `generate` calls to take tokens one at a time, greedily or drawn: oribi's own loop, or theirs."""
+        request = read_request(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus,
+            streamer,
+            model_kwargs,
+        )
+        if not isinstance(request, str):
+            return continue_prompts(self, request)
+        say_once(request)
+        return super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus, streamer=streamer,
+            **model_kwargs,
+        )  # fmt: skip
 
     def _loss(
         self,
@@ -271,7 +300,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         return total.float() / divisor
 
     def _summed_loss(self, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self._logits(rows).float(), targets, reduction="sum")
+        return F.cross_entropy(self.head_logits(rows).float(), targets, reduction="sum")
 
 
 # names of the arguments, for messages about misspelt ones

@@ -59,7 +59,8 @@ class RotaryAngles:
         if key not in self._frequencies:
             if self.kind == "dynamic":
                 self._frequencies.clear()  # a generation asks for each length once
-            self._frequencies[key] = self._compute(positions.device, length)
+            with torch.inference_mode(False):  # a training may read them later
+                self._frequencies[key] = self._compute(positions.device, length)
         frequencies, factor = self._frequencies[key]
         phase = positions[:, None].float() * frequencies
         return phase.cos() * factor, phase.sin() * factor

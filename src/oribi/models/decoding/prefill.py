@@ -1,0 +1,113 @@
+"""The prompts of a batch through the decoder: packs without padding, equal prompts once, keys and values into the cache.
+
+T tokens of a pack, K key/value heads, E head_dim, C slots of a layer.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from oribi.models.decoding.state import DecodingState
+
+if TYPE_CHECKING:
+    from oribi.models.decoder import DecoderForCausalLM
+
+PACK_TOKENS = 8192  # of one forward; a longer prompt is alone in its own
+
+
+class PromptCache:
+    """Writes the keys and values of a pack to the places of the rows that begin with its prompts.
+
+    Args:
+        state: of the rows.
+        prompts: the prompts of the pack, in order. rows: the rows that begin with each.
+    """
+
+    def __init__(self, state: DecodingState, prompts: list[tuple[int, ...]], rows: list[list[int]]) -> None:
+        self._state, self._prompts, self._rows = state, prompts, rows
+        self._places: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def get_seq_length(self) -> int:
+        """0: every pack begins at the beginning."""
+        return 0
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, index: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes keys and values [1, K, T, E] of a layer, and returns them: the prompts see nothing else."""
+        state = self._state
+        source, row, slot = self._of(state.slots[index])
+        for cache, new in ((state.keys[index], keys), (state.values[index], values)):
+            cache[row, :, slot] = new[0].transpose(0, 1).index_select(0, source)
+        return keys, values
+
+    def _of(self, slots: int) -> tuple[torch.Tensor, ...]:
+        """Tokens of the pack, and the row and slot of each."""
+        if slots not in self._places:
+            found, start = [], 0
+            for prompt, rows in zip(self._prompts, self._rows):
+                length = len(prompt)
+                positions = torch.arange(max(length - slots, 0), length)
+                found += [
+                    torch.stack([start + positions, torch.full_like(positions, row), positions % slots])
+                    for row in rows
+                ]
+                start += length
+            device = self._state.token.device
+            self._places[slots] = tuple(torch.cat(found, dim=1).to(device))
+        return self._places[slots]
+
+
+def prefill(
+    decoder: "DecoderForCausalLM", state: DecodingState, prompts: list[tuple[int, ...]]
+) -> torch.Tensor:
+    """Fills the cache with the prompts.
+
+    Args:
+        decoder: the model. state: gets keys, values and lengths of the first rows. prompts: of each of these rows.
+
+    Returns:
+        Hidden states [B, D] of each row's last token, after the last norm.
+    """
+    device, model = state.token.device, decoder.model
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    hidden: list[torch.Tensor] = []
+    order: list[int] = []
+    for pack in packs(list(rows)):
+        bounds = [0]
+        for prompt in pack:
+            bounds.append(bounds[-1] + len(prompt))
+        ids = torch.tensor([token for prompt in pack for token in prompt], device=device)[None]
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in pack]).to(device)[None]
+        several = len(pack) > 1
+        output = model(
+            input_ids=ids,
+            position_ids=positions if several else None,
+            cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32, device=device) if several else None,
+            max_length_q=max(map(len, pack)),
+            past_key_values=PromptCache(state, pack, [rows[prompt] for prompt in pack]),
+            use_cache=True,
+            return_dict=True,
+        )
+        last = [end - 1 for prompt, end in zip(pack, bounds[1:]) for _ in rows[prompt]]
+        hidden.append(output.last_hidden_state[0].index_select(0, torch.tensor(last, device=device)))
+        order += [row for prompt in pack for row in rows[prompt]]
+    count = len(prompts)
+    state.length[:count] = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    back = torch.tensor(order, device=device).argsort()
+    return torch.cat(hidden).index_select(0, back)
+
+
+def packs(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """The prompts in portions of at most PACK_TOKENS, those of about one length together."""
+    pack, tokens = [], 0
+    for prompt in sorted(prompts, key=len):
+        if pack and tokens + len(prompt) > PACK_TOKENS:
+            yield pack
+            pack, tokens = [], 0
+        pack.append(prompt)
+        tokens += len(prompt)
+    yield pack

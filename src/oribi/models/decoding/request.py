@@ -1,0 +1,206 @@
+"""What a call of `generate` asks for, as oribi's loop needs it; or why transformers' loop has to answer it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StopStringCriteria,
+)
+
+from oribi.models.decoding.sampling import Choice, read_choice
+from oribi.models.linear_layers import any_module_hooked, hooked, read
+from oribi.models.outputs import WITHOUT_EFFECT
+
+if TYPE_CHECKING:
+    from oribi.models.decoder import DecoderForCausalLM
+
+_CACHES = ("cache", "past_key_values")
+_READ = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *_CACHES, *WITHOUT_EFFECT}
+_OUTPUTS = ("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompts, and how each is continued.
+
+    Args:
+        ids: [B, S] int64, as `generate` was given them.
+        prompts: token ids of each row without padding.
+        new_tokens: most of a row.
+        choice: how tokens are chosen.
+        ends: tokens that end a row. pad: what an ended row gets.
+        criteria: others that end rows: stop strings, or time.
+        streamer: gets the tokens as they come; None where nobody waits for them.
+    """
+
+    ids: torch.Tensor
+    prompts: list[tuple[int, ...]]
+    new_tokens: int
+    choice: Choice
+    ends: tuple[int, ...]
+    pad: int
+    criteria: tuple[StoppingCriteria, ...]
+    streamer: Any
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row at its end."""
+        return max(map(len, self.prompts)) + self.new_tokens
+
+    def seen(self, vocab_size: int) -> torch.Tensor:
+        """[B, V] bool, the tokens of the prompts that a penalty counts."""
+        ids, ignored = self.ids, 0
+        for processor in self.choice.processors:
+            if (
+                isinstance(processor, RepetitionPenaltyLogitsProcessor)
+                and processor.prompt_ignore_length is not None
+            ):
+                ignored = torch.as_tensor(processor.prompt_ignore_length, device=ids.device).reshape(-1, 1)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        counted = ids.masked_fill(places < ignored, vocab_size).clamp(max=vocab_size)
+        seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
+        return seen.scatter_(1, counted, True)[:, :-1]
+
+
+def read_request(
+    decoder: "DecoderForCausalLM",
+    ids: torch.Tensor,
+    processors: Sequence[Any],
+    criteria: Sequence[StoppingCriteria],
+    config: GenerationConfig,
+    synced_gpus: bool,
+    streamer: Any,
+    inputs: Mapping[str, Any],
+) -> Request | str:
+    """A call of `_sample`, or the reason why its work is left to transformers' loop.
+
+    Args:
+        decoder: the model. ids: [B, S] int64.
+        processors, criteria, config, synced_gpus, streamer, inputs: as transformers' `_sample` gets them.
+    """
+    reason = _unusual_call(ids, config, synced_gpus, inputs) or _unusual_model(decoder, ids.device)
+    if reason:
+        return reason
+    padding = _padding(ids, inputs)
+    if isinstance(padding, str):
+        return padding
+    new_tokens, ends, others = None, (), []
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria:
+            limit = criterion.max_length - ids.shape[1]
+            new_tokens = limit if new_tokens is None else min(limit, new_tokens)
+        elif type(criterion) is EosTokenCriteria:
+            ends = (*ends, *criterion.eos_token_id.flatten().tolist())
+        elif type(criterion) in (StopStringCriteria, MaxTimeCriteria):
+            others.append(criterion)
+        else:
+            return f"the stopping criterion {type(criterion).__name__}"
+    if new_tokens is None:
+        return "no limit on the new tokens"
+    pad = getattr(config, "_pad_token_tensor", None)
+    if ends and pad is None:
+        return "no padding token"
+    choice = read_choice(bool(config.do_sample), processors, ids.shape[1])
+    if isinstance(choice, str):
+        return choice
+    prompts = [tuple(row[skipped:]) for row, skipped in zip(ids.tolist(), padding)]
+    request = Request(
+        ids, prompts, max(new_tokens, 1), choice, tuple(sorted(set(ends))), 0 if pad is None else int(pad),
+        tuple(others), streamer,
+    )  # fmt: skip
+    return _unusual_rope(decoder, request) or request
+
+
+def _unusual_call(
+    ids: torch.Tensor, config: GenerationConfig, synced_gpus: bool, inputs: Mapping[str, Any]
+) -> str | None:
+    if synced_gpus:
+        return "synced_gpus: processes generate in step"
+    for name in _OUTPUTS:
+        if getattr(config, name, None):
+            return f"{name} is set"
+    if not inputs.get("use_cache"):
+        return "use_cache is off"
+    for name in _CACHES:
+        cache = inputs.get(name)
+        if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
+            return "the cache is the caller's"
+        if type(cache).__name__ not in ("NoneType", "DynamicCache"):
+            return f"the cache is a {type(cache).__name__}"
+    for name, value in inputs.items():
+        if name not in _READ and value is not None and value is not False:
+            return f"the argument {name}"
+    if ids.dim() != 2 or 0 in ids.shape:
+        return "there are no prompts of token ids"
+    return None
+
+
+def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str | None:
+    model = decoder.model
+    devices = {p.device for name, p in decoder.named_parameters() if "embed_tokens" not in name}
+    if len(devices) > 1:
+        return "the model lies on several devices"
+    if devices != {device}:
+        return f"the prompts lie on {device} and the model on {devices.pop()}"
+    if model.shards is not None:
+        return "processes share the weights"
+    kind = device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.norm.weight.dtype:
+        return f"autocast computes in {torch.get_autocast_dtype(kind)}"
+    if any_module_hooked():
+        return "hooks are registered for all modules"
+    # accelerate wraps the outermost forward to cast its outputs; nothing else changes there
+    wrapped = "forward" in vars(decoder) and not hasattr(decoder, "_original_forward")
+    if wrapped or decoder._forward_hooks or decoder._forward_pre_hooks:
+        return "the model's forward is wrapped or has a hook"
+    for name, module in decoder.named_modules():
+        if module is not decoder and hooked(module):
+            return f"{name} is wrapped or has a hook"
+    for index, layer in enumerate(model.layers):
+        for part, _, _ in layer.parts():
+            for modules in part.groups().values():
+                if any(read(module) is None for module in modules):
+                    return f"layer {index} has a linear layer that is neither plain nor one LoRA pair"
+    return None
+
+
+def _padding(ids: torch.Tensor, inputs: Mapping[str, Any]) -> list[int] | str:
+    """Padding tokens in front of each row."""
+    rows, width = ids.shape
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is None:
+        padding = torch.zeros(rows, dtype=torch.int64, device=ids.device)
+    else:
+        if mask.shape != ids.shape:
+            return f"attention_mask has shape {tuple(mask.shape)}"
+        real = mask.bool()
+        padding = width - real.sum(1)
+        if not bool((real == (torch.arange(width, device=ids.device) >= padding[:, None])).all()):
+            return "padding lies behind or between the tokens of a prompt"
+        if bool((padding == width).any()):
+            return "a prompt has no tokens"
+    if positions is not None:
+        usual = torch.arange(width, device=ids.device) - padding[:, None]
+        inside = usual >= 0
+        if positions.shape[-1] != width or not bool(((positions == usual) | ~inside).all()):
+            return "position_ids do not count from 0"
+    return padding.tolist()
+
+
+def _unusual_rope(decoder: "DecoderForCausalLM", request: Request) -> str | None:
+    for rotary in decoder.model.rotary.values():
+        if rotary.kind == "dynamic":
+            return "RoPE is dynamic: its frequencies change with the length"
+        if rotary.kind == "longrope":
+            original = rotary.parameters["original_max_position_embeddings"]
+            if min(map(len, request.prompts)) <= original < request.longest:
+                return f"the rows cross {original} tokens, where longrope changes its frequencies"
+    return None

@@ -1,0 +1,215 @@
+"""One token of every row through the decoder, on the family's own modules: what a CUDA graph records and a CPU runs.
+
+B rows, D hidden size, H query heads, K key/value heads, E head_dim, C slots of a layer. Everything that changes from token
+to token is in the tensors of a `DecodingState`, so the same calls on the same addresses serve all tokens.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from oribi.kernels.gated_mlp import gated_mlp_forward
+from oribi.kernels.rms_norm import rms_norm_forward
+from oribi.kernels.rope import rope_forward
+from oribi.models.decoding.groups import LinearGroup, few_rows_linear, linear_group
+from oribi.models.decoding.sampling import Choice
+from oribi.models.decoding.state import DecodingState
+from oribi.models.layers import DecoderLayer
+from oribi.models.linear_layers import RMSNorm, read
+from oribi.models.mixers.attention import Attention
+from oribi.models.mlp import MLP
+
+if TYPE_CHECKING:
+    from oribi.models.decoder import DecoderForCausalLM
+
+Angles = dict[str | None, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Ring:
+    """Where the tokens of one step lie in caches with C slots.
+
+    Args:
+        slots: C. length: [B] int64, cached tokens.
+        used: slots that the longest row fills with this step's token, where the host knows; None reads all.
+    """
+
+    def __init__(self, slots: int, length: torch.Tensor, used: int | None) -> None:
+        self.used = slots if used is None else min(used, slots)
+        self._index = (length % slots)[:, None, None, None]
+        filled = torch.arange(self.used, device=length.device) <= length[:, None]
+        self.mask = filled[:, None, None, :]  # [B, 1, 1, used]
+
+    def write(self, cache: torch.Tensor, new: torch.Tensor) -> None:
+        """Puts new [B, K, E] into the cache [B, K, C, E]."""
+        cache.scatter_(2, self._index.expand(-1, new.shape[1], 1, new.shape[2]), new[:, :, None])
+
+
+class AttentionStep:
+    """Attention of one token per row over its cache.
+
+    Args:
+        attention: the module. state: holds its layer's cache.
+        dtype, device: of the rows.
+    """
+
+    def __init__(
+        self, attention: Attention, state: DecodingState, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.attention, self.state = attention, state
+        self.groups = {name: linear_group(ms, dtype, device) for name, ms in attention.groups().items()}
+
+    def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
+        """Output [B, D] of x [B, D]."""
+        a, state = self.attention, self.state
+        q, k, v = self.groups["qkv"](x).split(a.sizes, dim=1)
+        if a.qk_norm == "projection":
+            q, k = _norm(a.q_norm, q), _norm(a.k_norm, k)
+        q, k, v = (t.unflatten(1, (-1, a.head_dim)) for t in (q, k, v))
+        if a.qk_norm == "head":
+            q, k = _norm(a.q_norm, q), _norm(a.k_norm, k)
+        if a.rotates:
+            rope_forward(q, k, *angles[a.rope_kind], out=(q, k))
+        keys, values = state.keys[a.index], state.values[a.index]
+        ring = rings[state.slots[a.index]]
+        ring.write(keys, k)
+        ring.write(values, v)
+        out = attend(q, keys[:, :, : ring.used], values[:, :, : ring.used], ring.mask, a.scale, a.softcap)
+        return self.groups["o"](out.flatten(1))
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention of one query per row and head.
+
+    Args:
+        q: [B, H, E]. keys, values: [B, K, C, E]. mask: [B, 1, 1, C] bool, True at filled slots.
+        scale, softcap: as in `kernels.attention.decide`.
+
+    Returns:
+        [B, H, E].
+    """
+    # the query heads of a key head are its queries: no key is repeated
+    grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
+    if softcap is None:
+        out = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=scale)
+    else:
+        scores = softcap * torch.tanh(scale / softcap * (grouped @ keys.transpose(-1, -2)))
+        out = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ values
+    return out.reshape(q.shape)
+
+
+class MLPStep:
+    """The gated MLP of one token per row.
+
+    Args:
+        mlp: the module. dtype, device: of the rows.
+    """
+
+    def __init__(self, mlp: MLP, dtype: torch.dtype, device: torch.device) -> None:
+        self.activation = mlp.activation
+        self.groups = {name: linear_group(ms, dtype, device) for name, ms in mlp.groups().items()}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Output [B, D] of x [B, D]."""
+        gate, up = self.groups["gate_up"](x).chunk(2, dim=1)
+        return self.groups["down"](gated_mlp_forward(gate, up, self.activation))
+
+
+class DecodingStep:
+    """Reads each row's last token, and appends the next one.
+
+    Args:
+        decoder: the model. state: of the rows. choice: how tokens are chosen.
+        ends: [E] int64, tokens that end a row, or None. pad: what an ended row gets.
+    """
+
+    def __init__(
+        self,
+        decoder: "DecoderForCausalLM",
+        state: DecodingState,
+        choice: Choice,
+        ends: torch.Tensor | None,
+        pad: int,
+    ) -> None:
+        self.decoder, self.state, self.choice, self.ends, self.pad = decoder, state, choice, ends, pad
+        model = decoder.model
+        self.dtype, device = model.norm.weight.dtype, state.token.device
+        self.layers = [_LayerStep(layer, state, self.dtype, device) for layer in model.layers]
+
+    def groups(self) -> list[LinearGroup]:
+        """All groups of linear layers."""
+        return [g for layer in self.layers for part in layer.parts for g in part[0].groups.values()]
+
+    def __call__(self, longest: int, used: int | None = None) -> None:
+        """One token.
+
+        Args:
+            longest: as `RotaryAngles.angles` wants it.
+            used: as `Ring` takes it; None where the step is recorded, and nothing may depend on the host.
+        """
+        state, model = self.state, self.decoder.model
+        x = model.embed_tokens(state.token).to(self.dtype)
+        if model.embedding_multiplier != 1.0:
+            x = x * model.embedding_multiplier
+        angles = {kind: rotary.angles(state.length, longest) for kind, rotary in model.rotary.items()}
+        rings = {slots: Ring(slots, state.length, used) for slots in set(state.slots)}
+        branch = None
+        for layer in self.layers:
+            x, branch = layer(x, branch, angles, rings)
+        hidden, _ = _norm_of_sum(model.norm, x, branch, self.layers[-1].scale)
+        state.length += 1
+        self.take(hidden)
+
+    def take(self, hidden: torch.Tensor) -> None:
+        """Chooses the next tokens from hidden states [B, D] after the last norm, and appends them."""
+        logits = last_logits(self.decoder, hidden)
+        self.state.take(self.choice.tokens(logits, self.state), self.ends, self.pad)
+
+
+class _LayerStep:
+    def __init__(self, layer: DecoderLayer, state: DecodingState, dtype, device) -> None:
+        mixer, mlp = layer.parts()
+        self.scale = layer.residual_scale
+        self.parts = [
+            (AttentionStep(layer.self_attn, state, dtype, device), *mixer[1:]),
+            (MLPStep(layer.mlp, dtype, device), *mlp[1:]),
+        ]
+
+    def __call__(self, x, branch, angles, rings):
+        """The residual stream and the branch that is to be added to it, [B, D] each, of those of the layer below."""
+        for part, pre, post in self.parts:
+            if pre is not None:
+                h, x = _norm_of_sum(pre, x, branch, self.scale)
+            else:
+                h = x = x if branch is None else x + (branch if self.scale == 1.0 else branch * self.scale)
+            h = part(h, angles, rings) if isinstance(part, AttentionStep) else part(h)
+            branch = h if post is None else _norm(post, h)
+        return x, branch
+
+
+def _norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm_forward(x, norm.weight, norm.eps, norm.offset)[0]
+
+
+def _norm_of_sum(
+    norm: RMSNorm, x: torch.Tensor, branch: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm(x + scale branch) and the sum."""
+    if branch is None:
+        return _norm(norm, x), x
+    return rms_norm_forward(branch, norm.weight, norm.eps, norm.offset, residual=x, residual_scale=scale)[:2]
+
+
+def last_logits(decoder: "DecoderForCausalLM", hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [B, V] in float32 of hidden states [B, D] after the last norm."""
+    head = read(decoder.lm_head)
+    if head is None or head.a is not None or head.weight.dtype != hidden.dtype:
+        return decoder.head_logits(hidden[:, None])[:, 0].float()
+    return decoder.scaled_logits(few_rows_linear(hidden, head.weight, head.bias)).float()
