@@ -466,3 +466,70 @@ def test_documented_rows_are_read_as_they_stand(stage, line, prefer, tmp_path):
 def test_every_stage_is_documented():
     assert {stage for stage, _ in DOCUMENTED} == {"dpo", "kto", "grpo"}
     assert len(DOCUMENTED) >= 18
+
+
+def test_an_answer_in_json_stays_text(prefer):
+    made = prefer([{"prompt": "x", "chosen": '{"text": "a", "mood": "good"}', "rejected": "[1, 2]"}]).dataset[
+        0
+    ]
+    assert texts(made, "chosen", "rejected") == (
+        '{"text": "a", "mood": "good"}<|im_end|>',
+        "[1, 2]<|im_end|>",
+    )
+
+
+def test_numbers_and_half_characters_are_written_and_counted(prefer):
+    made = prefer([{"prompt": "2 + 2?", "chosen": 4, "rejected": "5\ud83d"}])
+    assert texts(made.dataset[0], "chosen", "rejected") == ("4<|im_end|>", "5�<|im_end|>")
+    assert "'chosen' holds int values, which are written as text: 1 times" in str(made.report)
+    assert "half of a character (a lone surrogate) is replaced by U+FFFD: 1 times" in str(made.report)
+
+
+def test_the_end_of_a_turn_is_written_once(prefer):
+    made = prefer([{"prompt": "x", "chosen": "this<|im_end|>", "rejected": "that<|im_end|>\n"}])
+    assert texts(made.dataset[0], "chosen", "rejected") == ("this<|im_end|>", "that<|im_end|>")
+    assert "an answer ends with '<|im_end|>', which the chat template writes; it is written once" in str(
+        made.report
+    )
+
+
+def test_a_token_that_opens_no_turn_leaves_a_prompt_a_question(prefer, family_tokenizer):
+    tokenizer = get_chat_template(family_tokenizer, "chatml")
+    row = {"prompt": "What does <s> do in HTML, and <|endoftext|>?", "chosen": "this", "rejected": "that"}
+    assert prefer([row], tokenizer=tokenizer).dataset[0]["prompt"].endswith("<|im_start|>assistant\n")
+
+
+def test_dialogues_as_text_may_have_other_line_ends(prefer):
+    row = {
+        "chosen": "Human: What is it?\r\n\r\nAssistant: this",
+        "rejected": "Human: What is it?\r\n\r\nAssistant: that",
+    }
+    assert prefer([row]).dataset[0]["prompt"] == ASKED
+
+
+@pytest.mark.parametrize(
+    ("row", "stage"),
+    [
+        ({"prompt": "x", "chosen": None, "rejected": "b"}, "dpo"),
+        ({"prompt": "x", "completion": "y", "label": None}, "kto"),
+        ({"prompt": None, "answer": 1}, "grpo"),
+    ],
+)
+def test_a_null_in_the_first_row_is_named(row, stage, prefer):
+    with pytest.raises(DataError, match="row 1: row has an empty \\(null\\) '(chosen|label|prompt)'"):
+        prefer([row], stage)
+
+
+def test_columns_for_reward_functions_keep_their_types(prefer):
+    kept = {
+        "unit_tests": ["a", "b"],
+        "share": 1 / 3,
+        "blob": b"\xff",
+        "pairs": [[1], [2, 3]],
+        "turns_left": [user("x")],
+    }
+    made = prefer([{"prompt": "q", **kept}, {"prompt": "r", "share": 0.5}], "grpo").dataset
+    assert {name: made[0][name] for name in kept} == kept
+    assert made[1]["unit_tests"] is None
+    with pytest.raises(DataError, match="the column 'big' holds int 1180591620717411303424"):
+        prefer([{"prompt": "q", "big": 2**70}], "grpo")

@@ -6,10 +6,8 @@ template, masks and encoder.
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -18,9 +16,11 @@ import pyarrow as pa
 from oribi.chat.conversation import Conversation, with_known_roles
 from oribi.chat.ends import added_tokens
 from oribi.chat.masking import Marked
+from oribi.chat.template import slot
 from oribi.data.converters import Document
 from oribi.data.encoding import UNTRAINED, Encoded
 from oribi.data.preference_columns import IDS, TEXT, array_of, feature_of
+from oribi.data.preference_figures import Figures, Ranked, common_prefix
 from oribi.data.preference_rows import (
     STAGES,
     Preference,
@@ -28,37 +28,13 @@ from oribi.data.preference_rows import (
     recognise_preference,
 )
 from oribi.data.preparation import Preparation, Settings
-from oribi.data.report import DataReport, named, percentiles
+from oribi.data.report import DataReport, named
 from oribi.data.rows import safely, tokenised
 from oribi.data.sources import Part
 from oribi.errors import ConfigError, DataError
 from oribi.text import one_of
 
-LENGTH_BIAS = 0.9  # share of pairs whose chosen answer is longer, above which length alone tells them apart
-
-
-@dataclass(slots=True)
-class Ranked:
-    """A prompt and its answers in tokens: the better and the worse one, the only one, or none.
-
-    `texts` are the prompt and the answers as text; joined to the prompt's, an answer gives the whole. `cut` are the tokens by
-    which each answer was shortened.
-    """
-
-    prompt_ids: list[int]
-    answers: list[list[int]]
-    texts: list[str]
-    label: bool | None = None
-    margin: float | None = None
-    prompt: Any = None  # of grpo, as its trainer takes it
-    kept: dict[str, Any] = field(default_factory=dict)
-    origin: str = ""
-    split_tokens: int = 0
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt with the longest answer."""
-        return len(self.prompt_ids) + max(map(len, self.answers), default=0)
+NOTHING = "the chat template writes nothing of an answer, such as one of tool calls alone: take a template that does, or remove the row."
 
 
 class PreferencePreparation(Preparation):
@@ -88,14 +64,13 @@ class PreferencePreparation(Preparation):
             )
             if is_set
         ]
-        self._lengths = {name: Counter() for name in ("prompt", *self.answer_names)}
-        self._shared: Counter[int] = Counter()
-        self._longer = self._equally_long = 0
-        self._labels: Counter[bool] = Counter()
-        self._seen: set[bytes] = set()
+        self._figures = Figures(self.stage, self.answer_names)
         self._features: datasets.Features | None = None
         self._has_margins = False
-        self._kept: dict[str, None] = {}
+        self._prompt_end: str | None = (
+            None  # what the chat template writes behind a question, for the answer to begin
+        )
+        self._turn_tokens: set[str] = set()
 
     def _new_report(self) -> DataReport:
         report = super()._new_report()
@@ -121,8 +96,19 @@ class PreferencePreparation(Preparation):
         return found
 
     def _is_rendered(self, text: str) -> bool:
-        """Whether a text holds tokens that open or close turns, so that a chat template has been applied to it."""
-        return bool(self.added and self.added.search(text))
+        """Whether the chat template has been applied to a text: it ends as a generation prompt does, or holds its tokens."""
+        if not self.tokenizer.chat_template:
+            return False
+        if self._prompt_end is None:
+            asked = [{"role": "user", "content": slot(0)}]
+            written = self.masker.template.render(asked, add_generation_prompt=True)
+            unsaid = {self.tokenizer.bos_token, self.tokenizer.eos_token} - set(self.masker.template.ends)
+            self._turn_tokens = (
+                {t.group() for t in self.added.finditer(written)} - unsaid if self.added else set()
+            )
+            self._prompt_end = written.rpartition(slot(0))[2].strip()
+        ends = bool(self._prompt_end) and text.rstrip().endswith(self._prompt_end)
+        return ends or any(token in text for token in self._turn_tokens)
 
     def _split_turns(self, examples: Iterator[Any]) -> Iterator[Any]:
         """Of stage kto, two rows for a pair: one per answer."""
@@ -180,22 +166,37 @@ class PreferencePreparation(Preparation):
         return Marked(template.render(example.messages, add_generation_prompt=True), [], closed=True)
 
     def _closed(self, example: Conversation | Document, origin: str) -> Conversation | Document:
-        """A rendered text ends where its answer's turn does; other plain texts end with EOS."""
-        if not (
-            isinstance(example, Document)
-            and self.tokenizer.chat_template
-            and self._is_rendered(example.text[: example.trained_from])
-        ):
+        """The example whose answer ends its turn once: neither written by the row and the template, nor by none of them."""
+        if isinstance(example, Conversation):
+            return self._without_end(example, origin)
+        prompt, answer = example.text[: example.trained_from], example.text[example.trained_from :]
+        if not self._is_rendered(prompt):
             return example
-        end, answer = self.masker.template.turn_ends[1], example.text[example.trained_from :]
+        self.tally.note("a prompt holds the chat template's own text, so it is used as it is", origin)
+        end = self.masker.template.turn_ends[1]
         if self.encoder.is_closed(answer):
             answer = answer.rstrip()
         elif end:
             answer += end
             self.tally.note(
-                f"an answer to a rendered prompt does not end its turn; {end!r} is put behind it", origin
+                f"an answer to such a prompt does not end its turn; {end!r} is put behind it", origin
             )
-        return replace(example, text=example.text[: example.trained_from] + answer)
+        return replace(example, text=prompt + answer)
+
+    def _without_end(self, conversation: Conversation, origin: str) -> Conversation:
+        *before, last = conversation.messages
+        said = last["content"].rstrip()
+        ends = [*self.masker.template.ends, self.tokenizer.eos_token or ""]
+        end = next((e.strip() for e in ends if e.strip() and said.endswith(e.strip())), None)
+        if end is None:
+            return conversation
+        self.tally.note(
+            f"an answer ends with {end!r}, which the chat template writes; it is written once", origin
+        )
+        said = said.removesuffix(end)
+        if not said.strip():
+            raise DataError(f"an answer holds nothing but {end!r}: remove the row.")
+        return replace(conversation, messages=[*before, {**last, "content": said}])
 
     def _ranked(
         self, origin: str, example: Preference, marks: list[Marked], encoded: list[Encoded]
@@ -212,9 +213,7 @@ class PreferencePreparation(Preparation):
             return Ranked(encoded[0].ids, [], [marks[0].text], prompt=prompt, **kept)
         for mark, ids in zip(marks, encoded):
             if not mark.spans or all(label == UNTRAINED for label in ids.labels):
-                raise DataError(
-                    mark.untrained or "the chat template writes nothing of an answer; remove the row."
-                )
+                raise DataError(mark.untrained or NOTHING)
         begin = min(mark.spans[0][0] for mark in marks)
         if len({mark.text[:begin] for mark in marks}) > 1:
             raise DataError(
@@ -283,53 +282,14 @@ class PreferencePreparation(Preparation):
         report.tokens += sum(prompt + length for length in lengths or [0])
         for ids in row.answers:
             self.tally.trained([UNTRAINED, *ids])
-        for name, length in zip(self._lengths, (prompt, *lengths)):
-            self._lengths[name][length] += 1
-        if len(lengths) > 1:
-            self._longer += lengths[0] > lengths[1]
-            self._equally_long += lengths[0] == lengths[1]
-            self._shared[common_prefix(*row.answers)] += 1
-        self._kept |= dict.fromkeys(row.kept)
-        if row.label is not None:
-            self._labels[row.label] += 1
-        key = repr((row.prompt_ids, row.answers, row.label, row.kept)).encode()
-        digest = hashlib.blake2b(key, digest_size=16).digest()
-        if digest in self._seen:
-            self.tally.note("a row repeats an earlier one", origin)
-        self._seen.add(digest)
+        self.tally.note("a row repeats an earlier one", origin, self._figures.count(row))
 
     def finish(self) -> None:
         """Close the report, and stop where there would be nothing to train on."""
-        self._add_figures()
-        super().finish()
-
-    def _add_figures(self) -> None:
         report = self.report
-        report.notes += self._ignored
-        figures: dict[str, Any] = {name: percentiles(lengths) for name, lengths in self._lengths.items()}
-        if pairs := self._shared.total():
-            share = self._longer / pairs
-            figures |= {
-                "chosen_longer": round(share, 4),
-                "equally_long": round(self._equally_long / pairs, 4),
-                "shared_beginning": percentiles(self._shared),
-            }
-            if pairs >= 20 and share > LENGTH_BIAS:
-                report.notes.append(
-                    f"the chosen answer is the longer one in {100 * share:.0f} % of the pairs: the model would learn to write at "
-                    "length. Add pairs whose shorter answer is better."
-                )
-        if self.stage == "kto":
-            good, bad = self._labels[True], self._labels[False]
-            figures |= {"desirable": good, "undesirable": bad}
-            if report.rows_kept and not (good and bad):
-                report.notes.append(
-                    f"all {report.rows_kept:,} answers are labelled {'good' if good else 'bad'}: KTO learns from the difference and "
-                    "needs both"
-                )
-        if self.stage == "grpo":
-            figures["kept_columns"] = list(self._kept)
-        report.preferences = figures
+        report.preferences, notes = self._figures.finish()
+        report.notes += self._ignored + (notes if report.rows_kept else [])
+        super().finish()
 
     @property
     def features(self) -> datasets.Features:
@@ -383,9 +343,4 @@ class PreferencePreparation(Preparation):
             values.setdefault(name, [getattr(row, name) for row in rows])
         kinds = {name: IDS if name == "prompt_ids" else feature_of(column) for name, column in values.items()}
         self._features = datasets.Features(kinds)
-        yield {name: array_of(column, kinds[name]) for name, column in values.items()}
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        yield {name: array_of(column, kinds[name], name) for name, column in values.items()}

@@ -10,8 +10,8 @@ from oribi.chat.conversation import Conversation, Remarks
 from oribi.data import columns as known
 from oribi.data.columns import Columns, is_label, short
 from oribi.data.conversations import RowFormat
-from oribi.data.converters import Document, from_pair, refuse_without_place
-from oribi.data.messages import MessageReader, is_messages
+from oribi.data.converters import Document, refuse_without_place
+from oribi.data.messages import MessageReader, Turn, is_messages
 from oribi.data.preference_turns import (
     answer_turns,
     asked_prompt,
@@ -31,6 +31,7 @@ TAKEN_BY_TRL = (
     "prompts",
     "completions",
     "completion_ids",
+    "prompt_ids",
     "trainer_state",
     "log_extra",
     "log_metric",
@@ -145,8 +146,7 @@ def _pair_of_conversations(
         if before is None:
             continued = prompt is not None and is_transcript(row.peek(prompt))
             before = prompt_turns(row, prompt, reader)
-            for message in (better[0][0], worse[0][0]) if continued else ():
-                message["content"] = message["content"].strip()  # the blank behind "Assistant:"
+            better, worse = _stripped(better, continued), _stripped(worse, continued)
             if before and before[-1][0] == better[0][0]:
                 before = before[:-1]  # messages that end with the better answer
     else:
@@ -164,16 +164,14 @@ def from_judged(row: Columns, label: str, answered: RowFormat, reading: Reading)
     good = _label(row, label)
     judged = row.own((label,))
     hidden = [own for own in row.hide(known.LABELS) if own not in judged]
-    texts = answered.columns == ("prompt", "completion") and all(
-        isinstance(row.peek(name), str) and not is_messages(row.peek(name)) for name in answered.columns
-    )
-    if texts and is_transcript(row.peek("prompt")):
+    apart = answered.columns == ("prompt", "completion")
+    if apart and not (
+        is_plain(row, "prompt", reading) and isinstance(row.peek("completion"), str | int | float)
+    ):
         reader = MessageReader(reading.roles, row.notes)
+        continued = is_transcript(row.peek("prompt"))
         asked = asked_prompt(row, prompt_turns(row, "prompt", reader), "prompt", reader)
-        answer = {"role": "assistant", "content": row.text("completion").strip()}
-        found: Any = with_answer(asked, [(answer, None)], row)
-    elif texts and not is_plain(row, "prompt", reading):
-        found = from_pair(row, "prompt", "completion", reading.roles)
+        found: Any = with_answer(asked, _stripped(answer_turns(row, "completion", reader), continued), row)
     else:
         found = answered.read(row)
     if isinstance(found, Conversation):
@@ -188,6 +186,12 @@ def from_judged(row: Columns, label: str, answered: RowFormat, reading: Reading)
     elif not (isinstance(found, Document) and found.trained_from):
         raise DataError(f"row has keys {list(row.row)}: no prompt to the answer that {label!r} judges.")
     return Preference([found], good, unused=hidden, message_keys=found.message_keys)
+
+
+def _stripped(answer: list[Turn], continued: bool) -> list[Turn]:
+    """An answer without the blank behind "Assistant:", where it continues a dialogue as text."""
+    (message, trained), *others = answer
+    return [({**message, "content": message["content"].strip()}, trained), *others] if continued else answer
 
 
 def _label(row: Columns, name: str) -> bool:
@@ -207,6 +211,10 @@ def from_prompt_alone(row: Columns, prompt: str, reading: Reading) -> Preference
     if taken:
         raise DataError(
             f"row has a column {taken[0]!r}, under which reward functions get something else: rename it in the file."
+        )
+    if "completion" in kept:
+        row.notes.append(
+            "reward functions do not get the column 'completion', whose name TRL uses; rename it to hand it out"
         )
     row.hide(known.LABELS)
     if is_plain(row, prompt, reading):

@@ -97,6 +97,7 @@ def recognise_preference(
     choose = {"kto": _choose_judged, "grpo": _choose_prompt}.get(stage, _choose_pair)
     found = choose(given, reading)
     if found is None:
+        _refuse_nulls(given, stage)
         _refuse_other_stage(row, stage, columns=columns, role_aliases=role_aliases)
         raise DataError(
             f"row has keys {list(row)}; stage {stage} needs {NEEDS[stage]}. Name the columns in the run file: columns: "
@@ -128,6 +129,19 @@ def stage_of_row(row: Row, **settings: Any) -> str:
             return "grpo"
         raise
     return "sft"
+
+
+def _refuse_nulls(row: Columns, stage: str) -> None:
+    """Name the null that keeps a row from being recognised.
+
+    Raises:
+        DataError: a column that the stage needs is there, and empty.
+    """
+    groups = {"kto": [(name,) for name in known.LABELS], "grpo": [(name,) for name in PROMPTS]}
+    for names in groups.get(stage, known.PREFERENCES):
+        if len(row.own(names)) == len(names):
+            for name in names:
+                row.need(name)
 
 
 def _refuse_other_stage(row: Row, stage: str, **settings: Any) -> None:

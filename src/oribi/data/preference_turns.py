@@ -17,7 +17,7 @@ from oribi.errors import DataError
 
 PROMPTS = ("prompt", *known.QUESTIONS, "instruction", "input", "inputs", "human", "user")
 # a dialogue as one text, as HH-RLHF has it
-TRANSCRIPT_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+TRANSCRIPT_TURN = re.compile(r"(?:^|\r?\n\r?\n)(Human|Assistant):")
 
 
 def answer_turns(row: Columns, name: str, reader: MessageReader) -> list[Turn]:
@@ -38,12 +38,7 @@ def _read_answer(row: Columns, name: str, reader: MessageReader) -> list[Turn]:
     value = row.peek(name)
     if is_transcript(value):
         return reader.read(transcript(row.take(name)), name)
-    if (
-        isinstance(value, str)
-        and value.lstrip()[:1] == "{"
-        and any(f'"{key}"' in value for key in CONTENT_KEYS)
-    ):
-        value = decoded(row.take(name), name)
+    value = _message_of_json(value)
     value = _as_list(value, "assistant")
     if (
         isinstance(value, Sequence)
@@ -61,13 +56,27 @@ def _read_answer(row: Columns, name: str, reader: MessageReader) -> list[Turn]:
             raise DataError(f"{name!r} is empty: fill it in, or remove the row.")
         return [({"role": "assistant", "content": value}, None)]
     if (
-        (isinstance(value, str) and not is_messages(value))
-        or isinstance(value, bool | int | float)
-        or value is None
+        value is None
+        or isinstance(value, bool | int | float | bytes)
+        or (isinstance(value, str) and not is_messages(value))
     ):
         return [({"role": "assistant", "content": row.text(name)}, None)]
     row.take(name)
     return reader.read(value, name)
+
+
+def _message_of_json(value: Any) -> Any:
+    """A message, where a text is the JSON of one; other objects are answers in JSON, which stay texts."""
+    if not isinstance(value, str) or value.lstrip()[:1] != "{":
+        return value
+    try:
+        found = decoded(value, "")
+    except DataError:
+        return value
+    is_message = isinstance(found, Mapping) and any(
+        role in found and content in found for role in ROLE_KEYS for content in CONTENT_KEYS
+    )
+    return found if is_message else value
 
 
 def _as_list(value: Any, role: str) -> Any:
@@ -155,7 +164,11 @@ def require_answer(turns: list[Turn], name: str) -> None:
 
 
 def prompt_turns(row: Columns, column: str | None, reader: MessageReader) -> list[Turn]:
-    """The turns of the column that holds the prompt, LLaMA-Factory's history before them."""
+    """The turns of the column that holds the prompt, LLaMA-Factory's history before them.
+
+    Raises:
+        DataError: it holds neither text nor messages.
+    """
     earlier = history_turns(row)
     turns = reader.read(earlier, "history") if earlier else []
     if column is None:
@@ -166,10 +179,16 @@ def prompt_turns(row: Columns, column: str | None, reader: MessageReader) -> lis
         value = transcript(value)
         if value[-1]["role"] == "assistant" and not value[-1]["content"]:
             value = value[:-1]  # where the answer begins
-    elif isinstance(value, str) and not is_messages(value) or not isinstance(value, Sequence):
+    elif isinstance(value, str | bytes) and not is_messages(value) or not isinstance(value, Sequence):
         return [*turns, ({"role": "user", "content": question_text(row, column)}, None)]
+    elif len(value) == 1 and isinstance(value[0], str) and not isinstance(value, str):
+        row.take(column)
+        value = [{"role": "user", "content": value[0]}]
     row.take(column)
-    return [*turns, *reader.read(value, column, len(turns))]
+    try:
+        return [*turns, *reader.read(value, column, len(turns))]
+    except DataError as error:
+        raise error if repr(column) in str(error) else DataError(f"{column!r}: {error}") from error
 
 
 def asked_prompt(row: Columns, turns: list[Turn], prompt: str | None, reader: MessageReader) -> Conversation:

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from oribi.data.encoding import UNTRAINED, Encoded
-from oribi.data.preference_preparation import Ranked
+from oribi.data.preference_figures import Ranked
 from oribi.data.preparation import Preparation
 from oribi.data.prepare import make_preparation
 from oribi.data.report import DataReport
