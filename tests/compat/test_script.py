@@ -40,6 +40,7 @@ def convert(tmp_path):
         ("from trl import *  # all\nSFTTrainer, DPOConfig", "from trl import *; from oribi.trl import DPOConfig, SFTTrainer  # all\nSFTTrainer, DPOConfig"),
         ("from transformers import (\n    AutoModel,\n    Trainer as T,\n)", "from transformers import (\n    AutoModel,\n    Trainer as T,\n); from oribi.trl import Trainer as T"),
         ("import transformers as tf\ntf.TrainingArguments()", "import transformers as tf, oribi.trl\noribi.trl.TrainingArguments()"),
+        ("m, p = FastModel.from_pretrained('x')\np.tokenizer.eos_token", "m, p = FastModel.from_pretrained('x')\np.eos_token"),
         ("import vllm\nvllm.SamplingParams", "import oribi.compat.reinforcement\noribi.compat.reinforcement.SamplingParams"),
         ("u = importlib.import_module('unsloth')", "u = importlib.import_module('oribi')"),
         ("x = '\f'\nfrom unsloth import FastModel", "x = '\f'\nfrom oribi import FastModel"),
@@ -147,6 +148,12 @@ def test_what_cannot_be_seen_of_a_call_is_said(convert):
         ("FastModel.get_peft_model(m, r=8, finetune_mlp_modules=True, use_dora=True)", None, ""),
         ("FastModel.get_peft_model(m, rank=8)", "refused", "get_peft_model: unknown keyword rank"),
         ("other(learning_rat=1)", None, ""),
+        (
+            "m.save_pretrained_merged('x', t, save_method='mxfp4')",
+            "refused",
+            "oribi writes merged_16bit, merged_4bit",
+        ),
+        ("m.save_pretrained_merged('x', t, save_method='merged_4bit')", None, ""),
     ],
 )
 def test_keywords_are_checked_before_the_script_runs(convert, call, kind, words):

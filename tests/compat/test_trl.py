@@ -1,6 +1,7 @@
 """`oribi.trl`: TRL's trainers with the keywords of earlier releases, on oribi's model and with the same losses as elsewhere."""
 
 import pickle
+from dataclasses import fields
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, TrainingArguments
 
 import oribi.trl
+from oribi.compat.prompts import short_prompts, template_columns
+from oribi.compat.trl_keywords import REFUSED, RENAMED, RETIRED, fate_of
 from oribi.errors import ConfigError
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
@@ -185,7 +188,94 @@ class TestKeywordsOfEarlierReleases:
         assert "1 of 11 rows have a prompt above max_prompt_length = 40" in capsys.readouterr().out
 
 
+class TestOnOribisModels:
+    @pytest.fixture
+    def loaded(self, start):
+        return load_model(str(start[1]), dtype="float32", load_in_4bit=False, max_seq_length=128)
+
+    def settings(self, tmp_path, name="SFTConfig", **more):
+        return getattr(oribi.trl, name)(
+            str(tmp_path), **{k: v for k, v in SETTINGS.items() if k != "bf16"} | {"max_steps": 1} | more
+        )
+
+    def test_transformers_own_trainer_logs_the_evaluation(self, loaded, tmp_path):
+        model, tokenizer = loaded
+        rows = [dict(tokenizer(row["prompt"])) for row in PAIRS[:4]]
+        args = self.settings(tmp_path, "TrainingArguments", evaluation_strategy="steps", eval_steps=1)
+        pad = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        trainer = oribi.trl.Trainer(
+            model, args, pad, Dataset.from_list(rows), Dataset.from_list(rows), tokenizer=tokenizer
+        )
+        trainer.train()
+        assert any(entry.get("eval_loss", 0) > 1 for entry in trainer.state.log_history)
+
+    @pytest.mark.parametrize("name", ["fp16_full_eval", "bf16_full_eval"])
+    def test_an_evaluation_leaves_the_adapter_as_it_is(self, loaded, tmp_path, name):
+        model, tokenizer = loaded
+        rows = Dataset.from_list([{"text": row["prompt"]} for row in PAIRS])
+        args = self.settings(tmp_path, **{name: True})
+        trainer = oribi.trl.SFTTrainer(model, args, None, rows, rows, tokenizer=tokenizer)
+        trainer.train()
+        trainer.evaluate()
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+    def test_settings_of_the_trainer_become_those_of_its_config(self, loaded, tmp_path, capsys):
+        model, tokenizer = loaded
+        rows = Dataset.from_list([{"text": row["prompt"]} for row in PAIRS])
+        trainer = oribi.trl.SFTTrainer(
+            model, self.settings(tmp_path, use_liger=True), train_dataset=rows, tokenizer=tokenizer, infinite=True,
+            dataset_text_field="text", max_seq_length=32, eval_packing=False,
+        )  # fmt: skip
+        assert (trainer.args.max_length, trainer.args.eval_packing, trainer.args.use_liger_kernel) == (
+            32,
+            False,
+            False,
+        )
+        said = capsys.readouterr().out
+        assert "infinite has no effect" in said
+        assert "use_liger_kernel has no effect" in said
+
+    def test_rows_of_ids_alone_are_trained_whole(self, loaded, tmp_path, capsys):
+        model, tokenizer = loaded
+        rows = Dataset.from_list([dict(tokenizer(row["prompt"])) for row in PAIRS])
+        args = self.settings(tmp_path, dataset_kwargs={"skip_prepare_dataset": True})
+        oribi.trl.SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer).train()
+        assert "skip_prepare_dataset has no effect" in capsys.readouterr().out
+
+
+class TestPrompts:
+    def test_the_column_that_a_template_reads_is_given_to_it(self, start, capsys):
+        _, tokenizer = load_model(str(start[1]), dtype="float32", load_in_4bit=False)
+        rows = Dataset.from_list([{"prompt": "a", "reasoning_effort": "low", "thinking": True}] * 3)
+        assert template_columns(rows, tokenizer, "GRPOTrainer") is None
+        tokenizer.chat_template += "{{ reasoning_effort }}"
+        assert template_columns(rows, tokenizer, "GRPOTrainer") == {"reasoning_effort": "low"}
+        assert "prompts are rendered with reasoning_effort = 'low'" in capsys.readouterr().out
+        other = Dataset.from_list([{"prompt": "a", "reasoning_effort": effort} for effort in ("low", "high")])
+        with pytest.raises(ConfigError, match="rows differ in reasoning_effort .'low', 'high'."):
+            template_columns(other, tokenizer, "GRPOTrainer")
+
+    def test_rows_of_which_none_is_short_enough_are_an_error(self, start):
+        _, tokenizer = load_model(str(start[1]), dtype="float32", load_in_4bit=False)
+        with pytest.raises(
+            ConfigError, match="10 of 10 rows have a prompt above max_prompt_length = 2; raise it"
+        ):
+            short_prompts(Dataset.from_list(PAIRS), tokenizer, 2, "GRPOTrainer: train_dataset")
+
+
 class TestNames:
+    @pytest.mark.parametrize("method", ["SFT", "DPO", "ORPO", "KTO", "CPO", "GRPO", "RLOO", "Reward"])
+    def test_every_older_keyword_has_its_fate(self, method):
+        known = {f.name for f in fields(getattr(oribi.trl, f"{method}Config"))}
+        for keyword in [*RENAMED, *RETIRED, *REFUSED]:
+            fate = fate_of(keyword, known)
+            assert fate.kind in ("kept", "renamed", "retired", "refused") or RENAMED[keyword][0] not in known
+
+    def test_a_helper_that_moved_is_found_and_one_that_is_gone_says_what_to_do(self):
+        assert oribi.trl.DPODataCollatorWithPadding.__module__ == "trl.experimental.utils"
+        with pytest.raises(AttributeError, match="train_on_responses_only"):
+            oribi.trl.DataCollatorForCompletionOnlyLM  # noqa: B018
+
     def test_sft_is_oribis(self):
         from oribi import SFTConfig, SFTTrainer
 

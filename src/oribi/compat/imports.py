@@ -34,6 +34,8 @@ class Bindings:
     used: set[str] = field(default_factory=set)
     # attributes that are read of a name, such as {"vllm": {"SamplingParams"}}
     attributes: dict[str, set[str]] = field(default_factory=dict)
+    # names of what is loaded beside a model: a tokenizer here, a processor for image-text models elsewhere
+    processors: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, trees: Iterable[ast.Module]) -> "Bindings":
@@ -51,6 +53,10 @@ class Bindings:
                 found.used.add(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 found.attributes.setdefault(node.value.id, set()).add(node.attr)
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                called, target = ast.unparse(node.value.func), node.targets[0]
+                if re.search(r"Fast\w*Model\.from_pretrained$", called) and isinstance(target, ast.Tuple):
+                    found.processors |= {name.id for name in target.elts[1:] if isinstance(name, ast.Name)}
         return found
 
     def origin(self, node: ast.AST) -> str:
@@ -109,8 +115,12 @@ def rewrite_import(block: Block, node: ast.Import, bindings: Bindings) -> Iterat
 def rewrite_reference(
     block: Block, node: ast.Attribute | ast.Name, parents: tuple[ast.AST, ...], bindings: Bindings
 ) -> Iterator[Change]:
-    """Redirect `transformers.TrainingArguments` and the like, where the module was imported by its own name."""
+    """Redirect `transformers.TrainingArguments` and the like, and the tokenizer of a processor, which is loaded alone here."""
     if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+        return
+    if node.attr == "tokenizer" and node.value.id in bindings.processors and isinstance(node.ctx, ast.Load):
+        block.edit(block.span(node.value)[1], block.span(node)[1], "")
+        yield "changed", node, f"{node.value.id}.tokenizer -> {node.value.id}"
         return
     place = bindings.origin(node)
     if place in _MOVED and bindings.origins.get(node.value.id) in ("transformers", "vllm"):

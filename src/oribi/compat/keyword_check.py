@@ -39,6 +39,9 @@ class KeywordCheck:
             if re.search(r"\bFast\w*Model$", self._class_of(node.func.value)):
                 yield from self._loading(node) if name == "from_pretrained" else self._lora(node)
             return
+        if name in ("save_pretrained_merged", "push_to_hub_merged"):
+            yield from _merging(node)
+            return
         place = self._bindings.origin(node.func)
         if place.partition(".")[0] in _LIBRARIES or place in _OF_TRANSFORMERS:
             called = place.rpartition(".")[2]
@@ -77,6 +80,16 @@ class KeywordCheck:
                 yield "refused", value, f"{keyword}: {REFUSED_KEYWORDS[keyword]}"
             elif keyword not in known:
                 yield "refused", value, _unknown("get_peft_model", keyword, known)
+
+
+def _merging(node: ast.Call) -> Iterator[Change]:
+    from oribi.save.merged import METHODS
+
+    for keyword, value in _given(node):
+        seen = _constant(value)
+        if keyword == "save_method" and isinstance(seen, str) and seen not in METHODS:
+            others = f"oribi writes {', '.join(METHODS)}; save_pretrained_gguf writes other quantised files"
+            yield "refused", value, f"save_method={seen!r}: {others}"
 
 
 def _training(node: ast.Call, called: str) -> Iterator[Change]:

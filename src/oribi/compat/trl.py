@@ -246,6 +246,13 @@ def _translating_trainer(name: str, trainer: type) -> type:
         arguments = _arguments(config_name, keywords.pop("args", None), settings)
         if name != "SFTTrainer":
             _leave_to_the_model(model, arguments)
+        elif _lacks_labels(keywords, arguments):
+            arguments.dataset_kwargs = None
+            say_notes(
+                [
+                    "skip_prepare_dataset has no effect: the rows have input_ids but no labels; every token is trained"
+                ]
+            )
         _leave_out_compilers(model, arguments)
         limit = getattr(arguments, "max_prompt_length", None)
         tokenizer = keywords.get("processing_class")
@@ -289,6 +296,18 @@ def _leave_to_the_model(model: Any, arguments: TrainingArguments) -> None:
         arguments.gradient_checkpointing = False
         arguments.bf16 = arguments.fp16 = False
         keep_dtype_in_evaluation(arguments)
+
+
+def _lacks_labels(keywords: Mapping[str, Any], arguments: TrainingArguments) -> bool:
+    """Whether rows that the trainer is to take as they are have token ids and no labels, and no collator makes some."""
+    skips = (arguments.dataset_kwargs or {}).get("skip_prepare_dataset")
+    columns = getattr(keywords.get("train_dataset"), "column_names", None) or []
+    return (
+        bool(skips)
+        and "input_ids" in columns
+        and "labels" not in columns
+        and not keywords.get("data_collator")
+    )
 
 
 def _leave_out_compilers(model: Any, arguments: TrainingArguments) -> None:
