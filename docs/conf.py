@@ -9,7 +9,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
 myst_heading_anchors = 4
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["deflist"]
 
 default_role = "code"
 autodoc_typehints = "none"  # signatures have them, and Args say what they mean

@@ -151,6 +151,14 @@ def in_python(name: str, setting: Setting) -> str:
     return ", ".join(cells) or "-"
 
 
+def by_stage(setting: Setting) -> list[str]:
+    """Its defaults in other stages than supervised fine-tuning, and the stages that use it where not all do."""
+    stages, used_by = getattr(setting, "stages", None) or {}, getattr(setting, "used_by", ())
+    found = [f"- **Only for:** {', '.join(f'`stage: {one}`' for one in used_by)}"] if used_by else []
+    values = [f"`{stage}` {shown(value)}" for stage, value in stages.items()]
+    return [*found, *([f"- **Default by stage:** {', '.join(values)}"] if values else [])]
+
+
 def config_page() -> str:
     lines = [
         "# Config",
@@ -175,6 +183,7 @@ def config_page() -> str:
             f"- **Default:** {'none, it has to be given' if name in REQUIRED else f'`{shown(setting.default)}`'}",
             f"- **In Python:** {in_python(name, setting)}",
             f"- **Allowed:** {allowed(setting)}",
+            *by_stage(setting),
             f"- **When to change it:** {WHEN_TO_CHANGE[name]}",
             *([f"- **Also read as:** {', '.join(others)}"] if others else []),
         ]
@@ -206,7 +215,7 @@ def cli_page() -> str:
         "# Command line",
         MARK,
         "",
-        "`oribi VERB --help` shows the same. Results go to standard output and everything else to standard error; `--json` prints",
+        "`oribi train --help` and its like show the same. Results go to standard output and everything else to standard error; `--json` prints",
         "JSON lines. Exit codes: 0 success, 1 error (with a message), 2 bad arguments, 130 interrupted.",
     ]
     for words, command in verbs(typer.main.get_command(build_command())):

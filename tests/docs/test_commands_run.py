@@ -43,7 +43,11 @@ def test_a_documented_command_runs(
     words = [word.replace("q4_k_m", "f16").replace("merged_4bit", "merged") for word in words]
     if words[0] == "export" and "--output" not in words:
         words += ["--output", str(tmp_path / "exports")]
-    (tmp_path / "train.py").write_text("from unsloth import FastLanguageModel\n")
+    if words[0] == "chat" and "--prompt" not in words:
+        words += ["--prompt", "the red fox"]
+    for script in ("train.py", "script.py"):
+        (tmp_path / script).write_text("from unsloth import FastLanguageModel\n")
+    (tmp_path / "train.csv").write_text("question,answer\nwhere,here\nwhen,now\n")
     (tmp_path / "notebook.ipynb").write_text('{"cells": []}')
     monkeypatch.chdir(tmp_path)
     done = oribi(*words)

@@ -1,0 +1,32 @@
+"""The notebook runs from top to bottom, with SmolLM2 from its package in place of the hub's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+NOTEBOOK = Path(__file__).parent.parent.parent / "examples" / "notebook.ipynb"
+
+
+def code_cells() -> list[str]:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_committed_without_results():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"])
+
+
+@pytest.mark.slow
+def test_the_notebook_teaches_the_model(smollm2_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "notebook"}
+    for cell in code_cells():
+        cell = cell.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(smollm2_file))
+        exec(compile(cell.replace("steps = 30", "steps = 12"), "notebook", "exec"), names)
+    said = capsys.readouterr().out
+    assert "⟦" in said
+    assert "SNOW" in said  # of a word that no row has
+    assert (tmp_path / "runs" / "notebook" / "adapter" / "adapter_model.safetensors").is_file()
