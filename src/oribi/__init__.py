@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "FastLanguageModel": "oribi.compat.language_model",
     "FastModel": "oribi.compat.language_model",
+    "FastSentenceTransformer": "oribi.compat.embeddings",
     "add_new_tokens": "oribi.lora.tokens",
     "prepare_dataset": "oribi.data.prepare",
     "inspect_data": "oribi.data.view",

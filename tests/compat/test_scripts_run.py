@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from oribi.compat.script import convert_script
+from tests.compat.test_embeddings import write_encoder
 from tests.compat.test_trl import JUDGED, NEEDS_DRIVER, PAIRS, words
 from tests.train.conftest import write_tiny_model
 
@@ -41,6 +42,8 @@ ROWS = {
     "texts": [{"text": words(i, 30)} for i in range(8)],
     "pairs": PAIRS,
     "judged": JUDGED,
+    "labelled": [{"text": words(i, 4), "labels": i % 3} for i in range(16)],
+    "anchors": [{"anchor": words(i, 3), "positive": words(i, 4)} for i in range(16)],
     "questions": [{"question": words(i, 4), "answer": words(i, 1)} for i in range(6)],
 }  # fmt: skip
 
@@ -50,6 +53,7 @@ def folder(tmp_path_factory):
     """A folder with the tiny model and the rows that the scripts name."""
     folder = tmp_path_factory.mktemp("scripts")
     write_tiny_model(folder / "tiny")
+    write_encoder(folder / "encoder", "bert")
     for name, rows in ROWS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -258,6 +258,9 @@ def test_encoders_are_trained_unfused_with_all_that_is_new(four_bit, tmp_path):
         str(tmp_path / "bert"), auto_model=AutoModelForSequenceClassification, num_labels=3, max_seq_length=64,
         load_in_4bit=four_bit, dtype=torch.float32,
     )  # fmt: skip
+    packed = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"]
+    assert len(packed) == 12 * four_bit
+    assert type(model.classifier) is type(model.bert.pooler.dense) is torch.nn.Linear
     model = FastModel.get_peft_model(model, r=4, task_type="SEQ_CLS")
     losses = train(model, tokenizer, tmp_path / "out")
     assert losses[-1] < losses[0]

@@ -26,6 +26,7 @@ _ENGINE = "there is no vLLM engine; the model's own generate answers"
 NAMES = {
     "FastLanguageModel": Name("oribi"),
     "FastModel": Name("oribi"),
+    "FastSentenceTransformer": Name("oribi", "needs sentence-transformers: pip install 'oribi[embeddings]'"),
     "FastTextModel": Name(_MODEL, "the same as FastModel"),
     "FastVisionModel": Name(_MODEL, _TEXT),
     **dict.fromkeys(
@@ -52,7 +53,6 @@ NAMES = {
     "unsloth_train": Name("oribi.compat.trainer_names"),
     "print_quantization_methods": Name("oribi"),
     "__version__": Name("oribi"),
-    "FastSentenceTransformer": Name("", "embedding models are not trained here yet"),
     "UnslothVisionDataCollator": Name("", "pictures are not trained on"),
     "QGaloreConfig": Name("", "GaLore is not supported; LoRA with adamw_8bit needs less memory"),
     "remove_special_tokens": Name("", "tokenizer.decode(ids, skip_special_tokens=True) does it"),

@@ -161,7 +161,9 @@ def load_unfused(
     """
     try:
         expected = weightless(config, trust_remote_code=trust_remote_code, classifies=classifies)
-        kept = [name for name, _ in expected.named_modules() if classifies and _is_head(expected, name)]
+        kept = [
+            name for name, _ in expected.named_modules() if classifies and name and _is_head(expected, name)
+        ]
         settings = _bitsandbytes(config, quantization, [*kept, *beside_decoder(expected)], dtype)
         model, report = _auto(config, classifies).from_pretrained(
             location.directory,
@@ -187,18 +189,7 @@ def load_unfused(
     notes += _compare_tensors(location, model, expected, report)
     if not classifies:
         model.generate = partial(generate_in_inference_mode, model, model.generate)
-    packed = set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, bnb.nn.Linear4bit):
-            continue
-        packed.add(f"{name}.weight")
-        if not fits_nf4(layer, device):
-            raise ModelError(
-                f"{location.name}: {name} has rows of {layer.in_features} values, which bitsandbytes computes wrongly on a "
-                "CPU; pass load_in_4bit=False"
-            )
-        # bitsandbytes would repack the weight in an eval forward, and later gradients would be wrong
-        layer.support_avx512bf16_for_cpu = False
+    packed = require_exact_nf4(model, location.name, device)
     if quantization.enabled:
         notes.append(unfused_sizes(model.named_parameters(), packed).note(dtype.itemsize))
     return model, new_modules
@@ -229,6 +220,33 @@ def _outside_table(config: PretrainedConfig, model: PreTrainedModel, expected: P
         return text
     kept = "stays as it is, frozen and not packed" if beside_decoder(expected) else "is not loaded"
     return f"{text}. Its text decoder is trained; what it has for images and sound {kept}"
+
+
+def require_exact_nf4(model: PreTrainedModel, name: str, device: torch.device) -> set[str]:
+    """Makes sure that a model's packed layers compute what they hold.
+
+    Args:
+        model: as transformers loaded it. name: for messages. device: where it computes.
+
+    Returns:
+        The names of the packed weights.
+
+    Raises:
+        ModelError: bitsandbytes would compute one of them wrongly.
+    """
+    packed = set()
+    for part, layer in model.named_modules():
+        if not isinstance(layer, bnb.nn.Linear4bit):
+            continue
+        packed.add(f"{part}.weight")
+        if not fits_nf4(layer, device):
+            raise ModelError(
+                f"{name}: {part} has rows of {layer.in_features} values, which bitsandbytes computes wrongly on a CPU; pass "
+                "load_in_4bit=False"
+            )
+        # bitsandbytes would repack the weight in an eval forward, and later gradients would be wrong
+        layer.support_avx512bf16_for_cpu = False
+    return packed
 
 
 def _is_head(model: PreTrainedModel, name: str) -> bool:
