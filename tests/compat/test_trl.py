@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 
 import oribi.trl
 from oribi.compat.prompts import short_prompts, template_columns
-from oribi.compat.trl_keywords import REFUSED, RENAMED, RETIRED, fate_of
+from oribi.compat.trl import trainer_keywords
+from oribi.compat.trl_keywords import fate_of
 from oribi.errors import ConfigError
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
@@ -66,6 +67,25 @@ def longer_is_better(completions, **_):
 def many_words(completions, **_):
     return [float(text.count(" ")) for text in completions]
 
+
+# keywords of TRL 0.9 to 1.8 that 1.15 and 1.16 have no more, of the config and of the trainer
+GONE = {
+    "SFT": "chars_per_token dataset_batch_size infinite num_of_sequences use_liger max_seq_length neftune_noise_alpha packing eval_packing",
+    "DPO": "base_model_attribute_name force_use_ref_model generate_during_eval is_encoder_decoder label_pad_token_id max_completion_length max_prompt_length max_target_length model_adapter_name model_init optimizer_cls_and_kwargs padding_value preprocess_logits_for_metrics ref_adapter_name ref_model_init_kwargs reference_free rpo_alpha tools use_liger_loss use_logits_to_keep use_num_logits_to_keep beta loss_type",
+    "ORPO": "label_pad_token_id max_prompt_length truncation_mode",
+    "KTO": "base_model_attribute_name embedding_func embedding_tokenizer generate_during_eval is_encoder_decoder label_pad_token_id max_completion_length max_density_ratio max_prompt_length min_density_ratio model_adapter_name model_init padding_value preprocess_logits_for_metrics prompt_sample_size ref_adapter_name ref_model_init_kwargs truncation_mode use_liger_loss",
+    "CPO": "label_pad_token_id max_prompt_length max_target_length padding_value truncation_mode",
+    "GRPO": "max_prompt_length use_liger_loss vllm_device vllm_dtype vllm_enable_prefix_caching vllm_guided_decoding_regex vllm_max_model_len wandb_log_unique_prompts",
+    "RLOO": "base_model batch_size cliprange cliprange_value config data_collator dataset_num_proc exp_name gamma kl_coef lam local_batch_size local_mini_batch_size local_rollout_forward_batch_size max_prompt_length micro_batch_size mini_batch_size missing_eos_penalty non_eos_penalty normalize_advantage normalize_reward num_mini_batches num_ppo_epochs num_sample_generations num_total_batches num_updates penalty_reward_value policy ref_policy response_length reward_model reward_model_path rloo_k sanity_check sft_model_path stop_token stop_token_id token_level_kl total_episodes vf_coef vllm_guided_decoding_regex wandb_log_unique_prompts whiten_rewards world_size",
+    "Reward": "model_init max_length",
+}  # fmt: skip
+TRANSFORMERS_4 = (
+    "jit_mode_eval use_ipex fp16_opt_level half_precision_backend tpu_num_cores tpu_metrics_debug past_index fsdp_min_num_params "
+    "fsdp_transformer_layer_cls_to_wrap adafactor group_by_length use_legacy_prediction_loop include_inputs_for_metrics fp16_backend "
+    "evaluation_strategy push_to_hub_model_id push_to_hub_organization push_to_hub_token mp_parameters torchdynamo ray_scope "
+    "dispatch_batches split_batches include_tokens_per_second overwrite_output_dir per_gpu_train_batch_size no_cuda use_mps_device "
+    "per_gpu_eval_batch_size warmup_ratio logging_dir save_safetensors"
+)
 
 ANSWERS = {"num_generations": 2, "max_completion_length": 6, "temperature": 1.0, "beta": 0.1}
 # trainer -> rows, what scripts write in the config, and what older ones write on the trainer
@@ -264,12 +284,12 @@ class TestPrompts:
 
 
 class TestNames:
-    @pytest.mark.parametrize("method", ["SFT", "DPO", "ORPO", "KTO", "CPO", "GRPO", "RLOO", "Reward"])
-    def test_every_older_keyword_has_its_fate(self, method):
+    @pytest.mark.parametrize("method", GONE)
+    def test_every_keyword_that_a_config_or_trainer_had_has_its_fate(self, method):
         known = {f.name for f in fields(getattr(oribi.trl, f"{method}Config"))}
-        for keyword in [*RENAMED, *RETIRED, *REFUSED]:
-            fate = fate_of(keyword, known)
-            assert fate.kind in ("kept", "renamed", "retired", "refused") or RENAMED[keyword][0] not in known
+        taken = trainer_keywords(f"{method}Trainer")
+        for keyword in [*GONE[method].split(), *TRANSFORMERS_4.split()]:
+            assert keyword in taken or fate_of(keyword, known).kind != "unknown", keyword
 
     def test_a_helper_that_moved_is_found_and_one_that_is_gone_says_what_to_do(self):
         assert oribi.trl.DPODataCollatorWithPadding.__module__ == "trl.experimental.utils"

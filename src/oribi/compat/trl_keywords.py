@@ -44,6 +44,8 @@ _PADDING = "padding is masked"
 _ENGINE = "there is no vLLM engine; the model's own generate answers"
 _PACKS = "packing counts tokens, not characters"
 _ADAPTER = "the reference is the model without its adapter"
+_NO_EMBEDDING = "this trainer trains without an embedding of prompts"
+_NO_VALUES = "there is no model of values"
 _TPU = "it is for another accelerator"
 # older keyword -> why it has no effect
 RETIRED = {
@@ -81,11 +83,17 @@ RETIRED = {
     "chars_per_token": _PACKS,
     "num_of_sequences": _PACKS,
     "infinite": "max_steps bounds the training",
+    "max_target_length": "max_length bounds prompt and completion together",
+    "gamma": _NO_VALUES,
+    "lam": _NO_VALUES,
+    "vf_coef": _NO_VALUES,
+    "cliprange_value": _NO_VALUES,
+    "ref_policy": _ADAPTER,
     "max_completion_length": "max_length bounds prompt and completion together",
     "truncation_mode": "this trainer cuts the end",
-    "min_density_ratio": "this trainer trains without an embedding of prompts",
-    "max_density_ratio": "this trainer trains without an embedding of prompts",
-    "prompt_sample_size": "this trainer trains without an embedding of prompts",
+    "min_density_ratio": _NO_EMBEDDING,
+    "max_density_ratio": _NO_EMBEDDING,
+    "prompt_sample_size": _NO_EMBEDDING,
     "use_logits_to_keep": "logits are computed where the loss needs them",
     "use_num_logits_to_keep": "logits are computed where the loss needs them",
     "vllm_device": _ENGINE,
@@ -108,6 +116,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "rpo_alpha": (None, "write loss_type=['sigmoid', 'sft'] and loss_weights=[1.0, rpo_alpha]"),
     "reference_free": (False, "write loss_type of a trainer without a reference, such as ORPO"),
     "tools": (None, "put the tools into a column `tools` of the rows"),
+    "model_init": (None, "give the model itself"),
+    "policy": (None, "give it as model"),
+    "base_model": (None, "give the model to the trainer"),
+    "config": (None, "give it as args"),
+    "reward_model": (None, "give it in reward_funcs"),
+    "data_collator": (None, "this trainer makes its batches itself: leave it out"),
+    "optimizer_cls_and_kwargs": (None, "give optimizers=(optimizer, scheduler)"),
+    "preprocess_logits_for_metrics": (None, "this trainer logs its own metrics: leave it out"),
+    "embedding_func": (None, f"{_NO_EMBEDDING}: leave it out"),
+    "embedding_tokenizer": (None, f"{_NO_EMBEDDING}: leave it out"),
     "adafactor": (False, "write optim='adafactor'"),
     "dispatch_batches": (None, "write accelerator_config={'dispatch_batches': ...}"),
     "split_batches": (None, "write accelerator_config={'split_batches': ...}"),
