@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 import oribi.run
-from oribi.config import RunConfig
+from oribi.config import SETTINGS, RunConfig
 from oribi.config_file import read_run_config
 from oribi.train.trainer import SFTTrainer
 from tests.train.conftest import some_conversations
@@ -171,6 +171,9 @@ PASSED_ON = {"revision", "trust_remote_code", "dataset_num_proc", "malformed"}
 # and this one needs a GPU: tests/train/test_fp8.py
 ON_A_GPU = {"fp8"}
 
+# and these belong to the stages that are not supervised: tests/train/test_stages.py
+OF_STAGES = {"stage"} | {name for name, setting in SETTINGS.items() if "sft" not in setting.used_by}
+
 
 @pytest.fixture(scope="module")
 def places(tiny_folder, tmp_path_factory) -> dict[str, str]:
@@ -249,7 +252,7 @@ def ran(places, tmp_path_factory) -> Callable[..., Ran]:
 
 
 def test_every_key_is_here():
-    assert set(EFFECTS) | PASSED_ON | ON_A_GPU == {f.name for f in fields(RunConfig)}
+    assert set(EFFECTS) | PASSED_ON | ON_A_GPU | OF_STAGES == {f.name for f in fields(RunConfig)}
 
 
 @pytest.mark.parametrize("key", EFFECTS)

@@ -4,16 +4,11 @@ This is the one table of defaults: files and flags (`config_file.py`), `SFTConfi
 docs/settings.md read it. Keys are Hugging Face's where they exist.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from oribi.config_yaml import parse_word
-from oribi.text import one_of
+from oribi.config_setting import SFT_ONLY, STAGES, Setting
 
-MOST = 2**31 - 1  # of whole numbers without a limit of their own
-_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -23,6 +18,11 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def of_stages(help: str, defaults: dict[str, Any], **limits: Any) -> Any:
+    """A field of `RunConfig` that only these stages use: its default in each, what it means, and further fields of `Setting`."""
+    return setting(None, help, stages=defaults, used_by=tuple(defaults), **limits)
 
 
 # of transformers 5.17: schedules and optimizers that need no arguments of their own
@@ -41,6 +41,13 @@ CHECKPOINTING = ("auto", "memory", "balanced", "speed", "off")
 OLDER_CHECKPOINTING = {
     **dict.fromkeys(("oribi", "unsloth", "true", "yes", "on"), "auto"), **dict.fromkeys(("false", "no"), "off"),
 }  # fmt: skip
+# of TRL 1.15 and 1.16: losses that need no argument of their own
+LOSSES = {
+    "dpo": ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+            "apo_zero", "apo_down", "discopop", "sft"),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "grpo": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"),
+}  # fmt: skip
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -48,6 +55,11 @@ TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 class RunConfig:
     """Every setting of a run; `read_run_config` makes one from a file and flags."""
 
+    # what is trained
+    stage: str = setting(
+        "sft", "Supervised fine-tuning, or with TRL: preferences (dpo, orpo, kto), a reward model, or rewards (grpo)",
+        choices=STAGES, same={"rm": "reward"},
+    )  # fmt: skip
     # the model
     model: str = setting("", "Hub name, local folder or GGUF file of the model")
     revision: str | None = setting(None, "Branch, tag or commit of the model on the hub")
@@ -86,14 +98,14 @@ class RunConfig:
     )
     eval_fraction: float = setting(0.0, "Fraction of the training rows kept for evaluation", low=0, below=1)
     chat_template: str | None = setting(None, "Name of a chat template in place of the model's own")
-    train_on_responses_only: bool = setting(True, "Train on the assistant's words only")
+    train_on_responses_only: bool = setting(True, "Train on the assistant's words only", used_by=SFT_ONLY)
     overlong: str | None = setting(
         None, "Examples above max_seq_length; none splits text files and truncates otherwise",
         choices=("truncate", "drop", "split", "error"),
     )  # fmt: skip
     turns: str = setting(
         "whole", "Conversations as whole examples, or split into one example per assistant turn, each with its thought",
-        choices=("whole", "split"),
+        choices=("whole", "split"), used_by=SFT_ONLY,
     )  # fmt: skip
     columns: dict[str, str] | None = setting(
         None, "Your columns by oribi's names, e.g. {question: task, answer: solution}"
@@ -104,16 +116,26 @@ class RunConfig:
     malformed: str = setting(
         "error", "Rows that cannot be read stop the run, or are left out and named", choices=("error", "drop")
     )
-    packing: bool = setting(True, "Fill rows of max_seq_length with several examples each", python=False)
+    packing: bool = setting(
+        True, "Fill rows of max_seq_length with several examples each", python=False,
+        stages=dict.fromkeys(STAGES[1:], False), used_by=SFT_ONLY,
+    )  # fmt: skip
     dataset_num_proc: int | None = setting(None, "Processes that prepare the data", low=1, high=1024)
     # the training
     output_dir: str = setting("runs/latest", "Folder of the run", python="outputs")
     num_train_epochs: float = setting(1.0, "Passes over the data", python=3.0, low=0, high=1e6)
     max_steps: int = setting(-1, "Optimizer steps; overrides num_train_epochs if positive", low=-1)
-    per_device_train_batch_size: int = setting(2, "Batch size per device", low=1)
+    per_device_train_batch_size: int = setting(
+        2, "Batch size per device", low=1, stages={"kto": 4, "grpo": 8}
+    )
     per_device_eval_batch_size: int = setting(8, "Batch size of evaluation per device", low=1)
-    gradient_accumulation_steps: int = setting(4, "Micro-batches per optimizer step", low=1)
-    learning_rate: float = setting(2e-4, "Peak learning rate", low=0, below=1)
+    gradient_accumulation_steps: int = setting(
+        4, "Micro-batches per optimizer step", low=1, stages={"kto": 2, "grpo": 1}
+    )
+    learning_rate: float = setting(
+        2e-4, "Peak learning rate", low=0, below=1,
+        stages={"dpo": 1e-5, "orpo": 1e-5, "kto": 1e-5, "reward": 5e-5, "grpo": 5e-6},
+    )  # fmt: skip
     embedding_learning_rate: float | None = setting(
         None, "Learning rate of embeddings and head trained whole", low=0, below=1
     )
@@ -126,11 +148,14 @@ class RunConfig:
     optim: str = setting("adamw_8bit", "Optimizer", choices=OPTIMIZERS)
     weight_decay: float = setting(0.01, "Weight decay", python=0.0, low=0)
     max_grad_norm: float = setting(1.0, "Maximum gradient norm; 0 disables clipping", low=0)
-    neftune_noise_alpha: float | None = setting(None, "NEFTune noise on the embeddings", low=0)
+    neftune_noise_alpha: float | None = setting(
+        None, "NEFTune noise on the embeddings", low=0, used_by=SFT_ONLY
+    )
     seed: int = setting(3407, "Seed of the data order, dropout and the adapter's start", low=0)
     fp8: bool = setting(
         False,
         "Compute products of frozen weights in 8-bit floating point while training (approximate; NVIDIA GPUs from 8.9 on)",
+        used_by=SFT_ONLY,
     )
     deterministic: bool = setting(False, "Make two runs bit-equal; slower on a GPU")
     logging_steps: int = setting(1, "Steps between two log lines", low=1)
@@ -146,6 +171,62 @@ class RunConfig:
         choices=("true", "false", "weights"),
     )  # fmt: skip
     report_to: list[str] = setting(["none"], "Trackers", python="none", choices=TRACKERS)
+    # the stage
+    beta: float | None = of_stages(
+        "How close the model is kept to its reference; of orpo the weight of the odds ratio", low=0,
+        defaults={"dpo": 0.1, "orpo": 0.1, "kto": 0.1, "grpo": 0.0},
+    )  # fmt: skip
+    loss_type: list[str] | None = of_stages(
+        "The loss, by TRL's name; of dpo also several, which are added",
+        {"dpo": ["sigmoid"], "kto": ["kto"], "grpo": ["dapo"]},
+    )
+    loss_weights: list[float] | None = of_stages(
+        "Weight of each loss_type; none weighs them alike", {"dpo": None}
+    )
+    label_smoothing: float | None = of_stages(
+        "Share of pairs that may be labelled the wrong way round, for the losses that know it",
+        {"dpo": 0.0},
+        low=0,
+        below=0.5,
+    )
+    desirable_weight: float | None = of_stages("Weight of good answers", {"kto": 1.0}, low=0)
+    undesirable_weight: float | None = of_stages("Weight of bad answers", {"kto": 1.0}, low=0)
+    center_rewards_coefficient: float | None = of_stages(
+        "How strongly the mean of all rewards is kept at 0, e.g. 0.01", {"reward": 0.0}, low=0
+    )
+    reward_funcs: list[str] | None = of_stages(
+        "Functions that score answers: file.py:function, beside the config file, or module:function",
+        {"grpo": None},
+    )
+    reward_weights: list[float] | None = of_stages(
+        "Weight of each reward function; none adds them", {"grpo": None}
+    )
+    num_generations: int | None = of_stages(
+        "Answers per prompt, which are compared with each other", {"grpo": 8}, low=2
+    )
+    max_prompt_length: int | None = of_stages(
+        "Longest prompt in tokens; longer ones are left out", {"grpo": 512}, low=1
+    )
+    max_completion_length: int | None = of_stages("Longest answer in tokens", {"grpo": 512}, low=1)
+    temperature: float | None = of_stages(
+        "Temperature of the answers that are drawn", {"grpo": 1.0}, low=1e-3
+    )
+    top_p: float | None = of_stages("Nucleus of the answers that are drawn", {"grpo": 1.0}, low=1e-6, high=1)
+    top_k: int | None = of_stages("Candidates per token of an answer; 0 takes all", {"grpo": 0}, low=0)
+    min_p: float | None = of_stages(
+        "Least probability of a token, as a share of the likeliest one's", {"grpo": None}, low=0, high=1
+    )
+    epsilon: float | None = of_stages(
+        "How far one step may move a token's probability ratio from 1", {"grpo": 0.2}, low=0
+    )
+    scale_rewards: str | None = of_stages(
+        "Divide rewards by their deviation within a prompt's group, within the batch, or not",
+        {"grpo": "group"},
+        choices=("group", "batch", "none"),
+    )
+    mask_truncated_completions: bool | None = of_stages(
+        "Leave answers out of the loss that max_completion_length cut off", {"grpo": False}
+    )
     # what is saved
     save_method: list[str] = setting(
         ["lora"], "Forms in which the model is saved", choices=("lora", "merged_16bit", "merged_4bit"),
@@ -156,9 +237,11 @@ class RunConfig:
     report: bool = setting(True, "Measure the model before and after, and write report.html and report.md")
 
     def row_settings(self) -> dict[str, Any]:
-        """What is said of the rows, by the names of `prepare_dataset`."""
+        """What is said of the rows, by the names of `prepare_dataset`, or of `prepare_preferences` where a stage is not sft."""
+        of_stage = {} if self.stage == "sft" else {"stage": self.stage}
         return {
-            "max_seq_length": self.max_seq_length,
+            **of_stage,
+            "max_seq_length": self.max_prompt_length if self.stage == "grpo" else self.max_seq_length,
             "split": self.split,
             "train_on": "responses" if self.train_on_responses_only else "everything",
             "overlong": self.overlong,
@@ -168,128 +251,6 @@ class RunConfig:
             "role_aliases": self.role_aliases,
             "malformed": self.malformed,
         }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One field of `RunConfig`.
-
-    Args:
-        kind: bool, int, float or str, of one item. container: list or dict where it holds several, else None.
-        optional: whether it may be left open (None).
-        default: in a config file. python: of the Python calls that take it, where TRL's or Unsloth's value is kept.
-        help: what it means, on one line.
-        low, high: the least and the most that it may be. below: what it must stay below.
-        choices: the words that it may be. same: other words -> the choice that they mean.
-    """
-
-    name: str
-    kind: type
-    container: type | None
-    optional: bool
-    default: Any
-    python: Any
-    help: str
-    low: float | None = None
-    high: float | None = None
-    below: float | None = None
-    choices: tuple[str, ...] = ()
-    same: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def is_words(self) -> bool:
-        """Whether it is a name or names, read as written; one that may be true or false as well is read as YAML."""
-        return self.kind is str and "true" not in self.choices
-
-    def check(self, value: Any) -> tuple[Any, str | None]:
-        """A value as the setting's type, and what is allowed if the setting may not be this."""
-        converted, expected = self._convert(value)
-        expected = expected or self._outside(converted)
-        if expected is not None and isinstance(value, str) and not self.is_words:
-            unquoted = parse_word(value)
-            if not isinstance(unquoted, str) and self.check(unquoted)[1] is None:
-                expected += "; write it without the quotes"
-        return converted, expected
-
-    def _convert(self, value: Any) -> tuple[Any, str | None]:
-        if self.container is dict:
-            return _pairs(value)
-        if self.container is list:
-            found = [self._word(item) for item in (value if isinstance(value, list) else [value])]
-            problem = next((problem for _, problem in found if problem), None)
-            return [item for item, _ in found], problem and problem.replace(
-                "one name", "a name or a list of names"
-            )
-        if self.kind is bool:
-            return (value, None) if isinstance(value, bool) else (None, "must be true or false")
-        if self.kind is str:
-            return self._word(value)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # a whole number of hundreds of digits is no float
-        finite = number and (isinstance(value, float) or value.bit_length() < 1000) and math.isfinite(value)
-        if self.kind is float:
-            return (float(value), None) if finite else (None, "must be a number")
-        whole = number and (isinstance(value, int) or (finite and value == int(value)))
-        return (int(value), None) if whole else (None, "must be a whole number")
-
-    def _word(self, value: Any) -> tuple[str | None, str | None]:
-        if isinstance(value, bool) and "true" in (*self.choices, *self.same):
-            value = str(value).lower()
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            return None, "must be one name"
-        text = str(value)
-        if not text.strip():
-            return None, "is empty; write one name, or leave the line out"
-        if not text.isprintable():  # names of files with a NUL, say
-            return None, "must be one name without control characters"
-        return self.same.get(text.lower(), text), None
-
-    def _outside(self, value: Any) -> str | None:
-        if self.choices and value is not None:
-            items = value if isinstance(value, list) else [value]
-            wrong = [item for item in items if item not in self.choices]
-            if wrong:
-                return one_of(wrong[0], self.choices)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            high = MOST if self.high is None and isinstance(value, int) else self.high
-            if self.low is not None and not value >= self.low:
-                return f"must be at least {self.low:g}"
-            if self.below is not None and not value < self.below:
-                return f"must be below {self.below:g}"
-            if high is not None and not value <= high:
-                return f"must be at most {high:,}"
-        return None
-
-    def schema(self) -> dict[str, Any]:
-        """What a value may be, as JSON schema."""
-        bounds = {"minimum": self.low, "maximum": self.high, "exclusiveMaximum": self.below}
-        choices: list[Any] = [*self.choices, *self.same]
-        if self.container is list:
-            item = {"enum": choices} if choices else {"type": "string"}
-            shape: dict[str, Any] = {
-                "anyOf": [{"type": "array", "items": item}, item]
-            }  # one name may stand alone
-        elif self.container is dict:
-            shape = {"type": "object", "additionalProperties": {"type": "string"}}
-        elif choices:
-            booleans = {"true": True, "false": False}
-            shape = {"enum": [*choices, *(booleans[choice] for choice in choices if choice in booleans)]}
-        else:
-            limits = {name: bound for name, bound in bounds.items() if bound is not None}
-            shape = {"type": _JSON_TYPES[self.kind], **limits}
-        return {"anyOf": [shape, {"type": "null"}]} if self.optional else shape
-
-
-def _pairs(value: Any) -> tuple[dict[str, str] | None, str | None]:
-    """A mapping of names, which flags may write as name=name."""
-    found: dict[Any, Any] = {}
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, str) and "=" in item:
-            item = dict([item.split("=", 1)])
-        found |= item if isinstance(item, dict) else {None: None}
-    if not all(isinstance(name, str) and name for pair in found.items() for name in pair):
-        return None, "must be pairs of names, {ours: yours}, or ours=yours as a flag"
-    return found or None, None
 
 
 def _settings() -> dict[str, Setting]:
@@ -311,6 +272,7 @@ SETTINGS = _settings()
 
 # setting -> its names in Axolotl, LLaMA-Factory, TRL and Unsloth
 _OTHER_NAMES = {
+    "stage": "rl",
     "model": "base_model model_name model_name_or_path",
     "revision": "model_revision",
     "max_seq_length": "sequence_len cutoff_len max_length",
@@ -340,6 +302,12 @@ _OTHER_NAMES = {
     "deterministic": "full_determinism",
     "resume": "resume_from_checkpoint",
     "quantization_method": "quantization",
+    "beta": "pref_beta rl_beta",
+    "loss_type": "pref_loss",
+    "desirable_weight": "kto_chosen_weight kto_desirable_weight",
+    "undesirable_weight": "kto_rejected_weight kto_undesirable_weight",
+    "label_smoothing": "dpo_label_smoothing",
+    "max_completion_length": "max_new_tokens",
 }
 ALIASES = {alias: name for name, aliases in _OTHER_NAMES.items() for alias in aliases.split()}
 

@@ -4,23 +4,24 @@ The names that other trainers use are read too, and reported. Every problem of a
 the first is told.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from oribi.config import ALIASES, OLDER_CHECKPOINTING, SETTINGS, RunConfig, Setting
+from oribi.config import ALIASES, LOSSES, OLDER_CHECKPOINTING, SETTINGS, RunConfig
+from oribi.config_setting import SFT_ONLY, Setting
 from oribi.config_yaml import compose, flags_of, parse_word, settings_text, value_of, words_of
 from oribi.errors import ConfigError
-from oribi.text import nearest, shown, write_whole
+from oribi.text import nearest, one_of, shown, write_whole
 
 # files of data and models, which are easily given in place of a config
 OTHER_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".gguf", ".safetensors")
 # first setting of each group, in the order of RunConfig
-GROUPS = {"model": "the model", "lora_r": "the adapter", "dataset": "the data", "output_dir": "the training",
-          "save_method": "what is saved"}  # fmt: skip
+GROUPS = {"stage": "what is trained", "model": "the model", "lora_r": "the adapter", "dataset": "the data", "output_dir": "the training",
+          "beta": "the stage", "save_method": "what is saved"}  # fmt: skip
 COLUMN = 44  # where the explanations of a written file begin
 
 
@@ -70,6 +71,11 @@ def read_run_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple
             problems.append(Problem(None, f"--{one.name}", f"its value is missing; {expected}"))
         else:
             problems.append(Problem(one.line, f"{one.name} = {shown(one.value)}", expected))
+    for key, setting in SETTINGS.items():
+        if key not in given:
+            setattr(config, key, setting.default_of(config.stage))
+    if config.reward_funcs and given["reward_funcs"].line is not None:
+        config.reward_funcs = [beside(name, Path(path).parent) for name in config.reward_funcs]
     if config.full_finetuning:  # defaults of an adapter mean nothing
         config.load_in_4bit &= "load_in_4bit" in given
         config.save_method = config.save_method if "save_method" in given else ["merged_16bit"]
@@ -77,6 +83,14 @@ def read_run_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple
     if problems:
         raise ConfigError(_report("flags" if path is None else str(path), problems))
     return config, notes
+
+
+def beside(name: str, folder: Path) -> str:
+    """`file.py:function` with the whole path of a file that lies beside a config; other names as they are."""
+    file, colon, function = name.rpartition(":")
+    if not file.endswith(".py") or Path(file).is_absolute() or not (folder / file).exists():
+        return name
+    return f"{(folder / file).resolve()}{colon}{function}"
 
 
 def _read_file(path: Path, problems: list[Problem]) -> list[Given]:
@@ -168,6 +182,7 @@ def _contradictions(config: RunConfig, given: dict[str, Given]) -> list[Problem]
         one = given.get(key, Given(key, None, getattr(config, key)))
         found.append(Problem(one.line, f"{one.name} = {shown(one.value)}", why))
 
+    found += _unused(config, given)
     if config.full_finetuning and config.load_in_4bit:
         refuse("load_in_4bit", "4-bit weights cannot be trained; full_finetuning needs false")
     against = {
@@ -191,7 +206,63 @@ def _contradictions(config: RunConfig, given: dict[str, Given]) -> list[Problem]
         refuse("max_steps", "must be positive, or -1 to train num_train_epochs")
     if config.full_finetuning and "lora" in config.save_method:
         refuse("save_method", "full_finetuning has no adapter; use merged_16bit")
+    for key, why in contradictions_of_stage(config):
+        refuse(key, why)
     return found
+
+
+def _unused(config: RunConfig, given: dict[str, Given]) -> list[Problem]:
+    """Settings that were given a value of their own although the stage does not use them."""
+    found = []
+    for key, one in given.items():
+        setting = SETTINGS[key]
+        if config.stage in setting.used_by or getattr(config, key) == setting.default_of(config.stage):
+            continue
+        users = (
+            "only sft uses it" if setting.used_by == SFT_ONLY else f"for stage {', '.join(setting.used_by)}"
+        )
+        found.append(
+            Problem(
+                one.line,
+                f"{one.name} = {shown(one.value)}",
+                f"stage = {config.stage} does not use it; {users}",
+            )
+        )
+    return found
+
+
+def contradictions_of_stage(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Settings of a stage that cannot be together, each with the reason."""
+    answers, kinds = config.num_generations or 0, config.loss_type or []
+    if config.stage == "grpo":
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        if not config.reward_funcs:
+            yield (
+                "reward_funcs",
+                "missing; stage = grpo needs at least one, as file.py:function or module:function",
+            )
+        elif config.reward_weights and len(config.reward_weights) != len(config.reward_funcs):
+            yield "reward_weights", f"one for each of the {len(config.reward_funcs)} reward_funcs"
+        if rows % answers:
+            yield (
+                "num_generations",
+                f"a step's {rows} answers (per_device_train_batch_size x gradient_accumulation_steps) must be whole groups of it",
+            )
+        if (config.eval_dataset or config.eval_fraction) and config.per_device_eval_batch_size % answers:
+            yield "per_device_eval_batch_size", f"must be whole groups of num_generations = {answers}"
+        if config.full_finetuning and config.beta:
+            yield "beta", "above 0, the reference is the model without its adapter; full_finetuning has none"
+    if config.stage == "kto" and config.per_device_train_batch_size < 2 and kinds == ["kto"]:
+        yield "per_device_train_batch_size", "must be at least 2: kto compares the rows of a batch"
+    unknown = [kind for kind in kinds if kind not in LOSSES.get(config.stage, kinds)]
+    if unknown:
+        yield "loss_type", one_of(unknown[0], LOSSES[config.stage])
+    if len(kinds) > 1 and config.stage != "dpo":
+        yield "loss_type", "stage = dpo alone adds several losses"
+    if config.loss_weights and len(config.loss_weights) != len(kinds):
+        yield "loss_weights", f"one for each of the {len(kinds)} loss_type"
+    if config.stage != "sft" and config.overlong == "split":
+        yield "overlong", f"stage = {config.stage} compares whole answers; take truncate, drop or error"
 
 
 def _report(origin: str, problems: list[Problem]) -> str:
@@ -286,7 +357,7 @@ _KNOWN = {
     ("test_datasets", "eval_file", "validation_dataset"): "did you mean eval_dataset?",
     ("eval_strategy", "evaluation_strategy", "do_eval", "evals_per_epoch"): _EVALUATION,
     ("save_strategy", "saves_per_epoch"): _SAVING,
-    ("do_train", "stage"): "oribi train is supervised fine-tuning; leave the line out",
+    ("do_train",): "oribi train trains; leave the line out",
     ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"): _HUB,
     ("overwrite_output_dir",): "leave the line out",
     ("gradient_checkpointing_kwargs", "use_reentrant"): "gradient_checkpointing is enough; leave the line out",

@@ -13,7 +13,7 @@ from oribi.data.sources import Part, evaluation_split, require_held_out
 from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.gguf.mixes import mix_of
-from oribi.memory.estimate import refuse_what_cannot_fit
+from oribi.memory.fit import refuse_what_cannot_fit
 from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
 from oribi.models.open import OpenedModel, open_model
@@ -30,7 +30,9 @@ from oribi.train.arguments import require_trackers
 from oribi.train.fingerprint import compare_settings
 from oribi.train.progress import read_log
 from oribi.train.resume import newest_whole, require_same
+from oribi.train.rewards import load_reward_functions
 from oribi.train.setup import require_fp8_gpu
+from oribi.train.stages import require_trl
 
 # where each form of the model goes within the run
 FIRST_ROWS = 2  # of each source, read and rendered before the model is loaded
@@ -67,6 +69,8 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         ModelError: there is no such model.
     """
     require_trackers(config.report_to)
+    require_trl(config.stage, environment)
+    load_reward_functions(config.reward_funcs or ())
     for method in config.quantization_method:
         mix_of(method)  # an unknown one is told before training, not after
     if config.fp8:
@@ -158,7 +162,7 @@ def known_changes(config: RunConfig, environment: Environment, record: RunRecord
     """What is known to differ from a run before the model is loaded, a line each."""
     now: dict[str, Any] = {
         "seed": config.seed, "optim": config.optim, "packing": config.packing, "max_seq_length": config.max_seq_length,
-        "full_finetuning": config.full_finetuning,
+        "full_finetuning": config.full_finetuning, "stage": None if config.stage == "sft" else config.stage,
     }  # fmt: skip
     if not config.full_finetuning:
         now |= {

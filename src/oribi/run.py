@@ -3,12 +3,14 @@
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from oribi.chat.named_templates import get_chat_template
 from oribi.config import RunConfig
 from oribi.config_file import as_yaml, read_run_config
+from oribi.data.preferences import prepare_preferences
 from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.data.report import DataReport
 from oribi.environment import Environment, detect
@@ -33,8 +35,12 @@ from oribi.text import gibibytes, is_first_process, say_notes, write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
 from oribi.train.determinism import fix_order_of_cublas
+from oribi.train.measures import Measured, measure, measure_stage
 from oribi.train.progress import peak_memory_bytes, read_log
-from oribi.train.report import Measured, measure, write_report
+from oribi.train.report import write_report
+from oribi.train.rewards import load_reward_functions
+from oribi.train.run_trainer import RunTrainer
+from oribi.train.stages import RunData, make_stage_trainer
 from oribi.train.trainer import SFTTrainer
 
 
@@ -57,16 +63,13 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         if start.finished:
             return start.finished
         model, tokenizer = _load(config, environment)  # 2, 3
-        rows, held_out = read_data(config, tokenizer)  # 4
-        arguments = _training_arguments(config, evaluates=held_out is not None)  # 5
-        trainer = SFTTrainer(
-            model, arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
-        )
+        data = RunData(*read_data(config, tokenizer), load_reward_functions(config.reward_funcs or ()))  # 4
+        trainer = _trainer(config, model, tokenizer, data)  # 5
         trainer.find_checkpoint(start.resumes, start.weights_only)
         is_main = trainer.is_world_process_zero()
         reports = config.report and is_main
-        measured_rows = None if held_out is None else held_out.dataset
-        measures = {"base": measure(model, tokenizer, measured_rows)} if reports else {}
+        look = partial(_measure, config, model, tokenizer, data)
+        measures = {"base": look(trained=False)} if reports else {}
         if is_main:
             _begin(config, overwrite)
         trainer.train(resume_from_checkpoint=start.resumes, resume_weights_only=start.weights_only)  # 6
@@ -75,9 +78,9 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         if is_main and kept is not None and not failures:
             shutil.rmtree(kept)
         if reports:
-            measures["tuned"] = measure(model, tokenizer, measured_rows)
+            measures["tuned"] = look(trained=True)
             refused = {form: Path(f"{path}.rejected") for form, (path, _) in failures.items()}
-            saved["report"] = _report(config, rows.report, measures, saved | refused)
+            saved["report"] = _report(config, data.rows.report, measures, saved | refused)
         if failures:
             found = [str(error) for _, error in failures.values()]
             raise ExportError("\n".join([*found, where_trained_is(trainer)]))
@@ -140,8 +143,10 @@ def _begin(config: RunConfig, overwrite: bool) -> None:
 def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, PreparedData | None]:
     """Prepared training rows, and evaluation rows from their own files or split off."""
 
+    prepare = prepare_dataset if config.stage == "sft" else prepare_preferences
+
     def prepared(sources: list[dict[str, str]]) -> PreparedData:
-        return prepare_dataset(sources, tokenizer, num_proc=config.dataset_num_proc, **config.row_settings())
+        return prepare(sources, tokenizer, num_proc=config.dataset_num_proc, **config.row_settings())
 
     rows = prepared([{"path": source} for source in config.dataset])
     if config.eval_dataset:
@@ -150,6 +155,27 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, Prepared
         return rows, None
     parts = rows.dataset.train_test_split(config.eval_fraction, seed=config.seed)
     return PreparedData(parts["train"], rows.report), PreparedData(parts["test"], rows.report)
+
+
+def _trainer(config: RunConfig, model: Any, tokenizer: Any, data: RunData) -> RunTrainer:
+    """oribi's own trainer for supervised fine-tuning, one of TRL's for another stage."""
+    if config.stage != "sft":
+        return make_stage_trainer(config, model, tokenizer, data)
+    arguments = _training_arguments(config, evaluates=data.held_out is not None)
+    return SFTTrainer(
+        model, arguments, train_dataset=data.rows, eval_dataset=data.held_out, processing_class=tokenizer
+    )
+
+
+def _measure(config: RunConfig, model: Any, tokenizer: Any, data: RunData, trained: bool) -> Measured:
+    """What the report says of the model, before or after training."""
+    rows, held_out = data.rows.dataset, None if data.held_out is None else data.held_out.dataset
+    if config.stage == "sft":
+        return measure(model, tokenizer, held_out)
+    is_held_out = held_out is not None
+    return measure_stage(
+        config, model, tokenizer, held_out if is_held_out else rows, is_held_out, data.rewards, trained
+    )
 
 
 def _training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
@@ -190,7 +216,7 @@ def _report(
 
 
 def _save(
-    config: RunConfig, trainer: SFTTrainer, tokenizer: Any
+    config: RunConfig, trainer: RunTrainer, tokenizer: Any
 ) -> tuple[dict[str, Path], dict[str, tuple[Path, Exception]]]:
     """Save the model in every form that the config names; forms already saved at the same step are kept.
 

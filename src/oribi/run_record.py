@@ -38,7 +38,7 @@ EARLIER = "_earlier"  # a leading underscore: uploads of the output folder leave
 FORM_FOLDERS = {"lora": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit", "gguf": "gguf"}
 # the other files that a run writes into its folder
 _OWN_FILES = (
-    RECORD_FILE, CONFIG_FILE, LOG_FILE, "report.html", "report.md", "report.json", "loss.png",
+    RECORD_FILE, CONFIG_FILE, LOG_FILE, "report.html", "report.md", "report.json", "loss.png", "rewards.png",
 )  # fmt: skip
 _RESULT_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "README.md", "Modelfile", "merges.txt", "vocab.txt",

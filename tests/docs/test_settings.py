@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from oribi import FastLanguageModel, SFTConfig, prepare_dataset
-from oribi.config import ALIASES, SETTINGS
+from oribi.config import ALIASES, SETTINGS, STAGES
 from oribi.config_file import GROUPS
 from oribi.lora.attach import attach_lora
 
@@ -32,7 +32,7 @@ NAMES = {
     },
 }  # fmt: skip
 # arguments of the same name that mean something else, or nothing
-NOT_ITS = {("get_peft_model", "max_seq_length"), ("get_peft_model", "model")}
+NOT_ITS = {("get_peft_model", "max_seq_length"), ("get_peft_model", "model"), ("SFTConfig", "loss_type")}
 # (call, setting) -> the default there, and why it says the same as the table or is not the table's
 OTHERWISE = {
     ("from_pretrained", "load_in_4bit"): (None, "NF4, unless an adapter was trained otherwise"),
@@ -100,9 +100,15 @@ def page() -> str:
             cells.append(f"**{cell}**" if differs and shown(default) != shown(setting.default) else cell)
         allowed = f" One of: {', '.join(setting.choices)}." if 0 < len(setting.choices) <= 7 else ""
         meaning = f"{setting.help}.{allowed}".replace("|", "\\|")
-        lines.append(
-            f"| `{name}` | {f'`{shown(setting.default)}`'} | {', '.join(cells) or '-'} | {meaning} |"
-        )
+        default = f"`{shown(setting.default)}`" if "sft" in setting.used_by else "see below"
+        lines.append(f"| `{name}` | {default} | {', '.join(cells) or '-'} | {meaning} |")
+    lines += ["", "## Defaults of the stages", "", "Where a `stage` other than `sft` has a default of its own; `-` marks that it does not use the setting, which is then refused.",
+              "", f"| setting | {' | '.join(f'`{stage}`' for stage in STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]  # fmt: skip
+    for name, setting in SETTINGS.items():
+        if setting.stages:
+            used = [stage in setting.used_by or name == "packing" for stage in STAGES]
+            values = [f"`{shown(setting.default_of(s))}`" if u else "-" for s, u in zip(STAGES, used)]
+            lines.append(f"| `{name}` | {' | '.join(values)} |")
     others = {name: [alias for alias, key in ALIASES.items() if key == name] for name in SETTINGS}
     lines += ["", "## Other names", "", "A config file may use these names too; `oribi train` says how each was read.", "",
               "| setting | also read |", "|---|---|"]  # fmt: skip

@@ -12,7 +12,8 @@ from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.memory import estimate as memory
 from oribi.memory.architecture import Architecture, OutsideFamilyTable, architecture_of
-from oribi.memory.estimate import Estimate, Training, largest_batch, largest_context, require_fit, usable
+from oribi.memory.estimate import Estimate, Training, largest_batch, largest_context, usable
+from oribi.memory.fit import refuse_what_cannot_fit, require_fit
 from oribi.memory.gpus import GPUS, gpu_named, recognise
 from oribi.memory.plan import spread
 from oribi.memory.speed import optimizer_steps, step_time
@@ -183,9 +184,9 @@ def test_long_rows_need_host_memory():
     with pytest.raises(
         ConfigError, match=r"needs about 31.0 GiB and this machine's host memory has 21.6 GiB"
     ) as caught:
-        memory.require_fit(training, "RTX 4090", 24 * GIB)
+        require_fit(training, "RTX 4090", 24 * GIB)
     assert "max_seq_length: " in str(caught.value)
-    memory.require_fit(replace(training, host_bytes=64 * GIB), "RTX 4090", 24 * GIB)
+    require_fit(replace(training, host_bytes=64 * GIB), "RTX 4090", 24 * GIB)
 
 
 def test_parameters_are_the_published_ones():
@@ -294,9 +295,9 @@ def test_of_a_model_outside_the_table_the_weights_are_estimated(tmp_path):
     needed = sum(raised.value.sizes.parts(2, True).values())
     environment = Environment(torch.device("cuda"), "toy GPU", (8, 0), 1, torch.bfloat16, True, "flash", {})
     run = RunConfig(model=str(tmp_path))
-    memory.refuse_what_cannot_fit(run, replace(environment, memory_bytes=2 * needed + 2**31))
+    refuse_what_cannot_fit(run, replace(environment, memory_bytes=2 * needed + 2**31))
     with pytest.raises(ConfigError, match="the weights of .* alone take"):
-        memory.refuse_what_cannot_fit(run, environment)
+        refuse_what_cannot_fit(run, environment)
 
 
 def test_steps_follow_from_the_data():

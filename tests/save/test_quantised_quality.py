@@ -18,7 +18,7 @@ from oribi.gguf.mixes import METHODS, Mix, Type
 from oribi.gguf.names import tensors_to_write
 from oribi.gguf.quantize import encode
 from oribi.models.load import load_model
-from oribi.train.report import GENERAL_TEXT
+from oribi.train.measures import GENERAL_TEXT
 from tests.gguf.test_quantize import quantize_in_llama_cpp
 
 pytestmark = pytest.mark.slow

@@ -12,12 +12,10 @@ from datasets import Dataset
 
 from oribi.save.check import Check, Outcome
 from oribi.train.evaluate import answer_rows, held_out_loss, stop_rate, text_loss
+from oribi.train.measures import GENERAL_TEXT, Measured, measure
 from oribi.train.report import (
-    GENERAL_TEXT,
-    Measured,
     as_markdown,
     as_page,
-    measure,
     training_figures,
     warnings_of,
     write_report,

@@ -46,7 +46,7 @@ def estimate(
     if outside is not None:
         _tell_weights(output, settings, outside, gpus)
         return
-    rows_long = f"{settings.per_device_train_batch_size} x {settings.max_seq_length} tokens"
+    rows_long = training.described_batch
     output.fields(
         {
             "model": settings.model,

@@ -5,7 +5,6 @@ Source: TRL's release notes and signatures, 0.9 to 1.16; transformers' migration
 
 import inspect
 import pkgutil
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
@@ -26,6 +25,7 @@ from oribi.errors import ConfigError
 from oribi.models.unwrap import source_of
 from oribi.text import did_you_mean, say_notes
 from oribi.train.setup import keep_dtype_in_evaluation
+from oribi.train.stages import trl_place
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -86,17 +86,14 @@ def _find(name: str) -> Any:
     """TRL's object of a name, also where it moved within TRL."""
     if find_spec("trl") is None:
         raise ImportError(f"oribi.trl.{name} needs TRL: pip install 'oribi[trl]'")
-    trl = import_module("trl")
-    if hasattr(trl, name):
-        return getattr(trl, name)
-    stem = re.sub(r"(Trainer|Config)$", "", name)
-    folder = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", stem).lower()
-    places = [f"experimental.{folder}"] if stem != name else [*_PLACES, *_trainers()]
-    for place in places:
-        if has_name(f"trl.{place}", name):
-            return getattr(import_module(f"trl.{place}"), name)
-    why = f"; {_GONE[name]}" if name in _GONE else did_you_mean(name, dir(trl))
-    raise AttributeError(f"TRL {trl.__version__} has no {name}{why}")
+    try:
+        return trl_place(name)
+    except AttributeError as error:
+        for place in (*_PLACES, *_trainers()):
+            if has_name(f"trl.{place}", name):
+                return getattr(import_module(f"trl.{place}"), name)
+        why = f"; {_GONE[name]}" if name in _GONE else did_you_mean(name, dir(import_module("trl")))
+        raise AttributeError(f"{error}{why}") from None
 
 
 def _trainers() -> list[str]:

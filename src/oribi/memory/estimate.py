@@ -7,15 +7,12 @@ above are gone. Bytes are those of `account.py`; what each layer keeps is decide
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
-import psutil
 import torch
 
 from oribi.config import RunConfig
-from oribi.environment import Environment
-from oribi.errors import ConfigError
 from oribi.memory.account import (
     LIBRARY_BYTES,
     LayerAccount,
@@ -24,15 +21,16 @@ from oribi.memory.account import (
     layer_shape,
     trained_bytes,
 )
-from oribi.memory.architecture import Architecture, OutsideFamilyTable, architecture_of
+from oribi.memory.architecture import Architecture, architecture_of
 from oribi.memory.gpus import Gpu
 from oribi.memory.plan import MARGIN, plan
 from oribi.models.fused_layer import policy
 from oribi.models.half import Keep
 from oribi.models.host_memory import buffer_size
-from oribi.models.unfused import UnfusedSizes
 
 HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
+# of a token and word of the vocabulary: logits in 16 bits, their logarithms and both gradients
+LOGITS_BYTES = 14
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
 GROUP_NAMES = {
     "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"), "o": ("o_proj",),
@@ -132,6 +130,43 @@ class Training:
         return pairs + self.whole
 
     @property
+    def sequences_per_row(self) -> int:
+        """Sequences of a batch's row: a better and a worse answer are two."""
+        return 2 if self.config.stage in ("dpo", "orpo", "reward") else 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: of grpo a prompt and the answer that is drawn to it."""
+        c = self.config
+        return c.max_prompt_length + c.max_completion_length if c.stage == "grpo" else c.max_seq_length
+
+    def tokens_of(self, rows: int, longest: int) -> int:
+        """Tokens of a micro-batch of so many rows."""
+        return rows * self.sequences_per_row * longest
+
+    @property
+    def described_batch(self) -> str:
+        """A micro-batch in words."""
+        rows, pairs = self.config.per_device_train_batch_size, self.sequences_per_row == 2
+        return f"{rows}{' x 2 answers' if pairs else ''} x {self.longest} tokens"
+
+    def of_stage(self, tokens: int) -> dict[str, int]:
+        """Bytes beside those of a supervised step: logits that a loss forms, and the cache of the answers that are drawn."""
+        c, a = self.config, self.architecture
+        if c.stage == "orpo":
+            return {"logits": LOGITS_BYTES * tokens * a.config.vocab_size}
+        if c.stage != "grpo":
+            return {}
+        answers = tokens // self.longest * c.gradient_accumulation_steps
+        width = (
+            a.config.num_key_value_heads
+            * a.decoder.model.layers[0].self_attn.head_dim
+            * a.decoder.dtype.itemsize
+        )
+        cached = 2 * answers * self.longest * width * len(a.decoder.model.layers)
+        return {"answers' cache": cached}
+
+    @property
     def by_hand(self) -> bool:
         """Whether `fused_layer` trains it; else PyTorch's autograd keeps what it needs."""
         c = self.config
@@ -209,6 +244,13 @@ class Training:
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
         peak = max(moments, key=lambda moment: moment.bytes)
         parts = {**fixed, "activations": peak.kept, "in work": peak.working, "libraries": LIBRARY_BYTES}
+        extra = self.of_stage(tokens)
+        if (
+            "answers' cache" in extra and sum(extra.values()) > peak.bytes
+        ):  # answers are drawn before the step
+            parts |= {"activations": 0, "in work": 0, **extra}
+        elif "logits" in extra:
+            parts |= extra
         host = sum(buffer_size(size) for keep in keeps for size in step.layer.in_host(keep))
         return Estimate(parts, peak.name, keeps, self.trainable, tokens, longest, self.by_hand, host)
 
@@ -225,14 +267,19 @@ def usable(memory_bytes: int) -> int:
 
 def largest_batch(training: Training, memory_bytes: int) -> int:
     """Most rows of max_seq_length in a micro-batch; 0 where not even one fits."""
-    longest = training.config.max_seq_length
-    return _largest(lambda rows: training.fits(rows * longest, longest, memory_bytes), 4096)
+    longest = training.longest
+    return _largest(
+        lambda rows: training.fits(training.tokens_of(rows, longest), longest, memory_bytes), 4096
+    )
 
 
 def largest_context(training: Training, memory_bytes: int) -> int:
     """Longest row of a micro-batch of one, in steps of 256 tokens, within the model's positions."""
     positions = training.architecture.config.max_position_embeddings
-    steps = _largest(lambda n: training.fits(n * 256, n * 256, memory_bytes), max(positions // 256, 1))
+    steps = _largest(
+        lambda n: training.fits(training.tokens_of(1, n * 256), n * 256, memory_bytes),
+        max(positions // 256, 1),
+    )
     return min(steps * 256, positions)
 
 
@@ -242,22 +289,6 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
-    """Before anything is loaded: stop a run on a GPU whose memory it cannot fit.
-
-    Raises:
-        ConfigError: as `require_fit`.
-    """
-    if environment.device.type != "cuda":
-        return
-    try:
-        training = training_of(config, psutil.virtual_memory().available)
-    except OutsideFamilyTable as outside:
-        require_weights_fit(outside.sizes, config, environment)
-        return
-    require_fit(training, environment.device_name, environment.memory_bytes)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -281,85 +312,8 @@ def training_of(config: RunConfig, host_bytes: int) -> Training:
     return Training(architecture, config, host_bytes)
 
 
-def require_weights_fit(sizes: UnfusedSizes | None, config: RunConfig, environment: Environment) -> None:
-    """Refuse a run of a model outside the family table whose weights alone are too large.
-
-    Raises:
-        ConfigError: they are above the device's memory.
-    """
-    if sizes is None:
-        return  # loading says what is wrong
-    parts = sizes.parts(compute_dtype(config).itemsize, config.load_in_4bit and not config.full_finetuning)
-    needed, free = sum(parts.values()), usable(environment.memory_bytes)
-    if needed > free:
-        named = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items() if size)
-        raise ConfigError(
-            f"the weights of {config.model} alone take {needed / 2**30:.1f} GiB ({named}) and {environment.device_name} has "
-            f"{free / 2**30:.1f} GiB for it. Take a smaller model"
-            + ("; experts stay in 16 bits under load_in_4bit" if parts["experts"] else "")
-        )
-
-
-def require_fit(training: Training, gpu_name: str, memory_bytes: int) -> None:
-    """Refuse a run that cannot fit, with what would.
-
-    Raises:
-        ConfigError: even with as little kept as the settings allow, the peak is above the device's memory.
-    """
-    config = training.config
-    rows, longest = config.per_device_train_batch_size, config.max_seq_length
-    if training.fits(rows * longest, longest, memory_bytes):
-        return
-    found = training.estimate(rows * longest, longest, memory_bytes, least=True)
-    needed, place, room = found.peak, gpu_name, usable(memory_bytes)
-    if needed <= room:
-        needed, place, room = found.host, "this machine's host memory", int(HOST_LIMIT * training.host_bytes)
-    proposals = _proposals(training, memory_bytes)
-    raise ConfigError(
-        f"{config.model} with {rows} x {longest} tokens needs about {needed / 2**30:.1f} GiB and {place} has "
-        f"{room / 2**30:.1f} GiB for it. "
-        + (
-            f"What fits: {'; or '.join(proposals)}"
-            if proposals
-            else "No setting of this model fits; take a smaller one"
-        )
-    )
-
-
-def _proposals(training: Training, memory_bytes: int) -> list[str]:
-    """Settings that fit, the mildest first."""
-    config, found = training.config, []
-    effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    rows = largest_batch(training, memory_bytes)
-    if 0 < rows < config.per_device_train_batch_size:
-        rows = max(n for n in range(1, rows + 1) if effective % n == 0)
-        found.append(
-            f"per_device_train_batch_size: {rows} with gradient_accumulation_steps: {effective // rows} (the same "
-            "effective batch)"
-        )
-    context = largest_context(training, memory_bytes)
-    if not rows and context:
-        found.append(f"max_seq_length: {context} with per_device_train_batch_size: 1")
-    changes = [
-        ("gradient_checkpointing", "auto", config.gradient_checkpointing in ("off", "speed", "balanced")),
-        ("load_in_4bit", True, not config.load_in_4bit and not config.full_finetuning),
-        ("full_finetuning", False, config.full_finetuning),
-    ]
-    for name, value, applies in changes:
-        if not applies:
-            continue
-        other = replace(
-            config, **{name: value}, **({"load_in_4bit": True} if name == "full_finetuning" else {})
-        )
-        changed = Training(training.architecture, other, training.host_bytes)
-        tokens = config.per_device_train_batch_size * config.max_seq_length
-        if changed.fits(tokens, config.max_seq_length, memory_bytes):
-            found.append(f"{name}: {str(value).lower()}")
-    return found
-
-
 def estimate_run(training: Training, gpu: Gpu) -> Estimate:
     """The peak of a run's micro-batch on a GPU of the table."""
-    longest = training.config.max_seq_length
-    tokens = training.config.per_device_train_batch_size * longest
+    longest = training.longest
+    tokens = training.tokens_of(training.config.per_device_train_batch_size, longest)
     return training.estimate(tokens, longest, gpu.memory_bytes)

@@ -84,12 +84,16 @@ def step_time(training: Training, estimate: Estimate, gpu: Gpu) -> StepTime:
         traffic += dequantised * shape.dequantised_traffic
     bandwidth = gpu.bandwidth_gbs * 1e9 * BANDWIDTH_SHARE
     micro = config.gradient_accumulation_steps
+    if config.stage in ("dpo", "kto") or config.stage == "grpo" and config.beta:
+        flop += linear / 2 + head / 2 + attention / 3.5  # the reference's forward
+    if config.stage == "grpo":  # each token of the answers reads the weights
+        traffic += config.max_completion_length * a.weight_bytes(config.load_in_4bit) / micro
     return StepTime(
         products=micro * flop / (gpu.tflops * 1e12 * PRODUCT_SHARE),
         traffic=(micro * traffic + OPTIMIZER_BYTES * estimate.trainable) / bandwidth,
         overhead=micro * SECONDS_PER_LAYER * layers,
         tokens=micro * tokens,
-        measured=gpu.name == "H100",
+        measured=gpu.name == "H100" and config.stage == "sft",
     )
 
 
@@ -110,7 +114,7 @@ def optimizer_steps(training: Training, tokens: int | None, rows: int | None) ->
     """Optimizer steps of the whole run; None where neither max_steps nor the data says.
 
     Args:
-        tokens: of the prepared training data. rows: its examples.
+        tokens: of the prepared training data. rows: its examples, of grpo its prompts.
     """
     config = training.config
     if config.max_steps > 0:
@@ -118,6 +122,7 @@ def optimizer_steps(training: Training, tokens: int | None, rows: int | None) ->
     if tokens is None or rows is None:
         return None
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows *= config.num_generations or 1
     if config.packing:
         rows = math.ceil(tokens / (0.98 * config.max_seq_length))  # best fit leaves about two per cent free
     return math.ceil(math.ceil(rows / batch) * config.num_train_epochs)

@@ -1,6 +1,7 @@
 """Curves of a run as SVG for a page and PNG for a folder, drawn by matplotlib without its global state."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from oribi.train.progress import Smoothed
 INK, PALE, ACCENT, POINT = "#1f2937", "#9db8d9", "#1d4ed8", "#c2410c"
 
 
-def loss_chart(log: Sequence[dict[str, Any]]) -> Figure:
+def loss_chart(log: Sequence[dict[str, Any]], unit: str = "nats per token") -> Figure:
     """Training loss per step, smoothed, and the loss of each evaluation."""
-    figure, axes = _axes((7.2, 3.2), "loss, nats per token")
+    figure, axes = _axes((7.2, 3.2), f"loss, {unit}")
     steps, losses = _series(log, "loss")
     axes.plot(steps, losses, color=PALE, linewidth=1, label="each log")
     axes.plot(steps, list(map(Smoothed().add, losses)), color=ACCENT, linewidth=1.8, label="smoothed")
@@ -26,6 +27,41 @@ def loss_chart(log: Sequence[dict[str, Any]]) -> Figure:
         axes.plot(at, evaluated, "o-", color=POINT, linewidth=1.2, markersize=4.5, label="held out")
     axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+# what a stage's logs tell of rewards: chart -> figures of the log with their names in its legend
+REWARDS = {
+    "rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+    "margin": {"rewards/margins": "training", "eval_rewards/margins": "held out"},
+    "accuracy": {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"},
+    "reward model: margin": {"margin": "training", "eval_margin": "held out"},
+    "reward model: accuracy": {"accuracy": "training", "eval_accuracy": "held out"},
+    "reward": {"reward": "weighted sum", "eval_reward": "held out"},
+    "completion length": {"completions/mean_length": "mean"},
+    "KL to the reference": {"kl": "KL"},
+}
+_FUNCTION_MEAN = re.compile(r"rewards/(.+)/mean")
+
+
+def rewards_charts(log: Sequence[dict[str, Any]]) -> list[Figure]:
+    """One figure for each kind of reward that the logs of a stage tell."""
+    names = {name for entry in log for name in entry}
+    functions = {name: found[1] for name in sorted(names) if (found := _FUNCTION_MEAN.fullmatch(name))}
+    charts = {**REWARDS, **({"reward by function": functions} if functions else {})}
+    found = []
+    for title, figures in charts.items():
+        series = {label: _series(log, name) for name, label in figures.items()}
+        series = {label: one for label, one in series.items() if one[0]}
+        if not any(len(steps) > 1 for steps, _ in series.values()):
+            continue
+        figure, axes = _axes((3.5, 2.1), title)
+        for (label, (steps, values)), color in zip(series.items(), (ACCENT, POINT, INK, PALE) * 5):
+            axes.plot(steps, values, "o-" if len(steps) == 1 or label == "held out" else "-", color=color, linewidth=1.3,
+                      markersize=3.5, label=label)  # fmt: skip
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        found.append(figure)
+    return found
 
 
 def small_chart(log: Sequence[dict[str, Any]], key: str, title: str) -> Figure | None:

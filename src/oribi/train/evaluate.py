@@ -50,13 +50,14 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt with the answer of the data and the model's answer."""
+    """A held-out prompt with the answer of the data and the model's answer; `rewards` are its scores by function."""
 
     prompt: str
     expected: str
     said: str
     tokens: int
     stopped: bool
+    rewards: dict[str, float | None] | None = None
 
 
 def held_out_loss(model: nn.Module, rows: Dataset, limit: int | None = None) -> HeldOut:

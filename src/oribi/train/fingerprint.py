@@ -47,10 +47,18 @@ ON_RESUME = {
     "loss_type": FIXED, "seed": FIXED, "data_seed": FIXED, "train_sampling_strategy": FIXED,
     "dataloader_drop_last": FIXED, "fp8": APPLIED, "deterministic": APPLIED,
     "logging_steps": FREE, "eval_steps": FREE, "save_steps": FREE, "save_total_limit": FREE, "resume": FREE,
+    "stage": FIXED, "beta": FIXED, "loss_weights": FIXED, "label_smoothing": FIXED, "desirable_weight": FIXED,
+    "undesirable_weight": FIXED, "center_rewards_coefficient": FIXED, "reward_funcs": APPLIED, "reward_weights": APPLIED,
+    "num_generations": FIXED, "max_prompt_length": ROWS, "max_completion_length": FIXED, "temperature": APPLIED,
+    "top_p": APPLIED, "top_k": APPLIED, "min_p": APPLIED, "epsilon": APPLIED, "scale_rewards": FIXED,
+    "mask_truncated_completions": FIXED,
     "report_to": FREE, "save_method": FREE, "quantization_method": FREE, "report": FREE,
 }  # fmt: skip
 # other names of these in the trainer's arguments and in an adapter's config
-_ARGUMENTS = {"max_seq_length": "max_length", "processes": "world_size"}
+_ARGUMENTS = {"max_seq_length": "max_length", "processes": "world_size", "reward_funcs": "reward_sources"}
+# stages whose rows are prepared or drawn for one layout of batches, which a resumed run keeps
+LAYOUT_BOUND = ("kto", "grpo")
+LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 _ADAPTER_NAMES = {"r": "lora_r"}
 # fields of an adapter's config that say nothing about what is trained, or only how it began
 _NOT_COMPARED = {
@@ -143,6 +151,8 @@ def compare_settings(record: RunRecord, now: dict[str, Any], only_known: bool = 
     applied = {name for name, kind in ON_RESUME.items() if kind == APPLIED}
     if now.get("lr_scheduler_type") in OWN_RATE or record.settings.get("lr_scheduler_type") in OWN_RATE:
         applied -= set(RATES)
+    if now.get("stage") in LAYOUT_BOUND:
+        applied -= set(LAYOUT)
     for name in dict.fromkeys([*now] if only_known else [*record.settings, *now]):
         then, given = record.settings.get(name), now.get(name)
         if then == given or ON_RESUME.get(name) == FREE:
@@ -180,10 +190,10 @@ def data_record(rows: Any, started: list[dict[str, int]] | None = None) -> dict[
 
 
 def row_hashes(rows: datasets.Dataset, block: int) -> list[str] | None:
-    """The hash of all rows so far after each block of them; None for rows without ids."""
+    """The hash of all rows so far after each block of them; None for rows without columns."""
     columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
     if "input_ids" not in columns:
-        return None
+        return _hashes_of_values(rows, block)
     table, digest, found = rows.select_columns(columns).with_format("arrow"), hashlib.blake2b(), []
     for first in range(0, len(rows), block):
         part = table[first : min(first + block, len(rows))]
@@ -196,6 +206,19 @@ def row_hashes(rows: datasets.Dataset, block: int) -> list[str] | None:
     return found
 
 
+def _hashes_of_values(rows: datasets.Dataset, block: int) -> list[str] | None:
+    """`row_hashes` of rows that hold prompts and answers: of all their columns but the names of the rows."""
+    columns = sorted(set(rows.column_names) - {"origin"})
+    if not columns:
+        return None
+    digest, found = hashlib.blake2b(), []
+    for first in range(0, len(rows), block):
+        part = rows[first : min(first + block, len(rows))]
+        digest.update(json.dumps({name: part[name] for name in columns}, default=str).encode())
+        found.append(digest.hexdigest()[:16])
+    return found
+
+
 def compare_rows(record: RunRecord, rows: Any) -> tuple[str | None, int]:
     """How the rows of a resumed run differ, and how many were added at the end.
 
@@ -203,11 +226,7 @@ def compare_rows(record: RunRecord, rows: Any) -> tuple[str | None, int]:
         A line if the run's rows are not the first of these, else None; rows that were added.
     """
     then = record.data or {}
-    if (
-        not then.get("hashes")
-        or not isinstance(rows, datasets.Dataset)
-        or "input_ids" not in rows.column_names
-    ):
+    if not then.get("hashes") or not isinstance(rows, datasets.Dataset):
         return None, 0
     count, block = then["rows"], then["block"]
     now = row_hashes(rows.select(range(min(count, len(rows)))), block)

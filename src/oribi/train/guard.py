@@ -39,10 +39,13 @@ class LossGuard(TrainerCallback):
         rows: the prepared data set that batches come from, to name rows by; None names none.
         decode: token ids -> text, for the message.
         scaled: whether a gradient scaler is at work, whose overflows are ordinary.
+        searches: whether the rows behind a bad value are looked for; a loss that compares rows has none that can run alone.
     """
 
-    def __init__(self, rows: Any = None, decode: Any = None, scaled: bool = False) -> None:
-        self.rows, self.decode, self.scaled = rows, decode, scaled
+    def __init__(
+        self, rows: Any = None, decode: Any = None, scaled: bool = False, searches: bool = True
+    ) -> None:
+        self.rows, self.decode, self.scaled, self.searches = rows, decode, scaled, searches
         self.batches: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_BATCHES)
         self.losses: deque[float] = deque(maxlen=HISTORY)
         self.norms: deque[float] = deque(maxlen=HISTORY)
@@ -103,6 +106,8 @@ class LossGuard(TrainerCallback):
         bad = first_non_finite(model)
         if bad is not None:
             return f"The weights of {bad} are no longer finite."
+        if not self.searches:
+            return "The loss compares rows, so no single one was searched for."
         if is_sharded(model):
             return "The row that caused it was not searched for: no process can run the sharded model alone."
         documents = 0

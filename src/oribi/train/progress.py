@@ -20,6 +20,11 @@ from oribi.text import LastingStream, clock, write_whole
 logger = logging.getLogger(__name__)
 
 SMOOTHING = 0.9  # share of the past in the smoothed loss
+# figures of a stage's logs that the line shows: name, word and form
+REWARDS = (
+    ("rewards/margins", "margin", ".3f"), ("rewards/accuracies", "accuracy", ".0%"), ("margin", "margin", ".3f"),
+    ("accuracy", "accuracy", ".0%"), ("reward", "reward", ".3f"),
+)  # fmt: skip
 LINE_SECONDS = 10.0  # between two plain lines; log.jsonl has every log
 
 
@@ -93,8 +98,11 @@ class Progress(TrainerCallback):
             "step": f"step {step}/{total}",
             "loss": f"loss {logs['loss']:.4f}",
             "smoothed": f"smoothed {self.smoothed.add(logs['loss']):.4f}",
+            "rewards": "  ".join(
+                f"{word} {logs[name]:{form}}" for name, word, form in REWARDS if name in logs
+            ),
             "lr": f"lr {logs.get('learning_rate', 0.0):.2e}",
-            "speed": f"{logs.get('tokens_per_second', 0):,.0f} tokens/s",
+            "speed": f"{logs['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in logs else "",
             "mfu": f"MFU {logs['mfu']:.1%}" if "mfu" in logs else "",
             "left": f"left {clock(left)}",
             "peak": f"peak {peak_memory_bytes() / 2**30:.2f} GiB",

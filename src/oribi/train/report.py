@@ -5,65 +5,20 @@ The page needs nothing else: charts are inline SVG, there is no script and no re
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from torch import nn
 
 import oribi
 from oribi.config_file import as_yaml
 from oribi.save.card import fenced, for_markdown
 from oribi.text import clock, write_whole
-from oribi.train.charts import as_svg, loss_chart, save_png, small_chart
-from oribi.train.evaluate import HeldOut, Sample, answer_rows, held_out_loss, stop_rate, text_loss
+from oribi.train.charts import as_svg, loss_chart, rewards_charts, save_png, small_chart
+from oribi.train.measures import ANSWER_TOKENS, Measured
 
-# a short text written for oribi, unlike any training data: has the model forgotten other things?
-GENERAL_TEXT = files("oribi.train").joinpath("templates/general_text.txt").read_text(encoding="utf-8")
-ROWS = 200  # held-out rows that are measured
-SAMPLES = 6
-ANSWER_TOKENS = 64
 # a general text that became this much less likely is worth a warning
 FORGOTTEN = 1.25
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model, before or after training.
-
-    Args:
-        held_out: on held-out rows; None without them.
-        general: on the general text.
-        samples: greedy answers to held-out prompts.
-    """
-
-    held_out: HeldOut | None
-    general: HeldOut
-    samples: list[Sample]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "held_out": None if self.held_out is None else self.held_out.to_json(),
-            "general": self.general.to_json(),
-            "stop_rate": stop_rate(self.samples),
-            "samples": [asdict(sample) for sample in self.samples],
-        }
-
-
-def measure(model: nn.Module, tokenizer: Any, rows: Any) -> Measured:
-    """What a report says of a model.
-
-    Args:
-        model, tokenizer: as trained.
-        rows: held-out rows (input_ids, labels), or None.
-    """
-    return Measured(
-        None if rows is None else held_out_loss(model, rows, ROWS),
-        text_loss(model, tokenizer, GENERAL_TEXT),
-        [] if rows is None else answer_rows(model, tokenizer, rows, SAMPLES, ANSWER_TOKENS),
-    )
 
 
 def write_report(
@@ -103,14 +58,19 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
     write_whole(folder / "report.md", as_markdown(report))
-    chart = loss_chart(log)
-    save_png(chart, folder / "loss.png")
+    stage = config.get("stage", "sft")
+    unit = "nats per token" if stage == "sft" else f"of stage {stage}"
+    save_png(loss_chart(log, unit), folder / "loss.png")
+    rewards = [] if stage == "sft" else rewards_charts(log)
+    if rewards:
+        save_png(rewards_charts(log)[0], folder / "rewards.png")
     small = [
+        *rewards,
         small_chart(log, "learning_rate", "learning rate"),
         small_chart(log, "grad_norm", "gradient norm"),
         small_chart(log, "tokens_per_second", "tokens per second"),
     ]
-    charts = [as_svg(loss_chart(log)), *(as_svg(figure) for figure in small if figure is not None)]
+    charts = [as_svg(loss_chart(log, unit)), *(as_svg(figure) for figure in small if figure is not None)]
     write_whole(folder / "report.html", as_page(report, charts))
     return report
 
@@ -120,6 +80,7 @@ def training_figures(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     losses = [entry["loss"] for entry in log if "loss" in entry]
     speeds = sorted(entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry)
     shares = sorted(entry["mfu"] for entry in log if "mfu" in entry)
+    rewards = {name: ends for name in TRENDS if (ends := _ends(log, name)) is not None}
     end = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
     return {
         "steps": log[-1]["step"] if log else 0,
@@ -128,14 +89,26 @@ def training_figures(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "last_loss": losses[-1] if losses else None,
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
         "mfu": shares[len(shares) // 2] if shares else None,
+        **({"rewards": rewards} if rewards else {}),
     }
+
+
+# figures of TRL's logs that tell how a stage goes
+TRENDS = ("rewards/accuracies", "rewards/margins", "accuracy", "margin", "reward")
+
+
+def _ends(log: Sequence[dict[str, Any]], name: str) -> tuple[float, float] | None:
+    """The mean of a figure over the first and the last tenth of the logs; None where it is not there."""
+    values = [entry[name] for entry in log if isinstance(entry.get(name), (int, float)) and "loss" in entry]
+    share = max(len(values) // 10, 1)
+    return (sum(values[:share]) / share, sum(values[-share:]) / share) if values else None
 
 
 def warnings_of(report: dict[str, Any]) -> list[str]:
     """What a reader should know before using the model."""
     found, measures = [], report["measures"]
     base, tuned = measures.get("base"), measures.get("tuned")
-    if base and tuned:
+    if base and tuned and base["general"] and tuned["general"]:
         ratio = tuned["general"]["perplexity"] / base["general"]["perplexity"]
         if ratio > FORGOTTEN:
             found.append(
@@ -143,10 +116,14 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
                 f"{tuned['general']['perplexity']:.1f} after. Lower learning_rate or train fewer steps, or mix general "
                 "data in, if the model is meant for more than this task"
             )
-        if base["held_out"] and tuned["held_out"]["loss"] > base["held_out"]["loss"]:
-            found.append(
-                "the held-out loss is higher than before training: the run overfits, or learns nothing"
-            )
+    if base and tuned and base["held_out"] and tuned["held_out"]["loss"] > base["held_out"]["loss"]:
+        found.append("the held-out loss is higher than before training: the run overfits, or learns nothing")
+    accuracy = (tuned or {}).get("scores", {}).get("accuracy")
+    if accuracy is not None and accuracy <= 0.5:
+        found.append(
+            f"the better answer is preferred in {accuracy:.0%} of the held-out rows, no more often than by chance: train longer, raise "
+            "learning_rate, or look at the pairs with `oribi inspect data`"
+        )
     if tuned and tuned["stop_rate"] is not None and tuned["stop_rate"] < 0.5:
         found.append(
             f"only {tuned['stop_rate']:.0%} of the answers ended by themselves within {ANSWER_TOKENS} tokens; look at "
@@ -180,7 +157,18 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         "before \u2192 after, nats per token",
     )
     pair("answers that stop", lambda m: m["stop_rate"], ".0%", f"within {ANSWER_TOKENS} tokens")
-    pair("general text", lambda m: m["general"]["perplexity"], ".1f", "perplexity; much higher is forgetting")
+    for name, form, remark in SCORES:
+        pair(name.replace("_", " "), lambda m, name=name: m["scores"].get(name), form, remark)
+    for name in (tuned or {}).get("scores", {}):
+        if name.startswith("reward "):
+            pair(name, lambda m, name=name: m["scores"].get(name), ".3g", "mean over the samples below")
+    found += reward_trends(report)
+    pair(
+        "general text",
+        lambda m: m["general"] and m["general"]["perplexity"],
+        ".1f",
+        "perplexity; much higher is forgetting",
+    )
     if training["seconds"]:
         found.append(("training", clock(training["seconds"]), f"{training['steps']} steps"))
     if training["tokens_per_second"]:
@@ -188,6 +176,21 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         found.append(("speed", f"{training['tokens_per_second']:,.0f}", f"tokens per second, median{share}"))
     if report["machine"].get("peak memory"):
         found.append(("peak memory", report["machine"]["peak memory"], report["machine"].get("device", "")))
+    return found
+
+
+# scores of a stage -> how they are written
+SCORES = (
+    ("accuracy", ".0%", "held-out rows whose better answer is preferred"),
+    ("margin", ".3g", "mean difference of held-out rewards"),
+)
+
+
+def reward_trends(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """How rewards moved in training, from its first to its last logs."""
+    found = []
+    for name, (first, last) in report["training"].get("rewards", {}).items():
+        found.append((name, f"{first:.3g} \u2192 {last:.3g}", "first to last tenth of the training"))
     return found
 
 
@@ -214,12 +217,17 @@ def _render(template: str, report: dict[str, Any], **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"md": for_markdown, "fenced": fenced, "verdict": _verdict, "checks": _checks}
-    data = _data_facts(report)
+    data, samples = _data_facts(report), _side_by_side(report)
     return environment.get_template(template).render(
         report=report,
         title=_title(report),
         headline=headline(report),
-        samples=_side_by_side(report),
+        samples=samples,
+        samples_title="Held-out answers"
+        if all(m["held_out"] for m in report["measures"].values())
+        else "Answers",
+        has_expected=any(expected for _, expected, _ in samples),
+        has_rewards=bool(report["training"].get("rewards")),
         going=f"still going after {ANSWER_TOKENS} tokens",
         data=data,
         data_lines="\n".join(f"{name}: {value}" for name, value in data.items()),
@@ -243,10 +251,22 @@ def _side_by_side(report: dict[str, Any]) -> list[tuple[str, str, dict[str, tupl
         (
             sample["prompt"],
             sample["expected"],
-            {name: (m["samples"][i]["said"], m["samples"][i]["stopped"]) for name, m in measures.items()},
+            {
+                name: (_with_rewards(m["samples"][i]), m["samples"][i]["stopped"])
+                for name, m in measures.items()
+            },
         )
         for i, sample in enumerate(first)
     ]
+
+
+def _with_rewards(sample: dict[str, Any]) -> str:
+    """An answer, and what each reward function gave it."""
+    given = sample.get("rewards") or {}
+    rewards = ", ".join(
+        f"{name} {'none' if value is None else f'{value:.3g}'}" for name, value in given.items()
+    )
+    return f"{sample['said']}\n\n[{rewards}]" if rewards else sample["said"]
 
 
 def _data_facts(report: dict[str, Any]) -> dict[str, Any]:

@@ -39,9 +39,10 @@ class RunTrainer(ResumableTrainer):
     stop_on_signal: StopOnSignal
     _writes_checkpoint = False
 
-    def _add_callbacks(self, decode: Callable | None) -> None:
+    def _add_callbacks(self, decode: Callable | None, searches: bool = True) -> None:
         """Guard, signals, log and progress; oribi's progress takes the place of transformers'."""
-        self.guard = LossGuard(self.train_dataset, decode, scaled=self.accelerator.scaler is not None)
+        scaled = self.accelerator.scaler is not None
+        self.guard = LossGuard(self.train_dataset, decode, scaled=scaled, searches=searches)
         self.stop_on_signal = StopOnSignal(lambda asked: any_process(self, asked))
         self.add_callback(self.guard)
         self.add_callback(self.stop_on_signal)
@@ -65,6 +66,11 @@ class RunTrainer(ResumableTrainer):
         self.stop_on_signal.end_program(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
         return output
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # accelerate from 1.13 on takes a model that was evaluated before for one that is wrapped already
+        vars(self.model).pop("_is_accelerate_prepared", None)
+        return super()._prepare_for_training(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         require_finite(self.model)
         self._writes_checkpoint = _internal_call
@@ -75,10 +81,15 @@ class RunTrainer(ResumableTrainer):
         if isinstance(self.model, peft.PeftModel):
             template = getattr(self.processing_class, "chat_template", None)
             write = partial(
-                write_adapter, self.model, chat_template=template, allow_changed_base=self._writes_checkpoint
-            )
+                write_adapter, self.model, chat_template=template, allow_changed_base=self._writes_checkpoint,
+                selected_adapters=self._adapters_to_save(),
+            )  # fmt: skip
         with temporarily(self.model, save_pretrained=write):
             super()._save(output_dir, state_dict)
+
+    def _adapters_to_save(self) -> list[str] | None:
+        """Names of the adapters that go into files; None writes all."""
+        return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         record = read_record(Path(resume_from_checkpoint))

@@ -148,8 +148,6 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, RunTrainer):
                 self._noise.remove()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        # accelerate from 1.13 on takes a model that was evaluated before for one that is wrapped already
-        vars(self.model).pop("_is_accelerate_prepared", None)
         prepared = super()._prepare_for_training(*args, **kwargs)
         require_wrapper(self.args, self.model, self.model_wrapped)
         return prepared

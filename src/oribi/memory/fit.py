@@ -1,0 +1,114 @@
+"""Whether a run fits a device: refused before anything is loaded, with settings that would fit."""
+
+from dataclasses import replace
+
+import psutil
+
+from oribi.config import RunConfig
+from oribi.environment import Environment
+from oribi.errors import ConfigError
+from oribi.memory.architecture import OutsideFamilyTable
+from oribi.memory.estimate import (
+    HOST_LIMIT,
+    Training,
+    compute_dtype,
+    largest_batch,
+    largest_context,
+    training_of,
+    usable,
+)
+from oribi.models.unfused import UnfusedSizes
+
+
+def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
+    """Before anything is loaded: stop a run on a GPU whose memory it cannot fit.
+
+    Raises:
+        ConfigError: as `require_fit`.
+    """
+    if environment.device.type != "cuda":
+        return
+    try:
+        training = training_of(config, psutil.virtual_memory().available)
+    except OutsideFamilyTable as outside:
+        require_weights_fit(outside.sizes, config, environment)
+        return
+    require_fit(training, environment.device_name, environment.memory_bytes)
+
+
+def require_weights_fit(sizes: UnfusedSizes | None, config: RunConfig, environment: Environment) -> None:
+    """Refuse a run of a model outside the family table whose weights alone are too large.
+
+    Raises:
+        ConfigError: they are above the device's memory.
+    """
+    if sizes is None:
+        return  # loading says what is wrong
+    parts = sizes.parts(compute_dtype(config).itemsize, config.load_in_4bit and not config.full_finetuning)
+    needed, free = sum(parts.values()), usable(environment.memory_bytes)
+    if needed > free:
+        named = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items() if size)
+        raise ConfigError(
+            f"the weights of {config.model} alone take {needed / 2**30:.1f} GiB ({named}) and {environment.device_name} has "
+            f"{free / 2**30:.1f} GiB for it. Take a smaller model"
+            + ("; experts stay in 16 bits under load_in_4bit" if parts["experts"] else "")
+        )
+
+
+def require_fit(training: Training, gpu_name: str, memory_bytes: int) -> None:
+    """Refuse a run that cannot fit, with what would.
+
+    Raises:
+        ConfigError: even with as little kept as the settings allow, the peak is above the device's memory.
+    """
+    config = training.config
+    rows, longest = config.per_device_train_batch_size, training.longest
+    tokens = training.tokens_of(rows, longest)
+    if training.fits(tokens, longest, memory_bytes):
+        return
+    found = training.estimate(tokens, longest, memory_bytes, least=True)
+    needed, place, room = found.peak, gpu_name, usable(memory_bytes)
+    if needed <= room:
+        needed, place, room = found.host, "this machine's host memory", int(HOST_LIMIT * training.host_bytes)
+    proposals = _proposals(training, memory_bytes)
+    raise ConfigError(
+        f"{config.model} with {training.described_batch} needs about {needed / 2**30:.1f} GiB and {place} has "
+        f"{room / 2**30:.1f} GiB for it. "
+        + (
+            f"What fits: {'; or '.join(proposals)}"
+            if proposals
+            else "No setting of this model fits; take a smaller one"
+        )
+    )
+
+
+def _proposals(training: Training, memory_bytes: int) -> list[str]:
+    """Settings that fit, the mildest first."""
+    config, found = training.config, []
+    effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = largest_batch(training, memory_bytes)
+    if 0 < rows < config.per_device_train_batch_size:
+        rows = max(n for n in range(1, rows + 1) if effective % n == 0)
+        found.append(
+            f"per_device_train_batch_size: {rows} with gradient_accumulation_steps: {effective // rows} (the same "
+            "effective batch)"
+        )
+    context = largest_context(training, memory_bytes)
+    if not rows and context:
+        found.append(f"max_seq_length: {context} with per_device_train_batch_size: 1")
+    changes = [
+        ("gradient_checkpointing", "auto", config.gradient_checkpointing in ("off", "speed", "balanced")),
+        ("load_in_4bit", True, not config.load_in_4bit and not config.full_finetuning),
+        ("full_finetuning", False, config.full_finetuning),
+    ]
+    for name, value, applies in changes:
+        if not applies:
+            continue
+        other = replace(
+            config, **{name: value}, **({"load_in_4bit": True} if name == "full_finetuning" else {})
+        )
+        changed = Training(training.architecture, other, training.host_bytes)
+        tokens = changed.tokens_of(config.per_device_train_batch_size, changed.longest)
+        if changed.fits(tokens, changed.longest, memory_bytes):
+            found.append(f"{name}: {str(value).lower()}")
+    return found
