@@ -17,9 +17,10 @@ from model_sizes import NAMES, architecture, config_of  # noqa: E402
 from run_files import CARDS, MODELS, file_name, run_files  # noqa: E402
 
 from oribi.cli import build_command  # noqa: E402
-from oribi.config import ALIASES, SETTINGS, RunConfig, Setting  # noqa: E402
+from oribi.config import ALIASES, SETTINGS, RunConfig  # noqa: E402
 from oribi.config_advice import WHEN_TO_CHANGE  # noqa: E402
 from oribi.config_file import GROUPS  # noqa: E402
+from oribi.config_setting import Setting  # noqa: E402
 from oribi.families import FAMILIES, Family  # noqa: E402
 from oribi.memory.estimate import Training, estimate_run, largest_batch, largest_context  # noqa: E402
 from oribi.memory.gpus import gpu_named  # noqa: E402
@@ -137,6 +138,19 @@ def allowed(setting: Setting) -> str:
     return " ".join([kind, *filter(None, limits)])
 
 
+def default_of(name: str, setting: Setting) -> str:
+    """The default in a config file, and those of the stages that have another one."""
+    if name in REQUIRED:
+        return "none, it has to be given"
+    found: dict[str, list[str]] = {}
+    for stage, value in setting.stages.items():
+        found.setdefault(shown(value), []).append(stage)
+    of_stages = [f"`{value}` for {', '.join(stages)}" for value, stages in found.items()]
+    if "sft" not in setting.used_by:
+        return f"{'; '.join(of_stages)}; other stages refuse it"
+    return "; ".join([f"`{shown(setting.default)}`", *of_stages])
+
+
 def in_python(name: str, setting: Setting) -> str:
     """The calls that take a setting, with the default of each."""
     cells = []
@@ -180,7 +194,7 @@ def config_page() -> str:
             "",
             f"{setting.help}.",
             "",
-            f"- **Default:** {'none, it has to be given' if name in REQUIRED else f'`{shown(setting.default)}`'}",
+            f"- **Default:** {default_of(name, setting)}",
             f"- **In Python:** {in_python(name, setting)}",
             f"- **Allowed:** {allowed(setting)}",
             *by_stage(setting),
