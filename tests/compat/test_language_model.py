@@ -7,6 +7,8 @@ import torch
 from peft import PeftModel
 
 from oribi import FastLanguageModel, FastModel
+from oribi.compat.language_model import loading_keywords
+from oribi.compat.names import IGNORED_KEYWORDS, REFUSED_KEYWORDS
 from oribi.errors import ConfigError
 from tests.models.tiny_checkpoint import checkpoint
 
@@ -68,7 +70,7 @@ def test_only_the_first_process_prints(llama, capsys, monkeypatch):
         ("gpu_memory_utilization", 0.9, "an inference engine that is not used"),
         ("attn_implementation", "flash_attention_2", "the decoder chooses its attention backend"),
         ("unsloth_tiled_mlp", True, "bounds the MLP's memory"),
-        ("text_only", True, "only text decoders are loaded"),
+        ("text_only", True, "only text decoders are trained"),
         ("load_in_fp8", "block", "there are no 8-bit float weights"),
         ("unsloth_vllm_standby", True, "an inference engine that is not used"),
     ],
@@ -100,6 +102,48 @@ def test_keywords_at_their_defaults_pass_in_silence(llama, keyword, value):
 def test_keywords_that_would_change_the_result_are_refused(llama, keyword, value, words):
     with pytest.raises(ConfigError, match=words):
         load(llama, **{keyword: value})
+
+
+# sections 1.1 and 1.4 of Unsloth's from_pretrained, and what public notebooks pass: a value that each script may write
+FROM_PRETRAINED = {
+    "max_seq_length": 64, "dtype": None, "load_in_4bit": True, "load_in_16bit": False, "load_in_8bit": False,
+    "full_finetuning": False, "token": None, "device_map": "balanced", "rope_scaling": None, "fix_tokenizer": True,
+    "trust_remote_code": False, "use_gradient_checkpointing": "unsloth", "resize_model_vocab": 400, "revision": None,
+    "use_exact_model_name": True, "offload_embedding": True, "float32_mixed_precision": None, "fast_inference": True,
+    "gpu_memory_utilization": 0.9, "float8_kv_cache": True, "random_state": 3407, "max_lora_rank": 32,
+    "disable_log_stats": True, "qat_scheme": None, "load_in_fp8": "block", "unsloth_tiled_mlp": True, "text_only": True,
+    "quantization_config": None, "config": None, "attn_implementation": "eager", "num_labels": None, "id2label": None,
+    "label2id": None, "cache_dir": None, "local_files_only": True, "force_download": False, "subfolder": None,
+    "variant": None, "use_safetensors": True, "gguf_file": None, "unsloth_force_compile": False, "auto_model": None,
+    "torch_dtype": torch.float32, "return_logits": False, "fullgraph": True, "whisper_language": None, "whisper_task": None,
+    "target_parameters": None, "device_map_planner_kwargs": {"retained_rows": 128}, "use_cache": True,
+}  # fmt: skip
+GET_PEFT_MODEL = {
+    "r": 4, "target_modules": ["q_proj"], "lora_alpha": 16, "lora_dropout": 0, "bias": "none", "layers_to_transform": None,
+    "layers_pattern": None, "finetune_last_n_layers": None, "use_gradient_checkpointing": "unsloth", "random_state": 3407,
+    "max_seq_length": 2048, "use_rslora": False, "modules_to_save": None, "init_lora_weights": True, "loftq_config": {},
+    "temporary_location": "_unsloth_temporary_saved_buffers", "qat_scheme": None, "target_parameters": None,
+    "ensure_weight_tying": False, "use_dora": False,
+}  # fmt: skip
+
+
+def test_every_keyword_that_scripts_write_works_or_is_in_the_tables(llama):
+    known = loading_keywords() | IGNORED_KEYWORDS.keys() | REFUSED_KEYWORDS.keys()
+    assert set(FROM_PRETRAINED) <= known
+    assert not IGNORED_KEYWORDS.keys() & REFUSED_KEYWORDS.keys()
+    model, _ = FastModel.from_pretrained(llama, **FROM_PRETRAINED)
+    FastModel.get_peft_model(
+        model, **GET_PEFT_MODEL, finetune_vision_layers=False, finetune_language_layers=True,
+        finetune_attention_modules=True, finetune_mlp_modules=True, finetune_audio_layers=False, task_type=None,
+    )  # fmt: skip
+    model, _ = load(llama, device_map="unsloth")
+    FastLanguageModel.get_peft_model(model, **GET_PEFT_MODEL)
+
+
+@pytest.mark.parametrize("kind", ["AutoModelForImageTextToText", "Gemma3ForConditionalGeneration"])
+def test_classes_for_images_are_taken_for_their_text_decoder(llama, kind):
+    model, _ = load(llama, auto_model=kind)
+    assert any(f"auto_model={kind} has no effect" in note for note in model.oribi.notes)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripts")
     write_tiny_model(folder / "tiny")
     write_encoder(folder / "encoder", "bert")
+    write_tiny_model(folder / "tiny_tied", tie_word_embeddings=True)
     for name, rows in ROWS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

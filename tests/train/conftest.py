@@ -41,8 +41,8 @@ def chatml_tokenizer():
     return tokenizer
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """Writes a random two-layer llama with a ChatML tokenizer; returns its folder."""
+def write_tiny_model(folder: Path, **changes: object) -> Path:
+    """Writes a random two-layer llama with a ChatML tokenizer, its config changed; returns its folder."""
     tokenizer = chatml_tokenizer()
     config = tiny_config(
         "llama",
@@ -50,6 +50,7 @@ def write_tiny_model(folder: Path) -> Path:
         num_hidden_layers=2,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **changes,
     )
     tiny_pair(config)[1].save_pretrained(folder)
     tokenizer.save_pretrained(folder)

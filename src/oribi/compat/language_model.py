@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from oribi.compat.names import IGNORED_KEYWORDS, QUIET_DEFAULTS, REFUSED_KEYWORDS
 from oribi.compat.reinforcement import fast_generate, load_lora, save_lora
@@ -249,7 +250,8 @@ def _read_auto_model(options: dict[str, Any]) -> list[str]:
                 "auto_model names a sequence classifier and num_labels is not given: it gets 2, as in transformers"
             ]
         return []
-    if str(name).endswith("ForCausalLM"):
+    images = ("AutoModelForImageTextToText", *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    if str(name).endswith("ForCausalLM") or name in images:
         return [f"auto_model={name} has no effect: the checkpoint's config.json says the class"]
     raise ConfigError(
         f"from_pretrained: auto_model={name} is refused: oribi loads language models and sequence classifiers; embedding models "

@@ -101,17 +101,21 @@ IGNORED_KEYWORDS = {
     "device_map_planner_kwargs": "the model lies on one device",
     "low_cpu_mem_usage": "weights are always streamed",
     "max_memory": "the model lies on one device",
-    "text_only": "only text decoders are loaded",
+    "offload_folder": "the model lies on one device",
+    "offload_state_dict": "the model lies on one device",
+    "use_cache": "training keeps no cache, generation does",
+    "text_only": "only text decoders are trained",
     "random_state": "loading draws no random numbers",
 }
 # value of an ignored keyword that scripts of other libraries write by default, about which nothing is said
 QUIET_DEFAULTS = {
     "max_lora_rank": 64, "gpu_memory_utilization": 0.5, "disable_log_stats": True, "fullgraph": True,
-    "random_state": 3407,
+    "random_state": 3407, "use_cache": True,
 }  # fmt: skip
 # keyword of from_pretrained -> why it is refused when set
 REFUSED_KEYWORDS = {
     "qat_scheme": "quantisation-aware training is not supported",
+    "target_parameters": "give it to get_peft_model, which trains LoRA on parameters",
     "whisper_language": "speech models are not supported",
     "whisper_task": "speech models are not supported",
     "config": "the checkpoint's config.json is read; change it with rope_scaling and max_seq_length",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 
 from oribi.errors import ModelError
@@ -61,6 +62,8 @@ def train_in_float32(model: PeftModel) -> None:
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()
+        elif isinstance(module, TrainableTokensLayer):
+            module.trainable_tokens_delta.float()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -151,6 +154,7 @@ def attach_from(
                 )
                 model = get_peft_model(model, settings, adapter)
                 settings.base_model_name_or_path = base
+        train_in_float32(model)  # before the file's values come, which are float32
         require_adapter_fits(model, path, tensors, adapter)
         set_peft_model_state_dict(model, tensors, adapter_name=adapter)
     except ModelError:
