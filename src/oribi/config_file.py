@@ -295,14 +295,15 @@ def commented_yaml(
     """
     lines = [f"# {heading}", *(f"# {note}" for note in notes)]
     group = written = ""
+    stage = values.get("stage", "sft")
     for name, setting in SETTINGS.items():
         group = GROUPS.get(name, group)
-        if name not in values and name not in shown:
+        if name not in values and (name not in shown or stage not in setting.used_by):
             continue
         if group != written:
             written = group
             lines += ["", f"# {group}"]
-        line = f"{name}: {_on_one_line(values.get(name, setting.default))}"
+        line = f"{name}: {_on_one_line(values.get(name, setting.default_of(stage)))}"
         lines.append(f"{line:<{COLUMN}}  # {setting.help}")
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,6 @@
 """`oribi estimate` and `oribi init`: without GPU and without weights."""
 
+import json
 import shutil
 
 import pytest
@@ -73,6 +74,28 @@ def test_init_writes_a_config_that_reads_back(oribi, tiny_folder, data_file, tmp
     assert again.code == 1
     assert "--force" in again.err
     assert oribi("init", tiny_folder, data_file, "--output", path, "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "stage", "written"),
+    [
+        ({"prompt": "x", "chosen": "a", "rejected": "b"}, "dpo", {"learning_rate": 1e-5, "packing": False}),
+        ({"prompt": "x", "completion": "a", "label": True}, "kto", {"per_device_train_batch_size": 4}),
+        ({"prompt": "x", "unit_tests": [1]}, "grpo", {"reward_funcs": ["rewards.py:score"]}),
+    ],
+)
+@pytest.mark.parametrize("gpu", [None, "T4"])
+def test_init_sees_which_stage_rows_are_made_for(gpu, row, stage, written, oribi, tiny_folder, tmp_path):
+    data, path = tmp_path / "rows.jsonl", tmp_path / "config.yaml"
+    data.write_text(json.dumps(row) + "\n")
+    named = ["--gpu", gpu, "--max-seq-length", 64] if gpu else []
+    result = oribi("init", tiny_folder, data, "--output", path, *named)
+    assert f"the rows are made for stage {stage}" in result.err
+    config, _ = read_run_config(path)
+    assert config.stage == stage
+    if not gpu:
+        assert {name: getattr(config, name) for name in written} == written
+    assert "train_on_responses_only" not in path.read_text()
 
 
 def test_init_gives_a_model_without_template_one(oribi, tiny_folder, data_file, tmp_path):

@@ -51,6 +51,8 @@ def init(
                 raise ConfigError(f"{source}: no such file.")
         architecture = architecture_of(model)
         tokenizer = open_model(model).tokenizer()
+        notes: list[str] = []
+        stage = _stage_of(dataset, notes)
         max_seq_length = min(max_seq_length, architecture.config.max_position_embeddings)
         values: dict[str, Any] = {
             "model": model,
@@ -59,7 +61,14 @@ def init(
             "eval_fraction": 0.05,
             "output_dir": f"runs/{_short_name(model)}-{_data_name(dataset)}",
         }
-        notes = []
+        if stage != "sft":
+            values["stage"] = stage
+        if stage == "grpo":
+            del values["eval_fraction"]  # an evaluation would write several answers to each held-out prompt
+            values["reward_funcs"] = ["rewards.py:score"]
+            notes.append(
+                "write score(completions, **columns) in rewards.py beside this file: one number per answer"
+            )
         if not tokenizer.chat_template:
             values["chat_template"] = "chatml"
             notes.append("the model has no chat template of its own, so it is trained with chatml")
@@ -75,6 +84,25 @@ def init(
     out.text(f"written: {output}")
     out.text(f"next: oribi inspect data {output}; oribi estimate {output}; oribi train {output}")
     out.record(output=output, values=values, notes=notes)
+
+
+def _stage_of(sources: list[str], notes: list[str]) -> str:
+    """The stage that the rows are made for, where they lie on this machine; sft where that cannot be told."""
+    from oribi.data.preferences import stage_of_source
+    from oribi.errors import DataError
+
+    local = [source for source in sources if Path(source).exists()]
+    if not local:
+        return "sft"
+    try:
+        stage = stage_of_source([{"path": source} for source in local])
+    except DataError as error:
+        notes.append(f"the rows are not recognised yet: {error}")
+        return "sft"
+    if stage != "sft":
+        others = {"dpo": "; orpo, kto and reward take them too"}.get(stage, "")
+        notes.append(f"the rows are made for stage {stage}{others}")
+    return stage
 
 
 def _short_name(model: str) -> str:
@@ -100,9 +128,7 @@ def _data_name(sources: list[str]) -> str:
 
 def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: list[str]) -> dict[str, Any]:
     """The batch size that fits the GPU, and how many micro-batches make the usual effective batch."""
-    from dataclasses import replace
-
-    from oribi.config import RunConfig
+    from oribi.config import SETTINGS, RunConfig
     from oribi.environment import detect
     from oribi.errors import ConfigError
     from oribi.memory.estimate import Training, largest_batch, largest_context
@@ -112,11 +138,18 @@ def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: li
     known = gpu_named(gpu) if gpu else None
     if known is None and here.device.type == "cuda":
         known = recognise(here.device_name, here.memory_bytes)
+    stage = values.get("stage", "sft")
     memory = known.memory_bytes if known else here.memory_bytes if here.device.type == "cuda" else None
     if memory is None:
         notes.append("no GPU here, so the batch size is a usual one; --gpu NAME fits it to a GPU")
-        return {"per_device_train_batch_size": 2, "gradient_accumulation_steps": EFFECTIVE_BATCH // 2}
-    config = replace(RunConfig(), model=values["model"], max_seq_length=values["max_seq_length"])
+        rows = SETTINGS["per_device_train_batch_size"].default_of(stage)
+        return {
+            "per_device_train_batch_size": rows, "gradient_accumulation_steps": EFFECTIVE_BATCH // rows,
+        }  # fmt: skip
+    defaults = {name: setting.default_of(stage) for name, setting in SETTINGS.items()}
+    config = RunConfig(
+        **{**defaults, "model": values["model"], "max_seq_length": values["max_seq_length"], "stage": stage}
+    )
     training = Training(architecture, config)
     rows = largest_batch(training, memory)
     name = known.name if known else here.device_name
@@ -130,7 +163,8 @@ def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: li
             "gradient_accumulation_steps": EFFECTIVE_BATCH,
         }  # fmt: skip
     # two rows of 2,048 tokens keep a GPU busy, and a larger effective batch would change what is learned
-    most = max(min(rows, 4096 // values["max_seq_length"], EFFECTIVE_BATCH), 1)
+    least = 2 if stage == "kto" else 1  # kto compares the rows of a batch
+    most = max(min(rows, 4096 // values["max_seq_length"], EFFECTIVE_BATCH), least)
     rows = max(n for n in range(1, most + 1) if EFFECTIVE_BATCH % n == 0)
     notes.append(f"sizes fit {name}")
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": EFFECTIVE_BATCH // rows}
