@@ -218,6 +218,16 @@ class TestOnOribisModels:
             str(tmp_path), **{k: v for k, v in SETTINGS.items() if k != "bf16"} | {"max_steps": 1} | more
         )
 
+    def test_a_second_trainer_takes_its_own_reference(self, loaded, tmp_path):
+        model, tokenizer = loaded
+        for _ in range(2):
+            args = self.settings(tmp_path, "DPOConfig")
+            oribi.trl.DPOTrainer(
+                model, args=args, train_dataset=Dataset.from_list(PAIRS), tokenizer=tokenizer
+            )
+        assert sorted(model.peft_config) == ["default", "ref"]
+        assert model.active_adapter == "default"
+
     def test_transformers_own_trainer_logs_the_evaluation(self, loaded, tmp_path):
         model, tokenizer = loaded
         rows = [dict(tokenizer(row["prompt"])) for row in PAIRS[:4]]

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import transformers
+from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 
@@ -27,6 +28,8 @@ from oribi.text import did_you_mean, say_notes
 from oribi.train.setup import keep_dtype_in_evaluation
 from oribi.train.stages import trl_place
 
+# trainers that add a copy of the adapter, named "ref", to the model
+_COPYING = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -258,6 +261,8 @@ def _translating_trainer(name: str, trainer: type) -> type:
                 keywords[key] = short_prompts(keywords[key], tokenizer, limit, f"{name}: {key}")
         if hasattr(arguments, "chat_template_kwargs") and not arguments.chat_template_kwargs:
             arguments.chat_template_kwargs = template_columns(keywords.get("train_dataset"), tokenizer, name)
+        if name in _COPYING:
+            _forget_reference(model)
         trainer.__init__(self, model, args=arguments, **keywords)
 
     body = {"__init__": __init__, "__doc__": trainer.__doc__, "__module__": "oribi.trl", "__qualname__": name}
@@ -285,6 +290,12 @@ def _arguments(config_name: str, args: Any, settings: dict[str, Any]) -> Any:
         say_notes([f"{', '.join(settings)} read as part of {config_name}"])
     limit = getattr(args, "max_prompt_length", None)
     return config(**given | ({} if limit is None else {"max_prompt_length": limit}) | settings)
+
+
+def _forget_reference(model: Any) -> None:
+    """Remove the copy of the adapter that an earlier trainer took as its reference; a second one is an error in TRL."""
+    if isinstance(model, PeftModel) and "ref" in model.peft_config and model.active_adapter != "ref":
+        model.delete_adapter("ref")
 
 
 def _leave_to_the_model(model: Any, arguments: TrainingArguments) -> None:

@@ -43,7 +43,7 @@ _CHUNKS = "the loss is computed in chunks"
 _PADDING = "padding is masked"
 _ENGINE = "there is no vLLM engine; the model's own generate answers"
 _PACKS = "packing counts tokens, not characters"
-_ADAPTER = "the reference is the model without its adapter"
+_ADAPTER = "the reference is the adapter as it is when the trainer is made"
 _NO_EMBEDDING = "this trainer trains without an embedding of prompts"
 _NO_VALUES = "there is no model of values"
 _TPU = "it is for another accelerator"
@@ -73,8 +73,6 @@ RETIRED = {
     "padding_value": _PADDING,
     "is_encoder_decoder": "the model says what it is",
     "generate_during_eval": "this trainer draws no samples",
-    "model_adapter_name": "the model's active adapter is trained",
-    "ref_adapter_name": _ADAPTER,
     "force_use_ref_model": "a ref_model that is given is used",
     "ref_model_init_kwargs": _ADAPTER,
     "base_model_attribute_name": "the loss takes the model as it is",
@@ -115,6 +113,8 @@ _REWARDED = "give the reward as a function in reward_funcs"
 REFUSED: dict[str, tuple[Any, str]] = {
     "rpo_alpha": (None, "write loss_type=['sigmoid', 'sft'] and loss_weights=[1.0, rpo_alpha]"),
     "reference_free": (False, "write loss_type of a trainer without a reference, such as ORPO"),
+    "model_adapter_name": (None, "name the adapter that is trained 'default'"),
+    "ref_adapter_name": (None, "load the reference as a model of its own and give it as ref_model"),
     "tools": (None, "put the tools into a column `tools` of the rows"),
     "model_init": (None, "give the model itself"),
     "policy": (None, "give it as model"),
