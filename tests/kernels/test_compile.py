@@ -13,6 +13,7 @@ import torch
 from oribi.kernels import (
     adamw_step,
     cross_entropy,
+    decode_attention,
     dispatch,
     embedding,
     flash_attention,
@@ -22,6 +23,7 @@ from oribi.kernels import (
     lora_expand,
     lora_pack,
     nf4,
+    nf4_linear,
     rms_norm,
     rope,
 )
@@ -44,6 +46,8 @@ MODULES = (
     lora_pack,
     flash_attention,
     fp8,
+    decode_attention,
+    nf4_linear,
 )
 # bytes of shared memory that a program may have; of 8.x, the cards with least
 SHARED = {80: 101376, 90: 232448}
@@ -250,3 +254,42 @@ def test_attention_compiles_within_shared_memory(launches, capability, dtype, wi
     assert len(launches) == 3
     for launch in launches:
         assert compiled(launch, capability).metadata.shared <= SHARED[capability]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_decoding_attention_compiles_within_shared_memory(launches, capability, dtype, head_dim):
+    rows, length = torch.arange(2), torch.tensor([3, 70])
+    qkv = torch.randn(2, 12 * head_dim).to(dtype)
+    k, v = (torch.randn(2, 2, 128, head_dim).to(dtype) for _ in range(2))
+    angle, norm = torch.randn(2, head_dim // 2), torch.ones(head_dim).to(dtype)
+    q = decode_attention.store_token(qkv, k, v, length, rows, angle, angle, q_norm=norm, k_norm=norm)
+    decode_attention.store_token(qkv, k, v, length, rows)
+    counters = nf4_linear.new_counters(qkv.device)
+    decode_attention.decode_attention(q, k, v, length, rows, counters, scale=0.1)
+    decode_attention.decode_attention(
+        q, k, v, length, rows, counters, scale=0.1, softcap=50.0, sinks=norm[:8]
+    )
+    assert len(launches) == 4
+    for launch in launches:
+        assert compiled(launch, capability).metadata.shared <= SHARED.get(capability, 65536)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_nf4_linear_layers_compile_without_spills(launches, capability, dtype, rows):
+    group = [
+        lora.Projection(nf4_packed(torch.randn(n, 512)), None, torch.randn(16, 512), torch.randn(n, 16))
+        for n in (128, 32, 32)
+    ]
+    x, counters = torch.randn(rows, 512).to(dtype), nf4_linear.new_counters(torch.device("cpu"))
+    nf4_linear.nf4_linear(x, group, counters)
+    nf4_linear.nf4_linear(x, group[1:], counters, activation="silu")
+    nf4_linear.nf4_linear(x, group[:1], counters, residual=torch.randn(rows, 128).to(dtype))
+    assert [launch.kernel.__name__ for launch in launches] == ["down_kernel", "up_kernel"] * 3
+    for launch in launches:
+        kernel = compiled(launch, capability)
+        assert kernel.metadata.shared <= 49152
+        if launch.kernel.__name__ == "up_kernel":
+            # one look-up for two values: 64 per thread and block for each layer of the pair
+            assert "ld.shared.b32" in kernel.asm["ptx"]

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from oribi.errors import DataError, ModelError
-from oribi.kernels import cross_entropy, dispatch, gated_mlp, nf4, rms_norm, rope
+from oribi.kernels import cross_entropy, dispatch, gated_mlp, lora, nf4, nf4_linear, rms_norm, rope
 from tests.kernels.truth import (
     assert_twice_as_good,
     nf4_packed,
@@ -300,3 +300,23 @@ def test_nf4_quantises_as_bitsandbytes_does(shape, double_quant):
     for name, value in expected[1].as_dict().items():
         own = state.as_dict()[name]
         assert torch.equal(own, value) if isinstance(value, torch.Tensor) else own == value, name
+
+
+def test_linear_layers_on_few_rows_are_those_of_the_dequantised_weights():
+    group = [
+        lora.Projection(
+            nf4_packed(torch.randn(24, 128)), torch.randn(24), torch.randn(4, 128), torch.randn(24, 4), 0.5
+        ),
+        lora.Projection(nf4_packed(torch.randn(24, 128))),
+    ]
+    x, residual = torch.randn(3, 128), torch.randn(3, 48)
+    assert nf4_linear.reads(group, 64)
+    assert not nf4_linear.reads(group, 65)
+    assert not nf4_linear.reads([lora.Projection(torch.randn(24, 128))], 1)
+    with dispatch.reference_only():
+        y = nf4_linear.nf4_linear(x, group, None, residual=residual, residual_scale=0.5)
+        h = nf4_linear.nf4_linear(x, group, None, activation="silu")
+    one, two = (x.double() @ nf4.reference(p.weight, torch.float64).t() for p in group)
+    one = one + group[0].bias.double() + x.double() @ group[0].a.double().t() @ group[0].b.double().t() * 0.5
+    assert relative_error(y, residual.double() + torch.cat([one, two], 1) * 0.5) < 1e-6
+    assert relative_error(h, torch.nn.functional.silu(one) * two) < 1e-6

@@ -140,7 +140,7 @@ def _forward_kernel(
     col = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate_ptr + row * gate_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + row * up_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
-    p, _ = _probability_and_slope(g, ACTIVATION)
+    p, _ = probability_and_slope(g, ACTIVATION)
     h = g * p * u
     tl.store(h_ptr + row * h_stride + col, h.to(h_ptr.dtype.element_ty), mask=col < SIZE)
 
@@ -157,7 +157,7 @@ def _backward_kernel(
     d = tl.load(dh_ptr + row * dh_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
     g = tl.load(gate_ptr + row * gate_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + row * up_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
-    p, slope = _probability_and_slope(g, ACTIVATION)
+    p, slope = probability_and_slope(g, ACTIVATION)
     dgate = d * u * (p + g * slope)
     dup = d * (g * p)
     if REBUILD:
@@ -168,7 +168,8 @@ def _backward_kernel(
 
 
 @jit
-def _probability_and_slope(g, ACTIVATION: tl.constexpr):
+def probability_and_slope(g, ACTIVATION: tl.constexpr):
+    """p of float32 gates, as this file's docstring has it, and p'."""
     if ACTIVATION == "silu":
         p = tl.sigmoid(g)
         slope = p * (1 - p)

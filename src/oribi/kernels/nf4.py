@@ -211,20 +211,27 @@ def group_member(
     return program, before, size, packed, absmax, absmax2, code2, offset
 
 
-# Kernels that call this are launched without fused multiply-adds: bitsandbytes rounds every product and sum.
+# Kernels that call these two are launched without fused multiply-adds where they must have bitsandbytes' bits, which
+# rounds every product and sum.
 @jit
-def decode(
-    word, inside, lut, packed, absmax, absmax2, code2, offset, BLOCK_WORDS: tl.constexpr, NESTED: tl.constexpr
-):
-    """float32 values [..., 8] of 4-byte words of codes [...], zero outside."""
-    codes = tl.load(packed.to(tl.pointer_type(tl.int32)) + word, mask=inside, other=0)
-    block = word // BLOCK_WORDS
+def block_scale(block, inside, absmax, absmax2, code2, offset, NESTED: tl.constexpr):
+    """float32 scales of blocks of values, in block's shape."""
     if NESTED:
         scale_code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
         scale = tl.load(code2 + scale_code) * tl.load(absmax2 + block // 256, mask=inside, other=0.0)
         scale = scale + tl.load(offset)
     else:
         scale = tl.load(absmax + block, mask=inside, other=0.0)
+    return scale
+
+
+@jit
+def decode(
+    word, inside, lut, packed, absmax, absmax2, code2, offset, BLOCK_WORDS: tl.constexpr, NESTED: tl.constexpr
+):
+    """float32 values [..., 8] of 4-byte words of codes [...], zero outside."""
+    codes = tl.load(packed.to(tl.pointer_type(tl.int32)) + word, mask=inside, other=0)
+    scale = block_scale(word // BLOCK_WORDS, inside, absmax, absmax2, code2, offset, NESTED)
     # value j of a word: bytes in order, the high half of each byte first
     place = tl.arange(0, 8)
     code = (tl.expand_dims(codes, -1) >> ((place ^ 1) * 4)) & 15
