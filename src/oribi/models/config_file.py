@@ -29,6 +29,7 @@ from oribi.models.fields import (
 )
 from oribi.models.files import Location, read_json
 from oribi.models.mixers.attention import window_of
+from oribi.models.original import load_original
 from oribi.models.rope import RotaryAngles
 from oribi.text import nearest, shown
 
@@ -135,11 +136,12 @@ def stored_quantization(location: Location, config: PretrainedConfig) -> dict[st
         what = "bitsandbytes 8-bit" if stored.get("load_in_8bit") else method
         raise ModelError(
             f"{location.name} is quantised by {what}; oribi loads 16-bit checkpoints and bitsandbytes' NF4. "
-            "Take the original 16-bit release: it is quantised while it loads"
+            f"{load_original(location.name, location.directory)}; it is quantised while it loads"
         )
     if stored.get("bnb_4bit_quant_type", "fp4") != "nf4":
         raise ModelError(
-            f"{location.name} is packed as {stored.get('bnb_4bit_quant_type')!r}; only nf4 can be trained on"
+            f"{location.name} is packed as {stored.get('bnb_4bit_quant_type')!r}; only nf4 can be trained on. "
+            + load_original(location.name, location.directory)
         )
     return stored
 

@@ -20,12 +20,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, WEIG
 
 from oribi.errors import ModelError
 from oribi.gguf.source import GGUFSource
+from oribi.models.original import load_original, original_of
 from oribi.run_record import newest_model
 from oribi.tensors import PickleSource, SafetensorsSource, TensorSource, open_bytes
 from oribi.text import nearest
 
 # everything about a model but its weights; original/ and onnx/ folders hold further copies
-_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt", "README.md"]
 _ELSEWHERE = ["original/*", "onnx/*", "coreml/*", "openvino/*", "gguf/*"]
 _LARGEST_JSON = 64 << 20  # bytes; an index of thousands of tensors has a few
 _PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -199,6 +200,11 @@ def adapter_weights(location: Location, options: HubOptions, allow_pickle: bool 
 
 
 def _pickles(location: Location, options: HubOptions, allow_pickle: bool) -> list[Path]:
+    if "gguf" in PurePath(location.name).name.lower():
+        raise ModelError(
+            f"{location.name} holds GGUF files and no checkpoint: name one of them with gguf_file=, as its page lists them. "
+            + load_original(location.name, location.directory)
+        )
     if not allow_pickle:
         raise ModelError(
             f"{location.name} has no .safetensors weights. Pickled .bin weights are read only on request: pass "
@@ -271,9 +277,10 @@ def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location
     if files:
         listed = ", ".join(file.name for file in files)
         raise ModelError(f"{name} holds several GGUF files ({listed}); name one with gguf_file=")
+    original = original_of(name, directory)
     raise ModelError(
         f"{name} has neither config.json nor adapter_config.json, so there is no model to load; a GGUF file of a hub "
-        "repository is named with gguf_file="
+        "repository is named with gguf_file=" + (f"; the original is {original}" if original else "")
     )
 
 
