@@ -140,7 +140,10 @@ def test_every_shape_gives_the_same_tokens(shape, prefer, chatml_tokenizer):
 
 
 def test_unused_columns_are_named_once(prefer):
-    report = prefer([SHAPES["UltraFeedback"][0]] * 3).report
+    said = []
+    report = prefer([SHAPES["UltraFeedback"][0]] * 3, announce=said.append).report
+    assert said.count("list: columns not used: prompt_id, score_chosen, score_rejected") == 1
+    assert said[-1].startswith("list: a row repeats an earlier one: 2 times")
     assert report.unused_columns == ["prompt_id", "score_chosen", "score_rejected"]
     assert prefer([SHAPES["OpenAI"][0]]).report.unused_columns == []
 

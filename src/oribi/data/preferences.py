@@ -11,6 +11,7 @@ from oribi.data.prepare import PreparedData, make_preparation, prepared
 from oribi.data.rows import readable_rows
 from oribi.data.sources import open_source
 from oribi.errors import DataError
+from oribi.text import printable
 
 LOOKED_AT = 50  # rows that may be null or broken before the first that shows a stage
 
@@ -59,7 +60,11 @@ def prepare_preferences(
     preparation = make_preparation(
         source, tokenizer, stage=stage, max_seq_length=max_seq_length, overlong=overlong, **row_settings
     )
-    return prepared(preparation, cache_dir, use_cache, progress)
+    made = prepared(preparation, cache_dir, use_cache, progress)
+    said = [f"{what}: {', '.join(names)}" for what, names in made.report.unused().items() if names]
+    for line in (*said, *made.report.notes):
+        preparation.announce(printable(f"{made.report.source}: {line}"))
+    return made
 
 
 def stage_of_source(source: Any, *, split: str = "train", **settings: Any) -> str:
