@@ -17,7 +17,7 @@ from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
 from oribi.models.unfused import beside_decoder
-from oribi.models.unwrap import source_of
+from oribi.models.unwrap import is_classifier, source_of
 from oribi.models.wrapper import automatic
 from oribi.save.adapter_check import compare_in_plain_peft
 from oribi.save.adapter_files import WEIGHTS, write_adapter
@@ -88,12 +88,29 @@ def save_merged(
     if save_method == "lora":
         report = AdapterExport(*common).save(tokenizer, held_out)
     else:
-        export = MergedExport(*common)
+        export = _export_class(model, save_method)(*common)
         export.dtype = merged_dtype(model, dtype)
         report = export.save(tokenizer, held_out, base, shard_bytes(max_shard_size))
     if options.push_to_hub:
         upload_folder(Path(directory), Path(directory).name, options)
     return report
+
+
+def _export_class(model: nn.Module, save_method: str) -> type["MergedExport"]:
+    """What writes a merged model of this kind.
+
+    Raises:
+        ConfigError: a classifier is not written this way.
+    """
+    if not is_classifier(model):
+        return MergedExport
+    if save_method == "merged_4bit":
+        raise ConfigError(
+            "save_method = 'merged_4bit': a sequence classifier is written as 'merged_16bit' or 'lora'"
+        )
+    from oribi.save.classifier import ClassifierExport
+
+    return ClassifierExport
 
 
 def push_merged(
@@ -151,7 +168,7 @@ class MergedExport(Export):
         )
         self._write_config(folder)
         generation = copy.deepcopy(getattr(self.inner, "generation_config", None))
-        if generation is not None:
+        if generation is not None and not is_classifier(self.model):
             stops = stop_ids(self.tokenizer, generation.eos_token_id)
             generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
             generation.save_pretrained(folder)
@@ -180,7 +197,8 @@ class MergedExport(Export):
         if self.quantized:
             config.quantization_config = nf4_config(self.dtype, beside_decoder(self.inner))
         family = family_of(config)
-        config.architectures = [family.architecture if family is not None else type(self.inner).__name__]
+        as_family = family is not None and not is_classifier(self.model)
+        config.architectures = [family.architecture if as_family else type(self.inner).__name__]
         config.dtype = self.dtype
         config.tie_word_embeddings = self.merged.tied
         config.get_text_config().vocab_size = self.inner.get_input_embeddings().weight.shape[0]
@@ -229,7 +247,9 @@ class AdapterExport(Export):
         count = sum(len(read_header(file)) for file in path.glob(f"**/{WEIGHTS}"))
         says = f"{count} of {count} tensors are the same bit by bit, and plain PEFT has a place for each"
         found = [Check("adapter read back", Outcome.EQUAL, says, {"same": count, "of": count})]
-        trained, unanswered = trained_answers(self.model, self.tokenizer, self.held_out, greedy=False)
+        trained, unanswered = None, []
+        if not is_classifier(self.model):
+            trained, unanswered = trained_answers(self.model, self.tokenizer, self.held_out, greedy=False)
         found += unanswered
         if trained is not None:
             found += checked("answers in plain PEFT", compare_in_plain_peft, self.model, path, trained)

@@ -307,7 +307,12 @@ class MergedModel:
         if self.tied and self._embeddings and self._head_differs(slots):
             self.tied = False
             self._shapes["lm_head.weight"] = self._shapes[self._embeddings]
-        missing = [name for name in self._shapes if self._source(name) not in self._base_shapes]
+        replaced = {name for name, change in self.changes.items() if change.replacement is not None}
+        missing = [
+            name
+            for name in self._shapes
+            if self._source(name) not in self._base_shapes and name not in replaced
+        ]
         if missing:
             raise ExportError(
                 f"the base lacks {missing[0]} and {len(missing) - 1} more tensors of the trained model: "
