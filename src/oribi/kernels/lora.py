@@ -99,13 +99,13 @@ _kept = _KeptGroups()
 
 
 @contextmanager
-def weights_kept() -> Iterator[None]:
-    """Inside the block, groups that this thread computes without gradients are dequantised once.
+def weights_kept(wanted: bool = True) -> Iterator[None]:
+    """Inside the block, groups that this thread computes without gradients are dequantised once, or not once if not `wanted`.
 
     For generation, which asks for every weight once per token; no weight or factor may change inside.
     """
     before = _kept.groups
-    _kept.groups = {} if before is None else before
+    _kept.groups = ({} if before is None else before) if wanted else None
     try:
         yield
     finally:

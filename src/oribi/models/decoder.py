@@ -21,6 +21,8 @@ from oribi.kernels.attention import Visibility
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
 from oribi.models.decoding.loop import continue_prompts, say_once
 from oribi.models.decoding.request import read_request
+from oribi.models.decoding.session import Sessions
+from oribi.models.decoding.state import rows_that_fit
 from oribi.models.generate import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory
 from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
@@ -47,6 +49,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.rotary = {kind: RotaryAngles(config, kind) for kind in kinds}
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
         self.host_memory: HostMemory | None = None
+        self.sessions = Sessions()  # what a GPU keeps from one generation to the next
         self.shards: object | None = None  # set by `train.sharding` where processes share the layers' weights
         self.post_init()
 
@@ -248,6 +251,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def rows_that_fit(self, length: int) -> int:
+        """Rows of so many tokens that may be generated together in the memory that is free now."""
+        return rows_that_fit(
+            self.model.layers, length, self.config.vocab_size, self.model.norm.weight.dtype, self.device
+        )
 
     def _sample(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,

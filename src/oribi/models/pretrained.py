@@ -97,12 +97,15 @@ class DecoderPreTrainedModel(PreTrainedModel):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def release(self) -> None:
-        """Frees what training keeps from step to step: dequantised weights and pinned host memory."""
+        """Frees what is kept from step to step and from one generation to the next: dequantised weights, pinned host memory, caches
+        and recorded steps.
+        """
         for module in self.modules():
             if isinstance(module, DecoderLayer):
                 module.dequantized.clear()
             elif hasattr(module, "host_memory"):
                 module.host_memory = None
+                module.sessions.clear()
 
     @property
     def device(self) -> torch.device:

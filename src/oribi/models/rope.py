@@ -49,12 +49,7 @@ class RotaryAngles:
         Returns:
             cos, sin: [T, R/2] float32 each, with the attention factor of yarn and longrope multiplied in.
         """
-        length = length if self.needs_length else 0
-        if self.kind == "dynamic":
-            length = max(length, self.config.max_position_embeddings)
-        elif self.kind == "longrope":
-            original = self.parameters["original_max_position_embeddings"]
-            length = original + 1 if length > original else original
+        length = self.set_of(length)
         key = (positions.device, length)
         if key not in self._frequencies:
             if self.kind == "dynamic":
@@ -64,6 +59,15 @@ class RotaryAngles:
         frequencies, factor = self._frequencies[key]
         phase = positions[:, None].float() * frequencies
         return phase.cos() * factor, phase.sin() * factor
+
+    def set_of(self, length: int) -> int:
+        """The length that stands for all with the frequencies of this one; 0 where there is one set."""
+        if self.kind == "dynamic":
+            return max(length, self.config.max_position_embeddings)
+        if self.kind == "longrope":
+            original = self.parameters["original_max_position_embeddings"]
+            return original + 1 if length > original else original
+        return 0
 
     def _compute(self, device: torch.device, length: int) -> tuple[torch.Tensor, float]:
         if self.kind != "default":

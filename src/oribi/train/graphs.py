@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from oribi.graph_capture import RecordingFailed, record
 from oribi.kernels.adamw import FlatAdamW
 from oribi.memory.account import linear_weights
 from oribi.models.decoder import DecoderForCausalLM
@@ -117,30 +118,15 @@ class StepGraphs:
         if self._decoder.model.host_memory is not None:
             self._decoder.model.host_memory.flush()  # nor may one reach into it
         torch.cuda.empty_cache()  # the usual steps' cache and the graph's pool do not share memory
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                loss = self._run(own, own_targets)
-        except RuntimeError as error:
+            graph, loss = record(lambda: self._run(own, own_targets), self._pool, own_targets.device)
+        except RecordingFailed as failure:
             # most often a loss that somebody keeps with its whole graph, which ties gradients to another stream
             self._failed = True
-            # PyTorch leaves the recording's own stream behind as the current one
-            torch.cuda.set_stream(stream)
-            _fresh_random_state(own_targets.device)
-            logger.warning(
-                "no CUDA graphs: recording a step failed (%s); steps run as usual", str(error).splitlines()[0]
-            )
+            logger.warning("no CUDA graphs: recording a step failed (%s); steps run as usual", failure)
             return None
         self._recorded[shape] = _Recorded(graph, own, own_targets, loss)
         return self._recorded[shape]
-
-
-def _fresh_random_state(device: torch.device) -> None:
-    """Gives a GPU's generator a state of its own again: a recording that fails leaves it tied to the graph."""
-    generator = torch.cuda.default_generators[device.index or 0]
-    seed = generator.initial_seed()
-    generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
-    generator.manual_seed(seed)
 
 
 def fixed_shape(inputs: dict[str, Any], pads: bool = False) -> tuple[dict[str, torch.Tensor], tuple]:

@@ -1,7 +1,7 @@
 """Groups of linear layers with LoRA as one token's step computes them, for the few rows of a batch.
 
-B rows, K in features, N out features, P LoRA columns. The weights are read where they lie, or from a copy in 16 bits where
-they are packed and a copy fits, or they are dequantised in every step.
+B rows, K in features, N out features, P LoRA columns. Weights are read where they lie. Packed
+weights are dequantised in every step; a CPU reads a copy in 16 bits where that fits.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class LinearGroup:
         """Reads LoRA factors that may have been trained since."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """y [B, N] of x [B, K]."""
+        """y [B, N] of x [B, K]. Dequantises the weights."""
         return augmented_weight(self.projections, self._dtype, self._device).linear(x)[0]
 
 
@@ -117,7 +117,11 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def linear_group(modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> LinearGroup:
-    """A group in the way that suits its weights."""
+    """A group in the way that suits its weights.
+
+    Args:
+        modules: its layers. dtype, device: of the inputs.
+    """
     projections = [read(module) for module in modules]
     if all(not hasattr(p.weight, "quant_state") and p.weight.dtype == dtype for p in projections):
         return UnpackedGroup(modules, dtype, device)

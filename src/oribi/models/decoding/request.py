@@ -1,7 +1,7 @@
 """What a call of `generate` asks for, as oribi's loop needs it; or why transformers' loop has to answer it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,7 @@ class Request:
         ends: tokens that end a row. pad: what an ended row gets.
         criteria: others that end rows: stop strings, or time.
         streamer: gets the tokens as they come; None where nobody waits for them.
+        first: place of the first row in the batch that `generate` was given.
     """
 
     ids: torch.Tensor
@@ -49,6 +50,17 @@ class Request:
     pad: int
     criteria: tuple[StoppingCriteria, ...]
     streamer: Any
+    first: int = 0
+
+    def part(self, start: int, end: int) -> "Request":
+        """Some of the rows."""
+        return replace(
+            self, ids=self.ids[start:end], prompts=self.prompts[start:end], first=self.first + start
+        )
+
+    def end_tokens(self) -> torch.Tensor | None:
+        """[E] int64, or None without any."""
+        return torch.tensor(self.ends, device=self.ids.device) if self.ends else None
 
     @property
     def longest(self) -> int:
@@ -64,6 +76,7 @@ class Request:
                 and processor.prompt_ignore_length is not None
             ):
                 ignored = torch.as_tensor(processor.prompt_ignore_length, device=ids.device).reshape(-1, 1)
+                ignored = ignored[self.first : self.first + len(ids)] if len(ignored) > 1 else ignored
         places = torch.arange(ids.shape[1], device=ids.device)
         counted = ids.masked_fill(places < ignored, vocab_size).clamp(max=vocab_size)
         seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
@@ -116,7 +129,16 @@ def read_request(
         ids, prompts, max(new_tokens, 1), choice, tuple(sorted(set(ends))), 0 if pad is None else int(pad),
         tuple(others), streamer,
     )  # fmt: skip
-    return _unusual_rope(decoder, request) or request
+    return _unusual_rope(decoder, request) or _no_memory(decoder, request) or request
+
+
+def _no_memory(decoder: "DecoderForCausalLM", request: Request) -> str | None:
+    fit = decoder.rows_that_fit(request.longest)
+    if fit < 1:
+        return f"the cache of a row of {request.longest} tokens does not fit in the free memory"
+    if fit < len(request.prompts) and (request.streamer is not None or request.criteria):
+        return f"the cache of {fit} of the {len(request.prompts)} rows fits in the free memory, and they end together"
+    return None
 
 
 def _unusual_call(

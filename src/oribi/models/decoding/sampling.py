@@ -26,14 +26,7 @@ from transformers.generation.logits_process import (
 if TYPE_CHECKING:
     from oribi.models.decoding.state import DecodingState
 
-# those whose result depends on the scores alone, and of these the ones that only drop or scale candidates
-_OF_SCORES = (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-)
+# those whose result depends on the scores alone, and that only drop or scale candidates
 _OF_CANDIDATES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _AT_LEAST = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 # candidates beyond k that top-k keeps where their scores equal the k-th, as those of 16-bit logits do; a CPU looks at all
@@ -66,7 +59,7 @@ class Choice:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for choices that a recorded step serves alike."""
-        names = sorted((type(p).__name__, *_values(p)) for p in self.processors)
+        names = ((type(p).__name__, *_values(p)) for p in self.processors)
         width = self.prompt_width if any(isinstance(p, _AT_LEAST) for p in self.processors) else 0
         return self.samples, width, *names
 
@@ -85,6 +78,10 @@ class Choice:
             if isinstance(processor, RepetitionPenaltyLogitsProcessor):
                 penalised = torch.where(scores < 0, scores * processor.penalty, scores / processor.penalty)
                 scores = torch.where(state.seen, penalised, scores)
+            elif isinstance(
+                processor, SuppressTokensLogitsProcessor
+            ):  # whose own call waits where there are many
+                scores = scores.index_fill(1, processor.suppress_tokens.to(scores.device), -math.inf)
             elif isinstance(processor, _AT_LEAST):
                 early = state.step < _least_new(processor, self.prompt_width)
                 scores = torch.where(early, scores.index_fill(1, processor.eos_token_id, -math.inf), scores)
@@ -167,7 +164,7 @@ def read_choice(samples: bool, processors: Sequence[LogitsProcessor], prompt_wid
         processors: as `generate` prepared them.
         prompt_width: columns of the prompts with their padding.
     """
-    known = (*_OF_SCORES, *_AT_LEAST, RepetitionPenaltyLogitsProcessor)
+    known = (*_OF_CANDIDATES, *_AT_LEAST, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor)
     for processor in processors:
         if type(processor) not in known:
             return f"the logits processor {type(processor).__name__}"

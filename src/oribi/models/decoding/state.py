@@ -6,11 +6,14 @@ in slot p mod C: no slot holds padding, and a layer with a window has no more sl
 
 from collections.abc import Sequence
 
+import psutil
 import torch
 
 from oribi.models.layers import DecoderLayer
 
 SLOT_STEP = 256  # slots are a multiple of this many, so that requests of about one length share a state
+
+_SHARE = 0.8  # of the free memory; the rest is for prompts
 
 
 def slots_for(layer: DecoderLayer, length: int) -> int:
@@ -28,6 +31,24 @@ def cache_bytes(layers: Sequence[DecoderLayer], rows: int, length: int, itemsize
     return sum(2 * rows * slots_for(one, length) * one.self_attn.sizes[1] * itemsize for one in layers)
 
 
+def rows_that_fit(
+    layers: Sequence[DecoderLayer], length: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Rows whose cache and logits fit in what is free on a device.
+
+    Args:
+        layers: of the decoder. length: tokens of a row. vocab_size: V. dtype, device: of the cache.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = psutil.virtual_memory().available
+    # logits in both dtypes, their probabilities and the random numbers
+    row = cache_bytes(layers, 1, length, dtype.itemsize) + vocab_size * (dtype.itemsize + 4 * 4)
+    return int(_SHARE * free / row)
+
+
 class DecodingState:
     """Tensors that one token's step reads and writes in place; their addresses never change.
 
@@ -38,7 +59,7 @@ class DecodingState:
         dtype, device: of keys and values.
 
     Attributes:
-        keys, values: [B, K, C, E] of each layer.
+        keys, values: [B, K, C, E] of each layer. row: [B] int64, the first entry of each row, which is its place.
         token: [B] int64, the last token of each row, which is not cached yet.
         length: [B] int64, cached tokens, and so the position of `token`.
         finished: [B] bool. count: [B] int64, new tokens up to the one that ended the row.
@@ -59,16 +80,27 @@ class DecodingState:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.rows, self.slots = rows, [slots_for(layer, length) for layer in layers]
+        self.dtype = dtype
+        self.slots = [slots_for(layer, length) for layer in layers]
         # zeros: a masked slot is multiplied by 0, which must not meet a nan
         shapes = [(rows, layer.self_attn.sizes[1] // layer.self_attn.head_dim, slots, layer.self_attn.head_dim)
                   for layer, slots in zip(layers, self.slots)]  # fmt: skip
         self.keys = [zeros(*shape, dtype=dtype) for shape in shapes]
         self.values = [zeros(*shape, dtype=dtype) for shape in shapes]
+        self.row = torch.arange(rows, device=device)
         self.token, self.length, self.count = zeros(rows), zeros(rows), zeros(rows)
         self.finished = zeros(rows, dtype=torch.bool)
         self.out, self.step = zeros(rows, new_tokens), zeros(1)
         self.seen = zeros(rows, vocab_size, dtype=torch.bool) if vocab_size else None
+
+    def reset(self, rows: int = 0) -> None:
+        """Nothing is cached; the first `rows` rows are to be continued, and the others have ended."""
+        for tensor in (self.token, self.length, self.count, self.out, self.step):
+            tensor.zero_()
+        self.finished.fill_(True)
+        self.finished[:rows] = False
+        if self.seen is not None:
+            self.seen.zero_()
 
     @property
     def by_row(self) -> list[torch.Tensor]:
@@ -91,13 +123,13 @@ class DecodingState:
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)
         if ends is not None:
-            self.finished |= torch.isin(token, ends)
+            self.finished |= (token[:, None] == ends).any(1)  # `isin` waits for many ends
 
     def keep(self, rows: list[int]) -> None:
         """Makes these rows, in ascending order, the first ones, and all that there are from now on."""
         index = torch.tensor(rows, device=self.token.device)
         moved = [tensor.index_select(0, index) for tensor in self.by_row]
-        self.rows = len(rows)
+        self.row = self.row[: len(rows)]
         n = len(self.keys)
         self.keys, self.values = moved[:n], moved[n : 2 * n]
         self.token, self.length, self.count, self.finished, self.out = moved[2 * n : 2 * n + 5]

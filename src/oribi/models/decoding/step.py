@@ -50,19 +50,18 @@ class AttentionStep:
 
     Args:
         attention: the module. state: holds its layer's cache.
-        dtype, device: of the rows.
     """
 
-    def __init__(
-        self, attention: Attention, state: DecodingState, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, attention: Attention, state: DecodingState) -> None:
         self.attention, self.state = attention, state
-        self.groups = {name: linear_group(ms, dtype, device) for name, ms in attention.groups().items()}
+        self.groups = groups_of(attention, state)
 
     def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
         """Output [B, D] of x [B, D]."""
         a, state = self.attention, self.state
-        q, k, v = self.groups["qkv"](x).split(a.sizes, dim=1)
+        qkv = self.groups["qkv"](x)
+        keys, values = state.keys[a.index], state.values[a.index]
+        q, k, v = qkv.split(a.sizes, dim=1)
         if a.qk_norm == "projection":
             q, k = _norm(a.q_norm, q), _norm(a.k_norm, k)
         q, k, v = (t.unflatten(1, (-1, a.head_dim)) for t in (q, k, v))
@@ -70,7 +69,6 @@ class AttentionStep:
             q, k = _norm(a.q_norm, q), _norm(a.k_norm, k)
         if a.rotates:
             rope_forward(q, k, *angles[a.rope_kind], out=(q, k))
-        keys, values = state.keys[a.index], state.values[a.index]
         ring = rings[state.slots[a.index]]
         ring.write(keys, k)
         ring.write(values, v)
@@ -109,17 +107,23 @@ class MLPStep:
     """The gated MLP of one token per row.
 
     Args:
-        mlp: the module. dtype, device: of the rows.
+        mlp: the module. state: of the rows.
     """
 
-    def __init__(self, mlp: MLP, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, mlp: MLP, state: DecodingState) -> None:
         self.activation = mlp.activation
-        self.groups = {name: linear_group(ms, dtype, device) for name, ms in mlp.groups().items()}
+        self.groups = groups_of(mlp, state)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Output [B, D] of x [B, D]."""
         gate, up = self.groups["gate_up"](x).chunk(2, dim=1)
         return self.groups["down"](gated_mlp_forward(gate, up, self.activation))
+
+
+def groups_of(core: Attention | MLP, state: DecodingState) -> dict[str, LinearGroup]:
+    """The groups of linear layers of a mixer or MLP."""
+    device = state.token.device
+    return {name: linear_group(ms, state.dtype, device) for name, ms in core.groups().items()}
 
 
 class DecodingStep:
@@ -139,13 +143,14 @@ class DecodingStep:
         pad: int,
     ) -> None:
         self.decoder, self.state, self.choice, self.ends, self.pad = decoder, state, choice, ends, pad
-        model = decoder.model
-        self.dtype, device = model.norm.weight.dtype, state.token.device
-        self.layers = [_LayerStep(layer, state, self.dtype, device) for layer in model.layers]
+        self.layers = [_LayerStep(layer, state) for layer in decoder.model.layers]
 
-    def groups(self) -> list[LinearGroup]:
-        """All groups of linear layers."""
-        return [g for layer in self.layers for part in layer.parts for g in part[0].groups.values()]
+    def refresh(self) -> None:
+        """Reads LoRA factors that may have been trained since."""
+        for layer in self.layers:
+            for part, _, _ in layer.parts:
+                for group in part.groups.values():
+                    group.refresh()
 
     def __call__(self, longest: int, used: int | None = None) -> None:
         """One token.
@@ -155,7 +160,7 @@ class DecodingStep:
             used: as `Ring` takes it; None where the step is recorded, and nothing may depend on the host.
         """
         state, model = self.state, self.decoder.model
-        x = model.embed_tokens(state.token).to(self.dtype)
+        x = model.embed_tokens(state.token).to(state.dtype)
         if model.embedding_multiplier != 1.0:
             x = x * model.embedding_multiplier
         angles = {kind: rotary.angles(state.length, longest) for kind, rotary in model.rotary.items()}
@@ -174,12 +179,12 @@ class DecodingStep:
 
 
 class _LayerStep:
-    def __init__(self, layer: DecoderLayer, state: DecodingState, dtype, device) -> None:
+    def __init__(self, layer: DecoderLayer, state: DecodingState) -> None:
         mixer, mlp = layer.parts()
         self.scale = layer.residual_scale
         self.parts = [
-            (AttentionStep(layer.self_attn, state, dtype, device), *mixer[1:]),
-            (MLPStep(layer.mlp, dtype, device), *mlp[1:]),
+            (AttentionStep(layer.self_attn, state), *mixer[1:]),
+            (MLPStep(layer.mlp, state), *mlp[1:]),
         ]
 
     def __call__(self, x, branch, angles, rings):
