@@ -125,6 +125,17 @@ def test_what_is_ignored_and_refused_is_said_with_its_line(convert):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("quote", ["'", '"""'])
+def test_a_call_within_a_string_is_changed_in_its_place_or_refused(convert, quote):
+    before = f"x = f{quote}é {{len(t.apply_chat_template(m))}}{quote}\n"
+    lines = before if quote == "'" else before.replace("é", "é\n\n  é")
+    found = convert(lines)
+    if found.changed:
+        assert found.text == lines.replace("template(m)", "template(m, return_dict=False)")
+    else:
+        assert (found.text, len(found.refused)) == (lines, 1)
+
+
 def test_what_cannot_be_seen_of_a_call_is_said(convert):
     found = convert("t.apply_chat_template(m, **options)\nmap(t.apply_chat_template, rows)\n")
     assert found.changed == []

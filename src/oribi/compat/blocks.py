@@ -79,6 +79,15 @@ class Block:
             node.end_lineno, node.end_col_offset
         )
 
+    def holds(self, node: ast.expr) -> bool:
+        """Whether an expression stands where its tree says; within the f-strings of Python 3.11 it may not."""
+        try:
+            start, end = self.span(node)
+            found = ast.parse(f"({self.text[start:end]}\n)", mode="eval").body
+        except (SyntaxError, ValueError, IndexError, UnicodeDecodeError):
+            return False
+        return ast.dump(found) == ast.dump(node)
+
     def edit(self, start: int, end: int, new: str) -> None:
         """Replace characters of `text`."""
         self.edits.append((start, end, new))
@@ -107,7 +116,8 @@ class Block:
         try:
             self.tree, self.problem = ast.parse("".join(lines)), None
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            self.problem = f"{self.at(getattr(error, 'lineno', None) or 1)}: no Python: {error}"
+            said = getattr(error, "msg", None) or error
+            self.problem = f"{self.at(getattr(error, 'lineno', None) or 1)}: no Python: {said}"
             self._wrong = getattr(error, "lineno", None) or 1
 
     def _pass_over_commands(self) -> bool:

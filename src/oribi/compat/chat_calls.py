@@ -96,6 +96,9 @@ class ChatCalls:
             return
         text = use == "text" and asked is None
         keyword = "tokenize=False" if text else "return_dict=False"
+        if not block.holds(node):
+            yield "refused", node, f"apply_chat_template within an f-string: call it before, with {keyword}"
+            return
         _add_keyword(block, node, keyword)
         yield (
             "changed",

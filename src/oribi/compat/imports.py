@@ -119,11 +119,14 @@ def rewrite_reference(
     if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
         return
     if node.attr == "tokenizer" and node.value.id in bindings.processors and isinstance(node.ctx, ast.Load):
+        if not block.holds(node):
+            return
         block.edit(block.span(node.value)[1], block.span(node)[1], "")
         yield "changed", node, f"{node.value.id}.tokenizer -> {node.value.id}"
         return
     place = bindings.origin(node)
-    if place in _MOVED and bindings.origins.get(node.value.id) in ("transformers", "vllm"):
+    by_module = bindings.origins.get(node.value.id) in ("transformers", "vllm")
+    if place in _MOVED and by_module and block.holds(node):
         block.edit(*block.span(node), f"{_MOVED[place]}.{node.attr}")
         yield "changed", node, f"{ast.unparse(node)} -> {_MOVED[place]}.{node.attr}"
 
