@@ -1,5 +1,7 @@
 """The built wheel carries everything and trains in an environment of its own; versions agree; the image's steps are sound."""
 
+import ast
+import inspect
 import os
 import re
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    surroundings = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    surroundings = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
+    }
     surroundings |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         list(map(str, words)), cwd=cwd, capture_output=True, text=True, timeout=600, env=surroundings
@@ -72,7 +77,16 @@ def test_the_installed_wheel_trains(wheel, tiny_folder, data_file, tmp_path):
     done = run(command, "doctor", cwd=tmp_path)
     assert "No problems found." in done.stdout, done.stdout + done.stderr
     words = ["--model", tiny_folder, "--dataset", data_file, "--max_seq_length", "128", "--max_steps", "1"]
-    words += ["--dtype", "float32", "--chat_template", "chatml", "--output_dir", "run", "--quantization_method", "f16"]
+    words += [
+        "--dtype",
+        "float32",
+        "--chat_template",
+        "chatml",
+        "--output_dir",
+        "run",
+        "--quantization_method",
+        "f16",
+    ]
     done = run(command, "train", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "report.html").is_file()
@@ -87,6 +101,42 @@ def test_the_version_is_the_same_everywhere():
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
 
 
+def test_type_checkers_see_the_names_that_there_are():
+    tree = ast.parse((ROOT / "src" / "oribi" / "__init__.pyi").read_text(encoding="utf-8"))
+    seen = {
+        alias.name: node.module
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    del seen["Any"]
+    assert set(seen) == set(oribi.__all__) - {"__version__"}
+    for name, module in seen.items():
+        assert getattr(import_module(module), name) is getattr(oribi, name), name
+    (listed,) = [node.value for node in tree.body if isinstance(node, ast.Assign)]
+    assert ast.literal_eval(listed) == oribi.__all__
+
+
+def test_public_functions_say_their_types():
+    for name in set(oribi.__all__) - {"__version__"}:
+        thing = getattr(oribi, name)
+        functions = [thing] if inspect.isfunction(thing) else [
+            member.__func__ if isinstance(member, (staticmethod, classmethod)) else member
+            for own, member in vars(thing).items()
+            if not own.startswith("_") and isinstance(member, (staticmethod, classmethod, type(dockerfile)))
+        ]  # fmt: skip
+        for function in functions:
+            untyped = [
+                one.name
+                for one in inspect.signature(function).parameters.values()
+                if one.annotation is one.empty and one.name not in ("self", "cls")
+            ]
+            assert not untyped, f"{name}: {function.__qualname__}: {untyped}"
+            assert inspect.signature(function).return_annotation is not inspect.Signature.empty, (
+                f"{name}: {function}"
+            )
+
+
 def test_issue_forms_ask_for_the_doctor():
     folder = ROOT / ".github" / "ISSUE_TEMPLATE"
     forms = [path for path in folder.glob("*.yml") if path.name != "config.yml"]
@@ -94,7 +144,9 @@ def test_issue_forms_ask_for_the_doctor():
     for path in forms:
         form = yaml.safe_load(path.read_text(encoding="utf-8"))
         required = [
-            part["attributes"]["label"] for part in form["body"] if part.get("validations", {}).get("required")
+            part["attributes"]["label"]
+            for part in form["body"]
+            if part.get("validations", {}).get("required")
         ]
         assert any("oribi doctor" in label for label in required), path.name
 

@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 
@@ -19,7 +19,7 @@ from oribi.errors import ConfigError, DataError
 # under the name that scripts list the templates' names by
 CHAT_TEMPLATES = TEMPLATES
 
-AnyDataset = datasets.Dataset | datasets.IterableDataset
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 DEFAULT_SYSTEM = "Below are some instructions that describe some tasks. Write responses that appropriately complete each request."
 _HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"

@@ -10,7 +10,7 @@ from oribi.errors import ConfigError
 
 
 def add_new_tokens(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     new_tokens: Sequence[str] = (),
     method: str = "mean",
