@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from oribi.config_file import read_run_config
+from oribi.data.preferences import prepare_preferences, stage_of_source
+from oribi.data.prepare import prepare_dataset
 from tests.docs.test_docs import ROOT, blocks
 
 # blocks of Python that go on where their page's text begins, or are run by other tests
@@ -60,16 +62,16 @@ def test_a_run_file_of_a_page_is_one(page, text, tmp_path):
 
 @pytest.mark.parametrize(("page", "text"), blocks("json"), ids=name)
 def test_rows_of_a_page_are_prepared(page, text, chatml_tokenizer, monkeypatch, tmp_path):
-    from oribi.data.prepare import prepare_dataset
-
     monkeypatch.chdir(tmp_path)
     for line in text.splitlines():
         row = json.loads(line)
-        prepared = prepare_dataset(
-            [row], chatml_tokenizer, max_seq_length=2048, announce=None, use_cache=False
-        )
-        trained = [label for label in prepared.dataset[0]["labels"] if label != -100]
-        said = chatml_tokenizer.decode(trained)
-        last = str(row).rpartition(": ")[2].strip("\"'}] ")
-        assert trained, row
-        assert last in said, f"{page.name}: {said!r}"
+        stage = stage_of_source([row])
+        options = {"max_seq_length": 2048, "announce": None, "use_cache": False}
+        if stage != "sft":
+            example = prepare_preferences([row], chatml_tokenizer, stage=stage, **options).dataset[0]
+            assert len(example["prompt_ids"]) > 4, page.name
+            continue
+        (example,) = prepare_dataset([row], chatml_tokenizer, **options).dataset
+        trained = [label for label in example["labels"] if label != -100]
+        last = str(row).partition(", 'difficulty'")[0].rpartition(": ")[2].strip("\"'}] ")
+        assert last in chatml_tokenizer.decode(trained), page.name
