@@ -3,6 +3,7 @@
 from typing import Any
 
 from oribi.chat.named_templates import get_chat_template
+from oribi.compat.embeddings import FastSentenceTransformer
 from oribi.compat.language_model import FastLanguageModel, FastModel
 from oribi.compat.reshape import (
     apply_chat_template,
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "FastLanguageModel",
     "FastModel",
+    "FastSentenceTransformer",
     "add_new_tokens",
     "prepare_dataset",
     "inspect_data",
