@@ -40,6 +40,7 @@ from oribi.train.progress import peak_memory_bytes, read_log
 from oribi.train.report import write_report
 from oribi.train.rewards import load_reward_functions
 from oribi.train.run_trainer import RunTrainer
+from oribi.train.stage_measures import texts_of
 from oribi.train.stages import RunData, make_stage_trainer
 from oribi.train.trainer import SFTTrainer
 
@@ -97,6 +98,7 @@ def _load(config: RunConfig, environment: Environment) -> tuple[Any, Any]:
         full_finetuning=config.full_finetuning,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
+        **({"num_labels": 1} if config.stage == "reward" else {}),
     )
     _announce(model)
     if config.full_finetuning:
@@ -309,6 +311,12 @@ def held_out_rows(config: RunConfig, tokenizer: Any) -> Any:
         return None
     held_out = read_data(config, tokenizer)[1]
     return None if held_out is None else held_out.dataset
+
+
+def held_out_texts(config: RunConfig, tokenizer: Any) -> Any:
+    """The evaluation rows of a run as input_ids and labels; None if it has none, or none with answers."""
+    rows = held_out_rows(config, tokenizer)
+    return rows if rows is None or config.stage == "sft" else texts_of(config.stage, rows)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ LOGGED = {
     ],
     "orpo": ["rewards/margins", "rewards/accuracies", "log_odds_ratio", "nll_loss"],
     "kto": ["rewards/chosen", "rewards/rejected", "rewards/margins", "kl"],
+    "reward": ["accuracy", "margin", "mean_reward", "eval_accuracy"],
     "grpo": ["reward", "rewards/short/mean", "rewards/has_answer/mean", "completions/mean_length", "kl"],
 }
 STARTS = [*LOGGED]
@@ -122,7 +123,7 @@ def test_a_stage_goes_from_its_run_file_to_report_and_export(stage, trained):
     assert not list(output.rglob("ref")), "the reference's adapter is in a file"
     report = json.loads((output / "report.json").read_text())
     assert set(report["measures"]) == {"base", "tuned"}
-    assert len(report["measures"]["tuned"]["samples"]) > 1
+    assert (len(report["measures"]["tuned"]["samples"]) > 1) == (stage != "reward")
     page = (output / "report.html").read_text()
     assert page.count("<svg") >= 4
     assert (output / "rewards.png").is_file()
@@ -344,6 +345,33 @@ def test_a_gradient_that_is_not_finite_ends_the_run(folder, tmp_path):
     )
     with pytest.raises(TrainingError, match="step .*The loss compares rows"):
         run(config)
+
+
+@pytest.mark.parametrize("stage", STARTS)
+def test_eval_says_what_a_stage_is_about(stage, trained, oribi):
+    done = oribi("eval", trained(stage, *HELD_OUT), "--samples", "1", "--max-new-tokens", "4", "--json")
+    assert done.code == 0, done.err
+    first = done.records[0]
+    assert first["stage"] == stage
+    if stage == "grpo":
+        assert [one["model"] for one in done.records[:2]] == ["base", "tuned"]
+        assert first["rewards"]["short"] < 0
+    else:
+        report = json.loads((trained(stage, *HELD_OUT) / "report.json").read_text())
+        assert first["accuracy"] == report["measures"]["tuned"]["scores"]["accuracy"]
+        assert first["margin"] == pytest.approx(report["measures"]["tuned"]["scores"]["margin"], abs=1e-4)
+
+
+def test_a_reward_model_does_not_chat(trained, oribi):
+    done = oribi("chat", trained("reward", *HELD_OUT), "-p", "hello")
+    assert done.code == 1
+    assert "scores texts and writes none" in done.err
+
+
+def test_a_run_of_a_stage_is_exported_as_any_run(trained, oribi, tmp_path):
+    done = oribi("export", trained("dpo", *HELD_OUT), "--to", "merged", "--output", tmp_path)
+    assert done.code == 0, done.err
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_a_run_of_a_stage_is_loaded_as_any_run(trained):

@@ -39,6 +39,10 @@ def chat(
 
         set_verbosity_error()
         loaded = load_run(model)
+        if loaded.model.get_output_embeddings() is None:
+            raise ConfigError(
+                f"{model} scores texts and writes none; `oribi eval` shows what a reward model prefers"
+            )
         if base and not loaded.has_adapter:
             raise ConfigError(f"--base: {model} has no adapter that could be left out")
     output = Output(json)

@@ -33,6 +33,10 @@ def eval(  # noqa: A001 (the verb's name)
                 f"{run} has no held-out rows (it was trained without eval_dataset and eval_fraction); name some with "
                 "--dataset FILE"
             )
+        stage = loaded.config.stage if loaded.config else "sft"
+        if stage != "sft":
+            _show_stage(Output(json), loaded, held_out, rows, samples, max_new_tokens)
+            return
         measured: dict[str, Any] = {}
         answers: dict[str, Any] = {}
         for name in ("base", "tuned") if loaded.has_adapter else ("tuned",):
@@ -68,7 +72,54 @@ def eval(  # noqa: A001 (the verb's name)
         output.record(sample=i, **said)
 
 
+def _show_stage(
+    output: Output, loaded: Any, held_out: Any, rows: int | None, samples: int, max_new_tokens: int
+) -> None:
+    """What a run of another stage is about: which answers it prefers, or what its answers earn."""
+    from oribi.train.evaluate import without_adapter
+    from oribi.train.rewards import load_reward_functions
+    from oribi.train.stage_measures import preferences_of, stage_samples
+
+    config, model, tokenizer = loaded.config, loaded.model, loaded.tokenizer
+    if config.stage != "grpo":
+        figures = preferences_of(config.stage, model, held_out, beta=config.beta, limit=rows)
+        output.fields({name.replace("_", " "): f"{value:.4f}" for name, value in figures.items()})
+        output.record(model="tuned", stage=config.stage, **figures)
+    if config.stage == "reward":  # it writes no answers
+        return
+    rewards = load_reward_functions(config.reward_funcs or ())
+    count = min(rows or len(held_out), len(held_out)) if rewards else samples
+    said: dict[str, Any] = {}
+    for name in ("base", "tuned") if loaded.has_adapter else ("tuned",):
+        with without_adapter(model) if name == "base" else nullcontext():
+            said[name] = stage_samples(
+                config.stage, model, tokenizer, held_out, rewards, count, max_new_tokens
+            )
+    for name, found in said.items() if rewards else ():
+        means = {}
+        for function in rewards:
+            given = [
+                one.rewards[function.__name__] for one in found if one.rewards[function.__name__] is not None
+            ]
+            means[function.__name__] = sum(given) / len(given) if given else None
+        output.fields(
+            {f"{name} {one}": "-" if value is None else f"{value:.4f}" for one, value in means.items()}
+        )
+        output.record(model=name, stage=config.stage, rewards=means)
+    for i, one in enumerate(said["tuned"][:samples]):
+        shown = {
+            "prompt": one.prompt,
+            "expected": one.expected or None,
+            "base": said["base"][i].said if "base" in said else None,
+            "tuned": one.said,
+        }
+        output.text()
+        output.fields(shown)
+        output.record(sample=i, **shown, rewards=one.rewards)
+
+
 def _rows(loaded: Any, dataset: list[str] | None, split: str) -> Any:
+    from oribi.data.preferences import prepare_preferences
     from oribi.data.prepare import prepare_dataset
     from oribi.run import held_out_rows
 
@@ -77,5 +128,6 @@ def _rows(loaded: Any, dataset: list[str] | None, split: str) -> Any:
         if loaded.config:
             settings = loaded.config.row_settings()
         sources = [{"path": source} for source in dataset]
-        return prepare_dataset(sources, loaded.tokenizer, **{**settings, "split": split}).dataset
+        prepare = prepare_preferences if "stage" in settings else prepare_dataset
+        return prepare(sources, loaded.tokenizer, **{**settings, "split": split}).dataset
     return held_out_rows(loaded.config, loaded.tokenizer) if loaded.config else None

@@ -37,7 +37,7 @@ def export(
     """Write a trained model as an adapter, a merged checkpoint or GGUF files, and compare each with the trained model."""
     with chatter_aside():
         from oribi.models.files import missing_folder
-        from oribi.run import held_out_rows, load_run
+        from oribi.run import held_out_texts, load_run
         from oribi.save.export import AskedOnce
 
         forms = read_forms(to)
@@ -46,7 +46,7 @@ def export(
             raise ConfigError(f"{missing_folder(run)}; exports of a hub model or a file need --output FOLDER")
         loaded = load_run(run)
         rows = (
-            held_out_rows(loaded.config, loaded.tokenizer) if loaded.config is not None and verify else None
+            held_out_texts(loaded.config, loaded.tokenizer) if loaded.config is not None and verify else None
         )
         held_out = None
         if rows is not None:

@@ -57,6 +57,7 @@ class OptimizerTrainer(Trainer):
         ends = {
             id(p)
             for module in (base.get_input_embeddings(), base.get_output_embeddings())
+            if module is not None  # a classifier has no head of words
             for name, p in module.named_parameters()
             if "lora_" not in name
         }

@@ -133,6 +133,25 @@ def _batches(rows: list[dict[str, list[int]]]) -> list[list[dict[str, list[int]]
     return found
 
 
+def texts_of(stage: str, rows: Dataset) -> Dataset | None:
+    """Prompts with their better answers as input_ids and labels, for what compares files on texts; None where there are none.
+
+    Args:
+        stage: of the rows. rows: as `oribi.data.preferences.prepare_preferences` makes them.
+    """
+    answer = COMPARED.get(stage, (None,))[0]
+    if answer is None:
+        return None
+    if stage == "kto":
+        rows = rows.filter(lambda row: row["label"], desc="Taking good answers")
+    found = [
+        {"input_ids": [*row["prompt_ids"], *row[f"{answer}_ids"]],
+         "labels": [-100] * len(row["prompt_ids"]) + list(row[f"{answer}_ids"])}
+        for row in rows
+    ]  # fmt: skip
+    return Dataset.from_list(found) if found else None
+
+
 def stage_samples(
     stage: str,
     model: nn.Module,

@@ -16,7 +16,7 @@ from torch import nn
 from oribi.errors import ConfigError
 from oribi.memory.estimate import LOGITS_BYTES
 from oribi.memory.plan import apply_plan, free_device_bytes
-from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.pretrained import DecoderPreTrainedModel
 from oribi.models.unwrap import base_model, source_of
 from oribi.text import say
 from oribi.train.fingerprint import LAYOUT_BOUND
@@ -66,7 +66,7 @@ class StageTrainer(OptimizerTrainer, RunTrainer):
             )
         if starts_at_base:  # the reference is the model without its adapter: no copy of that is needed
             self._drop_reference()
-        if isinstance(base, DecoderForCausalLM):
+        if isinstance(base, DecoderPreTrainedModel):
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self._logged = (0, time.monotonic())
         self._add_callbacks(getattr(tokenizer, "decode", None), searches=False)
@@ -78,7 +78,7 @@ class StageTrainer(OptimizerTrainer, RunTrainer):
         finally:
             self._planned = False
             self._drop_reference()  # the copy goes into no file
-            if isinstance(base_model(self.model), DecoderForCausalLM):
+            if isinstance(base_model(self.model), DecoderPreTrainedModel):
                 base_model(self.model).release()
 
     def _drop_reference(self) -> None:
@@ -95,7 +95,7 @@ class StageTrainer(OptimizerTrainer, RunTrainer):
         """Once, before the first step: what layers keep for backward, from the memory that is free."""
         self._planned = True
         base = base_model(self.model)
-        if not isinstance(base, DecoderForCausalLM) or base.device.type != "cuda":
+        if not isinstance(base, DecoderPreTrainedModel) or base.device.type != "cuda":
             return
         if getattr(source_of(self.model), "checkpointing", "off") not in ("auto", "memory"):
             return
