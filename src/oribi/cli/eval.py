@@ -35,15 +35,17 @@ def eval(  # noqa: A001 (the verb's name)
             )
         stage = loaded.config.stage if loaded.config else "sft"
         if stage != "sft":
-            _show_stage(Output(json), loaded, held_out, rows, samples, max_new_tokens)
-            return
+            found = _measure_stage(loaded, held_out, rows, samples, max_new_tokens)
         measured: dict[str, Any] = {}
         answers: dict[str, Any] = {}
-        for name in ("base", "tuned") if loaded.has_adapter else ("tuned",):
+        for name in () if stage != "sft" else ("base", "tuned") if loaded.has_adapter else ("tuned",):
             with without_adapter(loaded.model) if name == "base" else nullcontext():
                 measured[name] = held_out_loss(loaded.model, held_out, rows)
                 answers[name] = answer_rows(loaded.model, loaded.tokenizer, held_out, samples, max_new_tokens)
     output = Output(json)
+    if stage != "sft":
+        _show_stage(output, stage, samples, *found)
+        return
     output.table(
         [
             {
@@ -72,41 +74,53 @@ def eval(  # noqa: A001 (the verb's name)
         output.record(sample=i, **said)
 
 
-def _show_stage(
-    output: Output, loaded: Any, held_out: Any, rows: int | None, samples: int, max_new_tokens: int
-) -> None:
-    """What a run of another stage is about: which answers it prefers, or what its answers earn."""
+def _measure_stage(
+    loaded: Any, held_out: Any, rows: int | None, samples: int, max_new_tokens: int
+) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+    """What a run of another stage is about: which answers it prefers, its own answers, and what these earn."""
     from oribi.train.evaluate import without_adapter
     from oribi.train.rewards import load_reward_functions
     from oribi.train.stage_measures import preferences_of, stage_samples
 
-    config, model, tokenizer = loaded.config, loaded.model, loaded.tokenizer
+    config, model, figures = loaded.config, loaded.model, {}
     if config.stage != "grpo":
         figures = preferences_of(config.stage, model, held_out, beta=config.beta, limit=rows)
-        output.fields({name.replace("_", " "): f"{value:.4f}" for name, value in figures.items()})
-        output.record(model="tuned", stage=config.stage, **figures)
     if config.stage == "reward":  # it writes no answers
-        return
+        return figures, {}, {}
     rewards = load_reward_functions(config.reward_funcs or ())
     count = min(rows or len(held_out), len(held_out)) if rewards else samples
     said: dict[str, Any] = {}
     for name in ("base", "tuned") if loaded.has_adapter else ("tuned",):
         with without_adapter(model) if name == "base" else nullcontext():
             said[name] = stage_samples(
-                config.stage, model, tokenizer, held_out, rewards, count, max_new_tokens
+                config.stage, model, loaded.tokenizer, held_out, rewards, count, max_new_tokens
             )
+    means: dict[str, Any] = {}
     for name, found in said.items() if rewards else ():
-        means = {}
-        for function in rewards:
-            given = [
-                one.rewards[function.__name__] for one in found if one.rewards[function.__name__] is not None
-            ]
-            means[function.__name__] = sum(given) / len(given) if given else None
+        given = {one.__name__: [s.rewards[one.__name__] for s in found] for one in rewards}
+        known = {one: [value for value in values if value is not None] for one, values in given.items()}
+        means[name] = {one: sum(values) / len(values) if values else None for one, values in known.items()}
+    return figures, said, means
+
+
+def _show_stage(
+    output: Output,
+    stage: str,
+    samples: int,
+    figures: dict[str, float],
+    said: dict[str, Any],
+    means: dict[str, Any],
+) -> None:
+    """Print what `_measure_stage` found."""
+    if figures:
+        output.fields({name.replace("_", " "): f"{value:.4f}" for name, value in figures.items()})
+        output.record(model="tuned", stage=stage, **figures)
+    for name, rewards in means.items():
         output.fields(
-            {f"{name} {one}": "-" if value is None else f"{value:.4f}" for one, value in means.items()}
+            {f"{name} {one}": "-" if value is None else f"{value:.4f}" for one, value in rewards.items()}
         )
-        output.record(model=name, stage=config.stage, rewards=means)
-    for i, one in enumerate(said["tuned"][:samples]):
+        output.record(model=name, stage=stage, rewards=rewards)
+    for i, one in enumerate(said.get("tuned", [])[:samples]):
         shown = {
             "prompt": one.prompt,
             "expected": one.expected or None,
