@@ -110,6 +110,8 @@ def test_projections_asked_of_a_fused_family_become_its_own(tmp_path):
         ({"layers_to_transform": [0, 2]}, {0, 2}),
         ({"layers_to_transform": 1}, {1}),
         ({"finetune_last_n_layers": 3}, {1, 2, 3}),
+        ({"finetune_last_n_layers": 2, "layers_pattern": "layers"}, {2, 3}),
+        ({"finetune_last_n_layers": 1, "target_modules": "all-linear"}, {3}),
     ],
 )
 def test_layers_can_be_chosen(llama, arguments, layers):

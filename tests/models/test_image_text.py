@@ -120,6 +120,32 @@ def test_attention_and_mlp_are_told_apart_in_families_outside_the_table(flags, e
     assert found == expected
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "paligemma", "qwen3_vl"])
+def test_the_last_layers_are_those_of_the_text_decoder(kind, tmp_path):
+    write_wrapper(kind, tmp_path / "base")
+    model, _ = FastModel.from_pretrained(str(tmp_path / "base"), load_in_4bit=False, **LOAD)
+    model = FastModel.get_peft_model(model, r=4, finetune_last_n_layers=1)
+    move(model)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names
+    assert all(".layers.1." in name for name in names)
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert torch.equal(logits(FastModel.from_pretrained(str(tmp_path / "adapter"), **LOAD)[0]), expected)
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "paligemma"])
+def test_a_head_of_its_own_is_trained_whatever_the_text_decoders_config_says(kind, tmp_path):
+    write_wrapper(kind, tmp_path / "base")
+    model, _ = FastModel.from_pretrained(str(tmp_path / "base"), load_in_4bit=False, **LOAD)
+    model.config.get_text_config().tie_word_embeddings = True  # as text decoders' configs say by default
+    model = FastModel.get_peft_model(model, r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("lm_head.lora_A" in name for name in names)
+    assert sum("embed_tokens.modules_to_save" in name for name in names) == 1
+    assert not any("(tied)" in note for note in model.oribi.notes)
+
+
 def test_the_tokenizer_answers_for_a_processor_after_a_copy_too(tmp_path):
     import copy
 

@@ -81,13 +81,14 @@ def attach_lora(
     _check_initialisation(init_lora_weights, loftq_config, source.load_in_4bit)
     task = _task(source, lora_config.pop("task_type", None))
     tied = is_tied(base) and lora_config.get("ensure_weight_tying") is not False
-    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied)
+    layers = resolve_layers(base, layers_to_transform, finetune_last_n_layers)
+    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied, layers)
     if task == TaskType.SEQ_CLS:
         saved = _with_heads(saved, source.new_modules)
     refuse_settings(base, targets, lora_config)
     settings: dict[str, Any] = {
         "r": r, "lora_alpha": lora_alpha, "target_modules": targets, "lora_dropout": lora_dropout, "bias": bias,
-        "layers_to_transform": resolve_layers(base, layers_to_transform, finetune_last_n_layers),
+        "layers_to_transform": layers,
         "layers_pattern": layers_pattern, "use_rslora": use_rslora, "modules_to_save": saved,
         "init_lora_weights": init_lora_weights, "loftq_config": _loftq(init_lora_weights, loftq_config), "task_type": task,
         "revision": source.revision, **lora_config,

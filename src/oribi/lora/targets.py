@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from oribi.config import PROJECTIONS
 from oribi.errors import ConfigError
+from oribi.models.unwrap import bare_module
 from oribi.text import nearest
 
 # what a family with fused projections calls them
@@ -20,8 +21,11 @@ _FUSED = {
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether embeddings and head are one matrix."""
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    return tied and model.get_output_embeddings() is not None
+    # the configs of a multimodal model and of its text decoder may say different things
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or table is None:
+        return False
+    return getattr(bare_module(head), "weight", head) is getattr(bare_module(table), "weight", table)
 
 
 # parts of a module's name by which transformers' classes keep apart attention and MLP; whatever else mixes tokens is attention
@@ -46,6 +50,8 @@ def layer_projections(model: PreTrainedModel, attention: bool, mlp: bool) -> lis
     found: dict[str, bool] = {}
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
+        if _layer_of(name) is None:
+            continue
         if (
             isinstance(module, (nn.Linear, Conv1D))
             and module is not head
@@ -69,6 +75,7 @@ def resolve_targets(
     modules_to_save: Sequence[str] | None,
     notes: list[str],
     tied: bool,
+    layers: Sequence[int] | None = None,
 ) -> tuple[list[str] | str, list[str] | None]:
     """Target and whole-trained module names that this model has, those of its text decoder.
 
@@ -76,6 +83,7 @@ def resolve_targets(
         model: the base. target_modules, modules_to_save: as asked for.
         notes: takes a line on each name that is read as another.
         tied: whether embeddings and head are trained as one matrix.
+        layers: the only layers that are meant; None for all.
     """
     saved = list(modules_to_save or ())
     every = [name for name, _ in model.named_modules()]
@@ -83,7 +91,9 @@ def resolve_targets(
     if isinstance(target_modules, str):
         target_modules = target_modules.strip()
         leaves = {name.rpartition(".")[2] for name in names}
-        if target_modules.lower() == "all-linear" and len(names) < len(every):
+        if target_modules.lower() == "all-linear" and layers is not None:
+            target_modules = layer_projections(model, True, True)  # PEFT takes no word together with layers
+        elif target_modules.lower() == "all-linear" and len(names) < len(every):
             target_modules = list(PROJECTIONS)
         elif target_modules.lower() == "all-linear":
             _present("modules_to_save", saved, names)
@@ -120,7 +130,9 @@ def resolve_targets(
             f"target_modules: the model has no {', '.join(absent)}; LoRA is attached to {', '.join(found)}"
         )
     if len(names) < len(every):
-        found = _within_text(found, names, every)
+        asked, found = found, _within_text(found, names, every)
+        if layers is not None and found != asked:  # PEFT takes a whole name in whichever layer it is
+            found = [name for name in found if _layer_of(name) in layers or has_head([name])]
     if tied and "embed_tokens" in saved and "lm_head" in found:
         found.remove("lm_head")
     return found, list(dict.fromkeys(saved)) or None
@@ -140,6 +152,11 @@ def _within_text(targets: list[str], names: list[str], every: list[str]) -> list
     """Targets that mean modules of the text decoder only: full names where a tower has modules of the same name."""
     wanted = [name for name in names if _matches(name, targets)]
     return targets if sum(_matches(name, targets) for name in every) == len(wanted) else wanted
+
+
+def _layer_of(name: str) -> int | None:
+    number = re.search(r"\.(\d+)\.", name)
+    return None if number is None else int(number[1])
 
 
 def _matches(name: str, targets: Iterable[str]) -> bool:
