@@ -58,9 +58,7 @@ class ChatCalls:
         for events in self._events.values():
             events.sort()
 
-    def rewrite(
-        self, block: Block, node: ast.Call, parents: tuple[ast.AST, ...]
-    ) -> Iterator[tuple[str, ast.AST, str]]:
+    def rewrite(self, block: Block, node: ast.Call) -> Iterator[tuple[str, ast.AST, str]]:
         """Ask for what the script uses, where version 5 gives something else."""
         func = node.func
         for argument in node.args:

@@ -112,11 +112,9 @@ def rewrite_import(block: Block, node: ast.Import, bindings: Bindings) -> Iterat
         yield "changed", node, f"import {alias.name} -> import {new}"
 
 
-def rewrite_reference(
-    block: Block, node: ast.Attribute | ast.Name, parents: tuple[ast.AST, ...], bindings: Bindings
-) -> Iterator[Change]:
+def rewrite_reference(block: Block, node: ast.Attribute, bindings: Bindings) -> Iterator[Change]:
     """Redirect `transformers.TrainingArguments` and the like, and the tokenizer of a processor, which is loaded alone here."""
-    if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+    if not isinstance(node.value, ast.Name):
         return
     if node.attr == "tokenizer" and node.value.id in bindings.processors and isinstance(node.ctx, ast.Load):
         if not block.holds(node):

@@ -65,17 +65,17 @@ class _Conversion:
         chat_calls, check = ChatCalls(self.blocks), KeywordCheck(bindings)
         for block in self.blocks:
             self.asides |= {id(node): why for node, why in _asides(block.tree)}
-            for node, parents in _walk(block.tree):
+            for node in _walk(block.tree):
                 if isinstance(node, ast.Import):
                     changes = rewrite_import(block, node, bindings)
                 elif isinstance(node, ast.ImportFrom):
                     changes = rewrite_from(block, node, bindings)
-                elif isinstance(node, (ast.Attribute, ast.Name)):
-                    changes = rewrite_reference(block, node, parents, bindings)
+                elif isinstance(node, ast.Attribute):
+                    changes = rewrite_reference(block, node, bindings)
                 elif isinstance(node, ast.Call):
                     changes = [
                         *rewrite_import_call(block, node, bindings),
-                        *chat_calls.rewrite(block, node, parents),
+                        *chat_calls.rewrite(block, node),
                         *check.of_call(node),
                         *_refused_method(node),
                     ]
@@ -92,11 +92,11 @@ class _Conversion:
         lines.append(f"{block.at(where.lineno)}: {sentence}{aside}")
 
 
-def _walk(tree: ast.AST, parents: tuple[ast.AST, ...] = ()) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
-    """Every node with its ancestors, the nearest last."""
-    yield tree, parents
+def _walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node, in the order of the text."""
+    yield tree
     for child in ast.iter_child_nodes(tree):
-        yield from _walk(child, (*parents, tree))
+        yield from _walk(child)
 
 
 def _asides(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
