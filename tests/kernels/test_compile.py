@@ -24,6 +24,7 @@ from oribi.kernels import (
     lora_pack,
     nf4,
     nf4_linear,
+    nf4_lookup,
     rms_norm,
     rope,
 )
@@ -276,10 +277,12 @@ def test_decoding_attention_compiles_within_shared_memory(launches, capability, 
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)
-@pytest.mark.parametrize("rows", [1, 16, 64])
-def test_nf4_linear_layers_compile_without_spills(launches, capability, dtype, rows):
+@pytest.mark.parametrize(("rows", "rank"), [(1, 16), (16, 256), (64, 128)])
+def test_nf4_linear_layers_compile_and_their_table_fits(launches, capability, dtype, rows, rank):
     group = [
-        lora.Projection(nf4_packed(torch.randn(n, 512)), None, torch.randn(16, 512), torch.randn(n, 16))
+        lora.Projection(
+            nf4_packed(torch.randn(n, 512)), None, torch.randn(rank, 512), torch.randn(n, rank), 0.5
+        )
         for n in (128, 32, 32)
     ]
     x, counters = torch.randn(rows, 512).to(dtype), nf4_linear.new_counters(torch.device("cpu"))
@@ -289,7 +292,8 @@ def test_nf4_linear_layers_compile_without_spills(launches, capability, dtype, r
     assert [launch.kernel.__name__ for launch in launches] == ["down_kernel", "up_kernel"] * 3
     for launch in launches:
         kernel = compiled(launch, capability)
-        assert kernel.metadata.shared <= 49152
+        # what Triton does not know of: the table, and the 1024 bytes of a program that Hopper's driver takes
+        assert kernel.metadata.shared + 1024 * (nf4_lookup.COPIES + 1) <= 49152
         if launch.kernel.__name__ == "up_kernel":
             # one look-up for two values: 64 per thread and block for each layer of the pair
             assert "ld.shared.b32" in kernel.asm["ptx"]

@@ -254,16 +254,18 @@ def _add_lora(
 ):  # fmt: skip
     """sum_ [ROWS, T] with a projection's bias and LoRA term."""
     if LORA:
-        r = tl.arange(0, R)
-        low = tl.zeros((R, t.shape[0]), dtype=tl.float32)
-        for part in tl.static_range(PARTS):
-            at = part * group * tokens * R + t[None, :] * R + r[:, None]
-            low += tl.load(xa + at, mask=(t < tokens)[None, :], other=0.0)
-        at = n.to(tl.int64)[:, None] * rank + r[None, :]
-        factor = (
-            tl.load(b + at, mask=(n < size)[:, None] & (r < rank)[None, :], other=0.0).to(tl.float32) * scale
-        )
-        sum_ = tl.dot(factor.to(dtype), low.to(dtype), sum_, input_precision="ieee")
+        # beside a table outside of Triton's account, a factor of more columns would not fit into a program's 48 KB
+        CHUNK: tl.constexpr = R if R < 64 else 64
+        for start in tl.static_range(0, R, CHUNK):
+            r = start + tl.arange(0, CHUNK)
+            low = tl.zeros((CHUNK, t.shape[0]), dtype=tl.float32)
+            for part in tl.static_range(PARTS):
+                at = part * group * tokens * R + t[None, :] * R + r[:, None]
+                low += tl.load(xa + at, mask=(t < tokens)[None, :], other=0.0)
+            at = n.to(tl.int64)[:, None] * rank + r[None, :]
+            factor = tl.load(b + at, mask=(n < size)[:, None] & (r < rank)[None, :], other=0.0)
+            factor = (factor.to(tl.float32) * scale).to(dtype)
+            sum_ = tl.dot(factor, low.to(dtype), sum_, input_precision="ieee")
     if BIAS:
         sum_ += tl.load(bias + n, mask=n < size * has_bias, other=0.0).to(tl.float32)[:, None]
     return sum_
