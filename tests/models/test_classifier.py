@@ -207,7 +207,7 @@ def test_gradients_through_nf4_and_lora_are_those_of_peft_on_transformers(llama)
 
 
 def test_a_saved_classifier_is_loaded_as_one(llama, tmp_path):
-    model, tokenizer = load(llama, num_labels=2, full_finetuning=True)
+    model, tokenizer = load(llama, id2label={0: "no", 1: "yes"}, full_finetuning=True)
     train_ids = tokenizer(TEXTS, padding=True, return_tensors="pt")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -218,6 +218,8 @@ def test_a_saved_classifier_is_loaded_as_one(llama, tmp_path):
     again, _ = load(str(tmp_path), load_in_4bit=False)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(**train_ids).logits, model.eval()(**train_ids).logits)
+    for asked in ({}, {"auto_model": AutoModelForSequenceClassification}):
+        assert load(str(tmp_path), **asked)[0].config.num_labels == 2
     with pytest.raises(ModelError, match="a classifier of 2 labels, and 5 are asked for"):
         load(str(tmp_path), num_labels=5)
 

@@ -5,7 +5,13 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from oribi import FastLanguageModel
 from oribi.errors import ConfigError, ExportError
@@ -15,17 +21,18 @@ from tests.train.conftest import chatml_tokenizer
 TEXTS = ["the cat", "a much longer text about a dog", "no"]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2", "bert"])
+@pytest.fixture(scope="module", params=["llama", "gemma2", "bert", "roberta"])
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "bert":
+    if request.param in ("bert", "roberta"):
         sizes = {
             "hidden_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "intermediate_size": 128,
         }
-        BertModel(BertConfig(vocab_size=512, **sizes), add_pooling_layer=False).save_pretrained(folder)
+        kind, config = (BertModel, BertConfig) if request.param == "bert" else (RobertaModel, RobertaConfig)
+        kind(config(vocab_size=512, **sizes), add_pooling_layer=False).save_pretrained(folder)
         chatml_tokenizer().save_pretrained(folder)
     else:
         checkpoint(folder, request.param)
@@ -85,7 +92,10 @@ def test_other_ways_to_save_it(folder, tmp_path):
     assert model.save_pretrained_merged(tmp_path / "lora", tokenizer, save_method="lora").passed
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     PeftModel.from_pretrained(base, tmp_path / "lora")
-    if type(model.base_model.model).__name__ == "BertForSequenceClassification":
+    if type(model.base_model.model).__name__ in (
+        "BertForSequenceClassification",
+        "RobertaForSequenceClassification",
+    ):
         with pytest.raises(ConfigError, match="has other names for its tensors"):
             model.save_pretrained_merged(tmp_path / "original", tokenizer, base="original")
         return

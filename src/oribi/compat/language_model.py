@@ -234,7 +234,7 @@ FastGraniteModel = FastCohereModel = FastFalconH1Model = FastLanguageModel
 
 
 def _read_auto_model(options: dict[str, Any]) -> list[str]:
-    """Reads a class of transformers that scripts name: one of a sequence classifier asks for labels, 2 where none are named.
+    """Reads a class of transformers that scripts name: one of a sequence classifier asks for one.
 
     Raises:
         ConfigError: it is neither a classifier's nor a language model's.
@@ -244,11 +244,7 @@ def _read_auto_model(options: dict[str, Any]) -> list[str]:
     if kind is None:
         return []
     if str(name).endswith("ForSequenceClassification"):
-        if not any(options.get(label) for label in ("num_labels", "id2label", "label2id")):
-            options["num_labels"] = 2
-            return [
-                "auto_model names a sequence classifier and num_labels is not given: it gets 2, as in transformers"
-            ]
+        options["classifies"] = True
         return []
     images = ("AutoModelForImageTextToText", *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
     if str(name).endswith("ForCausalLM") or name in images:

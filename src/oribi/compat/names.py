@@ -20,7 +20,6 @@ PLACES = ("chat_templates", "trainer", "dataprep")
 _MODEL = "oribi.compat.language_model"
 _TEXT = "text models only; a vision tower is not loaded"
 _CLASS = "the same as FastLanguageModel: the checkpoint says its family"
-_UNTRUSTED = "oribi.compat.untrusted"
 _NOTHING = "nothing to do: TRL's trainers run on oribi's models as they are"
 _ENGINE = "there is no vLLM engine; the model's own generate answers"
 
@@ -52,9 +51,9 @@ NAMES = {
     "UnslothTrainer": Name("oribi.compat.trainer_names", "the same as SFTTrainer"),
     "UnslothTrainingArguments": Name("oribi.compat.trainer_names", "the same as SFTConfig"),
     "unsloth_train": Name("oribi.compat.trainer_names"),
-    "execute_with_time_limit": Name(_UNTRUSTED, "the function runs in this process and raises TimeoutError"),
-    "check_python_modules": Name(_UNTRUSTED),
-    "create_locked_down_function": Name(_UNTRUSTED, "the code runs in a process of its own, within limits of time and memory"),
+    "execute_with_time_limit": Name("oribi", "the function runs in this process and raises TimeoutError"),
+    "check_python_modules": Name("oribi"),
+    "create_locked_down_function": Name("oribi", "the code runs in a process of its own, within limits of time and memory"),
     "print_quantization_methods": Name("oribi"),
     "__version__": Name("oribi"),
     "UnslothVisionDataCollator": Name("", "pictures are not trained on"),

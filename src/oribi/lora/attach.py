@@ -84,7 +84,7 @@ def attach_lora(
     layers = resolve_layers(base, layers_to_transform, finetune_last_n_layers)
     targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied, layers)
     if task == TaskType.SEQ_CLS:
-        saved = _with_heads(saved, source.new_modules)
+        saved = _with_heads(base, saved, lora_config)
     refuse_settings(base, targets, lora_config)
     settings: dict[str, Any] = {
         "r": r, "lora_alpha": lora_alpha, "target_modules": targets, "lora_dropout": lora_dropout, "bias": bias,
@@ -118,9 +118,12 @@ def _task(source: Any, asked: str | None) -> TaskType:
     return task
 
 
-def _with_heads(saved: Sequence[str] | None, new_modules: Sequence[str]) -> list[str]:
+def _with_heads(base: PreTrainedModel, saved: Sequence[str] | None, lora_config: dict[str, Any]) -> list[str]:
     """Modules to save of a classifier: PEFT adds the heads; what else is new would otherwise be random where it is loaded."""
-    others = [name for name in new_modules if name.partition(".")[0] not in HEADS]
+    if any(name.startswith(tuple(f"{head}." for head in HEADS)) for name, _ in base.named_modules()):
+        # layers of a head that is trained whole need no pairs of their own
+        lora_config.setdefault("exclude_modules", rf"({'|'.join(HEADS)})\..*")
+    others = [name for name in base.oribi.new_modules if name.partition(".")[0] not in HEADS]
     return list(dict.fromkeys([*(saved or ()), *others, *reversed(HEADS)]))
 
 

@@ -256,6 +256,9 @@ def _load_base(
     files = weight_files(location, opened.hub, settings.allow_pickle)
     pickled, names, new_modules = files[0].suffix == ".bin", None, ()
     labels = settings.labels or stored_labels(opened.whole)
+    if labels is None and settings.classifies:
+        labels = read_labels(2)
+        notes.append("num_labels is not given: the classifier gets 2 labels, as in transformers")
     if labels is not None:
         for one in (opened.whole, opened.whole.get_text_config(), config):
             labels.write(one)
@@ -291,10 +294,12 @@ def _load_base(
     seen = [location.file] if opened.gguf is not None else [opened.config_file, *files]
     identity = identify(location.name, seen, model, opened.hub.revision, template)
     if settings.fix_tokenizer:
-        if not _is_encoder(model):
+        encodes = _is_encoder(model)
+        if not encodes:
             ends = opened.repair_tokenizer(tokenizer, rows, max_seq_length).eos_token_ids
             model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-        model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+        if not encodes or model.config.pad_token_id is None:  # RoBERTa and its kin count positions from it
+            model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     kind = "gguf" if opened.gguf is not None else "pickle" if pickled else "safetensors"
     model.oribi = ModelSource(
         name_or_path=location.name,

@@ -25,7 +25,7 @@ HUB_OPTIONS = ("cache_dir", "local_files_only", "force_download", "subfolder")
 LABEL_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
 RARE_OPTIONS = (
     "float32_mixed_precision", "quantization_config", "fix_tokenizer", "resize_model_vocab", "use_safetensors",
-    "gguf_file", *LABEL_OPTIONS, *HUB_OPTIONS,
+    "gguf_file", "classifies", *LABEL_OPTIONS, *HUB_OPTIONS,
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ class LoadSettings:
         use_safetensors: False allows pickled .bin weights.
         positions: RoPE's settings that an adapter was trained with, where they are not the checkpoint's.
         labels: what a sequence classifier tells apart; None loads what the checkpoint is.
+        classifies: a classifier is loaded whatever the checkpoint is, of two labels where nothing names them.
     """
 
     max_seq_length: int | None
@@ -56,6 +57,7 @@ class LoadSettings:
     use_safetensors: bool | None = None
     positions: dict[str, Any] | None = None
     labels: Labels | None = None
+    classifies: bool = False
 
     @property
     def allow_pickle(self) -> bool:

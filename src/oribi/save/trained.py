@@ -230,7 +230,11 @@ def _read_wrapper(name: str, slot: Slot, wrapper: nn.Module, change: Change) -> 
     if isinstance(wrapper, ModulesToSaveWrapper):
         kept = [adapter for adapter in active if adapter in wrapper.modules_to_save]
         if kept:
-            weight = getattr(wrapper.modules_to_save[kept[0]], slot.leaf)
+            inside = (
+                wrapper.original_module.named_modules()
+            )  # the wrapped module may be a part with layers of its own
+            path = next((part for part, module in inside if module is slot.module), "")
+            weight = getattr(wrapper.modules_to_save[kept[0]].get_submodule(path), slot.leaf)
             change.replacement = lambda: plain_tensor(name, weight)
         return
     if getattr(wrapper, "merged", False):
