@@ -12,7 +12,8 @@ myst_heading_anchors = 4
 myst_enable_extensions = ["deflist"]
 
 default_role = "code"
-autodoc_typehints = "none"  # signatures have them, and Args say what they mean
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 
