@@ -66,6 +66,27 @@ def test_an_example_runs(name, tiny_folder, tmp_path):
     assert list(tmp_path.glob(LEFT[name])), sorted(path.name for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize(
+    "stage", [path.stem for path in sorted((ROOT / "examples" / "stages").glob("*.yaml"))]
+)
+def test_the_run_file_of_a_stage_runs(stage, tiny_folder, tmp_path):
+    words = [
+        "--model",
+        str(tiny_folder),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "2",
+        "--dtype",
+        "float32",
+    ]
+    words += ["--max_completion_length", "8"] if stage == "grpo" else []
+    done = run(sys.executable, "-m", "oribi", "train", f"examples/stages/{stage}.yaml", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_two_processes_train_one_model(tiny_folder, tmp_path):
     done = run(
         "examples/two_gpus.sh", str(tiny_folder), "examples/data/chat.jsonl", str(tmp_path / "run"), "--max_steps", "2",
