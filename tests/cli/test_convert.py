@@ -353,7 +353,7 @@ def test_a_line_means_this(tmp_path, program, lines, expected):
 
 
 REFUSED = [
-    *(("factory", f"stage: {stage}", f"stage = {stage} .*oribi train is supervised") for stage in ("dpo", "ppo", "rm", "kto")),
+    *(("factory", f"stage: {stage}", f"stage = {stage} .*supervised") for stage in ("dpo", "ppo", "rm", "kto")),
     ("factory", "finetuning_type: freeze", "finetuning_type = freeze .*LoRA adapters, or every weight"),
     ("factory", "finetuning_type: oft", "finetuning_type = oft"),
     ("factory", "use_galore: true", "use_galore = True"),

@@ -368,7 +368,7 @@ HANDLERS: dict[str, Handler] = {
     **lacking(("min_sample_len",), "short rows are kept; take them out of the data before"),
     **lacking(("dataset_exact_deduplication",), "equal rows are all kept; take them out of the data before"),
     **lacking(("do_bench_eval", "do_causal_lm_eval", "bench_dataset", "eval_causal_lm_metrics"), "oribi eval measures held-out rows and any file"),
-    **refusing(("rl", "reward_model", "process_reward_model", "num_labels", "trl", "vllm"), "oribi train is supervised; use trl's trainers on oribi's model (examples/dpo.py)"),
+    **refusing(("rl", "reward_model", "process_reward_model", "num_labels", "trl", "vllm"), "oribi convert reads supervised configs; write a run file with its stage by hand (docs/guides/preferences.md)"),
     **refusing(("pretraining_dataset",), "a stream; name its files or data set under datasets, with type: completion"),
     **refusing(("lora_model_dir",), shared.NEW_ADAPTER),
     **refusing(("unfrozen_parameters",), "oribi trains an adapter with modules_to_save, or every weight"),

@@ -85,7 +85,7 @@ def _prepare(found: Converted) -> None:
     elif stage != "sft":
         found.refuse(
             "stage",
-            f"{STAGES.get(stage, stage)}; oribi train is supervised: use trl's trainers on oribi's model (examples/dpo.py)",
+            f"{STAGES.get(stage, stage)}; oribi convert reads supervised configs; write a run file with its stage by hand (docs/guides/preferences.md)",
         )
 
 

@@ -23,7 +23,7 @@ from oribi.dialects.converted import (
 
 # commands and scripts of trl that train otherwise
 OTHER_TRAINERS = {"dpo", "grpo", "kto", "orpo", "cpo", "rloo", "ppo", "reward", "reward_modeling", "bco", "gkd", "prm", "online_dpo", "nash_md", "xpo"}  # fmt: skip
-SUPERVISED = "oribi train is supervised; use trl's trainers on oribi's model (examples/dpo.py)"
+SUPERVISED = "oribi convert reads supervised configs; write a run file with its stage by hand (docs/guides/preferences.md)"
 
 
 def _prepare(found: Converted) -> None:
