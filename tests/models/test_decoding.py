@@ -327,7 +327,8 @@ def changed_models():
 
     def wrapped():
         model = tiny()
-        model.forward = model.forward
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
         return model
 
     def dynamic():
@@ -354,6 +355,18 @@ def test_changed_models_are_left_to_transformers(change, caplog):
     with caplog.at_level(logging.WARNING, logger="oribi"):
         model.generate(input_ids=torch.tensor([[5, 6, 7, 8]]), **{**GREEDY, "max_new_tokens": 13})
     assert reason in caplog.text
+
+
+def test_a_forward_that_trl_and_accelerate_wrap_for_training_keeps_the_loop():
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("this TRL wraps no forward")
+    model, device = tiny(), torch.device("cpu")
+    utils.add_fused_lm_head(model, temperature=0.5)
+    assert request._unusual_model(model, device) is None
+    model._original_forward = model.forward  # as accelerate keeps it
+    model.forward = lambda *args, **kwargs: model._original_forward(*args, **kwargs)
+    assert request._unusual_model(model, device) is None
 
 
 def test_hooks_for_all_modules_and_autocast_are_left_to_transformers():

@@ -179,9 +179,7 @@ def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str |
         return f"autocast computes in {torch.get_autocast_dtype(kind)}"
     if any_module_hooked():
         return "hooks are registered for all modules"
-    # accelerate wraps the outermost forward to cast its outputs; nothing else changes there
-    wrapped = "forward" in vars(decoder) and not hasattr(decoder, "_original_forward")
-    if wrapped or decoder._forward_hooks or decoder._forward_pre_hooks:
+    if _other_forward(decoder) or decoder._forward_hooks or decoder._forward_pre_hooks:
         return "the model's forward is wrapped or has a hook"
     for name, module in decoder.named_modules():
         if module is not decoder and hooked(module):
@@ -192,6 +190,18 @@ def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str |
                 if any(read(module) is None for module in modules):
                     return f"layer {index} has a linear layer that is neither plain nor one LoRA pair"
     return None
+
+
+def _other_forward(decoder: "DecoderForCausalLM") -> bool:
+    """Whether the outermost forward was replaced by one that gives other logits in generation."""
+    # accelerate keeps the forward that it wraps to cast its outputs; TRL's returns to the class's own unless it is asked
+    # for log-probabilities
+    forward = vars(decoder).get("_original_forward") or vars(decoder).get("forward")
+    function = getattr(forward, "__func__", None)
+    if function in (None, type(decoder).forward):
+        return forward is not None and function is None
+    of_trl = "fused_lm_head" in getattr(getattr(function, "__code__", None), "co_varnames", ())
+    return not (of_trl and getattr(function, "__wrapped__", None) is type(decoder).forward)
 
 
 def _padding(ids: torch.Tensor, inputs: Mapping[str, Any]) -> list[int] | str:
