@@ -65,6 +65,23 @@ MODELS: dict[str, dict[str, object]] = {
     "llama-3.2-3b": {**LLAMA, **_sizes(3072, 28, 24, 8, 8192, True)},
     "llama-3.2-1b": {**LLAMA, **_sizes(2048, 16, 32, 8, 8192, True)},
     "qwen2.5-0.5b": {**QWEN, **_sizes(896, 24, 14, 2, 4864, True)},
+    "gemma-2-2b": {
+        **LLAMA,
+        **_sizes(2304, 26, 8, 4, 9216, True),
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "vocab_size": 256000,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 13,
+    },
     "tiny": {**LLAMA, **_sizes(128, 2, 4, 2, 256, True), "vocab_size": 512},
 }
 QUANTIZATION = {
@@ -88,7 +105,10 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    kv = config["num_key_value_heads"] * config["head_dim"]
+    q, kv = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if config["model_type"] == "gemma2":
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     tensors: dict[str, torch.Tensor] = {}
 
     def normal(*shape: int) -> torch.Tensor:
@@ -107,15 +127,15 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         for part, n, k in (
-            ("self_attn.q_proj", hidden, hidden), ("self_attn.k_proj", kv, hidden), ("self_attn.v_proj", kv, hidden),
-            ("self_attn.o_proj", hidden, hidden), ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden),
+            ("self_attn.q_proj", q, hidden), ("self_attn.k_proj", kv, hidden), ("self_attn.v_proj", kv, hidden),
+            ("self_attn.o_proj", hidden, q), ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden),
             ("mlp.down_proj", hidden, inner),
         ):  # fmt: skip
             packed(f"{layer}.{part}", n, k)
             if config["model_type"] == "qwen2" and part[-6] in "qkv":
                 tensors[f"{layer}.{part}.bias"] = normal(n).cpu()
-        tensors[f"{layer}.input_layernorm.weight"] = ones()
-        tensors[f"{layer}.post_attention_layernorm.weight"] = ones()
+        for norm in norms:
+            tensors[f"{layer}.{norm}.weight"] = ones()
     tensors["model.norm.weight"] = ones()
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = normal(config["vocab_size"], hidden).cpu()
