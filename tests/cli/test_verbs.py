@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -50,6 +51,41 @@ def test_the_base_answers_without_the_adapter(oribi, trained_run, tiny_folder):
     refused = oribi("chat", tiny_folder, "--base", *ask)
     assert refused.code == 1
     assert "has no adapter" in refused.err
+
+
+def test_answers_of_the_base_and_the_trained_model_are_compared(oribi, trained_run, tiny_folder):
+    ask = ["-p", "the red fox", "-p", "and then", "--temperature", 0, "--max-new-tokens", 8]
+    apart = {
+        name: oribi("chat", trained_run, *options, *ask, "--json").records
+        for name, options in (("base", ["--base"]), ("tuned", []))
+    }
+    both = oribi("chat", trained_run, "--compare", *ask, "--json").records
+    assert [(turn["prompt"], turn["model"]) for turn in both] == [
+        ("the red fox", "base"), ("the red fox", "tuned"), ("and then", "base"), ("and then", "tuned")
+    ]  # fmt: skip
+    for name, turns in apart.items():
+        assert [turn["answer"] for turn in both if turn["model"] == name] == [
+            turn["answer"] for turn in turns
+        ]
+    assert all(turn["tokens_per_second"] > 0 for turn in both)
+    shown = oribi("chat", trained_run, "--compare", *ask).out.splitlines()
+    assert (
+        sum(line.startswith("base ") for line in shown)
+        == sum(line.startswith("tuned ") for line in shown)
+        == 2
+    )
+    assert "has no adapter" in oribi("chat", tiny_folder, "--compare", *ask).err
+    assert "leave out --base" in oribi("chat", trained_run, "--compare", "--base", *ask).err
+
+
+def test_a_terminal_shows_the_answer_as_it_comes_and_its_speed(oribi, trained_run, monkeypatch):
+    monkeypatch.setattr("oribi.cli.chat.sys.stdout.isatty", lambda: True, raising=False)
+    shown = oribi(
+        "chat", trained_run, "--compare", "-p", "the red fox", "--temperature", 0, "--max-new-tokens", 8
+    )
+    assert shown.out.startswith("base:")
+    assert "\ntuned:" in shown.out
+    assert len(re.findall(r"\d+ tokens, [\d.]+ tokens/s", shown.err)) == 2
 
 
 def test_lines_of_a_pipe_are_turns_of_one_conversation(oribi, trained_run, monkeypatch):

@@ -53,18 +53,21 @@ def test_greedy_tokens_in_float32_equal_transformers_loop(model_type, lora, ours
     assert recorded(model) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_in_bfloat16_the_chosen_tokens_are_the_likeliest_but_for_rounding(model_type, ours):  # noqa: F811
-    model = with_lora(tiny(model_type), model_type).to("cuda", torch.bfloat16)
+def test_in_16_bits_the_chosen_tokens_are_the_likeliest_but_for_rounding(model_type, dtype, ours):  # noqa: F811
+    model = with_lora(tiny(model_type), model_type).to("cuda", dtype)
+    exact = copy.deepcopy(model).float()
     prompts = on_gpu(padded(some_prompts(8)))
     out = ours(model, **prompts, **GREEDY)
     width = prompts["input_ids"].shape[1]
     for row, mask in zip(out, prompts["attention_mask"]):
         ids = row[width - int(mask.sum()) :][None]
         with torch.no_grad(), reference_only():
-            logits = model.eval()(input_ids=ids).logits[0, -13:-1].float()
-        chosen = logits.gather(1, row[width:, None])[:, 0]
-        assert (logits.amax(1) - chosen <= 4 * 2**-8 * logits.abs().amax(1)).all()
+            truth, rounded = (one.eval()(input_ids=ids).logits[0, -13:-1].float() for one in (exact, model))
+        # at most twice PyTorch's own error, of the token that was chosen and of the one that was not
+        missed = truth.amax(1) - truth.gather(1, row[width:, None])[:, 0]
+        assert missed.max() <= 4 * (rounded - truth).abs().max()
 
 
 @pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True, "top_k": 20, "top_p": 0.9}])

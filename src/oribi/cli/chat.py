@@ -18,6 +18,12 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter.")] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Answer without and with the adapter, each going on from its own answers."
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 is greedy (default: the model's own settings).")
@@ -34,7 +40,6 @@ def chat(
         from transformers.utils.logging import set_verbosity_error
 
         from oribi.errors import ConfigError
-        from oribi.models.generate import PrintableStreamer, answer
         from oribi.run import load_run
 
         set_verbosity_error()
@@ -43,37 +48,61 @@ def chat(
             raise ConfigError(
                 f"{model} scores texts and writes none; `oribi eval` shows what a reward model prefers"
             )
-        if base and not loaded.has_adapter:
-            raise ConfigError(f"--base: {model} has no adapter that could be left out")
+        for option, given in (("--base", base), ("--compare", compare)):
+            if given and not loaded.has_adapter:
+                raise ConfigError(f"{option}: {model} has no adapter that could be left out")
+        if base and compare:
+            raise ConfigError(
+                "--base and --compare: --compare answers without the adapter, too; leave out --base"
+            )
     output = Output(json)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     talks = bool(loaded.tokenizer.chat_template)
     opening = [{"role": "system", "content": system}] if system else []
-    messages: list[dict[str, Any]] = list(opening)
+    names = ("base", "tuned") if compare else ("base",) if base else ("tuned",)
+    streams = not json and sys.stdout.isatty()
+
+    def conversations() -> dict[str, list[dict[str, Any]]]:
+        return {name: list(opening) for name in names}
+
+    messages = conversations()
     for question in _questions(prompt, json):
         if question == "/quit":
             break
         if question == "/new":
-            messages = list(opening)
+            messages = conversations()
             continue
-        messages.append({"role": "user", "content": question})
-        streams = not json and sys.stdout.isatty()
-        streamer = (
-            PrintableStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            if streams
-            else None
-        )
-        with loaded.model.disable_adapter() if base else nullcontext():
-            said = answer(
-                loaded.model, loaded.tokenizer, messages if talks else question, streamer=streamer, **settings
-            )
-        messages.append({"role": "assistant", "content": said.text})
-        if not streams:
-            output.text(said.text)
-        output.record(
-            prompt=question, answer=said.text, tokens=said.tokens, stopped=said.stopped,
-            seconds=round(said.seconds, 3),
-        )  # fmt: skip
+        texts = {}
+        for name, conversation in messages.items():
+            conversation.append({"role": "user", "content": question})
+            if streams and compare:
+                typer.echo(f"{name}:")
+            asked = conversation if talks else question
+            said = _answer(loaded, asked, name == "base" and loaded.has_adapter, streams, settings)
+            conversation.append({"role": "assistant", "content": said.text})
+            texts[name] = said.text
+            output.record(
+                prompt=question, **({"model": name} if compare else {}), answer=said.text, tokens=said.tokens,
+                stopped=said.stopped, seconds=round(said.seconds, 3), tokens_per_second=round(said.tokens_per_second, 1),
+            )  # fmt: skip
+        if compare and not streams:
+            output.fields(texts)
+        elif not streams:
+            output.text(texts[names[0]])
+
+
+def _answer(loaded: Any, asked: Any, without_adapter: bool, streams: bool, settings: dict[str, Any]) -> Any:
+    """The answer to a conversation or text; on a terminal as it comes, with its speed behind it."""
+    from oribi.models.generate import PrintableStreamer, answer
+
+    streamer = None
+    if streams:
+        streamer = PrintableStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with loaded.model.disable_adapter() if without_adapter else nullcontext():
+        said = answer(loaded.model, loaded.tokenizer, asked, streamer=streamer, **settings)
+    if streams:
+        typer.echo(f"{said.tokens} tokens, {said.tokens_per_second:.1f} tokens/s", err=True)
+    return said
 
 
 def _questions(prompt: list[str] | None, json: bool):

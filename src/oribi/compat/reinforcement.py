@@ -10,11 +10,11 @@ from peft import PeftModel
 
 from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError
-from oribi.models.generate import generate_ids, until_end
+from oribi.models.generate import GeneratesInAnyMode, generate_ids, until_end
 from oribi.models.unwrap import base_model
 
-# prompts that are answered together
-_BATCH = 16
+# prompts that are answered together: by oribi's loop, which divides them further where memory is short, and by others
+_BATCH, _OTHERS_BATCH = 256, 16
 
 
 @dataclass
@@ -109,8 +109,9 @@ def fast_generate(
     with seeded, _adapter_of(model, lora_request):
         if wanted.seed is not None:
             torch.manual_seed(wanted.seed)
-        for start in range(0, len(repeated), _BATCH):
-            completions += _complete(model, tokenizer, repeated[start : start + _BATCH], wanted)
+        count = _BATCH if isinstance(base_model(model), GeneratesInAnyMode) else _OTHERS_BATCH
+        for start in range(0, len(repeated), count):
+            completions += _complete(model, tokenizer, repeated[start : start + count], wanted)
     return [
         RequestOutput(text, completions[i * wanted.n : (i + 1) * wanted.n]) for i, text in enumerate(texts)
     ]

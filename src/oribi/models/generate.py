@@ -120,6 +120,11 @@ class Answer:
     stopped: bool
     seconds: float
 
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second, reading the prompt included."""
+        return self.tokens / max(self.seconds, 1e-9)
+
 
 def answer(
     model: Any,

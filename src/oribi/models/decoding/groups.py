@@ -1,7 +1,7 @@
 """Groups of linear layers with LoRA as one token's step computes them, for the few rows of a batch.
 
-B rows, K in features, N out features, P LoRA columns. Weights are read where they lie. Packed
-weights are dequantised in every step; a CPU reads a copy in 16 bits where that fits.
+B rows, K in features, N out features, P LoRA columns. Weights are read where they lie, packed ones by a kernel on GPUs. For
+many rows packed weights are dequantised in every step; a CPU reads a copy in 16 bits where that fits.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from oribi.errors import ModelError
+from oribi.kernels.dispatch import use_triton
 from oribi.kernels.lora import (
     AugmentedWeight,
     Projection,
@@ -22,6 +23,7 @@ from oribi.kernels.lora import (
 )
 from oribi.kernels.lora_expand import expand
 from oribi.kernels.lora_pack import pack_factors
+from oribi.kernels.nf4_linear import nf4_linear, reads
 from oribi.models.linear_layers import read
 
 
@@ -96,6 +98,19 @@ class UnpackedGroup(LinearGroup):
         return expand(self.factors.compute_xa(x), self.factors.scaled_b, None, y, out=y)
 
 
+class PackedGroup(LinearGroup):
+    """A group whose 4-bit weights a kernel reads as they are, with the factors where they are trained."""
+
+    def __init__(
+        self, modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device, counters: torch.Tensor
+    ) -> None:
+        super().__init__(modules, dtype, device)
+        self._counters = counters
+
+    def __call__(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        return nf4_linear(x, self.projections, self._counters, activation=activation)
+
+
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + b for few rows.
 
@@ -116,14 +131,18 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return y if bias is None else y.add_(bias)
 
 
-def linear_group(modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> LinearGroup:
+def linear_group(
+    modules: Sequence[nn.Module], dtype: torch.dtype, rows: int, counters: torch.Tensor
+) -> LinearGroup:
     """A group in the way that suits its weights.
 
     Args:
-        modules: its layers. dtype, device: of the inputs.
+        modules: its layers. dtype, rows: of the inputs. counters: of `nf4_linear`, on their device.
     """
-    projections = [read(module) for module in modules]
+    projections, device = [read(module) for module in modules], counters.device
     if all(not hasattr(p.weight, "quant_state") and p.weight.dtype == dtype for p in projections):
         return UnpackedGroup(modules, dtype, device)
+    if use_triton(counters) and dtype.itemsize == 2 and reads(projections, rows):
+        return PackedGroup(modules, dtype, device, counters)
     copy = kept_weight(projections, dtype, device)
     return LinearGroup(modules, dtype, device) if copy is None else CopiedGroup(modules, copy)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
+from oribi.kernels.nf4_linear import new_counters
 from oribi.models.layers import DecoderLayer
 
 SLOT_STEP = 256  # slots are a multiple of this many, so that requests of about one length share a state
@@ -64,6 +65,7 @@ class DecodingState:
         length: [B] int64, cached tokens, and so the position of `token`.
         finished: [B] bool. count: [B] int64, new tokens up to the one that ended the row.
         out: [B, N] int64, new tokens. step: [1] int64, how many there are.
+        counters: of the kernels, which leave them zero.
         seen: [B, V] bool, the tokens that a row has; None without V.
     """
 
@@ -80,7 +82,7 @@ class DecodingState:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.dtype = dtype
+        self.dtype, self.counters = dtype, new_counters(device)
         self.slots = [slots_for(layer, length) for layer in layers]
         # zeros: a masked slot is multiplied by 0, which must not meet a nan
         shapes = [(rows, layer.self_attn.sizes[1] // layer.self_attn.head_dim, slots, layer.self_attn.head_dim)

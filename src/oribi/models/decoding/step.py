@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from oribi.kernels.decode_attention import decode_attention, store_token
+from oribi.kernels.dispatch import use_triton
 from oribi.kernels.gated_mlp import gated_mlp_forward
 from oribi.kernels.rms_norm import rms_norm_forward
 from oribi.kernels.rope import rope_forward
-from oribi.models.decoding.groups import LinearGroup, few_rows_linear, linear_group
+from oribi.models.decoding.groups import LinearGroup, PackedGroup, few_rows_linear, linear_group
 from oribi.models.decoding.sampling import Choice
 from oribi.models.decoding.state import DecodingState
 from oribi.models.layers import DecoderLayer
@@ -55,12 +57,16 @@ class AttentionStep:
     def __init__(self, attention: Attention, state: DecodingState) -> None:
         self.attention, self.state = attention, state
         self.groups = groups_of(attention, state)
+        self._norms = (attention.q_norm, attention.k_norm) if attention.qk_norm else None
+        self._fused = reads_with_kernels(state)
 
     def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
         """Output [B, D] of x [B, D]."""
         a, state = self.attention, self.state
         qkv = self.groups["qkv"](x)
         keys, values = state.keys[a.index], state.values[a.index]
+        if self._fused:
+            return self.groups["o"](self._by_kernels(qkv, keys, values, angles))
         q, k, v = qkv.split(a.sizes, dim=1)
         if a.qk_norm == "projection":
             q, k = _norm(a.q_norm, q), _norm(a.k_norm, k)
@@ -74,6 +80,33 @@ class AttentionStep:
         ring.write(values, v)
         out = attend(q, keys[:, :, : ring.used], values[:, :, : ring.used], ring.mask, a.scale, a.softcap)
         return self.groups["o"](out.flatten(1))
+
+    def _by_kernels(
+        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, angles: Angles
+    ) -> torch.Tensor:
+        """Attention's output [B, H E]."""
+        a, state, norms = self.attention, self.state, {}
+        if a.qk_norm == "projection":
+            for norm, part in zip(self._norms, qkv.split(a.sizes, dim=1)):
+                rms_norm_forward(part, norm.weight, norm.eps, norm.offset, out=part)
+        elif a.qk_norm == "head":
+            q_norm, k_norm = self._norms
+            norms = {
+                "q_norm": q_norm.weight,
+                "k_norm": k_norm.weight,
+                "eps": q_norm.eps,
+                "offset": q_norm.offset,
+            }
+        cos, sin = angles[a.rope_kind] if a.rotates else (None, None)
+        q = store_token(qkv, keys, values, state.length, state.row, cos, sin, **norms)
+        return decode_attention(
+            q, keys, values, state.length, state.row, state.counters, scale=a.scale, softcap=a.softcap
+        )
+
+
+def reads_with_kernels(state: DecodingState) -> bool:
+    """Whether attention over a state's cache runs by kernels for single tokens."""
+    return use_triton(state.token) and state.dtype.itemsize == 2
 
 
 def attend(
@@ -116,14 +149,17 @@ class MLPStep:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Output [B, D] of x [B, D]."""
-        gate, up = self.groups["gate_up"](x).chunk(2, dim=1)
+        gate_up = self.groups["gate_up"]
+        if isinstance(gate_up, PackedGroup):
+            return self.groups["down"](gate_up(x, self.activation))
+        gate, up = gate_up(x).chunk(2, dim=1)
         return self.groups["down"](gated_mlp_forward(gate, up, self.activation))
 
 
 def groups_of(core: Attention | MLP, state: DecodingState) -> dict[str, LinearGroup]:
     """The groups of linear layers of a mixer or MLP."""
-    device = state.token.device
-    return {name: linear_group(ms, state.dtype, device) for name, ms in core.groups().items()}
+    rows = len(state.row)
+    return {name: linear_group(ms, state.dtype, rows, state.counters) for name, ms in core.groups().items()}
 
 
 class DecodingStep:
@@ -164,7 +200,8 @@ class DecodingStep:
         if model.embedding_multiplier != 1.0:
             x = x * model.embedding_multiplier
         angles = {kind: rotary.angles(state.length, longest) for kind, rotary in model.rotary.items()}
-        rings = {slots: Ring(slots, state.length, used) for slots in set(state.slots)}
+        slots = () if reads_with_kernels(state) else set(state.slots)  # a kernel finds its slots by itself
+        rings = {count: Ring(count, state.length, used) for count in slots}
         branch = None
         for layer in self.layers:
             x, branch = layer(x, branch, angles, rings)
