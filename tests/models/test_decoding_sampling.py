@@ -6,7 +6,7 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from oribi.models.decoding import sampling
-from oribi.models.decoding.sampling import draw, read_choice
+from oribi.models.decoding.sampling import read_choice
 from oribi.models.decoding.state import DecodingState
 from tests.models.test_decoding import ours, padded, some_prompts, theirs, tiny  # noqa: F401 (fixtures)
 
@@ -72,14 +72,22 @@ def test_draws_have_the_probabilities_of_transformers(settings, rounded, vocab_s
     shares_agree(drawn, expected)
 
 
-def test_a_token_without_probability_is_never_drawn(monkeypatch):
-    scores = torch.full((1, 8), -torch.inf)
-    scores[0, 2:5] = 0.0
-    for aim, token in ((0.0, 2), (1 - 2**-53, 4)):  # the least and the greatest random number
-        monkeypatch.setattr(
-            torch, "rand", lambda *_, aim=aim, **k: torch.full((1, 1), aim, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.7, "repetition_penalty": 1.2}, {"min_new_tokens": 6}]
+)
+def test_draws_among_all_tokens_are_those_of_transformers(settings, ours, theirs):  # noqa: F811
+    """So a training on rollouts is the one that it would be on transformers' loop."""
+    model, prompts = tiny(), padded(some_prompts(6))
+    found = []
+    for generate in (ours, theirs):
+        torch.manual_seed(4)
+        ends = {"eos_token_id": list(range(3, 30)), "pad_token_id": 0}
+        found.append(
+            generate(model, **prompts, do_sample=True, top_k=0, max_new_tokens=12, **ends, **settings)
         )
-        assert draw(scores).item() == token
+        found.append(torch.rand(1))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])  # and the random numbers go on alike
 
 
 @pytest.mark.parametrize("settings", SETTINGS[1:], ids="+".join)

@@ -78,7 +78,9 @@ def _on_cpu(decoder: "DecoderForCausalLM", request: Request) -> torch.Tensor:
     step = DecodingStep(decoder, state, request.choice, request.end_tokens(), request.pad)
     _begin(decoder, request, state, step)
     prompt = max(map(len, request.prompts))
-    return _watched(request, state, lambda new: step(request.longest, prompt + new), leaves_out=True)
+    return _watched(
+        request, state, lambda new: step(request.longest, prompt + new), leaves_out=not request.choice.samples
+    )
 
 
 def _begin(decoder: "DecoderForCausalLM", request: Request, state: DecodingState, step: DecodingStep) -> None:
@@ -136,7 +138,8 @@ def _watched(
     """New tokens [B, n] of a loop that looks at every token.
 
     Args:
-        step: called with the number of new tokens that there are. leaves_out: whether rows that have ended may be.
+        step: called with the number of new tokens that there are.
+        leaves_out: whether rows that have ended may leave the state. Draws stay transformers' only where all rows take part.
     """
     rows = _Rows(request, state, leaves_out)
     new = 1
