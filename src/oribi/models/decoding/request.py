@@ -166,8 +166,12 @@ def _unusual_call(
 
 
 def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str | None:
-    model = decoder.model
-    devices = {p.device for name, p in decoder.named_parameters() if "embed_tokens" not in name}
+    model, devices, changed = decoder.model, set(), None
+    for name, module in decoder.named_modules():
+        if changed is None and module is not decoder and hooked(module):
+            changed = name
+        if "embed_tokens" not in name:  # an embedding may lie in host memory
+            devices |= {p.device for p in module._parameters.values() if p is not None}
     if len(devices) > 1:
         return "the model lies on several devices"
     if devices != {device}:
@@ -181,9 +185,8 @@ def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str |
         return "hooks are registered for all modules"
     if _other_forward(decoder) or decoder._forward_hooks or decoder._forward_pre_hooks:
         return "the model's forward is wrapped or has a hook"
-    for name, module in decoder.named_modules():
-        if module is not decoder and hooked(module):
-            return f"{name} is wrapped or has a hook"
+    if changed is not None:
+        return f"{changed} is wrapped or has a hook"
     for index, layer in enumerate(model.layers):
         for part, _, _ in layer.parts():
             for modules in part.groups().values():
