@@ -95,7 +95,7 @@ def test_trained_factors_are_seen_without_recording_again(load_in_4bit, tmp_path
     ids = torch.randint(3, 380, (3, 9), device="cuda")
     before = ours(model, input_ids=ids, **GREEDY)
     session = next(iter(base_model(model).model.sessions._kept.values()))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=30.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
     model.train()
     for _ in range(3):
         model(input_ids=ids, labels=ids).loss.backward()

@@ -92,10 +92,11 @@ def _begin(decoder: "DecoderForCausalLM", request: Request, state: DecodingState
 
 
 def _on_gpu(decoder: "DecoderForCausalLM", request: Request) -> torch.Tensor:
-    session = decoder.model.sessions.open(decoder, request)
-    state, rows = session.state, len(request.prompts)
-    # packed weights are read by kernels of their own: no copies of them are kept for the prompts
+    rows = len(request.prompts)
+    # packed weights are read as they are, or dequantised in a step of many rows: a session keeps no 16-bit copies of them
     with weights_kept(False):
+        session = decoder.model.sessions.open(decoder, request)
+        state = session.state
         _begin(decoder, request, state, session.step)
     if request.criteria:  # which look at the tokens
         return _watched(request, state, lambda _: session.advance(), leaves_out=False)
