@@ -102,3 +102,33 @@ def test_other_ways_to_save_it(folder, tmp_path):
     report = model.save_pretrained_merged(tmp_path / "original", tokenizer, base="original")
     assert report.base == "original"
     assert report.passed
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_an_adapter_scores_in_plain_peft_what_it_scored_when_it_was_trained(
+    folder, labels, four_bit, tmp_path
+):
+    named = {"id2label": None, "num_labels": 1} if labels == 1 else {}
+    model, tokenizer = trained(folder, load_in_4bit=four_bit, **named)
+    report = model.save_pretrained_merged(tmp_path / "lora", tokenizer, save_method="lora")
+    (check,) = [check for check in report.checks if check.name == "scores in plain PEFT"]
+    assert check.outcome == "equal", check.says
+    assert f"num_labels={labels}" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_an_adapter_that_scores_otherwise_is_refused(folder, tmp_path, monkeypatch):
+    from oribi.save import classifier
+
+    model, tokenizer = trained(folder, load_in_4bit=False)
+    load = classifier.load_in_plain_peft
+
+    def halved(*arguments):
+        adapted = load(*arguments)
+        for parameter in (p for name, p in adapted.named_parameters() if "lora_B" in name):
+            parameter.data.mul_(0.5)
+        return adapted
+
+    monkeypatch.setattr(classifier, "load_in_plain_peft", halved)
+    with pytest.raises(ExportError, match=r"different\s+scores in plain PEFT"):
+        model.save_pretrained_merged(tmp_path / "lora", tokenizer, save_method="lora")

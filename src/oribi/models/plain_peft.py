@@ -5,6 +5,8 @@ A skeleton, a model without storage, shows it in a fraction of a second, whateve
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,28 @@ from oribi.errors import ModelError
 from oribi.models.adapter_files import PEFT_REFUSALS
 from oribi.models.unwrap import bare_name
 from oribi.models.wrapper import WrapperNames, classes_of, skeleton
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars and warnings of transformers and datasets inside the block."""
+    import datasets
+    import transformers
+
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    level = transformers.utils.logging.get_verbosity()
+    transformers_bars = transformers.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if transformers_bars:
+            transformers.utils.logging.enable_progress_bar()
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def try_in_plain_peft(

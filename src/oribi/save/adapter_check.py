@@ -1,4 +1,4 @@
-"""An adapter's files, loaded by plain transformers and PEFT with the base's weights, answer as the trained model does."""
+"""An adapter's files, loaded by plain transformers and PEFT with the base's weights, answer or score as the trained model does."""
 
 import copy
 import warnings
@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from oribi.errors import ExportError, ModelError
 from oribi.gguf.source import GGUFSource
 from oribi.models.files import Location, weight_files
+from oribi.models.plain_peft import quiet_libraries
 from oribi.models.quantize import rounded_to_nf4
-from oribi.models.unwrap import base_model, source_of
+from oribi.models.unwrap import base_model, is_classifier, source_of
 from oribi.models.wrapper import classes_of
 from oribi.save.base import locate_here
 from oribi.save.check import Check, NotTested
@@ -39,6 +40,31 @@ def compare_in_plain_peft(model: PeftModel, folder: Path, trained: Trained) -> C
         whether the rows can tell the two apart.
 
     Raises:
+        NotTested, ExportError: as `load_in_plain_peft`.
+    """
+    adapted = load_in_plain_peft(model, folder, trained.dtype, trained.device)
+    check = compare(
+        trained,
+        logits_by_document(adapted, trained.pack, trained.keep),
+        str(trained.dtype).removeprefix("torch."),
+    )[0]
+    with adapted.disable_adapter():
+        bare, _ = trained.split(logits_by_document(adapted, trained.pack, trained.keep))
+    check.figures["kl_without_adapter"] = mean_kl(bare.log_softmax(-1), trained.logprobs)
+    check.name = "answers in plain PEFT"
+    check.says += f"; the bare base's KL is {check.figures['kl_without_adapter']:.2g}"
+    return check
+
+
+def load_in_plain_peft(model: PeftModel, folder: Path, dtype: torch.dtype, device: torch.device) -> PeftModel:
+    """The written adapter on transformers' own model from the files of its base.
+
+    Args:
+        model: the trained model.
+        folder: its adapter "default", written.
+        dtype, device: of the model that is returned.
+
+    Raises:
         NotTested: the base is not in reach, too large for the memory that is free, or its class is unknown.
         ExportError: plain PEFT cannot load the files.
     """
@@ -52,25 +78,15 @@ def compare_in_plain_peft(model: PeftModel, folder: Path, trained: Trained) -> C
     if any(isinstance(m, LoraLayer) and m.disable_adapters for m in model.modules()):
         raise NotTested("the adapters are switched off")
     location, files = _files_here(model, source)
-    _require_memory(files, trained.device)
-    outside = plain_base(model, location, source, trained.dtype, trained.device)
+    _require_memory(files, device)
+    with quiet_libraries():  # a new head of labels is random here, until the adapter's takes its place
+        outside = plain_base(model, location, source, dtype, device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted = PeftModel.from_pretrained(outside, str(folder)).eval()
+            return PeftModel.from_pretrained(outside, str(folder)).eval()
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ExportError(f"plain PEFT cannot load {folder}: {error}") from error
-    check = compare(
-        trained,
-        logits_by_document(adapted, trained.pack, trained.keep),
-        str(trained.dtype).removeprefix("torch."),
-    )[0]
-    with adapted.disable_adapter():
-        bare, _ = trained.split(logits_by_document(adapted, trained.pack, trained.keep))
-    check.figures["kl_without_adapter"] = mean_kl(bare.log_softmax(-1), trained.logprobs)
-    check.name = "answers in plain PEFT"
-    check.says += f"; the bare base's KL is {check.figures['kl_without_adapter']:.2g}"
-    return check
 
 
 def _files_here(model: PeftModel, source: Any) -> tuple[Location, list[Path]]:
@@ -96,7 +112,7 @@ def plain_base(
     model: PeftModel, location: Location, source: Any, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """transformers' own model from the base's files, its weights rounded to NF4 where the trained model's were."""
-    kinds = classes_of(source.config)
+    kinds = classes_of(source.config, is_classifier(model))
     if not kinds:
         raise NotTested(f"the class {source.config.architectures} comes with the model's own code")
     config, positions = copy.deepcopy(source.config), source.positions(base_model(model).config)
@@ -110,7 +126,7 @@ def plain_base(
         outside.load_state_dict(state, strict=False)
         outside.tie_weights()
     else:
-        automatic = type(config) in AutoModelForCausalLM._model_mapping
+        automatic = not is_classifier(model) and type(config) in AutoModelForCausalLM._model_mapping
         kind = AutoModelForCausalLM if automatic else kinds[0]
         outside = kind.from_pretrained(location.directory, config=config, local_files_only=True, **options)
     outside = outside.to(device).eval()

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from oribi.errors import ConfigError
 from oribi.models.classifier import DecoderForSequenceClassification
-from oribi.models.unwrap import source_of
+from oribi.models.unwrap import base_model, source_of
+from oribi.save.adapter_check import load_in_plain_peft
 from oribi.save.base import choose_base, open_base
 from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome, percent
@@ -58,18 +60,8 @@ class ClassifierExport(MergedExport):
         outside = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=self.inner.config.dtype, local_files_only=True
         ).to(device)
-        found = scores_of(outside, self.rows)
-        apart = ((found - self.scores).norm() / self.scores.norm().clamp_min(1e-6)).item()
         most = _TOLERANCE[self.dtype] if self.report.base == "dequantized" else _OTHER_BASE
-        same = (found.argmax(-1) == self.scores.argmax(-1)).float().mean().item()
-        outcome = (
-            Outcome.EQUAL if apart <= most / 8 else Outcome.CLOSE if apart <= most else Outcome.DIFFERENT
-        )
-        says = f"scores of {len(found)} texts lie {apart:.2g} of their length apart (at most {most:g})"
-        if self.scores.shape[1] > 1:
-            says += f"; the highest label agrees on {percent(same)}"
-        figures = {"distance": apart, "tolerance": most, "same_label": same, "texts": len(found)}
-        return Check("scores read back", outcome, says, figures)
+        return _compared("scores read back", scores_of(outside, self.rows), self.scores, most)
 
     def usage(self, folder: Path, file: str) -> str:
         name = self.directory.name
@@ -79,6 +71,36 @@ class ClassifierExport(MergedExport):
             f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
             "python",
         )
+
+
+def compare_scores_in_plain_peft(model: PeftModel, folder: Path, tokenizer: Any, held_out: Any) -> Check:
+    """Scores of the written adapter in plain PEFT beside the trained model's.
+
+    Args:
+        model: the trained classifier.
+        folder: its adapter "default", written.
+        tokenizer, held_out: as for `save_merged`.
+
+    Raises:
+        NotTested, ExportError: as `load_in_plain_peft`.
+    """
+    rows, _ = _probes(model, tokenizer, held_out)
+    inner = base_model(model)
+    adapted = load_in_plain_peft(model, folder, inner.dtype, inner.device)
+    most = _TOLERANCE[inner.dtype]
+    return _compared("scores in plain PEFT", scores_of(adapted, rows), scores_of(model, rows), most)
+
+
+def _compared(name: str, found: torch.Tensor, expected: torch.Tensor, most: float) -> Check:
+    """Scores [K, N] of a file beside the trained model's, which may lie `most` of their length apart."""
+    apart = ((found - expected).norm() / expected.norm().clamp_min(1e-6)).item()
+    same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    outcome = Outcome.EQUAL if apart <= most / 8 else Outcome.CLOSE if apart <= most else Outcome.DIFFERENT
+    says = f"scores of {len(found)} texts lie {apart:.2g} of their length apart (at most {most:g})"
+    if expected.shape[1] > 1:
+        says += f"; the highest label agrees on {percent(same)}"
+    figures = {"distance": apart, "tolerance": most, "same_label": same, "texts": len(found)}
+    return Check(name, outcome, says, figures)
 
 
 def _probes(model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | None) -> tuple[list[list[int]], str]:

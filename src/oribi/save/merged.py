@@ -247,22 +247,31 @@ class AdapterExport(Export):
         count = sum(len(read_header(file)) for file in path.glob(f"**/{WEIGHTS}"))
         says = f"{count} of {count} tensors are the same bit by bit, and plain PEFT has a place for each"
         found = [Check("adapter read back", Outcome.EQUAL, says, {"same": count, "of": count})]
-        trained, unanswered = None, []
-        if not is_classifier(self.model):
-            trained, unanswered = trained_answers(self.model, self.tokenizer, self.held_out, greedy=False)
-        found += unanswered
-        if trained is not None:
-            found += checked("answers in plain PEFT", compare_in_plain_peft, self.model, path, trained)
+        found += self._check_in_plain_peft(path)
         if self.tokenizer is not None:
             found += checked("tokenizer", check_saved_tokenizer, self.tokenizer, path)
         return found
+
+    def _check_in_plain_peft(self, path: Path) -> list[Check]:
+        if is_classifier(self.model):
+            from oribi.save.classifier import compare_scores_in_plain_peft
+
+            asked = (self.model, path, self.tokenizer, self.held_out)
+            return checked("scores in plain PEFT", compare_scores_in_plain_peft, *asked)
+        trained, unanswered = trained_answers(self.model, self.tokenizer, self.held_out, greedy=False)
+        if trained is None:
+            return unanswered
+        return unanswered + checked("answers in plain PEFT", compare_in_plain_peft, self.model, path, trained)
 
     def usage(self, folder: Path, file: str) -> str:
         code = (
             "from oribi import FastLanguageModel\n\n"
             f"model, tokenizer = FastLanguageModel.from_pretrained({self.directory.name!r})"
         )
-        return fenced(code, "python") + "\n\nor `peft.AutoPeftModelForCausalLM`."
+        other = "`peft.AutoPeftModelForCausalLM`"
+        if is_classifier(self.model):  # PEFT takes 2 labels where it is not told
+            other = f"`peft.AutoPeftModelForSequenceClassification` with `num_labels={self.inner.config.num_labels}`"
+        return fenced(code, "python") + f"\n\nor {other}."
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

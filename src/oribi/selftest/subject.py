@@ -2,8 +2,6 @@
 
 import copy
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,28 +66,6 @@ class Subject:
             prompt = draw.randint(1, max(length // 2, 1))
             rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
         return Dataset.from_list(rows)
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """No progress bars and warnings of transformers and datasets inside the block."""
-    import datasets
-    import transformers
-
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    level = transformers.utils.logging.get_verbosity()
-    transformers_bars = transformers.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-        if transformers_bars:
-            transformers.utils.logging.enable_progress_bar()
-        if bars:
-            datasets.enable_progress_bars()
 
 
 def write_small_model(

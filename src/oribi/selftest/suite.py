@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from oribi.models.load_settings import choose_device
+from oribi.models.plain_peft import quiet_libraries
 from oribi.selftest.comparison import Comparison
 from oribi.selftest.files import compare_files
 from oribi.selftest.gathered_codes import compare_gathered_codes
 from oribi.selftest.kernels import compare_kernels
 from oribi.selftest.steps import compare_steps
-from oribi.selftest.subject import Subject, quiet_libraries, write_small_model
+from oribi.selftest.subject import Subject, write_small_model
 
 
 def run_selftest(
