@@ -30,7 +30,7 @@ def convert(
     """Convert another program's config, script or notebook, and report what happened to each of its keys or lines.
 
     Where that program's default differs from oribi's, it is written out. A config that asks for training that oribi
-    cannot do, such as DPO, is refused with every such line. In a script, imports and calls that mean something else
+    cannot do, such as PPO, is refused with every such line. In a script, imports and calls that mean something else
     today are changed, and nothing else.
     """
     if file.suffix in (".py", ".ipynb"):

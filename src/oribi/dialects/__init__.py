@@ -9,6 +9,7 @@ from pathlib import Path
 from oribi.config import ALIASES, SETTINGS
 from oribi.dialects import axolotl, llama_factory, trl, unsloth
 from oribi.dialects.converted import Converted, Dialect, put_plain
+from oribi.dialects.preferences import settle_stage
 from oribi.dialects.reading import read_entries
 from oribi.errors import ConfigError
 
@@ -79,6 +80,7 @@ def _settle(found: Converted) -> None:
     if "eval_steps" in values and not (values.get("eval_dataset") or values.get("eval_fraction")):
         found.idle["eval_steps"] = "there are no rows for an evaluation"
         del values["eval_steps"]
+    settle_stage(found)
 
 
 def _refusal(found: Converted) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oribi.config import PROJECTIONS
-from oribi.dialects import shared
+from oribi.dialects import axolotl_preferences, preferences, shared
 from oribi.dialects.converted import (
     Converted,
     Dialect,
@@ -61,6 +61,7 @@ def _prepare(found: Converted) -> None:
         found.refuse("adapter", "oribi trains LoRA adapters (lora, qlora), or every weight")
     elif adapter == "qlora" or four_bits:
         found.put("load_in_4bit", True, f"adapter = {adapter}")
+    axolotl_preferences.put_stage(found)
     if is_off(entries.get("load_in_4bit")):
         entries.pop("load_in_4bit", None)  # adapter and peft say it
 
@@ -102,7 +103,12 @@ def _datasets(found: Converted, key: str, value: Any) -> None:
     files_of_all: list[str] = []
     splits: list[str] = []
     kinds: list[str] = []
+    columns: list[dict[str, str]] = []
+    supervised = preferences.stage_of(found) == "sft"
     for entry in entries:
+        if not supervised:
+            entry, named = axolotl_preferences.row_entry(found, entry)
+            columns.append(named)
         _check_entry(found, entry)
         files = _files(found, entry)
         files_of_all += files
@@ -111,9 +117,12 @@ def _datasets(found: Converted, key: str, value: Any) -> None:
             found.refuse(
                 "datasets: split", f"a part of the file {files[0]} cannot be named; cut the file before"
             )
-        kinds.append(_kind(found, entry))
+        kinds += [_kind(found, entry)] if supervised else []
     found.put("dataset", files_of_all, "datasets")
-    put_row_keys(found, [_row_keys(entry)[0] for entry in entries], "datasets")
+    rows = [_row_keys(entry)[0] for entry in entries]
+    for row, named in zip(rows, columns):
+        row["columns"] |= named
+    put_row_keys(found, rows, "datasets")
     if len(set(splits)) > 1:
         found.refuse("datasets: split", f"one split for all data sets; {', '.join(splits)} are several")
     elif splits[0] != "train":
@@ -157,7 +166,9 @@ def _put_format(found: Converted, kinds: set[str], entries: list[dict[str, Any]]
     """The form of the prompts, and what happens to long rows."""
     asked = {entry.get("chat_template") for entry in entries if not is_off(entry.get("chat_template"))}
     asked |= {found.entries.get("chat_template")} if not is_off(found.entries.get("chat_template")) else set()
-    if "alpaca" in kinds:
+    if found.values.get("chat_template"):
+        found.idle["chat_template"] = "the type of the data set says it"
+    elif "alpaca" in kinds:
         if kinds - {"alpaca", "completion", "tokens"}:
             found.refuse(
                 "datasets: type", "alpaca and chat_template have different prompts; a run has one template"
@@ -330,6 +341,7 @@ def _strategy(found: Converted, key: str, value: Any) -> None:
 
 HANDLERS: dict[str, Handler] = {
     **shared.HANDLERS,
+    **axolotl_preferences.HANDLERS,
     **read_elsewhere(("adapter", "batch_size", "chat_template", "excess_length_strategy")),
     **lacking(("evals_per_epoch",), "oribi evaluates every eval_steps, or once an epoch"),
     **lacking(("saves_per_epoch",), "oribi saves every save_steps, or at the end only"),
@@ -357,7 +369,7 @@ HANDLERS: dict[str, Handler] = {
          "loss_watchdog_patience", "is_falcon_derived_model", "is_llama_derived_model", "is_mistral_derived_model",
          "is_qwen_derived_model", "tokenizer_use_fast", "tokenizer_legacy", "tokenizer_save_jinja_files", "processor_type",
          "resize_token_embeddings_to_32x", "mean_resizing_embeddings", "shrink_embeddings", "embeddings_skip_upcast",
-         "lora_fan_in_fan_out", "loraplus_lr_embedding", "max_prompt_len", "eval_sequence_len", "eval_table_size",
+         "lora_fan_in_fan_out", "loraplus_lr_embedding", "eval_sequence_len", "eval_table_size",
          "eval_max_new_tokens", "save_first_step", "profiler_steps", "eot_tokens", "peft_autocast_adapter_dtype",
          "merge_lora", "merge_method", "use_ray", "flash_attn_cross_entropy", "flash_attn_rms_norm", "unsloth_rms_norm",
          "unsloth_rope", "unsloth_cross_entropy_loss", "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o",
@@ -368,7 +380,6 @@ HANDLERS: dict[str, Handler] = {
     **lacking(("min_sample_len",), "short rows are kept; take them out of the data before"),
     **lacking(("dataset_exact_deduplication",), "equal rows are all kept; take them out of the data before"),
     **lacking(("do_bench_eval", "do_causal_lm_eval", "bench_dataset", "eval_causal_lm_metrics"), "oribi eval measures held-out rows and any file"),
-    **refusing(("rl", "reward_model", "process_reward_model", "num_labels", "trl", "vllm"), "oribi convert reads supervised configs; write a run file with its stage by hand (docs/guides/preferences.md)"),
     **refusing(("pretraining_dataset",), "a stream; name its files or data set under datasets, with type: completion"),
     **refusing(("lora_model_dir",), shared.NEW_ADAPTER),
     **refusing(("unfrozen_parameters",), "oribi trains an adapter with modules_to_save, or every weight"),

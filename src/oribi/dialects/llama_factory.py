@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from oribi.dialects import shared
+from oribi.dialects import preferences, shared
 from oribi.dialects.converted import (
     Converted,
     Dialect,
@@ -49,11 +49,12 @@ COLUMNS = {
     "prompt": {"instruction", "prompt", "question", "query", "problem"}, "query": {"input"},
     "response": {"output", "response", "answer", "completion", "solution"}, "history": {"history"},
     "system": {"system"}, "tools": {"tools"}, "messages": {"messages", "conversations", "conversation", "chat", "dialogue"},
+    "chosen": {"chosen"}, "rejected": {"rejected"}, "kto_tag": {"kto_tag", "label"},
 }  # fmt: skip
 # name of a column there -> oribi's
 COLUMN_NAMES = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
-    "tools": "tools", "messages": "messages",
+    "tools": "tools", "messages": "messages", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label",
 }  # fmt: skip
 TAGGED_ROLES = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system",
@@ -63,7 +64,10 @@ TAGS = {
     "assistant_tag": {"assistant", "gpt", "model"}, "observation_tag": {"tool", "observation"}, "system_tag": {"system"},
     "function_tag": {"function_call"},
 }  # fmt: skip
-STAGES = {"rm": "reward modelling", "ppo": "PPO", "dpo": "preference training", "kto": "preference training"}
+# stage there -> here
+STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
+LOSSES = ("sigmoid", "hinge", "ipo")  # of dpo, by the same names
+RANKED = ("dpo", "orpo", "reward")
 
 
 def _prepare(found: Converted) -> None:
@@ -82,10 +86,34 @@ def _prepare(found: Converted) -> None:
         found.differences.append(
             "texts are cut into pieces of max_seq_length and packed apart from each other; LLaMA-Factory runs them together"
         )
+    elif stage not in STAGES:
+        found.refuse("stage", preferences.NO_STAGE)
     elif stage != "sft":
-        found.refuse(
-            "stage",
-            f"{STAGES.get(stage, stage)}; oribi convert reads supervised configs; write a run file with its stage by hand (docs/guides/preferences.md)",
+        _put_stage(found, stage)
+
+
+def _put_stage(found: Converted, stage: str) -> None:
+    """The stage, of which orpo is a loss of dpo there."""
+    loss = found.entries.get("pref_loss") or "sigmoid"
+    if stage != "dpo":
+        found.put("stage", STAGES[stage], f"stage = {stage}")
+    elif loss == "orpo":
+        found.put("stage", "orpo", "pref_loss = orpo")
+        found.differences.append(
+            "the prompt of the better answer is trained, too, as TRL's ORPO does; there its answer alone"
+        )
+    elif loss in LOSSES:
+        found.put("stage", "dpo", "stage = dpo")
+        found.put("loss_type", [loss], f"pref_loss = {loss}")
+    elif loss == "kto_pair":
+        found.refuse("pref_loss", "no such loss on pairs; stage: kto makes two judged rows of each pair")
+    else:
+        found.refuse("pref_loss", preferences.NO_REFERENCE)
+    if stage == "rm":
+        found.differences.append("the score has no bias, as in TRL; LLaMA-Factory's has one")
+    elif stage == "dpo":
+        found.differences.append(
+            "prompts are never cut; LLaMA-Factory cuts prompt and answer to fit cutoff_len"
         )
 
 
@@ -182,7 +210,7 @@ def _row_keys(found: Converted, name: str, entry: dict[str, Any]) -> dict[str, d
                     "oribi's config cannot say this of rows; rename it in the file (docs/data-formats.md)",
                 )
     for part in ("ranking", "subset", "folder"):
-        if entry.get(part):
+        if entry.get(part) and not (part == "ranking" and preferences.stage_of(found) in RANKED):
             found.refuse(
                 f"{name}: {part} = {entry[part]}",
                 "oribi's config cannot say this of a data set; save what is meant as a file",
@@ -230,6 +258,26 @@ HANDLERS: dict[str, Handler] = {
     "eval_dataset": _dataset,
     "template": _template,
     "quantization_bit": _bits,
+    "pref_beta": preferences.of_stage("beta"),
+    "pref_ftx": preferences.add_supervised_loss,
+    "dpo_label_smoothing": preferences.of_stage("label_smoothing"),
+    "kto_chosen_weight": preferences.of_stage("desirable_weight"),
+    "kto_rejected_weight": preferences.of_stage("undesirable_weight"),
+    **read_elsewhere(("pref_loss",)),
+    **refusing(("pref_bco_weight",), "in the run file: loss_type: [sigmoid, bco_pair] with loss_weights"),
+    **refusing(("ld_alpha",), NO_TRAINING),
+    **refusing(("ref_model", "ref_model_adapters"), preferences.REFERENCE),
+    **idle(("ref_model_quantization_bit",), preferences.REFERENCE),
+    **idle(
+        ("simpo_gamma", "ppo_buffer_size", "ppo_epochs", "ppo_score_norm", "ppo_target", "ppo_whiten_rewards", "reward_model",
+         "reward_model_adapters", "reward_model_quantization_bit", "reward_model_type"),
+        "this stage does not use it",
+    ),
+    **idle(
+        ("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty",
+         "length_penalty", "skip_special_tokens"),
+        "training draws no answers",
+    ),
     "quantization_type": only(["nf4"], "4-bit weights are NF4"),
     "lora_target": shared.targets,
     "additional_target": names("modules_to_save"),

@@ -1,19 +1,23 @@
-"""The YAML and flags of `trl sft`.
+"""The YAML and flags of `trl sft`, `trl dpo`, `trl kto`, `trl orpo`, `trl reward` and `trl grpo`.
 
-Checked against huggingface/trl 1.15.0 (2026-11-25): scripts/sft.py, scripts/utils.py, trainer/sft_config.py, base_config.py,
+Checked against huggingface/trl 1.15.0 (2026-11-25): scripts/*.py, scripts/utils.py, trainer/sft_config.py, base_config.py,
 model_config.py, utils.py; transformers 5.17's TrainingArguments; PEFT 0.21.2's utils/constants.py.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
-from oribi.dialects import shared
+from oribi.config_setting import STAGES
+from oribi.dialects import preferences, shared
 from oribi.dialects.converted import (
     Converted,
     Dialect,
     Handler,
     idle,
+    is_off,
     lacking,
+    names_of,
     only,
     read_elsewhere,
     refusing,
@@ -21,16 +25,80 @@ from oribi.dialects.converted import (
     sources_of,
 )
 
-# commands and scripts of trl that train otherwise
-OTHER_TRAINERS = {"dpo", "grpo", "kto", "orpo", "cpo", "rloo", "ppo", "reward", "reward_modeling", "bco", "gkd", "prm", "online_dpo", "nash_md", "xpo"}  # fmt: skip
-SUPERVISED = "oribi convert reads supervised configs; write a run file with its stage by hand (docs/guides/preferences.md)"
+# commands and scripts of trl that oribi has no stage for
+OTHER_TRAINERS = {
+    "cpo",
+    "rloo",
+    "ppo",
+    "bco",
+    "gkd",
+    "prm",
+    "online_dpo",
+    "nash_md",
+    "xpo",
+    "gold",
+    "distillation",
+}
+STAGE_WORDS = {**{stage: stage for stage in STAGES}, "reward_modeling": "reward"}
+# keys that one trainer alone has
+SIGNS = {
+    **dict.fromkeys(("reward_funcs", "num_generations", "scale_rewards"), "grpo"),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), "kto"), "center_rewards_coefficient": "reward",
+    **dict.fromkeys(("loss_weights", "label_smoothing", "f_divergence_type"), "dpo"),
+}  # fmt: skip
+# keys that several trainers have, and sft has not
+SHARED_SIGNS = (
+    "beta",
+    "max_prompt_length",
+    "precompute_ref_log_probs",
+    "use_vllm",
+    "ref_model_init_kwargs",
+    "max_completion_length",
+)
+UNNAMED = (
+    "the file does not say which of TRL's trainers it is for; name the file after it, as dpo.yaml, or write a shell script with "
+    "`trl dpo` and its flags"
+)
+# the trainers' own learning rate and longest example
+STAGE_DEFAULTS = {"reward": 1e-4}
+PREFERENCE_RATE = 1e-6
+
+
+def _put_stage(found: Converted) -> None:
+    """The stage: of a shell script its command; of a YAML file keys that one trainer has, or the file's name."""
+    words = [Path(word).name.removesuffix(".py").replace("-", "_") for word in found.command]
+    for word in words:
+        if word in OTHER_TRAINERS:
+            found.refuse(word, preferences.NO_STAGE)
+    by_command = {STAGE_WORDS[word] for word in words if word in STAGE_WORDS}
+    by_keys = {stage for key, stage in SIGNS.items() if found.entries.get(key) is not None}
+    by_name = {
+        STAGE_WORDS[word] for word in re.split(r"[^a-z]+", found.path.stem.lower()) if word in STAGE_WORDS
+    }
+    stages = by_command or by_keys or by_name
+    shared_keys = [key for key in SHARED_SIGNS if not is_off(found.entries.get(key))]
+    if len(stages) == 1:
+        stage = stages.pop()
+        if stage != "sft":
+            said = (
+                "its command"
+                if by_command
+                else "its keys"
+                if by_keys
+                else f"the file's name, {found.path.name},"
+            )
+            found.put("stage", stage, said)
+    elif not words:
+        found.notes.append(
+            "read as a config of trl sft: neither its keys nor its name are those of another trainer"
+        )
+        for key in [*shared_keys, *(key for key in SIGNS if key in found.entries)]:
+            found.refuse(key, UNNAMED)
 
 
 def _prepare(found: Converted) -> None:
     entries = found.entries
-    for word in found.command:
-        if Path(word).name.removesuffix(".py").replace("-", "_") in OTHER_TRAINERS:
-            found.refuse(word, SUPERVISED)
+    _put_stage(found)
     if entries.get("config"):
         found.refuse("config", "convert that file, and add the flags of the command to what comes out")
     if entries.get("use_peft"):
@@ -51,7 +119,11 @@ def _finish(found: Converted) -> None:
         found.put("target_modules", qkv, "default of PEFT")
     if "max_length" in entries and entries["max_length"] is None:
         found.refuse("max_length", "without it trl cuts nothing; give the length of the longest example")
-    _masking(found)
+    stage = preferences.stage_of(found)
+    if stage == "sft":
+        _masking(found)
+    else:
+        found.put_default("learning_rate", STAGE_DEFAULTS.get(stage, PREFERENCE_RATE))
     shared.put_strategies(found, "steps")
     if shared.evaluation(found) != "no" and "eval_fraction" not in found.values:
         found.unsupported["dataset_test_split"] = (
@@ -113,14 +185,31 @@ def _packing_strategy(found: Converted, key: str, value: Any) -> None:
 
 
 def _loss_type(found: Converted, key: str, value: Any) -> None:
-    if value in (None, "nll", "chunked_nll"):
+    if preferences.stage_of(found) != "sft":
+        preferences.loss_types(found, key, value)
+    elif value in (None, "nll", "chunked_nll"):
         found.idle[key] = "it is oribi's loss"
     else:
-        found.refuse(key, SUPERVISED if value != "dft" else "the loss is plain cross-entropy")
+        found.refuse(key, "the loss is plain cross-entropy" if value == "dft" else UNNAMED)
+
+
+def _task(found: Converted, key: str, value: Any) -> None:
+    allowed = ["CAUSAL_LM"] if preferences.stage_of(found) != "reward" else ["SEQ_CLS"]
+    only(allowed, "the stage says what is trained")(found, key, value)
+
+
+def _modules(found: Converted, key: str, value: Any) -> None:
+    """Beside a reward model's adapter its score is trained in any case."""
+    others = [name for name in names_of(value or []) if name != "score"]
+    if preferences.stage_of(found) == "reward" and value:
+        found.idle[key] = "the score is trained beside the adapter"
+    if others:
+        found.put("modules_to_save", others, key)
 
 
 HANDLERS: dict[str, Handler] = {
     **shared.HANDLERS,
+    **preferences.HANDLERS,
     **read_elsewhere(("use_peft", "config", "dtype", "torch_dtype", "assistant_only_loss", "completion_only_loss")),
     "max_length": renamed("max_seq_length"),
     "max_seq_length": renamed("max_seq_length"),
@@ -131,7 +220,8 @@ HANDLERS: dict[str, Handler] = {
     "packing_strategy": _packing_strategy,
     "loss_type": _loss_type,
     "truncation_mode": only(["keep_start"], "examples are cut at their end"),
-    "lora_task_type": only(["CAUSAL_LM"], "oribi trains causal language models"),
+    "lora_task_type": _task,
+    "lora_modules_to_save": _modules,
     **shared.CHECKPOINTS,
     **idle(("dataset_test_split", "eval_packing", "shuffle_dataset", "ignore_bias_buffers", "report_to_hub", "pad_token", "dataset_batch_size"), "it is how oribi works, or what another setting says already"),
     **lacking(("env",), "set environment variables in the shell"),
@@ -140,7 +230,7 @@ HANDLERS: dict[str, Handler] = {
     **refusing(("chat_template_path",), "in Python: oribi.get_chat_template(tokenizer, (jinja, end of a turn))"),
     **refusing(("eos_token",), "the end of a turn is the chat template's; in Python: tokenizer.eos_token = ..."),
     **refusing(("model_init_kwargs", "dataset_kwargs", "router_aux_loss_coef"), "oribi's config has nothing like it; in Python: FastLanguageModel.from_pretrained(...)"),
-    **refusing(("beta", "max_prompt_length", "num_generations", "reward_funcs", "reward_model_name_or_path", "reward_model_path", "max_completion_length", "ref_model_init_kwargs", "precompute_ref_log_probs", "desirable_weight", "undesirable_weight", "teacher_model_name_or_path", "use_vllm", "num_ppo_epochs"), SUPERVISED),
+    **refusing(("teacher_model_name_or_path", "num_ppo_epochs", "simpo_gamma", "cpo_alpha"), preferences.NO_STAGE),
 }  # fmt: skip
 
 DEFAULTS = {
