@@ -12,6 +12,11 @@ from oribi.compat.reshape import (
     to_sharegpt,
 )
 from oribi.compat.responses_only import train_on_responses_only
+from oribi.compat.untrusted import (
+    check_python_modules,
+    create_locked_down_function,
+    execute_with_time_limit,
+)
 from oribi.data.prepare import prepare_dataset
 from oribi.data.view import inspect_data
 from oribi.environment import is_bf16_supported, is_bfloat16_supported
@@ -39,6 +44,9 @@ __all__ = [
     "to_sharegpt",
     "apply_chat_template",
     "train_on_responses_only",
+    "execute_with_time_limit",
+    "check_python_modules",
+    "create_locked_down_function",
     "SFTConfig",
     "SFTTrainer",
     "save_merged",

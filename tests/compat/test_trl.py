@@ -21,6 +21,7 @@ from oribi.models.load import load_model
 from tests.train.conftest import WORDS, write_tiny_model
 
 STEPS = 5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # TRL 1.15 computes log probabilities with a Triton kernel on CPUs too, wherever Triton is installed
 NEEDS_DRIVER = pytest.mark.skipif(
     version("trl").startswith("1.15.") and find_spec("triton") is not None and not torch.cuda.is_available(),
@@ -38,7 +39,7 @@ SETTINGS = {
     "seed": 3,
     "optim": "adamw_torch",
     "disable_tqdm": True,
-    "use_cpu": True,
+    "use_cpu": DEVICE == "cpu",
     "bf16": False,
     "gradient_checkpointing": False,
     "overwrite_output_dir": True,
@@ -129,10 +130,10 @@ def losses(method, model, tokenizer, output):
 def test_losses_equal_those_of_transformers_and_peft(method, start, tmp_path):
     folder, adapter = start
     model, tokenizer = load_model(
-        str(adapter), dtype="float32", device_map="cpu", load_in_4bit=False, max_seq_length=128
+        str(adapter), dtype="float32", device_map=DEVICE, load_in_4bit=False, max_seq_length=128
     )
     ours = losses(method, model, tokenizer, tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").to(DEVICE)
     theirs = losses(method, PeftModel.from_pretrained(base, adapter, is_trainable=True), tokenizer, tmp_path)
     assert len(ours) == STEPS
     assert any(norm > 1e-3 for _, norm in ours)

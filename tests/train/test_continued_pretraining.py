@@ -54,7 +54,7 @@ def trainer_of(model, tokenizer, folder: Path, **arguments) -> UnslothTrainer:
     settings = {
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 2, "learning_rate": 5e-3,
         "embedding_learning_rate": 1e-3, "optim": "adamw_8bit", "warmup_steps": 0, "save_strategy": "no",
-        "disable_tqdm": True, "output_dir": str(folder), "report_to": "none",
+        "disable_tqdm": True, "output_dir": str(folder), "report_to": "none", "use_cpu": True,
     }  # fmt: skip
     return UnslothTrainer(
         model=model,

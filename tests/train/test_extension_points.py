@@ -429,7 +429,7 @@ def test_logits_of_a_training_forward_are_formed_when_they_are_read(load):
 def test_a_plain_trainer_forms_no_logits(load, tmp_path, monkeypatch):
     model, _ = load()
     base = model.get_base_model()
-    monkeypatch.setattr(type(base), "_logits", lambda *given: pytest.fail("logits were formed"))
+    monkeypatch.setattr(type(base), "head_logits", lambda *given: pytest.fail("logits were formed"))
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 2
     args = transformers.TrainingArguments(
         output_dir=str(tmp_path),

@@ -82,7 +82,9 @@ def read_labels(
 
 def stored_labels(config: PretrainedConfig) -> Labels | None:
     """The labels of a checkpoint that is a classifier; None for one of another kind."""
-    if not (config.architectures and config.architectures[0].endswith("ForSequenceClassification")):
+    architectures = config.architectures
+    named = isinstance(architectures, list) and architectures and str(architectures[0])
+    if not (named and named.endswith("ForSequenceClassification")):
         return None
     names = {int(number): str(name) for number, name in config.id2label.items()}
     return Labels(tuple(names[number] for number in sorted(names)), config.problem_type)
