@@ -167,7 +167,7 @@ def _put_format(found: Converted, kinds: set[str], entries: list[dict[str, Any]]
     asked = {entry.get("chat_template") for entry in entries if not is_off(entry.get("chat_template"))}
     asked |= {found.entries.get("chat_template")} if not is_off(found.entries.get("chat_template")) else set()
     if found.values.get("chat_template"):
-        found.idle["chat_template"] = "the type of the data set says it"
+        found.idle |= {"chat_template": "the type of the data set says it"} if asked else {}
     elif "alpaca" in kinds:
         if kinds - {"alpaca", "completion", "tokens"}:
             found.refuse(

@@ -7,7 +7,7 @@ utils/schemas/trl.py, prompt_strategies/{dpo,kto,orpo,bradley_terry}.
 from typing import Any
 
 from oribi.dialects import preferences
-from oribi.dialects.converted import Converted, Handler, idle, is_off, read_elsewhere, refusing
+from oribi.dialects.converted import Converted, Handler, idle, is_off, read_elsewhere, refusing, sources_of
 
 STAGES = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "kto": "kto", "grpo": "grpo"}
 # the first half of a type -> the template whose words it writes; the second half says which columns
@@ -58,6 +58,8 @@ def put_stage(found: Converted) -> None:
         found.put("stage", "reward", "reward_model = True")
         if entries.get("num_labels") == 1:
             del entries["num_labels"]
+    if preferences.stage_of(found) != "sft":
+        _require_one_form(found)
     block = entries.get("trl")
     if isinstance(block, dict):
         entries.pop("trl")
@@ -68,6 +70,25 @@ def put_stage(found: Converted) -> None:
     for key in betas[1:]:
         found.idle[key] = f"{betas[0]} wins"
         del entries[key]
+
+
+def _require_one_form(found: Converted) -> None:
+    """A run writes the prompts of all its data sets in one form."""
+    given = found.entries.get("datasets")
+    forms: dict[tuple[Any, ...], Any] = {}
+    for entry in sources_of(given if isinstance(given, list) else [given] if given else []):
+        kind = entry.get("type")
+        if isinstance(kind, dict):
+            forms.setdefault(("user_defined", *(kind.get(key) for key in FORMATS)), kind)
+        else:
+            style, _, form = str(kind or "").partition(".")
+            own = [entry.get(key) for key in FORMATS]
+            forms.setdefault(("llama3" if form == "llama3" else STYLES.get(style, style), *own), kind)
+    if len(forms) > 1:
+        found.refuse(
+            "datasets: type",
+            f"one form of prompts for all data sets; {', '.join(map(str, forms.values()))} are several",
+        )
 
 
 def row_entry(found: Converted, entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
