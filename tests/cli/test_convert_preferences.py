@@ -130,6 +130,7 @@ MEANINGS = {
     "trl grpo": (f"trl grpo {TRL} --reward_funcs accuracy_reward my.rewards.short --use_vllm --vllm_mode colocate --max_prompt_length 128 --num_generations 4", "x.sh",
         {"stage": "grpo", "reward_funcs": ["trl.rewards:accuracy_reward", "my.rewards:short"], "max_prompt_length": 128, "max_seq_length": 1024,
          "lora_dropout": 0.05, "learning_rate": 1e-6}, set()),
+    "trl by accelerate": (f"accelerate launch --config_file multi.yaml trl/scripts/dpo.py {TRL} --beta 0.3", "x.sh", {"stage": "dpo", "beta": 0.3}, {"config_file"}),
     "trl file of one trainer's keys": ("model_name_or_path: m\ndataset_name: d\nuse_peft: true\nreward_funcs: [think_format_reward]\n", "config.yaml", {"stage": "grpo"}, set()),
     "trl file named after a trainer": ("model_name_or_path: m\ndataset_name: d\nuse_peft: true\nbeta: 0.2\n", "my-dpo_run.yaml", {"stage": "dpo", "beta": 0.2}, set()),
 }  # fmt: skip
@@ -167,6 +168,7 @@ REFUSED = {
     "grpo groups": (f"trl grpo {TRL} --reward_funcs a.b --num_generations 3", "x.sh", "num_generations = 3 .*whole groups"),
     "grpo iterations": (f"trl grpo {TRL} --reward_funcs a.b --num_iterations 4", "x.sh", "num_iterations = 4"),
     "trl without a name": ("model_name_or_path: m\ndataset_name: d\nuse_peft: true\nbeta: 0.2\n", "config.yaml", "beta = 0.2 .*which of TRL's trainers"),
+    "trl by an unknown script": (f"accelerate launch train.py {TRL} --beta 0.3", "x.sh", "beta = 0.3 .*which of TRL's trainers"),
     "trl loss": (f"trl dpo {TRL} --loss_type unheard_of", "x.sh", "loss_type = .*unheard_of"),
 }  # fmt: skip
 

@@ -66,7 +66,12 @@ PREFERENCE_RATE = 1e-6
 
 def _put_stage(found: Converted) -> None:
     """The stage: of a shell script its command; of a YAML file keys that one trainer has, or the file's name."""
-    words = [Path(word).name.removesuffix(".py").replace("-", "_") for word in found.command]
+    # `accelerate launch --config_file x.yaml dpo.py` leaves the script among the values of a flag
+    given = [
+        one for value in found.entries.values() for one in (value if isinstance(value, list) else [value])
+    ]
+    scripts = [one for one in given if isinstance(one, str) and one.endswith(".py")]
+    words = [Path(word).name.removesuffix(".py").replace("-", "_") for word in (*found.command, *scripts)]
     for word in words:
         if word in OTHER_TRAINERS:
             found.refuse(word, preferences.NO_STAGE)
@@ -88,7 +93,7 @@ def _put_stage(found: Converted) -> None:
                 else f"the file's name, {found.path.name},"
             )
             found.put("stage", stage, said)
-    elif not words:
+    elif not by_command:
         found.notes.append(
             "read as a config of trl sft: neither its keys nor its name are those of another trainer"
         )
