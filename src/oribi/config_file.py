@@ -252,6 +252,14 @@ def contradictions_of_stage(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield "per_device_eval_batch_size", f"must be whole groups of num_generations = {answers}"
         if config.full_finetuning and config.beta:
             yield "beta", "above 0, the reference is the model without its adapter; full_finetuning has none"
+    if config.stage in ("dpo", "kto", "grpo") and any(
+        name.rpartition(".")[2] == "lm_head" for name in config.target_modules
+    ):
+        yield (
+            "target_modules",
+            f"lm_head among them; stage = {config.stage} computes probabilities from the head's own weight, past a LoRA pair: leave it "
+            "out, or train the head whole by modules_to_save",
+        )
     if config.stage == "kto" and config.per_device_train_batch_size < 2 and kinds == ["kto"]:
         yield "per_device_train_batch_size", "must be at least 2: kto compares the rows of a batch"
     unknown = [kind for kind in kinds if kind not in LOSSES.get(config.stage, kinds)]

@@ -6,10 +6,10 @@ import re
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 
 import pytest
 
+from oribi import __version__
 from oribi.errors import ConfigError
 
 HELP_SECONDS = 0.5
@@ -290,7 +290,7 @@ def test_doctor_says_what_a_report_of_a_fault_needs(oribi, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     (record,) = oribi("doctor", "--json").records
-    assert record["system"]["oribi"] == version("oribi")
+    assert record["system"]["oribi"] == __version__
     assert record["system"]["python"] == platform.python_version()
     assert record["system"]["os"] == platform.platform()
     assert "online" not in record["files"]["hub"]
@@ -326,6 +326,7 @@ def test_doctor_fails_over_a_package_outside_its_range(oribi, monkeypatch):
     import oribi.cli.doctor as doctor
 
     real = doctor.version
+    monkeypatch.setattr(doctor, "requires", lambda name: ["peft>=0.15"])
     monkeypatch.setattr(doctor, "version", lambda name: "0.1.0" if name == "peft" else real(name))
     result = oribi("doctor")
     assert result.code == 1
@@ -360,3 +361,18 @@ def test_a_verb_that_is_stopped_says_so_in_one_line(oribi, monkeypatch):
     monkeypatch.setattr("oribi.environment.detect", stop)
     done = oribi("doctor")
     assert (done.code, done.out, done.err) == (130, "", "stopped\n")
+
+
+def test_doctor_runs_where_oribi_is_only_on_the_path(oribi, monkeypatch):
+    import oribi.cli.doctor as doctor
+
+    def absent(name: str) -> list[str]:
+        raise doctor.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", absent)
+    (record,) = oribi("doctor", "--json").records
+    assert record["system"]["oribi"] == __version__
+    assert record["packages"]["peft"]
+    done = oribi("doctor")
+    assert done.code == 0
+    assert "not installed, so the versions that it needs are not known" in " ".join(done.err.split())

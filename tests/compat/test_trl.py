@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, TrainingArguments
 
 import oribi.trl
@@ -123,6 +123,34 @@ def losses(method, model, tokenizer, output):
     )
     trainer.train()
     return [(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e]
+
+
+@NEEDS_DRIVER
+@pytest.mark.parametrize("method", ["DPO", "ORPO", "KTO", "GRPO"])
+@pytest.mark.parametrize(
+    ("table", "tied"), [("lm_head", False), ("embed_tokens", False), ("embed_tokens", True)]
+)
+def test_tables_trained_whole_are_trained_as_in_transformers_and_peft(method, table, tied, tmp_path):
+    folder = write_tiny_model(tmp_path / "model", tie_word_embeddings=tied)
+    model, tokenizer = load_model(
+        str(folder), dtype="float32", device_map="cpu", load_in_4bit=False, max_seq_length=128
+    )
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "modules_to_save": [table]}
+    model = attach_lora(model, **adapter)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    settings = LoraConfig(**adapter, task_type="CAUSAL_LM", ensure_weight_tying=tied)
+    plain = get_peft_model(base, settings)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(start[name])
+    ours = losses(method, model, tokenizer, tmp_path / "ours")
+    theirs = losses(method, plain, tokenizer, tmp_path / "theirs")
+    assert ours == [pytest.approx(pair, rel=1e-3, abs=1e-4) for pair in theirs]
+    trained = {name: p for name, p in model.named_parameters() if name in start and table in name}
+    assert trained
+    assert all(not torch.equal(p, start[name]) for name, p in trained.items())
 
 
 @NEEDS_DRIVER

@@ -489,3 +489,13 @@ def test_preparing_takes_at_most_1_2_ms_of_processor_time_per_conversation(
     assert report.examples == 5000
     # of all threads together, not of the clock: the machine may be shared
     assert time.process_time() - started < 5000 * 1.2e-3
+
+
+def test_rows_of_a_classifier_are_told_what_to_do_with_them(prepare, plain_tokenizer):
+    rows = [{"text": "the film was good", "label": 1}, {"text": "the film was bad", "label": 0}]
+    prepared = prepare(rows, plain_tokenizer)
+    (note,) = [note for note in prepared.report.notes if "classifier" in note]
+    assert "'label'" in note
+    assert "num_labels=N" in note
+    prepared = prepare([{"text": "the film was good", "id": 1}], plain_tokenizer)
+    assert not any("classifier" in note for note in prepared.report.notes)

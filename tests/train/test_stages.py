@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from oribi.config import SETTINGS, STAGES
 from oribi.config_file import read_run_config
-from oribi.errors import ConfigError
+from oribi.errors import ConfigError, TrainingError
 from oribi.run import load_run, run, state_of
 from oribi.run_record import checkpoints
 from oribi.train.stages import RunData, stage_arguments
@@ -265,6 +265,42 @@ def test_settings_that_cannot_be_together_are_told_at_once():
         assert told in str(raised.value)
 
 
+@pytest.mark.parametrize("stage", ["dpo", "kto", "grpo"])
+def test_a_pair_on_the_head_that_would_not_train_is_refused_before_anything_loads(stage):
+    needed = ["--reward_funcs", "m:f"] if stage == "grpo" else []
+    flags = ["--model", "m", "--dataset", "d", "--stage", stage, *needed]
+    with pytest.raises(ConfigError, match="past a LoRA pair.*modules_to_save"):
+        read_run_config(None, [*flags, "--target_modules", "[q_proj, lm_head]"])
+    read_run_config(None, [*flags, "--modules_to_save", "lm_head"])
+
+
+def test_a_reward_function_that_fails_names_file_and_line_of_the_row(folder, tmp_path):
+    rows = rows_of("grpo")
+    rows[5]["answer"] = None
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.py").write_text(
+        "def first(completions, answer, origin):\n"
+        "    assert all(one.startswith('asked.jsonl:') for one in origin)\n"
+        "    return [float(len(one.split())) for one in answer]\n"
+    )
+    flags = ["--dataset", str(tmp_path / "asked.jsonl"), "--reward_funcs", f"{tmp_path / 'own.py'}:first"]
+    flags += [
+        "--reward_weights",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "16",
+        "--report",
+        "false",
+    ]
+    config, _ = read_run_config(folder / "grpo.yaml", flags)
+    with pytest.raises(
+        TrainingError, match=r"own.py:first failed in line 3: .* It fails on asked.jsonl:6, prompt"
+    ):
+        run(config)
+
+
 @pytest.mark.parametrize("release", [None, "1.14.2", "1.17.0"])
 def test_without_its_trl_a_stage_ends_before_the_model_loads(release, folder, monkeypatch):
     import oribi.train.stages as stages
@@ -378,3 +414,20 @@ def test_a_run_of_a_stage_is_loaded_as_any_run(trained):
     loaded = load_run(trained("dpo", *HELD_OUT))
     assert loaded.has_adapter
     assert loaded.config.stage == "dpo"
+
+
+def test_a_reward_run_is_exported_merged_and_refused_where_nothing_reads_scores(trained, oribi, tmp_path):
+    output = trained("reward", *HELD_OUT)
+    done = oribi("export", output, "--to", "merged,adapter", "--output", tmp_path)
+    assert done.code == 0, done.err
+    assert (
+        "scores read back: scores of 4 texts" in done.err or "scores read back: scores of 8 texts" in done.err
+    )
+    assert "scores in plain PEFT" in done.err
+    for form in ("gguf:q8_0", "gguf-adapter", "merged_4bit"):
+        refused = oribi("export", output, "--to", form, "--output", tmp_path / "other")
+        assert refused.code == 1
+        assert "a sequence classifier is" in refused.err
+    merged = str(tmp_path / "merged")
+    estimated = oribi("estimate", "--stage", "reward", "--model", merged, "--dataset", "d", "--gpu", "T4")
+    assert estimated.code == 0, estimated.err

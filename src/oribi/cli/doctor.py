@@ -9,6 +9,7 @@ import typer
 from oribi.cli.output import Json, Output, complain
 from oribi.text import gibibytes
 
+MAIN = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 OPTIONAL = {
     "triton": "the kernels for NVIDIA GPUs",
     "xllamacpp": "llama.cpp as a second judge of GGUF files",
@@ -44,7 +45,9 @@ def doctor(json: Json = False) -> None:
     output.fields(
         {name: f"{value}\n{found.reasons.get(name, '')}" for name, value in facts.items()}, indent=2
     )
-    packages, problems = _packages()
+    needed, unknown = _required()
+    advice += unknown
+    packages, problems = _packages(needed)
     output.text("packages")
     output.fields(packages, indent=2)
     there = HF_HUB_CACHE if os.path.isdir(HF_HUB_CACHE) else os.getcwd()
@@ -78,11 +81,13 @@ def _system() -> tuple[dict[str, str], list[str]]:
 
     import torch
 
+    import oribi
+
     versions = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
     built = next((f"{name} {number}" for name, number in versions.items() if number), "without CUDA")
     driver = _driver()
     facts = {
-        "oribi": version("oribi"),
+        "oribi": oribi.__version__,
         "python": platform.python_version(),
         "os": platform.platform(),
         "torch's build": built,
@@ -121,12 +126,23 @@ def _driver() -> str | None:
     return lines[0]
 
 
-def _packages() -> tuple[dict[str, str], list[str]]:
+def _required() -> tuple[list[str], list[str]]:
+    """What oribi's installation needs; where oribi is only on the path the names of its main packages, and what to do."""
+    try:
+        return requires("oribi") or [], []
+    except PackageNotFoundError:
+        what = (
+            "oribi is imported from a folder and not installed, so the versions that it needs are not known"
+        )
+        return list(MAIN), [f"{what}; pip install it"]
+
+
+def _packages(requirements: list[str]) -> tuple[dict[str, str], list[str]]:
     """Installed and supported versions, and the problems found."""
     from packaging.requirements import Requirement
 
     lines, problems = {}, []
-    for text in requires("oribi") or []:
+    for text in requirements:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue

@@ -16,6 +16,7 @@ from oribi.chat.conversation import Conversation
 from oribi.chat.masking import TRAIN_ON, Marked, Masker, takes_all
 from oribi.chat.named_templates import template_source
 from oribi.chat.rendering import ChatTemplate
+from oribi.data import columns as known
 from oribi.data.conversations import RowFormat, recognise_format
 from oribi.data.converters import Document, Example, Tokens
 from oribi.data.encoding import UNTRAINED, Encoded, Encoder, without_lone_surrogates
@@ -355,6 +356,14 @@ class Preparation:
             self.tally.trained(piece.labels)
         return kept
 
+    def _remark_on_labels(self) -> None:
+        labels = [name for name in self.report.unused_columns if name in known.LABELS]
+        if labels and self.report.format.startswith("text"):
+            self.report.notes.append(
+                f"texts with a column {labels[0]!r} are the rows of a classifier; here the texts alone are trained on. To train a "
+                "classifier, load the model in Python with FastLanguageModel.from_pretrained(..., num_labels=N)"
+            )
+
     def finish(self) -> None:
         """Close the report, and stop where there would be nothing to train on."""
         report, settings = self.report, self.settings
@@ -373,6 +382,7 @@ class Preparation:
                 self.encoder.bos_added,
             )
         self.tally.finish()
+        self._remark_on_labels()
         if self._masker is not None:
             report.mask_sources = dict(self._masker.ways)
             if self.settings.stage != "grpo":

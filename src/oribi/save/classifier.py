@@ -19,7 +19,7 @@ from oribi.save.adapter_check import load_in_plain_peft
 from oribi.save.base import choose_base, open_base
 from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome, percent
-from oribi.save.export import checked
+from oribi.save.export import AskedOnce, checked
 from oribi.save.merged import MergedExport
 from oribi.save.probes import rows_of
 from oribi.save.trained import MergedModel
@@ -103,8 +103,12 @@ def _compared(name: str, found: torch.Tensor, expected: torch.Tensor, most: floa
     return Check(name, outcome, says, figures)
 
 
-def _probes(model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | None) -> tuple[list[list[int]], str]:
+def _probes(
+    model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | AskedOnce | None
+) -> tuple[list[list[int]], str]:
     """Token ids of texts to score, and where they come from; the labels of rows are not needed."""
+    if isinstance(held_out, AskedOnce):
+        held_out = held_out.rows
     if held_out is not None:
         known = ("text", "input_ids")
         held_out = [
