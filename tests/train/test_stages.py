@@ -416,7 +416,9 @@ def test_a_run_of_a_stage_is_loaded_as_any_run(trained):
     assert loaded.config.stage == "dpo"
 
 
-def test_a_reward_run_is_exported_merged_and_refused_where_nothing_reads_scores(trained, oribi, tmp_path):
+def test_a_reward_run_is_exported_merged_and_refused_where_nothing_reads_scores(
+    trained, folder, oribi, tmp_path
+):
     output = trained("reward", *HELD_OUT)
     done = oribi("export", output, "--to", "merged,adapter", "--output", tmp_path)
     assert done.code == 0, done.err
@@ -429,3 +431,10 @@ def test_a_reward_run_is_exported_merged_and_refused_where_nothing_reads_scores(
     merged = str(tmp_path / "merged")
     estimated = oribi("estimate", "--stage", "reward", "--model", merged, "--dataset", "d", "--gpu", "T4")
     assert estimated.code == 0, estimated.err
+    config, _ = read_run_config(
+        folder / "dpo.yaml", ["--model", merged, "--output_dir", str(tmp_path / "dpo")]
+    )
+    with pytest.raises(
+        ConfigError, match="it scores labels, and stage = dpo trains models that continue texts"
+    ):
+        run(config)

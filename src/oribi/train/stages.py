@@ -20,7 +20,7 @@ from oribi.config import SETTINGS, RunConfig
 from oribi.data.prepare import PreparedData
 from oribi.environment import Environment, detect
 from oribi.errors import ConfigError
-from oribi.models.unwrap import base_model
+from oribi.models.unwrap import base_model, is_classifier
 from oribi.train.rewards import RewardFunction
 from oribi.train.stage_trainer import StageTrainer, mixin_of
 
@@ -156,6 +156,11 @@ def make_stage_trainer(config: RunConfig, model: Any, tokenizer: Any, data: RunD
     Raises:
         ConfigError: TRL refuses what it is given.
     """
+    if config.stage != "reward" and is_classifier(model):
+        raise ConfigError(
+            f"model = {config.model}: it scores labels, and stage = {config.stage} trains models that continue texts; only stage = "
+            "reward trains such a model"
+        )
     arguments = stage_arguments(config, data.held_out is not None)
     if base_model(model).config.dtype is torch.float16:
         arguments.mixed_precision = "fp16"  # the gradient scaler, as in supervised training
