@@ -86,6 +86,19 @@ def test_gradients_do_not_depend_on_what_is_kept(model_type):
             assert torch.equal(grad, everything[name]), f"{keep}: {name}"
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_reference_computed_without_gradients_has_the_bits_of_training(model_type):
+    model = adapt(tiny_pair(tiny_config(model_type))[0].bfloat16())
+    ids = torch.randint(5, 60, (2, 33), generator=torch.Generator().manual_seed(0))
+    trained = model(input_ids=ids).logits.detach()
+    with torch.no_grad():
+        reference = model(input_ids=ids).logits
+        model.gradient_checkpointing_enable()
+        checkpointed = model(input_ids=ids).logits
+    assert torch.equal(reference, trained)
+    assert torch.equal(checkpointed, trained)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])
 def test_an_mlp_in_portions_gives_the_gradients_of_the_whole(model_type, monkeypatch):
     model = adapt(tiny_pair(tiny_config(model_type))[0])

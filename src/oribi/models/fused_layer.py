@@ -31,9 +31,11 @@ POLICY_NAMES = ("speed", "balanced", "memory")
 
 
 def policy(name: str, results: Sequence[Result]) -> Keep:
-    """What a layer with these results keeps under a policy: "speed" (everything), "balanced" or "memory"."""
+    """What a layer with these results keeps under a policy: "speed" (everything), "balanced", "memory" or "nothing"."""
     if name == "speed":
         return Keep()
+    if name == "nothing":
+        return Keep({r.name: "recompute" for r in (LAYER_INPUT, *results)})
     return Keep({r.name: getattr(r, name) for r in (LAYER_INPUT, *results) if r.follows is None})
 
 

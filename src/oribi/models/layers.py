@@ -78,6 +78,7 @@ class DecoderLayer(nn.Module):
         self.keep = policy(
             "balanced", self.results()
         )  # what stays between forward and backward where it is set
+        self.keep_nothing = policy("nothing", self.results())
         self.fp8 = False  # set by `use_fp8`
         # group -> what it was made of, and the weights
         self.dequantized: dict[str, tuple[tuple, torch.Tensor | RoundedWeights]] = {}
@@ -105,14 +106,17 @@ class DecoderLayer(nn.Module):
         return tuple(result for module, _, _ in self.parts() for result in module.results)
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.training:
             return self._composed(x, batch)
         if batch.cache is None:
             halves = fusible_halves(self)
             if halves is not None:
+                # without gradients, as for a reference's log-probabilities: the same bits, nothing kept
                 keep = self.keep if self.gradient_checkpointing else Keep()
-                return fused_layer(self, halves, x, batch, keep)
-        if not self.gradient_checkpointing:
+                return fused_layer(
+                    self, halves, x, batch, keep if torch.is_grad_enabled() else self.keep_nothing
+                )
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return self._composed(x, batch)
         has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
         return checkpoint(self._composed, x, batch, use_reentrant=False, preserve_rng_state=has_dropout)
