@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow  # together they take 15 s
 WHOLE_PAGES = {"README.md", "getting-started.md"}
 ELSEWHERE = {
     "oribi convert axolotl.yml --output config.yaml": "tests/cli/test_convert.py has the four programs' files",
+    "oribi eval runs/dpo": "tests/train/test_stages.py evaluates a run of each stage",
 }
 
 
@@ -45,6 +46,9 @@ def test_a_documented_command_runs(
         words += ["--output", str(tmp_path / "exports")]
     if words[0] == "chat" and "--prompt" not in words:
         words += ["--prompt", "the red fox"]
+    if words[0] == "train" and not {"--resume", "--overwrite", "--output_dir"} & set(words):
+        words += ["--output_dir", str(tmp_path / "run")]
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "where", "chosen": "here", "rejected": "there"}\n')
     for script in ("train.py", "script.py"):
         (tmp_path / script).write_text("from unsloth import FastLanguageModel\n")
     (tmp_path / "train.csv").write_text("question,answer\nwhere,here\nwhen,now\n")
