@@ -3,6 +3,7 @@
 Checked against huggingface/trl 1.16: trainer/{dpo,kto,reward,grpo}_config.py, experimental/orpo, scripts/*.py, rewards/.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from oribi.dialects.converted import (
     only,
     read_elsewhere,
     refusing,
+    renamed,
 )
 
 REFERENCE = "the reference is the model without its adapter, as it is at the start"
@@ -37,17 +39,10 @@ def stage_of(found: Converted) -> str:
 
 def of_stage(setting: str) -> Handler:
     """A key that the stages which have the setting use, and others do not."""
-
-    def handle(found: Converted, key: str, value: Any) -> None:
-        if stage_of(found) in SETTINGS[setting].used_by:
-            found.put(setting, value, key)
-        elif not is_off(value):
-            found.idle[key] = f"stage = {stage_of(found)} does not use it"
-
-    return handle
+    return _in_stages(SETTINGS[setting].used_by, renamed(setting))
 
 
-def _in_stages(stages: tuple[str, ...], handler: Handler) -> Handler:
+def _in_stages(stages: Collection[str], handler: Handler) -> Handler:
     """A key that matters in these stages only."""
 
     def handle(found: Converted, key: str, value: Any) -> None:

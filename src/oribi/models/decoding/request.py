@@ -200,11 +200,12 @@ def _other_forward(decoder: "DecoderForCausalLM") -> bool:
     # accelerate keeps the forward that it wraps to cast its outputs; TRL's returns to the class's own unless it is asked
     # for log-probabilities
     forward = vars(decoder).get("_original_forward") or vars(decoder).get("forward")
-    function = getattr(forward, "__func__", None)
-    if function in (None, type(decoder).forward):
-        return forward is not None and function is None
-    of_trl = "fused_lm_head" in getattr(getattr(function, "__code__", None), "co_varnames", ())
-    return not (of_trl and getattr(function, "__wrapped__", None) is type(decoder).forward)
+    if forward is None:
+        return False
+    function, own = getattr(forward, "__func__", None), type(decoder).forward
+    names = getattr(getattr(function, "__code__", None), "co_varnames", ())
+    of_trl = "fused_lm_head" in names and getattr(function, "__wrapped__", None) is own
+    return function is not own and not of_trl
 
 
 def _padding(ids: torch.Tensor, inputs: Mapping[str, Any]) -> list[int] | str:
