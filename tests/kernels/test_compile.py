@@ -12,6 +12,7 @@ import torch
 
 from oribi.kernels import (
     adamw_step,
+    causal_conv,
     cross_entropy,
     decode_attention,
     dispatch,
@@ -49,6 +50,7 @@ MODULES = (
     fp8,
     decode_attention,
     nf4_linear,
+    causal_conv,
 )
 # bytes of shared memory that a program may have; of 8.x, the cards with least
 SHARED = {80: 101376, 90: 232448}
@@ -142,6 +144,42 @@ def test_norm_rope_and_gated_mlp_compile_with_16_byte_loads_and_stores(launches,
         loads, stores = vectors(kernel.asm["ptx"])
         assert loads > 0, launch
         assert stores > 0, launch
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_causal_convolution_compiles_with_16_byte_loads_and_stores(launches, capability, dtype):
+    start = torch.zeros(3, dtype=torch.int32)
+    before, after, x = torch.randn(3, 3 * 2048).to(dtype).chunk(3, 1)
+    short = {"before": before, "after": after}
+    weight = torch.randn(2048, 3).to(dtype)
+    y = causal_conv.causal_conv_forward(x, weight, start, **short)
+    causal_conv.causal_conv_backward(y, x, weight, start, **short, dx=x, dbefore=before, dafter=after)
+    wide, weight, bias = (
+        torch.randn(3, 8192 + 64).to(dtype)[:, :8192],
+        *torch.randn(5, 8192).to(dtype).split([4, 1]),
+    )
+    weight = weight.t().contiguous()
+    y = causal_conv.causal_conv_forward(wide, weight, start, bias[0], silu=True)
+    causal_conv.causal_conv_backward(y, wide, weight, start, bias[0], silu=True, dx=wide, weight_grad=True)
+    assert len(launches) == 7
+    for launch in launches:
+        kernel = compiled(launch, capability)
+        loads, stores = vectors(kernel.asm["ptx"])
+        assert loads > 0, launch
+        assert stores > 0 or launch.kernel.__name__ == "weight_kernel", launch
+        assert kernel.metadata.shared <= 16384
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_causal_convolution_of_a_new_token_compiles(launches, capability, dtype):
+    x, window = torch.randn(2, 300).to(dtype), torch.zeros(2, 300, 3).to(dtype)
+    causal_conv.causal_conv_step(x, window, torch.randn(300, 4).to(dtype), silu=True)
+    causal_conv.causal_conv_step(
+        x, window[..., :2].contiguous(), torch.randn(300, 3).to(dtype), before=x, after=x
+    )
+    assert len(launches) == 2
+    for launch in launches:
+        assert compiled(launch, capability).asm["cubin"]
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)

@@ -13,6 +13,7 @@ from oribi.environment import detect
 from oribi.kernels import nf4
 from oribi.kernels.adamw import FlatAdamW
 from oribi.kernels.attention import Visibility, attention
+from oribi.kernels.causal_conv import causal_conv
 from oribi.kernels.cross_entropy import linear_cross_entropy
 from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.lora import Projection, lora_linear
@@ -72,6 +73,11 @@ def _ops(normal: Callable, device: torch.device) -> Iterator[tuple]:
         [normal(T, D), normal(8, D) * 0.1, normal(N, 8) * 0.1],
     )  # fmt: skip
     bounds = torch.tensor([0, *DOCUMENTS]).cumsum(0).to(device, torch.int32)
+    start = Visibility(1, T, cu_seqlens=bounds, max_length=max(DOCUMENTS)).doc_start(device)
+    yield (
+        "causal convolution of packed documents", lambda x, w: causal_conv(x, w, start, silu=True), _plain_convolution,
+        [normal(T, D), normal(D, 4)],
+    )  # fmt: skip
 
     def packed(q, k, v):
         visibility = Visibility(1, T, cu_seqlens=bounds, max_length=max(DOCUMENTS))
@@ -104,6 +110,12 @@ def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
         scores = (heads[0] @ heads[1].transpose(1, 2) * E**-0.5).masked_fill(~seen, -torch.inf)
         outputs.append((_wide(scores).softmax(-1).to(q.dtype) @ heads[2]).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _plain_convolution(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    before = weight.shape[1] - 1
+    parts = [F.pad(one.t()[None], (before, 0)) for one in x.split(DOCUMENTS)]
+    return F.silu(torch.cat([F.conv1d(p, weight[:, None], groups=len(weight))[0].t() for p in parts]))
 
 
 def _errors(ours: Callable, plain: Callable, inputs: list[torch.Tensor]) -> tuple[float, float]:

@@ -1,0 +1,94 @@
+"""Which tokens of a batch belong together: its documents, its padding, and what is cached before it.
+
+B rows, S queries per row.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class Visibility:
+    """Which keys each query may see; one object serves all layers of a forward.
+
+    Args:
+        batch, length: rows and queries per row.
+        past: cached keys before the first query.
+        real: [B, past + length] bool, False at padding; None if nothing is padded.
+        cu_seqlens: [docs + 1] int32 offsets of packed documents (batch is 1), else None.
+        max_length: tokens of the longest document.
+    """
+
+    batch: int
+    length: int
+    past: int = 0
+    real: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    max_length: int = 0
+    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict, repr=False)
+    _bounds: list[int] | None = field(default=None, repr=False)
+    _slots: torch.Tensor | None = field(default=None, repr=False)
+    _starts: torch.Tensor | None = field(default=None, repr=False)
+    _rows: "Visibility | None" = field(default=None, repr=False)
+    _doc_start: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def uniform(self) -> bool:
+        """Packed documents are all equally long: known on the host, without reading cu_seqlens."""
+        return self.cu_seqlens is not None and self.max_length * (len(self.cu_seqlens) - 1) == self.length
+
+    def slots(self) -> torch.Tensor:
+        """[S] int64: where each token of a pack lies if its documents are rows of max_length, one below the other."""
+        if self._slots is None:
+            starts = self.cu_seqlens.long()
+            documents = torch.arange(len(starts) - 1, device=starts.device)
+            document = documents.repeat_interleave(starts.diff(), output_size=self.length)
+            place = torch.arange(self.length, device=starts.device) - starts[document]
+            self._slots = document * self.max_length + place
+        return self._slots
+
+    def documents(self, device: torch.device) -> tuple[torch.Tensor, int]:
+        """Offsets [docs + 1] int32 of the documents, each dense row being one, and the length of the longest."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens, self.max_length
+        if self._starts is None:
+            end = self.batch * self.length
+            self._starts = torch.arange(0, end + 1, self.length, dtype=torch.int32, device=device)
+        return self._starts, self.length
+
+    def doc_start(self, device: torch.device) -> torch.Tensor:
+        """[B * S] int32: the first token of each token's document, each dense row being one; for mixers with a memory."""
+        if self._doc_start is None:
+            starts, _ = self.documents(device)
+            tokens = self.batch * self.length
+            self._doc_start = starts[:-1].repeat_interleave(starts.diff(), output_size=tokens)
+        return self._doc_start
+
+    def bounds(self) -> list[int]:
+        """Document offsets on the host; synchronises once per forward if they lie on a GPU."""
+        if self._bounds is None:
+            self._bounds = self.cu_seqlens.tolist()
+        return self._bounds
+
+    def mask(self, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+        """[B or 1, 1, S, keys] bool, True where a query may look; keys are the last `keys` slots of the row.
+
+        A static cache hands out more slots than tokens so far; its first slot is position 0.
+        """
+        if (keys, window) not in self._masks:
+            total = self.past + self.length
+            first = max(total - keys, 0)
+            key = torch.arange(first, first + keys, device=device)
+            query = torch.arange(self.past, total, device=device)[:, None]
+            seen = key <= query
+            if window is not None:
+                seen &= query - key < window
+            seen = seen[None, None]
+            if self.real is not None:
+                real = F.pad(self.real.bool(), (0, max(keys - total, 0)))[:, first : first + keys]
+                # a padded query sees itself: a row that sees nothing has no softmax
+                seen = seen & real[:, None, None, :] | (query == key)
+            self._masks[(keys, window)] = seen
+        return self._masks[(keys, window)]
