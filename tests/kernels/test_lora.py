@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from oribi.kernels import dispatch, nf4
-from oribi.kernels.lora import Projection, augmented_weight, lora_linear, weights_kept
+from oribi.kernels.lora import Projection, augmented_weight
 from oribi.kernels.lora_expand import expand
+from oribi.kernels.lora_linear import lora_linear, weights_kept
 from tests.kernels.truth import (
     DEVICE,
     DTYPES,
@@ -224,3 +225,20 @@ def test_kept_weights_are_dequantised_once_and_let_go(monkeypatch):
     with torch.no_grad():
         lora_linear(x, projections)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", GROUPS)
+def test_weights_that_are_not_packed_are_read_where_they_lie(name, dtype, rows, monkeypatch):
+    projections, factors = group(name, dtype)
+    x = torch.randn(rows, IN_FEATURES, device=DEVICE).to(dtype)
+    monkeypatch.setattr("oribi.kernels.lora_linear.augmented_weight", lambda *_: pytest.fail("a copy"))
+    with torch.no_grad():
+        truth = plain(x.double(), projections, *factors)
+        theirs = plain(x, projections, *factors)
+        with weights_kept():
+            found = lora_linear(x, projections)
+    for ours_, one, right in zip(found, theirs, truth):
+        assert ours_.dtype == dtype
+        assert relative_error(ours_, right) <= max(2 * relative_error(one, right), 2e-6)

@@ -461,20 +461,27 @@ def test_keywords_that_ask_for_nothing_known_are_refused(load):
     assert isinstance(model.get_base_model().model(input_ids=IDS, return_dict=False), tuple)
 
 
-def test_compiled_models_and_caches_of_fixed_size_are_refused_in_words(make, load):
+def test_compiled_models_are_refused_in_words_and_caches_of_fixed_size_are_replaced(make, load):
     model, tokenizer = load()
     with pytest.raises(ConfigError, match="torch_compile = True: oribi's layers run kernels"):
         make(model=(model, tokenizer), torch_compile=True)
     with pytest.raises(ConfigError, match="went through torch.compile"):
         make(model=(torch.compile(model), tokenizer))
-    for kind in ("static", "offloaded_static"):
-        with pytest.raises(ModelError, match="a cache of fixed size"):
-            model.generate(IDS, max_new_tokens=2, cache_implementation=kind)
     cache = transformers.StaticCache(model.config, 32)
     with pytest.raises(ModelError, match="StaticCache has a fixed size"):
         model.eval()(input_ids=IDS, past_key_values=cache)
-    # what Gemma's checkpoints say is a cache that grows
-    assert model.generate(IDS, max_new_tokens=2, cache_implementation="hybrid").shape == (2, 11)
+    expected = model.generate(IDS, max_new_tokens=2, do_sample=False)
+    for kind in (
+        "static",
+        "offloaded_static",
+        "sliding_window",
+        "hybrid",
+    ):  # the last is in Gemma's checkpoints
+        for beams in (1, 2):
+            found = model.generate(
+                IDS, max_new_tokens=2, do_sample=False, cache_implementation=kind, num_beams=beams
+            )
+            assert torch.equal(found, expected) or (beams == 2 and found.shape == expected.shape)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3_text", "granite"])

@@ -14,11 +14,14 @@ from transformers import TextStreamer
 from oribi.chat.ends import stop_ids
 from oribi.chat.template import render_chat
 from oribi.errors import ModelError
-from oribi.kernels.lora import weights_kept
+from oribi.kernels.lora_linear import weights_kept
 from oribi.text import printable
 
-# what transformers still makes of them; older names, which checkpoints carry, it reads as a growing cache
-FIXED_CACHES = ("static", "offloaded_static")
+GROWING_CACHES = (
+    "dynamic",
+    "offloaded",
+    "quantized",
+)  # transformers' names of them; all others have a fixed size
 
 
 class GeneratesInAnyMode:
@@ -56,33 +59,31 @@ def generate_in_inference_mode(
     if loaded is not None and (kwargs.get("stop_strings") or getattr(config, "stop_strings", None)):
         kwargs.setdefault("tokenizer", loaded)  # trainers that set stop strings hand none over
     if isinstance(model, GeneratesInAnyMode):
-        _require_growing_cache(model, kwargs)
+        _growing_cache(model, kwargs)
     with inference_mode_of(model), weights_kept() if _copy_fits(model) else nullcontext():
         return generate(inputs, *args, **kwargs)
 
 
-def _require_growing_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Stop before a cache of fixed size is made, whose prepared masks the decoder does not read.
+def _growing_cache(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Replaces a cache of fixed size that the call, or else the model's generation config, asks for.
 
-    Raises:
-        ModelError: the call or the model's generation config asks for one.
+    oribi's own loop has one anyway, and in transformers' loop the decoder reads no masks that are prepared for one; the
+    answers are the same.
     """
-    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
-    asked = [kwargs.get("cache_implementation")]
-    asked += [getattr(config, "cache_implementation", None) for config in configs if config is not None]
-    fixed = next((name for name in asked if name in FIXED_CACHES), None)
-    if fixed is not None:
-        raise ModelError(
-            f"cache_implementation = {fixed!r} is a cache of fixed size, for compiled models; oribi's decoder runs with one "
-            "that grows, with the same answers: leave it out"
-        )
+    given = kwargs.get("generation_config")
+    configs = (given, None if given is not None else getattr(model, "generation_config", None))
+    asked = kwargs.get("cache_implementation")
+    for config in configs:
+        asked = asked or getattr(config, "cache_implementation", None)
+    if asked is not None and asked not in GROWING_CACHES:
+        kwargs["cache_implementation"] = "dynamic"
 
 
 def _copy_fits(model: nn.Module) -> bool:
-    """Whether a 16-bit copy of the packed weights fits in half of the free memory."""
+    """Whether a 16-bit copy of the packed weights, if there are any, fits in half of the free memory."""
     packed = [p for p in model.parameters() if hasattr(p, "quant_state")]
     if not packed:
-        return False
+        return True
     needed = 2 * sum(p.quant_state.shape.numel() for p in packed)
     if packed[0].is_cuda:
         free = torch.cuda.mem_get_info(packed[0].device)[0]

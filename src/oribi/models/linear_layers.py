@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from oribi.kernels.lora import Projection, lora_linear
+from oribi.kernels.lora import Projection
+from oribi.kernels.lora_linear import lora_linear
 from oribi.kernels.rms_norm import rms_norm
 
 

@@ -16,7 +16,8 @@ from oribi.kernels.attention import Visibility, attention
 from oribi.kernels.causal_conv import causal_conv
 from oribi.kernels.cross_entropy import linear_cross_entropy
 from oribi.kernels.gated_mlp import gated_mlp
-from oribi.kernels.lora import Projection, lora_linear
+from oribi.kernels.lora import Projection
+from oribi.kernels.lora_linear import lora_linear
 from oribi.kernels.rms_norm import rms_norm
 from oribi.kernels.rope import rope
 from oribi.selftest.comparison import Comparison, failed

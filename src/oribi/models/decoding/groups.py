@@ -5,24 +5,16 @@ many rows packed weights are dequantised in every step; a CPU reads a copy in 16
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from oribi.errors import ModelError
 from oribi.kernels.dispatch import use_triton
-from oribi.kernels.lora import (
-    AugmentedWeight,
-    Projection,
-    augmented_weight,
-    group_shape,
-    kept_weight,
-    lora_layout,
-)
-from oribi.kernels.lora_expand import expand
+from oribi.kernels.lora import AugmentedWeight, Projection, augmented_weight
+from oribi.kernels.lora_linear import kept_weight
 from oribi.kernels.lora_pack import pack_factors
+from oribi.kernels.lora_unpacked import UnpackedWeight, unpacked
 from oribi.kernels.nf4_linear import nf4_linear, reads
 from oribi.models.linear_layers import read
 
@@ -57,7 +49,7 @@ class LinearGroup:
 
 
 class CopiedGroup(LinearGroup):
-    """A group whose weights were dequantised beside its factors, for as long as `kernels.lora.weights_kept` lasts."""
+    """A group whose weights were dequantised beside its factors, for as long as `kernels.lora_linear.weights_kept` lasts."""
 
     def __init__(self, modules: Sequence[nn.Module], copy: AugmentedWeight) -> None:
         super().__init__(modules, copy.augmented.dtype, copy.augmented.device)
@@ -75,27 +67,13 @@ class UnpackedGroup(LinearGroup):
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(modules, dtype, device)
-        self.factors = None
-        if any(p.a is not None for p in self.projections):
-            n, k = group_shape(self.projections)
-            pad, _ = lora_layout(self._adapted(), device)
-            a, b = (torch.empty(shape, dtype=dtype, device=device) for shape in ((pad, k), (n, pad)))
-            self.factors = AugmentedWeight(a, b, None, a)  # of which only the factors are used
-            self.refresh()
-
-    def _adapted(self) -> list[Projection]:
-        return [replace(p, bias=None) for p in self._read()]
+        self._weight = UnpackedWeight(self.projections, dtype, device)
 
     def refresh(self) -> None:
-        if self.factors is not None:
-            pack_factors(self._adapted(), self.factors)
+        self._weight.refresh(self._read())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [few_rows_linear(x, p.weight, p.bias) for p in self.projections]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if self.factors is None:
-            return y
-        return expand(self.factors.compute_xa(x), self.factors.scaled_b, None, y, out=y)
+        return self._weight(x)
 
 
 class PackedGroup(LinearGroup):
@@ -111,26 +89,6 @@ class PackedGroup(LinearGroup):
         return nf4_linear(x, self.projections, self._counters, activation=activation)
 
 
-def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b for few rows.
-
-    Args:
-        x: [B, K]. weight: [N, K]. bias: [N] or None.
-
-    Returns:
-        [B, N], contiguous.
-    """
-    rows, wide = len(x), x.dtype.itemsize > 2
-    if x.is_cuda or (wide and rows <= 8):
-        return F.linear(x, weight, bias)
-    # PyTorch's CPU products are faster with the larger operand in front, and 16-bit ones with four rows than with one. The
-    # layers of SmolLM2-135M on one core with AMX: 25 ms instead of 35 for 16 rows in bfloat16 and instead of 31 for one row,
-    # 70 ms instead of 82 for 16 rows in float32
-    some = x if wide or rows >= 4 else F.pad(x, (0, 0, 0, 4 - rows))
-    y = torch.mm(weight, some.t())[:, :rows].t().contiguous()
-    return y if bias is None else y.add_(bias)
-
-
 def linear_group(
     modules: Sequence[nn.Module], dtype: torch.dtype, rows: int, counters: torch.Tensor
 ) -> LinearGroup:
@@ -140,7 +98,7 @@ def linear_group(
         modules: its layers. dtype, rows: of the inputs. counters: of `nf4_linear`, on their device.
     """
     projections, device = [read(module) for module in modules], counters.device
-    if all(not hasattr(p.weight, "quant_state") and p.weight.dtype == dtype for p in projections):
+    if unpacked(projections, dtype):
         return UnpackedGroup(modules, dtype, device)
     if use_triton(counters) and dtype.itemsize == 2 and reads(projections, rows):
         return PackedGroup(modules, dtype, device, counters)

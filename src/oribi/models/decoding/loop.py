@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from oribi.kernels.lora import weights_kept
+from oribi.kernels.lora_linear import weights_kept
 from oribi.models.decoding.prefill import prefill
 from oribi.models.decoding.request import Request
 from oribi.models.decoding.state import DecodingState

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from oribi.kernels.decode_attention import decode_attention, store_token
 from oribi.kernels.dispatch import use_triton
 from oribi.kernels.gated_mlp import gated_mlp_forward
+from oribi.kernels.lora_unpacked import few_rows_linear
 from oribi.kernels.rms_norm import rms_norm_forward
 from oribi.kernels.rope import rope_forward
-from oribi.models.decoding.groups import LinearGroup, PackedGroup, few_rows_linear, linear_group
+from oribi.models.decoding.groups import LinearGroup, PackedGroup, linear_group
 from oribi.models.decoding.sampling import Choice
 from oribi.models.decoding.state import DecodingState
 from oribi.models.layers import DecoderLayer
