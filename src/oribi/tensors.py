@@ -40,6 +40,7 @@ class SafetensorsSource:
         files: the shards.
         rename: the model's name for a stored name; None leaves the tensor out.
         shard_of: the shard of each stored name, as an index says; None where there is none.
+        any_dtype: whether tensors of every dtype are read, for a caller that only copies them.
 
     Raises:
         ModelError: a file is damaged, holds tensors of a dtype that is no 16- or 32-bit float, or lacks a tensor that the
@@ -51,6 +52,7 @@ class SafetensorsSource:
         files: Sequence[Path],
         rename: Callable[[str], str | None] = lambda name: name,
         shard_of: Mapping[str, Path] | None = None,
+        any_dtype: bool = False,
     ) -> None:
         self._home: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -68,7 +70,7 @@ class SafetensorsSource:
                 name = rename(stored)
                 if name is None or shard_of.get(stored, path) != path:
                     continue
-                if entry["dtype"] not in _DTYPES:
+                if not any_dtype and entry["dtype"] not in _DTYPES:
                     raise ModelError(
                         f"{path}: tensor {stored} has dtype {entry['dtype']}; oribi loads {', '.join(_DTYPES)}. "
                         "Take the 16-bit release of this model"

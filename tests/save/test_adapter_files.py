@@ -182,6 +182,7 @@ def test_the_merged_model_and_the_original_base_of_a_multimodal_checkpoint(tmp_p
     for base in ("dequantized", "original"):
         model.save_pretrained_merged(str(tmp_path / base), tokenizer, base=base, dtype="float32")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / base, dtype=torch.float32)
+        assert type(merged).__name__ == "Gemma3ForConditionalGeneration"
         assert (logits(merged) - logits(model)).abs().max() < 1e-4
 
 

@@ -161,6 +161,7 @@ def open_weights(
     options: HubOptions,
     rename: Callable[[str], str | None] = lambda name: name,
     allow_pickle: bool = False,
+    any_dtype: bool = False,
 ) -> TensorSource:
     """The tensors of a checkpoint or a GGUF file, downloaded if need be.
 
@@ -168,6 +169,7 @@ def open_weights(
         location: of kind "checkpoint" or "gguf".
         rename: the model's name for a name in the files, None for a tensor that is left out; a GGUF file's have theirs.
         allow_pickle: as in `weight_files`.
+        any_dtype: as in `SafetensorsSource`.
 
     Raises:
         ModelError: as `weight_files`, or a file is damaged or contradicts the others.
@@ -179,7 +181,7 @@ def open_weights(
         return PickleSource(files, rename)
     index = _weight_map(location.directory / SAFE_WEIGHTS_INDEX_NAME) or {}
     homes = {name: location.directory / shard for name, shard in index.items()}
-    return SafetensorsSource(files, rename, homes)
+    return SafetensorsSource(files, rename, homes, any_dtype)
 
 
 def adapter_weights(location: Location, options: HubOptions, allow_pickle: bool = False) -> Path:

@@ -286,5 +286,8 @@ def _rename_inside(names: WrapperNames, name: str) -> str | None:
 _NOT_TEXT = tuple(
     f"{outer}{inner}."
     for outer in ("", "model.")
-    for inner in ("vision_tower", "multi_modal_projector", "audio_tower")
-)
+    for inner in (
+        "vision_tower", "vision_model", "visual", "vision_adapter", "vision_projection", "vision_embedder",
+        "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio", "mtp",
+    )
+)  # fmt: skip

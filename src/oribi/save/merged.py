@@ -5,7 +5,6 @@ Adapters are added to their base in float32, rounded once and written tensor by 
 
 import copy
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from oribi.save.adapter_check import compare_in_plain_peft
 from oribi.save.adapter_files import WEIGHTS, write_adapter
 from oribi.save.base import base_name, locate_here
 from oribi.save.card import fenced
+from oribi.save.carried import DRAFT_COUNTS, copy_beside_weights, find_carried, has_other_parts
 from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, Verify, checked, trained_answers
 from oribi.save.folder import announce
@@ -37,8 +37,6 @@ from oribi.tensors import TensorSource, all_finite, read_header
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU = torch.device("cpu")
-# how images are prepared; the tokenizer's files are written anew
-PROCESSOR_SETTINGS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def save_merged(
@@ -142,31 +140,60 @@ class MergedExport(Export):
         """Write and check it; arguments as for `save_merged`."""
         self.tokenizer, self.max_shard_bytes = tokenizer, max_shard_bytes
         self.quantized = self.report.kind == "merged_4bit"
-        packed = packed_names(self.model) if self.quantized else set()
-        self.plans = [
-            TensorPlan(name, shape, self.dtype, packed_bytes(shape) if name in packed else 0)
-            for name, shape in MergedModel(self.model).shapes().items()
-        ]
+        self.plans = self._plan(base)
         size = sum(plan.nbytes for plan in self.plans)
         words = f"{self.report.kind}, {len(self.plans)} tensors in {_dtype_name(self.dtype)}"
         announce(self.directory, {words: size})
         self.merged = self.merge(tokenizer, held_out, base)
-        whole = getattr(source_of(self.model), "config", None)
-        if whole is not None and whole.get_text_config() is not whole and not beside_decoder(self.inner):
-            self.report.notes.append(
-                f"the text model alone: what {whole.model_type} has for images and sound is not in it"
-            )
         return self.run(size)
 
+    def _plan(self, base: str) -> list[TensorPlan]:
+        """What is written: the trained tensors and, under the checkpoint's own names, what it holds beside them."""
+        merged = MergedModel(self.model)
+        shapes, packed = merged.shapes(), packed_names(self.model) if self.quantized else set()
+        self.carried = None
+        found = find_carried(self.model, shapes, base, merged.tied)
+        kind = getattr(getattr(source_of(self.model), "config", None), "model_type", "")
+        if isinstance(found, str):
+            if not beside_decoder(self.inner):
+                self.report.notes.append(
+                    f"the text model alone: what {kind} has for images and sound is not in it ({found})"
+                )
+        elif found is not None:
+            self.carried = found
+            self.report.notes.append(
+                f"{len(found.others)} tensors that {kind} has beside the text model are carried over as they are"
+            )
+        text = dict.fromkeys(shapes) if self.carried is None else self.carried.text
+        plans = [
+            TensorPlan(name, shapes[own], self.dtype, packed_bytes(shapes[own]) if own in packed else 0)
+            for name, own in ((name, text[name] or name) for name in text)
+        ]
+        for name in self.carried.others if self.carried is not None else ():
+            tensor = self._read_carried(name)
+            plans.append(TensorPlan(name, tuple(tensor.shape), tensor.dtype))
+        return plans
+
+    def _read_carried(self, name: str) -> torch.Tensor:
+        tensor = self.carried.read(name)
+        return tensor.to(self.dtype) if name in self.carried.source.packed else tensor
+
+    def _read(self, name: str) -> torch.Tensor:
+        if self.carried is None:
+            return read_finite(self.merged, name, self.dtype)
+        if name in self.carried.text:
+            return read_finite(self.merged, self.carried.text[name], self.dtype)
+        return self._read_carried(name)
+
     def write(self, folder: Path) -> None:
-        write_shards(
-            folder,
-            self.plans,
-            lambda name: read_finite(self.merged, name, self.dtype),
-            pack_nf4,
-            self.max_shard_bytes,
-        )
-        self._write_config(folder)
+        write_shards(folder, self.plans, self._read, pack_nf4, self.max_shard_bytes)
+        if self.carried is None:
+            self._write_config(folder)
+            self._copy_processor(folder)
+        else:
+            beside = nf4_config(self.dtype, self.carried.beside) if self.quantized else None
+            self.carried.write_config(folder, self.inner, self.merged.tied, self.dtype, beside)
+            copy_beside_weights(self.carried.location.directory, folder)
         generation = copy.deepcopy(getattr(self.inner, "generation_config", None))
         if generation is not None and not is_classifier(self.model):
             stops = stop_ids(self.tokenizer, generation.eos_token_id)
@@ -174,21 +201,17 @@ class MergedExport(Export):
             generation.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        if beside_decoder(self.inner):
-            self._copy_processor(folder)
 
     def _copy_processor(self, folder: Path) -> None:
-        """What a program reads to prepare images for the model, as the base has it."""
+        """What prepares images for a multimodal model that is written as it lies in memory."""
+        if not beside_decoder(self.inner):
+            return
         try:
-            directory = locate_here(self.model, base_name(self.model))[0].directory
+            copy_beside_weights(locate_here(self.model, base_name(self.model))[0].directory, folder)
         except ExportError:
             self.report.notes.append(
                 "the base's files are not here, so no settings of its image processor are written"
             )
-            return
-        for name in PROCESSOR_SETTINGS:
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, folder / name)
 
     def _write_config(self, folder: Path) -> None:
         config = copy.deepcopy(self.inner.config)
@@ -202,23 +225,31 @@ class MergedExport(Export):
         config.dtype = self.dtype
         config.tie_word_embeddings = self.merged.tied
         config.get_text_config().vocab_size = self.inner.get_input_embeddings().weight.shape[0]
+        for part in (config, config.get_text_config()):
+            for name in DRAFT_COUNTS:
+                if getattr(part, name, None):
+                    setattr(part, name, 0)
         config.save_pretrained(folder)
 
     def check(self, form: str, path: Path) -> list[Check]:
+        found = [] if self.carried is None else checked("what was not trained", self.carried.check, path)
         if self.trained is None:
-            return []
+            return found
         form = "4-bit" if self.quantized else _dtype_name(self.dtype)
-        found = checked("weights read back", check_checkpoint, self.trained, path, form)
+        own_name = [] if self.carried is None else [self.carried.own_name]
+        found += checked("weights read back", check_checkpoint, self.trained, path, form, *own_name)
         if self.tokenizer is not None:
             found += checked("tokenizer", check_saved_tokenizer, self.tokenizer, path)
         return found
 
     def usage(self, folder: Path, file: str) -> str:
-        name, kind = self.directory.name, automatic(self.inner.config).__name__
+        name, kind, reader = self.directory.name, automatic(self.inner.config).__name__, "AutoTokenizer"
+        if self.carried is not None and has_other_parts(source_of(self.model).config):
+            kind, reader = "AutoModelForImageTextToText", "AutoProcessor"
         return fenced(
-            f"from transformers import {kind}, AutoTokenizer\n\n"
+            f"from transformers import {kind}, {reader}\n\n"
             f'model = {kind}.from_pretrained({name!r}, dtype="auto")\n'
-            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+            f"{reader.removeprefix('Auto').lower()} = {reader}.from_pretrained({name!r})",
             "python",
         )
 

@@ -68,6 +68,7 @@ class Nf4Source:
         self._source = source
         stored = source.shapes()
         self._states: dict[str, QuantState] = {}
+        self.packed = self._states.keys()
         for key in stored:
             name, found, _ = key.partition(".quant_state.")
             if found:

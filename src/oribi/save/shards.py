@@ -20,8 +20,14 @@ _NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
     torch.int64: "I64",
 }
 
@@ -101,7 +107,7 @@ def _write_shard(path: Path, plans: list[TensorPlan], tensors: Iterable[torch.Te
         for plan, tensor in zip(plans, tensors):
             if tuple(tensor.shape) != plan.shape or tensor.dtype != plan.dtype:
                 raise ValueError(f"{plan}: got {tuple(tensor.shape)} {tensor.dtype}")
-            file.write(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
 
 
 def shard_bytes(size: str | int) -> int:

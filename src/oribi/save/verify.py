@@ -7,6 +7,7 @@ pass over the file compares all answers. S tokens, V vocabulary, K compared plac
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from oribi.chat.ends import renders
 from oribi.gguf.mixes import METHODS
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.unfused import require_exact_nf4
 from oribi.models.wrapper import automatic
 from oribi.save.check import Check, Outcome, percent
 from oribi.save.nf4_checkpoint import Nf4Source
@@ -204,13 +206,20 @@ def check_source(trained: Trained, source: TensorSource, form: str) -> list[Chec
     return compare(trained, trained.streamed(source), form)
 
 
-def check_checkpoint(trained: Trained, folder: Path, form: str) -> list[Check]:
-    """Compare a written checkpoint with the trained model: streamed, or outside the family table loaded whole."""
+def check_checkpoint(
+    trained: Trained, folder: Path, form: str, own_name: Callable[[str], str | None] = lambda name: name
+) -> list[Check]:
+    """Compare a written checkpoint with the trained model: streamed, or outside the family table loaded whole.
+
+    Args:
+        own_name: the trained model's name for a stored tensor, None for one that it does not have.
+    """
     files = sorted(folder.glob("model*.safetensors"))
     if isinstance(trained.inner, DecoderForCausalLM):
-        return check_source(trained, Nf4Source(SafetensorsSource(files)), form)
+        return check_source(trained, Nf4Source(SafetensorsSource(files, own_name)), form)
     kind = automatic(AutoConfig.from_pretrained(folder))
     loaded = kind.from_pretrained(folder, dtype=trained.dtype).to(trained.device).eval()
+    require_exact_nf4(loaded, str(folder), trained.device)
     return compare(trained, logits_by_document(loaded, trained.pack, trained.keep), form)
 
 
