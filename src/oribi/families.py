@@ -4,7 +4,8 @@ A row says how a family differs from the plain pre-norm decoder (Llama). Sizes, 
 the checkpoint's config. A new family is a new row; a flag names a property, never a model.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Literal
 
 from transformers import PretrainedConfig
@@ -60,6 +61,8 @@ class Family:
 
     Args:
         architecture: class name of the family's causal LM in transformers, written to config.json on saving.
+        mixers: entry of config.layer_types -> what mixes the tokens of such a layer, in the words of `models.mixers.MIXERS`;
+            others are attention.
         norms: "pre" (norm before attention and before the MLP), "post" (after each), "sandwich" (before and after).
         norm_offset: RMSNorm multiplies by (norm_offset + weight).
         qk_norm: RMSNorm of q and k: over each head, over the whole projection, or none.
@@ -78,6 +81,7 @@ class Family:
     """
 
     architecture: str
+    mixers: Mapping[str, str] = field(default_factory=dict)
     norms: Literal["pre", "post", "sandwich"] = "pre"
     norm_offset: float = 0.0
     qk_norm: Literal["head", "projection"] | None = None
@@ -96,11 +100,20 @@ class Family:
 
     def flags(self) -> dict[str, object]:
         """The fields that differ from the plain decoder, with the plain value; what a parity test switches off."""
-        return {
-            field.name: field.default
+        plain = {
+            field.name: _default(field)
             for field in fields(self)
-            if field.name not in ("architecture", "gguf") and getattr(self, field.name) != field.default
+            if field.name not in ("architecture", "gguf")
         }
+        return {name: default for name, default in plain.items() if getattr(self, name) != default}
+
+    def mixer(self, config: PretrainedConfig, index: int) -> str:
+        """What mixes the tokens of a layer, in the words of `models.mixers.MIXERS`."""
+        return self.mixers.get(config.layer_types[index], "attention") if self.mixers else "attention"
+
+
+def _default(field: Field) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 # what llama.cpp reads of the Llama lineage

@@ -7,10 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from oribi.families import FAMILIES
-from oribi.memory.account import LayerAccount, layer_shape
+from oribi.memory.account import LayerAccount
+from oribi.memory.layer_shape import layer_shapes
+from oribi.models.core import Keep
 from oribi.models.decoder import build
 from oribi.models.fused_layer import POLICIES
-from oribi.models.half import Keep
 from oribi.models.unwrap import base_model
 from tests.models.test_fused_layer import adapt
 from tests.models.tiny import tiny_config
@@ -96,7 +97,7 @@ def kept_by_a_layer(model: torch.nn.Module, rows: int = ROWS, length: int = LENG
 def test_a_layer_keeps_what_the_account_says(model_type):
     model = tiny(model_type)
     base = model.get_base_model()
-    layer = LayerAccount(layer_shape(base), TOKENS, LENGTH)
+    layer = LayerAccount(layer_shapes(base)[-1], TOKENS, LENGTH)
     for name, keep in KEEPS.items():
         base.set_recompute_policy([keep] * 4)
         # on a CPU, host memory is the device's; the reference of attention saves no log-sum-exp
@@ -116,7 +117,7 @@ def test_a_layer_that_autograd_differentiates_keeps_about_as_much(model_type, ho
         name: group for core, _, _ in base.model.layers[0].parts() for name, group in core.groups().items()
     }
     ranks = {name: [4] * len(modules) if how != "whole" else [] for name, modules in groups.items()}
-    layer = LayerAccount(layer_shape(base, ranks), TOKENS, LENGTH)
+    layer = LayerAccount(layer_shapes(base, lambda _: ranks)[-1], TOKENS, LENGTH)
     base.gradient_checkpointing_disable()
     expected = layer.by_autograd(how == "dropout", how == "dora", mask_bytes=4)
     assert kept_by_a_layer(model, rows=TOKENS // 8, length=8) == pytest.approx(expected, rel=0.1)
@@ -136,7 +137,7 @@ def test_computing_again_takes_the_products_that_the_account_says(model_type):
             model(input_ids=ids, labels=ids).loss.backward()
         return products.flop
 
-    results = LayerAccount(layer_shape(base), TOKENS, LENGTH).results
+    results = LayerAccount(layer_shapes(base)[-1], TOKENS, LENGTH).results
     everything = counted(Keep())
     # attention's arithmetic is counted by tests/memory/test_speed.py
     for name in results.keys() - {"x", "attention"}:

@@ -17,8 +17,8 @@ from oribi.memory.fit import refuse_what_cannot_fit, require_fit
 from oribi.memory.gpus import GPUS, gpu_named, recognise
 from oribi.memory.plan import spread
 from oribi.memory.speed import optimizer_steps, step_time
+from oribi.models.core import Keep
 from oribi.models.decoder import build
-from oribi.models.half import Keep
 from oribi.models.load import load_model
 
 GIB = 2**30

@@ -8,8 +8,8 @@ from oribi.errors import ModelError
 from oribi.families import FAMILIES
 from oribi.models import half as half_file
 from oribi.models import layers as layers_file
+from oribi.models.core import Keep
 from oribi.models.fused_layer import POLICIES
-from oribi.models.half import Keep
 from tests.models.test_parity import TOLERANCE, packed, relative
 from tests.models.tiny import tiny_config, tiny_pair
 

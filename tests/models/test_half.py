@@ -7,9 +7,10 @@ from torch import nn
 from oribi.families import FAMILIES
 from oribi.kernels.lora import group_shape, lora_layout
 from oribi.models import half, layers
+from oribi.models.core import Keep, Result
 from oribi.models.decoder import build
 from oribi.models.fused_layer import POLICY_NAMES
-from oribi.models.half import Keep, Kept, Result
+from oribi.models.half import Kept
 from oribi.models.layers import Batch
 from oribi.models.linear_layers import project, read
 from tests.models.test_fused_layer import adapt, batch_of, gradients

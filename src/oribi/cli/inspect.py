@@ -102,11 +102,12 @@ def model(
     with chatter_aside():
         from oribi.families import FAMILIES
         from oribi.memory.architecture import architecture_of
+        from oribi.models.mixers.attention import Attention
         from oribi.models.open import open_model
 
         found = architecture_of(name)
         tokenizer = open_model(name).tokenizer()
-    config, attention = found.config, found.decoder.model.layers[0].self_attn
+    config, mixers = found.config, [layer.mixer for layer in found.decoder.model.layers]
     facts = {
         "model": name,
         "stored as": found.location.kind,
@@ -114,7 +115,8 @@ def model(
         "parameters": f"{found.parameters:,} ({short_count(found.parameters)})",
         "layers": config.num_hidden_layers,
         "hidden size": f"{config.hidden_size}, MLP {config.intermediate_size}",
-        "heads": f"{config.num_attention_heads}, key/value {config.num_key_value_heads}, of {attention.head_dim}",
+        "heads": f"{config.num_attention_heads}, key/value {config.num_key_value_heads}, of "
+        + str(next((mixer.head_dim for mixer in mixers if isinstance(mixer, Attention)), None)),
         "vocabulary": f"{config.vocab_size:,}" + (", head tied to the embedding" if found.tied else ""),
         "positions": f"{config.max_position_embeddings:,}",
         "in NF4": gibibytes(found.weight_bytes(load_in_4bit=True)),

@@ -6,137 +6,26 @@ linear layers that share their input has weights [N, K] and P columns beside the
 the layer's halves list (`models/half.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from oribi.kernels.adamw import FLAT_OPTIMIZERS
 from oribi.kernels.adamw_step import BLOCK
-from oribi.kernels.attention import head_groups
 from oribi.kernels.cross_entropy import logits_shape
-from oribi.kernels.lora import padded_columns
+from oribi.memory.layer_shape import LayerShape
+from oribi.models.core import Keep
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.fused_layer import LAYER_INPUT, policy
-from oribi.models.half import MLP_TOKENS, Core, Keep
-from oribi.models.layers import DecoderLayer
-from oribi.models.linear_layers import read
+from oribi.models.half import MLP_TOKENS
 
 # cuBLAS workspaces of two streams, rotary tables and batches. Fitted: what three runs of Llama-3.2-1B and Qwen2.5-0.5B
 # on an H100 took beyond the sums below, within 4 MiB of each other
 LIBRARY_BYTES = 131 * 2**20
 # a layer's backward takes more than the tensors named below. Fitted: Llama-3.1-8B on an H100, keeping all and nothing
 BACKWARD_FACTOR = 1.25
-# attention's arithmetic takes as long as this much of a matrix product: 582 and 514 TFLOP/s in forward and backward of
-# 32,768 tokens on an H100
-ATTENTION_BY_PRODUCTS = 1.22
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of one decoder layer.
-
-    Args:
-        layer: the layer, with or without weights.
-        width: bytes of a number.
-        ranks: group -> ranks of the adapted linear layers in it.
-        device: that it trains on.
-        windows: of each layer of the model, in tokens; None sees everything before it.
-    """
-
-    layer: DecoderLayer
-    width: int
-    ranks: Mapping[str, Sequence[int]]
-    device: torch.device
-    windows: Sequence[int | None]
-
-    @cached_property
-    def cores(self) -> list[Core]:
-        """The mixer and the MLP."""
-        return [core for core, _, _ in self.layer.parts()]
-
-    @cached_property
-    def groups(self) -> dict[str, tuple[int, int, int]]:
-        """Group -> (N, K, P)."""
-        return {
-            name: (
-                sum(module.out_features for module in modules),
-                modules[0].in_features,
-                padded_columns(sum(self.ranks[name]) + any(m.bias is not None for m in modules), self.device),
-            )
-            for core in self.cores
-            for name, modules in core.groups().items()
-        }
-
-    @property
-    def hidden(self) -> int:
-        """D."""
-        return self.groups[self.cores[0].output][0]
-
-    @property
-    def heads(self) -> int:
-        """H."""
-        return self.layer.self_attn.sizes[0]
-
-    @property
-    def num_heads(self) -> int:
-        return self.heads // self.layer.self_attn.head_dim
-
-    def columns(self, terms: Sequence[str]) -> int:
-        """Numbers per token, in the words of `models.half.Result`."""
-        sizes = {"hidden": self.hidden, "heads": self.num_heads}
-        for name, (n, k, p) in self.groups.items():
-            sizes |= {f"{name}.out": n, f"{name}.in": k, f"{name}.lora": p}
-        return sum(sizes[term] for term in terms)
-
-    def weight_buffer(self, group: str) -> int:
-        """Bytes of a group's dequantised weights with their LoRA factors beside them."""
-        n, k, p = self.groups[group]
-        return (n + p) * (k + p) * self.width
-
-    @property
-    def dequantised_traffic(self) -> float:
-        """Bytes that forward and backward move to dequantise the weights: half a byte of codes read, a number written."""
-        return 2 * (0.5 + self.width) * sum(n * k for n, k, _ in self.groups.values())
-
-    def product_flop(self, group: str) -> int:
-        """Arithmetic of a group's forward for one token: S = x A^T, and [x, S] [W, sB]^T."""
-        n, k, p = self.groups[group]
-        return 2 * (k * p + n * (k + p))
-
-    def attention_flop(self, longest: float) -> float:
-        """Arithmetic of attention's forward for one token of a document of `longest`, the mean over the layers."""
-        # a token attends to half of its document, or to the window if that is less
-        attended = [longest / 2 if window is None else min(longest / 2, window) for window in self.windows]
-        return 4.0 * self.heads * sum(attended) / len(attended)
-
-
-def layer_shape(
-    decoder: DecoderForCausalLM,
-    ranks: Mapping[str, Sequence[int]] | None = None,
-    device: torch.device | None = None,
-) -> LayerShape:
-    """The sizes of a model's layers.
-
-    Args:
-        decoder: with LoRA attached, or not.
-        ranks: group -> ranks of the adapted linear layers in it; None reads the adapter that is attached.
-        device: that it trains on; None is where it lies.
-    """
-    layers = decoder.model.layers
-    if ranks is None:
-        groups = {
-            name: modules for core, _, _ in layers[0].parts() for name, modules in core.groups().items()
-        }
-        ranks = {name: _attached_ranks(modules) for name, modules in groups.items()}
-    windows = [layer.self_attn.window for layer in layers]
-    return LayerShape(layers[0], decoder.dtype.itemsize, ranks, device or decoder.device, windows)
-
-
-def _attached_ranks(modules: Sequence[nn.Module]) -> list[int]:
-    return [p.a.shape[0] for p in map(read, modules) if p is not None and p.a is not None]
 
 
 @dataclass(frozen=True)
@@ -147,7 +36,7 @@ class KeptResult:
         name: its entry of `Keep`.
         bytes: of the tensor that is kept on the device or waits in host memory.
         beside: bytes that stay on the device with it, wherever it is; 0 when it is computed again.
-        flop: arithmetic of computing it again, attention's in units of matrix products.
+        flop: arithmetic of computing it again, a mixer's own in units of matrix products.
         row_wise: whether it is computed again in portions of the tokens.
     """
 
@@ -158,7 +47,7 @@ class KeptResult:
     row_wise: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerAccount:
     """Bytes and arithmetic of one layer on one micro-batch.
 
@@ -184,8 +73,8 @@ class LayerAccount:
             if one.follows is not None:
                 continue
             beside, again = 0, 0.0
-            if one.made_by == "attention":
-                again = ATTENTION_BY_PRODUCTS * s.attention_flop(self.longest)
+            if one.made_by == "core":
+                again = s.mixer.core_by_products * s.core_flop(self.longest)
             elif one.made_by is not None:
                 again = s.product_flop(one.made_by)
             for other, _ in listed:
@@ -208,6 +97,11 @@ class LayerAccount:
     def product_flop(self) -> int:
         """Arithmetic of the linear layers' forward."""
         return self.tokens * sum(map(self.shape.product_flop, self.shape.groups))
+
+    @property
+    def core_flop(self) -> float:
+        """Arithmetic of the mixer's own forward, in units of matrix products."""
+        return self.tokens * self.shape.mixer.core_by_products * self.shape.core_flop(self.longest)
 
     def kept(self, keep: Keep) -> int:
         """Device bytes from forward to backward, without dequantised weights."""
@@ -243,17 +137,18 @@ class LayerAccount:
             if place != "keep":  # made there, or back from the host
                 in_portions = one.row_wise and place == "recompute"
                 size += one.bytes * portion // tokens if in_portions else one.bytes
-        return int(max(BACKWARD_FACTOR * size, self._attention_backward(keep)))
+        return int(max(BACKWARD_FACTOR * size, self._core_backward(keep)))
 
-    def _attention_backward(self, keep: Keep) -> int:
-        """Device bytes of attention's backward, which takes more than the MLP's portions on long rows."""
-        s, tokens, attention = self.shape, self.tokens, self.shape.layer.self_attn
-        portions = head_groups("flash", tokens * s.num_heads, attention.sizes[1] // attention.head_dim)
-        # dy, the gradients of x_mid, a, q, k and v; for a group of heads that of q in float32, of k and v by query head
-        size = tokens * s.width * (2 * s.hidden + s.heads + sum(attention.sizes) + 4 * s.heads // portions)
+    def _core_backward(self, keep: Keep) -> int:
+        """Device bytes of the mixer's own backward, attention's for one: on long rows more than the MLP's portions take."""
+        s, mixer = self.shape, self.shape.mixer
+        # dy, and the gradient of x_mid
+        size = 2 * self.tokens * s.width * s.hidden + mixer.core_backward_bytes(self.tokens, s.width)
         # what only the MLP needs is gone
-        needed = ("x", "qkv", "attention")
-        return size + sum(self.results[name].bytes for name in needed if keep[name] != "keep")
+        needed = {"x", *(one.name for one in mixer.results if one.made_by in (mixer.input, "core"))}
+        return size + sum(
+            one.bytes for one in self.results.values() if one.name in needed and keep[one.name] != "keep"
+        )
 
     def by_autograd(self, dropout: bool = False, dora: bool = False, mask_bytes: int = 1) -> int:
         """Bytes that PyTorch's autograd keeps of a layer that is not differentiated by hand.
@@ -262,14 +157,12 @@ class LayerAccount:
             dropout: whether the inputs of LoRA are dropped, each linear layer's on its own. dora: whether LoRA is DoRA.
             mask_bytes: of an element of a dropout's mask, 1 on a GPU.
         """
-        s, attention = self.shape, self.shape.layer.self_attn
-        (_, inner, _), qkv = s.groups["down"], sum(attention.sizes)
+        s = self.shape
+        _, inner, _ = s.groups["down"]
         adapted = [(s.groups[group], len(ranks)) for group, ranks in s.ranks.items()]
-        # inputs of the norms, q, k, v and the output of attention, gate and up
-        numbers = 2 * s.hidden + qkv + s.heads + 2 * inner + sum(map(sum, s.ranks.values()))
+        # inputs of the norms, what the mixer needs, gate and up
+        numbers = 2 * s.hidden + s.mixer.autograd_columns() + 2 * inner + sum(map(sum, s.ranks.values()))
         numbers += 2 * s.hidden * (s.layer.norms != "pre")
-        if attention.qk_norm or len(attention.groups()["qkv"]) == 1:
-            numbers += (qkv + s.heads) // 2  # q and k before their norms, too, or beside v in one tensor
         if dropout:
             dropped = sum(k * count for (_, k, _), count in adapted)
             return self.tokens * (s.width * (numbers + dropped) + mask_bytes * dropped)
@@ -277,6 +170,17 @@ class LayerAccount:
         if dora:  # the output of LoRA, and what its magnitude multiplies
             numbers += 2 * sum(n for (n, _, _), count in adapted if count)
         return self.tokens * s.width * numbers
+
+
+def layer_accounts(shapes: Sequence[LayerShape], tokens: int, longest: int) -> list[LayerAccount]:
+    """The account of each layer of a model; layers of one kind share one.
+
+    Args:
+        shapes: of the layers, as `layer_shapes` gives them.
+        tokens, longest: of a micro-batch, and of its longest document.
+    """
+    kinds = {shape: LayerAccount(shape, tokens, longest) for shape in shapes}
+    return [kinds[shape] for shape in shapes]
 
 
 @dataclass(frozen=True)
@@ -302,60 +206,77 @@ class StepAccount:
     """Bytes of one micro-batch's forward and backward through all layers and the loss.
 
     Args:
-        layer: the account of one layer.
+        layers: the account of each layer; layers of one kind share one.
         vocab_size: V.
         trains_head: whether the head is trained whole.
     """
 
-    layer: LayerAccount
+    layers: Sequence[LayerAccount]
     vocab_size: int
     trains_head: bool = False
 
     @cached_property
+    def kinds(self) -> dict[LayerAccount, list[int]]:
+        """Each kind of layer -> its layers."""
+        found: dict[LayerAccount, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            found.setdefault(layer, []).append(index)
+        return found
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of a layer's input, which is equally wide in all."""
+        return self.layers[0].results["x"].bytes
+
+    @cached_property
     def loss(self) -> int:
         """Bytes of the loss: a chunk of logits, and the hidden states with their gradients."""
-        shape = self.layer.shape
-        rows, columns = logits_shape(self.layer.tokens, self.vocab_size, shape.width)
-        size = shape.width * (min(rows, self.layer.tokens) * columns + 4 * self.layer.tokens * shape.hidden)
+        shape, tokens = self.layers[0].shape, self.layers[0].tokens
+        rows, columns = logits_shape(tokens, self.vocab_size, shape.width)
+        size = shape.width * (min(rows, tokens) * columns + 4 * tokens * shape.hidden)
         if self.trains_head:  # its gradient in float32, and the head in 16 bit
             size += self.vocab_size * shape.hidden * (4 + shape.width)
         return size
 
     def moments(self, keeps: Sequence[Keep]) -> list[Moment]:
         """Every moment that may be the peak, for what each layer keeps; weights that are kept are no part of it."""
-        away = [sum(self.layer.in_host(keep)) for keep in keeps]
+        away = [sum(layer.in_host(keep)) for layer, keep in zip(self.layers, keeps)]
         # `HostMemory` holds the sources of the last two layers that it copies until backward begins
         leaving = sum([one for one in away if one][-2:])
         found, kept = [], 0
-        for keep, arriving in zip(keeps, [0, *away]):  # for the layer below
-            kept += self.layer.kept(keep)
-            found.append(Moment("a layer's backward", kept, arriving + self.layer.backward(keep)))
+        for layer, keep, arriving in zip(self.layers, keeps, [0, *away]):  # for the layer below
+            kept += layer.kept(keep)
+            found.append(Moment("a layer's backward", kept, arriving + layer.backward(keep)))
         return [Moment("the loss", kept, self.loss + leaving), *found]
 
-    def moments_by_autograd(self, layers: int, checkpointed: bool, dropout: bool, dora: bool) -> list[Moment]:
+    def moments_by_autograd(self, checkpointed: bool, dropout: bool, dora: bool) -> list[Moment]:
         """The same where PyTorch's autograd differentiates the layers."""
-        one = self.layer.by_autograd(dropout, dora)
-        kept = self.layer.results["x"].bytes if checkpointed else one
-        work = one * (2 if checkpointed else 1) + self.layer.shape.weight_buffer("gate_up")
+        ones = {layer: layer.by_autograd(dropout, dora) for layer in self.kinds}
+        kept = sum(self.input_bytes if checkpointed else ones[layer] for layer in self.layers)
+        work = max(
+            one * (2 if checkpointed else 1) + layer.shape.weight_buffer(layer.shape.cores[1].input)
+            for layer, one in ones.items()
+        )
         moments = {"the loss": self.loss, "a layer's backward": work}
-        return [Moment(name, layers * kept, working) for name, working in moments.items()]
+        return [Moment(name, kept, working) for name, working in moments.items()]
 
-    @property
+    @cached_property
     def workspace(self) -> int:
-        """Device bytes of the loss, and of the backward of a layer that keeps nothing there, whichever is more."""
-        return max(self.layer.backward(self.nothing_kept), self.loss)
-
-    @property
-    def nothing_kept(self) -> Keep:
-        """Of a layer that keeps nothing on the device."""
-        return policy("memory", self.layer.shape.layer.results())
+        """Device bytes of the loss, and of the backward of a layer that keeps nothing there, whichever is most."""
+        return max(self.loss, *(layer.backward(_nothing_kept(layer)) for layer in self.kinds))
 
     @property
     def last_gate_up_is_free(self) -> bool:
         """Whether the last layer's gate|up, which its backward makes first, can stay through the loss at no cost."""
-        gate_up = self.layer.results["gate_up"]
-        beside = self.loss + gate_up.bytes + gate_up.beside <= self.layer.backward(self.nothing_kept)
-        return self.layer.tokens <= MLP_TOKENS and beside  # more are made in portions
+        last = self.layers[-1]
+        gate_up = last.results["gate_up"]
+        beside = self.loss + gate_up.bytes + gate_up.beside <= last.backward(_nothing_kept(last))
+        return last.tokens <= MLP_TOKENS and beside  # more are made in portions
+
+
+def _nothing_kept(layer: LayerAccount) -> Keep:
+    """Of a layer that keeps nothing on the device."""
+    return policy("memory", layer.shape.layer.results())
 
 
 def trained_bytes(trainable: int, optimizer: str, width: int = 4) -> dict[str, int]:
@@ -381,15 +302,14 @@ def needed_flop_per_token(decoder: DecoderForCausalLM, trained_share: float, doc
     """Arithmetic that one token needs, forward and backward; what is computed a second time does not count.
 
     A product with a weight takes 2 FLOP forward, 2 for the gradient of its input, and 2 for the gradient of the weight
-    if it is trained. Attention's backward takes twice its forward.
+    if it is trained. A mixer's own backward takes twice its forward.
 
     Args:
         decoder: with its adapter.
         trained_share: share of the tokens that have a label, 0 to 1; the loss skips the others.
         document_length: mean length of the document that a token stands in, in tokens.
     """
-    shape = layer_shape(decoder)
-    total = 3 * decoder.config.num_hidden_layers * shape.attention_flop(document_length)
+    total = 3 * sum(layer.mixer.core_flop(document_length) for layer in decoder.model.layers)
     in_head = {id(module) for module in decoder.get_output_embeddings().modules()}
     for name, module in decoder.named_modules():
         # PEFT keeps the original of a module that it trains in full

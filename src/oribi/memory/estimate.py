@@ -15,27 +15,24 @@ import torch
 from oribi.config import RunConfig
 from oribi.memory.account import (
     LIBRARY_BYTES,
-    LayerAccount,
-    LayerShape,
     StepAccount,
-    layer_shape,
+    layer_accounts,
     trained_bytes,
 )
 from oribi.memory.architecture import Architecture, architecture_of
 from oribi.memory.gpus import Gpu
+from oribi.memory.layer_shape import LayerShape, layer_shapes
 from oribi.memory.plan import MARGIN, plan
+from oribi.models.core import Keep
+from oribi.models.decoding.state import cache_bytes
 from oribi.models.fused_layer import policy
-from oribi.models.half import Keep
 from oribi.models.host_memory import buffer_size
+from oribi.models.layers import DecoderLayer
 
 HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 # of a token and word of the vocabulary: logits in 16 bits, their logarithms and both gradients
 LOGITS_BYTES = 14
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
-GROUP_NAMES = {
-    "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"), "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj", "gate_up_proj"), "down": ("down_proj",),
-}  # fmt: skip
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -84,19 +81,19 @@ class Training:
 
     @cached_property
     def adapted(self) -> dict[str, int]:
-        """Leaf name of each adapted linear layer -> its LoRA parameters in one layer."""
+        """Name of each adapted linear layer among the layers -> its LoRA parameters."""
         c = self.config
         if c.full_finetuning:
             return {}
         found: dict[str, int] = {}
-        for name, module in self.architecture.decoder.model.layers[0].named_modules():
+        for name, module in self.architecture.decoder.model.layers.named_modules():
             if not isinstance(module, torch.nn.Linear):
                 continue
             leaf = name.rpartition(".")[2]
             if c.target_modules == ["all-linear"] or {leaf, *FUSED_NAMES.get(leaf, ())} & set(
                 c.target_modules
             ):
-                found[leaf] = c.lora_r * (module.in_features + module.out_features)
+                found[name] = c.lora_r * (module.in_features + module.out_features)
         return found
 
     @cached_property
@@ -124,7 +121,7 @@ class Training:
         a, c = self.architecture, self.config
         if c.full_finetuning:
             return a.parameters
-        pairs = len(a.decoder.model.layers) * sum(self.adapted.values())
+        pairs = sum(self.adapted.values())
         if "lm_head" in c.target_modules and not self.trains_head:  # LoRA on the head
             pairs += c.lora_r * sum(a.decoder.lm_head.weight.shape)
         return pairs + self.whole
@@ -158,12 +155,7 @@ class Training:
         if c.stage != "grpo":
             return {}
         answers = tokens // self.longest * c.gradient_accumulation_steps
-        width = (
-            a.config.num_key_value_heads
-            * a.decoder.model.layers[0].self_attn.head_dim
-            * a.decoder.dtype.itemsize
-        )
-        cached = 2 * answers * self.longest * width * len(a.decoder.model.layers)
+        cached = cache_bytes(a.decoder.model.layers, answers, self.longest, a.decoder.dtype.itemsize)
         return {"answers' cache": cached}
 
     @property
@@ -188,28 +180,34 @@ class Training:
         }
 
     @cached_property
-    def shape(self) -> LayerShape:
-        """Sizes of a layer with the adapter, on a GPU."""
-        ranks = {
-            group: [self.config.lora_r] * sum(name in self.adapted for name in names)
-            for group, names in GROUP_NAMES.items()
-        }
-        return layer_shape(self.architecture.decoder, ranks, torch.device("cuda"))
+    def shapes(self) -> list[LayerShape]:
+        """Sizes of each layer with the adapter, on a GPU."""
+        decoder = self.architecture.decoder
+        names = {module: name for name, module in decoder.model.layers.named_modules()}
+
+        def ranks(layer: DecoderLayer) -> dict[str, list[int]]:
+            return {
+                group: [self.config.lora_r] * sum(names[module] in self.adapted for module in modules)
+                for core, _, _ in layer.parts()
+                for group, modules in core.groups().items()
+            }
+
+        return layer_shapes(decoder, ranks, torch.device("cuda"))
 
     def step(self, tokens: int, longest: int) -> StepAccount:
         """The account of a micro-batch."""
-        layer = LayerAccount(self.shape, tokens, longest)
-        return StepAccount(layer, self.architecture.config.vocab_size, self.trains_head)
+        layers = layer_accounts(self.shapes, tokens, longest)
+        return StepAccount(layers, self.architecture.config.vocab_size, self.trains_head)
 
     def keeps(self, step: StepAccount, memory_bytes: int) -> list[Keep]:
         """What each layer keeps on a device with this much memory, as training decides it."""
-        layers, choice = len(self.architecture.decoder.model.layers), self.config.gradient_checkpointing
+        choice = self.config.gradient_checkpointing
         if choice in ("off", "speed"):
-            return [Keep()] * layers
+            return [Keep()] * len(step.layers)
         if choice == "balanced":
-            return [policy("balanced", step.layer.shape.layer.results())] * layers
+            return [policy("balanced", layer.shape.layer.results()) for layer in step.layers]
         budget = 0 if choice == "memory" else usable(memory_bytes) - sum(self.fixed().values())
-        return plan(step, layers, budget, self.host_bytes)
+        return plan(step, budget, self.host_bytes)
 
     def estimate(
         self,
@@ -228,17 +226,18 @@ class Training:
             keeps: what each layer keeps; None takes what training would choose.
         """
         fixed, step = self.fixed(), self.step(tokens, longest)
-        layers = len(self.architecture.decoder.model.layers)
         if not self.by_hand:
-            keeps = [Keep()] * layers
+            keeps = [Keep()] * len(step.layers)
             moments = step.moments_by_autograd(
-                layers, self.checkpointed, bool(self.config.lora_dropout), self.config.use_dora
+                self.checkpointed, bool(self.config.lora_dropout), self.config.use_dora
             )
         else:
             automatic = self.config.gradient_checkpointing == "auto"
             keeps = keeps or self.keeps(step, 0 if least and automatic else memory_bytes)
             moments = step.moments(keeps)
-            fixed["weights"] += sum(keep["weights"] == "keep" for keep in keeps) * step.layer.weight_bytes
+            fixed["weights"] += sum(
+                layer.weight_bytes for layer, keep in zip(step.layers, keeps) if keep["weights"] == "keep"
+            )
             frozen = not self.trains_embedding and not self.architecture.tied
             if keeps[0]["x"] == "host" and frozen:  # `apply_plan` moves it
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
@@ -251,7 +250,9 @@ class Training:
             parts |= {"activations": 0, "in work": 0, **extra}
         elif "logits" in extra:
             parts |= extra
-        host = sum(buffer_size(size) for keep in keeps for size in step.layer.in_host(keep))
+        host = sum(
+            buffer_size(size) for layer, keep in zip(step.layers, keeps) for size in layer.in_host(keep)
+        )
         return Estimate(parts, peak.name, keeps, self.trainable, tokens, longest, self.by_hand, host)
 
     def fits(self, tokens: int, longest: int, memory_bytes: int) -> bool:

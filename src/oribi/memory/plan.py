@@ -5,15 +5,17 @@ as many layers as the budget allows; of what does not fit, as much waits in host
 computation, and the rest is computed again. Bytes and arithmetic are those of `account.py`; here are the rates.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import psutil
 import torch
 
-from oribi.memory.account import KeptResult, LayerAccount, StepAccount, layer_shape
+from oribi.memory.account import KeptResult, LayerAccount, StepAccount, layer_accounts
+from oribi.memory.layer_shape import layer_shapes
+from oribi.models.core import Keep, Place
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.half import Keep, Place
 
 # share of the device's memory that no plan counts on: fragments, library workspaces, a longer batch
 MARGIN = 0.06
@@ -24,13 +26,13 @@ FORWARD_BY_PRODUCTS = 1.3
 HOST_BYTES_PER_FLOP = 49e9 / 650e12
 # share of the host's free memory that activations may take
 HOST_SHARE = 0.4
+_WORDS = {"keep": "on the device", "host": "in host memory", "recompute": "computed again"}
 # moving a byte through device memory takes as long as this much arithmetic: 3.0 TB/s beside 650 TFLOP/s
 FLOP_PER_DEVICE_BYTE = 650e12 / 3.0e12
 
 
 def plan(
     step: StepAccount,
-    layers: int,
     budget: int,
     host_bytes: int | None = None,
     host_bytes_per_flop: float = HOST_BYTES_PER_FLOP,
@@ -39,40 +41,44 @@ def plan(
 
     Args:
         step: the account of a micro-batch.
-        layers: of the model.
         budget: device bytes for kept results and workspace; 0 keeps the least there is.
         host_bytes: free host memory; None asks this machine.
         host_bytes_per_flop: of copies to host memory beside the layers' arithmetic, as `measured_host_speed` gives it.
     """
     if host_bytes is None:
         host_bytes = psutil.virtual_memory().available
-    layer, inputs = step.layer, layers * step.layer.results["x"].bytes
-    spare = budget - step.workspace
+    layers = len(step.layers)
+    inputs, spare = layers * step.input_bytes, budget - step.workspace
     # what can be copied while the layers' forward computes
-    forward = layers * (FORWARD_BY_PRODUCTS * layer.product_flop + layer.results["attention"].flop)
+    forward = sum(FORWARD_BY_PRODUCTS * layer.product_flop + layer.core_flop for layer in step.layers)
     host = min(host_bytes_per_flop * forward, HOST_SHARE * host_bytes)
     if spare >= inputs:
-        places = {"x": spread(layers, 0, layers)}
+        places = spread(layers, 0, layers)
         spare -= inputs
     else:
-        places = {"x": spread(0, layers, layers)}
+        places = spread(0, layers, layers)
         host -= inputs
-    for one in by_bargain(layer):
-        kept, out, taken = _shares(one, spare, host, layers)
-        if one.name == "gate_up" and step.last_gate_up_is_free:
+    keeps = [Keep(x=place) for place in places]
+    for layer, one in by_bargain(step.kinds):
+        of_kind = step.kinds[layer]
+        kept, out, taken = _shares(one, spare, host, len(of_kind))
+        if one.name == "gate_up" and of_kind[-1] == layers - 1 and step.last_gate_up_is_free:
             kept = max(kept, 1)
         spare -= taken
         host -= out * one.bytes
-        places[one.name] = spread(kept, out, layers)
-    return [Keep(**dict(zip(places, of_layer))) for of_layer in zip(*places.values())]
+        for index, place in zip(of_kind, spread(kept, out, len(of_kind))):
+            keeps[index][one.name] = place
+    return keeps
 
 
-def by_bargain(layer: LayerAccount) -> list[KeptResult]:
-    """What a layer can keep beside its input, by the time that it saves per byte, the most first."""
-    dequantising = layer.shape.dequantised_traffic * FLOP_PER_DEVICE_BYTE
-    weights = KeptResult("weights", layer.weight_bytes, 0, dequantising, False)
-    found = [weights, *(one for one in layer.results.values() if one.name != "x")]
-    return sorted(found, key=lambda one: one.flop / (one.bytes + one.beside), reverse=True)
+def by_bargain(kinds: Iterable[LayerAccount]) -> list[tuple[LayerAccount, KeptResult]]:
+    """What layers of each kind can keep beside their input, by the time that it saves per byte, the most first."""
+    found = []
+    for layer in kinds:
+        dequantising = layer.shape.dequantised_traffic * FLOP_PER_DEVICE_BYTE
+        weights = KeptResult("weights", layer.weight_bytes, 0, dequantising, False)
+        found += [(layer, weights), *((layer, one) for one in layer.results.values() if one.name != "x")]
+    return sorted(found, key=lambda pair: pair[1].flop / (pair[1].bytes + pair[1].beside), reverse=True)
 
 
 def _shares(one: KeptResult, spare: float, host: float, layers: int) -> tuple[int, int, float]:
@@ -151,27 +157,32 @@ def apply_plan(decoder: DecoderForCausalLM, tokens: int, longest: int, budget: i
         budget: as in `plan`; None measures what is free.
     """
     budget = free_device_bytes(decoder.device) if budget is None else budget
-    device, layers = decoder.device, decoder.model.layers
+    device = decoder.device
     speed = measured_host_speed(device, decoder.dtype) if device.type == "cuda" else HOST_BYTES_PER_FLOP
-    layer = LayerAccount(layer_shape(decoder), tokens, longest)
-    keeps = plan(
-        StepAccount(layer, decoder.config.vocab_size), len(layers), budget, host_bytes_per_flop=speed
-    )
+    step = StepAccount(layer_accounts(layer_shapes(decoder), tokens, longest), decoder.config.vocab_size)
+    keeps = plan(step, budget, host_bytes_per_flop=speed)
     freed = decoder.offload_embedding() if keeps[0]["x"] == "host" else 0
     decoder.set_recompute_policy(keeps)
     also = f"; the embedding's {freed / 2**30:.1f} GiB wait in host memory" if freed else ""
-    return f"{describe(keeps, [*layer.results, 'weights'])}, for {tokens} tokens and {budget / 2**30:.1f} GiB{also}"
+    return f"{describe(keeps)}, for {tokens} tokens and {budget / 2**30:.1f} GiB{also}"
 
 
-def describe(keeps: Sequence[Keep], names: Sequence[str]) -> str:
-    """A plan in words: where the named results are, and in how many layers."""
-    places = {}
-    for place in ("keep", "host", "recompute"):
-        counts = {name: sum(keep[name] == place for keep in keeps) for name in names}
-        places[place] = [
-            name if count == len(keeps) else f"{name} ({count} of {len(keeps)} layers)"
-            for name, count in counts.items()
-            if count
+def describe(keeps: Sequence[Keep]) -> str:
+    """A plan in words: where the named results are, and in how many of the layers that have them."""
+    counts = {
+        place: Counter(name for keep in keeps for name in keep if keep[name] == place) for place in _WORDS
+    }
+    having = Counter(name for keep in keeps for name in keep)
+    named = {
+        place: [
+            name
+            if counts[place][name] == having[name]
+            else f"{name} ({counts[place][name]} of {having[name]} layers)"
+            for name in having
+            if counts[place][name]
         ]
-    words = {"keep": "on the device", "host": "in host memory", "recompute": "computed again"}
-    return "activations: " + "; ".join(f"{words[p]} {', '.join(n)}" for p, n in places.items() if n)
+        for place in _WORDS
+    }
+    return "activations: " + "; ".join(
+        f"{_WORDS[place]} {', '.join(names)}" for place, names in named.items() if names
+    )

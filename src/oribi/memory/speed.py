@@ -25,7 +25,7 @@ from datasets import Dataset
 from torch import nn
 
 from oribi.environment import detect
-from oribi.memory.account import ATTENTION_BY_PRODUCTS, needed_flop_per_token
+from oribi.memory.account import needed_flop_per_token
 from oribi.memory.estimate import Estimate, Training
 from oribi.memory.gpus import Gpu, recognise
 from oribi.models.decoder import DecoderForCausalLM
@@ -69,19 +69,25 @@ class StepTime:
 def step_time(training: Training, estimate: Estimate, gpu: Gpu) -> StepTime:
     """Time of one optimizer step of a run on a GPU."""
     a, config, tokens = training.architecture, training.config, estimate.tokens
-    c, layers, layer = a.config, a.config.num_hidden_layers, training.step(tokens, estimate.longest).layer
-    shape = layer.shape
+    c, layers = a.config, training.step(tokens, estimate.longest).layers
+    width = a.decoder.dtype.itemsize
     # a product with a frozen weight has one product beside it in backward, one with a trained weight two
     linear = 2.0 * a.linear_weights * tokens * (3 if config.full_finetuning else 2)
     head = 4.0 * a.embedding * tokens
     # two products forward, five backward, which forms the scores again
-    attention = 3.5 * ATTENTION_BY_PRODUCTS * tokens * shape.attention_flop(estimate.longest) * layers
+    attention = 3.5 * sum(layer.core_flop for layer in layers)
     flop = linear / (FP8_SPEED if config.fp8 else 1) + head + attention + _recomputed(training, estimate)
-    moved = shape.width * (8 * shape.hidden + shape.columns(2 * ["qkv.out"] + 3 * ["down.in"]))
-    traffic = ELEMENTWISE_PASSES * moved * tokens * layers + LOSS_PASSES * c.vocab_size * tokens * shape.width
+    moved = width * sum(
+        8 * shape.hidden + shape.columns(2 * [f"{shape.mixer.input}.out"] + 3 * ["down.in"])
+        for shape in (layer.shape for layer in layers)
+    )
+    traffic = ELEMENTWISE_PASSES * moved * tokens + LOSS_PASSES * c.vocab_size * tokens * width
     if config.load_in_4bit and not config.full_finetuning:
-        dequantised = sum(keep["weights"] != "keep" for keep in estimate.keeps)
-        traffic += dequantised * shape.dequantised_traffic
+        traffic += sum(
+            layer.shape.dequantised_traffic
+            for layer, keep in zip(layers, estimate.keeps)
+            if keep["weights"] != "keep"
+        )
     bandwidth = gpu.bandwidth_gbs * 1e9 * BANDWIDTH_SHARE
     micro = config.gradient_accumulation_steps
     if config.stage in ("dpo", "kto") or config.stage == "grpo" and config.beta:
@@ -91,21 +97,21 @@ def step_time(training: Training, estimate: Estimate, gpu: Gpu) -> StepTime:
     return StepTime(
         products=micro * flop / (gpu.tflops * 1e12 * PRODUCT_SHARE),
         traffic=(micro * traffic + OPTIMIZER_BYTES * estimate.trainable) / bandwidth,
-        overhead=micro * SECONDS_PER_LAYER * layers,
+        overhead=micro * SECONDS_PER_LAYER * len(layers),
         tokens=micro * tokens,
         measured=gpu.name == "H100" and config.stage == "sft",
     )
 
 
 def _recomputed(training: Training, estimate: Estimate) -> float:
-    """Arithmetic that backward repeats, attention's in units of matrix products."""
-    layer = training.step(estimate.tokens, estimate.longest).layer
+    """Arithmetic that backward repeats, the mixers' own in units of matrix products."""
+    layers = training.step(estimate.tokens, estimate.longest).layers
     if not estimate.measured:
-        return layer.product_flop * len(estimate.keeps) * training.checkpointed
+        return training.checkpointed * sum(layer.product_flop for layer in layers)
     return sum(
         result.flop
+        for layer, keep in zip(layers, estimate.keeps)
         for result in layer.results.values()
-        for keep in estimate.keeps
         if keep[result.name] == "recompute"
     )
 

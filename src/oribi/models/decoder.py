@@ -81,7 +81,7 @@ class DecoderModel(DecoderPreTrainedModel):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             require_growing(cache)
-            require_whole(cache, [layer.self_attn.window for layer in self.layers])
+            require_whole(cache, [layer.mixer.window for layer in self.layers])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache and cache is None:

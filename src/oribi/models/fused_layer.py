@@ -11,13 +11,16 @@ The LoRA pairs are the only parameters trained here; a layer with anything else 
 computed. Evaluation, generation and exports never come here: they are exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from oribi.errors import ModelError
-from oribi.models.half import Half, Keep, Kept, LayerPass, Result
+from oribi.models.core import Keep, Result
+from oribi.models.half import Half, Kept, LayerPass
 from oribi.models.linear_layers import RMSNorm, any_module_hooked, hooked
 from oribi.models.mixers.attention import Attention
 from oribi.models.mlp import MLP
@@ -49,12 +52,21 @@ def fusible_halves(layer: "DecoderLayer") -> list[Half] | None:
     # neither module is called by itself here
     if any_module_hooked() or any(hooked(module) for module, _, _ in parts):
         return None
-    norms = [module for module in layer.modules() if isinstance(module, RMSNorm)]
-    if any(norm.weight.requires_grad or hooked(norm) for norm in norms):
+    if any(isinstance(module, RMSNorm) and hooked(module) for module in layer.modules()):
+        return None
+    if any(parameter.requires_grad for parameter in _beside_linear_layers(layer)):
         return None
     halves = [Half(module, pre, post, layer.residual_scale) for module, pre, post in parts]
     projections = [p for half in halves for group in half.groups.values() for p in group]
     return halves if all(p is not None and p.fusible for p in projections) else None
+
+
+def _beside_linear_layers(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that no linear layer holds, which the pass has no gradients for: those of norms, say."""
+    yield from module._parameters.values()
+    for child in module.children():
+        if not isinstance(child, (nn.Linear, BaseTunerLayer)):
+            yield from _beside_linear_layers(child)
 
 
 def fused_layer(

@@ -13,90 +13,24 @@ computed again. The gradients do not depend on it, to the bit.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from oribi.kernels import fp8
 from oribi.kernels.lora import GroupWeight, Projection, augmented_weight, backward_factors, group_shape
 from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from oribi.models.core import Core, Keep
 from oribi.models.host_memory import Parcel
 from oribi.models.linear_layers import RMSNorm, read
 
 if TYPE_CHECKING:
     from oribi.models.layers import Batch, DecoderLayer
 
-Place = Literal["keep", "host", "recompute"]
 Factors = list[torch.Tensor | None]
 
 # tokens that a row-wise core computes at a time; this many keep the matrix products at full speed
 MLP_TOKENS = 16384
-
-
-@dataclass(frozen=True)
-class Result:
-    """A result of a layer's forward pass that its backward pass reads.
-
-    Args:
-        name: its entry in `Keep`.
-        columns: numbers per token, the sum of these: "qkv.in", "qkv.out" and "qkv.lora" are K, N and P of the group qkv,
-            "hidden" is D, "heads" the number of query heads.
-        made_by: the group whose product it is, or "attention": what computing it again costs.
-        follows: the result that it is kept beside, or computed again with; it never waits in host memory.
-        itemsize: bytes of a number; None is the model's dtype.
-        before_norm: it exists only in layers with a norm after the product.
-        balanced, memory: its place under the policies of these names; under "speed" everything stays on the device.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    made_by: str | None = None
-    follows: str | None = None
-    itemsize: int | None = None
-    before_norm: bool = False
-    balanced: Place = "recompute"
-    memory: Place = "recompute"
-
-
-class Keep(dict[str, Place]):
-    """Where each result of a layer is between forward and backward, by name; one without an entry stays on the device.
-
-    "weights" are the layer's dequantised weights, kept from step to step ("keep") or made again ("recompute", unless
-    there is an entry); they never wait in host memory.
-    """
-
-    def __missing__(self, name: str) -> Place:
-        return "recompute" if name == "weights" else "keep"
-
-
-class Core(Protocol):
-    """What a mixer or an MLP (a module) provides for the pass.
-
-    results: what a half around it can keep. The product of the group `input` has its name, that of `output` (before a
-        norm) too; xa of both groups follow a result.
-    input, output: names of the groups W_in and W_out. output_result: name of y where it can be kept, else None.
-    row_wise: whether tokens do not see each other: then the half runs in portions of the tokens, and `backward` leaves h
-        where dh was, so that h is never kept.
-    """
-
-    results: tuple[Result, ...]
-    input: str
-    output: str
-    output_result: str | None
-    row_wise: bool
-
-    def groups(self) -> dict[str, list[nn.Module]]:
-        """The linear layers of W_in and W_out, by the names of the groups."""
-
-    def prepare(self, p: torch.Tensor, batch: "Batch", fresh: bool) -> Any:
-        """The cheap part, done in forward and in backward: p [T, N] may be overwritten where it is `fresh` from W_in."""
-
-    def run(self, prepared: Any, kept: "Kept") -> torch.Tensor:
-        """h [T, K of W_out]; takes its own results from `kept`, or computes them and puts them there."""
-
-    def backward(self, prepared: Any, dh: torch.Tensor) -> None:
-        """Writes the gradient of p over the p that was given to `prepare`."""
 
 
 class Kept:

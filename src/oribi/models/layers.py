@@ -16,11 +16,12 @@ from oribi.families import Family
 from oribi.kernels.attention import Visibility
 from oribi.kernels.embedding import embedding
 from oribi.kernels.fp8 import RoundedWeights
+from oribi.models.core import Keep, Mixer, Result
 from oribi.models.fused_layer import fused_layer, fusible_halves, policy
-from oribi.models.half import Keep, Result
 from oribi.models.host_memory import HostMemory
 from oribi.models.linear_layers import RMSNorm
-from oribi.models.mixers.attention import Attention, window_of
+from oribi.models.mixers import mixer_of
+from oribi.models.mixers.attention import window_of
 from oribi.models.mlp import MLP
 
 
@@ -58,7 +59,9 @@ class Embedding(nn.Embedding):
 class DecoderLayer(nn.Module):
     def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, family, index)
+        mixer = mixer_of(config, family, index)
+        self.mixer_name = mixer.attribute  # as the checkpoint has it
+        self.add_module(self.mixer_name, mixer)
         self.mlp = MLP(config, family)
 
         def norm() -> RMSNorm:
@@ -83,17 +86,22 @@ class DecoderLayer(nn.Module):
         # group -> what it was made of, and the weights
         self.dequantized: dict[str, tuple[tuple, torch.Tensor | RoundedWeights]] = {}
 
+    @property
+    def mixer(self) -> Mixer:
+        """What mixes the tokens."""
+        return self._modules[self.mixer_name]
+
     def parts(self) -> tuple[tuple[nn.Module, RMSNorm | None, RMSNorm | None], ...]:
         """The mixer and the MLP, each with the norms before and after it."""
         post, sandwich = self.norms == "post", self.norms == "sandwich"
         if self.norms == "pre":
-            return (self.self_attn, self.input_layernorm, None), (
+            return (self.mixer, self.input_layernorm, None), (
                 self.mlp,
                 self.post_attention_layernorm,
                 None,
             )
         return (
-            (self.self_attn, None if post else self.input_layernorm, self.post_attention_layernorm),
+            (self.mixer, None if post else self.input_layernorm, self.post_attention_layernorm),
             (
                 self.mlp,
                 self.pre_feedforward_layernorm if sandwich else None,
@@ -135,7 +143,7 @@ def follow_windows(config: PretrainedConfig, family: Family) -> PretrainedConfig
 
     transformers' caches slide wherever a config has `sliding_window` or `layer_types`, in families without windows too.
     """
-    if family.windows == "layer_types" or family.rope_by_layer_type:
+    if family.windows == "layer_types" or family.rope_by_layer_type or family.mixers:
         return config
     fields = ("sliding_window", "attention_chunk_size", "layer_types")
     wanted = None

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 
 from oribi.families import Family, activation_of
 from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
-from oribi.models.half import Kept, Result
+from oribi.models.core import Result
+from oribi.models.half import Kept
 from oribi.models.linear_layers import project
 
 if TYPE_CHECKING:

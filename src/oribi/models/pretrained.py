@@ -6,8 +6,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from oribi.errors import ModelError
 from oribi.kernels import fp8
+from oribi.models.core import Keep
 from oribi.models.fused_layer import POLICY_NAMES, fusible_halves, policy
-from oribi.models.half import Keep
 from oribi.models.host_memory import pinned
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import RMSNorm
@@ -110,7 +110,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """Where the layers compute; an embedding may lie in host memory."""
-        return next(p for name, p in self.named_parameters() if name.endswith("layernorm.weight")).device
+        return next(module for module in self.modules() if isinstance(module, RMSNorm)).weight.device
 
     def offload_embedding(self) -> int:
         """Moves a frozen embedding that no head shares to pinned host memory.

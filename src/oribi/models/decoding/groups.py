@@ -5,6 +5,7 @@ many rows packed weights are dequantised in every step; a CPU reads a copy in 16
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,7 +17,11 @@ from oribi.kernels.lora_linear import kept_weight
 from oribi.kernels.lora_pack import pack_factors
 from oribi.kernels.lora_unpacked import UnpackedWeight, unpacked
 from oribi.kernels.nf4_linear import nf4_linear, reads
+from oribi.models.core import Core
 from oribi.models.linear_layers import read
+
+if TYPE_CHECKING:
+    from oribi.models.decoding.state import DecodingState
 
 
 class LinearGroup:
@@ -104,3 +109,9 @@ def linear_group(
         return PackedGroup(modules, dtype, device, counters)
     copy = kept_weight(projections, dtype, device)
     return LinearGroup(modules, dtype, device) if copy is None else CopiedGroup(modules, copy)
+
+
+def groups_of(core: Core, state: "DecodingState") -> dict[str, LinearGroup]:
+    """The groups of linear layers of a mixer or MLP, for the rows of a state."""
+    rows = len(state.row)
+    return {name: linear_group(ms, state.dtype, rows, state.counters) for name, ms in core.groups().items()}

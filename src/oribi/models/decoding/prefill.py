@@ -17,7 +17,7 @@ PACK_TOKENS = 8192  # of one forward; a longer prompt is alone in its own
 
 
 class PromptCache:
-    """Writes the keys and values of a pack to the places of the rows that begin with its prompts.
+    """Writes what mixers hold of a pack to the places of the rows that begin with its prompts.
 
     Args:
         state: of the rows.
@@ -27,6 +27,7 @@ class PromptCache:
     def __init__(self, state: DecodingState, prompts: list[tuple[int, ...]], rows: list[list[int]]) -> None:
         self._state, self._prompts, self._rows = state, prompts, rows
         self._places: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._ends: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def get_seq_length(self) -> int:
         """0: every pack begins at the beginning."""
@@ -38,9 +39,22 @@ class PromptCache:
         """Writes keys and values [1, K, T, E] of a layer, and returns them: the prompts see nothing else."""
         state = self._state
         source, row, slot = self._of(state.slots[index])
-        for cache, new in ((state.keys[index], keys), (state.values[index], values)):
+        for cache, new in zip(state.held[index].values(), (keys, values)):
             cache[row, :, slot] = new[0].transpose(0, 1).index_select(0, source)
         return keys, values
+
+    def leave(self, index: int, **held: torch.Tensor) -> None:
+        """Writes what a mixer holds after the prompts, [prompts of the pack, ...] by its name in `Mixer.holds`."""
+        if self._ends is None:
+            device = self._state.token.device
+            counts = torch.tensor([len(rows) for rows in self._rows])
+            prompt = torch.arange(len(counts)).repeat_interleave(counts)
+            rows = torch.tensor([row for rows in self._rows for row in rows])
+            self._ends = prompt.to(device), rows.to(device)
+        prompt, rows = self._ends
+        for name, values in held.items():
+            tensor = self._state.held[index][name]
+            tensor[rows] = values.index_select(0, prompt).to(tensor.dtype)
 
     def _of(self, slots: int) -> tuple[torch.Tensor, ...]:
         """Tokens of the pack, and the row and slot of each."""

@@ -1,10 +1,12 @@
-"""What a generation holds from token to token: keys and values of every layer, and where each row stands.
+"""What a generation holds from token to token: what every layer's mixer holds, and where each row stands.
 
-B rows, K key/value heads, E head_dim, C slots of a layer, V vocabulary, N new tokens. The token at position p of a row lies
-in slot p mod C: no slot holds padding, and a layer with a window has no more slots than the window is long.
+B rows, C slots of a layer, V vocabulary, N new tokens. Of mixers that hold each token, attention for one, the token at
+position p of a row lies in slot p mod C: no slot holds padding, and a layer with a window has no more slots than the window
+is long.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import psutil
 import torch
@@ -17,19 +19,13 @@ SLOT_STEP = 256  # slots are a multiple of this many, so that requests of about 
 _SHARE = 0.8  # of the free memory; the rest is for prompts
 
 
-def slots_for(layer: DecoderLayer, length: int) -> int:
-    """Slots of a layer's cache for rows of `length` tokens."""
-    window = layer.self_attn.window
-    return length if window is None else min(length, window)
-
-
 def cache_bytes(layers: Sequence[DecoderLayer], rows: int, length: int, itemsize: int) -> int:
-    """Bytes of the keys and values of `rows` rows of `length` tokens.
+    """Bytes of what the mixers hold of `rows` rows of `length` tokens.
 
     Args:
         layers: of the decoder. rows, length: of the batch. itemsize: bytes of a number.
     """
-    return sum(2 * rows * slots_for(one, length) * one.self_attn.sizes[1] * itemsize for one in layers)
+    return rows * sum(held.bytes(itemsize) for one in layers for held in one.mixer.holds(length).values())
 
 
 def rows_that_fit(
@@ -57,10 +53,11 @@ class DecodingState:
         layers: of the decoder.
         rows: B. length: most tokens of a row, prompt and new ones. new_tokens: N.
         vocab_size: V where it matters which tokens a row has, else 0.
-        dtype, device: of keys and values.
+        dtype, device: of the model.
 
     Attributes:
-        keys, values: [B, K, C, E] of each layer. row: [B] int64, the first entry of each row, which is its place.
+        held: of each layer, what its mixer holds by name, [B, ...]. slots: C of each layer; 0 where there are none.
+        row: [B] int64, the first entry of each row, which is its place.
         token: [B] int64, the last token of each row, which is not cached yet.
         length: [B] int64, cached tokens, and so the position of `token`.
         finished: [B] bool. count: [B] int64, new tokens up to the one that ended the row.
@@ -83,12 +80,16 @@ class DecodingState:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.dtype, self.counters = dtype, new_counters(device)
-        self.slots = [slots_for(layer, length) for layer in layers]
+        self._held = [layer.mixer.holds(length) for layer in layers]
+        self.slots = [
+            next((one.shape[one.slots] for one in of_layer.values() if one.slots is not None), 0)
+            for of_layer in self._held
+        ]
         # zeros: a masked slot is multiplied by 0, which must not meet a nan
-        shapes = [(rows, layer.self_attn.sizes[1] // layer.self_attn.head_dim, slots, layer.self_attn.head_dim)
-                  for layer, slots in zip(layers, self.slots)]  # fmt: skip
-        self.keys = [zeros(*shape, dtype=dtype) for shape in shapes]
-        self.values = [zeros(*shape, dtype=dtype) for shape in shapes]
+        self.held = [
+            {name: zeros(rows, *one.shape, dtype=one.dtype or dtype) for name, one in of_layer.items()}
+            for of_layer in self._held
+        ]
         self.row = torch.arange(rows, device=device)
         self.token, self.length, self.count = zeros(rows), zeros(rows), zeros(rows)
         self.finished = zeros(rows, dtype=torch.bool)
@@ -99,6 +100,10 @@ class DecodingState:
         """Nothing is cached; the first `rows` rows are to be continued, and the others have ended."""
         for tensor in (self.token, self.length, self.count, self.out, self.step):
             tensor.zero_()
+        for tensors, of_layer in zip(self.held, self._held):
+            for name, tensor in tensors.items():
+                if of_layer[name].slots is None:
+                    tensor.zero_()
         self.finished.fill_(True)
         self.finished[:rows] = False
         if self.seen is not None:
@@ -107,8 +112,9 @@ class DecodingState:
     @property
     def by_row(self) -> list[torch.Tensor]:
         """All tensors with an entry per row, which move when a row moves."""
+        held = [tensor for of_layer in self.held for tensor in of_layer.values()]
         seen = [] if self.seen is None else [self.seen]
-        return [*self.keys, *self.values, self.token, self.length, self.count, self.finished, self.out, *seen]
+        return [self.token, self.length, self.count, self.finished, self.out, *held, *seen]
 
     def take(self, token: torch.Tensor, ends: torch.Tensor | None, pad: int) -> None:
         """Appends a token to every row.
@@ -130,10 +136,9 @@ class DecodingState:
     def keep(self, rows: list[int]) -> None:
         """Makes these rows, in ascending order, the first ones, and all that there are from now on."""
         index = torch.tensor(rows, device=self.token.device)
-        moved = [tensor.index_select(0, index) for tensor in self.by_row]
+        moved = iter([tensor.index_select(0, index) for tensor in self.by_row])
         self.row = self.row[: len(rows)]
-        n = len(self.keys)
-        self.keys, self.values = moved[:n], moved[n : 2 * n]
-        self.token, self.length, self.count, self.finished, self.out = moved[2 * n : 2 * n + 5]
+        self.token, self.length, self.count, self.finished, self.out = islice(moved, 5)
+        self.held = [{name: next(moved) for name in of_layer} for of_layer in self.held]
         if self.seen is not None:
-            self.seen = moved[-1]
+            self.seen = next(moved)

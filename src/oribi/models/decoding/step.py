@@ -4,7 +4,8 @@ B rows, D hidden size, H query heads, K key/value heads, E head_dim, C slots of 
 to token is in the tensors of a `DecodingState`, so the same calls on the same addresses serve all tokens.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from oribi.kernels.gated_mlp import gated_mlp_forward
 from oribi.kernels.lora_unpacked import few_rows_linear
 from oribi.kernels.rms_norm import rms_norm_forward
 from oribi.kernels.rope import rope_forward
-from oribi.models.decoding.groups import LinearGroup, PackedGroup, linear_group
+from oribi.models.decoding.groups import PackedGroup, groups_of
 from oribi.models.decoding.sampling import Choice
 from oribi.models.decoding.state import DecodingState
 from oribi.models.layers import DecoderLayer
@@ -65,7 +66,7 @@ class AttentionStep:
         """Output [B, D] of x [B, D]."""
         a, state = self.attention, self.state
         qkv = self.groups["qkv"](x)
-        keys, values = state.keys[a.index], state.values[a.index]
+        keys, values = state.held[a.index].values()
         if self._fused:
             return self.groups["o"](self._by_kernels(qkv, keys, values, angles))
         q, k, v = qkv.split(a.sizes, dim=1)
@@ -148,7 +149,7 @@ class MLPStep:
         self.activation = mlp.activation
         self.groups = groups_of(mlp, state)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
         """Output [B, D] of x [B, D]."""
         gate_up = self.groups["gate_up"]
         if isinstance(gate_up, PackedGroup):
@@ -157,10 +158,8 @@ class MLPStep:
         return self.groups["down"](gated_mlp_forward(gate, up, self.activation))
 
 
-def groups_of(core: Attention | MLP, state: DecodingState) -> dict[str, LinearGroup]:
-    """The groups of linear layers of a mixer or MLP."""
-    rows = len(state.row)
-    return {name: linear_group(ms, state.dtype, rows, state.counters) for name, ms in core.groups().items()}
+# how one token per row goes through a mixer or an MLP
+STEPS: dict[type, Callable[[Any, DecodingState], Any]] = {Attention: AttentionStep, MLP: MLPStep}
 
 
 class DecodingStep:
@@ -201,7 +200,9 @@ class DecodingStep:
         if model.embedding_multiplier != 1.0:
             x = x * model.embedding_multiplier
         angles = {kind: rotary.angles(state.length, longest) for kind, rotary in model.rotary.items()}
-        slots = () if reads_with_kernels(state) else set(state.slots)  # a kernel finds its slots by itself
+        slots = (
+            () if reads_with_kernels(state) else set(state.slots) - {0}
+        )  # a kernel finds its slots by itself
         rings = {count: Ring(count, state.length, used) for count in slots}
         branch = None
         for layer in self.layers:
@@ -218,12 +219,8 @@ class DecodingStep:
 
 class _LayerStep:
     def __init__(self, layer: DecoderLayer, state: DecodingState) -> None:
-        mixer, mlp = layer.parts()
         self.scale = layer.residual_scale
-        self.parts = [
-            (AttentionStep(layer.self_attn, state), *mixer[1:]),
-            (MLPStep(layer.mlp, state), *mlp[1:]),
-        ]
+        self.parts = [(STEPS[type(module)](module, state), pre, post) for module, pre, post in layer.parts()]
 
     def __call__(self, x, branch, angles, rings):
         """The residual stream and the branch that is to be added to it, [B, D] each, of those of the layer below."""
@@ -232,7 +229,7 @@ class _LayerStep:
                 h, x = _norm_of_sum(pre, x, branch, self.scale)
             else:
                 h = x = x if branch is None else x + (branch if self.scale == 1.0 else branch * self.scale)
-            h = part(h, angles, rings) if isinstance(part, AttentionStep) else part(h)
+            h = part(h, angles, rings)
             branch = h if post is None else _norm(post, h)
         return x, branch
 

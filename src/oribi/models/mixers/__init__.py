@@ -1,0 +1,19 @@
+"""What mixes the tokens of a layer: one file per mixer, each a module that `models.core.Mixer` describes."""
+
+from transformers import PretrainedConfig
+
+from oribi.families import Family
+from oribi.models.core import Mixer
+from oribi.models.mixers.attention import Attention
+
+# in the words of `Family.mixers`
+MIXERS: dict[str, type] = {"attention": Attention}
+
+
+def mixer_of(config: PretrainedConfig, family: Family, index: int) -> Mixer:
+    """The mixer of a layer, without weights of its own yet.
+
+    Args:
+        config, family: of the model. index: of the layer.
+    """
+    return MIXERS[family.mixer(config, index)](config, family, index)

@@ -14,10 +14,18 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from oribi.families import Family
-from oribi.kernels.attention import Attend, attention, attention_backward, attention_forward, decide
+from oribi.kernels.attention import (
+    Attend,
+    attention,
+    attention_backward,
+    attention_forward,
+    decide,
+    head_groups,
+)
 from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from oribi.kernels.rope import rope, rope_forward
-from oribi.models.half import Kept, Result
+from oribi.models.core import Held, Result
+from oribi.models.half import Kept
 from oribi.models.linear_layers import RMSNorm, project
 
 if TYPE_CHECKING:
@@ -50,11 +58,15 @@ class Attending:
 
 class Attention(nn.Module):
     # `models.half.Core` says what these are
-    input, output, output_result, row_wise = "qkv", "o", "x_mid", False
+    attribute, input, output, output_result, row_wise = "self_attn", "qkv", "o", "x_mid", False
+    masks_padding = False
+    # its arithmetic takes as long as this much of a matrix product: 582 and 514 TFLOP/s in forward and backward of 32,768
+    # tokens on an H100
+    core_by_products = 1.22
     results = (
         Result("qkv", ("qkv.out", "qkv.lora"), made_by="qkv"),
         Result("qkv_xa", ("qkv.lora",), follows="qkv"),
-        Result("attention", ("o.in",), made_by="attention", balanced="keep"),
+        Result("attention", ("o.in",), made_by="core", balanced="keep"),
         Result("attention_saved", ("heads",), follows="attention", itemsize=4),  # the scores' log-sum-exp
         Result("x_mid", ("o.out",), made_by="o"),
         Result("o_xa", ("o.lora",), follows="x_mid"),
@@ -67,6 +79,7 @@ class Attention(nn.Module):
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.index = index
         self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]
+        self.columns = {"heads": heads}
         configured = family.attention_bias == "config" and bool(getattr(config, "attention_bias", False))
         qkv_bias = configured or family.attention_bias == "qkv"
         if family.fused_projections:
@@ -95,6 +108,29 @@ class Attention(nn.Module):
             "qkv": [self.qkv_proj] if fused else [self.q_proj, self.k_proj, self.v_proj],
             "o": [self.o_proj],
         }
+
+    def holds(self, length: int) -> dict[str, Held]:
+        """Keys and values [K, C, E]; the token at position p lies in slot p mod C."""
+        slots = length if self.window is None else min(length, self.window)
+        held = Held((self.sizes[1] // self.head_dim, slots, self.head_dim), slots=1)
+        return {"keys": held, "values": held}
+
+    def core_flop(self, longest: float) -> float:
+        """Of scores and of their product with the values."""
+        # a token attends to half of its document, or to the window if that is less
+        attended = longest / 2 if self.window is None else min(longest / 2, self.window)
+        return 4.0 * self.sizes[0] * attended
+
+    def core_backward_bytes(self, tokens: int, width: int) -> int:
+        """Gradients of a, q, k and v; for a group of heads that of q in float32, of k and v by query head."""
+        heads = self.sizes[0]
+        portions = head_groups("flash", tokens * self.columns["heads"], self.sizes[1] // self.head_dim)
+        return tokens * width * (heads + sum(self.sizes) + 4 * heads // portions)
+
+    def autograd_columns(self) -> int:
+        """q, k, v and the output; q and k before their norms, too, or beside v in one tensor."""
+        numbers = sum(self.sizes) + self.sizes[0]
+        return numbers + numbers // 2 if self.qk_norm or len(self.groups()["qkv"]) == 1 else numbers
 
     def forward(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
         rows, length = x.shape[:2]
