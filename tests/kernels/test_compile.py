@@ -12,6 +12,7 @@ import torch
 
 from oribi.kernels import (
     adamw_step,
+    blocked_attention,
     causal_conv,
     cross_entropy,
     decode_attention,
@@ -47,6 +48,7 @@ MODULES = (
     lora_expand,
     lora_pack,
     flash_attention,
+    blocked_attention,
     fp8,
     decode_attention,
     nf4_linear,
@@ -296,7 +298,19 @@ def test_attention_compiles_within_shared_memory(launches, capability, dtype, wi
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("first_keys", "window"), [(None, None), (torch.zeros(200, dtype=torch.int32), 64)])
+def test_the_softmax_of_blocked_attention_compiles(launches, capability, dtype, first_keys, window):
+    q, k = torch.randn(1, 200, 4, 512).to(dtype), torch.randn(1, 200, 1, 512).to(dtype)
+    shape = (first_keys, 150, 1.0, window)
+    out, lse = blocked_attention.blocked_attention_forward(q, k, k, *shape)
+    blocked_attention.blocked_attention_backward(out, q, k, k, out, lse, *shape)
+    assert len(launches) == 2
+    for launch in launches:
+        assert compiled(launch, capability).metadata.shared <= SHARED.get(capability, 65536)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_decoding_attention_compiles_within_shared_memory(launches, capability, dtype, head_dim):
     rows, length = torch.arange(2), torch.tensor([3, 70])
     qkv = torch.randn(2, 12 * head_dim).to(dtype)

@@ -4,7 +4,7 @@ B rows, S queries and C keys per row, H query heads, K key/value heads, E head_d
 `out[b, s, h] = softmax(scale * q[b, s, h] @ k[b, :, h // (H/K)]^T + mask) @ v`, mask from `Visibility`.
 
 Backends: `cudnn` (dense rows), `flash` (dense or packed documents, windows), `flash3` (the same, where FlashAttention 3
-is installed), `triton` (with soft caps too) and `reference` (PyTorch on any device, each document apart, so that no
+is installed), `triton` (with soft caps too), `blocked` (heads wider than 256, on any GPU) and `reference` (PyTorch on any device, each document apart, so that no
 document can touch another). Packs of equally long documents are dense rows. FlashAttention 2 is PyTorch's own `flash`.
 """
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from oribi.kernels import flash_attention_3
+from oribi.kernels.blocked_attention import blocked_attention_backward, blocked_attention_forward
 from oribi.kernels.dispatch import use_triton
 from oribi.kernels.flash_attention import flash_attention_backward, flash_attention_forward
 from oribi.kernels.visibility import Visibility
@@ -91,10 +92,12 @@ def attention(
 
 
 def choose_backend(q: torch.Tensor, visibility: Visibility, window: int | None, softcap: float | None) -> str:
-    """Name of the fastest backend that computes this attention: "cudnn", "flash3", "flash", "triton" or "reference"."""
+    """Name of the fastest backend that computes this attention, as the file's docstring lists them."""
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if not q.is_cuda or not half or visibility.real is not None or visibility.past or q.shape[-1] > 256:
+    if not q.is_cuda or not half or visibility.real is not None or visibility.past:
         return "reference"
+    if q.shape[-1] > 256:
+        return "blocked" if softcap is None else "reference"
     major = torch.cuda.get_device_capability(q.device)[0]
     if major < 8 or q.shape[-1] % 8:
         return "reference"
@@ -130,6 +133,9 @@ def attention_forward(
         documents = how.visibility.documents(q.device)
         out, lse = flash_attention_forward(q, k, v, *documents, how.scale, how.window, how.softcap)
         return out.view(shape), (lse,)
+    if how.backend == "blocked":
+        out, lse = blocked_attention_forward(q, k, v, *_blocked_extent(q, how))
+        return out.reshape(shape), (lse,)
     if how.backend == "flash3":
         out, lse = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **_flash3_extent(q, how))[:2]
         return out.reshape(shape), (lse,)
@@ -192,6 +198,8 @@ def _backward(
         return flash_attention_backward(
             dout, q, k, v, out, *saved, *documents, how.scale, how.window, how.softcap
         )
+    if how.backend == "blocked":
+        return blocked_attention_backward(dout, q, k, v, out, *saved, *_blocked_extent(q, how))
     if how.backend == "flash3":
         return torch.ops.flash_attn_3.bwd(dout, q, k, v, out, *saved, **_flash3_extent(q, how))[:3]
     lse, seed, offset = saved
@@ -222,6 +230,11 @@ def _flash_extent(q: torch.Tensor, how: Attend) -> tuple[torch.Tensor | None, to
     cu_seqlens = how.visibility.cu_seqlens
     length = how.visibility.max_length if how.packed else q.shape[1]
     return cu_seqlens, cu_seqlens, length, length
+
+
+def _blocked_extent(q: torch.Tensor, how: Attend) -> tuple[torch.Tensor | None, int, float, int | None]:
+    first_keys = how.visibility.doc_start(q.device) if how.packed else None
+    return first_keys, how.visibility.max_length if how.packed else q.shape[1], how.scale, how.window
 
 
 def _flash_window(how: Attend) -> dict[str, int]:

@@ -17,8 +17,8 @@ from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton,
 
 # programs of a launch where there is work for them: two for each of an H200's 132 multiprocessors
 _PROGRAMS = 264
-# slots that a program looks at together, and the fewest that are worth a program; of wide heads half as many fit in the
-# shared memory of a Turing card
+# slots that a program looks at together, and the fewest that are worth a program; of wide heads fewer fit in the shared
+# memory of a Turing card
 _SLOTS = 64
 
 
@@ -162,7 +162,7 @@ def decode_attention(
     rows, heads, head_dim = q.shape
     _, kv_heads, slots, _ = k_cache.shape
     group = heads // kv_heads
-    block = _SLOTS if head_dim <= 128 else _SLOTS // 2
+    block = _SLOTS if head_dim <= 128 else _SLOTS // 2 if head_dim <= 256 else _SLOTS // 4
     splits = max(1, min(_PROGRAMS // (rows * kv_heads), 32, -(-slots // block)))
     width, queries = next_power_of_2(head_dim), max(next_power_of_2(group), 16)
     out = torch.empty(rows, heads * head_dim, dtype=q.dtype, device=q.device)
