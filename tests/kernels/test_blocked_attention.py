@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from oribi.kernels import attention, dispatch
 from oribi.kernels import blocked_attention as op
-from oribi.kernels import dispatch
-from tests.kernels.test_attention import SCALE, inputs, pack_of, truth
+from tests.kernels.test_attention import SCALE, errors, inputs, pack_of, truth
 from tests.kernels.truth import DEVICE, DTYPES, assert_twice_as_good
 
 
@@ -76,3 +76,11 @@ def test_scores_stay_within_their_bytes_whatever_the_context():
 
 def test_documents_of_a_pack_begin_where_its_offsets_say():
     assert torch.equal(pack_of([3, 1, 4]).doc_start(torch.device(DEVICE)), starts([3, 1, 4]))
+
+
+@pytest.mark.parametrize("lengths", [[90], [50, 1, 39], [30, 30, 30]])
+def test_attention_runs_it_where_it_is_chosen(lengths, monkeypatch):
+    monkeypatch.setattr(attention, "choose_backend", lambda *_: "blocked")
+    q, k, v = inputs(1, sum(lengths), 4, 2, 24, torch.float32)
+    visibility = pack_of(lengths) if len(lengths) > 1 else attention.Visibility(1, 90)
+    assert max(errors(visibility, lengths, q, k, v)) < (1e-5 if DEVICE == "cpu" else 2e-3)

@@ -33,7 +33,9 @@ def queries_per_block(rows: int, heads: int, length: int) -> int:
     return min(max(fitting, 64), 1024)
 
 
-def blocked_backward_bytes(rows: int, heads: int, kv_heads: int, length: int, width: int, itemsize: int) -> int:
+def blocked_backward_bytes(
+    rows: int, heads: int, kv_heads: int, length: int, width: int, itemsize: int
+) -> int:
     """Device bytes that `blocked_attention_backward` takes beside its inputs and results: B, H, K, S, E, bytes of a number."""
     scores = rows * heads * min(queries_per_block(rows, heads, length), length) * length
     return scores * 2 * (4 + itemsize) + 2 * rows * kv_heads * length * width * (4 + itemsize)
@@ -147,7 +149,9 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.bmm(wide(left), wide(right))
 
 
-def _seen(first_keys: torch.Tensor | None, block: _Block, window: int | None, scores: torch.Tensor) -> torch.Tensor:
+def _seen(
+    first_keys: torch.Tensor | None, block: _Block, window: int | None, scores: torch.Tensor
+) -> torch.Tensor:
     """[N, C] bool, where a query may look."""
     query = torch.arange(block.first, block.last, device=scores.device)[:, None]
     key = torch.arange(block.lowest, block.last, device=scores.device)
@@ -195,7 +199,17 @@ def _extent(first_keys, block, window, logs):
 
 
 @jit
-def _keys_of(rows, count, first_keys, first_query, queries, lowest, window, PACKED: tl.constexpr, WINDOWED: tl.constexpr):
+def _keys_of(
+    rows,
+    count,
+    first_keys,
+    first_query,
+    queries,
+    lowest,
+    window,
+    PACKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
     """The first and the last key, counted from the block's, that the queries of these rows see."""
     query = first_query + rows % queries
     first = rows * 0
