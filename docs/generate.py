@@ -49,7 +49,7 @@ def properties(family: Family) -> str:
         f"q and k normalised per {family.qk_norm}": family.qk_norm,
         "sliding windows where the config has them": family.windows,
         "soft caps": family.softcaps,
-        "fused projections": family.fused_projections,
+        "fused projections": bool(family.fused_projections),
         "biases of q, k and v": family.attention_bias == "qkv",
         "scaled embeddings": family.embedding_scale,
         "multipliers": family.multipliers,

@@ -5,13 +5,33 @@ the checkpoint's config. A new family is a new row; a flag names a property, nev
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
 # the deepest models have some hundreds; each layer costs host memory before a weight is read
 MOST_LAYERS = 4096
+
+# norms before and after the mixer and the MLP -> what most checkpoints call them, by the places that have one
+_NORMS: dict[str, dict[str, str]] = {
+    "pre": {"mixer_input_norm": "input_layernorm", "mlp_input_norm": "post_attention_layernorm"},
+    "post": {
+        "mixer_output_norm": "post_attention_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+    "sandwich": {
+        "mixer_input_norm": "input_layernorm",
+        "mixer_output_norm": "post_attention_layernorm",
+        "mlp_input_norm": "pre_feedforward_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+}
+# group of linear layers -> the projections in it, and the one layer that may hold them all
+_FUSED = {
+    "qkv": (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    "gate_up": (("gate_proj", "up_proj"), "gate_up_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +85,12 @@ class Family:
             others are attention.
         norms: "pre" (norm before attention and before the MLP), "post" (after each), "sandwich" (before and after).
         norm_offset: RMSNorm multiplies by (norm_offset + weight).
+        names: a part's role -> the checkpoint's attribute, where it is not the usual one: a layer's norms by their places
+            (mixer_input_norm, mixer_output_norm, mlp_input_norm, mlp_output_norm), every other part by its usual attribute
+            (mlp, q_norm, o_proj, gate_up_proj, ...).
         qk_norm: RMSNorm of q and k: over each head, over the whole projection, or none.
-        fused_projections: the checkpoint holds q, k, v as one qkv_proj and gate, up as one gate_up_proj.
+        qk_norm_after_rope: q and k are normed after their rotation, not before it.
+        fused_projections: groups that the checkpoint holds as one layer: q, k, v as qkv_proj, gate, up as gate_up_proj.
         attention_bias: "config" reads config.attention_bias for q, k, v, o; "qkv" is q, k, v always; else none.
         mlp_bias: whether config.mlp_bias is read.
         windows: which layers slide: none, all (config.sliding_window), or by config.layer_types.
@@ -76,6 +100,7 @@ class Family:
         embedding_scale: embeddings are multiplied by sqrt(hidden_size), rounded to the weight's dtype.
         multipliers: whether config.embedding_multiplier, residual_multiplier and logits_scaling are read.
         rope_by_layer_type: config.rope_parameters has one entry for each layer type.
+        rope_alpha: `alpha` in config.rope_parameters stretches RoPE's base for good, whatever the text's length.
         no_rope_layers: whether config.no_rope_layers turns RoPE off in some layers.
         gguf: how it is stored in a GGUF file; None where oribi reads and writes none.
     """
@@ -84,8 +109,10 @@ class Family:
     mixers: Mapping[str, str] = field(default_factory=dict)
     norms: Literal["pre", "post", "sandwich"] = "pre"
     norm_offset: float = 0.0
+    names: Mapping[str, str] = field(default_factory=dict)
     qk_norm: Literal["head", "projection"] | None = None
-    fused_projections: bool = False
+    qk_norm_after_rope: bool = False
+    fused_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
     attention_bias: Literal["config", "qkv"] | None = "config"
     mlp_bias: bool = False
     windows: Literal["all", "layer_types"] | None = None
@@ -95,25 +122,37 @@ class Family:
     embedding_scale: bool = False
     multipliers: bool = False
     rope_by_layer_type: bool = False
+    rope_alpha: bool = False
     no_rope_layers: bool = False
     gguf: InGGUF | None = None
 
     def flags(self) -> dict[str, object]:
         """The fields that differ from the plain decoder, with the plain value; what a parity test switches off."""
-        plain = {
-            field.name: _default(field)
-            for field in fields(self)
-            if field.name not in ("architecture", "gguf")
+        plain = Family(self.architecture, gguf=self.gguf)
+        return {
+            one.name: getattr(plain, one.name)
+            for one in fields(self)
+            if getattr(self, one.name) != getattr(plain, one.name)
         }
-        return {name: default for name, default in plain.items() if getattr(self, name) != default}
 
     def mixer(self, config: PretrainedConfig, index: int) -> str:
         """What mixes the tokens of a layer, in the words of `models.mixers.MIXERS`."""
         return self.mixers.get(config.layer_types[index], "attention") if self.mixers else "attention"
 
+    def attribute(self, role: str) -> str:
+        """The checkpoint's name of a part, by its role as in `names`."""
+        return self.names.get(role) or _NORMS[self.norms].get(role, role)
 
-def _default(field: Field) -> object:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    def layer_norms(self) -> dict[str, str]:
+        """Role -> attribute of the norms that a layer has."""
+        return {role: self.attribute(role) for role in _NORMS[self.norms]}
+
+    def projections(self) -> dict[str, str]:
+        """q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj -> the attribute that holds each."""
+        roles = {role: role for role in ("o_proj", "down_proj")}
+        for group, (members, whole) in _FUSED.items():
+            roles |= {role: whole if group in self.fused_projections else role for role in members}
+        return {role: self.attribute(held) for role, held in roles.items()}
 
 
 # what llama.cpp reads of the Llama lineage
@@ -160,7 +199,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        fused_projections=True,
+        fused_projections=("qkv", "gate_up"),
         attention_bias=None,
         windows="all",
         gguf=InGGUF(
@@ -185,6 +224,14 @@ FAMILIES: dict[str, Family] = {
         norms="post",
         qk_norm="projection",
         gguf=InGGUF("olmo2", head="separate", derived_head_dim=True),
+    ),
+    "hunyuan_v1_dense": Family(
+        "HunYuanDenseV1ForCausalLM",
+        names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
+        qk_norm="head",
+        qk_norm_after_rope=True,
+        rope_alpha=True,
+        gguf=InGGUF("hunyuan-dense"),
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -224,3 +271,19 @@ def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gel
         "gelu_new": "gelu_tanh",
         "gelu": "gelu",
     }.get(name)
+
+
+def rope_base(config: PretrainedConfig, parameters: Mapping[str, Any]) -> tuple[str, float]:
+    """The kind of RoPE and its base, with a stretch that the family applies for good already in it.
+
+    Args:
+        config: of the model. parameters: its `rope_parameters`, of one layer type where they differ.
+
+    Source: NTK-aware scaling, as Hunyuan's checkpoints name it: "dynamic" with a fixed `alpha`.
+    """
+    kind, theta, family = parameters["rope_type"], parameters["rope_theta"], FAMILIES.get(config.model_type)
+    alpha = parameters.get("alpha")
+    if not (family and family.rope_alpha and kind == "dynamic" and alpha):
+        return kind, theta
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return "default", theta * alpha ** (head_dim / (head_dim - 2))

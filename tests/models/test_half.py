@@ -122,7 +122,8 @@ def test_what_a_layer_keeps_has_the_size_that_its_entry_says(model_type, monkeyp
     entries = {result.name: result for result in layer.results()}
     assert found.keys() - {"x"} <= entries.keys()
     made = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
-    expected = {name for name, one in entries.items() if layer.norms != "pre" or not one.before_norm}
+    has_post = any(post is not None for _, _, post in layer.parts())
+    expected = {name for name, one in entries.items() if has_post or not one.before_norm}
     assert made.keys() == (expected - {"attention_saved"}) | {"x"}
     for name, x in made.items():
         wanted = ("hidden",) if name == "x" else entries[name].columns

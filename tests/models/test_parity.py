@@ -58,7 +58,9 @@ def test_every_rope_kind_equals_transformers(rope, length):
 # with these flags switched off a model cannot be built from the checkpoint; any other gives wrong numbers
 OTHER_TENSORS = (RuntimeError, r"(Unexpected|Missing) key\(s\) in state_dict")
 FAILS = {
-    **dict.fromkeys(["attention_bias", "mlp_bias", "qk_norm", "norms", "fused_projections"], OTHER_TENSORS),
+    **dict.fromkeys(
+        ["attention_bias", "mlp_bias", "names", "qk_norm", "norms", "fused_projections"], OTHER_TENSORS
+    ),
     "rope_by_layer_type": (KeyError, "rope_type"),
 }
 

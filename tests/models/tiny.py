@@ -61,6 +61,11 @@ VARIANTS: dict[str, dict] = {
         "logits_scaling": 2.0,
     },
     "olmo2": {"attention_bias": True},
+    "hunyuan_v1_dense": {
+        "head_dim": 32,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "dynamic", "alpha": 100.0, "factor": 1.0, "rope_theta": 1e4},
+    },
     "smollm3": {
         "attention_bias": True,
         "mlp_bias": True,

@@ -38,6 +38,7 @@ FAMILY_CHANGES: dict[str, dict] = {
     "phi3": {"sliding_window": None},
     "granite": {},
     "olmo2": {"attention_bias": False},
+    "hunyuan_v1_dense": {"attention_bias": False},
     "smollm3": {
         "attention_bias": False,
         "mlp_bias": False,

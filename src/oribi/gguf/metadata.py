@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from oribi.errors import ExportError, ModelError
-from oribi.families import FAMILIES, MOST_LAYERS, Family, InGGUF, family_of
+from oribi.families import FAMILIES, MOST_LAYERS, Family, InGGUF, family_of, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import MODEL_TYPES, family_in_gguf
 from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals
@@ -189,7 +189,7 @@ def check_config(config: PretrainedConfig) -> list[str]:
         notes.append(
             f"llama.cpp ignores this model's window: answers differ beyond {window} tokens of context"
         )
-    if global_rope(config)["rope_type"] == "dynamic":
+    if rope_base(config, global_rope(config))[0] == "dynamic":
         notes.append(
             f"GGUF has no dynamic RoPE: answers differ beyond {config.max_position_embeddings} tokens of context"
         )

@@ -17,30 +17,24 @@ for _model_type, _family in FAMILIES.items():
         MODEL_TYPES.setdefault(_family.gguf.architecture, _model_type)
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+# llama.cpp's name of a part of a layer -> its roles, as `Family.names` has them, from outside to inside
+_LINEAR = {
+    "attn_q": ("self_attn", "q_proj"),
+    "attn_k": ("self_attn", "k_proj"),
+    "attn_v": ("self_attn", "v_proj"),
+    "attn_qkv": ("self_attn", "qkv_proj"),
+    "attn_output": ("self_attn", "o_proj"),
+    "ffn_gate": ("mlp", "gate_proj"),
+    "ffn_up": ("mlp", "up_proj"),
+    "ffn_down": ("mlp", "down_proj"),
 }
 _NORMS = {
-    "pre": {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
-    "post": {
-        "post_attention_norm": "post_attention_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
-    "sandwich": {
-        "attn_norm": "input_layernorm",
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
+    "attn_q_norm": ("self_attn", "q_norm"),
+    "attn_k_norm": ("self_attn", "k_norm"),
+    "attn_norm": ("mixer_input_norm",),
+    "post_attention_norm": ("mixer_output_norm",),
+    "ffn_norm": ("mlp_input_norm",),
+    "post_ffw_norm": ("mlp_output_norm",),
 }
 ROPE_FACTORS = {
     "llama3": "rope_freqs.weight",
@@ -105,16 +99,20 @@ def family_in_gguf(config: PretrainedConfig) -> tuple[Family, InGGUF]:
 
 def _layer_parts(family: Family) -> dict[str, str]:
     """Parts of a layer: llama.cpp's name -> the checkpoint's."""
-    fused = {"ffn_up": "mlp.gate_up_proj"} if family.fused_projections else {}
-    return {**_LAYER, **_NORMS[family.norms], **fused}
+    fused = {"ffn_up": ("mlp", "gate_up_proj")} if "gate_up" in family.fused_projections else {}
+    norms = {
+        name: roles for name, roles in _NORMS.items() if len(roles) > 1 or roles[0] in family.layer_norms()
+    }
+    parts = {**_LINEAR, **norms, **fused}
+    return {name: ".".join(map(family.attribute, roles)) for name, roles in parts.items()}
 
 
 def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
     family, facts = family_in_gguf(config)
     heads = 0
-    if facts.interleaved_rope and (match := re.search(r"\.([qk])_proj\.", source)):
+    if facts.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", name)):
         heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-    return Tensor(name, source, heads, family.norm_offset if source.endswith("norm.weight") else 0.0)
+    return Tensor(name, source, heads, family.norm_offset if name.endswith("_norm.weight") else 0.0)
 
 
 def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[Tensor]:
@@ -145,7 +143,7 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
 
 
 def _reads_bias(facts: InGGUF, part: str) -> bool:
-    return part in (("attn_q", "attn_k", "attn_v") if facts.biases == "qkv" else _LAYER)
+    return part in (("attn_q", "attn_k", "attn_v") if facts.biases == "qkv" else _LINEAR)
 
 
 def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str, Tensor]:

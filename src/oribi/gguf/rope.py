@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from oribi.families import InGGUF
+from oribi.families import InGGUF, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import ROPE_FACTORS
 
@@ -31,9 +31,9 @@ def global_rope(config: PretrainedConfig) -> dict[str, Any]:
 def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, head_dim: int) -> None:
     """Write the keys of RoPE."""
     rope = global_rope(config)
-    kind = rope["rope_type"]
+    kind, theta = rope_base(config, rope)
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_freq_base(theta)
     local = config.rope_parameters.get("sliding_attention")
     if isinstance(local, dict):
         writer.add_rope_freq_base_swa(local["rope_theta"])
@@ -82,7 +82,7 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, torch.Tensor]:
 def rope_refusals(config: PretrainedConfig, facts: InGGUF) -> list[str]:
     """What llama.cpp would compute differently, one clause each: what it does instead."""
     rope, refused = global_rope(config), []
-    kind = rope["rope_type"]
+    kind, _ = rope_base(config, rope)
     if kind in ("llama3", "longrope") and kind not in facts.rope_factors:
         refused.append(f"no {kind} RoPE")
     if kind == "yarn" and (

@@ -9,10 +9,11 @@ from transformers.pytorch_utils import Conv1D
 
 from oribi.config import PROJECTIONS
 from oribi.errors import ConfigError
+from oribi.families import FAMILIES
 from oribi.models.unwrap import bare_module
 from oribi.text import nearest
 
-# what a family with fused projections calls them
+# what models outside the family table with fused projections call them
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
@@ -110,13 +111,15 @@ def resolve_targets(
         saved.append("embed_tokens")
         notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
     leaves = {name.rpartition(".")[2] for name in names}
-    if set(targets) == set(PROJECTIONS) and not leaves & {*PROJECTIONS, *_FUSED.values()}:
+    row = FAMILIES.get(model.config.model_type)
+    held = _FUSED if row is None else row.projections()
+    if set(targets) == set(PROJECTIONS) and not leaves & {*PROJECTIONS, *held.values()}:
         notes.append(
             f"target_modules: the model has none of {', '.join(PROJECTIONS)}; LoRA goes on all its linear layers"
         )
         _present("modules_to_save", saved, names)
         return "all-linear", saved or None
-    fused = {t: _FUSED[t] for t in targets if t not in leaves and _FUSED.get(t) in leaves}
+    fused = {t: held[t] for t in targets if t not in leaves and held.get(t) in leaves}
     if fused:
         targets = list(dict.fromkeys(fused.get(t, t) for t in targets))
         asked = ", ".join(fused)

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 
 from oribi.config import RunConfig
+from oribi.families import FAMILIES
 from oribi.memory.account import (
     LIBRARY_BYTES,
     StepAccount,
@@ -33,7 +34,6 @@ HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 # of a token and word of the vocabulary: logits in 16 bits, their logarithms and both gradients
 LOGITS_BYTES = 14
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
-FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class Training:
         c = self.config
         if c.full_finetuning:
             return {}
-        found: dict[str, int] = {}
+        wanted, found = set(c.target_modules), {}
+        held = FAMILIES[self.architecture.config.model_type].projections()
+        wanted |= {attribute for role, attribute in held.items() if role in wanted}
         for name, module in self.architecture.decoder.model.layers.named_modules():
             if not isinstance(module, torch.nn.Linear):
                 continue
             leaf = name.rpartition(".")[2]
-            if c.target_modules == ["all-linear"] or {leaf, *FUSED_NAMES.get(leaf, ())} & set(
-                c.target_modules
-            ):
+            if c.target_modules == ["all-linear"] or leaf in wanted:
                 found[name] = c.lora_r * (module.in_features + module.out_features)
         return found
 

@@ -19,7 +19,7 @@ from oribi.kernels.fp8 import RoundedWeights
 from oribi.models.core import Keep, Mixer, Result
 from oribi.models.fused_layer import fused_layer, fusible_halves, policy
 from oribi.models.host_memory import HostMemory
-from oribi.models.linear_layers import RMSNorm
+from oribi.models.linear_layers import NamedParts, RMSNorm
 from oribi.models.mixers import mixer_of
 from oribi.models.mixers.attention import window_of
 from oribi.models.mlp import MLP
@@ -56,26 +56,15 @@ class Embedding(nn.Embedding):
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(NamedParts):
     def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
-        super().__init__()
+        super().__init__(family)
         mixer = mixer_of(config, family, index)
         self.mixer_name = mixer.attribute  # as the checkpoint has it
         self.add_module(self.mixer_name, mixer)
-        self.mlp = MLP(config, family)
-
-        def norm() -> RMSNorm:
-            return RMSNorm(config.hidden_size, config.rms_norm_eps, family.norm_offset)
-
-        # checkpoints call the MLP's input norm post_attention_layernorm, except where attention's output has one
-        if family.norms != "post":
-            self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
-        if family.norms == "sandwich":
-            self.pre_feedforward_layernorm = norm()
-        if family.norms != "pre":
-            self.post_feedforward_layernorm = norm()
-        self.norms = family.norms
+        self.add_part("mlp", MLP(config, family))
+        for role in family.layer_norms():
+            self.add_part(role, RMSNorm(config.hidden_size, config.rms_norm_eps, family.norm_offset))
         self.residual_scale = float(config.residual_multiplier) if family.multipliers else 1.0
         self.gradient_checkpointing = False  # set by transformers' gradient_checkpointing_enable
         self.keep = policy(
@@ -93,20 +82,11 @@ class DecoderLayer(nn.Module):
 
     def parts(self) -> tuple[tuple[nn.Module, RMSNorm | None, RMSNorm | None], ...]:
         """The mixer and the MLP, each with the norms before and after it."""
-        post, sandwich = self.norms == "post", self.norms == "sandwich"
-        if self.norms == "pre":
-            return (self.mixer, self.input_layernorm, None), (
-                self.mlp,
-                self.post_attention_layernorm,
-                None,
-            )
+        norms = self.family.layer_norms()
+        norms = {role: getattr(self, attribute) for role, attribute in norms.items()}
         return (
-            (self.mixer, None if post else self.input_layernorm, self.post_attention_layernorm),
-            (
-                self.mlp,
-                self.pre_feedforward_layernorm if sandwich else None,
-                self.post_feedforward_layernorm,
-            ),
+            (self.mixer, norms.get("mixer_input_norm"), norms.get("mixer_output_norm")),
+            (self.part("mlp"), norms.get("mlp_input_norm"), norms.get("mlp_output_norm")),
         )
 
     def results(self) -> tuple[Result, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from oribi.families import Family
 from oribi.kernels.lora import Projection
 from oribi.kernels.lora_linear import lora_linear
 from oribi.kernels.rms_norm import rms_norm
@@ -82,6 +83,26 @@ def hooked(module: nn.Module) -> bool:
 def any_module_hooked() -> bool:
     """Whether hooks of PyTorch's for all modules want to see every call."""
     return torch.nn.modules.module._has_any_global_hook()
+
+
+class NamedParts(nn.Module):
+    """A module whose parts lie under the checkpoint's names for them.
+
+    Args:
+        family: says which name a role has.
+    """
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.family = family
+
+    def add_part(self, role: str, module: nn.Module) -> None:
+        """Stores the part that has a role."""
+        self.add_module(self.family.attribute(role), module)
+
+    def part(self, role: str) -> nn.Module:
+        """The part that has a role, as it is now: PEFT may have put a LoRA layer around it."""
+        return getattr(self, self.family.attribute(role))
 
 
 class RMSNorm(nn.Module):

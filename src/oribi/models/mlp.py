@@ -16,13 +16,13 @@ from oribi.families import Family, activation_of
 from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
 from oribi.models.core import Result
 from oribi.models.half import Kept
-from oribi.models.linear_layers import project
+from oribi.models.linear_layers import NamedParts, project
 
 if TYPE_CHECKING:
     from oribi.models.layers import Batch
 
 
-class MLP(nn.Module):
+class MLP(NamedParts):
     # `models.half.Core` says what these are
     input, output, output_result, row_wise = "gate_up", "down", None, True
     results = (
@@ -33,24 +33,20 @@ class MLP(nn.Module):
     )
 
     def __init__(self, config: PretrainedConfig, family: Family) -> None:
-        super().__init__()
+        super().__init__(family)
         size, inner = config.hidden_size, config.intermediate_size
         bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
-        if family.fused_projections:
-            self.gate_up_proj = nn.Linear(size, 2 * inner, bias=bias)
-        else:
-            self.gate_proj = nn.Linear(size, inner, bias=bias)
-            self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self._inputs = (
+            ("gate_up_proj",) if "gate_up" in family.fused_projections else ("gate_proj", "up_proj")
+        )
+        for role in self._inputs:
+            self.add_part(role, nn.Linear(size, 2 * inner // len(self._inputs), bias=bias))
+        self.add_part("down_proj", nn.Linear(inner, size, bias=bias))
         self.activation = activation_of(config)
 
     def groups(self) -> dict[str, list[nn.Module]]:
         """The linear layers that share an input: gate and up (or the one layer that holds both), and down."""
-        fused = hasattr(self, "gate_up_proj")
-        return {
-            "gate_up": [self.gate_up_proj] if fused else [self.gate_proj, self.up_proj],
-            "down": [self.down_proj],
-        }
+        return {"gate_up": [self.part(role) for role in self._inputs], "down": [self.part("down_proj")]}
 
     def forward(self, x: torch.Tensor, batch: "Batch | None" = None) -> torch.Tensor:
         groups = self.groups()

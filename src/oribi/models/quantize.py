@@ -15,8 +15,6 @@ from oribi.errors import ModelError
 from oribi.kernels import nf4
 from oribi.tensors import TensorSource, problems_in_words
 
-# layers that share an input lie next to each other in one buffer, so that one launch can dequantise them
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _HEADS = ("lm_head", "score", "classifier")  # of language models and of classifiers
 BLOCK = 64  # values that share one scale
 _NF4_KEY = "quant_state.bitsandbytes__nf4"
@@ -159,14 +157,12 @@ def _replace_linears(
 
 
 def _packed_groups(module: nn.Module) -> list[list[str]]:
-    """Names of the children to be packed, those that share an input together."""
-    left = [name for name, child in module.named_children() if isinstance(child, bnb.nn.Linear4bit)]
-    groups = []
-    for group in GROUPS:
-        if all(name in left for name in group):
-            groups.append(list(group))
-            left = [name for name in left if name not in group]
-    return groups + [[name] for name in left]
+    """Names of the children to be packed; those of one group lie together, so that one launch can dequantise them."""
+    left = {child: name for name, child in module.named_children() if isinstance(child, bnb.nn.Linear4bit)}
+    of_core = module.groups().values() if callable(getattr(module, "groups", None)) else ()
+    whole = [members for members in of_core if all(member in left for member in members)]
+    groups = [[left.pop(member) for member in members] for members in whole]
+    return groups + [[name] for name in left.values()]
 
 
 class _Reader:

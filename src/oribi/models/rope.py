@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
+from oribi.families import rope_base
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # frequencies of these kinds depend on the longest position of the batch
@@ -31,7 +32,7 @@ class RotaryAngles:
         self.config = config
         self.layer_type = layer_type
         self.parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
-        self.kind = self.parameters["rope_type"]
+        self.kind, self.theta = rope_base(config, self.parameters)
         self._frequencies: dict[tuple[torch.device, int], tuple[torch.Tensor, float]] = {}
 
     @property
@@ -81,7 +82,7 @@ class RotaryAngles:
         )
         rotary_dims = int(head_dim * self.parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, rotary_dims, 2, dtype=torch.float32, device=device) / rotary_dims
-        return 1.0 / self.parameters["rope_theta"] ** exponents, 1.0
+        return 1.0 / self.theta**exponents, 1.0
 
 
 def documents_from_positions(position_ids: torch.Tensor) -> tuple[torch.Tensor | None, int]:
@@ -149,6 +150,11 @@ def extend_context(config: PretrainedConfig, max_seq_length: int) -> list[str]:
     ratio = max_seq_length / trained
     for parameters in _scaled(config):
         kind = parameters["rope_type"]
+        if rope_base(config, parameters)[0] != kind:
+            raise ModelError(
+                f"max_seq_length {max_seq_length} is beyond the model's {trained} positions, for which `alpha` in its "
+                "rope_parameters has stretched RoPE already; lower max_seq_length or pass rope_scaling="
+            )
         if kind == "default":
             parameters |= {"rope_type": "yarn", "factor": ratio, "original_max_position_embeddings": trained}
         elif kind in ("linear", "yarn"):

@@ -59,7 +59,7 @@ class AttentionStep:
     def __init__(self, attention: Attention, state: DecodingState) -> None:
         self.attention, self.state = attention, state
         self.groups = groups_of(attention, state)
-        self._norms = (attention.q_norm, attention.k_norm) if attention.qk_norm else None
+        self._norms = attention.qk_norms()
         self._fused = reads_with_kernels(state)
 
     def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
@@ -71,12 +71,14 @@ class AttentionStep:
             return self.groups["o"](self._by_kernels(qkv, keys, values, angles))
         q, k, v = qkv.split(a.sizes, dim=1)
         if a.qk_norm == "projection":
-            q, k = _norm(a.q_norm, q), _norm(a.k_norm, k)
+            q, k = (_norm(norm, t) for norm, t in zip(self._norms, (q, k)))
         q, k, v = (t.unflatten(1, (-1, a.head_dim)) for t in (q, k, v))
-        if a.qk_norm == "head":
-            q, k = _norm(a.q_norm, q), _norm(a.k_norm, k)
+        if a.qk_norm == "head" and not a.norms_after_rope:
+            q, k = (_norm(norm, t) for norm, t in zip(self._norms, (q, k)))
         if a.rotates:
             rope_forward(q, k, *angles[a.rope_kind], out=(q, k))
+        if a.norms_after_rope:
+            q, k = (_norm(norm, t) for norm, t in zip(self._norms, (q, k)))
         ring = rings[state.slots[a.index]]
         ring.write(keys, k)
         ring.write(values, v)
@@ -100,6 +102,10 @@ class AttentionStep:
                 "offset": q_norm.offset,
             }
         cos, sin = angles[a.rope_kind] if a.rotates else (None, None)
+        if a.norms_after_rope and cos is not None:  # the kernel norms before it rotates
+            q, k = (t.unflatten(1, (-1, a.head_dim)) for t in qkv.split(a.sizes, dim=1)[:2])
+            rope_forward(q, k, cos, sin, out=(q, k))
+            cos = sin = None
         q = store_token(qkv, keys, values, state.length, state.row, cos, sin, **norms)
         return decode_attention(
             q, keys, values, state.length, state.row, state.counters, scale=a.scale, softcap=a.softcap

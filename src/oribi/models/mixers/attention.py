@@ -26,7 +26,7 @@ from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from oribi.kernels.rope import rope, rope_forward
 from oribi.models.core import Held, Result
 from oribi.models.half import Kept
-from oribi.models.linear_layers import RMSNorm, project
+from oribi.models.linear_layers import NamedParts, RMSNorm, project
 
 if TYPE_CHECKING:
     from oribi.models.layers import Batch
@@ -56,7 +56,7 @@ class Attending:
     saved: tuple[torch.Tensor, ...] = ()
 
 
-class Attention(nn.Module):
+class Attention(NamedParts):
     # `models.half.Core` says what these are
     attribute, input, output, output_result, row_wise = "self_attn", "qkv", "o", "x_mid", False
     masks_padding = False
@@ -74,7 +74,7 @@ class Attention(nn.Module):
     )
 
     def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
-        super().__init__()
+        super().__init__(family)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.index = index
@@ -82,17 +82,19 @@ class Attention(nn.Module):
         self.columns = {"heads": heads}
         configured = family.attention_bias == "config" and bool(getattr(config, "attention_bias", False))
         qkv_bias = configured or family.attention_bias == "qkv"
-        if family.fused_projections:
-            self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=qkv_bias)
-        else:
-            for name, size in zip(("q_proj", "k_proj", "v_proj"), self.sizes):
-                self.add_module(name, nn.Linear(config.hidden_size, size, bias=qkv_bias))
-        self.o_proj = nn.Linear(self.sizes[0], config.hidden_size, bias=configured)
+        inputs = {"q_proj": self.sizes[0], "k_proj": self.sizes[1], "v_proj": self.sizes[2]}
+        if "qkv" in family.fused_projections:
+            inputs = {"qkv_proj": sum(self.sizes)}
+        self._inputs = tuple(inputs)
+        for role, size in inputs.items():
+            self.add_part(role, nn.Linear(config.hidden_size, size, bias=qkv_bias))
+        self.add_part("o_proj", nn.Linear(self.sizes[0], config.hidden_size, bias=configured))
         self.qk_norm = family.qk_norm
+        self.norms_after_rope = family.qk_norm_after_rope
         if self.qk_norm:
             q_size, k_size = (self.head_dim, self.head_dim) if self.qk_norm == "head" else self.sizes[:2]
-            self.q_norm = RMSNorm(q_size, config.rms_norm_eps, family.norm_offset)
-            self.k_norm = RMSNorm(k_size, config.rms_norm_eps, family.norm_offset)
+            for role, size in (("q_norm", q_size), ("k_norm", k_size)):
+                self.add_part(role, RMSNorm(size, config.rms_norm_eps, family.norm_offset))
         self.scale = self.head_dim**-0.5
         if family.attention_scale:
             self.scale = float(getattr(config, family.attention_scale)) ** family.attention_scale_power
@@ -103,11 +105,11 @@ class Attention(nn.Module):
 
     def groups(self) -> dict[str, list[nn.Module]]:
         """The linear layers that share an input: q, k, v (or the one layer that holds them all), and o."""
-        fused = hasattr(self, "qkv_proj")
-        return {
-            "qkv": [self.qkv_proj] if fused else [self.q_proj, self.k_proj, self.v_proj],
-            "o": [self.o_proj],
-        }
+        return {"qkv": [self.part(role) for role in self._inputs], "o": [self.part("o_proj")]}
+
+    def qk_norms(self) -> tuple[RMSNorm, ...]:
+        """The norms of q and k; none without them."""
+        return (self.part("q_norm"), self.part("k_norm")) if self.qk_norm else ()
 
     def holds(self, length: int) -> dict[str, Held]:
         """Keys and values [K, C, E]; the token at position p lies in slot p mod C."""
@@ -137,13 +139,16 @@ class Attention(nn.Module):
         groups = self.groups()
         outputs = project(groups["qkv"], x)
         q, k, v = outputs[0].split(self.sizes, dim=-1) if len(outputs) == 1 else outputs
+        norms = self.qk_norms()
         if self.qk_norm == "projection":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (norm(t) for norm, t in zip(norms, (q, k)))
         q, k, v = (t.reshape(rows * length, -1, self.head_dim) for t in (q, k, v))
-        if self.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.qk_norm == "head" and not self.norms_after_rope:
+            q, k = (norm(t) for norm, t in zip(norms, (q, k)))
         if self.rotates:
             q, k = rope(q, k, *batch.angles[self.rope_kind])
+        if self.norms_after_rope:
+            q, k = (norm(t) for norm, t in zip(norms, (q, k)))
         q, k, v = (t.view(rows, length, -1, self.head_dim) for t in (q, k, v))
         if batch.cache is not None:
             k, v = batch.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.index)
@@ -152,23 +157,30 @@ class Attention(nn.Module):
         return project(groups["o"], out.reshape(rows, length, -1))[0]
 
     def prepare(self, p: torch.Tensor, batch: "Batch", fresh: bool) -> Attending:
-        """q, k, v of q|k|v; without norms of their own, q and k are rotated in place, once."""
+        """q, k, v of q|k|v; without norms before their rotation, q and k are rotated in place, once."""
         angles = batch.angles[self.rope_kind] if self.rotates else None
         q, k, v = p.split(self.sizes, dim=1)
         raw = rstd = ()
+        if angles and fresh and self._rotates_in_place:
+            heads = tuple(t.unflatten(1, (-1, self.head_dim)) for t in (q, k))
+            rope_forward(*heads, *angles, out=heads)
         if self.qk_norm:
             raw = tuple(t.unflatten(1, (-1, self.head_dim)) if self.qk_norm == "head" else t for t in (q, k))
-            norms = (self.q_norm, self.k_norm)
-            normed = [rms_norm_forward(t, n.weight, n.eps, n.offset) for t, n in zip(raw, norms)]
+            normed = [rms_norm_forward(t, n.weight, n.eps, n.offset) for t, n in zip(raw, self.qk_norms())]
             q, k = (y.reshape(len(p), -1) for y, _, _ in normed)
             rstd = tuple(r for _, _, r in normed)
         q, k, v = (t.unflatten(1, (-1, self.head_dim)) for t in (q, k, v))
-        if angles and (self.qk_norm or fresh):
+        if angles and not self._rotates_in_place:
             rope_forward(q, k, *angles, out=(q, k))
         shape = batch.visibility.batch, batch.visibility.length
         q, k, v = (t.unflatten(0, shape) for t in (q, k, v))
         how = decide(q, batch.visibility, self.scale, self.window, self.softcap)
         return Attending(p, q, k, v, how, angles, raw, rstd)
+
+    @property
+    def _rotates_in_place(self) -> bool:
+        """Whether q and k are rotated before anything else happens to them."""
+        return not self.qk_norm or self.norms_after_rope
 
     def run(self, prepared: Attending, kept: Kept) -> torch.Tensor:
         """Attention's output [T, H E], kept or computed."""
@@ -194,11 +206,13 @@ class Attention(nn.Module):
         q, k = (part.unflatten(1, (-1, self.head_dim)) for part in (q, k))
         angles = prepared.angles
         if self.qk_norm:
-            if angles:
+            if angles and not self._rotates_in_place:
                 rope_forward(dq, dk, *angles, inverse=True, out=(dq, dk))
-            both = zip((dq, dk), prepared.raw, prepared.rstd, (self.q_norm, self.k_norm))
+            both = zip((dq, dk), prepared.raw, prepared.rstd, self.qk_norms())
             for d, x, rstd, norm in both:
                 rms_norm_backward(d.reshape(x.shape), x, rstd, norm.weight, norm.offset, out=x)
+            if angles and self._rotates_in_place:
+                rope_forward(q, k, *angles, inverse=True, out=(q, k))
         elif angles:
             rope_forward(dq, dk, *angles, inverse=True, out=(q, k))
         else:
