@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 import oribi.run
 from oribi.config import SETTINGS, RunConfig
 from oribi.config_file import read_run_config
+from oribi.train.samples import read_samples
 from oribi.train.trainer import SFTTrainer
 from tests.train.conftest import some_conversations
 
@@ -112,6 +113,14 @@ EFFECTS = {
     "eval_dataset": Effect(["OTHER_ROWS"], lambda run: len(run.trainer.eval_dataset or []), 5),
     "eval_split": Effect("test", lambda run: len(run.trainer.eval_dataset), 7, {"eval_dataset": ["SPLITS"]}),
     "eval_fraction": Effect(0.25, lambda run: len(run.trainer.eval_dataset or []), ROWS // 4),
+    "sample_prompts": Effect(
+        "held_out", lambda run: [one.step for one in read_samples(run.folder)], [0, 2, 4],
+        HELD_OUT | STEPS | {"eval_steps": 2},
+    ),
+    "sample_tokens": Effect(
+        3, lambda run: max(s.tokens for one in read_samples(run.folder) for s in one.samples), 3,
+        HELD_OUT | {"sample_prompts": "held_out"},
+    ),
     "chat_template": Effect("alpaca", lambda run: "### Instruction:" in run.texts[0], True),
     "train_on_responses_only": Effect(False, lambda run: run.trained_share() > 0.9, True),
     "overlong": Effect(

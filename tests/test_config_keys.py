@@ -71,6 +71,8 @@ OTHER: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True},
     "logging_steps": {"logging_steps": 10},
     "eval_steps": {"eval_steps": 3, "eval_fraction": 0.5},
+    "sample_prompts": {"sample_prompts": "held_out", "eval_fraction": 0.5},
+    "sample_tokens": {"sample_tokens": 5, "sample_prompts": "held_out", "eval_fraction": 0.5},
     "save_steps": {"save_steps": 3},
     "save_total_limit": {"save_total_limit": 2},
     "resume": {"resume": "true"},
@@ -105,6 +107,7 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
         find_checkpoint=lambda resume, weights_only: None,
         train=lambda **keywords: seen.append(f"train {keywords}"),
         is_world_process_zero=lambda: True,
+        add_callback=lambda callback: seen.append(f"answers {callback.prompts} {callback.max_new_tokens}"),
     )
 
     def make_trainer(model, arguments, **keywords):
@@ -129,6 +132,11 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(oribi.run, "checkpoint_trained", lambda trainer: None)
     monkeypatch.setattr(oribi.run, "save_merged", record("merged", None))
     monkeypatch.setattr(oribi.run, "save_gguf", record("gguf", {"gguf_files": ["file"]}))
+    monkeypatch.setattr(
+        oribi.run,
+        "sample_prompts",
+        lambda config, *rest: [config.sample_prompts] if config.sample_prompts else [],
+    )
     monkeypatch.setattr(oribi.run, "measure", record("measure", None))
     monkeypatch.setattr(oribi.run, "_report", record("report", Path("report.html")))
     oribi.run.run(config)

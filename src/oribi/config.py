@@ -48,6 +48,7 @@ LOSSES = {
     "kto": ("kto", "apo_zero_unpaired"),
     "grpo": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"),
 }  # fmt: skip
+WRITES = tuple(stage for stage in STAGES if stage != "reward")  # stages whose model writes answers
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -162,6 +163,12 @@ class RunConfig:
     eval_steps: int | None = setting(
         None, "Steps between two evaluations; none evaluates at each epoch", low=1
     )
+    sample_prompts: str | None = setting(
+        None,
+        "Prompts answered at every evaluation, base beside tuned: a file (.txt has one on each line), or held_out rows",
+        used_by=WRITES,
+    )
+    sample_tokens: int = setting(128, "Longest of these answers in tokens", low=1, used_by=WRITES)
     save_steps: int | None = setting(
         None, "Steps between two checkpoints; none saves only at the end", python=500, low=1
     )

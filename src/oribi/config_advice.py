@@ -51,6 +51,8 @@ WHEN_TO_CHANGE: dict[str, str] = {
     "deterministic": "To repeat a run bit for bit.",
     "logging_steps": "10 or more for long runs.",
     "eval_steps": "If an epoch takes hours.",
+    "sample_prompts": "To read how answers change while a run trains, beside the base model's.",
+    "sample_tokens": "For tasks with long answers; every evaluation takes longer then.",
     "save_steps": "For runs that may be interrupted.",
     "save_total_limit": "To limit the disk that checkpoints take; 2 is enough to resume.",
     "resume": "To continue a run that was stopped; `--resume` on the command line does the same.",

@@ -198,8 +198,11 @@ def _contradictions(config: RunConfig, given: dict[str, Given]) -> list[Problem]
         refuse("eval_fraction", "eval_dataset is given already")
     if config.eval_split is not None and not config.eval_dataset:
         refuse("eval_split", "needs eval_dataset")
-    if config.eval_steps and not (config.eval_dataset or config.eval_fraction):
-        refuse("eval_steps", "needs eval_dataset or eval_fraction")
+    evaluates = bool(config.eval_dataset or config.eval_fraction)
+    if config.eval_steps and not (evaluates or config.sample_prompts):
+        refuse("eval_steps", "needs eval_dataset, eval_fraction or sample_prompts")
+    if config.sample_prompts == "held_out" and not evaluates:
+        refuse("sample_prompts", "held_out needs eval_dataset or eval_fraction; or name a file of prompts")
     if config.num_train_epochs == 0 and config.max_steps < 1:
         refuse("num_train_epochs", "must be above 0")
     if config.max_steps == 0:

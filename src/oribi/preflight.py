@@ -31,6 +31,7 @@ from oribi.train.fingerprint import compare_settings
 from oribi.train.progress import read_log
 from oribi.train.resume import newest_whole, require_same
 from oribi.train.rewards import load_reward_functions
+from oribi.train.samples import require_prompts
 from oribi.train.setup import require_fp8_gpu
 from oribi.train.stages import require_trl
 
@@ -206,6 +207,7 @@ def check_data(config: RunConfig) -> None:
         require_held_out(spec["path"], _first_rows(spec, tokenizer, settings), trained)
         if config.eval_split is None and spec["split"] != config.split:
             say(f"oribi: {spec['path']}: evaluation reads its split {spec['split']!r}")
+    require_prompts(config, tokenizer)
 
 
 def evaluation_sources(config: RunConfig) -> list[dict[str, str]]:

@@ -40,6 +40,7 @@ from oribi.train.progress import peak_memory_bytes, read_log
 from oribi.train.report import write_report
 from oribi.train.rewards import load_reward_functions
 from oribi.train.run_trainer import RunTrainer
+from oribi.train.samples import SampleAnswers, read_samples, sample_prompts
 from oribi.train.stage_measures import texts_of
 from oribi.train.stages import RunData, make_stage_trainer
 from oribi.train.trainer import SFTTrainer
@@ -69,6 +70,11 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         trainer.find_checkpoint(start.resumes, start.weights_only)
         is_main = trainer.is_world_process_zero()
         reports = config.report and is_main
+        prompts = sample_prompts(config, tokenizer, data.held_out and data.held_out.dataset)
+        if prompts:
+            trainer.add_callback(
+                SampleAnswers(trainer, tokenizer, prompts, config.sample_tokens, config.eval_steps)
+            )
         look = partial(_measure, config, model, tokenizer, data)
         measures = {"base": look(trained=False)} if reports else {}
         if is_main:
@@ -212,7 +218,8 @@ def _report(
         "peak memory": gibibytes(peak_memory_bytes()),
     }
     write_report(
-        folder, config=asdict(config), log=read_log(folder), data=data.to_dict(), machine=machine, measures=measures, exports=saved
+        folder, config=asdict(config), log=read_log(folder), answers=read_samples(folder), data=data.to_dict(), machine=machine,
+        measures=measures, exports=saved,
     )  # fmt: skip
     return folder / "report.html"
 

@@ -32,13 +32,14 @@ logger = logging.getLogger(__name__)
 RECORD_FILE = "oribi_run.json"
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 VERSION = 1
 EARLIER = "_earlier"  # a leading underscore: uploads of the output folder leave such names out
 # form of the model -> its folder within the run's
 FORM_FOLDERS = {"lora": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit", "gguf": "gguf"}
 # the other files that a run writes into its folder
 _OWN_FILES = (
-    RECORD_FILE, CONFIG_FILE, LOG_FILE, "report.html", "report.md", "report.json", "loss.png", "rewards.png",
+    RECORD_FILE, CONFIG_FILE, LOG_FILE, SAMPLES_FILE, "report.html", "report.md", "report.json", "loss.png", "rewards.png",
 )  # fmt: skip
 _RESULT_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.gguf", "*.model", "README.md", "Modelfile", "merges.txt", "vocab.txt",
@@ -112,6 +113,26 @@ def record_saved(folder: str | os.PathLike, form: str, step: int) -> None:
     if record is not None:
         record.saved[form] = step
         record.write(folder)
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects with a step in a file that a run appends to, in order; none where there is no file.
+
+    A line that was cut off, as by a kill, is left out with a warning.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in filter(str.strip, lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            yield entry
+        else:
+            logger.warning("%s: a damaged line is left out: %r", path, line[:80])
 
 
 class Checkpoint(NamedTuple):

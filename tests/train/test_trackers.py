@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import oribi.train.arguments as trackers
 from oribi.config_file import read_run_config
 from oribi.errors import ConfigError
 from oribi.train.arguments import SFTConfig, require_trackers
+from oribi.train.samples import read_samples
 from oribi.train.trainer import SFTTrainer
 from tests.train.conftest import some_conversations
 
@@ -30,7 +32,7 @@ def trained(tiny_folder, tmp_path, monkeypatch):
         flags = [
             "--model", tiny_folder, "--dataset", data, "--output_dir", folder, "--max_steps", 2, "--dtype", "float32",
             "--max_seq_length", 128, "--report_to", tracker, "--eval_fraction", 0.25, "--eval_steps", 2, "--lora_r", 3,
-            "--report", "false", "--learning_rate", 0.003,
+            "--report", "false", "--learning_rate", 0.003, "--sample_prompts", "held_out", "--sample_tokens", 4,
         ]  # fmt: skip
         config, _ = read_run_config(None, [str(flag) for flag in flags])
         oribi.run.run(config)
@@ -57,6 +59,15 @@ class Settings(dict):
         super().update(values)
 
 
+def answers_of(folder: Path) -> list[list]:
+    """The table that a tracker gets of the answers after two steps."""
+    base, tuned = read_samples(folder)
+    return [[b.prompt, b.expected, b.said, t.said, t.stopped] for b, t in zip(base.samples, tuned.samples)]
+
+
+COLUMNS = ["prompt", "expected", "base", "tuned", "stopped"]
+
+
 def series(logged: list[dict], key: str) -> list[float]:
     return [entry[key] for entry in logged if key in entry]
 
@@ -77,13 +88,18 @@ def test_tensorboard_shows_what_the_log_says(trained):
         assert shown
     (text,) = found.Tensors("args/text_summary")
     assert json.loads(text.tensor_proto.string_val[0])["learning_rate"] == 0.003
+    (answers,) = found.Tensors("samples/text_summary")
+    assert answers.step == 2
+    table = answers.tensor_proto.string_val[0].decode().splitlines()
+    assert table[0] == f"| {' | '.join(COLUMNS)} |"
+    assert len(table) == 2 + len(answers_of(folder))
 
 
 def test_weights_and_biases_gets_figures_settings_and_the_runs_name(trained, monkeypatch):
     logged, started, settings = [], [], Settings()
     wandb = stand_in(
         monkeypatch, "wandb", run=None, config=settings, log=logged.append, define_metric=lambda *a, **k: None,
-        termwarn=lambda *a, **k: None,
+        termwarn=lambda *a, **k: None, Table=lambda columns, data: (columns, data),
     )  # fmt: skip
     for name in ("wandb.sdk", "wandb.sdk.lib"):
         stand_in(monkeypatch, name)
@@ -94,18 +110,19 @@ def test_weights_and_biases_gets_figures_settings_and_the_runs_name(trained, mon
         wandb.run = SimpleNamespace(summary={}, _label=lambda **k: None)
 
     wandb.init = init
-    _, log = trained("wandb")
+    folder, log = trained("wandb")
     assert [start["name"] for start in started] == ["red-fox"]
     assert settings["learning_rate"] == 0.003
     assert settings["peft_config"]["default"].r == 3
     assert series(logged, "train/loss") == series(log, "loss")
     assert series(logged, "train/tokens_per_second") == series(log, "tokens_per_second")
     assert series(logged, "eval/loss") == series(log, "eval_loss")
+    assert series(logged, "samples") == [(COLUMNS, answers_of(folder))]
     assert wandb.run.summary["train_loss"] == pytest.approx(sum(series(log, "loss")) / 2)
 
 
 def test_mlflow_gets_figures_settings_and_the_runs_name(trained, monkeypatch):
-    logged, started, running, settings = [], [], [], {}
+    logged, started, running, settings, tables = [], [], [], {}, []
     limits = SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)
 
     def start_run(**keywords):
@@ -117,12 +134,17 @@ def test_mlflow_gets_figures_settings_and_the_runs_name(trained, monkeypatch):
         is_tracking_uri_set=lambda: True, get_tracking_uri=lambda: "file:here", start_run=start_run,
         active_run=lambda: running[-1] if running else None, end_run=running.clear,
         log_params=lambda values, synchronous=True: settings.update(values),
+        log_table=lambda data, artifact_file: tables.append((artifact_file, data)),
         log_metrics=lambda metrics, step, synchronous=True: logged.append({**metrics, "step": step}),
     )  # fmt: skip
-    _, log = trained("mlflow")
+    folder, log = trained("mlflow")
     assert started == ["red-fox"]
     assert running == []  # the run was ended
     assert settings["learning_rate"] == 0.003
+    ((name, table),) = tables
+    assert name == "samples/step-2.json"
+    assert list(table) == COLUMNS
+    assert [list(row) for row in zip(*table.values())] == answers_of(folder)
     for key in ("loss", "tokens_per_second", "eval_loss"):
         assert series(logged, key) == series(log, key)
     assert series([entry for entry in logged if "loss" in entry], "step") == [1, 2]
@@ -134,13 +156,15 @@ def test_trackio_gets_figures_settings_and_the_runs_name(trained, monkeypatch):
     stand_in(
         monkeypatch, "trackio", __version__="0.30.0", config=settings, log=logged.append,
         init=lambda **keywords: started.append(keywords), finish=lambda: finished.append(True),
-        context_vars=SimpleNamespace(current_space_id=space, current_project=space),
+        context_vars=SimpleNamespace(current_space_id=space, current_project=space), Table=lambda dataframe: dataframe,
     )  # fmt: skip
-    _, log = trained("trackio")
+    folder, log = trained("trackio")
     assert [start["name"] for start in started] == ["red-fox"]
     assert settings["learning_rate"] == 0.003
     assert series(logged, "train/loss") == series(log, "loss")
     assert series(logged, "eval/loss") == series(log, "eval_loss")
+    (table,) = series(logged, "samples")
+    assert [list(table), table.to_numpy().tolist()] == [COLUMNS, answers_of(folder)]
     assert finished == [True]
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.generate import answers, inference_mode_of
+from oribi.models.generate import Answer, answers, inference_mode_of
 from oribi.models.unwrap import base_model
 from oribi.train.setup import temporarily
 
@@ -46,6 +46,15 @@ class HeldOut:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "perplexity": self.perplexity}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, its text without special tokens, and the answer of the data, empty where there is none."""
+
+    ids: list[int]
+    text: str
+    expected: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,33 +106,55 @@ def text_loss(model: nn.Module, tokenizer: Any, text: str, window: int = 512) ->
     return held_out_loss(model, rows)
 
 
-def answer_rows(
-    model: nn.Module, tokenizer: Any, rows: Dataset, count: int, max_new_tokens: int = 128
-) -> list[Sample]:
-    """Greedy answers to the first held-out rows whose labels begin after a prompt.
+def prompts_of_rows(tokenizer: Any, rows: Dataset, count: int) -> list[Prompt]:
+    """The prompts of the first rows whose labels begin after one.
 
     Args:
-        model, tokenizer: as loaded.
-        rows: as in `held_out_loss`.
-        count: how many.
-        max_new_tokens: the longest answer.
+        tokenizer: of the model. rows: as in `held_out_loss`. count: the most.
     """
-    prompts, texts = [], []
+    found = []
     for row in rows:
-        if len(prompts) == count:
+        if len(found) == count:
             break
         ids, labels = row["input_ids"], row["labels"]
         first = next((i for i, label in enumerate(labels) if label != -100 and i), None)
         if first is None or all(label != -100 for label in labels[1:]):
             continue  # plain text: there is no prompt to answer
         last = next((i for i in range(first, len(ids)) if labels[i] == -100), len(ids))
-        prompts.append(list(ids[:first]))
-        texts.append([_text(tokenizer, ids[:first]), _text(tokenizer, ids[first:last])])
+        prompt = list(ids[:first])
+        found.append(Prompt(prompt, _text(tokenizer, prompt), _text(tokenizer, ids[first:last])))
+    return found
+
+
+def answer_prompts(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 128
+) -> list[Answer]:
+    """Greedy answers of a model in any mode, which it keeps.
+
+    Args:
+        model, tokenizer: as loaded. prompts: to answer. max_new_tokens: the longest answer.
+    """
     with inference_mode_of(model):
-        said = answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        return answers(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens=max_new_tokens)
+
+
+def answer_rows(
+    model: nn.Module, tokenizer: Any, rows: Dataset, count: int, max_new_tokens: int = 128
+) -> list[Sample]:
+    """Greedy answers to the first held-out rows that have a prompt.
+
+    Args:
+        model, tokenizer: as loaded. rows: as in `held_out_loss`. count: how many. max_new_tokens: the longest answer.
+    """
+    prompts = prompts_of_rows(tokenizer, rows, count)
+    return samples_of(prompts, answer_prompts(model, tokenizer, prompts, max_new_tokens))
+
+
+def samples_of(prompts: Sequence[Prompt], said: Sequence[Answer]) -> list[Sample]:
+    """Prompts with their answers, as files and reports show them."""
     return [
-        Sample(prompt, expected, one.text.strip(), one.tokens, one.stopped)
-        for (prompt, expected), one in zip(texts, said)
+        Sample(prompt.text, prompt.expected, one.text.strip(), one.tokens, one.stopped)
+        for prompt, one in zip(prompts, said, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from oribi.run_record import LOG_FILE
+from oribi.run_record import LOG_FILE, json_lines
 from oribi.text import LastingStream, clock, write_whole
 
 logger = logging.getLogger(__name__)
@@ -167,22 +167,8 @@ class JsonLog(TrainerCallback):
 
 
 def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl, in order; none where there is no log. A line that was cut off is left out."""
-    try:
-        lines = (Path(folder) / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in filter(str.strip, lines):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
-        else:
-            logger.warning("%s/%s: a damaged line is left out: %r", folder, LOG_FILE, line[:80])
-    return found
+    """The lines of a run's log.jsonl, in order; none where there is no log."""
+    return list(json_lines(Path(folder) / LOG_FILE))
 
 
 def peak_memory_bytes() -> int:

@@ -10,9 +10,9 @@ from torch import nn
 
 from oribi.data.collate import PaddedCollator
 from oribi.errors import ConfigError
-from oribi.models.generate import answers, inference_mode_of, prompt_ids
+from oribi.models.generate import inference_mode_of, prompt_ids
 from oribi.models.unwrap import base_model
-from oribi.train.evaluate import Sample, without_adapter
+from oribi.train.evaluate import Prompt, Sample, answer_prompts, samples_of, without_adapter
 from oribi.train.rewards import RewardFunction
 
 BATCH_TOKENS = 2048  # of one forward, whose logits are formed
@@ -152,6 +152,29 @@ def texts_of(stage: str, rows: Dataset) -> Dataset | None:
     return Dataset.from_list(found) if found else None
 
 
+def prompts_of_stage(
+    stage: str, tokenizer: Any, rows: Dataset, count: int
+) -> list[tuple[dict[str, Any], Prompt]]:
+    """The first prompts of a stage's rows that differ, each with its row.
+
+    Args:
+        stage: dpo, orpo, kto or grpo. tokenizer: of the model. rows: prepared. count: the most.
+    """
+    found: list[tuple[dict[str, Any], Prompt]] = []
+    expected = {"dpo": "chosen_ids", "orpo": "chosen_ids", "kto": "completion_ids"}.get(stage)
+    for row in rows:
+        if len(found) == count:
+            break
+        ids = prompt_ids(tokenizer, row.get("prompt_ids") or row["prompt"])
+        if all(ids != prompt.ids for _, prompt in found):
+            texts = (
+                tokenizer.decode(part, skip_special_tokens=True).strip()
+                for part in (ids, row[expected] if expected else [])
+            )
+            found.append((row, Prompt(ids, *texts)))
+    return found
+
+
 def stage_samples(
     stage: str,
     model: nn.Module,
@@ -167,28 +190,13 @@ def stage_samples(
         stage: dpo, orpo, kto or grpo. model, tokenizer: as loaded. rows: prepared. rewards: functions that score answers.
         count: how many. max_new_tokens: the longest answer.
     """
-    chosen, prompts = [], []
-    for row in rows:
-        if len(chosen) == count:
-            break
-        ids = prompt_ids(tokenizer, row.get("prompt_ids") or row["prompt"])
-        if ids not in prompts:
-            chosen.append(row)
-            prompts.append(ids)
-    expected = {"dpo": "chosen", "orpo": "chosen", "kto": "completion"}.get(stage)
-    with inference_mode_of(model):
-        said = answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    samples = [
-        Sample(
-            tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            "" if expected is None else tokenizer.decode(row[f"{expected}_ids"], skip_special_tokens=True).strip(),
-            one.text.strip(), one.tokens, one.stopped,
-        )
-        for row, ids, one in zip(chosen, prompts, said)
-    ]  # fmt: skip
+    chosen = prompts_of_stage(stage, tokenizer, rows, count)
+    prompts = [prompt for _, prompt in chosen]
+    said = answer_prompts(model, tokenizer, prompts, max_new_tokens)
+    samples = samples_of(prompts, said)
     if not rewards or not samples:
         return samples
-    earned = score_answers(tokenizer, chosen, [one.text for one in said], rewards)
+    earned = score_answers(tokenizer, [row for row, _ in chosen], [one.text for one in said], rewards)
     return [replace(sample, rewards=of_one) for sample, of_one in zip(samples, earned)]
 
 
