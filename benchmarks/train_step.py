@@ -219,7 +219,8 @@ def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
 
     exact = mode == "float32"
     dtype = torch.float32 if exact else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, device_map={"": 0})
+    device = 0 if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, device_map={"": device})
     for module in model.modules() if exact else ():
         if hasattr(module, "compute_dtype"):  # of a 4-bit layer, as its checkpoint says
             module.compute_dtype = dtype
