@@ -15,6 +15,7 @@ from oribi.chat.ends import stop_ids
 from oribi.chat.template import render_chat
 from oribi.errors import ModelError
 from oribi.kernels.lora_linear import weights_kept
+from oribi.models.linear_layers import every_module
 from oribi.text import printable
 
 GROWING_CACHES = (
@@ -81,7 +82,8 @@ def _growing_cache(model: nn.Module, kwargs: dict[str, Any]) -> None:
 
 def _copy_fits(model: nn.Module) -> bool:
     """Whether a 16-bit copy of the packed weights, if there are any, fits in half of the free memory."""
-    packed = [p for p in model.parameters() if hasattr(p, "quant_state")]
+    weights = (module._parameters.get("weight") for module in every_module(model))
+    packed = [weight for weight in weights if hasattr(weight, "quant_state")]
     if not packed:
         return True
     needed = 2 * sum(p.quant_state.shape.numel() for p in packed)
@@ -95,7 +97,7 @@ def _copy_fits(model: nn.Module) -> bool:
 @contextmanager
 def inference_mode_of(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode inside the block, each in its own mode again after it."""
-    modes = [(module, True) for module in model.modules() if module.training]
+    modes = [(module, True) for module in every_module(model) if module.training]
     if modes:  # `eval` visits about 1,000 modules
         model.eval()
     try:

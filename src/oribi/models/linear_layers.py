@@ -80,6 +80,14 @@ def hooked(module: nn.Module) -> bool:
     ) or "forward" in vars(module)
 
 
+def every_module(root: nn.Module) -> list[nn.Module]:
+    """A module and all below it; several times as fast as `modules`, and one that is shared comes more than once."""
+    found = [root]
+    for module in found:  # which grows
+        found += [child for child in module._modules.values() if child is not None]
+    return found
+
+
 def any_module_hooked() -> bool:
     """Whether hooks of PyTorch's for all modules want to see every call."""
     return torch.nn.modules.module._has_any_global_hook()

@@ -72,7 +72,8 @@ class UnpackedGroup(LinearGroup):
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(modules, dtype, device)
-        self._weight = UnpackedWeight(self.projections, dtype, device)
+        kept = kept_weight(self.projections, dtype, device)
+        self._weight = UnpackedWeight(self.projections, dtype, device) if kept is None else kept
 
     def refresh(self) -> None:
         self._weight.refresh(self._read())

@@ -15,8 +15,9 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from oribi.kernels.lora import Projection
 from oribi.models.decoding.sampling import Choice, read_choice
-from oribi.models.linear_layers import any_module_hooked, hooked, read
+from oribi.models.linear_layers import any_module_hooked, every_module, hooked, read
 from oribi.models.outputs import WITHOUT_EFFECT
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Request:
         ends: tokens that end a row. pad: what an ended row gets.
         criteria: others that end rows: stop strings, or time.
         streamer: gets the tokens as they come; None where nobody waits for them.
+        projections: weights and LoRA pairs of all layers.
         first: place of the first row in the batch that `generate` was given.
     """
 
@@ -50,6 +52,7 @@ class Request:
     pad: int
     criteria: tuple[StoppingCriteria, ...]
     streamer: Any
+    projections: list[Projection]
     first: int = 0
 
     def part(self, start: int, end: int) -> "Request":
@@ -102,9 +105,10 @@ def read_request(
     reason = _unusual_call(ids, config, synced_gpus, inputs) or _unusual_model(decoder, ids.device)
     if reason:
         return reason
-    padding = _padding(ids, inputs)
-    if isinstance(padding, str):
-        return padding
+    padding, projections = _padding(ids, inputs), _read_projections(decoder)
+    for found in (padding, projections):
+        if isinstance(found, str):
+            return found
     new_tokens, ends, others = None, (), []
     for criterion in criteria:
         if type(criterion) is MaxLengthCriteria:
@@ -127,7 +131,7 @@ def read_request(
     prompts = [tuple(row[skipped:]) for row, skipped in zip(ids.tolist(), padding)]
     request = Request(
         ids, prompts, max(new_tokens, 1), choice, tuple(sorted(set(ends))), 0 if pad is None else int(pad),
-        tuple(others), streamer,
+        tuple(others), streamer, projections,
     )  # fmt: skip
     return _unusual_rope(decoder, request) or _no_memory(decoder, request) or request
 
@@ -166,12 +170,16 @@ def _unusual_call(
 
 
 def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str | None:
-    model, devices, changed = decoder.model, set(), None
-    for name, module in decoder.named_modules():
-        if changed is None and module is not decoder and hooked(module):
-            changed = name
-        if "embed_tokens" not in name:  # an embedding may lie in host memory
-            devices |= {p.device for p in module._parameters.values() if p is not None}
+    model, found = decoder.model, every_module(decoder)
+    # an embedding may lie in host memory
+    elsewhere = set(map(id, every_module(model.embed_tokens)))
+    devices = {
+        p.device
+        for module in found
+        if id(module) not in elsewhere
+        for p in module._parameters.values()
+        if p is not None
+    }
     if len(devices) > 1:
         return "the model lies on several devices"
     if devices != {device}:
@@ -185,14 +193,21 @@ def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str |
         return "hooks are registered for all modules"
     if _other_forward(decoder) or decoder._forward_hooks or decoder._forward_pre_hooks:
         return "the model's forward is wrapped or has a hook"
-    if changed is not None:
-        return f"{changed} is wrapped or has a hook"
-    for index, layer in enumerate(model.layers):
-        for part, _, _ in layer.parts():
-            for modules in part.groups().values():
-                if any(read(module) is None for module in modules):
-                    return f"layer {index} has a linear layer that is neither plain nor one LoRA pair"
+    if any(hooked(module) for module in found[1:]):
+        name = next(n for n, module in decoder.named_modules() if module is not decoder and hooked(module))
+        return f"{name} is wrapped or has a hook"
     return None
+
+
+def _read_projections(decoder: "DecoderForCausalLM") -> list[Projection] | str:
+    """Weights and LoRA pairs of all layers, or which of them cannot be read."""
+    projections = []
+    for index, layer in enumerate(decoder.model.layers):
+        for part, _, _ in layer.parts():
+            projections += [read(module) for modules in part.groups().values() for module in modules]
+        if None in projections:
+            return f"layer {index} has a linear layer that is neither plain nor one LoRA pair"
+    return projections
 
 
 def _other_forward(decoder: "DecoderForCausalLM") -> bool:

@@ -15,7 +15,7 @@ from oribi.graph_capture import RecordingFailed, record
 from oribi.models.decoding.request import Request
 from oribi.models.decoding.state import SLOT_STEP, DecodingState
 from oribi.models.decoding.step import DecodingStep
-from oribi.models.linear_layers import read
+from oribi.models.linear_layers import every_module
 
 if TYPE_CHECKING:
     from oribi.models.decoder import DecoderForCausalLM
@@ -122,16 +122,9 @@ def _make(decoder: "DecoderForCausalLM", request: Request, bucket: int) -> Sessi
 
 def _identity(decoder: "DecoderForCausalLM", request: Request) -> tuple:
     """What a recorded step fixes beside the sizes."""
-    # in each generation, `parameters` would take four times as long
-    found = (p for module in decoder.modules() for p in module._parameters.values() if p is not None)
+    found = (p for module in every_module(decoder) for p in module._parameters.values() if p is not None)
     weights = tuple(p.data_ptr() for p in found)
-    factors = tuple(
-        (0 if projection.a is None else projection.a.data_ptr(), projection.scale)
-        for layer in decoder.model.layers
-        for part, _, _ in layer.parts()
-        for modules in part.groups().values()
-        for projection in map(read, modules)
-    )
+    factors = tuple((0 if p.a is None else p.a.data_ptr(), p.scale) for p in request.projections)
     # of longrope, which has one set of frequencies up to some length and another beyond
     rope = tuple(rotary.set_of(request.longest) for rotary in decoder.model.rotary.values())
     return request.choice.key, request.ends, request.pad, weights, factors, rope
