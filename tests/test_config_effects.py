@@ -177,6 +177,8 @@ EFFECTS = {
 # (revision, trust_remote_code) and tests/train/test_trainer.py (dataset_num_proc); without malformed a run with such rows does not
 # begin: tests/data/test_rows.py
 PASSED_ON = {"revision", "trust_remote_code", "dataset_num_proc", "malformed"}
+# these act where there are several processes: tests/cli/test_train_gpus.py and tests/trust/test_processes.py
+OF_PROCESSES = {"gpus", "fsdp", "ddp_timeout"}
 # and this one needs a GPU: tests/train/test_fp8.py
 ON_A_GPU = {"fp8"}
 
@@ -261,7 +263,9 @@ def ran(places, tmp_path_factory) -> Callable[..., Ran]:
 
 
 def test_every_key_is_here():
-    assert set(EFFECTS) | PASSED_ON | ON_A_GPU | OF_STAGES == {f.name for f in fields(RunConfig)}
+    assert set(EFFECTS) | PASSED_ON | OF_PROCESSES | ON_A_GPU | OF_STAGES == {
+        f.name for f in fields(RunConfig)
+    }
 
 
 @pytest.mark.parametrize("key", EFFECTS)

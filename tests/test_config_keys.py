@@ -69,6 +69,8 @@ OTHER: dict[str, dict[str, Any]] = {
     "seed": {"seed": 1},
     "fp8": {"fp8": True},
     "deterministic": {"deterministic": True},
+    "fsdp": {"fsdp": True},
+    "ddp_timeout": {"ddp_timeout": 60},
     "logging_steps": {"logging_steps": 10},
     "eval_steps": {"eval_steps": 3, "eval_fraction": 0.5},
     "sample_prompts": {"sample_prompts": "held_out", "eval_fraction": 0.5},
@@ -146,7 +148,8 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
 def test_every_key_is_here():
     # tests/train/test_stages.py has those of the stages that are not supervised
     of_stages = {"stage"} | {name for name, setting in SETTINGS.items() if "sft" not in setting.used_by}
-    assert set(OTHER) | of_stages == {f.name for f in fields(RunConfig)}
+    at_the_command_line = {"gpus"}  # tests/cli/test_train_gpus.py
+    assert set(OTHER) | of_stages | at_the_command_line == {f.name for f in fields(RunConfig)}
 
 
 @pytest.mark.parametrize("key", OTHER)

@@ -159,6 +159,15 @@ class RunConfig:
         used_by=SFT_ONLY,
     )
     deterministic: bool = setting(False, "Make two runs bit-equal; slower on a GPU")
+    gpus: str | None = setting(
+        None, "GPUs to train on, a process each: all, a number, or indices such as 0,2; none trains on one"
+    )
+    fsdp: bool = setting(
+        False,
+        "Split the frozen weights over the GPUs, for a model that is too large for one",
+        used_by=SFT_ONLY,
+    )
+    ddp_timeout: int = setting(1800, "Seconds that a process waits for the others before it gives up", low=1)
     logging_steps: int = setting(1, "Steps between two log lines", low=1)
     eval_steps: int | None = setting(
         None, "Steps between two evaluations; none evaluates at each epoch", low=1

@@ -340,7 +340,7 @@ def _on_one_line(value: Any) -> str:
 
 
 # keys of other programs, and what to write instead
-_GPUS = "several GPUs: `torchrun --nproc-per-node 2 -m oribi train CONFIG`"
+_GPUS = "several GPUs: gpus: all, and fsdp: true where the model is too large for one"
 _ATTENTION = "chosen automatically (`oribi doctor` shows it); leave the line out"
 _EVALUATION = "eval_steps sets it; without it, each epoch ends with an evaluation"
 _SAVING = "save_steps sets it; without it, only the final model is saved"
@@ -356,7 +356,7 @@ _KNOWN = {
     ("lora_target_linear", "lora_on_all_linear"): "target_modules: all-linear does this, and is the default",
     ("flash_attention", "flash_attn", "flash_attn_2", "use_flash_attention_2", "attn_implementation",
      "xformers_attention", "sdp_attention"): _ATTENTION,
-    ("deepspeed", "fsdp", "fsdp_config", "ddp", "device_map", "accelerate"): _GPUS,
+    ("deepspeed", "fsdp_config", "ddp", "device_map", "accelerate", "num_gpus", "n_gpu", "devices"): _GPUS,
     ("epochs", "epoch", "num_epoch"): "did you mean num_train_epochs?",
     ("steps", "num_steps", "max_train_steps", "total_steps"): "did you mean max_steps?",
     ("wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "use_wandb"): (

@@ -31,3 +31,7 @@ class ExportError(OribiError, RuntimeError):
 
 class TrainingError(OribiError, RuntimeError):
     """Training cannot continue: its numbers are no longer finite, or its checkpoints cannot be written."""
+
+
+class EndedElsewhere(TrainingError):
+    """Another process of the training failed, whose own message says why."""

@@ -154,7 +154,12 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, Prepared
     prepare = prepare_dataset if config.stage == "sft" else prepare_preferences
 
     def prepared(sources: list[dict[str, str]]) -> PreparedData:
-        return prepare(sources, tokenizer, num_proc=config.dataset_num_proc, **config.row_settings())
+        # of several processes one prepares, and the first speaks
+        first = is_first_process()
+        return prepare(
+            sources, tokenizer, num_proc=config.dataset_num_proc, progress=first, announce=print if first else None,
+            **config.row_settings(),
+        )  # fmt: skip
 
     rows = prepared([{"path": source} for source in config.dataset])
     if config.eval_dataset:
@@ -192,7 +197,7 @@ def _training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
         "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
         "gradient_accumulation_steps", "learning_rate", "embedding_learning_rate", "lr_scheduler_type", "warmup_steps",
         "optim", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "seed", "fp8", "deterministic",
-        "logging_steps", "save_total_limit", "report_to", "packing", "eval_steps",
+        "logging_steps", "save_total_limit", "report_to", "packing", "eval_steps", "ddp_timeout",
     )  # fmt: skip
     evaluation = "no" if not evaluates else "steps" if config.eval_steps else "epoch"
     return SFTConfig(
@@ -203,6 +208,7 @@ def _training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
         run_name=Path(config.output_dir).name,  # in trackers
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
+        fsdp=True if config.fsdp else None,
     )
 
 

@@ -39,6 +39,7 @@ OTHERWISE = {
     ("from_pretrained", "dtype"): (None, "the machine's"),
     ("SFTConfig", "max_seq_length"): (None, "the model's"),
     ("SFTConfig", "train_on_responses_only"): (None, "answers only"),
+    ("SFTConfig", "fsdp"): (None, "off"),
     ("SFTConfig", "gradient_checkpointing"): (False, "get_peft_model set it up"),
     ("prepare_dataset", "train_on_responses_only"): ("responses", "answers only"),
 }

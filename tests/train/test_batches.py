@@ -1,7 +1,5 @@
 """Several processes read each row once an epoch, in the order of one process."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from datasets import Dataset
@@ -9,9 +7,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from oribi.data.collate import PackCollator
-from oribi.errors import TrainingError
 from oribi.train.batches import FilledRows, GroupedByLength, RankBatches, RankRows, UntrainedFiller
-from oribi.train.shards import require_wrapper
 
 ROWS = Dataset.from_list([{"input_ids": [i + 1] * 3, "labels": [i + 1] * 3} for i in range(11)])
 
@@ -47,6 +43,26 @@ def test_each_row_is_trained_once_in_the_order_of_one_process(stream, drop_last,
     assert not any(in_turn[len(one) :])
 
 
+@pytest.mark.parametrize(("processes", "rounds", "size"), [(2, 2, 1), (2, 2, 2), (3, 1, 2), (4, 4, 1)])
+def test_the_rows_of_a_step_are_those_of_one_process_and_are_shared_by_length(processes, rounds, size):
+    lengths = [90, 3, 80, 5, 9, 70, 1, 60, 4, 9, 30]
+    order = [7, 0, 1, 2, 8, 9, 10, 3, 4, 5, 6]
+    dealt = [
+        list(RankBatches(BatchSampler(order, size, False), processes, process, 99, lengths, rounds))
+        for process in range(processes)
+    ]
+    assert {len(batches) for batches in dealt} == {-(-len(order) // (processes * size))}
+    per_step = processes * rounds * size
+    for step, first in enumerate(range(0, len(order), per_step)):
+        own = [batches[step * rounds : (step + 1) * rounds] for batches in dealt]
+        rows = [row for batches in own for batch in batches for row in batch if row != 99]
+        assert sorted(rows) == sorted(order[first : first + per_step])
+        assert all(0 < len(batch) <= size for batches in own for batch in batches)
+    if (processes, rounds, size) == (2, 2, 1):
+        # rows 7, 0, 1, 2 of 60, 90, 3 and 80 tokens: 90 + 3 and 80 + 60
+        assert [[batches[0], batches[1]] for batches in dealt] == [[[0], [1]], [[2], [7]]]
+
+
 def test_rows_grouped_by_length_come_in_one_order_for_all_and_another_one_each_epoch():
     lengths = [3, 9, 4, 1, 7, 7, 2, 8] * 4
     orders = []
@@ -58,11 +74,3 @@ def test_rows_grouped_by_length_come_in_one_order_for_all_and_another_one_each_e
     sampler.set_epoch(1)
     assert list(sampler) != orders[0]
     assert sorted(sampler) == list(range(32))
-
-
-def test_processes_that_would_each_train_alone_are_stopped():
-    model = torch.nn.Linear(2, 2)
-    args = SimpleNamespace(world_size=2, deepspeed=None)
-    with pytest.raises(TrainingError, match="each would train alone"):
-        require_wrapper(args, model, model)
-    require_wrapper(args, model, torch.nn.Sequential(model))

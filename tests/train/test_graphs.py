@@ -67,12 +67,12 @@ def test_equal_documents_keep_their_exact_shape():
 def test_each_reason_against_recording_is_said():
     model, decoder = adapted(torch.float32)
     optimizer = FlatAdamW([p for p in model.parameters() if p.requires_grad])
-    usual = {"tokens": 64, "world_size": 1, "loss_scaled": False}
+    usual = {"tokens": 64, "sharded": False, "loss_scaled": False}
     if not CUDA:
         assert reason_against(model, decoder, optimizer, **usual) == "there is no GPU"
         return
     assert reason_against(model, decoder, optimizer, **usual) is None
-    assert "processes" in reason_against(model, decoder, optimizer, **{**usual, "world_size": 2})
+    assert "gather each layer" in reason_against(model, decoder, optimizer, **{**usual, "sharded": True})
     assert "float16" in reason_against(model, decoder, optimizer, **{**usual, "loss_scaled": True})
     assert "the limit" in reason_against(
         model, decoder, optimizer, **{**usual, "tokens": int(HOST_BOUND_FLOP)}

@@ -136,12 +136,12 @@ def test_what_trains_nothing_is_left_out_but_never_all():
     assert cut(PackCollator()(rows), 2)[0]["input_ids"].shape == (1, 16)
 
 
-def test_several_processes_are_told_to_change_their_settings():
+def test_processes_that_gather_weights_together_are_told_to_change_their_settings():
     def run(inputs, targets):
         raise OUT_OF_MEMORY
 
-    steps = SmallerSteps(run, lambda: None, processes=2)
-    with pytest.raises(TrainingError, match="With 2 processes"):
+    steps = SmallerSteps(run, lambda: None, together=True)
+    with pytest.raises(TrainingError, match="micro-batches of a sharded model are not cut"):
         steps(0, PackCollator()(examples(4, 4)), 6)
 
 

@@ -47,7 +47,7 @@ from oribi.lora.attach import attach_lora
 from oribi.save import save_merged
 from oribi.selftest.subject import Subject
 from oribi.train.guard import LossGuard
-from oribi.train.shards import is_sharded, own_bytes, sharded
+from oribi.train.shards import is_sharded, own_bytes, shard
 
 def load(kind, keeps):
     model, _ = load_model(
@@ -64,24 +64,26 @@ def load(kind, keeps):
 def gradients(model, rows, targets):
     model.zero_grad()
     model(**PackCollator()(rows), num_items_in_batch=targets, use_cache=False).loss.backward()
-    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 def compare(kind, keeps):
     expected = gradients(load(kind, keeps), rows, targets)
     model = load(kind, keeps)
     assert not is_sharded(model)
     whole = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    wrapped = sharded(model, model.get_base_model(), torch.device("cpu"))
+    shard(model, model.get_base_model(), torch.device("cpu"))
     assert is_sharded(model)
     found = {"kind": kind, "count": len(expected), "share": own_bytes(model.get_base_model()) / whole, "errors": []}
-    for _ in range(2):  # DDP takes the mean over the processes
-        own = gradients(wrapped, rows[dist.get_rank() :: 2], targets / 2)
+    for _ in range(2):
+        own = gradients(model, rows[dist.get_rank() :: 2], targets)
+        for gradient in own.values():
+            dist.all_reduce(gradient)
         found["errors"] += [float((own[name] - g).norm() / g.norm()) for name, g in expected.items()]
     try:
         save_merged(model, sys.argv[2], None)
     except ExportError as error:
         found["refused"] = str(error)
-    found["guard"] = LossGuard()._find(model)
+    found["guard"] = LossGuard()._find(model)[0]
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
 

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import traceback
 from importlib import import_module
 from typing import Annotated
@@ -15,13 +16,15 @@ from typing import Annotated
 import typer
 
 from oribi.cli.output import complain, lasting_output
-from oribi.errors import OribiError
+from oribi.errors import EndedElsewhere, OribiError
+from oribi.launch import is_launched
 from oribi.text import LastingStream, is_first_process, printable
 
 VERBS = (
     "init", "convert", "inspect", "estimate", "train", "chat", "eval", "export", "doctor", "selftest", "demo",
 )  # fmt: skip
 STOPPED = 130
+CAUSE_SECONDS = 3.0  # until a process says an error that another is likely to say better
 # these verbs take every setting as a flag, and the config checks their names
 FREE_FLAGS = {
     verb: {"allow_extra_args": True, "ignore_unknown_options": True} for verb in ("train", "estimate")
@@ -101,6 +104,7 @@ def _run(words: list[str]) -> int | str | None:
     try:
         build_command()(words, prog_name="oribi")
     except OribiError as error:
+        _let_the_cause_speak(error)
         complain(str(error))
     except SystemExit as ended:
         if ended.code != STOPPED:
@@ -117,6 +121,14 @@ def _run(words: list[str]) -> int | str | None:
     else:
         return 0
     return 1
+
+
+def _let_the_cause_speak(error: OribiError) -> None:
+    """Of several processes that fail together, the launcher ends the others when the one that knows why has said it."""
+    if isinstance(error, EndedElsewhere):
+        time.sleep(2 * CAUSE_SECONDS)
+    elif is_launched() and not is_first_process():  # most often the first fails alike
+        time.sleep(CAUSE_SECONDS)
 
 
 def _unexpected(error: Exception) -> str:

@@ -1,12 +1,15 @@
 """`oribi train CONFIG.yaml [--key value ...]`."""
 
+import sys
 from typing import Annotated
 
 import typer
 
 from oribi.cli.output import chatter_aside
 from oribi.cli.settings import read_settings
+from oribi.launch import chosen_gpus, is_launched, is_restarted, launch
 from oribi.run_record import FORM_FOLDERS
+from oribi.text import say_notes
 
 
 def train(
@@ -16,6 +19,13 @@ def train(
     check: Annotated[
         bool, typer.Option("--check", help="Check the settings, print all of them and stop.")
     ] = False,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="With gpus: how often all processes start again from the newest checkpoint when one fails.",
+        ),
+    ] = 0,
 ) -> None:
     """Fine-tune a model.
 
@@ -27,9 +37,26 @@ def train(
 
         typer.echo(as_yaml(settings), nl=False)
         return
+    if settings.gpus is not None and not is_launched():
+        gpus = chosen_gpus(settings.gpus, _gpus_here())
+        if len(gpus) > 1 or "," in settings.gpus:
+            raise typer.Exit(launch(["-m", "oribi", *sys.argv[1:]], gpus, restarts))
+    elif settings.gpus is not None:
+        say_notes(["gpus is left to the launcher that started these processes"])
+    if is_restarted():  # the run that this process was part of is there, where it got as far as a checkpoint
+        overwrite = False
+        if settings.resume == "false":
+            settings.resume = "true"
     with chatter_aside():
         from oribi.run import run
 
         saved = run(settings, overwrite)
     for form, path in saved.items():
         typer.echo(f"{FORM_FOLDERS.get(form, form):<14}{path}")
+
+
+def _gpus_here() -> int:
+    """GPUs that this process may use; asking takes no memory on them."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

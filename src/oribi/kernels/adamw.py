@@ -14,6 +14,7 @@ import torch
 from oribi.errors import ConfigError, ModelError
 from oribi.kernels.adamw_step import (
     BLOCK,
+    CONTROL_WORDS,
     FACTORS,
     HYPER,
     NORM_PROGRAMS,
@@ -143,6 +144,12 @@ class FlatAdamW(torch.optim.Optimizer):
             torch._foreach_copy_([p.grad for p in found], [p.parameter.grad for p in found])
         for place in moved:
             place.parameter.grad = place.grad
+
+    def shared_buffers(self) -> list[torch.Tensor]:
+        """The buffers that several processes sum, with every gradient in them: see `Flat.shared`."""
+        self._check_storage()
+        self.attach_grads()
+        return [flat.shared for flat in self._flats]
 
     def upload_settings(self) -> None:
         """Copy lr, betas, eps and weight_decay of all groups to the device if any changed since the last time.
@@ -300,9 +307,11 @@ def _lay_out(
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    shared = zeros(size + (CONTROL_WORDS if dtype is torch.float32 else 0), dtype=dtype)
     flat = Flat(
         weights=zeros(size, dtype=dtype),
-        grads=zeros(size, dtype=dtype),
+        grads=shared[:size],
+        shared=shared,
         quantised=quantised,
         block_group=zeros(size // BLOCK, dtype=torch.int32),
         hyper=zeros(groups, HYPER, dtype=precise),

@@ -31,6 +31,8 @@ NORM_PROGRAMS = 528
 # columns of Flat.hyper and Flat.factors
 HYPER = 5
 FACTORS = 8
+# float32 words behind the gradients, in which processes tell each other more than gradients
+CONTROL_WORDS = 256
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Flat:
 
     Args:
         weights, grads: [N] in the parameters' dtype, N a multiple of TILE.
+        shared: what processes sum in one call: `grads`, and in float32 [CONTROL_WORDS] control words behind it.
         quantised: a multiple of TILE.
         block_group: [N / BLOCK] int32, each block's parameter group.
         hyper: [groups, HYPER] float64: lr, beta1, beta2, eps, weight_decay.
@@ -54,6 +57,7 @@ class Flat:
 
     weights: torch.Tensor
     grads: torch.Tensor
+    shared: torch.Tensor
     quantised: int
     block_group: torch.Tensor
     hyper: torch.Tensor

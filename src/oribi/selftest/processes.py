@@ -1,11 +1,12 @@
 """Starts several processes of this machine that compute together, as torchrun does."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import torch
+
+from oribi.launch import free_port, rank_variables
 
 SECONDS = 600  # then processes that wait for each other are stopped
 
@@ -27,19 +28,13 @@ def run_together(
     Raises:
         RuntimeError: a process failed; the message ends with its standard error.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     shared = {**os.environ, "OMP_NUM_THREADS": str(threads or max(torch.get_num_threads() // processes, 1))}
     if not on_gpus:
         shared["CUDA_VISIBLE_DEVICES"] = ""
     started = []
-    for rank in map(str, range(processes)):
-        own = {
-            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank,
-        }  # fmt: skip
-        environment = shared | (own if processes > 1 else {})
+    for rank in range(processes):
+        environment = shared | (rank_variables(rank, processes, port) if processes > 1 else {})
         words = [sys.executable, *arguments]
         started.append(
             subprocess.Popen(

@@ -1,12 +1,16 @@
 """Batches of several processes: together they read every row once per epoch, as one process does.
 
-The batches of an epoch are dealt out in rounds, batch i to process i mod W. In the last round some processes may have
-none left; they take a row of which nothing is trained. accelerate would repeat the first rows of the data set there.
+The rows of each optimizer step are those of one process, and are shared so that every process computes about as long: the longest
+row goes first, to the process with the least work so far. Where lengths are not known, batch i goes to process i mod W. At the end
+of an epoch some processes may have none left; they take a row of which nothing is trained. accelerate would repeat the first
+rows of the data set there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import datasets
+import pyarrow.compute as compute
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
@@ -22,6 +26,10 @@ LOADER_SETTINGS = (
 )  # fmt: skip
 
 
+# of a row at which an 8B model's attention costs as much as its matrix products
+QUADRATIC_TOKENS = 40_000
+
+
 class Filler(dict):
     """A row that stands where a process has none left."""
 
@@ -33,29 +41,81 @@ class RankBatches(BatchSampler):
         batch_sampler: the batches of all processes.
         num_processes: processes that share them. process_index: this one.
         filler: index of the row where no batch is left.
+        costs: of each row; None deals out whole batches.
+        rounds: micro-batches of an optimizer step.
     """
 
-    def __init__(self, batch_sampler: Any, num_processes: int, process_index: int, filler: int) -> None:
+    def __init__(
+        self,
+        batch_sampler: Any,
+        num_processes: int,
+        process_index: int,
+        filler: int,
+        costs: Sequence[float] | None = None,
+        rounds: int = 1,
+    ) -> None:
         self.batch_sampler = batch_sampler
         # accelerate and transformers know these names
         self.num_processes, self.process_index = num_processes, process_index
         self.batch_size, self.drop_last = batch_sampler.batch_size, batch_sampler.drop_last
         self.sampler = getattr(batch_sampler, "sampler", None)
-        self._filler = filler
+        self._filler, self._costs, self._rounds = filler, costs, rounds
 
     def __len__(self) -> int:
         return -(-len(self.batch_sampler) // self.num_processes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        own, count = [self._filler], 0
-        for count, batch in enumerate(self.batch_sampler, 1):
-            if (count - 1) % self.num_processes == self.process_index:
-                own = batch
-            if count % self.num_processes == 0:
-                yield own
-                own = [self._filler]
-        if count % self.num_processes:
-            yield own
+        rounds = 1 if self._costs is None else self._rounds
+        step: list[list[int]] = []
+        for batch in self.batch_sampler:
+            step.append(batch)
+            if len(step) == rounds * self.num_processes:
+                yield from self._own(step)
+                step = []
+        if step:
+            yield from self._own(step)
+
+    def _own(self, step: list[list[int]]) -> Iterator[list[int]]:
+        """This process's micro-batches of a step."""
+        rounds = -(-len(step) // self.num_processes)
+        if self._costs is None:
+            own = step[self.process_index :: self.num_processes]
+        else:
+            size = max(map(len, step))
+            rows = deal(
+                [row for batch in step for row in batch], self._costs, self.num_processes, rounds * size
+            )
+            own = [batch for batch in deal(rows[self.process_index], self._costs, rounds, size) if batch]
+        yield from own
+        for _ in range(rounds - len(own)):
+            yield [self._filler]
+
+
+def deal(rows: Sequence[int], costs: Sequence[float], shares: int, size: int) -> list[list[int]]:
+    """Rows in shares of at most `size` and of about equal cost: the dearest first, to the cheapest share with place for it."""
+    found: list[list[int]] = [[] for _ in range(shares)]
+    loads = [0.0] * shares
+    for row in sorted(rows, key=lambda row: -costs[row]):
+        place = min((i for i in range(shares) if len(found[i]) < size), key=lambda i: (loads[i], i))
+        found[place].append(row)
+        loads[place] += costs[row]
+    return found
+
+
+def row_lengths(dataset: Any) -> list[int]:
+    """Tokens of each prepared row; none for a stream, whose rows are not known before they come."""
+    if (
+        not isinstance(dataset, datasets.Dataset)
+        or not len(dataset)
+        or "input_ids" not in dataset.column_names
+    ):
+        return []
+    return compute.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_pylist()
+
+
+def row_costs(dataset: Any) -> list[float] | None:
+    """What each row costs a step, in tokens; attention adds as much again where a row has QUADRATIC_TOKENS."""
+    return [length * (1 + length / QUADRATIC_TOKENS) for length in row_lengths(dataset)] or None
 
 
 class FilledRows(Dataset):
@@ -118,8 +178,14 @@ class UntrainedFiller:
         return batch
 
 
-def rank_loader(accelerator: Accelerator, loader: DataLoader) -> DataLoader:
-    """A process's loader: the rows and order of `loader`, dealt out as this file says, on this process's device."""
+def rank_loader(accelerator: Accelerator, rounds: int, loader: DataLoader) -> DataLoader:
+    """A process's loader: the rows and order of `loader`, dealt out as this file says, on this process's device.
+
+    Args:
+        accelerator: knows the processes.
+        rounds: micro-batches of an optimizer step.
+        loader: of one process.
+    """
     processes, process = accelerator.num_processes, accelerator.process_index
     settings = {name: getattr(loader, name) for name in LOADER_SETTINGS if hasattr(loader, name)}
     settings["collate_fn"] = UntrainedFiller(loader.collate_fn)
@@ -127,7 +193,9 @@ def rank_loader(accelerator: Accelerator, loader: DataLoader) -> DataLoader:
         rows = RankRows(loader.dataset, loader.batch_size, loader.drop_last, processes, process)
         dealt = DataLoader(rows, batch_size=loader.batch_size, drop_last=loader.drop_last, **settings)
     else:
-        batches = RankBatches(loader.batch_sampler, processes, process, filler=len(loader.dataset))
+        batches = RankBatches(
+            loader.batch_sampler, processes, process, len(loader.dataset), row_costs(loader.dataset), rounds
+        )
         dealt = DataLoader(FilledRows(loader.dataset), batch_sampler=batches, **settings)
     return prepare_data_loader(
         dealt,

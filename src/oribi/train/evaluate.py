@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
@@ -23,6 +22,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.generate import Answer, answers, inference_mode_of
 from oribi.models.unwrap import base_model
 from oribi.train.setup import temporarily
+from oribi.train.several import ProcessesTrainer
 
 BATCH_TOKENS = 4096  # of one forward; only the loss is kept
 
@@ -187,7 +187,7 @@ def _batches(rows: Dataset) -> Iterator[list[dict[str, list[int]]]]:
         yield batch
 
 
-class PredictingTrainer(Trainer):
+class PredictingTrainer(ProcessesTrainer):
     """transformers' `Trainer` whose evaluations call losses as its training does."""
 
     own_loss: bool
@@ -213,12 +213,9 @@ class PredictingTrainer(Trainer):
         if not prediction_loss_only:
             loss, logits = loss[0], logits_of(loss[1])
         # training's losses carry the number of processes as a factor, and their mean is taken
-        share = targets if counted is None else torch.as_tensor(counted).clamp(min=1) / self._loss_factor()
+        share = targets if counted is None else torch.as_tensor(counted).clamp(min=1) / self._loss_factor
         self._evaluated.append(torch.stack([loss.float() * share, targets.float()]))
         return loss.detach(), logits, None if prediction_loss_only else labels
-
-    def _loss_factor(self) -> int:
-        return self.args.world_size if self.args.average_tokens_across_devices else 1
 
     def _wants_rows(self) -> bool:
         """Whether an evaluation hands out logits: each example is a row of its own then, in the order of the data."""

@@ -46,6 +46,7 @@ ON_RESUME = {
     "weight_decay": APPLIED, "max_grad_norm": APPLIED, "neftune_noise_alpha": APPLIED, "label_smoothing_factor": FIXED,
     "loss_type": FIXED, "seed": FIXED, "data_seed": FIXED, "train_sampling_strategy": FIXED,
     "dataloader_drop_last": FIXED, "fp8": APPLIED, "deterministic": APPLIED,
+    "gpus": FREE, "fsdp": FREE, "ddp_timeout": FREE,
     "logging_steps": FREE, "eval_steps": FREE, "sample_prompts": FREE, "sample_tokens": FREE, "save_steps": FREE,
     "save_total_limit": FREE, "resume": FREE,
     "stage": FIXED, "beta": FIXED, "loss_weights": FIXED, "label_smoothing": FIXED, "desirable_weight": FIXED,

@@ -60,11 +60,14 @@ class StepGraphs:
         model: the trained model.
         decoder: the decoder inside it.
         optimizer: its optimizer, whose gradient buffers stay where they are.
+        loss_factor: of the loss: several processes take the mean of their gradients, and the targets are those of all.
     """
 
-    def __init__(self, model: nn.Module, decoder: DecoderForCausalLM, optimizer: FlatAdamW) -> None:
+    def __init__(
+        self, model: nn.Module, decoder: DecoderForCausalLM, optimizer: FlatAdamW, loss_factor: int = 1
+    ) -> None:
         self._model, self._decoder, self._optimizer = model, decoder, optimizer
-        self._failed = False
+        self._failed, self._loss_factor = False, loss_factor
         self._flop_per_token = FLOP_PER_WEIGHT * linear_weights(decoder)
         self._recorded: OrderedDict[tuple, _Recorded | None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
@@ -81,6 +84,8 @@ class StepGraphs:
         targets = torch.as_tensor(targets, device=inputs["input_ids"].device, dtype=torch.float32).clamp(
             min=1
         )
+        if self._loss_factor > 1:
+            targets = targets / self._loss_factor
         if not set(inputs) <= {*TENSOR_INPUTS, *OTHER_INPUTS}:  # padding, say, which the host has to look at
             return self._run(inputs, targets)
         pads = inputs["input_ids"].numel() * self._flop_per_token < PADDED_FLOP
@@ -180,14 +185,14 @@ def _power_of_two(n: int) -> int:
 
 
 def reason_against(
-    model: nn.Module, decoder: nn.Module, optimizer: object, tokens: int, world_size: int, loss_scaled: bool
+    model: nn.Module, decoder: nn.Module, optimizer: object, tokens: int, sharded: bool, loss_scaled: bool
 ) -> str | None:
     """Why steps of this training are not recorded, or None if they are.
 
     Args:
         model, decoder: the trained model and the decoder in it.
         optimizer: the optimizer, unwrapped.
-        tokens: tokens of a micro-batch. world_size: processes. loss_scaled: whether float16 scales its loss.
+        tokens: tokens of a micro-batch. sharded: whether layers are gathered from several processes. loss_scaled: whether float16 scales its loss.
     """
     if not isinstance(decoder, DecoderForCausalLM):
         return "the model is not oribi's decoder"
@@ -195,8 +200,8 @@ def reason_against(
         return "there is no GPU"
     if not isinstance(optimizer, FlatAdamW):
         return 'the optimizer moves its gradients; choose optim="adamw_8bit"'
-    if world_size > 1:
-        return "several processes exchange gradients during backward"
+    if sharded:
+        return "processes gather each layer while it computes"
     if loss_scaled:
         return "float16 changes its loss scale from step to step"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):

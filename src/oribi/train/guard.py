@@ -7,7 +7,7 @@ the batches since the last log again; `save.finite` keeps such values out of eve
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from statistics import median
 from typing import Any
@@ -40,11 +40,18 @@ class LossGuard(TrainerCallback):
         decode: token ids -> text, for the message.
         scaled: whether a gradient scaler is at work, whose overflows are ordinary.
         searches: whether the rows behind a bad value are looked for; a loss that compares rows has none that can run alone.
+        agree: gives each process what all of them found, which all ask at the same time.
     """
 
     def __init__(
-        self, rows: Any = None, decode: Any = None, scaled: bool = False, searches: bool = True
+        self,
+        rows: Any = None,
+        decode: Any = None,
+        scaled: bool = False,
+        searches: bool = True,
+        agree: Callable[[Any], list[Any]] = lambda found: [found],
     ) -> None:
+        self.agree = agree
         self.rows, self.decode, self.scaled, self.searches = rows, decode, scaled, searches
         self.batches: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_BATCHES)
         self.losses: deque[float] = deque(maxlen=HISTORY)
@@ -93,8 +100,12 @@ class LossGuard(TrainerCallback):
             self.norms.append(norm)
 
     def _error(self, what: str, step: int, model: nn.Module, args: TrainingArguments) -> TrainingError:
+        found = ""
         try:
-            found = self._find(model) if model is not None else ""
+            if model is not None:
+                # all processes search among their own rows; the others wait for the one that runs longest
+                every = self.agree(self._find(model))
+                found = next((text for text, is_cause in every if is_cause), every[0][0])
         finally:
             self.batches.clear()
         return TrainingError(
@@ -102,14 +113,18 @@ class LossGuard(TrainerCallback):
             "or look at these rows; the last checkpoint is from before"
         )
 
-    def _find(self, model: nn.Module) -> str:
+    def _find(self, model: nn.Module) -> tuple[str, bool]:
+        """What is behind a bad value, and whether it is a cause."""
         bad = first_non_finite(model)
         if bad is not None:
-            return f"The weights of {bad} are no longer finite."
+            return f"The weights of {bad} are no longer finite.", True
         if not self.searches:
-            return "The loss compares rows, so no single one was searched for."
+            return "The loss compares rows, so no single one was searched for.", False
         if is_sharded(model):
-            return "The row that caused it was not searched for: no process can run the sharded model alone."
+            return (
+                "The row that caused it was not searched for: no process can run the sharded model alone.",
+                False,
+            )
         documents = 0
         for step, inputs in self.batches:
             for document in documents_of(inputs):
@@ -117,9 +132,10 @@ class LossGuard(TrainerCallback):
                 where = offending_module(model, document)
                 if where is not None:
                     row = self._row(document["input_ids"])
-                    return f"{row} of step {step} gives values that are not finite, first {where}."
+                    return f"{row} of step {step} gives values that are not finite, first {where}.", True
         return (
-            f"None of the {documents} documents since the last log gives such a value when run again alone."
+            f"None of the {documents} documents since the last log gives such a value when run again alone.",
+            False,
         )
 
     def _row(self, input_ids: torch.Tensor) -> str:

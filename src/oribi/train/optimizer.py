@@ -4,16 +4,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
 from oribi.kernels.adamw import FLAT_OPTIMIZERS, FlatAdamW
 from oribi.models.unwrap import base_model
 from oribi.text import say
 from oribi.train.graphs import is_users
 from oribi.train.guard import LossGuard
+from oribi.train.several import ProcessesTrainer
 
 
-class OptimizerTrainer(Trainer):
+class OptimizerTrainer(ProcessesTrainer):
     """transformers' `Trainer` with oribi's optimizer, whatever computes the loss."""
 
     guard: LossGuard

@@ -143,7 +143,10 @@ class RowsTrainer(Trainer):
         )
         if not (shared and counted and (is_training or streams)):
             return build(dataset, *args, is_training=is_training, **kwargs)
-        with temporarily(self.accelerator, prepare=partial(rank_loader, self.accelerator)):
+        with temporarily(
+            self.accelerator,
+            prepare=partial(rank_loader, self.accelerator, self.args.gradient_accumulation_steps),
+        ):
             return build(dataset, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:

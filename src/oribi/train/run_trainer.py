@@ -19,15 +19,16 @@ from oribi.save.adapter_files import write_adapter
 from oribi.save.base import changed_base
 from oribi.save.trained import require_finite
 from oribi.text import say
-from oribi.train.checkpoints import StopOnSignal, any_process
+from oribi.train.checkpoints import StopOnSignal
 from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms
 from oribi.train.guard import LossGuard
 from oribi.train.progress import JsonLog, Progress
 from oribi.train.resumable import ResumableTrainer
 from oribi.train.setup import temporarily
+from oribi.train.several import ProcessesTrainer
 
 
-class RunTrainer(ResumableTrainer):
+class RunTrainer(ProcessesTrainer, ResumableTrainer):
     """transformers' `Trainer` that can be watched, stopped and resumed.
 
     Attributes:
@@ -42,8 +43,10 @@ class RunTrainer(ResumableTrainer):
     def _add_callbacks(self, decode: Callable | None, searches: bool = True) -> None:
         """Guard, signals, log and progress; oribi's progress takes the place of transformers'."""
         scaled = self.accelerator.scaler is not None
-        self.guard = LossGuard(self.train_dataset, decode, scaled=scaled, searches=searches)
-        self.stop_on_signal = StopOnSignal(lambda asked: any_process(self, asked))
+        self.guard = LossGuard(
+            self.train_dataset, decode, scaled=scaled, searches=searches, agree=self._agree
+        )
+        self.stop_on_signal = StopOnSignal(self._stop_asked)
         self.add_callback(self.guard)
         self.add_callback(self.stop_on_signal)
         self.add_callback(JsonLog())
@@ -59,7 +62,15 @@ class RunTrainer(ResumableTrainer):
         try:
             with deterministic_algorithms(deterministic), self.stop_on_signal.listening():
                 output = super().train(*args, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            if self.exchange is None:
+                raise
+            failure = self.exchange.failure(error)
+            if failure is error:
+                raise
+            raise failure from error
         finally:
+            self.exchange = None
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Progress):
                     callback.stop()

@@ -135,8 +135,6 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
             base.enable_input_require_grads()  # a frozen embedding's output would end the checkpoints' backward
         return
     keep_dtype_in_evaluation(args)
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # every layer takes part in every step
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if args.torch_compile or dynamo != "no":
         asked = (

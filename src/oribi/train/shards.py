@@ -1,8 +1,8 @@
 """Frozen weights sharded over the processes of a training, trained ones whole on each: `fsdp = True`.
 
 A QLoRA run's memory is its frozen weights; adapters with their gradients and optimizer states are a hundredth of them. So
-`LayerShards` splits the layers as bytes, PyTorch's `fully_shard` (FSDP2) splits embedding and head, and
-`DistributedDataParallel` averages the gradients of what is trained. Optimizer, clipping, checkpoints and saved adapters
+`LayerShards` splits the layers as bytes, PyTorch's `fully_shard` (FSDP2) splits embedding and head, and `Exchange`
+averages the gradients of what is trained. Optimizer, clipping, checkpoints and saved adapters
 are those of any other run, which continues with another number of processes, sharded or not. The scales of 4-bit weights,
 a thirtieth of them, stay whole.
 
@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,51 +101,22 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def require_wrapper(args: SFTConfig, model: nn.Module, wrapped: nn.Module) -> None:
-    """Stop a training whose processes would not exchange gradients.
-
-    Raises:
-        TrainingError: there are several processes, and nothing around the model connects them.
-    """
-    whole = [p for p in model.parameters() if p.requires_grad and type(p).__name__ != "DTensor"]
-    if args.world_size > 1 and wrapped is model and whole and not args.deepspeed:
-        raise TrainingError(
-            f"{args.world_size} processes were started, and accelerate wrapped the model for none of them: each would train "
-            "alone. Pass the model as from_pretrained and get_peft_model return it, without accelerator.prepare"
-        )
-
-
-def sharded(model: nn.Module, base: DecoderForCausalLM, device: torch.device, **options: Any) -> nn.Module:
-    """Splits the frozen weights between the processes, in place, and averages the gradients of the others.
+def shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> None:
+    """Splits the frozen weights between the processes, in place; those of a model that is split already stay.
 
     Args:
         model: what is trained, the same in every process: `base` or PEFT's wrapper around it. Frozen weights may lie in
             host memory, from where one layer at a time moves to the device; trained ones lie on the device.
         base: the decoder.
         device: where this process computes.
-        options: of DistributedDataParallel.
-
-    Returns:
-        The model as a trainer calls it.
     """
-    from torch.nn.parallel import DistributedDataParallel
-
-    if not is_sharded(base):
-        _shard(model, base, device)
-    if device.type != "cpu":
-        options["device_ids"] = [device]
-    # nothing to make equal at the start: the shards differ, and what is trained was sent to all
-    return DistributedDataParallel(model, init_sync=False, **options)
-
-
-def _shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> None:
+    if is_sharded(base):
+        return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     trained = [p for p in model.parameters() if p.requires_grad]
     whole_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    for parameter in trained:
-        dist.broadcast(parameter.data, src=0)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = [module for module in base.modules() if isinstance(module, DecoderLayer)]
     base.model.shards = LayerShards(layers, device, mesh.get_group())

@@ -26,7 +26,7 @@ class SmallerSteps:
     Args:
         run: forward and backward of (inputs, targets of the step) -> loss.
         restart: makes gradients zero and memory free, and plans anew for micro-batches of that many parts.
-        processes: of the training.
+        together: whether the processes of the training exchange something within a step, so that none may cut alone.
         plans: whether `restart` can make layers keep less, which may help where nothing can be cut.
 
     Attributes:
@@ -38,11 +38,11 @@ class SmallerSteps:
         self,
         run: Callable[[Inputs, Any], torch.Tensor],
         restart: Callable[[], None],
-        processes: int = 1,
+        together: bool = False,
         plans: bool = False,
     ) -> None:
         self.parts, self.shortages = 1, 0
-        self._run, self._restart, self._processes, self._plans = run, restart, processes, plans
+        self._run, self._restart, self._together, self._plans = run, restart, together, plans
         self._step, self._taken = -1, []
 
     @property
@@ -57,7 +57,7 @@ class SmallerSteps:
             step: number of the optimizer step. inputs: the micro-batch. targets: labelled tokens of the whole step.
 
         Raises:
-            TrainingError: a single document does not fit, or several processes would get out of step.
+            TrainingError: a single document does not fit, or processes that gather weights together would get out of step.
         """
         if step != self._step:
             self._step, self._taken = step, []
@@ -78,9 +78,9 @@ class SmallerSteps:
             todo = self._taken
 
     def _require_hope(self, error: torch.OutOfMemoryError) -> None:
-        if self._processes > 1:
+        if self._together:
             raise TrainingError(
-                f"a process ran out of GPU memory. With {self._processes} processes micro-batches are not cut: lower "
+                "a process ran out of GPU memory, and micro-batches of a sharded model are not cut: lower "
                 "per_device_train_batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing: memory"
             ) from error
         leaner = self._plans and self.shortages < LEANER_PLANS

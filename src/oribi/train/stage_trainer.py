@@ -89,7 +89,10 @@ class StageTrainer(OptimizerTrainer, RunTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if not self._planned:
             self._plan()
-        return super().training_step(model, inputs, num_items_in_batch)
+        self._begin_part()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._exchange_gradients()
+        return loss
 
     def _plan(self) -> None:
         """Once, before the first step: what layers keep for backward, from the memory that is free."""

@@ -20,6 +20,7 @@ from oribi.config import SETTINGS, RunConfig
 from oribi.data.prepare import PreparedData
 from oribi.environment import Environment, detect
 from oribi.errors import ConfigError
+from oribi.launch import is_launched
 from oribi.models.unwrap import base_model, is_classifier
 from oribi.train.rewards import RewardFunction
 from oribi.train.stage_trainer import StageTrainer, mixin_of
@@ -32,7 +33,7 @@ STAGE_TRAINERS = {"dpo": "DPO", "orpo": "ORPO", "kto": "KTO", "reward": "Reward"
 SAME_NAMES = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
-    "max_grad_norm", "seed", "logging_steps", "save_total_limit", "report_to", "eval_steps",
+    "max_grad_norm", "seed", "logging_steps", "save_total_limit", "report_to", "eval_steps", "ddp_timeout",
 )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def stage_arguments(config: RunConfig, evaluates: bool) -> TrainingArguments:
         "logging_nan_inf_filter": False,
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
-        "ddp_find_unused_parameters": False,
+        "ddp_backend": "gloo" if on_cpu and is_launched() else None,
     }
     if values.get("center_rewards_coefficient") == 0:
         values["center_rewards_coefficient"] = None

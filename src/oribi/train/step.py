@@ -4,7 +4,7 @@
     cut       a micro-batch into parts, once memory was short                               `SmallerSteps`
     replay    the recorded graph of forward, loss and backward; or run them                 `StepGraphs`, `_micro_step`
     loss      a sum over targets, divided by the targets of the whole step                  `compute_loss`
-    reduce    gradients over the processes, in the last micro-batch's backward              DistributedDataParallel
+    reduce    gradients over the processes, in one sum after the last micro-batch           `ProcessesTrainer`
     update    norm, clipping and AdamW in one pass over flat buffers                        `create_optimizer`
 
 B rows, S tokens per row, D hidden size.
@@ -14,13 +14,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow.compute as compute
 import torch
-from datasets import Dataset
 from torch import nn
 
 from oribi.memory.plan import apply_plan, free_device_bytes
 from oribi.models.unwrap import base_model, source_of
+from oribi.train.batches import row_lengths
 from oribi.train.graphs import ModelWatch, StepGraphs, changed_step, is_users, reason_against
 from oribi.train.optimizer import OptimizerTrainer
 from oribi.train.shards import is_sharded
@@ -58,6 +57,14 @@ class StepTrainer(OptimizerTrainer):
         """
         self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         self.guard.keep(self.state.global_step + 1, inputs)
+        self._begin_part()
+        loss = self._whole_micro_step(model, inputs, num_items_in_batch)
+        self._exchange_gradients()
+        return loss
+
+    def _whole_micro_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> torch.Tensor:
         # a mean over the micro-batch cannot be cut into parts, and a user's loss need not be a sum over targets
         if not self.own_loss or num_items_in_batch is None or is_users(self, "compute_loss"):
             return self._micro_step(model, inputs, num_items_in_batch)
@@ -65,7 +72,8 @@ class StepTrainer(OptimizerTrainer):
             self._smaller = SmallerSteps(
                 lambda part, targets: self._micro_step(model, part, targets),
                 self._restart_step,
-                self.args.world_size,
+                # a sharded model's processes gather each layer together
+                is_sharded(base_model(model)),
                 plans=self._plans_memory(model),
             )
         return self._smaller(self.state.global_step, inputs, num_items_in_batch)
@@ -106,7 +114,7 @@ class StepTrainer(OptimizerTrainer):
         if not self.own_loss:
             return
         level = logging.INFO if base.device.type == "cuda" else logging.DEBUG
-        longest = longest_row(self.train_dataset) or self.args.max_length
+        longest = max(row_lengths(self.train_dataset), default=0) or self.args.max_length
         tokens = self.args.per_device_train_batch_size * longest
         reliance = 1.0
         if self._smaller is not None:
@@ -135,14 +143,14 @@ class StepTrainer(OptimizerTrainer):
         """Records steps as CUDA graphs, or returns the reason against it."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         scaled = self.accelerator.scaler is not None
-        reason = reason_against(model, base, optimizer, tokens, self.args.world_size, scaled)
+        reason = reason_against(model, base, optimizer, tokens, is_sharded(base), scaled)
         if reason is None and self._noise is not None:
             reason = "noise is drawn anew in every step"
         if reason is None:
             self._watch = ModelWatch(model)
             reason = changed_step(self) or self._watch.reason()
         if reason is None:
-            self.step_runner = StepGraphs(model, base, optimizer)
+            self.step_runner = StepGraphs(model, base, optimizer, self._loss_factor)
             if "zero_grad" not in vars(model):
                 # the same effect without a walk over all modules in every step
                 model.zero_grad = optimizer.zero_grad
@@ -187,14 +195,6 @@ class StepTrainer(OptimizerTrainer):
         if self._parameters is None:
             self._parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._parameters
-
-
-def longest_row(dataset: Any) -> int:
-    """Tokens of the longest prepared row; 0 for a stream, whose rows are not known before they come."""
-    if not isinstance(dataset, Dataset) or not len(dataset):
-        return 0
-    lengths = compute.list_value_length(dataset.with_format("arrow")[:]["input_ids"])
-    return int(compute.max(lengths).as_py())
 
 
 class EmbeddingNoise:

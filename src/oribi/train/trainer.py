@@ -29,7 +29,7 @@ from oribi.train.guard import require_targets
 from oribi.train.rows import RowsTrainer, choose_collator
 from oribi.train.run_trainer import RunTrainer
 from oribi.train.setup import fit_arguments, model_and_tokenizer
-from oribi.train.shards import require_wrapper, sharded
+from oribi.train.shards import shard
 from oribi.train.step import EmbeddingNoise, StepTrainer
 
 logger = logging.getLogger(__name__)
@@ -147,20 +147,14 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, RunTrainer):
             if self._noise is not None:
                 self._noise.remove()
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        require_wrapper(self.args, self.model, self.model_wrapped)
-        return prepared
-
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         model = super()._wrap_model(model, training, dataloader)
         if not training or not self.args.fsdp or not self.own_loss or model is not self.model:
             return model
         if self._parameters is None:  # a 4-bit weight tells no more when it is sharded
             self._parameters = model.num_parameters(exclude_embeddings=True)
-        handler = self.accelerator.ddp_handler
-        options = {} if handler is None else handler.to_kwargs()
-        return sharded(model, base_model(model), self.args.device, **options)
+        shard(model, base_model(model), self.args.device)
+        return model
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

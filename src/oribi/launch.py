@@ -1,0 +1,207 @@
+"""Starts one process per GPU of this machine, watches over them, and ends as they do.
+
+The processes are those of `torchrun`: they read the same variables. What is added are exit codes that schedulers know, signals
+that give every process the time to save, and restarts from the newest checkpoint. Several machines need `torchrun` itself.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from oribi.errors import ConfigError
+from oribi.text import say
+
+# of processes that are left when one has failed: to end by themselves, to end at a second signal, and until they are killed
+SIGNAL_SECONDS = (0.0, 2.0, 15.0)
+POLL_SECONDS = 0.05
+# exit codes after which another attempt would end alike: wrong arguments, and a run that was stopped
+FINAL_CODES = (2, 130, 143, 129)
+FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP")
+
+
+def is_launched() -> bool:
+    """Whether this is one of several processes that a launcher started."""
+    return "WORLD_SIZE" in os.environ
+
+
+def is_restarted() -> bool:
+    """Whether a launcher started this process in place of one that failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
+def chosen_gpus(asked: str, found: int) -> list[int]:
+    """The GPUs that a run's `gpus` names.
+
+    Args:
+        asked: "all", how many, or indices with commas between them, as in "0,2".
+        found: GPUs that this process may use.
+
+    Raises:
+        ConfigError: it is none of these, or names GPUs that are not there.
+    """
+    here = f"this machine has {found} that this process may use" if found else "this machine has no CUDA GPU"
+    words = [word.strip() for word in asked.split(",") if word.strip()]
+    if asked.strip().lower() == "all":
+        if not found:
+            raise ConfigError(f"gpus = all: {here}")
+        return list(range(found))
+    if not words or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"gpus = {asked!r}; must be all, a number of GPUs, or indices such as 0,2")
+    if "," not in asked:
+        count = int(asked)
+        if not 1 <= count <= found:
+            raise ConfigError(f"gpus = {count}: {here}")
+        return list(range(count))
+    indices = [int(word) for word in words]
+    wrong = [index for index in indices if index >= found]
+    if wrong:
+        raise ConfigError(f"gpus = {asked}: there is no GPU {wrong[0]}; {here}, counted from 0")
+    if len(set(indices)) < len(indices):
+        raise ConfigError(f"gpus = {asked}: a GPU is named twice")
+    return indices
+
+
+def rank_variables(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What `torchrun` tells a process of one machine about itself and the others."""
+    return {
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(arguments: Sequence[str], gpus: Sequence[int], restarts: int = 0) -> int:
+    """Run `python ARGUMENTS` in one process per GPU, and again after a failure.
+
+    SIGTERM, SIGINT and SIGHUP go to every process, once each, and nothing is started anew after them.
+
+    Args:
+        arguments: of the interpreter.
+        gpus: indices among those that this process may use.
+        restarts: how often all processes are started again when one fails; each then has TORCHELASTIC_RESTART_COUNT.
+
+    Returns:
+        Exit code: 0; that of the process which failed first, 128 and the signal where it was killed by one; after a signal to
+        this process what the others returned.
+    """
+    group = _Group()
+    with group.forwarding():
+        for attempt in range(restarts + 1):
+            code = group.run(arguments, gpus, attempt)
+            if code == 0 or group.signalled or code in FINAL_CODES or attempt == restarts:
+                return code
+            say(f"oribi: all processes start again, from the newest checkpoint ({attempt + 1} of {restarts})")
+    return code
+
+
+class _Group:
+    """The processes of one attempt."""
+
+    def __init__(self) -> None:
+        self.signalled = False
+        self._processes: list[subprocess.Popen] = []
+
+    def forwarding(self) -> "_Forwarding":
+        return _Forwarding(self.send)
+
+    def send(self, number: int) -> None:
+        """Pass a signal on to every process."""
+        self.signalled = True
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def run(self, arguments: Sequence[str], gpus: Sequence[int], attempt: int) -> int:
+        port = free_port()
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        devices = ",".join(visible[gpu] if visible else str(gpu) for gpu in gpus)
+        threads = str(max((os.cpu_count() or 1) // len(gpus), 1))
+        shared = {"OMP_NUM_THREADS": threads, **os.environ, "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+        if "CUDA_VISIBLE_DEVICES" not in os.environ or visible:
+            shared["CUDA_VISIBLE_DEVICES"] = devices
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env=shared | rank_variables(rank, len(gpus), port),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C comes here alone, and is passed on once
+            )
+            for rank in range(len(gpus))
+        ]
+        try:
+            return self._watch()
+        finally:
+            for process in self._processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+
+    def _watch(self) -> int:
+        """Wait for all processes; when one fails, end the others. Returns the exit code of the first that ended badly."""
+        while True:
+            codes = [process.poll() for process in self._processes]
+            failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+            if failed:
+                rank = failed[0]
+                code = codes[rank]
+                if code < 0 and not self.signalled:
+                    say(
+                        f"oribi: process {rank} was ended by {signal.Signals(-code).name}"
+                        + ("; the host may have run out of memory" if -code == signal.SIGKILL else "")
+                    )
+                if not self.signalled:
+                    self._end_others()
+                else:  # each saves what it has to, and ends
+                    for process in self._processes:
+                        process.wait()
+                return code if code > 0 else 128 - code
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(POLL_SECONDS)
+
+    def _end_others(self) -> None:
+        began = time.monotonic()
+        for number, seconds in zip((signal.SIGTERM, signal.SIGTERM, signal.SIGKILL), SIGNAL_SECONDS):
+            while time.monotonic() - began < seconds and self._alive():
+                time.sleep(POLL_SECONDS)
+            for process in self._alive():
+                process.send_signal(number)
+
+    def _alive(self) -> list[subprocess.Popen]:
+        return [process for process in self._processes if process.poll() is None]
+
+
+class _Forwarding:
+    """Inside the block, signals that end a program go to `send` instead."""
+
+    def __init__(self, send: Callable[[int], None]) -> None:
+        self._send = send
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._send(number)
+
+        for name in FORWARDED:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, handle)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
