@@ -82,7 +82,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(arguments: Sequence[str], gpus: Sequence[int], restarts: int = 0) -> int:
+def start_together(arguments: Sequence[str], gpus: Sequence[int], restarts: int = 0) -> int:
     """Run `python ARGUMENTS` in one process per GPU, and again after a failure.
 
     SIGTERM, SIGINT and SIGHUP go to every process, once each, and nothing is started anew after them.

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import oribi.cli.train
 from oribi.cli import build_command
 from oribi.errors import ConfigError
-from oribi.launch import chosen_gpus, launch
+from oribi.launch import chosen_gpus, start_together
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
@@ -74,7 +74,7 @@ def test_the_exit_code_is_that_of_the_process_which_failed_first(
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     began = time.monotonic()
-    assert launch(["-c", WORKER, str(tmp_path), act], gpus=[0, 2], restarts=attempts - 1) == code
+    assert start_together(["-c", WORKER, str(tmp_path), act], gpus=[0, 2], restarts=attempts - 1) == code
     assert time.monotonic() - began < 20  # the other one did not have to be waited for
     ranks = {path.name for path in tmp_path.iterdir() if "-" in path.name and path.name[0].isdecimal()}
     assert ranks == {f"{attempt}-{rank}" for attempt in range(attempts) for rank in range(2)}
@@ -87,8 +87,8 @@ def test_the_exit_code_is_that_of_the_process_which_failed_first(
 def test_a_signal_reaches_every_process_once_and_nothing_is_started_anew(tmp_path):
     code = f"""
 import sys
-from oribi.launch import launch
-sys.exit(launch(["-c", {WORKER!r}, {str(tmp_path)!r}, "waits"], gpus=[0, 1], restarts=2))
+from oribi.launch import start_together
+sys.exit(start_together(["-c", {WORKER!r}, {str(tmp_path)!r}, "waits"], gpus=[0, 1], restarts=2))
 """
     started = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
     try:
@@ -108,7 +108,7 @@ def test_the_command_starts_a_process_per_gpu_with_its_own_words(monkeypatch, tm
     config.write_text("model: m\ndataset: [rows.jsonl]\ngpus: all\n")
     seen = []
     monkeypatch.setattr(oribi.cli.train, "_gpus_here", lambda: 2)
-    monkeypatch.setattr(oribi.cli.train, "launch", lambda *given: seen.append(given) or 143)
+    monkeypatch.setattr(oribi.cli.train, "start_together", lambda *given: seen.append(given) or 143)
     monkeypatch.setattr(sys, "argv", ["oribi", "train", str(config), "--restarts", "2"])
     done = CliRunner().invoke(build_command(), sys.argv[1:])
     assert done.exit_code == 143, done.output

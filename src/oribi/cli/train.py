@@ -7,7 +7,7 @@ import typer
 
 from oribi.cli.output import chatter_aside
 from oribi.cli.settings import read_settings
-from oribi.launch import chosen_gpus, is_launched, is_restarted, launch
+from oribi.launch import chosen_gpus, is_launched, is_restarted, start_together
 from oribi.run_record import FORM_FOLDERS
 from oribi.text import say_notes
 
@@ -40,7 +40,7 @@ def train(
     if settings.gpus is not None and not is_launched():
         gpus = chosen_gpus(settings.gpus, _gpus_here())
         if len(gpus) > 1 or "," in settings.gpus:
-            raise typer.Exit(launch(["-m", "oribi", *sys.argv[1:]], gpus, restarts))
+            raise typer.Exit(start_together(["-m", "oribi", *sys.argv[1:]], gpus, restarts))
     elif settings.gpus is not None:
         say_notes(["gpus is left to the launcher that started these processes"])
     if is_restarted():  # the run that this process was part of is there, where it got as far as a checkpoint
