@@ -6,7 +6,7 @@ import torch
 from oribi.kernels import dispatch
 from oribi.kernels.flash_attention import flash_attention_backward, flash_attention_forward
 from tests.kernels.test_attention import SCALE, inputs, truth
-from tests.kernels.truth import DEVICE, DTYPES, assert_twice_as_good, needs_kernels, relative_error
+from tests.kernels.truth import DEVICE, DTYPES, assert_twice_as_good, cases, needs_kernels, relative_error
 
 pytestmark = [pytest.mark.gpu, needs_kernels]
 # a GPU multiplies float32 as TF32; the op is for 16 bit
@@ -30,11 +30,16 @@ def offsets(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
 
 
-@pytest.mark.parametrize("dtype", HALVES_AND_INTERPRETED)
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 16), (2, 2, 24), (2, 1, 256)])
-@pytest.mark.parametrize("lengths", [[150], [70, 1, 33]])
-@pytest.mark.parametrize(("window", "softcap"), [(None, 5.0), (20, 5.0)])
-def test_attention_and_its_gradients(dtype, heads, kv_heads, width, lengths, window, softcap):
+@cases(
+    {
+        "dtype": HALVES_AND_INTERPRETED,
+        "heads, kv_heads, width": [(4, 2, 16), (2, 2, 24), (2, 1, 256)],
+        "lengths": [[150], [70, 1, 33]],
+        "window": [None, 20],
+    }
+)
+def test_attention_and_its_gradients(dtype, heads, kv_heads, width, lengths, window):
+    softcap = 5.0
     q, k, v = (x[0] for x in inputs(1, sum(lengths), heads, kv_heads, width, dtype))
     shape = (offsets(lengths), max(lengths), SCALE, window, softcap)
     assert_twice_as_good(

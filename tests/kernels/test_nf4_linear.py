@@ -4,11 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oribi.kernels import nf4, nf4_linear
+from oribi.kernels import dispatch, nf4, nf4_linear
 from oribi.kernels.lora import Projection
-from tests.kernels.truth import DEVICE, DTYPES, needs_kernels, nf4_packed, relative_error
+from tests.kernels.truth import DEVICE, DTYPES, cases, needs_kernels, nf4_packed, relative_error
 
 pytestmark = [pytest.mark.gpu, needs_kernels]
+# the interpreter, which takes seconds for each, has the smallest that cross the same borders
+ROWS = [1, 3, 16, 17, 64] if dispatch.INTERPRETED else [1, 2, 3, 8, 16, 17, 33, 64]
+LONG = 2112 if dispatch.INTERPRETED else 4096  # read in eight parts
+WIDE = 20 if dispatch.INTERPRETED else 140  # a rank of several blocks, the last not full
 
 
 @pytest.fixture(autouse=True)
@@ -60,30 +64,25 @@ def check(dtype, rows, projections, residual=False, scale=1.0, activation=None):
     assert relative_error(y, exact) <= max(2 * theirs, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 33, 64])
+@cases({"dtype": DTYPES, "rows": ROWS})
 def test_one_layer_of_any_number_of_rows(dtype, rows):
     check(dtype, rows, [projection(80, 320, 16, False)], residual=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("ranks", [(0, 0, 0), (16, 16, 16), (4, 0, 140)])
-@pytest.mark.parametrize("bias", [False, True])
+@cases(
+    {"dtype": DTYPES, "rows": [1, 5], "ranks": [(0, 0, 0), (16, 16, 16), (4, 0, WIDE)], "bias": [False, True]}
+)
 def test_a_group_of_three(dtype, rows, ranks, bias):
     check(dtype, rows, [projection(n, 256, r, bias and n > 40) for n, r in zip((100, 40, 64), ranks)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("together", [False, True])
+@cases({"dtype": DTYPES, "activation": ["silu", "gelu", "gelu_tanh"], "together": [False, True]})
 def test_gate_and_up_end_in_their_activation(dtype, activation, together):
     shapes = [(144, 16)] if together else [(72, 16), (72, 8)]
     check(dtype, 3, [projection(n, 512, r, True) for n, r in shapes], activation=activation)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("k", [64, 192, 1088, 4096])
+# one to eight parts of K, each with a row length that ends inside the last
+@cases({"dtype": DTYPES, "double_quant": [True, False], "k": [64, 192, 576, 1088, LONG]})
 def test_any_row_length_and_kind_of_scales(dtype, double_quant, k):
     check(dtype, 2, [projection(48, k, 8, False, dtype, double_quant=double_quant)], True, 0.3)

@@ -12,6 +12,7 @@ from tests.kernels.truth import (
     DEVICE,
     DTYPES,
     assert_twice_as_good,
+    cases,
     needs_kernels,
     nf4_packed,
     plain_gated_mlp,
@@ -47,9 +48,13 @@ def test_kernels_are_what_runs():
     assert not dispatch.use_triton(torch.ones(1, device=DEVICE, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (33, 128), (3, 896), (2, 2049)])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
+@cases(
+    {
+        "dtype": DTYPES,
+        "shape": [(1, 1), (3, 7), (5, 64), (33, 128), (3, 896), (2, 2049)],
+        "offset": [0.0, 1.0],
+    }
+)
 def test_rms_norm_and_its_gradients(dtype, shape, offset):
     x, weight = normal(*shape, dtype=dtype), normal(shape[1], dtype=dtype)
     eps = 1e-5 if shape[1] > 1 else 0.3  # one value alone: without eps its gradient is zero
@@ -97,9 +102,7 @@ def test_rms_norm_of_any_views_through_autograd(dtype, sliced):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1.0, 0.22])
-@pytest.mark.parametrize("shape", [(1, 64), (5, 100), (3, 1536)])
+@cases({"dtype": DTYPES, "scale": [1.0, 0.22], "shape": [(1, 64), (5, 100), (3, 1536)]})
 def test_fused_residual_equals_the_separate_addition(dtype, scale, shape):
     x, residual = (padded(normal(*shape, dtype=dtype)) for _ in range(2))
     weight = normal(shape[1], dtype=dtype, grad=False)
@@ -192,9 +195,9 @@ def test_rope_in_place_in_a_qkv_buffer_touches_only_q_and_k_and_rotates_back(dty
     assert relative_error(buffer, before) < (1e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", gated_mlp.ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1024), (3, 1025)])
+@cases(
+    {"dtype": DTYPES, "activation": gated_mlp.ACTIVATIONS, "shape": [(1, 1), (3, 7), (2, 1024), (3, 1025)]}
+)
 def test_gated_mlp_and_its_gradients(dtype, activation, shape):
     assert_twice_as_good(
         lambda gate, up: gated_mlp.gated_mlp(gate, up, activation),
@@ -237,10 +240,14 @@ def packed_weight(
     return nf4_packed(torch.randn(n, k, device=DEVICE).to(dtype) * 0.02, double_quant=double_quant)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("rows", [(1,), (64,), (67, 3), (65, 33, 33), (64, 64, 64)])
-@pytest.mark.parametrize("k", [64, 192, 1088])
+@cases(
+    {
+        "dtype": DTYPES,
+        "double_quant": [True, False],
+        "rows": [(1,), (64,), (67, 3), (65, 33, 33), (64, 64, 64)],
+        "k": [64, 192, 1088],
+    }
+)
 def test_nf4_equals_bitsandbytes_bit_for_bit(dtype, double_quant, rows, k):
     from bitsandbytes.functional import dequantize_4bit
 

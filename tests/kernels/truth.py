@@ -4,6 +4,7 @@ The rule for every kernel: its error against the float64 truth of the same input
 in that dtype.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -11,11 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from oribi.kernels import dispatch, nf4
+from tests.pairs import pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_TRITON = dispatch.INTERPRETED or DEVICE == "cuda"
 # bfloat16 arithmetic is silently wrong in Triton's interpreter
 DTYPES = [torch.float32, torch.float16] + ([] if dispatch.INTERPRETED else [torch.bfloat16])
+
+# the interpreter takes seconds for what a GPU does in microseconds: it has every pair of values, a GPU every product
+cases = functools.partial(pairs, whole=not dispatch.INTERPRETED)
 
 needs_kernels = pytest.mark.skipif(
     not ON_TRITON, reason="needs a CUDA device (or TRITON_INTERPRET=1, which test_interpreted.py sets)"
