@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMixin, GenerationMode
 
 from oribi.families import FAMILIES
-from oribi.models.decoding import loop, prefill, request
+from oribi.models.decoding import generation, loop, prefill, request
 from tests.data.tokenizers_small import byte_level
 from tests.models.tiny import ROPES, tiny_config, tiny_pair
 
@@ -56,7 +56,9 @@ def theirs(monkeypatch):
 
     def call(model, **settings):
         with monkeypatch.context() as patch:
-            patch.setattr("oribi.models.decoder.read_request", lambda *_: "a test compares with it")
+            patch.setattr(
+                "oribi.models.decoding.generation.read_request", lambda *_: "a test compares with it"
+            )
             return model.generate(**settings)
 
     return call
@@ -71,7 +73,7 @@ def ours(monkeypatch):
             raise AssertionError(f"transformers' loop: {reason}")
 
         with monkeypatch.context() as patch:
-            patch.setattr("oribi.models.decoder.say_once", refuse)
+            patch.setattr("oribi.models.decoding.generation.say_once", refuse)
             return model.generate(**settings)
 
     return call
@@ -285,10 +287,7 @@ def reasons(**cases):
 
 
 @reasons(
-    scores=({"output_scores": True, "return_dict_in_generate": True}, "return_dict_in_generate is set"),
     no_cache=({"use_cache": False}, "use_cache is off"),
-    ngrams=({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
-    typical=({"do_sample": True, "typical_p": 0.5}, "TypicalLogitsWarper"),
     right_padding=({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "padding lies behind"),
     positions=({"position_ids": torch.tensor([[0, 2, 4, 6]])}, "position_ids do not count"),
     embeddings=({"inputs_embeds": torch.randn(1, 4, 64), "input_ids": None}, "inputs_embeds"),
@@ -296,7 +295,7 @@ def reasons(**cases):
 def test_what_the_loop_does_not_do_is_left_to_transformers(settings, reason, theirs, caplog):
     model = tiny()
     settings = {"input_ids": torch.tensor([[5, 6, 7, 8]]), **GREEDY, **settings}
-    loop.say_once.cache_clear()
+    generation.say_once.cache_clear()
     torch.manual_seed(0)
     with caplog.at_level(logging.WARNING, logger="oribi"):
         model.generate(**settings)
@@ -351,7 +350,7 @@ def changed_models():
 def test_changed_models_are_left_to_transformers(change, caplog):
     make, reason = changed_models()[change]
     model = make()
-    loop.say_once.cache_clear()
+    generation.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="oribi"):
         model.generate(input_ids=torch.tensor([[5, 6, 7, 8]]), **{**GREEDY, "max_new_tokens": 13})
     assert reason in caplog.text

@@ -6,6 +6,7 @@ and `save_pretrained` work on the model. What a family changes is read from its 
 """
 
 import inspect
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,10 +20,8 @@ from oribi.errors import ModelError
 from oribi.families import Family, family_of
 from oribi.kernels.attention import Visibility
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
-from oribi.models.decoding.loop import continue_prompts, say_once
-from oribi.models.decoding.request import read_request
+from oribi.models.decoding.generation import GeneratesByItself
 from oribi.models.decoding.session import Sessions
-from oribi.models.decoding.state import rows_that_fit
 from oribi.models.generate import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory
 from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
@@ -88,7 +87,9 @@ class DecoderModel(DecoderPreTrainedModel):
             cache = DynamicCache(config=self.config)
         batch = self._batch(x, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q)
         states = [x] if output_hidden_states else None
-        for layer in self.layers:
+        for layer in islice(
+            self.layers, self.config.num_hidden_layers
+        ):  # fewer while an early exit drafts tokens
             x = layer(x, batch)
             if states is not None:
                 states.append(x)
@@ -129,7 +130,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return Batch(visibility, angles, cache, self.host_memory)
 
 
-class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationMixin):
+class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesByItself, GenerationMixin):
     """A causal language model of any family of the table; `build` makes one."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -251,35 +252,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GenerationM
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def rows_that_fit(self, length: int) -> int:
-        """Rows of so many tokens that may be generated together in the memory that is free now."""
-        return rows_that_fit(
-            self.model.layers, length, self.config.vocab_size, self.model.norm.weight.dtype, self.device
-        )
-
-    def _sample(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
-        **model_kwargs: object,
-    ) -> object:  # fmt: skip
-        """What transformers' `generate` calls to take tokens one at a time, greedily or drawn: oribi's own loop, or theirs."""
-        request = read_request(
-            self,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus,
-            streamer,
-            model_kwargs,
-        )
-        if not isinstance(request, str):
-            return continue_prompts(self, request)
-        say_once(request)
-        return super()._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus, streamer=streamer,
-            **model_kwargs,
-        )  # fmt: skip
 
     def _loss(
         self,

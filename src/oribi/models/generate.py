@@ -18,11 +18,11 @@ from oribi.kernels.lora_linear import weights_kept
 from oribi.models.linear_layers import every_module
 from oribi.text import printable
 
-GROWING_CACHES = (
-    "dynamic",
-    "offloaded",
-    "quantized",
-)  # transformers' names of them; all others have a fixed size
+# transformers' names of those, present and past
+FIXED_CACHES = (
+    "static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid",
+    "offloaded_hybrid_chunked",
+)  # fmt: skip
 
 
 class GeneratesInAnyMode:
@@ -76,7 +76,7 @@ def _growing_cache(model: nn.Module, kwargs: dict[str, Any]) -> None:
     asked = kwargs.get("cache_implementation")
     for config in configs:
         asked = asked or getattr(config, "cache_implementation", None)
-    if asked is not None and asked not in GROWING_CACHES:
+    if asked in FIXED_CACHES:
         kwargs["cache_implementation"] = "dynamic"
 
 

@@ -5,18 +5,18 @@ later. On a CPU the same steps run as they are, rows that have ended are left ou
 """
 
 import logging
-from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from oribi.kernels.lora_linear import weights_kept
 from oribi.models.decoding.prefill import prefill
 from oribi.models.decoding.request import Request
 from oribi.models.decoding.state import DecodingState
 from oribi.models.decoding.step import DecodingStep
+from oribi.models.decoding.watched import watched
 
 if TYPE_CHECKING:
     from oribi.models.decoder import DecoderForCausalLM
@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 BLOCK = 8  # steps that a GPU is given before it is asked whether all rows have ended
 
 
-def continue_prompts(decoder: "DecoderForCausalLM", request: Request) -> torch.Tensor:
+def continue_prompts(
+    decoder: "DecoderForCausalLM", request: Request
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """The prompts with their continuations, as transformers' loop returns them.
 
     Args:
@@ -34,13 +36,18 @@ def continue_prompts(decoder: "DecoderForCausalLM", request: Request) -> torch.T
         request: what `generate` asks for.
 
     Returns:
-        [B, S + n] int64, n the new tokens of the longest row; behind its end a row has padding.
+        [B, S + n] int64, n the new tokens of the longest row; behind its end a row has padding. With them, where they are
+        asked for, scores and logits of each new token, [B, V] float32.
     """
     with torch.inference_mode():
         new = _in_waves(decoder, request)
         if request.streamer is not None:
             request.streamer.end()
-    return torch.cat([request.ids, new], dim=1)
+    sequences, outputs = torch.cat([request.ids, new], dim=1), request.outputs
+    if outputs is None:
+        return sequences
+    found = {name: None if each is None else tuple(each) for name, each in vars(outputs).items()}
+    return GenerateDecoderOnlyOutput(sequences=sequences, **found)
 
 
 def _in_waves(decoder: "DecoderForCausalLM", request: Request) -> torch.Tensor:
@@ -60,7 +67,7 @@ def _in_waves(decoder: "DecoderForCausalLM", request: Request) -> torch.Tensor:
             decoder.model.sessions.clear()
             torch.cuda.empty_cache()
             most = len(part.prompts) // 2
-            if most < 1 or request.streamer is not None or request.criteria:
+            if most < 1 or request.together:
                 raise
             logger.warning("generate: memory is short; %d rows at a time", most)
             continue
@@ -78,9 +85,10 @@ def _on_cpu(decoder: "DecoderForCausalLM", request: Request) -> torch.Tensor:
     step = DecodingStep(decoder, state, request.choice, request.end_tokens(), request.pad)
     _begin(decoder, request, state, step)
     prompt = max(map(len, request.prompts))
-    return _watched(
-        request, state, lambda new: step(request.longest, prompt + new), leaves_out=not request.choice.samples
-    )
+    return watched(
+        request, state, step, lambda new: step(request.longest, prompt + new),
+        leaves_out=not (request.choice.samples or request.together),
+    )  # fmt: skip
 
 
 def _begin(decoder: "DecoderForCausalLM", request: Request, state: DecodingState, step: DecodingStep) -> None:
@@ -98,8 +106,8 @@ def _on_gpu(decoder: "DecoderForCausalLM", request: Request) -> torch.Tensor:
         session = decoder.model.sessions.open(decoder, request)
         state = session.state
         _begin(decoder, request, state, session.step)
-    if request.criteria:  # which look at the tokens
-        return _watched(request, state, lambda _: session.advance(), leaves_out=False)
+    if request.criteria or request.choice.by_host:  # which look at the tokens
+        return watched(request, state, session.step, lambda _: session.advance(), leaves_out=False)
     block = 1 if request.streamer is not None else BLOCK
     # what the host reads: the tokens of a step, and whether all rows have ended
     copies = [torch.empty(rows + 1, dtype=torch.int64, pin_memory=True) for _ in range(2)]
@@ -131,72 +139,3 @@ def _on_gpu(decoder: "DecoderForCausalLM", request: Request) -> torch.Tensor:
         index += 1
     steps = int(state.count[:rows].max()) if request.ends else new
     return state.out[:rows, :steps].clone()
-
-
-def _watched(
-    request: Request, state: DecodingState, step: Callable[[int], None], leaves_out: bool
-) -> torch.Tensor:
-    """New tokens [B, n] of a loop that looks at every token.
-
-    Args:
-        step: called with the number of new tokens that there are.
-        leaves_out: whether rows that have ended may leave the state. Draws stay transformers' only where all rows take part.
-    """
-    rows = _Rows(request, state, leaves_out)
-    new = 1
-    while not rows.ended(new) and new < request.new_tokens:
-        step(new)
-        new += 1
-    return rows.result()
-
-
-class _Rows:
-    """The rows of a batch as they end.
-
-    Args:
-        request: of the batch. state: of its rows. leaves_out: whether rows that have ended leave the state.
-    """
-
-    def __init__(self, request: Request, state: DecodingState, leaves_out: bool) -> None:
-        self._request, self._state = request, state
-        self._leaves_out = leaves_out and request.streamer is None and not request.criteria
-        self._rows = list(range(len(request.prompts)))  # of the batch, at each place of the state
-        shape = len(request.prompts), request.new_tokens
-        self._out = torch.full(shape, request.pad, device=request.ids.device)
-        self._new = 0
-
-    def ended(self, new: int) -> bool:
-        """Looks at the rows after `new` tokens; True if all have ended."""
-        request, state, count = self._request, self._state, len(self._rows)
-        self._new = new
-        if request.streamer is not None:
-            request.streamer.put(state.token[:count].cpu())
-        if request.criteria:
-            ids = torch.cat([request.ids, state.out[:count, :new]], dim=1)
-            for criterion in request.criteria:
-                state.finished[:count] |= criterion(ids, None)
-        if not (request.ends or request.criteria):
-            return False
-        finished = state.finished[:count].tolist()
-        if all(finished):
-            return True
-        live = [place for place, over in enumerate(finished) if not over]
-        if self._leaves_out and 2 * len(live) <= count:
-            self._save()
-            state.keep(live)
-            self._rows = [self._rows[place] for place in live]
-        return False
-
-    def _save(self) -> None:
-        self._out[self._rows] = self._state.out[: len(self._rows), : self._out.shape[1]]
-
-    def result(self) -> torch.Tensor:
-        """[B, n] int64, the new tokens."""
-        self._save()
-        return self._out[:, : self._new].clone()
-
-
-@lru_cache(maxsize=64)
-def say_once(reason: str) -> None:
-    """Logs why transformers' loop generates, the first time in a process that this is the reason."""
-    logger.warning("generate: transformers' own loop, which is slower, because %s", reason)

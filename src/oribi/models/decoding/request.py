@@ -10,9 +10,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
-    MaxTimeCriteria,
     StoppingCriteria,
-    StopStringCriteria,
 )
 
 from oribi.kernels.lora import Projection
@@ -25,7 +23,14 @@ if TYPE_CHECKING:
 
 _CACHES = ("cache", "past_key_values")
 _READ = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *_CACHES, *WITHOUT_EFFECT}
-_OUTPUTS = ("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is asked for beside the tokens, [B, V] float32 of each new token: scores are processed logits; None if not."""
+
+    scores: list[torch.Tensor] | None
+    logits: list[torch.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,10 @@ class Request:
         new_tokens: most of a row.
         choice: how tokens are chosen.
         ends: tokens that end a row. pad: what an ended row gets.
-        criteria: others that end rows: stop strings, or time.
+        criteria: others that end rows: stop strings, time, or the caller's own.
         streamer: gets the tokens as they come; None where nobody waits for them.
         projections: weights and LoRA pairs of all layers.
+        outputs: gets what is asked for beside the tokens.
         first: place of the first row in the batch that `generate` was given.
     """
 
@@ -53,6 +59,7 @@ class Request:
     criteria: tuple[StoppingCriteria, ...]
     streamer: Any
     projections: list[Projection]
+    outputs: Outputs | None = None
     first: int = 0
 
     def part(self, start: int, end: int) -> "Request":
@@ -64,6 +71,17 @@ class Request:
     def end_tokens(self) -> torch.Tensor | None:
         """[E] int64, or None without any."""
         return torch.tensor(self.ends, device=self.ids.device) if self.ends else None
+
+    @property
+    def together(self) -> bool:
+        """Whether somebody sees all rows as they go on, so that none may be put off or left out."""
+        return self.streamer is not None or bool(self.criteria) or self.choice.by_host
+
+    @property
+    def scores(self) -> tuple[torch.Tensor, ...] | None:
+        """Of the new tokens so far, as transformers shows them to criteria."""
+        asked = self.outputs is not None and self.outputs.scores is not None
+        return tuple(self.outputs.scores) if asked else None
 
     @property
     def longest(self) -> int:
@@ -116,22 +134,22 @@ def read_request(
             new_tokens = limit if new_tokens is None else min(limit, new_tokens)
         elif type(criterion) is EosTokenCriteria:
             ends = (*ends, *criterion.eos_token_id.flatten().tolist())
-        elif type(criterion) in (StopStringCriteria, MaxTimeCriteria):
-            others.append(criterion)
         else:
-            return f"the stopping criterion {type(criterion).__name__}"
+            others.append(criterion)
     if new_tokens is None:
         return "no limit on the new tokens"
     pad = getattr(config, "_pad_token_tensor", None)
     if ends and pad is None:
         return "no padding token"
-    choice = read_choice(bool(config.do_sample), processors, ids.shape[1])
-    if isinstance(choice, str):
-        return choice
+    outputs = None
+    if config.return_dict_in_generate:
+        wanted = (config.output_scores, config.output_logits)
+        outputs = Outputs(*([] if asked else None for asked in wanted))
+    choice = read_choice(bool(config.do_sample), processors, ids.shape[1], by_host=outputs is not None)
     prompts = [tuple(row[skipped:]) for row, skipped in zip(ids.tolist(), padding)]
     request = Request(
         ids, prompts, max(new_tokens, 1), choice, tuple(sorted(set(ends))), 0 if pad is None else int(pad),
-        tuple(others), streamer, projections,
+        tuple(others), streamer, projections, outputs,
     )  # fmt: skip
     return _unusual_rope(decoder, request) or _no_memory(decoder, request) or request
 
@@ -140,7 +158,7 @@ def _no_memory(decoder: "DecoderForCausalLM", request: Request) -> str | None:
     fit = decoder.rows_that_fit(request.longest)
     if fit < 1:
         return f"the cache of a row of {request.longest} tokens does not fit in the free memory"
-    if fit < len(request.prompts) and (request.streamer is not None or request.criteria):
+    if fit < len(request.prompts) and request.together:
         return f"the cache of {fit} of the {len(request.prompts)} rows fits in the free memory, and they end together"
     return None
 
@@ -150,9 +168,14 @@ def _unusual_call(
 ) -> str | None:
     if synced_gpus:
         return "synced_gpus: processes generate in step"
-    for name in _OUTPUTS:
-        if getattr(config, name, None):
-            return f"{name} is set"
+    if getattr(config, "is_assistant", None):
+        return "an assistant drafts tokens"
+    if config.return_dict_in_generate:
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name, None):
+                return f"{name} is set"
+        if not (config.output_scores or config.output_logits):
+            return "return_dict_in_generate without output_scores or output_logits asks for the cache"
     if not inputs.get("use_cache"):
         return "use_cache is off"
     for name in _CACHES:
@@ -184,6 +207,8 @@ def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str |
         return "the model lies on several devices"
     if devices != {device}:
         return f"the prompts lie on {device} and the model on {devices.pop()}"
+    if decoder.config.num_hidden_layers != len(model.layers):
+        return "an early exit leaves layers out"
     if model.shards is not None:
         return "processes share the weights"
     kind = device.type

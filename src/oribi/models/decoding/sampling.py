@@ -45,20 +45,27 @@ class Choice:
         samples: whether they are drawn rather than the most likely ones.
         processors: transformers' processors, in the order in which they apply.
         prompt_width: columns of the prompts with their padding, which minimum lengths count.
+        by_host: whether processors, or whoever asked for their scores, see the tokens as they come, so that no recorded step
+            chooses.
     """
 
     samples: bool
     processors: tuple[LogitsProcessor, ...]
     prompt_width: int
+    by_host: bool = False
 
     @property
     def penalises(self) -> bool:
         """Whether it matters which tokens a row has already."""
-        return any(isinstance(p, RepetitionPenaltyLogitsProcessor) for p in self.processors)
+        return not self.by_host and any(
+            isinstance(p, RepetitionPenaltyLogitsProcessor) for p in self.processors
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for choices that a recorded step serves alike."""
+        if self.by_host:
+            return ("by host",)
         names = ((type(p).__name__, *_values(p)) for p in self.processors)
         width = self.prompt_width if any(isinstance(p, _AT_LEAST) for p in self.processors) else 0
         return self.samples, width, *names
@@ -153,21 +160,22 @@ def _values(processor: LogitsProcessor) -> tuple[Any, ...]:
     )
 
 
-def read_choice(samples: bool, processors: Sequence[LogitsProcessor], prompt_width: int) -> Choice | str:
-    """How a call of `generate` chooses its tokens, or what of it only transformers' loop does.
+def read_choice(
+    samples: bool, processors: Sequence[LogitsProcessor], prompt_width: int, by_host: bool = False
+) -> Choice:
+    """How a call of `generate` chooses its tokens.
 
     Args:
         samples: do_sample.
         processors: as `generate` prepared them.
         prompt_width: columns of the prompts with their padding.
+        by_host: whether the host sees to it anyway; else it does where a processor is not known here.
     """
     known = (*_OF_CANDIDATES, *_AT_LEAST, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor)
-    for processor in processors:
-        if type(processor) not in known:
-            return f"the logits processor {type(processor).__name__}"
-        if (
-            getattr(processor, "filter_value", -math.inf) != -math.inf
-            or getattr(processor, "min_tokens_to_keep", 1) != 1
-        ):
-            return f"{type(processor).__name__} with another filter_value or min_tokens_to_keep"
-    return Choice(samples, tuple(processors), prompt_width)
+    unusual = any(
+        type(p) not in known
+        or getattr(p, "filter_value", -math.inf) != -math.inf
+        or getattr(p, "min_tokens_to_keep", 1) != 1
+        for p in processors
+    )
+    return Choice(samples, tuple(processors), prompt_width, by_host or unusual)

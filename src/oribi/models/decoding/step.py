@@ -174,6 +174,9 @@ class DecodingStep:
     Args:
         decoder: the model. state: of the rows. choice: how tokens are chosen.
         ends: [E] int64, tokens that end a row, or None. pad: what an ended row gets.
+
+    Attributes:
+        logits: [B, V] float32 of the last step where the host chooses and appends, else None.
     """
 
     def __init__(
@@ -186,6 +189,10 @@ class DecodingStep:
     ) -> None:
         self.decoder, self.state, self.choice, self.ends, self.pad = decoder, state, choice, ends, pad
         self.layers = [_LayerStep(layer, state) for layer in decoder.model.layers]
+        self.logits: torch.Tensor | None = None
+        if choice.by_host:
+            shape = len(state.row), decoder.config.vocab_size
+            self.logits = torch.empty(shape, dtype=torch.float32, device=state.token.device)
 
     def refresh(self) -> None:
         """Reads LoRA factors that may have been trained since."""
@@ -218,8 +225,11 @@ class DecodingStep:
         self.take(hidden)
 
     def take(self, hidden: torch.Tensor) -> None:
-        """Chooses the next tokens from hidden states [B, D] after the last norm, and appends them."""
+        """Chooses the next tokens from hidden states [B, D] after the last norm, and appends them, or leaves their logits."""
         logits = last_logits(self.decoder, hidden)
+        if self.logits is not None:
+            self.logits.copy_(logits)
+            return
         self.state.take(self.choice.tokens(logits, self.state), self.ends, self.pad)
 
 
