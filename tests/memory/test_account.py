@@ -7,10 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from oribi.families import FAMILIES
-from oribi.memory.account import LayerAccount
+from oribi.memory.account import LayerAccount, generation_bytes
 from oribi.memory.layer_shape import layer_shapes
 from oribi.models.core import Keep
 from oribi.models.decoder import build
+from oribi.models.decoding.session import bucket_for
+from oribi.models.decoding.state import DecodingState
 from oribi.models.fused_layer import POLICIES
 from oribi.models.unwrap import base_model
 from tests.models.test_fused_layer import adapt
@@ -142,3 +144,14 @@ def test_computing_again_takes_the_products_that_the_account_says(model_type):
     # attention's arithmetic is counted by tests/memory/test_speed.py
     for name in results.keys() - {"x", "attention"}:
         assert counted(Keep({name: "recompute"})) - everything == 4 * results[name].flop, name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize(("rows", "length"), [(1, 100), (5, 300)])
+def test_what_a_generation_holds_is_what_the_account_says(model_type, rows, length):
+    model = build(tiny_config(model_type, **UNEVEN, sliding_window=70), device="cpu")
+    places, slots = bucket_for(rows), -(-length // 256) * 256
+    state = DecodingState(model.model.layers, places, slots, 8, 0, torch.float32, torch.device("cpu"))
+    held = sum(tensor.nbytes for of_layer in state.held for tensor in of_layer.values())
+    logits = places * model.config.vocab_size * (4 + 4 * 4)
+    assert generation_bytes(model, rows, length) == held + logits

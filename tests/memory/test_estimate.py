@@ -234,6 +234,31 @@ def test_more_memory_keeps_more_and_never_passes_the_device():
     assert peaks[0] < peaks[-1]
 
 
+def test_answers_of_a_stage_and_of_evaluations_are_counted(tmp_path):
+    plain = training_of("Llama-3.2-1B", max_seq_length=512, per_device_train_batch_size=1)
+    (tmp_path / "prompts.txt").write_text("Why?\n" * 64)
+    sampled = replace(plain, config=replace(plain.config, sample_prompts=str(tmp_path / "prompts.txt")))
+    grpo = replace(
+        plain,
+        config=replace(
+            plain.config, stage="grpo", max_prompt_length=256, max_completion_length=256,
+            per_device_train_batch_size=8,
+        ),
+    )  # fmt: skip
+    keeps = [Keep(dict.fromkeys(("x", "qkv", "attention", "x_mid", "gate_up"), "recompute"))] * 16
+    found = {name: t.estimate(512, 512, 80 * GIB, keeps=keeps) for name, t in
+             {"plain": plain, "sampled": sampled}.items()}  # fmt: skip
+    assert memory.ANSWERS not in found["plain"].parts
+    # 64 rows of 640 tokens in 768 slots, keys and values of 16 layers with 8 heads of 64 in 16 bits
+    cache = 64 * 768 * 2 * 16 * 8 * 64 * 2
+    assert found["sampled"].at == "an evaluation's answers"
+    assert cache <= found["sampled"].parts[memory.ANSWERS] <= 1.1 * cache
+    drawn = memory.estimate_run(grpo, gpu_named("T4"))
+    assert drawn.parts[memory.ANSWERS] >= 8 * 512 * 2 * 16 * 8 * 64 * 2
+    assert drawn.parts["activations"] > 0  # which the cache stays beside
+    assert drawn.peak <= usable(gpu_named("T4").memory_bytes)
+
+
 def test_the_largest_batch_and_context_are_the_largest():
     training = training_of("Llama-3.1-8B", max_seq_length=2048)
     size = gpu_named("T4").memory_bytes

@@ -1,13 +1,16 @@
 """What scripts set of `generate` gives the tokens of a plain transformers model: by oribi's loop, or by theirs and a reason."""
 
 import copy
+import gc
 import logging
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from oribi.models.decoding import generation
+from oribi.models.decoding import generation, loop, session
 from tests.data.tokenizers_small import byte_level
 from tests.models.tiny import tiny_config, tiny_pair
 
@@ -152,3 +155,35 @@ def test_scores_are_those_that_transition_scores_are_computed_of(pair):
     found = mine.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
     assert found.shape == (2, 12)
     assert (found < 0).all()
+
+
+def test_the_cache_is_freed_after_a_generation_on_a_cpu(pair, monkeypatch):
+    mine, _, free = pair
+    made, whole = [], loop.DecodingState
+
+    def watched(*args):
+        state = whole(*args)
+        made.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(loop, "DecodingState", watched)
+    call(mine, free, {})
+    gc.collect()
+    assert [state() for state in made] == [None]
+
+
+def test_a_session_that_a_conversation_outgrows_doubles_within_the_positions(pair):
+    mine, _, _ = pair
+    request = SimpleNamespace(longest=300, new_tokens=12)
+    assert session._sizes(mine, request, 1, None) == (512, 256)
+    before = SimpleNamespace(length=512, new_tokens=512)
+    mine.config.max_position_embeddings, positions = 4096, mine.config.max_position_embeddings
+    try:
+        assert session._sizes(mine, request, 1, before) == (1024, 512)
+        mine.config.max_position_embeddings = 700
+        assert session._sizes(mine, request, 1, before) == (700, 512)
+        request.longest = 900  # which a caller may ask for
+        assert session._sizes(mine, request, 1, before) == (1024, 512)
+        assert session._sizes(mine, request, 10**9, before) == (1024, 512)
+    finally:
+        mine.config.max_position_embeddings = positions

@@ -18,6 +18,8 @@ from oribi.kernels.cross_entropy import logits_shape
 from oribi.memory.layer_shape import LayerShape
 from oribi.models.core import Keep
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.decoding.session import bucket_for
+from oribi.models.decoding.state import SLOT_STEP, row_bytes
 from oribi.models.fused_layer import LAYER_INPUT, policy
 from oribi.models.half import MLP_TOKENS
 
@@ -291,6 +293,17 @@ def trained_bytes(trainable: int, optimizer: str, width: int = 4) -> dict[str, i
     bits = FLAT_OPTIMIZERS.get(optimizer, 32)
     state = 2 + 8 / BLOCK if bits == 8 else 8
     return {"gradients": trainable * width, "optimizer": int(trainable * state)}
+
+
+def generation_bytes(decoder: DecoderForCausalLM, rows: int, length: int) -> int:
+    """Bytes that a GPU keeps of a generation until `release`: places of a batch, in whole steps of slots.
+
+    Args:
+        decoder: with or without weights. rows: that are generated together. length: tokens of the longest, at its end.
+    """
+    slots = -(-length // SLOT_STEP) * SLOT_STEP
+    of_row = row_bytes(decoder.model.layers, slots, decoder.config.vocab_size, decoder.dtype.itemsize)
+    return bucket_for(rows) * of_row
 
 
 def linear_weights(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ above are gone. Bytes are those of `account.py`; what each layer keeps is decide
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from oribi.families import FAMILIES
 from oribi.memory.account import (
     LIBRARY_BYTES,
     StepAccount,
+    generation_bytes,
     layer_accounts,
     trained_bytes,
 )
@@ -25,7 +27,6 @@ from oribi.memory.gpus import Gpu
 from oribi.memory.layer_shape import LayerShape, layer_shapes
 from oribi.memory.plan import MARGIN, plan
 from oribi.models.core import Keep
-from oribi.models.decoding.state import cache_bytes
 from oribi.models.fused_layer import policy
 from oribi.models.host_memory import buffer_size
 from oribi.models.layers import DecoderLayer
@@ -33,6 +34,8 @@ from oribi.models.layers import DecoderLayer
 HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 # of a token and word of the vocabulary: logits in 16 bits, their logarithms and both gradients
 LOGITS_BYTES = 14
+ANSWERS = "answers' cache"
+HELD_OUT_PROMPTS = 6  # that an evaluation answers where no file says which
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
 
 
@@ -42,7 +45,7 @@ class Estimate:
 
     Args:
         parts: bytes of weights, adapter, gradients, optimizer, activations, in work, and libraries, at the peak.
-        at: the moment of the peak: "the loss" or "a layer's backward".
+        at: the moment of the peak: "the loss", "a layer's backward" or "an evaluation's answers".
         keeps: what each layer keeps.
         trainable: trained parameters.
         tokens, longest: of a micro-batch, and of its longest document.
@@ -155,8 +158,16 @@ class Training:
         if c.stage != "grpo":
             return {}
         answers = tokens // self.longest * c.gradient_accumulation_steps
-        cached = cache_bytes(a.decoder.model.layers, answers, self.longest, a.decoder.dtype.itemsize)
-        return {"answers' cache": cached}
+        return {ANSWERS: generation_bytes(a.decoder, answers, self.longest)}
+
+    def samples(self) -> int:
+        """Bytes of the answers to the run's `sample_prompts`, which are freed before training goes on."""
+        c = self.config
+        if c.sample_prompts is None:
+            return 0
+        path = Path(c.sample_prompts)
+        rows = len(path.read_text(errors="replace").splitlines()) if path.is_file() else HELD_OUT_PROMPTS
+        return generation_bytes(self.architecture.decoder, max(rows, 1), c.max_seq_length + c.sample_tokens)
 
     @property
     def by_hand(self) -> bool:
@@ -206,8 +217,10 @@ class Training:
             return [Keep()] * len(step.layers)
         if choice == "balanced":
             return [policy("balanced", layer.shape.layer.results()) for layer in step.layers]
-        budget = 0 if choice == "memory" else usable(memory_bytes) - sum(self.fixed().values())
-        return plan(step, budget, self.host_bytes)
+        if choice == "memory":
+            return plan(step, 0, self.host_bytes)
+        taken = sum(self.fixed().values()) + sum(self.of_stage(step.layers[0].tokens).values())
+        return plan(step, usable(memory_bytes) - taken, self.host_bytes)
 
     def estimate(
         self,
@@ -243,17 +256,15 @@ class Training:
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
         peak = max(moments, key=lambda moment: moment.bytes)
         parts = {**fixed, "activations": peak.kept, "in work": peak.working, "libraries": LIBRARY_BYTES}
-        extra = self.of_stage(tokens)
-        if (
-            "answers' cache" in extra and sum(extra.values()) > peak.bytes
-        ):  # answers are drawn before the step
-            parts |= {"activations": 0, "in work": 0, **extra}
-        elif "logits" in extra:
-            parts |= extra
+        parts |= self.of_stage(tokens)
+        moment, samples = peak.name, self.samples()
+        if samples > peak.bytes:  # nothing is kept for a backward while they are drawn
+            parts |= {"activations": 0, "in work": 0, ANSWERS: samples}
+            moment = "an evaluation's answers"
         host = sum(
             buffer_size(size) for layer, keep in zip(step.layers, keeps) for size in layer.in_host(keep)
         )
-        return Estimate(parts, peak.name, keeps, self.trainable, tokens, longest, self.by_hand, host)
+        return Estimate(parts, moment, keeps, self.trainable, tokens, longest, self.by_hand, host)
 
     def fits(self, tokens: int, longest: int, memory_bytes: int) -> bool:
         """Whether a micro-batch trains on a device with this much memory, and with this host's."""

@@ -21,6 +21,7 @@ from oribi.data.preferences import prepare_preferences, stage_of_source
 from oribi.data.prepare import prepare_dataset
 from oribi.data.sources import local_path
 from oribi.errors import DataError
+from oribi.memory.estimate import HELD_OUT_PROMPTS
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.unwrap import base_model
 from oribi.run_record import SAMPLES_FILE, json_lines
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"  # the value of sample_prompts that takes rows of the evaluation set
 MOST_PROMPTS = 32
-HELD_OUT_PROMPTS = 6
 _SHOWN = 200  # characters of an answer on the terminal
 
 

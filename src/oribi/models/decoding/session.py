@@ -96,11 +96,12 @@ class Sessions:
         key = (*_identity(decoder, request), bucket_for(rows))
         session = self._kept.get(key)
         if session is None or session.length < request.longest or session.new_tokens < request.new_tokens:
-            self._kept.pop(key, None)
-            session = None  # freed before its successor is made
+            before = self._kept.pop(key, None)
+            sizes = _sizes(decoder, request, bucket_for(rows), before)
+            session = before = None  # freed before its successor is made
             while len(self._kept) >= MOST_SESSIONS:
                 self._kept.popitem(last=False)
-            session = self._kept[key] = _make(decoder, request, bucket_for(rows))
+            session = self._kept[key] = _make(decoder, request, bucket_for(rows), *sizes)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             session.record(self._pool)
@@ -111,8 +112,26 @@ class Sessions:
         return session
 
 
-def _make(decoder: "DecoderForCausalLM", request: Request, bucket: int) -> Session:
+def _sizes(
+    decoder: "DecoderForCausalLM", request: Request, bucket: int, before: Session | None
+) -> tuple[int, int]:
+    """Tokens of a row, and new ones, that a session is made for.
+
+    A conversation grows with each answer. One that outgrows its session gets twice its tokens, where they fit in memory and
+    the model has positions for them: so it is recorded a few times, not once per `SLOT_STEP` tokens.
+    """
     length, new_tokens = (-(-n // SLOT_STEP) * SLOT_STEP for n in (request.longest, request.new_tokens))
+    if before is None:
+        return length, new_tokens
+    new_tokens = max(new_tokens, before.new_tokens)
+    positions = getattr(decoder.config, "max_position_embeddings", None) or length
+    longer = max(length, min(2 * before.length, positions))
+    return (longer if decoder.rows_that_fit(longer) >= bucket else length), new_tokens
+
+
+def _make(
+    decoder: "DecoderForCausalLM", request: Request, bucket: int, length: int, new_tokens: int
+) -> Session:
     device, dtype = request.ids.device, decoder.model.norm.weight.dtype
     vocab_size = decoder.config.vocab_size if request.choice.penalises else 0
     state = DecodingState(decoder.model.layers, bucket, length, new_tokens, vocab_size, dtype, device)

@@ -28,6 +28,16 @@ def cache_bytes(layers: Sequence[DecoderLayer], rows: int, length: int, itemsize
     return rows * sum(held.bytes(itemsize) for one in layers for held in one.mixer.holds(length).values())
 
 
+def row_bytes(layers: Sequence[DecoderLayer], length: int, vocab_size: int, itemsize: int) -> int:
+    """Bytes of a row of `length` tokens: what the mixers hold, and while a token is chosen.
+
+    Args:
+        layers: of the decoder. length: tokens. vocab_size: V. itemsize: bytes of a number.
+    """
+    # logits in both dtypes, their probabilities and the random numbers
+    return cache_bytes(layers, 1, length, itemsize) + vocab_size * (itemsize + 4 * 4)
+
+
 def rows_that_fit(
     layers: Sequence[DecoderLayer], length: int, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> int:
@@ -41,9 +51,7 @@ def rows_that_fit(
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free = psutil.virtual_memory().available
-    # logits in both dtypes, their probabilities and the random numbers
-    row = cache_bytes(layers, 1, length, dtype.itemsize) + vocab_size * (dtype.itemsize + 4 * 4)
-    return int(_SHARE * free / row)
+    return int(_SHARE * free / row_bytes(layers, length, vocab_size, dtype.itemsize))
 
 
 class DecodingState:
