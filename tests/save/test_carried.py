@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from oribi.compat.language_model import FastLanguageModel
 from oribi.models.wrapper import class_named
 from oribi.save.check import Outcome
+from oribi.save.gguf import save_gguf
 from tests.models.tiny_checkpoint import edit_config, edit_tensors
 from tests.save.test_adapter_files import adapted, load, logits, write_wrapper
 
@@ -175,3 +176,14 @@ def test_where_the_bases_files_are_gone_the_text_model_is_written_alone(tmp_path
     assert any("has for images and sound is not in it" in note for note in report.notes)
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["architectures"] == ["Gemma3ForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("mistral3", "convert_hf_to_gguf.py {base} --mmproj"), ("llava", "no llava model")]
+)
+def test_a_gguf_file_says_where_the_projector_comes_from(kind, says, tmp_path):
+    write(kind, tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base")
+    report = save_gguf(model, tmp_path / "gguf", tokenizer, "f32", verify=False)["report"]
+    (note,) = (note for note in report.notes if "projector" in note)
+    assert says.format(base=tmp_path / "base") in note

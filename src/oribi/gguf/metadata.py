@@ -12,6 +12,11 @@ from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import MODEL_TYPES, family_in_gguf
 from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals
 
+# multimodal model types of whose towers llama.cpp's convert_hf_to_gguf.py makes a projector file
+WITH_PROJECTOR = (
+    "gemma3", "gemma4", "idefics3", "internvl", "lfm2_vl", "llama4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+    "qwen3_5", "smolvlm",
+)  # fmt: skip
 # a config's sizes -> keys, in the order in which they are written
 _SIZES = {
     "num_hidden_layers": "block_count",

@@ -18,7 +18,7 @@ from oribi.chat.ends import renders, stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.gguf import llama_cpp
 from oribi.gguf.file import GGUFFile, Type
-from oribi.gguf.metadata import check_config
+from oribi.gguf.metadata import WITH_PROJECTOR, check_config
 from oribi.gguf.mixes import METHODS, mix_of
 from oribi.gguf.modelfile import NoModelfile, modelfile
 from oribi.gguf.names import tensors_to_write
@@ -30,6 +30,7 @@ from oribi.models.unwrap import is_classifier, source_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import base_name, changed_base
 from oribi.save.card import fenced
+from oribi.save.carried import has_other_parts
 from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, Verify, checked, file_name, model_name
 from oribi.save.folder import announce
@@ -112,6 +113,21 @@ def _refuse_classifier(model: nn.Module) -> None:
         )
 
 
+def _without_projector(model: nn.Module) -> list[str]:
+    """What is to be known of a multimodal model's parts that a GGUF file of its text model does not hold."""
+    source = source_of(model)
+    if source is None or not has_other_parts(source.config):
+        return []
+    kind, folder = source.config.model_type, base_name(model)
+    text = f"GGUF holds the text model alone; what {kind} has for images and sound is a separate file, the projector"
+    if kind not in WITH_PROJECTOR:
+        return [f"{text}, which llama.cpp makes of no {kind} model that is known here"]
+    folder = "MERGED_16BIT_FOLDER" if source.kind == "bnb-4bit" or not folder else shlex.quote(folder)
+    return [
+        f"{text}: llama.cpp's `python convert_hf_to_gguf.py {folder} --mmproj` writes it, and `--mmproj FILE` loads it"
+    ]
+
+
 def push_gguf(
     model: nn.Module,
     repo_id: str,
@@ -133,7 +149,7 @@ class GGUFExport(Export):
     def save(self, tokenizer: Any, held_out: Any, base: str, name: str) -> None:
         """Write and check the files; arguments as for `save_gguf`."""
         self.tokenizer, self.name, config = tokenizer, name, self.inner.config
-        self.report.notes += check_config(config)
+        self.report.notes += [*check_config(config), *_without_projector(self.model)]
         shapes = MergedModel(self.model).shapes()
         sizes = {
             method: sum(entry.nbytes for entry in plan_file(config, shapes, method)) for method in self.files
