@@ -93,6 +93,9 @@ EFFECTS = {
     "model": Effect("OTHER_MODEL", lambda run: Path(run.base.oribi.name_or_path).name, "other"),
     "max_seq_length": Effect(32, lambda run: max(map(len, run.trainer.train_dataset["input_ids"])) <= 32, True),
     "load_in_4bit": Effect(False, lambda run: type(run.layer.base_layer.weight).__name__, "Parameter"),
+    "keep_in_16bit": Effect(
+        ["q_proj"], lambda run: type(run.base.model.layers[0].self_attn.q_proj.base_layer.weight).__name__, "Parameter"
+    ),
     "dtype": Effect("bfloat16", lambda run: run.base.model.norm.weight.dtype, torch.bfloat16),
     "full_finetuning": Effect(True, lambda run: all(p.requires_grad for p in run.model.parameters()), True),
     "lora_r": Effect(7, lambda run: run.layer.lora_A["default"].weight.shape[0], 7),

@@ -67,6 +67,10 @@ class RunConfig:
     trust_remote_code: bool = setting(False, "Run code that the model's repository ships")
     max_seq_length: int = setting(2048, "Longest example in tokens", low=1, high=2**24)
     load_in_4bit: bool = setting(True, "Keep frozen weights in NF4 (QLoRA)")
+    keep_in_16bit: list[str] = setting(
+        [],
+        "Linear layers that are not packed in NF4, by names such as down_proj or layers.0; auto measures which to keep",
+    )
     dtype: str = setting(
         "auto", "Data type of the computation", choices=("auto", "bfloat16", "float16", "float32"),
         same={"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"},

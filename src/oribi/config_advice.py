@@ -7,6 +7,7 @@ WHEN_TO_CHANGE: dict[str, str] = {
     "trust_remote_code": "Only for a model whose classes are not part of transformers, and after reading its code.",
     "max_seq_length": "`oribi inspect data` shows how long your rows are; longer rows cost memory and time.",
     "load_in_4bit": "`false` trains on 16-bit weights, which takes three to four times the memory for the weights.",
+    "keep_in_16bit": "If `oribi inspect model NAME --four-bits` shows that NF4 changes the model much; it costs memory.",
     "dtype": "Rarely; auto takes bfloat16 where the GPU has it.",
     "full_finetuning": "For large changes to a small model, with many rows and a learning rate ten times lower.",
     "lora_r": "Raise it to 32 or 64 for new knowledge or a new language; 8 is enough for a style or a format.",

@@ -185,6 +185,10 @@ def _contradictions(config: RunConfig, given: dict[str, Given]) -> list[Problem]
     found += _unused(config, given)
     if config.full_finetuning and config.load_in_4bit:
         refuse("load_in_4bit", "4-bit weights cannot be trained; full_finetuning needs false")
+    if config.keep_in_16bit and not config.load_in_4bit:
+        refuse("keep_in_16bit", "without load_in_4bit every weight is in 16 bits; leave it out")
+    if "auto" in config.keep_in_16bit and len(config.keep_in_16bit) > 1:
+        refuse("keep_in_16bit", "auto chooses by itself; give auto or names")
     against = {
         "full_finetuning": config.full_finetuning,
         "lora_dropout": config.lora_dropout > 0,

@@ -1,6 +1,7 @@
 """The seven steps for one config: environment, model, adapter, data, trainer, training, saving; and a run's folder reopened."""
 
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,8 +18,10 @@ from oribi.environment import Environment, detect
 from oribi.errors import ConfigError, ExportError
 from oribi.gguf.mixes import mix_of
 from oribi.lora.attach import attach_lora, set_checkpointing
-from oribi.models.files import missing_folder
+from oribi.models.adapter_files import read_record
+from oribi.models.files import HubOptions, missing_folder
 from oribi.models.load import load_model
+from oribi.models.open import open_model
 from oribi.preflight import check_before_loading, evaluation_sources, result_folders, steps_of
 from oribi.run_record import (
     CONFIG_FILE,
@@ -31,6 +34,7 @@ from oribi.run_record import (
     run_lock,
 )
 from oribi.save import save_gguf, save_merged
+from oribi.save.four_bits import four_bit_loss
 from oribi.text import gibibytes, is_first_process, say_notes, write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
@@ -64,7 +68,7 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         start = check_before_loading(config, environment, overwrite)
         if start.finished:
             return start.finished
-        model, tokenizer = _load(config, environment)  # 2, 3
+        model, tokenizer = _load(config, environment, start.resumes)  # 2, 3
         data = RunData(*read_data(config, tokenizer), load_reward_functions(config.reward_funcs or ()))  # 4
         trainer = _trainer(config, model, tokenizer, data)  # 5
         trainer.find_checkpoint(start.resumes, start.weights_only)
@@ -94,13 +98,15 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         return saved
 
 
-def _load(config: RunConfig, environment: Environment) -> tuple[Any, Any]:
+def _load(config: RunConfig, environment: Environment, resumes: bool) -> tuple[Any, Any]:
     """The model with its adapter, and the tokenizer with its template."""
+    dtype = environment.dtype if config.dtype == "auto" else config.dtype
     model, tokenizer = load_model(
         config.model,
         max_seq_length=config.max_seq_length,
-        dtype=environment.dtype if config.dtype == "auto" else config.dtype,
+        dtype=dtype,
         load_in_4bit=config.load_in_4bit and not config.full_finetuning,
+        keep_in_16bit=_kept_in_16bit(config, environment, resumes),
         full_finetuning=config.full_finetuning,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
@@ -127,6 +133,22 @@ def _load(config: RunConfig, environment: Environment) -> tuple[Any, Any]:
     if config.chat_template is not None:
         tokenizer = get_chat_template(tokenizer, config.chat_template)
     return model, tokenizer
+
+
+def _kept_in_16bit(config: RunConfig, environment: Environment, resumes: bool) -> Sequence[str]:
+    """Names of linear layers that are not packed: those of the config, or measured; a run that is resumed keeps its own."""
+    if config.keep_in_16bit != ["auto"]:
+        return config.keep_in_16bit
+    checkpoints = own_checkpoints(config.output_dir) if resumes else []
+    record = read_record(checkpoints[-1].path) if checkpoints else None
+    if record is not None:
+        return record.kept_in_16bit
+    opened = open_model(
+        config.model, HubOptions(revision=config.revision, trust_remote_code=config.trust_remote_code)
+    )
+    found = four_bit_loss(opened, opened.tokenizer(), device=environment.device, dtype=environment.dtype)
+    say_notes([found.note(), found.note_on_kept()])
+    return [kind.name for kind in found.kept]
 
 
 def _announce(model: Any) -> None:

@@ -1,6 +1,6 @@
 """`oribi inspect data|model|adapter|run`."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,9 +96,26 @@ def recognised(parts: list[dict[str, str]], settings: dict[str, Any]) -> str:
 @app.command()
 def model(
     name: Annotated[str, typer.Argument(help="Model folder, GGUF file, adapter, run or hub name.")],
+    four_bits: Annotated[
+        bool,
+        typer.Option(
+            "--four-bits",
+            "--four_bits",
+            help="Measure what NF4 costs: run the 16-bit weights, one layer in memory at a time, and compare.",
+        ),
+    ] = False,
+    texts: Annotated[
+        str | None,
+        typer.Option(help="Data file to measure on with --four-bits (default: oribi's own texts)."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Show a model's sizes, its family and its tokens, without loading its weights."""
+    """Show a model's sizes, its family and its tokens, without loading its weights; or what 4 bits cost it."""
+    if texts is not None and not four_bits:
+        raise typer.BadParameter("it goes with --four-bits", param_hint="--texts")
+    if four_bits:
+        _show_four_bits(name, texts, json)
+        return
     with chatter_aside():
         from oribi.families import FAMILIES
         from oribi.memory.architecture import architecture_of
@@ -134,6 +151,46 @@ def model(
         bytes_16bit=found.weight_bytes(False), has_chat_template=bool(tokenizer.chat_template),
         config=config.to_dict(),
     )  # fmt: skip
+
+
+def _show_four_bits(name: str, texts: str | None, json: bool) -> None:
+    with chatter_aside():
+        from oribi.data.prepare import prepare_dataset
+        from oribi.environment import detect
+        from oribi.models.open import open_model
+        from oribi.save.four_bits import four_bit_loss
+
+        opened, here = open_model(name), detect()
+        tokenizer, rows = opened.tokenizer(), None
+        if texts is not None:
+            rows = list(
+                prepare_dataset([{"path": texts}], tokenizer, max_seq_length=512, max_rows=32).dataset
+            )
+        found = four_bit_loss(
+            opened, tokenizer, rows, device=here.device, dtype=here.dtype,
+            say=lambda line: typer.echo(f"measuring: {line}", err=True),
+        )  # fmt: skip
+    output = Output(json)
+    output.text(found.note())
+    output.text()
+    output.table(
+        [
+            {
+                "kept in 16 bits": kind.name,
+                "KL": f"{kind.kl:.4f}",
+                "less": "-" if not found.kl else f"{max(1 - kind.kl / found.kl, 0):.0%}",
+                "more memory": gibibytes(kind.extra_bytes),
+            }
+            for kind in found.kinds
+        ],
+        right=("KL", "less", "more memory"),
+    )
+    output.text()
+    worst = sorted(range(len(found.layers)), key=found.layers.__getitem__, reverse=True)[:4]
+    moved = ", ".join(f"layers.{index} {found.layers[index]:.1%}" for index in worst)
+    output.text(f"layers whose output NF4 moves most, on the same input: {moved}")
+    output.text(found.note_on_kept())
+    output.record(**asdict(found))
 
 
 @app.command()

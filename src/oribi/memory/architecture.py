@@ -1,5 +1,6 @@
 """A model's sizes from its config alone: every parameter's shape, without weights and without memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from oribi.memory.account import linear_weights
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.files import HubOptions, Location
 from oribi.models.open import open_model
+from oribi.models.quantize import Quantization
 from oribi.models.unfused import UnfusedSizes, sizes_of_config
 
 
@@ -69,10 +71,16 @@ class Architecture:
         """All parameters, a tied head counted once."""
         return sum(p.numel() for p in self.decoder.model.parameters()) + self.head
 
-    def weight_bytes(self, load_in_4bit: bool) -> int:
-        """Device memory of the loaded weights."""
-        width, linear = self.decoder.dtype.itemsize, self.linear_weights
-        return (nf4_bytes(linear) if load_in_4bit else linear * width) + (self.parameters - linear) * width
+    def weight_bytes(self, load_in_4bit: bool, keep_in_16bit: Sequence[str] = ()) -> int:
+        """Device memory of the loaded weights, of which some linear layers are not packed."""
+        width = self.decoder.dtype.itemsize
+        packed = self.linear_weights * load_in_4bit
+        if packed and keep_in_16bit:
+            kept = Quantization(asked=tuple(keep_in_16bit)).kept(self.decoder)
+            packed -= sum(
+                self.decoder.get_submodule(name).weight.numel() for name in kept if name != "lm_head"
+            )
+        return (nf4_bytes(packed) if packed else 0) + (self.parameters - packed) * width
 
 
 def architecture_of(

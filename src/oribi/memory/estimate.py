@@ -185,7 +185,7 @@ class Training:
         c, width = self.config, self.architecture.decoder.dtype.itemsize
         full = c.full_finetuning
         return {
-            "weights": self.architecture.weight_bytes(c.load_in_4bit and not full),
+            "weights": self.architecture.weight_bytes(c.load_in_4bit and not full, c.keep_in_16bit),
             "adapter": 0 if full else self.trainable * 4,  # float32
             **trained_bytes(self.trainable, c.optim, width if full else 4),
         }

@@ -93,7 +93,9 @@ def step_time(training: Training, estimate: Estimate, gpu: Gpu) -> StepTime:
     if config.stage in ("dpo", "kto") or config.stage == "grpo" and config.beta:
         flop += linear / 2 + head / 2 + attention / 3.5  # the reference's forward
     if config.stage == "grpo":  # each token of the answers reads the weights
-        traffic += config.max_completion_length * a.weight_bytes(config.load_in_4bit) / micro
+        traffic += (
+            config.max_completion_length * a.weight_bytes(config.load_in_4bit, config.keep_in_16bit) / micro
+        )
     return StepTime(
         products=micro * flop / (gpu.tflops * 1e12 * PRODUCT_SHARE),
         traffic=(micro * traffic + OPTIMIZER_BYTES * estimate.trainable) / bandwidth,

@@ -43,6 +43,7 @@ class AdapterRecord:
         changed: tensors of the base that had other values than its files, or () if none had.
         positions: rope_parameters and max_position_embeddings of the config, where they were not the checkpoint's.
         labels: of a sequence classifier.
+        kept_in_16bit: names of linear layers of the base that were not packed.
     """
 
     base: BaseIdentity
@@ -51,6 +52,7 @@ class AdapterRecord:
     changed: tuple[str, ...] = ()
     positions: dict[str, Any] | None = None
     labels: Labels | None = None
+    kept_in_16bit: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write it into an adapter's folder."""
@@ -65,6 +67,8 @@ class AdapterRecord:
         }
         if self.labels is not None:
             values["labels"] = {"names": list(self.labels.names), "problem_type": self.labels.problem}
+        if self.kept_in_16bit:
+            values["kept_in_16bit"] = list(self.kept_in_16bit)
         write_whole(folder / RECORD_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -91,6 +95,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
             tuple(values.get("base_tensors_changed", ())),
             values.get("positions"),
             _labels_of(values.get("labels")),
+            tuple(map(str, values.get("kept_in_16bit", ()))),
         )
     except (KeyError, TypeError, ValueError, ModelError, ConfigError) as error:
         raise ModelError(

@@ -51,6 +51,7 @@ class ModelSource:
         kind: how the weights were stored.
         max_seq_length: longest training example in tokens.
         load_in_4bit: whether linear layers are NF4.
+        kept_in_16bit: names of linear layers that are not nevertheless.
         full_finetuning: whether every weight is trained.
         fused: whether oribi's decoder runs it; False is transformers' own class.
         checkpointing: what was asked of gradient checkpointing (`lora.attach.set_checkpointing`).
@@ -74,6 +75,7 @@ class ModelSource:
     kind: Literal["safetensors", "pickle", "gguf", "bnb-4bit"]
     max_seq_length: int
     load_in_4bit: bool
+    kept_in_16bit: tuple[str, ...] = ()
     full_finetuning: bool = False
     fused: bool = True
     checkpointing: str = "off"
@@ -198,7 +200,7 @@ def _load_with_adapter(
     weights = adapter_weights(location, hub, settings.allow_pickle)
     settings = replace(settings, labels=_labels_of_adapter(opened.adapter, weights, settings.labels))
     if record is not None:
-        settings = settings.as_trained(record.base, record.positions)
+        settings = settings.as_trained(record.base, record.positions, record.kept_in_16bit)
     base, tokenizer = _load_base(opened, settings)
     source = base.oribi
     if record is None:
@@ -306,6 +308,7 @@ def _load_base(
         kind=kind if stored is None else "bnb-4bit",
         max_seq_length=max_seq_length,
         load_in_4bit=quantization.enabled,
+        kept_in_16bit=quantization.asked,
         full_finetuning=settings.full_finetuning,
         fused=opened.fused,
         identity=identity,

@@ -1,5 +1,6 @@
 """What a caller asks of the loader, and what is chosen from it: dtype, device, quantisation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ HUB_OPTIONS = ("cache_dir", "local_files_only", "force_download", "subfolder")
 LABEL_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
 RARE_OPTIONS = (
     "float32_mixed_precision", "quantization_config", "fix_tokenizer", "resize_model_vocab", "use_safetensors",
-    "gguf_file", "classifies", *LABEL_OPTIONS, *HUB_OPTIONS,
+    "gguf_file", "classifies", "keep_in_16bit", *LABEL_OPTIONS, *HUB_OPTIONS,
 )  # fmt: skip
 
 
@@ -41,6 +42,7 @@ class LoadSettings:
         use_safetensors: False allows pickled .bin weights.
         positions: RoPE's settings that an adapter was trained with, where they are not the checkpoint's.
         labels: what a sequence classifier tells apart; None loads what the checkpoint is.
+        keep_in_16bit: names of linear layers, or of parts of the model, that are not packed; None: as an adapter was trained.
         classifies: a classifier is loaded whatever the checkpoint is, of two labels where nothing names them.
     """
 
@@ -58,13 +60,24 @@ class LoadSettings:
     positions: dict[str, Any] | None = None
     labels: Labels | None = None
     classifies: bool = False
+    keep_in_16bit: Sequence[str] | None = None
 
     @property
     def allow_pickle(self) -> bool:
         return self.use_safetensors is False
 
-    def as_trained(self, base: BaseIdentity, positions: dict[str, Any] | None) -> "LoadSettings":
-        """The settings for an adapter's base: quantised as it was trained on, unless the caller asked for a way."""
+    def as_trained(
+        self, base: BaseIdentity, positions: dict[str, Any] | None, kept: Sequence[str] = ()
+    ) -> "LoadSettings":
+        """The settings for an adapter's base: quantised as it was trained on, unless the caller asked for a way.
+
+        Args:
+            base: as it lay in memory.
+            positions: RoPE's settings.
+            kept: what was kept in 16 bits.
+        """
+        if self.keep_in_16bit is None:
+            self = replace(self, keep_in_16bit=kept)
         if self.load_in_4bit is not None or self.quantization_config is not None:
             return replace(self, positions=positions)
         config = None
@@ -97,9 +110,18 @@ def choose_quantization(
         enabled = bool(given.get("load_in_4bit", False))
         double = bool(given.get("bnb_4bit_use_double_quant", True))
         skip = tuple(given.get("llm_int8_skip_modules") or ())
+    asked = settings.keep_in_16bit or ()
+    asked = (asked,) if isinstance(asked, str) else tuple(asked)
+    if asked and not enabled:
+        notes.append("keep_in_16bit: every weight is kept in 16 bits, because load_in_4bit is off")
     if settings.full_finetuning and enabled:
         notes.append("full_finetuning trains every weight, so none is quantised (load_in_4bit is ignored)")
         enabled = False
+    if asked and stored is not None and enabled:
+        raise ConfigError(
+            f"keep_in_16bit = {list(asked)}: the checkpoint is packed in NF4 already; load the 16-bit original, which is packed "
+            "while it loads"
+        )
     if stored is not None:
         double = bool(stored.get("bnb_4bit_use_double_quant", False))
         skip = tuple(name for name in stored.get("llm_int8_skip_modules") or () if name != "lm_head")
@@ -107,7 +129,8 @@ def choose_quantization(
             notes.append(
                 "the checkpoint is packed in NF4 and load_in_4bit is off: its weights are dequantised"
             )
-    return Quantization(enabled, double, tuple(name for name in skip if name != "lm_head"))
+    skip = (*(name for name in skip if name != "lm_head"), *asked)
+    return Quantization(enabled, double, skip, asked if enabled else ())
 
 
 def choose_dtype(settings: LoadSettings, stored: torch.dtype | None, notes: list[str]) -> torch.dtype:

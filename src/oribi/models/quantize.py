@@ -11,9 +11,10 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import nn
 
-from oribi.errors import ModelError
+from oribi.errors import ConfigError, ModelError
 from oribi.kernels import nf4
 from oribi.tensors import TensorSource, problems_in_words
+from oribi.text import nearest
 
 _HEADS = ("lm_head", "score", "classifier")  # of language models and of classifiers
 BLOCK = 64  # values that share one scale
@@ -29,15 +30,40 @@ class Quantization:
         enabled: 4-bit NF4; otherwise every weight stays in the compute dtype.
         double: the scales of blocks are quantised too.
         skip: module names, or parts of them, that stay in the compute dtype besides the head, of whichever kind.
+        asked: those of `skip` that the user named, each of which has to be there.
     """
 
     enabled: bool = True
     double: bool = True
     skip: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer called `name` is to be quantised."""
-        return self.enabled and not any(f".{part}." in f".{name}." for part in (*self.skip, *_HEADS))
+        return self.enabled and not any(is_part(part, name) for part in (*self.skip, *_HEADS))
+
+    def kept(self, model: nn.Module) -> list[str]:
+        """Names of a model's linear layers that the user keeps in the compute dtype.
+
+        Raises:
+            ConfigError: a name stands for none.
+        """
+        linear = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+        for part in self.asked:
+            if not any(is_part(part, name) for name in linear):
+                leaves = sorted({name.rpartition(".")[2] for name in linear})
+                near = nearest(part, leaves)
+                raise ConfigError(
+                    f"keep_in_16bit: the model has no linear layer {part!r}"
+                    + (f"; did you mean {near}?" if near else "")
+                    + f". It has {', '.join(leaves)}; a layer is named layers.0, a part of it layers.0.mlp"
+                )
+        return [name for name in linear if any(is_part(part, name) for part in self.asked)]
+
+
+def is_part(part: str, name: str) -> bool:
+    """Whether a module's name holds another name between its dots."""
+    return f".{part}." in f".{name}."
 
 
 def fits_nf4(layer: nn.Linear, device: torch.device) -> bool:
@@ -73,6 +99,7 @@ def fill(
     """
     stored = source.shapes()
     packed = {name.removesuffix(f".{_NF4_KEY}") for name in stored if name.endswith(_NF4_KEY)}
+    quantization.kept(model)
     notes = _check(model, stored, packed)
     notes += _replace_linears(model, packed, quantization, device, dtype)
     reader = _Reader(source, packed, device, dtype, quantization.double)

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from oribi.errors import ModelError
+from oribi.errors import ConfigError, ModelError
 from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.files import Location
 from oribi.models.generate import generate_in_inference_mode
@@ -164,6 +164,7 @@ def load_unfused(
         kept = [
             name for name, _ in expected.named_modules() if classifies and name and _is_head(expected, name)
         ]
+        kept += quantization.kept(expected)
         settings = _bitsandbytes(config, quantization, [*kept, *beside_decoder(expected)], dtype)
         model, report = _auto(config, classifies).from_pretrained(
             location.directory,
@@ -177,7 +178,7 @@ def load_unfused(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # or its error would name no tensor; `_compare_tensors` refuses them
         )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ConfigError):
         raise
     except Exception as error:  # a damaged file may end anywhere in the model's class
         reason = " ".join(str(error).split())[:600] or type(error).__name__

@@ -133,7 +133,13 @@ def _record(model: PeftModel, changed: list[str], chat_template: Any, folder: Pa
     template = source.chat_template if chat_template is None else chat_template
     positions = source.positions(base_model(model).config)
     record = AdapterRecord(
-        source.identity, source.max_seq_length, template, tuple(changed), positions, source.labels
+        source.identity,
+        source.max_seq_length,
+        template,
+        tuple(changed),
+        positions,
+        source.labels,
+        source.kept_in_16bit,
     )
     record.write(folder)
 

@@ -54,6 +54,7 @@ class Carried:
         source: all of its tensors, by the names in its files; packed ones are read dequantised.
         text: name in the files -> the trained model's, in the files' order, then the trained tensors that they lack.
         others: names of the tensors that are carried.
+        names: of the text decoder in the checkpoint's class, where the trained model has others.
         beside: modules of its class that are not the text decoder's.
     """
 
@@ -62,6 +63,7 @@ class Carried:
     source: TensorSource
     text: dict[str, str]
     others: list[str]
+    names: WrapperNames | None
     beside: list[str] = field(default_factory=list)
 
     def read(self, name: str) -> torch.Tensor:
@@ -117,6 +119,10 @@ class Carried:
     def _has_drafts(self, layers: int) -> bool:
         numbers = [int(found[1]) for name in self.others if (found := re.search(r"\blayers\.(\d+)\.", name))]
         return any(name.startswith(_DRAFTS) for name in self.others) or max(numbers, default=0) >= layers
+
+    def class_name(self, name: str) -> str:
+        """What the checkpoint's class calls a module of the trained model."""
+        return name if self.names is None else self.names.outer(name)
 
     def own_name(self, stored: str) -> str | None:
         """The trained model's name for a tensor of the merge, with the parts of a packed one; None for one that is carried."""
@@ -200,6 +206,7 @@ def find_carried(model: nn.Module, shapes: Mapping[str, Any], base: str, tied: b
         names = (source.names or wrapper_names(source.config)) if composite else None
         in_files = _is_decoder(model, names)
         text, others = _sorted_out(weights, renaming(names), shapes, None if in_files else names, tied)
+        of_class = names if in_files else None
         if not composite:
             others = [name for name in others if name.startswith(_DRAFTS)]
             if not others:
@@ -208,7 +215,7 @@ def find_carried(model: nn.Module, shapes: Mapping[str, Any], base: str, tied: b
         if missing:
             why = f"the files hold no {missing[0]}"
             continue
-        found = Carried(location, settings, weights, text, others)
+        found = Carried(location, settings, weights, text, others, of_class)
         if any(found.read(name).dtype in _PACKED_FLOATS for name in others):
             why = "its other parts are quantised to 8 bits"
             continue

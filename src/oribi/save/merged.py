@@ -27,7 +27,7 @@ from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, Verify, checked, trained_answers
 from oribi.save.folder import announce
 from oribi.save.hub import MERGED_KEYWORDS, push, read_accepted, upload_folder
-from oribi.save.nf4_checkpoint import nf4_config, pack_nf4, packed_bytes, packed_names
+from oribi.save.nf4_checkpoint import nf4_config, pack_nf4, packed_bytes, packed_names, unpacked_modules
 from oribi.save.report import ExportReport
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards
 from oribi.save.trained import MergedModel
@@ -151,6 +151,7 @@ class MergedExport(Export):
         """What is written: the trained tensors and, under the checkpoint's own names, what it holds beside them."""
         merged = MergedModel(self.model)
         shapes, packed = merged.shapes(), packed_names(self.model) if self.quantized else set()
+        self.unpacked = unpacked_modules(self.model, packed) if self.quantized else []
         self.carried = None
         found = find_carried(self.model, shapes, base, merged.tied)
         kind = getattr(getattr(source_of(self.model), "config", None), "model_type", "")
@@ -191,7 +192,8 @@ class MergedExport(Export):
             self._write_config(folder)
             self._copy_processor(folder)
         else:
-            beside = nf4_config(self.dtype, self.carried.beside) if self.quantized else None
+            kept = [*self.carried.beside, *map(self.carried.class_name, self.unpacked)]
+            beside = nf4_config(self.dtype, kept) if self.quantized else None
             self.carried.write_config(folder, self.inner, self.merged.tied, self.dtype, beside)
             copy_beside_weights(self.carried.location.directory, folder)
         generation = copy.deepcopy(getattr(self.inner, "generation_config", None))
@@ -218,7 +220,7 @@ class MergedExport(Export):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         if self.quantized:
-            config.quantization_config = nf4_config(self.dtype, beside_decoder(self.inner))
+            config.quantization_config = nf4_config(self.dtype, [*beside_decoder(self.inner), *self.unpacked])
         family = family_of(config)
         as_family = family is not None and not is_classifier(self.model)
         config.architectures = [family.architecture if as_family else type(self.inner).__name__]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import nn
@@ -10,7 +11,7 @@ from transformers import BitsAndBytesConfig
 
 from oribi.models.quantize import BLOCK
 from oribi.models.unfused import beside_decoder
-from oribi.models.unwrap import base_model
+from oribi.models.unwrap import base_model, source_of
 from oribi.save.trained import slots_of
 from oribi.tensors import TensorSource
 
@@ -35,17 +36,30 @@ def nf4_config(dtype: torch.dtype, kept: Sequence[str] = ()) -> BitsAndBytesConf
 
 
 def packed_names(model: nn.Module) -> set[str]:
-    """Names of the weights that are packed: of the text decoder's linear layers whose rows are whole blocks."""
+    """Names of the weights that are packed: of the text decoder's linear layers whose rows are whole blocks, without those
+    that a model in NF4 keeps in 16 bits."""
+    loaded = getattr(source_of(model), "load_in_4bit", False)
     others = tuple(f"{name}." for name in beside_decoder(base_model(model)))
     return {
         name
         for name, slot in slots_of(model).items()
         if slot.leaf == "weight"
-        and isinstance(slot.module, nn.Linear)
+        and isinstance(slot.module, bnb.nn.Linear4bit if loaded else nn.Linear)
         and name != "lm_head.weight"
         and not name.startswith(others)
         and slot.module.in_features % BLOCK == 0
     }
+
+
+def unpacked_modules(model: nn.Module, packed: set[str]) -> list[str]:
+    """Linear layers of the text decoder whose weights are not among the packed ones; the head is left out."""
+    others = tuple(f"{name}." for name in beside_decoder(base_model(model)))
+    return [
+        name.removesuffix(".weight")
+        for name, slot in slots_of(model).items()
+        if slot.leaf == "weight" and isinstance(slot.module, nn.Linear) and name not in packed
+        and name != "lm_head.weight" and not name.startswith(others)
+    ]  # fmt: skip
 
 
 def packed_bytes(shape: tuple[int, ...]) -> int:

@@ -3,8 +3,9 @@
 So an exported file of any size is checked on the machine that wrote it. S tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from transformers import PretrainedConfig
 
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.tensors import TensorSource
+
+# other tensors than the model's, and what is told of each layer: index, output with the others on the same input, output
+Beside = tuple[TensorSource, Callable[[int, torch.Tensor, torch.Tensor], None]]
 
 
 def streamed_logits(
@@ -21,6 +25,7 @@ def streamed_logits(
     positions: torch.Tensor,
     dtype: torch.dtype,
     keep: torch.Tensor | None = None,
+    beside: Beside | None = None,
 ) -> torch.Tensor:
     """Logits [S, V] float32 of a pack of documents, on the device of `ids`.
 
@@ -30,10 +35,11 @@ def streamed_logits(
         ids, positions: [1, S] int64; positions restart at 0 at each document.
         dtype: dtype of the computation.
         keep: indices [K] of the places whose logits [K, V] are wanted; None takes all.
+        beside: other tensors, with which each layer runs too.
     """
     with torch.no_grad():
         model = build(config, dtype=dtype).eval()
-        with _loaded_by_need(model, source, ids.device, dtype):
+        with _loaded_by_need(model, source, ids.device, dtype, beside):
             places = 0 if keep is None else keep
             found = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=places)
             return found.logits[0].float()
@@ -41,12 +47,16 @@ def streamed_logits(
 
 @contextmanager
 def _loaded_by_need(
-    model: DecoderForCausalLM, source: TensorSource, device: torch.device, dtype: torch.dtype
+    model: DecoderForCausalLM,
+    source: TensorSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    beside: Beside | None = None,
 ) -> Iterator[None]:
     """Gives each layer of a model on the meta device its weights just before it runs and takes them back after."""
     stored = source.shapes()
 
-    def load(prefix: str, part: nn.Module) -> None:
+    def load(prefix: str, part: nn.Module, source: TensorSource = source) -> None:
         for name, _ in list(part.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             value = source.read(f"{prefix}.{name}", device, dtype)
@@ -58,13 +68,31 @@ def _loaded_by_need(
         load("lm_head", model.lm_head)
     else:
         model.lm_head.weight = model.model.embed_tokens.weight
+    others: dict[int, torch.Tensor] = {}
+
+    def before(layer: nn.Module, arguments: tuple, named: dict, index: int) -> None:
+        prefix = f"model.layers.{index}"
+        if beside is not None:  # first, so that whatever a layer leaves for later ones is of the model itself
+            load(prefix, layer, beside[0])
+            others[index] = _hidden(layer.forward(*arguments, **named))
+        load(prefix, layer)
+
+    def after(layer: nn.Module, _: tuple, found: object, index: int) -> None:
+        layer.to("meta")
+        if beside is not None:
+            beside[1](index, others.pop(index), _hidden(found))
+
     hooks = []
     for i, layer in enumerate(model.model.layers):
-        prefix = f"model.layers.{i}"
-        hooks.append(layer.register_forward_pre_hook(lambda layer, _, prefix=prefix: load(prefix, layer)))
-        hooks.append(layer.register_forward_hook(lambda layer, *_: layer.to("meta") and None))
+        hooks.append(layer.register_forward_pre_hook(partial(before, index=i), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(partial(after, index=i)))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _hidden(found: object) -> torch.Tensor:
+    """The hidden states among what a layer returns."""
+    return found[0] if isinstance(found, tuple) else found
