@@ -34,7 +34,7 @@ from oribi.run_record import (
     run_lock,
 )
 from oribi.save import save_gguf, save_merged
-from oribi.save.four_bits import four_bit_loss
+from oribi.save.four_bits import kept_by_auto
 from oribi.text import gibibytes, is_first_process, say_notes, write_whole
 from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
@@ -146,9 +146,9 @@ def _kept_in_16bit(config: RunConfig, environment: Environment, resumes: bool) -
     opened = open_model(
         config.model, HubOptions(revision=config.revision, trust_remote_code=config.trust_remote_code)
     )
-    found = four_bit_loss(opened, opened.tokenizer(), device=environment.device, dtype=environment.dtype)
-    say_notes([found.note(), found.note_on_kept()])
-    return [kind.name for kind in found.kept]
+    names, notes = kept_by_auto(opened, environment.device, environment.dtype)
+    say_notes(notes)
+    return names
 
 
 def _announce(model: Any) -> None:

@@ -53,6 +53,9 @@ def test_the_measured_divergence_is_that_of_the_loaded_models(llama):
     assert names
     assert found.kl_kept == pytest.approx(mean_kl(logprobs(keep_in_16bit=names), exact), rel=1e-4)
     assert sum(kind.extra_bytes for kind in found.kept) <= AUTO_BUDGET * found.packed_bytes
+    model, _ = load(llama, load_in_4bit=True, keep_in_16bit="auto")
+    assert set(model.oribi.kept_in_16bit) == set(names)
+    assert any("keep_in_16bit: auto keeps" in note for note in model.oribi.notes)
     assert len(found.layers) == 2
     assert all(0.001 < layer < 1 for layer in found.layers)
 

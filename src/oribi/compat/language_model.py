@@ -21,9 +21,12 @@ from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.lora.attach import attach_lora, set_checkpointing, switch_checkpointing
 from oribi.lora.targets import layer_projections
+from oribi.models.files import HubOptions
 from oribi.models.load import load_model
 from oribi.models.load_adapter import load_adapter
+from oribi.models.open import open_model
 from oribi.models.unwrap import base_model
+from oribi.save.four_bits import kept_by_auto
 from oribi.text import did_you_mean, say_notes
 
 Model = PreTrainedModel | PeftModel
@@ -67,6 +70,10 @@ class FastLanguageModel:
         notes = _read_auto_model(options)
         notes += _sort_out(options)
         older_name = options.pop("torch_dtype", None)
+        if options.get("keep_in_16bit") in ("auto", ["auto"]):
+            opened = open_model(model_name, HubOptions(token, revision, trust_remote_code=trust_remote_code))
+            options["keep_in_16bit"], found = kept_by_auto(opened, detect().device, detect().dtype)
+            notes += found
         model, tokenizer = load_model(
             model_name,
             max_seq_length=max_seq_length,

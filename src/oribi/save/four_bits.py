@@ -194,6 +194,20 @@ def _worth_keeping(kinds: list[KindLoss], kl: float, left: float) -> list[KindLo
     return chosen
 
 
+def kept_by_auto(
+    opened: OpenedModel, device: torch.device, dtype: torch.dtype
+) -> tuple[Sequence[str], list[str]]:
+    """Names of the linear layers that `keep_in_16bit: auto` keeps, and what is to be known of them; an adapter keeps its own.
+
+    Raises:
+        ConfigError, ModelError: as `four_bit_loss`.
+    """
+    if opened.adapter is not None and opened.adapter.record is not None:
+        return opened.adapter.record.kept_in_16bit, []
+    found = four_bit_loss(opened, opened.tokenizer(), device=device, dtype=dtype)
+    return [kind.name for kind in found.kept], [found.note(), found.note_on_kept()]
+
+
 def _loss(logprobs: torch.Tensor, targets: torch.Tensor) -> float:
     return -logprobs.gather(1, targets[:, None]).mean().item()
 
