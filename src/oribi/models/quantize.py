@@ -40,7 +40,7 @@ class Quantization:
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer called `name` is to be quantised."""
-        return self.enabled and not any(is_part(part, name) for part in (*self.skip, *_HEADS))
+        return self.enabled and not any(_is_within(part, name) for part in (*self.skip, *_HEADS))
 
     def kept(self, model: nn.Module) -> list[str]:
         """Names of a model's linear layers that the user keeps in the compute dtype.
@@ -50,7 +50,7 @@ class Quantization:
         """
         linear = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
         for part in self.asked:
-            if not any(is_part(part, name) for name in linear):
+            if not any(_is_within(part, name) for name in linear):
                 leaves = sorted({name.rpartition(".")[2] for name in linear})
                 near = nearest(part, leaves)
                 raise ConfigError(
@@ -58,10 +58,10 @@ class Quantization:
                     + (f"; did you mean {near}?" if near else "")
                     + f". It has {', '.join(leaves)}; a layer is named layers.0, a part of it layers.0.mlp"
                 )
-        return [name for name in linear if any(is_part(part, name) for part in self.asked)]
+        return [name for name in linear if any(_is_within(part, name) for part in self.asked)]
 
 
-def is_part(part: str, name: str) -> bool:
+def _is_within(part: str, name: str) -> bool:
     """Whether a module's name holds another name between its dots."""
     return f".{part}." in f".{name}."
 
