@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from transformers import AutoConfig
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -21,12 +22,14 @@ from oribi.config import ALIASES, SETTINGS, RunConfig  # noqa: E402
 from oribi.config_advice import WHEN_TO_CHANGE  # noqa: E402
 from oribi.config_file import GROUPS  # noqa: E402
 from oribi.config_setting import Setting  # noqa: E402
-from oribi.families import FAMILIES, Family  # noqa: E402
+from oribi.families import FAMILIES, Family, family_of  # noqa: E402
+from oribi.gguf.metadata import WITH_PROJECTOR  # noqa: E402
 from oribi.memory.estimate import Training, estimate_run, largest_batch, largest_context  # noqa: E402
 from oribi.memory.gpus import gpu_named  # noqa: E402
 from oribi.memory.speed import step_time  # noqa: E402
 from oribi.text import short_count  # noqa: E402
 from tests.docs.test_settings import OTHERWISE, python_calls, shown  # noqa: E402
+from tests.save.test_adapter_files import WRAPPERS  # noqa: E402
 
 MARK = "<!-- written by docs/generate.py; change what it reads, then run it -->"
 ROW, BATCH = 2048, 8
@@ -42,6 +45,13 @@ def table(heads: list[str], rows: list[list[Any]]) -> list[str]:
 # --- models
 
 
+# fields of a row that `properties` puts into words, and some that only say where the checkpoint differs in names
+DESCRIBED = (
+    "norms", "norm_offset", "qk_norm", "windows", "softcaps", "fused_projections", "attention_bias", "mlp_bias", "embedding_scale",
+    "multipliers", "no_rope_layers", "attention_scale", "attention_scale_power", "rope_by_layer_type", "names", "mixers",
+)  # fmt: skip
+
+
 def properties(family: Family) -> str:
     """What sets a family apart, in words."""
     found = {
@@ -55,7 +65,21 @@ def properties(family: Family) -> str:
         "multipliers": family.multipliers,
         "layers without RoPE": family.no_rope_layers,
     }
-    return ", ".join(name for name, holds in found.items() if holds) or "-"
+    told = [name for name, holds in found.items() if holds]
+    told += [name.replace("_", " ") for name in family.flags() if name not in DESCRIBED]
+    return ", ".join(told) or "-"
+
+
+def multimodal() -> list[list[str]]:
+    """A row for each multimodal type whose merges are tested: its decoder, what runs it, and where its projector comes from."""
+    rows = []
+    for kind, settings in WRAPPERS.items():
+        text = AutoConfig.for_model(kind, **settings).get_text_config()
+        fused = family_of(text) is not None
+        made = "`convert_hf_to_gguf.py --mmproj`" if kind in WITH_PROJECTOR else "-"
+        gguf = made if fused and FAMILIES[text.model_type].gguf else "no GGUF"
+        rows.append([f"`{kind}`", f"`{text.model_type}`", "fused" if fused else "unfused", gguf])
+    return rows
 
 
 def models_page() -> str:
@@ -87,14 +111,35 @@ def models_page() -> str:
     )
     lines += [
         "",
-        "A family with an entry under *GGUF* is read from and written to GGUF files, under llama.cpp's name for it. Multimodal",
-        "checkpoints of these families train as text models; pictures are not read.",
+        "A family with an entry under *GGUF* is read from and written to GGUF files, under llama.cpp's name for it.",
+        "",
+        "Tests compare every family with transformers on small random models: logits, loss and all gradients, packed documents with",
+        "each document alone, cached with uncached generation, adapters in plain PEFT, merges in transformers, and GGUF files in",
+        "llama.cpp. Of published weights they load SmolLM2-135M alone.",
+        "",
+        "## Multimodal checkpoints",
+        "",
+        "Their text decoder is trained, on texts. Towers for images and sound, projectors and layers that draft tokens (`mtp.*`) are",
+        "not read while training, and are copied as they are into `merged_16bit` and `merged_4bit`, with the processor's files: the",
+        "merged model loads in the checkpoint's own class and still sees pictures. Adapters have the names of that class. A GGUF file",
+        "holds the text model; the projector is a separate file, which llama.cpp's script writes from the checkpoint. Tested types:",
+    ]
+    lines += table(["model_type", "text decoder", "runs", "projector as GGUF"], multimodal())
+    lines += [
         "",
         "## Other models",
         "",
         "Every other causal language model of transformers trains through its own class with NF4 and PEFT, **unfused**: slower, with",
         "more memory, and without GGUF files. A note at loading says so, and says which weights stay in 16 bits; weights of experts",
         "do.",
+        "",
+        "## What 4 bits cost",
+        "",
+        "`oribi inspect model NAME --four-bits` runs the 16-bit weights, one layer in memory at a time, and compares them with NF4 on",
+        "oribi's own texts or on `--texts FILE`: the divergence of the next token as a whole, how much of it each kind of layers saves if",
+        "it stays in 16 bits and what that costs in memory, and the layers that NF4 moves most. `keep_in_16bit: [o_proj, layers.0]`",
+        "keeps layers out of NF4; `keep_in_16bit: auto` measures first and keeps the kinds that save most per byte, within a quarter",
+        "of the packed model's size.",
         "",
         "## Sizes",
         "",

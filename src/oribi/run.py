@@ -1,5 +1,6 @@
 """The seven steps for one config: environment, model, adapter, data, trainer, training, saving; and a run's folder reopened."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -139,6 +140,10 @@ def _kept_in_16bit(config: RunConfig, environment: Environment, resumes: bool) -
     """Names of linear layers that are not packed: those of the config, or measured; a run that is resumed keeps its own."""
     if config.keep_in_16bit != ["auto"]:
         return config.keep_in_16bit
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would measure by itself, and near ties might differ
+        raise ConfigError(
+            "keep_in_16bit = auto is for one process; run `oribi inspect model NAME --four-bits`, and give the names that it keeps"
+        )
     checkpoints = own_checkpoints(config.output_dir) if resumes else []
     record = read_record(checkpoints[-1].path) if checkpoints else None
     if record is not None:
