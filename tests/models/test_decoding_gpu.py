@@ -1,6 +1,8 @@
 """On a CUDA device: the recorded loop gives the tokens of the steps as they are, and sees what training has changed."""
 
 import copy
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from oribi.lora.attach import attach_lora
 from oribi.models.decoding import loop
 from oribi.models.load import load_model
 from oribi.models.unwrap import base_model
+from tests.models import test_decoding_settings as settings
 from tests.models.test_decoding import (  # noqa: F401 (fixtures)
     FUSED,
     GREEDY,
@@ -24,6 +27,8 @@ from tests.models.test_decoding import (  # noqa: F401 (fixtures)
     with_lora,
 )
 from tests.models.tiny_checkpoint import checkpoint
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 pytestmark = [
     pytest.mark.gpu,
@@ -173,3 +178,73 @@ def test_a_shortage_of_memory_splits_the_rows(ours, monkeypatch):  # noqa: F811
     monkeypatch.setattr(loop, "_on_gpu", short)
     assert torch.equal(ours(model, input_ids=ids, **GREEDY), whole)
     assert calls == [9, 4, 4, 1]
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 16, 64])
+@pytest.mark.parametrize(("name", "layers"), [("llama-3.2-1b", 3), ("llama-3.1-8b", 1), ("gemma-2-2b", 2)])
+def test_probabilities_in_bfloat16_are_those_of_the_eager_path(name, layers, rows, load_in_4bit, tmp_path, monkeypatch, ours):  # noqa: F811  # fmt: skip
+    """At real widths: the divergence stays under 1e-3, and the best token is the same unless two are as near as rounding."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    random_model = importlib.import_module("random_model")
+    sizes = {**random_model.MODELS[name], "num_hidden_layers": layers}
+    if "layer_types" in sizes:
+        sizes["layer_types"] = sizes["layer_types"][:layers]
+    monkeypatch.setitem(random_model.MODELS, "short", sizes)
+    random_model.write("short", tmp_path)
+    model, _ = load_model(str(tmp_path), max_seq_length=512)
+    model = attach_lora(model, r=16).eval()
+    if not load_in_4bit:
+        model = dequantized(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(0, 0.02)
+    lengths = torch.randint(20, 200, (rows,), generator=generator).tolist()
+    prompts = [torch.randint(3, 30_000, (n,), generator=generator).tolist() for n in lengths]
+    inputs = on_gpu(padded(prompts))
+    out = ours(
+        model, **inputs, **{**GREEDY, "max_new_tokens": 48}, output_logits=True, return_dict_in_generate=True
+    )
+    found = torch.stack(out.logits, dim=1)  # [rows, 48, V]
+    for row, length in enumerate(lengths):
+        ids = out.sequences[row, -(length + 48) :][None]
+        with torch.no_grad():
+            eager = model(input_ids=ids).logits[0, -49:-1].float()
+        divergence = (eager.softmax(-1) * (eager.log_softmax(-1) - found[row].log_softmax(-1))).sum(-1)
+        assert divergence.mean() < 1e-3
+        best = eager.topk(2).values
+        step = torch.finfo(torch.bfloat16).eps * best[:, 0].abs()
+        clear = best[:, 0] - best[:, 1] > 4 * step
+        assert torch.equal(found[row].argmax(-1)[clear], eager.argmax(-1)[clear])
+
+
+def dequantized(model):
+    """The model with its 4-bit weights written out in 16 bits."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for module in list(base_model(model).modules()):
+        base = getattr(module, "base_layer", None)
+        if base is not None and hasattr(base.weight, "quant_state"):
+            weight = dequantize_4bit(base.weight.data, base.weight.quant_state).to(torch.bfloat16)
+            linear = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+            module.base_layer = linear
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", ["processor drawn", "no_repeat_ngram_size", "criterion with end", "scores drawn"]
+)
+def test_what_the_host_chooses_from_a_recorded_step_is_what_transformers_chooses(name, ours, theirs):  # noqa: F811
+    model = tiny(vocab_size=len(settings.TOKENIZER)).cuda()
+    free = model.generate(**on_gpu(settings.PROMPTS), **settings.SETTINGS).cpu()
+    made = {n: v(free) if callable(v) else v for n, v in {**settings.SETTINGS, **settings.OWN[name]}.items()}
+    found = []
+    for generate in (ours, theirs, ours):  # the last on the recording of the first
+        torch.manual_seed(0)
+        found.append(generate(model, **on_gpu(settings.PROMPTS), **made))
+    for each in found[::2]:
+        settings.compare(each, found[1])
+    assert len(base_model(model).model.sessions._kept) <= 2
