@@ -167,7 +167,7 @@ def _tell_parts(output: Output, training: Any, gpu: Any) -> None:
     output.text(f"peak on {gpu.name}, {gibibytes(found.peak)} at {found.at}")
     output.fields({name: gibibytes(size) for name, size in found.parts.items() if size}, indent=2)
     if found.measured:
-        output.text(f"  {describe(list(found.keeps), [*training.step(1, 1).layer.results, 'weights'])}")
+        output.text(f"  {describe(list(found.keeps))}")
     else:
         output.text("  PyTorch's autograd keeps what these settings need; such runs were not measured")
     output.text("rows: largest per_device_train_batch_size; context: longest row alone; * GPU not measured")

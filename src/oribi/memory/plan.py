@@ -183,6 +183,5 @@ def describe(keeps: Sequence[Keep]) -> str:
         ]
         for place in _WORDS
     }
-    return "activations: " + "; ".join(
-        f"{_WORDS[place]} {', '.join(names)}" for place, names in named.items() if names
-    )
+    found = "; ".join(f"{_WORDS[place]} {', '.join(names)}" for place, names in named.items() if names)
+    return f"activations: {found or 'all kept'}"
