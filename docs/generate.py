@@ -49,6 +49,7 @@ def table(heads: list[str], rows: list[list[Any]]) -> list[str]:
 DESCRIBED = (
     "norms", "norm_offset", "qk_norm", "windows", "softcaps", "fused_projections", "attention_bias", "mlp_bias", "embedding_scale",
     "multipliers", "no_rope_layers", "attention_scale", "attention_scale_power", "rope_by_layer_type", "names", "mixers",
+    "norm_eps", "activation", "adjusts_mlp",
 )  # fmt: skip
 
 
@@ -64,6 +65,7 @@ def properties(family: Family) -> str:
         "scaled embeddings": family.embedding_scale,
         "multipliers": family.multipliers,
         "layers without RoPE": family.no_rope_layers,
+        "layers that mix tokens by a short convolution": "short_conv" in family.mixers.values(),
     }
     told = [name for name, holds in found.items() if holds]
     told += [name.replace("_", " ") for name in family.flags() if name not in DESCRIBED]

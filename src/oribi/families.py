@@ -55,6 +55,8 @@ class InGGUF:
             whitespace after control tokens swallowed.
         layers_of_27b: queries are scaled by head_dim ** -0.5, but in a model with this many layers by
             (hidden_size / num_attention_heads) ** -0.5.
+        heads_by_layer: it reads one number of key/value heads per layer, 0 where tokens are mixed by something else.
+        last_norm: its name of the norm after the last layer.
         layers_of_70b: in a model with this many layers whose heads share values, values get more bits.
     """
 
@@ -73,6 +75,8 @@ class InGGUF:
     stripping_names: tuple[str, ...] = ()
     layers_of_27b: int = 0
     layers_of_70b: int = 0
+    heads_by_layer: bool = False
+    last_norm: str = "output_norm"
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,10 @@ class Family:
         norm_offset: RMSNorm multiplies by (norm_offset + weight).
         names: a part's role -> the checkpoint's attribute, where it is not the usual one: a layer's norms by their places
             (mixer_input_norm, mixer_output_norm, mlp_input_norm, mlp_output_norm), every other part by its usual attribute
-            (mlp, q_norm, o_proj, gate_up_proj, ...).
+            (mlp, q_norm, o_proj, gate_up_proj, ...); the norm after the last layer is "norm".
+        norm_eps: config field that gives the norms' epsilon.
+        activation: of the MLP, in the kernels' words, where the config has no field for it.
+        adjusts_mlp: the MLP's size is config.intermediate_size adjusted as config.block_auto_adjust_ff_dim says.
         qk_norm: RMSNorm of q and k: over each head, over the whole projection, or none.
         qk_norm_after_rope: q and k are normed after their rotation, not before it.
         fused_projections: groups that the checkpoint holds as one layer: q, k, v as qkv_proj, gate, up as gate_up_proj.
@@ -110,6 +117,9 @@ class Family:
     norms: Literal["pre", "post", "sandwich"] = "pre"
     norm_offset: float = 0.0
     names: Mapping[str, str] = field(default_factory=dict)
+    norm_eps: str = "rms_norm_eps"
+    activation: Literal["silu"] | None = None
+    adjusts_mlp: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     qk_norm_after_rope: bool = False
     fused_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
@@ -138,6 +148,18 @@ class Family:
     def mixer(self, config: PretrainedConfig, index: int) -> str:
         """What mixes the tokens of a layer, in the words of `models.mixers.MIXERS`."""
         return self.mixers.get(config.layer_types[index], "attention") if self.mixers else "attention"
+
+    @property
+    def reads_layer_types(self) -> bool:
+        """Whether config.layer_types changes what is computed."""
+        return self.windows == "layer_types" or self.rope_by_layer_type or bool(self.mixers)
+
+    def rope_kinds(self, config: PretrainedConfig) -> list[str | None]:
+        """Entries of config.layer_types whose layers have a RoPE of their own; [None] where all share one."""
+        if not self.rope_by_layer_type:
+            return [None]
+        layers = range(config.num_hidden_layers)
+        return sorted({config.layer_types[i] for i in layers if self.mixer(config, i) == "attention"})
 
     def attribute(self, role: str) -> str:
         """The checkpoint's name of a part, by its role as in `names`."""
@@ -233,6 +255,28 @@ FAMILIES: dict[str, Family] = {
         rope_alpha=True,
         gguf=InGGUF("hunyuan-dense"),
     ),
+    "lfm2": Family(
+        "Lfm2ForCausalLM",
+        mixers={"conv": "short_conv"},
+        names={
+            "mixer_input_norm": "operator_norm",
+            "mlp_input_norm": "ffn_norm",
+            "norm": "embedding_norm",
+            "q_norm": "q_layernorm",
+            "k_norm": "k_layernorm",
+            "o_proj": "out_proj",
+            "mlp": "feed_forward",
+            "gate_proj": "w1",
+            "up_proj": "w3",
+            "down_proj": "w2",
+        },
+        norm_eps="norm_eps",
+        activation="silu",
+        adjusts_mlp=True,
+        qk_norm="head",
+        attention_bias=None,
+        gguf=InGGUF("lfm2", derived_head_dim=True, heads_by_layer=True, last_norm="token_embd_norm"),
+    ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
         mlp_bias=True,
@@ -262,6 +306,9 @@ def family_of(config: PretrainedConfig) -> Family | None:
 
 def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gelu"] | None:
     """The gated MLP's activation in the kernels' words, or None if no kernel computes it."""
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.activation is not None:
+        return family.activation
     # Gemma's first release wrote "gelu" in hidden_act and meant the tanh form, named by hidden_activation
     name = getattr(config, "hidden_activation", None) or config.hidden_act
     return {
@@ -271,6 +318,21 @@ def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gel
         "gelu_new": "gelu_tanh",
         "gelu": "gelu",
     }.get(name)
+
+
+def mlp_size(config: PretrainedConfig) -> int:
+    """Columns of the MLP's gate and up.
+
+    Source: the feed-forward size of LLaMA's reference code, which LFM2's configs took over.
+    """
+    size, family = config.intermediate_size, FAMILIES.get(config.model_type)
+    if family is None or not family.adjusts_mlp or not config.block_auto_adjust_ff_dim:
+        return size
+    size = int(2 * size / 3)
+    if config.block_ffn_dim_multiplier is not None:
+        size = int(config.block_ffn_dim_multiplier * size)
+        size = -(-size // config.block_multiple_of) * config.block_multiple_of
+    return size
 
 
 def rope_base(config: PretrainedConfig, parameters: Mapping[str, Any]) -> tuple[str, float]:

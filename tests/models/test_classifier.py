@@ -14,6 +14,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from oribi import FastLanguageModel, FastModel, SFTTrainer
 from oribi.errors import ConfigError, ExportError, ModelError
@@ -25,7 +26,7 @@ from tests.models.tiny import tiny_config, tiny_pair
 from tests.models.tiny_checkpoint import checkpoint
 
 LABELS = Labels(("no", "maybe", "yes"))
-CLASSIFIERS = [family for family in FAMILIES if family != "granite"]
+CLASSIFIERS = [family for family in FAMILIES if family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES]
 
 
 def classifier_pair(model_type: str, labels: Labels = LABELS, **changes):

@@ -114,7 +114,8 @@ def test_what_a_layer_keeps_has_the_size_that_its_entry_says(model_type, monkeyp
     real = half.Kept.put
 
     def put(kept: Kept, name: str, result: object, *follows: str) -> None:
-        found.setdefault(name, result)  # the first layer's
+        if kept._layer_pass.layer is layer:
+            found.setdefault(name, result)
         real(kept, name, result, *follows)
 
     monkeypatch.setattr(half.Kept, "put", put)
@@ -124,7 +125,7 @@ def test_what_a_layer_keeps_has_the_size_that_its_entry_says(model_type, monkeyp
     made = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
     has_post = any(post is not None for _, _, post in layer.parts())
     expected = {name for name, one in entries.items() if has_post or not one.before_norm}
-    assert made.keys() == (expected - {"attention_saved"}) | {"x"}
+    assert made.keys() == (expected - {"attention_saved"}) | {"x"}, "the reference of attention saves nothing"
     for name, x in made.items():
         wanted = ("hidden",) if name == "x" else entries[name].columns
         assert x.numel() == tokens * sum(columns[column] for column in wanted), name

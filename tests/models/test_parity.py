@@ -62,6 +62,10 @@ FAILS = {
         ["attention_bias", "mlp_bias", "names", "qk_norm", "norms", "fused_projections"], OTHER_TENSORS
     ),
     "rope_by_layer_type": (KeyError, "rope_type"),
+    "mixers": OTHER_TENSORS,
+    "norm_eps": (AttributeError, "rms_norm_eps"),
+    "activation": (AttributeError, "hidden_act"),
+    "adjusts_mlp": (RuntimeError, "size mismatch"),
 }
 
 
@@ -195,7 +199,12 @@ WINDOWS = {
 @pytest.mark.parametrize("model_type", VARIANTS)
 def test_a_cache_keeps_what_each_layer_sees_whatever_a_config_says_of_windows(model_type, windows, tmp_path):
     config = tiny_config(model_type, **WINDOWS[windows])
-    kinds = config.layer_types if FAMILIES[model_type].windows == "layer_types" else []
+    family = FAMILIES[model_type]
+    kinds = config.layer_types if family.windows == "layer_types" else []
+    if family.mixers and family.windows is None and "sliding_attention" in (config.layer_types or ()):
+        with pytest.raises(ModelError, match="layer_types: must be"):
+            check_decoder(tmp_path / "config.json", config)
+        return
     if (
         "sliding_attention" in kinds and config.sliding_window is None
     ):  # transformers has no mask for it either

@@ -66,6 +66,12 @@ VARIANTS: dict[str, dict] = {
         "attention_bias": True,
         "rope_parameters": {"rope_type": "dynamic", "alpha": 100.0, "factor": 1.0, "rope_theta": 1e4},
     },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+        "intermediate_size": 256,  # 192 columns
+        "block_multiple_of": 64,
+        "attention_bias": True,  # there are none, whatever a config says
+    },
     "smollm3": {
         "attention_bias": True,
         "mlp_bias": True,

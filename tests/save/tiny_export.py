@@ -39,6 +39,7 @@ FAMILY_CHANGES: dict[str, dict] = {
     "granite": {},
     "olmo2": {"attention_bias": False},
     "hunyuan_v1_dense": {"attention_bias": False},
+    "lfm2": {},
     "smollm3": {
         "attention_bias": False,
         "mlp_bias": False,

@@ -117,7 +117,7 @@ def model(
         _show_four_bits(name, texts, json)
         return
     with chatter_aside():
-        from oribi.families import FAMILIES
+        from oribi.families import FAMILIES, mlp_size
         from oribi.memory.architecture import architecture_of
         from oribi.models.mixers.attention import Attention
         from oribi.models.open import open_model
@@ -131,7 +131,7 @@ def model(
         "family": f"{config.model_type} ({FAMILIES[config.model_type].architecture})",
         "parameters": f"{found.parameters:,} ({short_count(found.parameters)})",
         "layers": config.num_hidden_layers,
-        "hidden size": f"{config.hidden_size}, MLP {config.intermediate_size}",
+        "hidden size": f"{config.hidden_size}, MLP {mlp_size(config)}",
         "heads": f"{config.num_attention_heads}, key/value {config.num_key_value_heads}, of "
         + str(next((mixer.head_dim for mixer in mixers if isinstance(mixer, Attention)), None)),
         "vocabulary": f"{config.vocab_size:,}" + (", head tied to the embedding" if found.tied else ""),

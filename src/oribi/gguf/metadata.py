@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from oribi.errors import ExportError, ModelError
-from oribi.families import FAMILIES, MOST_LAYERS, Family, InGGUF, family_of, rope_base
+from oribi.families import FAMILIES, MOST_LAYERS, Family, InGGUF, family_of, mlp_size, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import MODEL_TYPES, family_in_gguf
 from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals
@@ -48,6 +48,8 @@ def _own_keys(family: Family, facts: InGGUF) -> dict[str, str]:
             "residual_multiplier": "residual_scale",
             "logits_scaling": "logit_scale",
         }
+    if "short_conv" in family.mixers.values():
+        keys["conv_L_cache"] = "shortconv.l_cache"
     return keys
 
 
@@ -70,10 +72,14 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     for field, key in _SIZES.items():
-        writer.add_uint32(f"{facts.architecture}.{key}", getattr(config, field))
+        value = mlp_size(config) if field == "intermediate_size" else getattr(config, field)
+        if field == "num_key_value_heads" and facts.heads_by_layer:
+            writer.add_head_count_kv([value * attends for attends in _attending(config, family)])
+            continue
+        writer.add_uint32(f"{facts.architecture}.{key}", value)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(getattr(config, family.norm_eps))
     writer.add_vocab_size(vocab_size)
     add_rope(writer, config, head_dim)
     for field, key in _own_keys(family, facts).items():
@@ -81,8 +87,15 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
         if field == "sliding_window":
             if value or facts.window_key_required:
                 writer.add_sliding_window(value or 0)
+        elif isinstance(value, int) and field == "conv_L_cache":
+            writer.add_uint32(f"{facts.architecture}.{key}", value)
         elif value:
             writer.add_float32(f"{facts.architecture}.{key}", value)
+
+
+def _attending(config: PretrainedConfig, family: Family) -> list[bool]:
+    """Of each layer, whether attention mixes its tokens."""
+    return [family.mixer(config, index) == "attention" for index in range(config.num_hidden_layers)]
 
 
 def config_of_file(file: GGUFFile) -> PretrainedConfig:
@@ -122,6 +135,7 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
         raise ModelError(f"{file.path}: block_count = {layers}; at most {MOST_LAYERS:,} is possible")
     vocab_size, hidden_size = file.tensors["token_embd.weight"].shape
     head_dim = file.value("{arch}.attention.key_length") or hidden_size // heads
+    kv_heads = file.value("{arch}.attention.head_count_kv") or heads
     settings = {
         field: file.number(key)
         for field, key in _SIZES.items()
@@ -129,8 +143,8 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     } | {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_key_value_heads": file.value("{arch}.attention.head_count_kv") or heads,
-        "rms_norm_eps": file.number(_EPS),
+        "num_key_value_heads": max(kv_heads) if facts.heads_by_layer else kv_heads,
+        family.norm_eps: file.number(_EPS),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -144,6 +158,11 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     for field, key in _own_keys(family, facts).items():
         if (value := file.value(f"{{arch}}.{key}")) is not None:
             settings[field] = value or None
+    if facts.heads_by_layer:
+        other = next(iter(family.mixers))
+        settings["layer_types"] = ["full_attention" if number else other for number in kv_heads]
+    if family.adjusts_mlp:
+        settings["block_auto_adjust_ff_dim"] = False  # the file holds the adjusted size
     if facts.window_period:
         period = file.value("{arch}.attention.sliding_window_pattern", facts.window_period)
         settings["layer_types"] = [

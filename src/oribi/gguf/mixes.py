@@ -121,12 +121,12 @@ class Mix:
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> Type:
         """The type of the tensor `name` of `shape` [N, K] or [N]."""
-        if len(shape) < 2 or name.endswith("_norm.weight"):
+        if len(shape) < 2 or name.endswith(("_norm.weight", "conv.weight")):
             return Type.F32
         default = self.method.default
         if default in _FLOATS:
             return default
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?([\w.]+)\.weight", name)
         layer, part = int(match[1] or 0), match[2]
         if part == "output" or (part == "token_embd" and self.tied):
             wanted = self._head(shape[-1])

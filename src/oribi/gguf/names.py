@@ -16,7 +16,6 @@ for _model_type, _family in FAMILIES.items():
     if _family.gguf is not None:
         MODEL_TYPES.setdefault(_family.gguf.architecture, _model_type)
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 # llama.cpp's name of a part of a layer -> its roles, as `Family.names` has them, from outside to inside
 _LINEAR = {
     "attn_q": ("self_attn", "q_proj"),
@@ -24,6 +23,9 @@ _LINEAR = {
     "attn_v": ("self_attn", "v_proj"),
     "attn_qkv": ("self_attn", "qkv_proj"),
     "attn_output": ("self_attn", "o_proj"),
+    "shortconv.in_proj": ("conv", "in_proj"),
+    "shortconv.conv": ("conv", "conv"),
+    "shortconv.out_proj": ("conv", "out_proj"),
     "ffn_gate": ("mlp", "gate_proj"),
     "ffn_up": ("mlp", "up_proj"),
     "ffn_down": ("mlp", "down_proj"),
@@ -51,19 +53,31 @@ class Tensor:
         name, source: in the file and in the checkpoint.
         heads: how many heads share its rows, where llama.cpp wants the rows of a head in pairs; else 0.
         shift: added to the checkpoint's values, because the family multiplies by (shift + weight).
+        kernel: it is a depthwise convolution's, [N, 1, W] in the checkpoint and [N, W] in the file.
     """
 
     name: str
     source: str
     heads: int = 0
     shift: float = 0.0
+    kernel: bool = False
 
     def to_gguf(self, values: torch.Tensor) -> torch.Tensor:
         """The checkpoint's values [N, ...] as llama.cpp wants them."""
         if self.heads:
             # rows of a head: first halves then second halves -> pairs
             values = values.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).reshape(values.shape)
+        if self.kernel:
+            values = values.squeeze(1)
         return values.float() + self.shift if self.shift else values
+
+    def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a tensor that has `shape` in the checkpoint."""
+        return (shape[0], shape[2]) if self.kernel else shape
+
+    def shape_in_checkpoint(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a tensor that has `shape` in the file."""
+        return (shape[0], 1, *shape[1:]) if self.kernel else shape
 
     def from_gguf(self, values: torch.Tensor) -> torch.Tensor:
         """The rows of a file's values [N, ...] in the checkpoint's order; the shift is left to the reader.
@@ -71,6 +85,8 @@ class Tensor:
         Raises:
             ModelError: the rows cannot be divided among the heads.
         """
+        if self.kernel:
+            return values.unsqueeze(1)
         if not self.heads:
             return values
         if self.heads < 0 or len(values) % (2 * self.heads):
@@ -112,7 +128,14 @@ def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
     heads = 0
     if facts.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", name)):
         heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-    return Tensor(name, source, heads, family.norm_offset if name.endswith("_norm.weight") else 0.0)
+    offset = family.norm_offset if name.endswith("_norm.weight") else 0.0
+    return Tensor(name, source, heads, offset, kernel=name.endswith("conv.weight"))
+
+
+def _top_parts(family: Family, facts: InGGUF) -> dict[str, str]:
+    """Parts outside the layers: llama.cpp's name -> the checkpoint's."""
+    norm = f"model.{family.attribute('norm')}"
+    return {"token_embd": "model.embed_tokens", facts.last_norm: norm, "output": "lm_head"}
 
 
 def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[Tensor]:
@@ -122,7 +145,7 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
         ExportError: llama.cpp has no place for one of them.
     """
     family, facts = family_in_gguf(config)
-    top = {source: name for name, source in _TOP.items()}
+    top = {source: name for name, source in _top_parts(family, facts).items()}
     layer = {source: name for name, source in _layer_parts(family).items()}
     sources, tensors = list(sources), []
     for source in sources:
@@ -153,13 +176,14 @@ def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str,
         config: made from the file.
         names: of the file's tensors.
     """
-    parts, found = _layer_parts(family_in_gguf(config)[0]), {}
+    family, facts = family_in_gguf(config)
+    parts, top, found = _layer_parts(family), _top_parts(family, facts), {}
     for name in names:
         if name in ROPE_FACTORS.values():
             continue
         stem, _, leaf = name.rpartition(".")
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-        source = _TOP.get(stem, stem)
+        match = re.fullmatch(r"blk\.(\d+)\.([\w.]+)", stem)
+        source = top.get(stem, stem)
         if match:
             source = f"model.layers.{match[1]}.{parts.get(match[2], match[2])}"
         found[f"{source}.{leaf}"] = _tensor(config, name, f"{source}.{leaf}")

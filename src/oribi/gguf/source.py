@@ -33,7 +33,10 @@ class GGUFSource:
         self._tensors = tensors_to_read(self.config, self.file.tensors)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self.file.tensors[tensor.name].shape for name, tensor in self._tensors.items()}
+        return {
+            name: tensor.shape_in_checkpoint(self.file.tensors[tensor.name].shape)
+            for name, tensor in self._tensors.items()
+        }
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         tensor = self._tensors[name]

@@ -51,10 +51,8 @@ def plan_file(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]], meth
     """
     tensors = tensors_to_write(config, list(shapes))
     mix = Mix(mix_of(method), config, [tensor.name for tensor in tensors])
-    return [
-        Entry(tensor, shapes[tensor.source], mix.type_of(tensor.name, shapes[tensor.source]))
-        for tensor in tensors
-    ]
+    found = [(tensor, tensor.shape_in_file(shapes[tensor.source])) for tensor in tensors]
+    return [Entry(tensor, shape, mix.type_of(tensor.name, shape)) for tensor, shape in found]
 
 
 def write_files(

@@ -66,6 +66,10 @@ class Visibility:
             self._doc_start = starts[:-1].repeat_interleave(starts.diff(), output_size=tokens)
         return self._doc_start
 
+    def padding(self) -> torch.Tensor | None:
+        """[B * S, 1] bool, True at queries that are padding; None where nothing is."""
+        return None if self.real is None else ~self.real[:, -self.length :].bool().reshape(-1, 1)
+
     def bounds(self) -> list[int]:
         """Document offsets on the host; synchronises once per forward if they lie on a GPU."""
         if self._bounds is None:

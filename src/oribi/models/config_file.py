@@ -183,7 +183,7 @@ def _windows_not_followed(config: PretrainedConfig) -> list[str]:
     windows = [window_of(config, family, index) for index in range(config.num_hidden_layers)]
     slides = "slides in every layer" if any(windows) else "sees everything in every layer"
     fields = []
-    if family.windows != "layer_types" and not family.rope_by_layer_type:
+    if not family.reads_layer_types:
         kinds = set(getattr(config, "layer_types", None) or [])
         if kinds - {"sliding_attention" if any(windows) else "full_attention"}:
             fields.append("layer_types")
@@ -214,7 +214,7 @@ def _check_heads(config: PretrainedConfig) -> list[str]:
 
 def _check_numbers(config: PretrainedConfig) -> list[str]:
     family = family_of(config)
-    positive = ["rms_norm_eps"] + [family.attention_scale] * (family.attention_scale is not None)
+    positive = [family.norm_eps] + [family.attention_scale] * (family.attention_scale is not None)
     optional = ["attn_logit_softcapping", "final_logit_softcapping"] * family.softcaps
     nonzero = ["embedding_multiplier", "residual_multiplier", "logits_scaling"] * family.multipliers
     found = [
@@ -237,12 +237,15 @@ def _check_numbers(config: PretrainedConfig) -> list[str]:
 def _check_lists(config: PretrainedConfig) -> list[str]:
     family, layers, found = family_of(config), config.num_hidden_layers, []
     kinds = getattr(config, "layer_types", None)
-    if (family.windows == "layer_types" or family.rope_by_layer_type) and not (
-        isinstance(kinds, list)
-        and len(kinds) == layers
-        and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    allowed = [
+        "full_attention",
+        *["sliding_attention"] * (not family.mixers or family.windows is not None),
+        *family.mixers,
+    ]
+    if family.reads_layer_types and not (
+        isinstance(kinds, list) and len(kinds) == layers and all(kind in allowed for kind in kinds)
     ):
-        found.append(f"layer_types: must be full_attention or sliding_attention for each of {layers} layers")
+        found.append(f"layer_types: must be {' or '.join(allowed)} for each of {layers} layers")
     elif family.windows == "layer_types" and "sliding_attention" in kinds and config.sliding_window is None:
         found.append(
             "layer_types: some are sliding_attention, and no sliding_window is set, or use_sliding_window = false takes it away; "
@@ -258,7 +261,7 @@ def _check_rope(config: PretrainedConfig) -> list[str]:
     """Computes the angles of one position, since each kind of RoPE has fields of its own."""
     family, found = family_of(config), []
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for kind in sorted(set(config.layer_types)) if family.rope_by_layer_type else [None]:
+    for kind in family.rope_kinds(config):
         where = f"rope_parameters of {kind}" if kind else "rope_parameters"
         try:
             angles = RotaryAngles(config, kind)

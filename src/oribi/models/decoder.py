@@ -43,14 +43,20 @@ class DecoderModel(DecoderPreTrainedModel):
         scale = config.hidden_size**0.5 if family.embedding_scale else 1.0
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id, scale)
         self.layers = nn.ModuleList(DecoderLayer(config, family, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, family.norm_offset)
-        kinds = sorted(set(config.layer_types)) if family.rope_by_layer_type else [None]
-        self.rotary = {kind: RotaryAngles(config, kind) for kind in kinds}
+        self.norm_name = family.attribute("norm")
+        norm = RMSNorm(config.hidden_size, getattr(config, family.norm_eps), family.norm_offset)
+        self.add_module(self.norm_name, norm)
+        self.rotary = {kind: RotaryAngles(config, kind) for kind in family.rope_kinds(config)}
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
         self.host_memory: HostMemory | None = None
         self.sessions = Sessions()  # what a GPU keeps from one generation to the next
         self.shards: object | None = None  # set by `train.sharding` where processes share the layers' weights
         self.post_init()
+
+    @property
+    def last_norm(self) -> RMSNorm:
+        """The norm after the last layer."""
+        return self._modules[self.norm_name]
 
     def forward(
         self,
@@ -73,7 +79,7 @@ class DecoderModel(DecoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = x.to(self.norm.weight.dtype)  # embeddings that are trained whole are float32
+        x = x.to(self.last_norm.weight.dtype)  # embeddings that are trained whole are float32
         if self.embedding_multiplier != 1.0:
             x = x * self.embedding_multiplier
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
@@ -93,7 +99,7 @@ class DecoderModel(DecoderPreTrainedModel):
             x = layer(x, batch)
             if states is not None:
                 states.append(x)
-        x = self.norm(x)
+        x = self.last_norm(x)
         if states is not None:
             states[-1] = x
         output = BaseModelOutputWithPast(

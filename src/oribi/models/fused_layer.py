@@ -63,7 +63,7 @@ def fusible_halves(layer: "DecoderLayer") -> list[Half] | None:
 
 def _beside_linear_layers(module: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters that no linear layer holds, which the pass has no gradients for: those of norms, say."""
-    yield from module._parameters.values()
+    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
     for child in module.children():
         if not isinstance(child, (nn.Linear, BaseTunerLayer)):
             yield from _beside_linear_layers(child)

@@ -64,7 +64,9 @@ class DecoderLayer(NamedParts):
         self.add_module(self.mixer_name, mixer)
         self.add_part("mlp", MLP(config, family))
         for role in family.layer_norms():
-            self.add_part(role, RMSNorm(config.hidden_size, config.rms_norm_eps, family.norm_offset))
+            self.add_part(
+                role, RMSNorm(config.hidden_size, getattr(config, family.norm_eps), family.norm_offset)
+            )
         self.residual_scale = float(config.residual_multiplier) if family.multipliers else 1.0
         self.gradient_checkpointing = False  # set by transformers' gradient_checkpointing_enable
         self.keep = policy(
@@ -123,7 +125,7 @@ def follow_windows(config: PretrainedConfig, family: Family) -> PretrainedConfig
 
     transformers' caches slide wherever a config has `sliding_window` or `layer_types`, in families without windows too.
     """
-    if family.windows == "layer_types" or family.rope_by_layer_type or family.mixers:
+    if family.reads_layer_types:
         return config
     fields = ("sliding_window", "attention_chunk_size", "layer_types")
     wanted = None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from oribi.families import Family, activation_of
+from oribi.families import Family, activation_of, mlp_size
 from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
 from oribi.models.core import Result
 from oribi.models.half import Kept
@@ -34,7 +34,7 @@ class MLP(NamedParts):
 
     def __init__(self, config: PretrainedConfig, family: Family) -> None:
         super().__init__(family)
-        size, inner = config.hidden_size, config.intermediate_size
+        size, inner = config.hidden_size, mlp_size(config)
         bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
         self._inputs = (
             ("gate_up_proj",) if "gate_up" in family.fused_projections else ("gate_proj", "up_proj")

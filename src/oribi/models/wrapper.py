@@ -268,7 +268,9 @@ def _rename(name: str) -> str | None:
     for prefix, replacement in (("model.language_model.", "model."), ("language_model.", "")):
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
-    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+    return (
+        f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.", "embedding_norm.")) else name
+    )
 
 
 def _rename_inside(names: WrapperNames, name: str) -> str | None:
@@ -278,7 +280,16 @@ def _rename_inside(names: WrapperNames, name: str) -> str | None:
     is_text = (
         inner != name
         or moved != name
-        or name.startswith(("lm_head.", "score.", "model.embed_tokens.", "model.layers.", "model.norm."))
+        or name.startswith(
+            (
+                "lm_head.",
+                "score.",
+                "model.embed_tokens.",
+                "model.layers.",
+                "model.norm.",
+                "model.embedding_norm.",
+            )
+        )
     )
     return moved if is_text and moved is not None and not moved.endswith(".rotary_emb.inv_freq") else None
 

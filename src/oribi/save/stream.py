@@ -63,7 +63,7 @@ def _loaded_by_need(
             setattr(part.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
     load("model.embed_tokens", model.model.embed_tokens)
-    load("model.norm", model.model.norm)
+    load(f"model.{model.model.norm_name}", model.model.last_norm)
     if "lm_head.weight" in stored:
         load("lm_head", model.lm_head)
     else:

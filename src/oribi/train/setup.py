@@ -197,7 +197,7 @@ def _fp8_problems(args: SFTConfig, base: nn.Module) -> Iterator[str]:
         return
     if base.device.type != "cuda":
         yield "the model is in host memory: load it on the GPU"
-    dtype = base.model.norm.weight.dtype
+    dtype = base.model.last_norm.weight.dtype
     if dtype is not torch.bfloat16:
         yield f"the model computes in {str(dtype).removeprefix('torch.')}: load it with dtype='bfloat16'"
     if args.fsdp:

@@ -16,7 +16,7 @@ class GeneratesByItself:
     def rows_that_fit(self, length: int) -> int:
         """Rows of so many tokens that may be generated together in the memory that is free now."""
         return rows_that_fit(
-            self.model.layers, length, self.config.vocab_size, self.model.norm.weight.dtype, self.device
+            self.model.layers, length, self.config.vocab_size, self.model.last_norm.weight.dtype, self.device
         )
 
     def _sample(

@@ -80,7 +80,7 @@ def _on_cpu(decoder: "DecoderForCausalLM", request: Request) -> torch.Tensor:
     vocab_size = decoder.config.vocab_size if request.choice.penalises else 0
     state = DecodingState(
         decoder.model.layers, len(request.prompts), request.longest, request.new_tokens, vocab_size,
-        decoder.model.norm.weight.dtype, request.ids.device,
+        decoder.model.last_norm.weight.dtype, request.ids.device,
     )  # fmt: skip
     step = DecodingStep(decoder, state, request.choice, request.end_tokens(), request.pad)
     _begin(decoder, request, state, step)

@@ -212,7 +212,7 @@ def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str |
     if model.shards is not None:
         return "processes share the weights"
     kind = device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.norm.weight.dtype:
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.last_norm.weight.dtype:
         return f"autocast computes in {torch.get_autocast_dtype(kind)}"
     if any_module_hooked():
         return "hooks are registered for all modules"

@@ -132,7 +132,7 @@ def _sizes(
 def _make(
     decoder: "DecoderForCausalLM", request: Request, bucket: int, length: int, new_tokens: int
 ) -> Session:
-    device, dtype = request.ids.device, decoder.model.norm.weight.dtype
+    device, dtype = request.ids.device, decoder.model.last_norm.weight.dtype
     vocab_size = decoder.config.vocab_size if request.choice.penalises else 0
     state = DecodingState(decoder.model.layers, bucket, length, new_tokens, vocab_size, dtype, device)
     step = DecodingStep(decoder, state, request.choice, request.end_tokens(), request.pad)

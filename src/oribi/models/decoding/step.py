@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from oribi.kernels.causal_conv import causal_conv_step
 from oribi.kernels.decode_attention import decode_attention, store_token
 from oribi.kernels.dispatch import use_triton
 from oribi.kernels.gated_mlp import gated_mlp_forward
@@ -22,6 +23,7 @@ from oribi.models.decoding.state import DecodingState
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import RMSNorm, read
 from oribi.models.mixers.attention import Attention
+from oribi.models.mixers.short_conv import ShortConv
 from oribi.models.mlp import MLP
 
 if TYPE_CHECKING:
@@ -164,8 +166,31 @@ class MLPStep:
         return self.groups["down"](gated_mlp_forward(gate, up, self.activation))
 
 
+class ShortConvStep:
+    """The short convolution of one token per row.
+
+    Args:
+        mixer: the module. state: holds its layer's window.
+    """
+
+    def __init__(self, mixer: ShortConv, state: DecodingState) -> None:
+        self.mixer, self.state = mixer, state
+        self.groups = groups_of(mixer, state)
+
+    def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
+        """Output [B, D] of x [B, D]."""
+        b, c, x = self.groups["bcx"](x).chunk(3, dim=1)
+        window = self.state.held[self.mixer.index]["window"]
+        weight, bias = self.mixer.kernel()
+        return self.groups["conv_out"](causal_conv_step(x, window, weight, bias, before=b, after=c))
+
+
 # how one token per row goes through a mixer or an MLP
-STEPS: dict[type, Callable[[Any, DecodingState], Any]] = {Attention: AttentionStep, MLP: MLPStep}
+STEPS: dict[type, Callable[[Any, DecodingState], Any]] = {
+    Attention: AttentionStep,
+    ShortConv: ShortConvStep,
+    MLP: MLPStep,
+}
 
 
 class DecodingStep:
@@ -220,7 +245,7 @@ class DecodingStep:
         branch = None
         for layer in self.layers:
             x, branch = layer(x, branch, angles, rings)
-        hidden, _ = _norm_of_sum(model.norm, x, branch, self.layers[-1].scale)
+        hidden, _ = _norm_of_sum(model.last_norm, x, branch, self.layers[-1].scale)
         state.length += 1
         self.take(hidden)
 

@@ -5,9 +5,10 @@ from transformers import PretrainedConfig
 from oribi.families import Family
 from oribi.models.core import Mixer
 from oribi.models.mixers.attention import Attention
+from oribi.models.mixers.short_conv import ShortConv
 
 # in the words of `Family.mixers`
-MIXERS: dict[str, type] = {"attention": Attention}
+MIXERS: dict[str, type] = {"attention": Attention, "short_conv": ShortConv}
 
 
 def mixer_of(config: PretrainedConfig, family: Family, index: int) -> Mixer:

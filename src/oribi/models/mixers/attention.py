@@ -94,7 +94,7 @@ class Attention(NamedParts):
         if self.qk_norm:
             q_size, k_size = (self.head_dim, self.head_dim) if self.qk_norm == "head" else self.sizes[:2]
             for role, size in (("q_norm", q_size), ("k_norm", k_size)):
-                self.add_part(role, RMSNorm(size, config.rms_norm_eps, family.norm_offset))
+                self.add_part(role, RMSNorm(size, getattr(config, family.norm_eps), family.norm_offset))
         self.scale = self.head_dim**-0.5
         if family.attention_scale:
             self.scale = float(getattr(config, family.attention_scale)) ** family.attention_scale_power
