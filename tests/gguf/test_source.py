@@ -287,13 +287,14 @@ def test_smollm2_chats_as_llama_cpp_renders(smollm2, smollm2_llama_cpp):
 
 
 @pytest.mark.slow
-def test_smollm2s_weights_equal_transformers_own_loader(smollm2, smollm2_file):
+def test_smollm2s_weights_equal_transformers_own_loader(short_smollm2_file):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(
-        smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
+        short_smollm2_file.parent, gguf_file=short_smollm2_file.name, dtype=torch.float32
     ).state_dict()
-    ours = smollm2[0].state_dict()
+    model, _ = load_model(str(short_smollm2_file), load_in_4bit=False, dtype="float32", device_map="cpu")
+    ours = model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
