@@ -22,12 +22,32 @@ SIGNAL_SECONDS = (0.0, 2.0, 15.0)
 POLL_SECONDS = 0.05
 # exit codes after which another attempt would end alike: wrong arguments, and a run that was stopped
 FINAL_CODES = (2, 130, 143, 129)
+LAUNCHED = "ORIBI_LAUNCHED"
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
 def is_launched() -> bool:
     """Whether this is one of several processes that a launcher started."""
     return "WORLD_SIZE" in os.environ
+
+
+def launcher_spoke() -> bool:
+    """Whether `start_together` started this process, and said what there is to say about the settings."""
+    return LAUNCHED in os.environ
+
+
+def processes_here() -> int:
+    """Processes of the training that this one belongs to."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def count_of_gpus(asked: str | None, found: int) -> int:
+    """How many GPUs a run's `gpus` means, also for another machine: `found` where it says all."""
+    if asked is None:
+        return 1
+    if asked.strip().lower() == "all":
+        return max(found, 1)
+    return int(asked) if asked.strip().isdecimal() else len(chosen_gpus(asked, 10**6))
 
 
 def is_restarted() -> bool:
@@ -128,7 +148,8 @@ class _Group:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         devices = ",".join(visible[gpu] if visible else str(gpu) for gpu in gpus)
         threads = str(max((os.cpu_count() or 1) // len(gpus), 1))
-        shared = {"OMP_NUM_THREADS": threads, **os.environ, "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+        shared = {"OMP_NUM_THREADS": threads, **os.environ, LAUNCHED: "1"}
+        shared["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
         if "CUDA_VISIBLE_DEVICES" not in os.environ or visible:
             shared["CUDA_VISIBLE_DEVICES"] = devices
         self._processes = [

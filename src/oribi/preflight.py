@@ -13,6 +13,7 @@ from oribi.data.sources import Part, evaluation_split, require_held_out
 from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.gguf.mixes import mix_of
+from oribi.launch import processes_here
 from oribi.memory.fit import refuse_what_cannot_fit
 from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
@@ -76,6 +77,11 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         mix_of(method)  # an unknown one is told before training, not after
     if config.fp8:
         require_fp8_gpu(environment)
+    if config.fsdp and config.sample_prompts and processes_here() > 1:
+        raise ConfigError(
+            "sample_prompts asks one process to answer while training, and fsdp leaves none with the whole model: leave out one of "
+            "them. `oribi chat` answers after the training"
+        )
     start = check_folder(config, environment, overwrite)
     if start.finished:
         return start

@@ -19,6 +19,7 @@ from oribi.environment import Environment, detect
 from oribi.errors import ConfigError, ExportError
 from oribi.gguf.mixes import mix_of
 from oribi.lora.attach import attach_lora, set_checkpointing
+from oribi.memory.fit import waits_in_host_memory
 from oribi.models.adapter_files import read_record
 from oribi.models.files import HubOptions, missing_folder
 from oribi.models.load import load_model
@@ -46,9 +47,11 @@ from oribi.train.report import write_report
 from oribi.train.rewards import load_reward_functions
 from oribi.train.run_trainer import RunTrainer
 from oribi.train.samples import SampleAnswers, read_samples, sample_prompts
+from oribi.train.shards import is_sharded
 from oribi.train.stage_measures import texts_of
 from oribi.train.stages import RunData, make_stage_trainer
 from oribi.train.trainer import SFTTrainer
+from oribi.train.whole import whole_again
 
 
 def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
@@ -74,7 +77,10 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         trainer = _trainer(config, model, tokenizer, data)  # 5
         trainer.find_checkpoint(start.resumes, start.weights_only)
         is_main = trainer.is_world_process_zero()
-        reports = config.report and is_main
+        on_host = waits_in_host_memory(config, environment)
+        if config.report and on_host:
+            say_notes(["no report: it would measure the whole model, which lies in host memory"])
+        reports = config.report and is_main and not on_host
         prompts = sample_prompts(config, tokenizer, data.held_out and data.held_out.dataset)
         if prompts:
             trainer.add_callback(
@@ -86,6 +92,9 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
             _begin(config, overwrite)
         trainer.train(resume_from_checkpoint=start.resumes, resume_weights_only=start.weights_only)  # 6
         kept = checkpoint_trained(trainer)
+        if is_main and is_sharded(trainer.model):
+            trainer.model = model = whole_again(trainer)
+            look = partial(_measure, config, model, tokenizer, data)
         saved, failures = _save(config, trainer, tokenizer) if is_main else ({}, {})  # 7
         if is_main and kept is not None and not failures:
             shutil.rmtree(kept)
@@ -112,6 +121,7 @@ def _load(config: RunConfig, environment: Environment, resumes: bool) -> tuple[A
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
         **({"num_labels": 1} if config.stage == "reward" else {}),
+        **({"device_map": "cpu"} if waits_in_host_memory(config, environment) else {}),
     )
     _announce(model)
     if config.full_finetuning:

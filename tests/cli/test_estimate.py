@@ -53,6 +53,29 @@ def test_the_adapter_takes_the_disk_that_was_estimated(oribi, config_file, train
     assert record["steps"] == 4
 
 
+def test_several_gpus_share_the_steps_and_with_fsdp_the_weights(oribi, bare_config):
+    flags = ["--gpu", "T4", "--max_steps", -1]
+    one = oribi("estimate", bare_config, *flags, "--json").records[0]
+    two = oribi("estimate", bare_config, *flags, "--gpus", 2, "--fsdp", "true", "--json").records[0]
+    assert (one["gpus"], two["gpus"]) == (1, 2)
+    assert two["steps"] == -(-one["steps"] // 2)
+    assert two["parts"]["weights"] != one["parts"]["weights"]
+    said = oribi("estimate", bare_config, *flags, "--gpus", "0,2").out
+    assert "2, each with all weights" in said
+
+
+def test_init_writes_the_gpus_and_keeps_the_effective_batch(oribi, bare_config, tmp_path):
+    model = read_run_config(bare_config, [])[0].model
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    path = tmp_path / "two.yaml"
+    done = oribi("init", model, rows, "--output", path, "--gpu", "T4", "--gpus", 2)
+    assert done.code == 0, done.err
+    config = read_run_config(path, [])[0]
+    assert (config.gpus, config.fsdp) == ("2", False)
+    assert 2 * config.per_device_train_batch_size * config.gradient_accumulation_steps == 8
+
+
 def test_an_unknown_gpu_is_named(oribi, bare_config):
     result = oribi("estimate", bare_config, "--gpu", "H1000")
     assert result.code == 1

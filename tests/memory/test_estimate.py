@@ -300,6 +300,28 @@ def test_what_proposals_name_fits():
     )
 
 
+def test_gpus_that_share_the_frozen_weights_hold_what_one_cannot(monkeypatch):
+    name, card = "Llama-3.3-70B", gpu_named("RTX 3090")
+    monkeypatch.setitem(
+        MODELS, name, LlamaConfig(
+            vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+            num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False,
+        ),
+    )  # fmt: skip
+    one = training_of(name, per_device_train_batch_size=1)
+    with pytest.raises(ConfigError, match=r"What fits: fsdp: true with gpus: (\d), on") as refused:
+        require_fit(one, card.name, card.memory_bytes)
+    needed = int(str(refused.value).partition("gpus: ")[2][0])
+    assert 2 < needed <= 4
+    shared = replace(one, shards=needed)
+    require_fit(shared, card.name, card.memory_bytes)
+    whole, part = one.fixed(), shared.fixed()
+    assert part["adapter"] == whole["adapter"]
+    embedding = one.architecture.embedding * 2  # waits in host memory
+    layers = whole["weights"] - 2 * embedding
+    assert layers / needed < part["weights"] - embedding < layers / needed + layers * (2 / 80 + 1 / 30)
+
+
 def test_training_is_refused_before_anything_is_loaded(tiny_folder, monkeypatch, tmp_path):
     import oribi.run
 

@@ -19,7 +19,6 @@ from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
-from oribi.train.shards import own_bytes
 from oribi.train.trainer import SFTTrainer
 
 STEPS, ROWS_PER_STEP, LONGEST = 6, 4, 256
@@ -84,7 +83,8 @@ def train(path: str, folder: str, device: str, mode: str, bits: str) -> dict[str
         "tokens_per_second": max(entry.get("tokens_per_second", 0.0) for entry in log),
         "layers": len(loaded),
         "changed_layers": sum(a != b for a, b in zip(loaded, fingerprints(decoder))),
-        "own_mib": (own_bytes(decoder) if sharded else _frozen_bytes(model)) / 2**20,
+        "own_mib": (decoder.model.shards.own_bytes if sharded else _frozen_bytes(decoder.model.layers))
+        / 2**20,
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0,
     }
 

@@ -7,6 +7,7 @@ import typer
 
 from oribi.cli.output import Json, Output, chatter_aside
 from oribi.cli.settings import read_settings
+from oribi.launch import count_of_gpus
 from oribi.text import clock, gibibytes, short_count
 
 SHOWN = ("T4", "RTX 4090", "A100-40GB", "A100-80GB", "H100", "H200")
@@ -33,9 +34,10 @@ def estimate(
 
         settings = read_settings(config, context.args)
         gpus = [gpu_named(name) for name in gpu or _default_gpus()]
+        count = count_of_gpus(settings.gpus, _gpus_here())
         training = outside = tokens = rows = None
         try:
-            training = training_of(settings, virtual_memory().total)
+            training = training_of(settings, virtual_memory().total, count)
         except OutsideFamilyTable as error:
             if error.sizes is None:
                 raise
@@ -53,11 +55,14 @@ def estimate(
             "parameters": f"{training.architecture.parameters:,} ({short_count(training.architecture.parameters)})",
             "trainable": f"{training.trainable:,} ({100 * training.trainable / training.architecture.parameters:.2f} %)",
             "micro-batch": f"{rows_long}, {settings.gradient_accumulation_steps} a step",
+            "GPUs": None
+            if count == 1
+            else f"{count}, {'which share the frozen weights' if settings.fsdp else 'each with all weights'}",
             "data": None if tokens is None else f"{rows:,} examples, {tokens:,} tokens",
         }
     )
     output.text()
-    figures = {one.name: _figures(training, one, tokens, rows) for one in gpus}
+    figures = {one.name: _figures(training, one, tokens, rows, count) for one in gpus}
     output.table([_line(one, figures[one.name]) for one in gpus], right=("peak GiB", "of", "rows", "context"))
     output.text()
     _tell_parts(output, training, gpus[0])
@@ -103,6 +108,12 @@ def _tell_weights(output: Output, settings: Any, outside: Any, gpus: list[Any]) 
         )  # fmt: skip
 
 
+def _gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _default_gpus() -> list[str]:
     """This machine's GPU, or the usual ones."""
     from oribi.environment import detect
@@ -125,13 +136,15 @@ def _data_size(settings: Any) -> tuple[int | None, int | None]:
     return int(share * report.tokens), int(share * report.examples)
 
 
-def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> dict[str, Any]:
+def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None, count: int) -> dict[str, Any]:
     from oribi.memory.estimate import estimate_run, largest_batch, largest_context, usable
     from oribi.memory.speed import optimizer_steps, step_time
 
     found = estimate_run(training, gpu)
     step = step_time(training, found, gpu)
     steps = optimizer_steps(training, tokens, rows)
+    if steps and training.config.max_steps < 1:  # each step takes the rows of all GPUs
+        steps = max(-(-steps // count), 1)
     return {
         "peak": found.peak,
         "usable": usable(gpu.memory_bytes),
@@ -140,6 +153,7 @@ def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None) -> d
         "steps": steps,
         "largest_batch": largest_batch(training, gpu.memory_bytes),
         "largest_context": largest_context(training, gpu.memory_bytes),
+        "count": count,
         "estimate": found,
     }
 
@@ -154,7 +168,7 @@ def _line(gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
         "rows": f["largest_batch"],
         "context": f"{f['largest_context']:,}",
         "step": f"{f['step'].seconds:.2f} s{known}" if f["fits"] else "-",
-        "tokens/s": f"{f['step'].tokens_per_second:,.0f}" if f["fits"] else "-",
+        "tokens/s": f"{f['count'] * f['step'].tokens_per_second:,.0f}" if f["fits"] else "-",
         "in all": clock(f["steps"] * f["step"].seconds) if f["fits"] and f["steps"] else "-",
     }
 
@@ -176,6 +190,7 @@ def _tell_parts(output: Output, training: Any, gpu: Any) -> None:
 def _record(training: Any, gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
     return {
         "gpu": gpu.name,
+        "gpus": f["count"],
         "fits": f["fits"],
         "parameters": training.architecture.parameters,
         "trainable": training.trainable,

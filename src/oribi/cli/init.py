@@ -26,6 +26,7 @@ def init(
     gpu: Annotated[
         str | None, typer.Option(help='GPU to size for, e.g. "RTX 4090" (default: this machine\'s).')
     ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of that kind to train on.")] = 1,
     max_seq_length: Annotated[int, typer.Option(min=16, help="Longest example in tokens.")] = 2048,
     schema: Annotated[
         Path | None,
@@ -72,7 +73,7 @@ def init(
         if not tokenizer.chat_template:
             values["chat_template"] = "chatml"
             notes.append("the model has no chat template of its own, so it is trained with chatml")
-        values |= _sizes(architecture, values, gpu, notes)
+        values |= _sizes(architecture, values, gpu, gpus, notes)
     text = commented_yaml(values, f"oribi train {output}", notes=notes, shown=SHOWN)
     if schema is not None:
         write_config(schema, dumps(json_schema(), indent=1) + "\n", force=True)
@@ -126,8 +127,10 @@ def _data_name(sources: list[str]) -> str:
     return name if len(sources) == 1 else f"{name}-and-{len(sources) - 1}-more"
 
 
-def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: list[str]) -> dict[str, Any]:
-    """The batch size that fits the GPU, and how many micro-batches make the usual effective batch."""
+def _sizes(
+    architecture: Any, values: dict[str, Any], gpu: str | None, gpus: int, notes: list[str]
+) -> dict[str, Any]:
+    """The batch size that fits the GPU, and how many micro-batches make the usual effective batch; whether GPUs share weights."""
     from oribi.config import SETTINGS, RunConfig
     from oribi.environment import detect
     from oribi.errors import ConfigError
@@ -143,28 +146,39 @@ def _sizes(architecture: Any, values: dict[str, Any], gpu: str | None, notes: li
     if memory is None:
         notes.append("no GPU here, so the batch size is a usual one; --gpu NAME fits it to a GPU")
         rows = SETTINGS["per_device_train_batch_size"].default_of(stage)
-        return {
-            "per_device_train_batch_size": rows, "gradient_accumulation_steps": EFFECTIVE_BATCH // rows,
-        }  # fmt: skip
+        return _batch(rows, gpus)
     defaults = {name: setting.default_of(stage) for name, setting in SETTINGS.items()}
     config = RunConfig(
         **{**defaults, "model": values["model"], "max_seq_length": values["max_seq_length"], "stage": stage}
     )
     training = Training(architecture, config)
-    rows = largest_batch(training, memory)
+    rows, shared = largest_batch(training, memory), {}
+    if rows == 0 and gpus > 1 and stage == "sft":
+        training, shared = Training(architecture, config, shards=gpus), {"fsdp": True}
+        rows = largest_batch(training, memory)
+        notes.append("the frozen weights are shared by the GPUs, since one cannot hold them (fsdp)")
     name = known.name if known else here.device_name
     if rows == 0:
         context = largest_context(training, memory)
         if not context:
-            raise ConfigError(f"{values['model']} does not fit on {name} at any length; take a smaller model")
+            raise ConfigError(
+                f"{values['model']} does not fit on {name if gpus == 1 else f'{gpus} x {name}'} at any length; take a smaller model"
+                + (" or more GPUs (--gpus)" if stage == "sft" else "")
+            )
         notes.append(f"{values['max_seq_length']} tokens do not fit on {name}; max_seq_length is {context}")
-        return {
-            "max_seq_length": context, "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": EFFECTIVE_BATCH,
-        }  # fmt: skip
+        return {"max_seq_length": context, **_batch(1, gpus), **shared}
     # two rows of 2,048 tokens keep a GPU busy, and a larger effective batch would change what is learned
     least = 2 if stage == "kto" else 1  # kto compares the rows of a batch
-    most = max(min(rows, 4096 // values["max_seq_length"], EFFECTIVE_BATCH), least)
+    most = max(min(rows, 4096 // values["max_seq_length"], EFFECTIVE_BATCH // gpus), least)
     rows = max(n for n in range(1, most + 1) if EFFECTIVE_BATCH % n == 0)
-    notes.append(f"sizes fit {name}")
-    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": EFFECTIVE_BATCH // rows}
+    notes.append(f"sizes fit {name if gpus == 1 else f'{gpus} x {name}'}")
+    return {**_batch(rows, gpus), **shared}
+
+
+def _batch(rows: int, gpus: int) -> dict[str, Any]:
+    """Rows of a micro-batch, and how many of these make the usual effective batch on all GPUs."""
+    found: dict[str, Any] = {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": max(EFFECTIVE_BATCH // (rows * gpus), 1),
+    }
+    return {**found, "gpus": str(gpus)} if gpus > 1 else found

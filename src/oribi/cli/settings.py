@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from oribi.launch import launcher_spoke
+from oribi.text import is_first_process
+
 if TYPE_CHECKING:
     from oribi.config import RunConfig
 
@@ -31,6 +34,7 @@ def read_settings(config: str | None, flags: list[str]) -> "RunConfig":
         raise ConfigError(
             f"{error}\nThis looks like a config of {program}; `oribi convert {config}` reads it."
         ) from error
-    for note in notes:
-        typer.echo(note, err=True)
+    if is_first_process() and not launcher_spoke():
+        for note in notes:
+            typer.echo(note, err=True)
     return settings

@@ -36,6 +36,7 @@ HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 LOGITS_BYTES = 14
 ANSWERS = "answers' cache"
 HELD_OUT_PROMPTS = 6  # that an evaluation answers where no file says which
+SCALES_SHARE = 33  # of the bytes of a 4-bit layer: one of scales beside 32 of codes
 CONTEXT = int(0.6 * 2**30)  # the CUDA driver's own, outside PyTorch's allocator
 
 
@@ -76,11 +77,13 @@ class Training:
         architecture: the model, in the run's compute dtype.
         config: the run.
         host_bytes: host memory that activations may wait in.
+        shards: processes that share the frozen weights of the layers.
     """
 
     architecture: Architecture
     config: RunConfig
     host_bytes: int = 64 * 2**30
+    shards: int = 1
 
     @cached_property
     def adapted(self) -> dict[str, int]:
@@ -185,10 +188,23 @@ class Training:
         c, width = self.config, self.architecture.decoder.dtype.itemsize
         full = c.full_finetuning
         return {
-            "weights": self.architecture.weight_bytes(c.load_in_4bit and not full, c.keep_in_16bit),
+            "weights": self._weights(c.load_in_4bit and not full),
             "adapter": 0 if full else self.trainable * 4,  # float32
             **trained_bytes(self.trainable, c.optim, width if full else 4),
         }
+
+    def _weights(self, load_in_4bit: bool) -> int:
+        """Device bytes of the weights; as `train.shards` has them where processes share them."""
+        a = self.architecture
+        whole = a.weight_bytes(load_in_4bit, self.config.keep_in_16bit)
+        if self.shards == 1:
+            return whole
+        width, layers = a.decoder.dtype.itemsize, len(a.decoder.model.layers)
+        ends = (a.embedding + a.head) * width
+        scales = (whole - ends) // SCALES_SHARE if load_in_4bit else 0
+        split = whole - ends - scales
+        on_host = 0 if a.tied or self.trains_embedding else a.embedding * width
+        return split // self.shards + 2 * split // layers + scales + ends - on_host
 
     @cached_property
     def shapes(self) -> list[LayerShape]:
@@ -252,7 +268,7 @@ class Training:
                 layer.weight_bytes for layer, keep in zip(step.layers, keeps) if keep["weights"] == "keep"
             )
             frozen = not self.trains_embedding and not self.architecture.tied
-            if keeps[0]["x"] == "host" and frozen:  # `apply_plan` moves it
+            if keeps[0]["x"] == "host" and frozen and self.shards == 1:  # `apply_plan` moves it
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
         peak = max(moments, key=lambda moment: moment.bytes)
         parts = {**fixed, "activations": peak.kept, "in work": peak.working, "libraries": LIBRARY_BYTES}
@@ -308,8 +324,8 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return {"float16": torch.float16, "float32": torch.float32}.get(config.dtype, torch.bfloat16)
 
 
-def training_of(config: RunConfig, host_bytes: int) -> Training:
-    """A run by its config and the host memory that activations may wait in.
+def training_of(config: RunConfig, host_bytes: int, gpus: int = 1) -> Training:
+    """A run by its config, the host memory that activations may wait in, and the GPUs that it trains on.
 
     Raises:
         ModelError: there is no such model.
@@ -321,7 +337,7 @@ def training_of(config: RunConfig, host_bytes: int) -> Training:
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    return Training(architecture, config, host_bytes)
+    return Training(architecture, config, host_bytes, gpus if config.fsdp else 1)
 
 
 def estimate_run(training: Training, gpu: Gpu) -> Estimate:

@@ -7,6 +7,7 @@ import psutil
 from oribi.config import RunConfig
 from oribi.environment import Environment
 from oribi.errors import ConfigError
+from oribi.launch import processes_here
 from oribi.memory.architecture import OutsideFamilyTable
 from oribi.memory.estimate import (
     HOST_LIMIT,
@@ -19,6 +20,8 @@ from oribi.memory.estimate import (
 )
 from oribi.models.unfused import UnfusedSizes
 
+MOST_GPUS = 8  # of a machine
+
 
 def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
     """Before anything is loaded: stop a run on a GPU whose memory it cannot fit.
@@ -29,11 +32,22 @@ def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
     if environment.device.type != "cuda":
         return
     try:
-        training = training_of(config, psutil.virtual_memory().available)
+        training = training_of(config, psutil.virtual_memory().available, processes_here())
     except OutsideFamilyTable as outside:
         require_weights_fit(outside.sizes, config, environment)
         return
     require_fit(training, environment.device_name, environment.memory_bytes)
+
+
+def waits_in_host_memory(config: RunConfig, environment: Environment) -> bool:
+    """Whether weights that processes will share are loaded to host memory, since one GPU cannot hold all of them."""
+    if not config.fsdp or processes_here() == 1 or environment.device.type != "cuda":
+        return False
+    try:
+        whole = training_of(config, psutil.virtual_memory().available).fixed()
+    except OutsideFamilyTable:
+        return False
+    return sum(whole.values()) > usable(environment.memory_bytes)
 
 
 def require_weights_fit(sizes: UnfusedSizes | None, config: RunConfig, environment: Environment) -> None:
@@ -107,8 +121,22 @@ def _proposals(training: Training, memory_bytes: int) -> list[str]:
         other = replace(
             config, **{name: value}, **({"load_in_4bit": True} if name == "full_finetuning" else {})
         )
-        changed = Training(training.architecture, other, training.host_bytes)
+        changed = Training(training.architecture, other, training.host_bytes, training.shards)
         tokens = changed.tokens_of(config.per_device_train_batch_size, changed.longest)
         if changed.fits(tokens, changed.longest, memory_bytes):
             found.append(f"{name}: {str(value).lower()}")
-    return found
+    gpus = None if found else gpus_needed(training, memory_bytes)
+    return found if gpus is None else [f"fsdp: true with gpus: {gpus}, on {gpus} such GPUs"]
+
+
+def gpus_needed(training: Training, memory_bytes: int) -> int | None:
+    """GPUs that together hold a run whose frozen weights they share; None where that cannot be, or more than MOST_GPUS."""
+    config = training.config
+    if config.full_finetuning or config.use_dora or config.stage != "sft":
+        return None
+    tokens = training.tokens_of(config.per_device_train_batch_size, training.longest)
+    for count in range(max(training.shards + 1, 2), MOST_GPUS + 1):
+        shared = Training(training.architecture, replace(config, fsdp=True), training.host_bytes, count)
+        if shared.fits(tokens, training.longest, memory_bytes):
+            return count
+    return None

@@ -50,7 +50,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
         self.host_memory: HostMemory | None = None
         self.sessions = Sessions()  # what a GPU keeps from one generation to the next
-        self.shards: object | None = None  # set by `train.sharding` where processes share the layers' weights
+        self.shards: object | None = None  # set by `train.shards` where processes share the layers' weights
         self.post_init()
 
     @property
@@ -234,8 +234,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
         hidden = outputs.last_hidden_state
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-        # a sharded head is whole inside forward only
-        waits = output_logits is None and self.training and loss is not None and self.model.shards is None
+        waits = output_logits is None and self.training and loss is not None
         formed = output_logits or (output_logits is None and not waits)
         values = {
             "loss": loss,

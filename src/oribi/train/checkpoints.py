@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from oribi.errors import TrainingError
 from oribi.run_record import RunRecord, checkpoints, own_checkpoints, read_run_record
 from oribi.save.trained import require_finite
-from oribi.text import say
+from oribi.text import is_first_process, say, say_notes
 from oribi.train.setup import temporarily
 
 logger = logging.getLogger(__name__)
@@ -281,7 +281,9 @@ class StopOnSignal(TrainerCallback):
             self.asked = signal.Signals(number)
             for one, handler in before.items():
                 signal.signal(one, handler)
-            logger.warning(
+            # a launcher tells every process
+            log = logger.warning if is_first_process() else logger.info
+            log(
                 "%s: training ends after this step, with a checkpoint; a second signal ends it at once",
                 self.asked.name,
             )
@@ -305,9 +307,10 @@ class StopOnSignal(TrainerCallback):
         """After training: end the program as the signal would have, now that everything is saved."""
         if not self.stopped:
             return
-        say(
-            f"oribi: stopped; the run is saved in {checkpoint}: resume it with --resume (in Python: "
-            "resume_from_checkpoint=True)"
+        say_notes(
+            [
+                f"stopped; the run is saved in {checkpoint}: resume it with --resume (in Python: resume_from_checkpoint=True)"
+            ]
         )
         if self.asked is None or self.asked is signal.SIGINT:
             raise KeyboardInterrupt

@@ -141,6 +141,12 @@ class Exchange:
         self._compare_times(words[SECONDS : SECONDS + self.processes].tolist())
         return bool(words[STOP] > 0.5)
 
+    def least(self, value: int) -> int:
+        """The least of what the processes have."""
+        found = torch.tensor(value, dtype=torch.int64, device=self._device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
+
     def agree(self, found: Any) -> list[Any]:
         """What each process found, in all of them."""
         every: list[Any] = [None] * self.processes

@@ -1,8 +1,8 @@
 """Frozen weights sharded over the processes of a training, trained ones whole on each: `fsdp = True`.
 
 A QLoRA run's memory is its frozen weights; adapters with their gradients and optimizer states are a hundredth of them. So
-`LayerShards` splits the layers as bytes, PyTorch's `fully_shard` (FSDP2) splits embedding and head, and `Exchange`
-averages the gradients of what is trained. Optimizer, clipping, checkpoints and saved adapters
+`LayerShards` splits the layers as bytes, and `Exchange` averages the gradients of what is trained. The head stays whole: it would
+have to be whole at the loss, where a step's memory peaks. On GPUs the embedding waits in host memory. Optimizer, clipping, checkpoints and saved adapters
 are those of any other run, which continues with another number of processes, sharded or not. The scales of 4-bit weights,
 a thirtieth of them, stay whole.
 
@@ -23,6 +23,7 @@ from oribi.errors import ConfigError, TrainingError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import read
+from oribi.models.unwrap import base_model
 from oribi.train.arguments import SFTConfig
 
 logger = logging.getLogger(__name__)
@@ -94,11 +95,7 @@ def _problems(args: SFTConfig, base: DecoderForCausalLM) -> Iterator[str]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold only parts of the model's frozen weights: each forward then needs all of them."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule  # not in every build of PyTorch
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return getattr(getattr(base_model(model), "model", None), "shards", None) is not None
 
 
 def shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> None:
@@ -112,29 +109,33 @@ def shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> N
     """
     if is_sharded(base):
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    whole_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = [module for module in base.modules() if isinstance(module, DecoderLayer)]
-    base.model.shards = LayerShards(layers, device, mesh.get_group())
-    ignored = {*trained, *(p for layer in layers for p in layer.parameters())}
-    # embedding and head, which hold floating-point values and no codes
-    fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+    whole_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    base.model.shards = LayerShards(layers, device, dist.group.WORLD)
+    ends = [module for module in base.modules() if not isinstance(module, DecoderLayer)]
+    for module in ends:
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.device != device and not getattr(tensor, "is_sharded", False):
+                _move(getattr(module, name), device)
+    base.offload_embedding()
     logger.info(
         "frozen weights are sharded: %.0f of %.0f MiB on each of %d processes, and two layers whole",
-        own_bytes(base) / 2**20, whole_bytes / 2**20, mesh.size(),
+        own_bytes(base) / 2**20, whole_bytes / 2**20, dist.get_world_size(),
     )  # fmt: skip
 
 
-def own_bytes(base: DecoderForCausalLM) -> int:
-    """What this process keeps of the sharded weights: its part of the layers, and of embedding and head."""
-    from torch.distributed.tensor import DTensor
+def _move(tensor: torch.Tensor, device: torch.device) -> None:
+    tensor.data = tensor.data.to(device)
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:
+        state.to(device)
 
-    ends = sum(p.to_local().nbytes for p in base.parameters() if isinstance(p, DTensor))
-    return base.model.shards.own_bytes + ends
+
+def own_bytes(base: DecoderForCausalLM) -> int:
+    """Device memory of this process's frozen weights: its part of the layers, and what is whole beside them."""
+    shards = base.model.shards
+    whole = [p for p in base.parameters() if not (p.requires_grad or getattr(p, "is_sharded", False))]
+    return shards.own_bytes + sum(p.nbytes for p in whole if p.device.type == shards.device.type)
 
 
 # bytes; each matrix starts at a multiple, which every dtype and every vectorised load can be read at
@@ -155,6 +156,8 @@ class LayerShards:
 
     Attributes:
         own_bytes: what this process keeps of the layers' matrices.
+        whole_bytes: of these matrices, over all processes.
+        device: as given.
 
     Raises:
         TrainingError: a gathered layer differs from the loaded one.
@@ -163,7 +166,7 @@ class LayerShards:
     def __init__(
         self, layers: Sequence[DecoderLayer], device: torch.device, group: dist.ProcessGroup
     ) -> None:
-        self._group, self._device = group, device
+        self._group, self.device = group, device
         self._processes, self._rank = dist.get_world_size(group), dist.get_rank(group)
         matrices = [list(_frozen_matrices(layer)) for layer in layers]
         sizes = [self._whole_bytes(modules) for modules in matrices]
@@ -182,6 +185,7 @@ class LayerShards:
             layer.register_forward_pre_hook(partial(self._before_forward, index))
             layer.register_forward_hook(partial(self._after_forward, index))
         self.own_bytes = sum(own.nbytes for own in self._own)
+        self.whole_bytes = self.own_bytes * self._processes
         if damaged:
             raise TrainingError(
                 f"sharding: the weights of layers {', '.join(damaged)} gathered from {self._processes} processes differ "
@@ -227,7 +231,7 @@ class LayerShards:
 
     def _take(self, index: int, modules: list[nn.Module], size: int) -> bool:
         """Keeps this process's part of a layer; whether all processes find the layer they loaded in what is gathered."""
-        whole = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        whole = torch.zeros(size, dtype=torch.uint8, device=self.device)
         start = 0
         for module in modules:
             weight = module.weight
@@ -239,13 +243,13 @@ class LayerShards:
             module.weight.is_sharded = True  # exports ask
             state = getattr(weight, "quant_state", None)
             if state is not None:
-                state.to(self._device)
+                state.to(self.device)
                 module.weight.quant_state = state
             start += _aligned(weight.nbytes)
         self._own.append(whole.chunk(self._processes)[self._rank].clone())
         self._gathered[index % 2] = None
         self.gather(index)
-        same = torch.tensor(int(torch.equal(self._buffers[index % 2][:size], whole)), device=self._device)
+        same = torch.tensor(int(torch.equal(self._buffers[index % 2][:size], whole)), device=self.device)
         dist.all_reduce(same, dist.ReduceOp.MIN, group=self._group)
         return bool(same)
 

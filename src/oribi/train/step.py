@@ -122,9 +122,9 @@ class StepTrainer(OptimizerTrainer):
         if self._plans_memory(model):
             least = base.oribi.checkpointing == "memory"
             budget = 0 if least else int(reliance * free_device_bytes(base.device))
+            if is_sharded(base):  # none may wait for another one that computes more of it again
+                budget = self.exchange.least(budget)
             logger.log(level, apply_plan(base, tokens, longest, budget))
-        elif is_sharded(base) and base.oribi.checkpointing == "memory":
-            base.set_recompute_policy("memory")
         if self.args.fp8:
             base.train()  # dropout is read where it acts
             count = base.use_fp8(True)
@@ -135,9 +135,8 @@ class StepTrainer(OptimizerTrainer):
             logger.log(level, said)
 
     def _plans_memory(self, model: nn.Module) -> bool:
-        """Whether the free memory decides what layers keep; the plan assumes whole weights that do not move."""
-        choice = getattr(source_of(model), "checkpointing", "off")
-        return choice in ("auto", "memory") and not is_sharded(base_model(model))
+        """Whether the free memory decides what layers keep."""
+        return getattr(source_of(model), "checkpointing", "off") in ("auto", "memory")
 
     def _start_recording(self, model: nn.Module, base: nn.Module, tokens: int) -> str | None:
         """Records steps as CUDA graphs, or returns the reason against it."""
