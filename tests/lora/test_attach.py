@@ -346,6 +346,16 @@ def test_a_tied_matrix_trained_whole_says_the_same_in_plain_peft(tmp_path):
     assert relative(logits(load(tmp_path / "adapter", load_in_4bit=False)), logits(ours)) < 1e-5
 
 
+def test_the_usual_targets_are_every_linear_layer_where_mixers_have_others_than_attention(tmp_path):
+    checkpoint(tmp_path / "base", "lfm2")
+    ours = attach_lora(load(tmp_path / "base", load_in_4bit=False), r=4)
+    assert sum(".lora_A" in name for name, _ in ours.named_parameters()) == 3 * 5 + 7
+    perturb(ours)
+    ours.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert relative(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), logits(ours)) < 1e-5
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_our_adapter_says_the_same_in_plain_peft(model_type, variant, tmp_path):

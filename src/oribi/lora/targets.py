@@ -119,6 +119,13 @@ def resolve_targets(
         )
         _present("modules_to_save", saved, names)
         return "all-linear", saved or None
+    if row is not None and row.mixers and set(targets) == set(PROJECTIONS):
+        # the usual names are those of attention alone; other mixers have linear layers of their own
+        every_layer = layer_projections(model, True, True)
+        notes.append(
+            f"target_modules: LoRA goes on all linear layers of this family: {', '.join(every_layer)}"
+        )
+        targets = every_layer
     fused = {t: held[t] for t in targets if t not in leaves and held.get(t) in leaves}
     if fused:
         targets = list(dict.fromkeys(fused.get(t, t) for t in targets))
