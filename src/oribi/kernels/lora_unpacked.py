@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from oribi.kernels.dispatch import use_triton, wide
 from oribi.kernels.lora import AugmentedWeight, Projection, group_shape, lora_layout
 from oribi.kernels.lora_expand import expand
 from oribi.kernels.lora_pack import pack_factors
@@ -49,6 +50,8 @@ class UnpackedWeight:
         self._projections = projections
         if self._factors is not None:
             pack_factors(self._adapted, self._factors)
+            b = self._factors.scaled_b
+            self._scaled_b = b if use_triton(b) else wide(b)  # `expand` would widen it for each token
 
     def linear(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """y [..., N] of x [..., K], and nothing that a backward would read."""
@@ -56,11 +59,10 @@ class UnpackedWeight:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """y [B, N] of x [B, K]."""
-        parts = [few_rows_linear(x, p.weight, p.bias) for p in self._projections]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        y = _few_rows_linears(x, [p.weight for p in self._projections], [p.bias for p in self._projections])
         if self._factors is None:
             return y
-        return expand(self._factors.compute_xa(x), self._factors.scaled_b, None, y, out=y)
+        return expand(self._factors.compute_xa(x), self._scaled_b, None, y, out=y)
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -72,12 +74,25 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     Returns:
         [B, N], contiguous.
     """
-    rows, wide = len(x), x.dtype.itemsize > 2
-    if x.is_cuda or rows > _FEW or (wide and rows <= 8):
-        return F.linear(x, weight, bias)
+    return _few_rows_linears(x, [weight], [bias])
+
+
+def _few_rows_linears(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    """The same of several weights, side by side."""
+    rows, is_wide = len(x), x.dtype.itemsize > 2
+    if x.is_cuda or rows > _FEW or (is_wide and rows <= 8):
+        parts = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     # PyTorch's CPU products are faster with the larger operand in front, and 16-bit ones with four rows than with one. The
     # layers of SmolLM2-135M on one core with AMX: 25 ms instead of 35 for 16 rows in bfloat16 and instead of 31 for one row,
     # 70 ms instead of 82 for 16 rows in float32
-    some = x if wide or rows >= 4 else F.pad(x, (0, 0, 0, 4 - rows))
-    y = torch.mm(weight, some.t())[:, :rows].t().contiguous()
-    return y if bias is None else y.add_(bias)
+    columns = (x if is_wide or rows >= 4 else F.pad(x, (0, 0, 0, 4 - rows))).t()
+    parts = [torch.mm(weight, columns) for weight in weights]
+    y = (parts[0] if len(parts) == 1 else torch.cat(parts))[:, :rows].t().contiguous()
+    if any(bias is not None for bias in biases):
+        for part, bias in zip(y.split([len(weight) for weight in weights], dim=1), biases):
+            if bias is not None:
+                part.add_(bias)
+    return y
