@@ -48,8 +48,9 @@ def table(heads: list[str], rows: list[list[Any]]) -> list[str]:
 # fields of a row that `properties` puts into words, and some that only say where the checkpoint differs in names
 DESCRIBED = (
     "norms", "norm_offset", "qk_norm", "windows", "softcaps", "fused_projections", "attention_bias", "mlp_bias", "embedding_scale",
-    "multipliers", "no_rope_layers", "attention_scale", "attention_scale_power", "rope_by_layer_type", "names", "mixers",
-    "norm_eps", "activation", "adjusts_mlp",
+    "multipliers", "without_rope", "attention_scale", "attention_scale_power", "rope_by_layer_type", "names", "mixers",
+    "norm_eps", "activation", "adjusts_mlp", "config_fields", "output_bias", "qk_norm_after_rope", "interleaved_rope",
+    "query_scale_by_position",
 )  # fmt: skip
 
 
@@ -57,14 +58,16 @@ def properties(family: Family) -> str:
     """What sets a family apart, in words."""
     found = {
         f"{family.norms} norms": family.norms != "pre",
-        f"q and k normalised per {family.qk_norm}": family.qk_norm,
+        f"q and k normalised per {family.qk_norm}{' after RoPE' * family.qk_norm_after_rope}": family.qk_norm,
         "sliding windows where the config has them": family.windows,
         "soft caps": family.softcaps,
         "fused projections": bool(family.fused_projections),
         "biases of q, k and v": family.attention_bias == "qkv",
+        "neighbouring dimensions rotated": family.interleaved_rope,
+        "queries scaled by position": family.query_scale_by_position,
         "scaled embeddings": family.embedding_scale,
         "multipliers": family.multipliers,
-        "layers without RoPE": family.no_rope_layers,
+        "layers without RoPE": family.without_rope is not None,
         "layers that mix tokens by a short convolution": "short_conv" in family.mixers.values(),
     }
     told = [name for name, holds in found.items() if holds]

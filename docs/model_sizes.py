@@ -71,6 +71,22 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "allenai/OLMo-2-1124-7B-Instruct": ("olmo2", (4096, 11008, 32, 32, 32, 128, 100352, 4096), _UNTIED),
     "allenai/OLMo-2-1124-13B-Instruct": ("olmo2", (5120, 13824, 40, 40, 40, 128, 100352, 4096), _UNTIED),
     "HuggingFaceTB/SmolLM3-3B": ("smollm3", (2048, 11008, 36, 16, 4, 128, 128256, 65536), _TIED),
+    "allenai/Olmo-3-7B-Instruct": ("olmo3", (4096, 11008, 32, 32, 32, 128, 100278, 65536), _UNTIED),
+    "mistralai/Ministral-8B-Instruct-2410": ("ministral", (4096, 12288, 36, 32, 8, 128, 131072, 32768), _UNTIED),
+    "mistralai/Ministral-3-8B-Instruct-2512": ("ministral3", (4096, 14336, 34, 32, 8, 128, 131072, 262144), _UNTIED),
+    "ibm-granite/granite-4.0-1b": (
+        "granitemoehybrid", (2048, 4096, 40, 16, 4, 128, 100352, 131072),
+        _TIED | {"shared_intermediate_size": 4096, "num_local_experts": 0, "layer_types": ["full_attention"] * 40,
+                 "position_embedding_type": "rope", "mamba_n_heads": 64},
+    ),
+    "zai-org/GLM-4-9B-0414": ("glm4", (4096, 13696, 40, 32, 2, 128, 151552, 32768), _UNTIED),
+    "baidu/ERNIE-4.5-0.3B-PT": ("ernie4_5", (1024, 3072, 18, 16, 2, 128, 103424, 131072), _TIED),
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": ("seed_oss", (5120, 27648, 64, 80, 8, 128, 155136, 524288), _UNTIED),
+    "LGAI-EXAONE/EXAONE-4.0-1.2B": (
+        "exaone4", (2048, 4096, 30, 32, 8, 64, 102400, 65536),
+        _TIED | {"sliding_window": None, "layer_types": ["full_attention"] * 30},
+    ),
+    "LGAI-EXAONE/EXAONE-4.0-32B": ("exaone4", (5120, 27392, 64, 40, 8, 128, 102400, 131072), _UNTIED),
 }  # fmt: skip
 NAMES = tuple(_MODELS)
 

@@ -10,73 +10,25 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+from oribi.in_gguf import InGGUF
+
 # the deepest models have some hundreds; each layer costs host memory before a weight is read
 MOST_LAYERS = 4096
 
 # norms before and after the mixer and the MLP -> what most checkpoints call them, by the places that have one
 _NORMS: dict[str, dict[str, str]] = {
     "pre": {"mixer_input_norm": "input_layernorm", "mlp_input_norm": "post_attention_layernorm"},
-    "post": {
-        "mixer_output_norm": "post_attention_layernorm",
-        "mlp_output_norm": "post_feedforward_layernorm",
-    },
+    "post": {"mixer_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_feedforward_layernorm"},
     "sandwich": {
-        "mixer_input_norm": "input_layernorm",
-        "mixer_output_norm": "post_attention_layernorm",
-        "mlp_input_norm": "pre_feedforward_layernorm",
-        "mlp_output_norm": "post_feedforward_layernorm",
+        "mixer_input_norm": "input_layernorm", "mixer_output_norm": "post_attention_layernorm",
+        "mlp_input_norm": "pre_feedforward_layernorm", "mlp_output_norm": "post_feedforward_layernorm",
     },
-}
+}  # fmt: skip
 # group of linear layers -> the projections in it, and the one layer that may hold them all
 _FUSED = {
     "qkv": (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     "gate_up": (("gate_proj", "up_proj"), "gate_up_proj"),
 }
-
-
-@dataclass(frozen=True)
-class InGGUF:
-    """How a family is stored in a GGUF file, and what llama.cpp computes; the decoder's own flags are not repeated here.
-
-    Args:
-        architecture: llama.cpp's name. Files of an architecture are read as its first row.
-        interleaved_rope: llama.cpp rotates neighbouring pairs, so the rows of q and k are reordered.
-        biases: the biases that it reads: of q, k and v, or of every linear layer.
-        rope_factors: the kinds of RoPE that it reads from tensors of frequency factors.
-        partial_rope: it rotates as many dimensions of a head as the file says; otherwise all.
-        head: "tied": it reads no output tensor; "separate": it needs one even where the embeddings are tied.
-        window_period: every `window_period`-th layer sees everything and the others slide; 0: no windows.
-        window_key_required: it loads no file without the window's key, whose value it ignores.
-        no_rope_period: every `no_rope_period`-th layer has no RoPE; 0: all have.
-        derived_head_dim: a head has hidden_size / num_attention_heads dimensions; the config has no field for it.
-        original_context_field: the config has original_max_position_embeddings outside `rope_parameters`.
-        attention_softcap: it reads attn_logit_softcapping.
-        stripping_names: a model whose general.name holds one of these, whatever its architecture, was trained with the
-            whitespace after control tokens swallowed.
-        layers_of_27b: queries are scaled by head_dim ** -0.5, but in a model with this many layers by
-            (hidden_size / num_attention_heads) ** -0.5.
-        heads_by_layer: it reads one number of key/value heads per layer, 0 where tokens are mixed by something else.
-        last_norm: its name of the norm after the last layer.
-        layers_of_70b: in a model with this many layers whose heads share values, values get more bits.
-    """
-
-    architecture: str
-    interleaved_rope: bool = False
-    biases: Literal["qkv", "all"] = "qkv"
-    rope_factors: tuple[Literal["llama3", "longrope"], ...] = ()
-    partial_rope: bool = False
-    head: Literal["tied", "separate"] | None = None
-    window_period: int = 0
-    window_key_required: bool = False
-    no_rope_period: int = 0
-    derived_head_dim: bool = False
-    original_context_field: bool = False
-    attention_softcap: bool = False
-    stripping_names: tuple[str, ...] = ()
-    layers_of_27b: int = 0
-    layers_of_70b: int = 0
-    heads_by_layer: bool = False
-    last_norm: str = "output_norm"
 
 
 @dataclass(frozen=True)
@@ -92,13 +44,15 @@ class Family:
         names: a part's role -> the checkpoint's attribute, where it is not the usual one: a layer's norms by their places
             (mixer_input_norm, mixer_output_norm, mlp_input_norm, mlp_output_norm), every other part by its usual attribute
             (mlp, q_norm, o_proj, gate_up_proj, ...); the norm after the last layer is "norm".
+        config_fields: a field that oribi reads (attention_bias, mlp_bias, intermediate_size) -> the one that the config has for it.
         norm_eps: config field that gives the norms' epsilon.
         activation: of the MLP, in the kernels' words, where the config has no field for it.
         adjusts_mlp: the MLP's size is config.intermediate_size adjusted as config.block_auto_adjust_ff_dim says.
         qk_norm: RMSNorm of q and k: over each head, over the whole projection, or none.
         qk_norm_after_rope: q and k are normed after their rotation, not before it.
         fused_projections: groups that the checkpoint holds as one layer: q, k, v as qkv_proj, gate, up as gate_up_proj.
-        attention_bias: "config" reads config.attention_bias for q, k, v, o; "qkv" is q, k, v always; else none.
+        attention_bias: "config" reads config.attention_bias for q, k, v; "qkv" is q, k, v always; else none.
+        output_bias: the config's field for the bias of o where attention_bias is "config"; None: it has none.
         mlp_bias: whether config.mlp_bias is read.
         windows: which layers slide: none, all (config.sliding_window), or by config.layer_types.
         attention_scale: name of the config field that gives the scale; None is head_dim ** -0.5.
@@ -108,7 +62,10 @@ class Family:
         multipliers: whether config.embedding_multiplier, residual_multiplier and logits_scaling are read.
         rope_by_layer_type: config.rope_parameters has one entry for each layer type.
         rope_alpha: `alpha` in config.rope_parameters stretches RoPE's base for good, whatever the text's length.
-        no_rope_layers: whether config.no_rope_layers turns RoPE off in some layers.
+        interleaved_rope: RoPE turns neighbouring dimensions of a head, not one of each half.
+        query_scale_by_position: queries grow with the logarithm of their position, by llama_4_scaling_beta in rope_parameters.
+        without_rope: which layers are not rotated: those that config.no_rope_layers marks 0, those that see everything beside
+            sliding ones ("full_attention"), or all unless config.position_embedding_type is "rope".
         gguf: how it is stored in a GGUF file; None where oribi reads and writes none.
     """
 
@@ -117,6 +74,7 @@ class Family:
     norms: Literal["pre", "post", "sandwich"] = "pre"
     norm_offset: float = 0.0
     names: Mapping[str, str] = field(default_factory=dict)
+    config_fields: Mapping[str, str] = field(default_factory=dict)
     norm_eps: str = "rms_norm_eps"
     activation: Literal["silu"] | None = None
     adjusts_mlp: bool = False
@@ -124,6 +82,7 @@ class Family:
     qk_norm_after_rope: bool = False
     fused_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
     attention_bias: Literal["config", "qkv"] | None = "config"
+    output_bias: str | None = "attention_bias"
     mlp_bias: bool = False
     windows: Literal["all", "layer_types"] | None = None
     attention_scale: str | None = None
@@ -133,7 +92,9 @@ class Family:
     multipliers: bool = False
     rope_by_layer_type: bool = False
     rope_alpha: bool = False
-    no_rope_layers: bool = False
+    interleaved_rope: bool = False
+    query_scale_by_position: bool = False
+    without_rope: Literal["no_rope_layers", "full_attention", "position_embedding_type"] | None = None
     gguf: InGGUF | None = None
 
     def flags(self) -> dict[str, object]:
@@ -164,6 +125,18 @@ class Family:
     def attribute(self, role: str) -> str:
         """The checkpoint's name of a part, by its role as in `names`."""
         return self.names.get(role) or _NORMS[self.norms].get(role, role)
+
+    def value(self, config: PretrainedConfig, name: str) -> Any:
+        """A field of a config, by the name that most families have for it; None where it is not set."""
+        return getattr(config, self.config_fields.get(name, name), None)
+
+    def rotates(self, config: PretrainedConfig, index: int) -> bool:
+        """Whether a layer rotates q and k."""
+        if self.without_rope == "no_rope_layers":
+            return bool(config.no_rope_layers[index])
+        if self.without_rope == "full_attention":
+            return config.sliding_window is None or config.layer_types[index] == "sliding_attention"
+        return self.without_rope is None or config.position_embedding_type == "rope"
 
     def layer_norms(self) -> dict[str, str]:
         """Role -> attribute of the norms that a layer has."""
@@ -234,6 +207,19 @@ FAMILIES: dict[str, Family] = {
             stripping_names=("phi-3", "phi3", "phi 3"),
         ),
     ),
+    "ministral": Family(
+        "MinistralForCausalLM",
+        attention_bias=None,
+        windows="layer_types",
+        gguf=replace(_LLAMA_CPP, layers_of_70b=80),
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        attention_bias=None,
+        windows="all",
+        query_scale_by_position=True,
+        gguf=InGGUF("mistral3", interleaved_rope=True, yarn_log_mul=True),
+    ),
     "granite": Family(
         "GraniteForCausalLM",
         mlp_bias=True,
@@ -241,11 +227,73 @@ FAMILIES: dict[str, Family] = {
         multipliers=True,
         gguf=replace(_LLAMA_CPP, architecture="granite"),
     ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        names={"mlp": "shared_mlp", "gate_up_proj": "input_linear", "down_proj": "output_linear"},
+        config_fields={"intermediate_size": "shared_intermediate_size"},
+        fused_projections=("gate_up",),
+        attention_scale="attention_multiplier",
+        multipliers=True,
+        without_rope="position_embedding_type",
+        gguf=replace(_LLAMA_CPP, architecture="granite", splits_gate_up=True),
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        norms="sandwich",
+        names={
+            "mixer_output_norm": "post_self_attn_layernorm",
+            "mlp_input_norm": "post_attention_layernorm",
+            "mlp_output_norm": "post_mlp_layernorm",
+        },
+        fused_projections=("gate_up",),
+        output_bias=None,
+        interleaved_rope=True,
+        gguf=InGGUF("glm4", interleaved_rope=True, partial_rope=True),
+    ),
+    "ernie4_5": Family(
+        "Ernie4_5ForCausalLM",
+        config_fields={"attention_bias": "use_bias", "mlp_bias": "use_bias"},
+        output_bias="use_bias",
+        mlp_bias=True,
+        interleaved_rope=True,
+        gguf=InGGUF("ernie4_5", interleaved_rope=True),
+    ),
+    "helium": Family("HeliumForCausalLM", output_bias=None, mlp_bias=True, interleaved_rope=True),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        output_bias="attention_out_bias",
+        mlp_bias=True,
+        gguf=InGGUF("seed_oss", names={"mlp_input_norm": "post_attention_norm"}),
+    ),
+    "exaone4": Family(
+        "Exaone4ForCausalLM",
+        norms="post",
+        qk_norm="head",
+        attention_bias=None,
+        windows="layer_types",
+        without_rope="full_attention",
+        gguf=InGGUF(
+            "exaone4",
+            rope_factors=("llama3",),
+            window_period=4,
+            window_layers=64,
+            window_tokens=4096,
+            derived_head_dim=True,
+        ),
+    ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
         norms="post",
         qk_norm="projection",
         gguf=InGGUF("olmo2", head="separate", derived_head_dim=True),
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        norms="post",
+        qk_norm="projection",
+        windows="layer_types",
+        rope_by_layer_type=True,
+        gguf=InGGUF("olmo2", head="separate", derived_head_dim=True, window_period=4, one_rope_base=True),
     ),
     "hunyuan_v1_dense": Family(
         "HunYuanDenseV1ForCausalLM",
@@ -281,7 +329,7 @@ FAMILIES: dict[str, Family] = {
         "SmolLM3ForCausalLM",
         mlp_bias=True,
         windows="layer_types",
-        no_rope_layers=True,
+        without_rope="no_rope_layers",
         gguf=InGGUF("smollm3", interleaved_rope=True, no_rope_period=4),
     ),
 }
@@ -296,12 +344,12 @@ def family_of(config: PretrainedConfig) -> Family | None:
     family = FAMILIES.get(config.model_type)
     if family is None or activation_of(config) is None:
         return None
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "pretraining_tp", 1) not in (
-        None,
-        1,
-    ):
-        return None
-    return family
+    kinds = {"linear_attention", "conv", "mamba"} & set(getattr(config, "layer_types", None) or ())
+    refused = (
+        getattr(config, "num_local_experts", 0), kinds - family.mixers.keys(),
+        getattr(config, "use_bidirectional_attention", False), getattr(config, "pretraining_tp", 1) not in (None, 1),
+    )  # fmt: skip
+    return None if any(refused) else family
 
 
 def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gelu"] | None:
@@ -325,8 +373,9 @@ def mlp_size(config: PretrainedConfig) -> int:
 
     Source: the feed-forward size of LLaMA's reference code, which LFM2's configs took over.
     """
-    size, family = config.intermediate_size, FAMILIES.get(config.model_type)
-    if family is None or not family.adjusts_mlp or not config.block_auto_adjust_ff_dim:
+    family = FAMILIES[config.model_type]
+    size = family.value(config, "intermediate_size")
+    if not family.adjusts_mlp or not config.block_auto_adjust_ff_dim:
         return size
     size = int(2 * size / 3)
     if config.block_ffn_dim_multiplier is not None:

@@ -37,6 +37,14 @@ def test_llama_cpp_computes_each_family_as_trained(model_type, exported):
     assert found.worst < (2e-2 if model_type.startswith("gemma") else 2e-3)
 
 
+@pytest.mark.slow
+def test_llama_cpp_leaves_out_the_rotation_where_a_deep_exaone_does(exported):
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    found = judged(exported("exaone4", num_hidden_layers=64, layer_types=kinds * 16, sliding_window=4096))
+    assert found.agreeing == 1.0
+    assert found.worst < 2e-3
+
+
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope", "dynamic"])
 def test_llama_cpp_computes_each_rope_as_trained(kind, exported):
     found = judged(exported(rope_parameters=ROPES[kind], max_position_embeddings=64))
@@ -56,6 +64,20 @@ def test_a_family_with_tied_embeddings_has_no_output_tensor(exported):
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar is 32"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "every 4th layer"),
         ("qwen3", {"rope_parameters": ROPES["llama3"]}, "no llama3 RoPE"),
+        ("exaone4", {"sliding_window": 5}, "models of 64 layers have windows, and no others"),
+        ("granitemoehybrid", {"position_embedding_type": None}, "every layer is rotated"),
+        ("seed_oss", {"mlp_bias": True}, "no place for model.layers.0.mlp.gate_proj.bias"),
+        (
+            "olmo3",
+            {
+                "rope_parameters": {
+                    kind: {"rope_type": "default", "rope_theta": theta}
+                    for kind, theta in (("full_attention", 1e4), ("sliding_attention", 1e3))
+                }
+            },
+            "sliding layers have the base of the others, 10000",
+        ),
+        ("ministral3", {"rope_parameters": {**ROPES["yarn"], "mscale": 1.0}}, "YaRN without mscale"),
         ("olmo2", {"attention_bias": True}, "no place for model.layers.0.self_attn.o_proj.bias"),
     ],
 )

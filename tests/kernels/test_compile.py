@@ -149,6 +149,15 @@ def test_norm_rope_and_gated_mlp_compile_with_16_byte_loads_and_stores(launches,
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_rope_of_neighbours_compiles(launches, capability, dtype):
+    q, k = torch.randn(3, 40 * 128).to(dtype).view(3, 40, 128).split([32, 8], 1)
+    angle = torch.randn(3, 64)
+    rope.rope_forward(q, k, angle, angle, angle[:, 0].contiguous(), interleaved=True, out=(q, k))
+    (launch,) = launches
+    assert compiled(launch, capability).asm["cubin"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
 def test_causal_convolution_compiles_with_16_byte_loads_and_stores(launches, capability, dtype):
     start = torch.zeros(3, dtype=torch.int32)
     before, after, x = torch.randn(3, 3 * 2048).to(dtype).chunk(3, 1)

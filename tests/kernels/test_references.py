@@ -76,9 +76,17 @@ def test_rope(dtype, head_dim, half):
 
 def test_rope_gradcheck_and_inverse():
     angle = torch.randn(3, 2, dtype=torch.float64)
-    q, k = normal(3, 2, 6), normal(3, 1, 6)
+    q, k, scale = normal(3, 2, 6), normal(3, 1, 6), torch.rand(3, dtype=torch.float64) + 1
     assert gradcheck(lambda q, k: rope.rope(q, k, angle.cos(), angle.sin()), (q, k))
+    assert gradcheck(lambda q, k: rope.rope(q[..., :4], k, angle.cos(), angle.sin(), scale, True), (q, k))
     q, k = q.detach(), k.detach()
+    neighbours = rope.rope_forward(q, k, angle.cos(), angle.sin(), interleaved=True)[0]
+    turned = (
+        torch.view_as_complex(q[..., :4].unflatten(-1, (2, 2)))
+        * torch.polar(torch.ones_like(angle), angle)[:, None]
+    )
+    assert relative_error(neighbours[..., :4], torch.view_as_real(turned).flatten(-2)) < 1e-15
+    assert torch.equal(neighbours[..., 4:], q[..., 4:])
     turned = rope.rope_forward(q, k, angle.cos(), angle.sin())
     back = rope.rope_forward(*turned, angle.cos(), angle.sin(), inverse=True, out=turned)
     assert back[0] is turned[0]

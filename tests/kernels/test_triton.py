@@ -176,7 +176,8 @@ def test_rope_and_its_gradient(dtype, tokens, heads, kv_heads, head_dim, half):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("half", [16, 12])
-def test_rope_in_place_in_a_qkv_buffer_touches_only_q_and_k_and_rotates_back(dtype, half):
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_in_place_in_a_qkv_buffer_touches_only_q_and_k_and_rotates_back(dtype, half, interleaved):
     tokens, heads, kv_heads, head_dim = 5, 4, 2, 32
     buffer = normal(tokens, (heads + 2 * kv_heads) * head_dim + 8, dtype=dtype, grad=False)
     before = buffer.clone()
@@ -187,11 +188,25 @@ def test_rope_in_place_in_a_qkv_buffer_touches_only_q_and_k_and_rotates_back(dty
         return q, k
 
     angle = torch.randn(tokens, half, device=DEVICE)
-    fresh = rope.rope_forward(*views(before), angle.cos(), angle.sin())
-    rope.rope_forward(*views(buffer), angle.cos(), angle.sin(), out=views(buffer))
+    angles = rope.Angles(angle.cos(), angle.sin(), interleaved=interleaved)
+    fresh = rope.rope_forward(*views(before), *angles)
+    reference = rope.rope_forward(
+        *(t.cpu().float() for t in views(before)), *(a.cpu() for a in angles[:2]), None, interleaved
+    )
+    for found, expected in zip(fresh, reference):
+        assert relative_error(found.cpu(), expected) < (
+            1e-6 if dtype is torch.float32 else torch.finfo(dtype).eps
+        )
+    if half * 2 == head_dim:
+        scaled = rope.rope_forward(
+            *views(before), *angles._replace(q_scale=torch.full((tokens,), 2.0, device=DEVICE))
+        )
+        assert torch.equal(scaled[0], 2 * fresh[0])
+        assert torch.equal(scaled[1], fresh[1])
+    rope.rope_forward(*views(buffer), *angles, out=views(buffer))
     assert all(torch.equal(a, b) for a, b in zip(views(buffer), fresh))
     assert torch.equal(buffer[:, 6 * head_dim :], before[:, 6 * head_dim :])
-    rope.rope_forward(*views(buffer), angle.cos(), angle.sin(), inverse=True, out=views(buffer))
+    rope.rope_forward(*views(buffer), *angles, inverse=True, out=views(buffer))
     assert relative_error(buffer, before) < (1e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps)
 
 

@@ -45,10 +45,14 @@ QWEN_VISION = {
     "patch_size": 8,
 }
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+YARN = {
+    "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 8, "rope_theta": 1e4, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5,
+}  # fmt: skip
 WRAPPERS = {
     "gemma3": {"text_config": {**TEXT, **SLIDING}, "vision_config": VISION, "mm_tokens_per_image": 4},
     "mistral3": {
-        "text_config": {**TEXT, "model_type": "mistral"},
+        "text_config": {**TEXT, "model_type": "ministral3", "rope_parameters": YARN},
         "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 32},
     },
     "llava": {

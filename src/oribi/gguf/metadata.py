@@ -7,10 +7,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from oribi.errors import ExportError, ModelError
-from oribi.families import FAMILIES, MOST_LAYERS, Family, InGGUF, family_of, mlp_size, rope_base
+from oribi.families import FAMILIES, MOST_LAYERS, Family, family_of, mlp_size, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import MODEL_TYPES, family_in_gguf
 from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals
+from oribi.in_gguf import InGGUF
 
 # multimodal model types of whose towers llama.cpp's convert_hf_to_gguf.py makes a projector file
 WITH_PROJECTOR = (
@@ -72,7 +73,7 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     for field, key in _SIZES.items():
-        value = mlp_size(config) if field == "intermediate_size" else getattr(config, field)
+        value = mlp_size(config) if field == "intermediate_size" else family.value(config, field)
         if field == "num_key_value_heads" and facts.heads_by_layer:
             writer.add_head_count_kv([value * attends for attends in _attending(config, family)])
             continue
@@ -81,7 +82,7 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(getattr(config, family.norm_eps))
     writer.add_vocab_size(vocab_size)
-    add_rope(writer, config, head_dim)
+    add_rope(writer, config, facts, head_dim)
     for field, key in _own_keys(family, facts).items():
         value = getattr(config, field, None)
         if field == "sliding_window":
@@ -104,11 +105,14 @@ def config_of_file(file: GGUFFile) -> PretrainedConfig:
     Raises:
         ModelError: it is of no family that oribi reads from GGUF, or its metadata make no such model.
     """
-    model_type = MODEL_TYPES.get(file.architecture)
-    if model_type is None:
+    readings = MODEL_TYPES.get(file.architecture)
+    if readings is None:
         raise ModelError(
             f"{file.path} holds architecture {file.architecture!r}; oribi reads {', '.join(MODEL_TYPES)} from GGUF"
         )
+    model_type = readings[0]
+    if file.value("{arch}.attention.sliding_window"):
+        model_type = next((name for name in readings if FAMILIES[name].gguf.window_period), model_type)
     try:
         config = AutoConfig.for_model(model_type, **_settings(file, FAMILIES[model_type]))
     except ModelError:
@@ -163,7 +167,9 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
         settings["layer_types"] = ["full_attention" if number else other for number in kv_heads]
     if family.adjusts_mlp:
         settings["block_auto_adjust_ff_dim"] = False  # the file holds the adjusted size
-    if facts.window_period:
+    if facts.window_layers and layers != facts.window_layers:
+        settings |= {"sliding_window": None, "layer_types": ["full_attention"] * layers}
+    elif facts.window_period:
         period = file.value("{arch}.attention.sliding_window_pattern", facts.window_period)
         settings["layer_types"] = [
             "full_attention" if full else "sliding_attention" for full in _every(period, layers)
@@ -171,7 +177,8 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     if facts.layers_of_27b:
         settings["query_pre_attn_scalar"] = _query_scalar(facts, layers, hidden_size / heads, head_dim)
     if family.rope_by_layer_type:
-        theta = float(file.value("{arch}.rope.freq_base_swa", 10000.0))
+        usual = settings["rope_parameters"]["rope_theta"] if facts.one_rope_base else 10000.0
+        theta = float(file.value("{arch}.rope.freq_base_swa", usual))
         settings["rope_parameters"] = {
             "full_attention": settings["rope_parameters"],
             "sliding_attention": {"rope_type": "default", "rope_theta": theta},
@@ -179,7 +186,13 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     if facts.original_context_field:
         original = file.value("{arch}.rope.scaling.original_context_length")
         settings["original_max_position_embeddings"] = original or settings["max_position_embeddings"]
-    return settings
+    if facts.partial_rope:  # a config's own default may be another
+        settings["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    named: dict[str, Any] = {}
+    for field, value in settings.items():  # one field may stand for several
+        field = family.config_fields.get(field, field)
+        named[field] = named.get(field) or value
+    return named
 
 
 def _every(period: int, layers: int) -> list[bool]:
@@ -237,10 +250,18 @@ def _attention_refusals(config: PretrainedConfig, family: Family, facts: InGGUF)
         facts.no_rope_period, layers
     ):
         refused.append(f"every {facts.no_rope_period}th layer, and no other, is without RoPE")
+    if family.without_rope == "position_embedding_type" and not family.rotates(config, 0):
+        refused.append("every layer is rotated, whatever position_embedding_type says")
     kinds = getattr(config, "layer_types", None) or []
-    if (
+    windowed = getattr(config, "sliding_window", None) is not None
+    if facts.window_layers and windowed != (layers == facts.window_layers):
+        refused.append(f"models of {facts.window_layers} layers have windows, and no others")
+    elif facts.window_tokens and config.sliding_window not in (None, facts.window_tokens):
+        refused.append(f"windows are of {facts.window_tokens} tokens, not {config.sliding_window}")
+    elif (
         facts.window_period
         and kinds
+        and (windowed or not facts.window_layers)
         and _every(facts.window_period, len(kinds)) != [kind != "sliding_attention" for kind in kinds]
     ):
         refused.append(f"every {facts.window_period}th layer, and no other, sees everything")

@@ -10,11 +10,11 @@ from transformers import PretrainedConfig
 from oribi.errors import ExportError, ModelError
 from oribi.families import FAMILIES, Family, InGGUF
 
-# the family that the files of an architecture are read as
-MODEL_TYPES: dict[str, str] = {}
+# the families whose files have an architecture, the one that they are read as first
+MODEL_TYPES: dict[str, list[str]] = {}
 for _model_type, _family in FAMILIES.items():
     if _family.gguf is not None:
-        MODEL_TYPES.setdefault(_family.gguf.architecture, _model_type)
+        MODEL_TYPES.setdefault(_family.gguf.architecture, []).append(_model_type)
 
 # llama.cpp's name of a part of a layer -> its roles, as `Family.names` has them, from outside to inside
 _LINEAR = {
@@ -38,6 +38,7 @@ _NORMS = {
     "ffn_norm": ("mlp_input_norm",),
     "post_ffw_norm": ("mlp_output_norm",),
 }
+_SPLIT = ("ffn_gate", "ffn_up")  # in the order in which one gate_up_proj holds them
 ROPE_FACTORS = {
     "llama3": "rope_freqs.weight",
     "long": "rope_factors_long.weight",
@@ -52,6 +53,7 @@ class Tensor:
     Args:
         name, source: in the file and in the checkpoint.
         heads: how many heads share its rows, where llama.cpp wants the rows of a head in pairs; else 0.
+        part: which of how many equal parts of its rows it is, where the checkpoint holds several layers as one.
         shift: added to the checkpoint's values, because the family multiplies by (shift + weight).
         kernel: it is a depthwise convolution's, [N, 1, W] in the checkpoint and [N, W] in the file.
     """
@@ -59,11 +61,14 @@ class Tensor:
     name: str
     source: str
     heads: int = 0
+    part: tuple[int, int] = (0, 1)
     shift: float = 0.0
     kernel: bool = False
 
     def to_gguf(self, values: torch.Tensor) -> torch.Tensor:
         """The checkpoint's values [N, ...] as llama.cpp wants them."""
+        index, count = self.part
+        values = values.chunk(count)[index] if count > 1 else values
         if self.heads:
             # rows of a head: first halves then second halves -> pairs
             values = values.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).reshape(values.shape)
@@ -73,7 +78,7 @@ class Tensor:
 
     def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a tensor that has `shape` in the checkpoint."""
-        return (shape[0], shape[2]) if self.kernel else shape
+        return (shape[0], shape[2]) if self.kernel else (shape[0] // self.part[1], *shape[1:])
 
     def shape_in_checkpoint(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a tensor that has `shape` in the file."""
@@ -113,23 +118,33 @@ def family_in_gguf(config: PretrainedConfig) -> tuple[Family, InGGUF]:
     return family, family.gguf
 
 
-def _layer_parts(family: Family) -> dict[str, str]:
+def _layer_parts(family: Family, facts: InGGUF) -> dict[str, str]:
     """Parts of a layer: llama.cpp's name -> the checkpoint's."""
-    fused = {"ffn_up": ("mlp", "gate_up_proj")} if "gate_up" in family.fused_projections else {}
+    held = _SPLIT if facts.splits_gate_up else ("ffn_up",)
+    fused = dict.fromkeys(held, ("mlp", "gate_up_proj")) if "gate_up" in family.fused_projections else {}
     norms = {
         name: roles for name, roles in _NORMS.items() if len(roles) > 1 or roles[0] in family.layer_norms()
     }
     parts = {**_LINEAR, **norms, **fused}
-    return {name: ".".join(map(family.attribute, roles)) for name, roles in parts.items()}
+    return {
+        facts.names.get(roles[-1], name): ".".join(map(family.attribute, roles))
+        for name, roles in parts.items()
+    }
 
 
 def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
     family, facts = family_in_gguf(config)
     heads = 0
-    if facts.interleaved_rope and (match := re.search(r"\.attn_([qk])\.", name)):
+    if (
+        facts.interleaved_rope
+        and not family.interleaved_rope
+        and (match := re.search(r"\.attn_([qk])\.", name))
+    ):
         heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
     offset = family.norm_offset if name.endswith("_norm.weight") else 0.0
-    return Tensor(name, source, heads, offset, kernel=name.endswith("conv.weight"))
+    stem = name.split(".")[-2]
+    part = (_SPLIT.index(stem), len(_SPLIT)) if facts.splits_gate_up and stem in _SPLIT else (0, 1)
+    return Tensor(name, source, heads, part, offset, kernel=name.endswith("conv.weight"))
 
 
 def _top_parts(family: Family, facts: InGGUF) -> dict[str, str]:
@@ -146,7 +161,9 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
     """
     family, facts = family_in_gguf(config)
     top = {source: name for name, source in _top_parts(family, facts).items()}
-    layer = {source: name for name, source in _layer_parts(family).items()}
+    layer: dict[str, list[str]] = {}
+    for name, source in _layer_parts(family, facts).items():
+        layer.setdefault(source, []).append(name)
     sources, tensors = list(sources), []
     for source in sources:
         if source == "lm_head.weight" and facts.head == "tied":
@@ -155,11 +172,11 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
             )
         module, _, leaf = source.rpartition(".")
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-        part = layer.get(match[2]) if match else top.get(module)
-        if part is None or (leaf == "bias" and not _reads_bias(facts, part)):
+        parts = layer.get(match[2], []) if match else [top[module]] if module in top else []
+        if not parts or (leaf == "bias" and not _reads_bias(facts, parts[0])):
             raise ExportError(f"llama.cpp has no place for {source} in a {config.model_type} model")
-        name = f"blk.{match[1]}.{part}" if match else part
-        tensors.append(_tensor(config, f"{name}.{leaf}", source))
+        names = [f"blk.{match[1]}.{part}" if match else part for part in parts]
+        tensors += [_tensor(config, f"{name}.{leaf}", source) for name in names]
     if facts.head == "separate" and "lm_head.weight" not in sources:
         tensors.append(Tensor("output.weight", "model.embed_tokens.weight"))
     return tensors
@@ -177,7 +194,7 @@ def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str,
         names: of the file's tensors.
     """
     family, facts = family_in_gguf(config)
-    parts, top, found = _layer_parts(family), _top_parts(family, facts), {}
+    parts, top, found = _layer_parts(family, facts), _top_parts(family, facts), {}
     for name in names:
         if name in ROPE_FACTORS.values():
             continue

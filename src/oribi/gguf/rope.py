@@ -11,9 +11,10 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from oribi.families import InGGUF, rope_base
+from oribi.families import FAMILIES, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import ROPE_FACTORS
+from oribi.in_gguf import InGGUF
 
 _SCALING = {
     "linear": gguf.RopeScalingType.LINEAR,
@@ -28,14 +29,14 @@ def global_rope(config: PretrainedConfig) -> dict[str, Any]:
     return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
-def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, head_dim: int) -> None:
+def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, facts: InGGUF, head_dim: int) -> None:
     """Write the keys of RoPE."""
     rope = global_rope(config)
     kind, theta = rope_base(config, rope)
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(theta)
     local = config.rope_parameters.get("sliding_attention")
-    if isinstance(local, dict):
+    if isinstance(local, dict) and not facts.one_rope_base:
         writer.add_rope_freq_base_swa(local["rope_theta"])
     if kind in _SCALING:
         writer.add_rope_scaling_type(_SCALING[kind])
@@ -50,6 +51,18 @@ def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, head_dim: int) -
     if kind == "yarn":
         writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
         writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
+        if facts.yarn_log_mul and rope.get("mscale_all_dim"):
+            writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    if (beta := _query_scale(config, rope)) is not None:
+        writer.add_attn_temperature_scale(beta)
+        if kind not in ("yarn", "longrope"):
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def _query_scale(config: PretrainedConfig, rope: dict[str, Any]) -> float | None:
+    """By what queries grow with their position."""
+    family = FAMILIES[config.model_type]
+    return (rope.get("llama_4_scaling_beta") or None) if family.query_scale_by_position else None
 
 
 def _attention_factor(rope: dict[str, Any], stretch: float, original: int) -> float | None:
@@ -85,9 +98,10 @@ def rope_refusals(config: PretrainedConfig, facts: InGGUF) -> list[str]:
     kind, _ = rope_base(config, rope)
     if kind in ("llama3", "longrope") and kind not in facts.rope_factors:
         refused.append(f"no {kind} RoPE")
-    if kind == "yarn" and (
-        rope.get("mscale") or rope.get("mscale_all_dim") or not rope.get("truncate", True)
-    ):
+    mscales = {rope.get(name) or None for name in ("mscale", "mscale_all_dim")}
+    # with both the same, cos and sin have no factor, as without: what llama.cpp makes of them is told by a key
+    has_key = facts.yarn_log_mul and len(mscales) == 1 and rope.get("attention_factor") is None
+    if kind == "yarn" and ((mscales != {None} and not has_key) or not rope.get("truncate", True)):
         refused.append("YaRN without mscale and truncate=false")
     partial = rope.get("partial_rotary_factor", 1.0)
     if partial != 1.0 and not facts.partial_rope:
@@ -95,6 +109,8 @@ def rope_refusals(config: PretrainedConfig, facts: InGGUF) -> list[str]:
     local = config.rope_parameters.get("sliding_attention")
     if isinstance(local, dict) and local["rope_type"] != "default":
         refused.append("sliding layers have plain RoPE")
+    if facts.one_rope_base and isinstance(local, dict) and local["rope_theta"] != rope["rope_theta"]:
+        refused.append(f"sliding layers have the base of the others, {rope['rope_theta']:g}")
     return refused
 
 
@@ -113,6 +129,10 @@ def read_rope(file: GGUFFile, head_dim: int) -> dict[str, Any]:
         rope |= {"rope_type": kind, "factor": float(file.value("{arch}.rope.scaling.factor", 1.0))}
         if original:
             rope["original_max_position_embeddings"] = original
+        if mscale := file.value("{arch}.rope.scaling.yarn_log_multiplier"):
+            rope |= {"mscale": float(mscale), "mscale_all_dim": float(mscale)}
+    if beta := file.value("{arch}.attention.temperature_scale"):
+        rope |= {"llama_4_scaling_beta": float(beta), "original_max_position_embeddings": original}
     if ROPE_FACTORS["long"] in file.tensors:
         rope |= _longrope(
             _factors(file, "long"),

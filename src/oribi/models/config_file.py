@@ -39,6 +39,7 @@ _SIZES = (
 )  # fmt: skip
 # names of the number of layers in configs of models outside the family table
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+_DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")
 _CHOICES_OF_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")  # fmt: skip
 
 
@@ -175,6 +176,11 @@ def check_decoder(file: Path, config: PretrainedConfig, notes: list[str] | None 
         raise ModelError(f"{file}: " + "; ".join(problems))
     if notes is not None:
         notes += _windows_not_followed(config)
+        notes += [
+            f"{name} = {shown(getattr(config, name))} of config.json: not applied; only LoRA's own dropout is"
+            for name in _DROPOUTS
+            if getattr(config, name, None)
+        ]
 
 
 def _windows_not_followed(config: PretrainedConfig) -> list[str]:
@@ -252,7 +258,7 @@ def _check_lists(config: PretrainedConfig) -> list[str]:
             "give the window, or full_attention for each layer"
         )
     rotated = getattr(config, "no_rope_layers", None)
-    if family.no_rope_layers and not (are(rotated, int, bool) and len(rotated) == layers):
+    if family.without_rope == "no_rope_layers" and not (are(rotated, int, bool) and len(rotated) == layers):
         found.append(f"no_rope_layers: must be 0 or 1 for each of {layers} layers")
     return found
 
@@ -266,7 +272,7 @@ def _check_rope(config: PretrainedConfig) -> list[str]:
         try:
             angles = RotaryAngles(config, kind)
             with torch.device("cpu"):
-                cos, sin = angles.angles(torch.ones(1, dtype=torch.int64), config.max_position_embeddings)
+                cos, sin = angles.angles(torch.ones(1, dtype=torch.int64), config.max_position_embeddings)[:2]
         except Exception as error:  # transformers' formulas take what the file says
             found.append(f"{where}: {_one_line(error)}")
             continue

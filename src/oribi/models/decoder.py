@@ -5,6 +5,7 @@ Parameter names equal the checkpoint's, so a checkpoint loads as it is and PEFT,
 and `save_pretrained` work on the model. What a family changes is read from its row in `families.py`.
 """
 
+import copy
 import inspect
 from itertools import islice
 from typing import Any
@@ -323,6 +324,9 @@ def build(
     )
     config.dtype = dtype
     config = follow_windows(config, family)
+    if getattr(config, "_experts_implementation", None):  # left there by a transformers model of this config
+        config = copy.deepcopy(config)
+        config._experts_implementation = None
     with torch.device(device):
         return architecture(config).to(dtype)
 

@@ -16,6 +16,7 @@ from oribi.families import Family
 from oribi.kernels.attention import Visibility
 from oribi.kernels.embedding import embedding
 from oribi.kernels.fp8 import RoundedWeights
+from oribi.kernels.rope import Angles
 from oribi.models.core import Keep, Mixer, Result
 from oribi.models.fused_layer import fused_layer, fusible_halves, policy
 from oribi.models.host_memory import HostMemory
@@ -30,7 +31,7 @@ class Batch:
     """What all layers of one forward share: who sees whom, the angles of each kind of layer, the cache, the host."""
 
     visibility: Visibility
-    angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]]
+    angles: dict[str | None, Angles]
     cache: Cache | None = None
     host_memory: HostMemory | None = None
 

@@ -35,7 +35,7 @@ class MLP(NamedParts):
     def __init__(self, config: PretrainedConfig, family: Family) -> None:
         super().__init__(family)
         size, inner = config.hidden_size, mlp_size(config)
-        bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
+        bias = family.mlp_bias and bool(family.value(config, "mlp_bias"))
         self._inputs = (
             ("gate_up_proj",) if "gate_up" in family.fused_projections else ("gate_proj", "up_proj")
         )

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
-from oribi.families import rope_base
+from oribi.families import FAMILIES, rope_base
+from oribi.kernels.rope import Angles
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # frequencies of these kinds depend on the longest position of the batch
@@ -33,6 +34,15 @@ class RotaryAngles:
         self.layer_type = layer_type
         self.parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
         self.kind, self.theta = rope_base(config, self.parameters)
+        family = FAMILIES.get(config.model_type)
+        self.interleaved = family is not None and family.interleaved_rope
+        self.query_scale: tuple[float, int] | None = None  # beta, and the positions that share a scale
+        if family is not None and family.query_scale_by_position:
+            beta = self.parameters.get("llama_4_scaling_beta")
+            self.query_scale = beta and (
+                float(beta),
+                int(self.parameters["original_max_position_embeddings"]),
+            )
         self._frequencies: dict[tuple[torch.device, int], tuple[torch.Tensor, float]] = {}
 
     @property
@@ -40,15 +50,16 @@ class RotaryAngles:
         """Whether `angles` must be told the longest position, which costs a host synchronisation on a GPU."""
         return self.kind in _BY_LENGTH
 
-    def angles(self, positions: torch.Tensor, length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for every token.
+    def angles(self, positions: torch.Tensor, length: int = 0) -> Angles:
+        """How every token is rotated.
 
         Args:
             positions: [T] int64.
             length: longest position + 1 of the batch; read only where `needs_length`.
 
         Returns:
-            cos, sin: [T, R/2] float32 each, with the attention factor of yarn and longrope multiplied in.
+            cos, sin: [T, R/2] float32 each, with the attention factor of yarn and longrope multiplied in; the rest of `Angles` as
+            the family has it.
         """
         length = self.set_of(length)
         key = (positions.device, length)
@@ -59,7 +70,11 @@ class RotaryAngles:
                 self._frequencies[key] = self._compute(positions.device, length)
         frequencies, factor = self._frequencies[key]
         phase = positions[:, None].float() * frequencies
-        return phase.cos() * factor, phase.sin() * factor
+        q_scale = None
+        if self.query_scale:
+            beta, original = self.query_scale
+            q_scale = 1 + beta * torch.log1p((positions / original).floor())
+        return Angles(phase.cos() * factor, phase.sin() * factor, q_scale, self.interleaved)
 
     def set_of(self, length: int) -> int:
         """The length that stands for all with the frequencies of this one; 0 where there is one set."""

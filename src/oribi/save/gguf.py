@@ -21,7 +21,7 @@ from oribi.gguf.file import GGUFFile, Type
 from oribi.gguf.metadata import WITH_PROJECTOR, check_config
 from oribi.gguf.mixes import METHODS, mix_of
 from oribi.gguf.modelfile import NoModelfile, modelfile
-from oribi.gguf.names import tensors_to_write
+from oribi.gguf.names import Tensor, tensors_to_write
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import CUT_BY_CASE
 from oribi.gguf.tokenizer import Vocabulary
@@ -299,7 +299,9 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
     changes = changes_of(model)
     if not changes:
         raise ExportError("the model has no active adapter to write")
-    places = {tensor.source: tensor for tensor in tensors_to_write(config, list(LoadedModel(model).shapes()))}
+    places: dict[str, list[Tensor]] = {}
+    for tensor in tensors_to_write(config, list(LoadedModel(model).shapes())):
+        places.setdefault(tensor.source, []).append(tensor)
     alpha, pairs = None, {}
     for name, change in changes.items():
         plain = len(change.updates) == 1 and not (change.replacement or change.rows or change.offsets)
@@ -313,11 +315,12 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
                 f"{name}: llama.cpp applies one LoRA update of a linear layer that the file holds, and no DoRA, bias, "
                 "new token or fully trained module; save merged GGUF files instead"
             )
-        update, place = change.updates[0], places[name]
+        update = change.updates[0]
         rank = len(update.a)
         alpha = update.scale * rank if alpha is None else alpha
-        pairs[f"{place.name}.lora_a"] = update.a
-        pairs[f"{place.name}.lora_b"] = place.to_gguf(update.b) * (update.scale * rank / alpha)
+        for place in places[name]:
+            pairs[f"{place.name}.lora_a"] = update.a
+            pairs[f"{place.name}.lora_b"] = place.to_gguf(update.b) * (update.scale * rank / alpha)
     return alpha, pairs
 
 

@@ -16,7 +16,7 @@ from oribi.kernels.dispatch import use_triton
 from oribi.kernels.gated_mlp import gated_mlp_forward
 from oribi.kernels.lora_unpacked import few_rows_linear
 from oribi.kernels.rms_norm import rms_norm_forward
-from oribi.kernels.rope import rope_forward
+from oribi.kernels.rope import Angles, rope_forward
 from oribi.models.decoding.groups import PackedGroup, groups_of
 from oribi.models.decoding.sampling import Choice
 from oribi.models.decoding.state import DecodingState
@@ -29,7 +29,7 @@ from oribi.models.mlp import MLP
 if TYPE_CHECKING:
     from oribi.models.decoder import DecoderForCausalLM
 
-Angles = dict[str | None, tuple[torch.Tensor, torch.Tensor]]
+AnglesByKind = dict[str | None, Angles]
 
 
 class Ring:
@@ -64,7 +64,7 @@ class AttentionStep:
         self._norms = attention.qk_norms()
         self._fused = reads_with_kernels(state)
 
-    def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, angles: AnglesByKind, rings: dict[int, Ring]) -> torch.Tensor:
         """Output [B, D] of x [B, D]."""
         a, state = self.attention, self.state
         qkv = self.groups["qkv"](x)
@@ -88,7 +88,7 @@ class AttentionStep:
         return self.groups["o"](out.flatten(1))
 
     def _by_kernels(
-        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, angles: Angles
+        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, angles: AnglesByKind
     ) -> torch.Tensor:
         """Attention's output [B, H E]."""
         a, state, norms = self.attention, self.state, {}
@@ -103,11 +103,17 @@ class AttentionStep:
                 "eps": q_norm.eps,
                 "offset": q_norm.offset,
             }
-        cos, sin = angles[a.rope_kind] if a.rotates else (None, None)
-        if a.norms_after_rope and cos is not None:  # the kernel norms before it rotates
-            q, k = (t.unflatten(1, (-1, a.head_dim)) for t in qkv.split(a.sizes, dim=1)[:2])
-            rope_forward(q, k, cos, sin, out=(q, k))
-            cos = sin = None
+        of_kind = angles[a.rope_kind] if a.rotates else None
+        # the kernel norms, then rotates halves by cos and sin; it has no other way
+        if of_kind and (a.norms_after_rope or not of_kind.plain):
+            q, k = heads = tuple(t.unflatten(1, (-1, a.head_dim)) for t in qkv.split(a.sizes, dim=1)[:2])
+            if a.qk_norm == "head" and not a.norms_after_rope:
+                for norm, t in zip(self._norms, heads):
+                    rms_norm_forward(t, norm.weight, norm.eps, norm.offset, out=t)
+                norms = {}
+            rope_forward(q, k, *of_kind, out=heads)
+            of_kind = None
+        cos, sin = of_kind[:2] if of_kind else (None, None)
         q = store_token(qkv, keys, values, state.length, state.row, cos, sin, **norms)
         return decode_attention(
             q, keys, values, state.length, state.row, state.counters, scale=a.scale, softcap=a.softcap
@@ -157,7 +163,7 @@ class MLPStep:
         self.activation = mlp.activation
         self.groups = groups_of(mlp, state)
 
-    def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, angles: AnglesByKind, rings: dict[int, Ring]) -> torch.Tensor:
         """Output [B, D] of x [B, D]."""
         gate_up = self.groups["gate_up"]
         if isinstance(gate_up, PackedGroup):

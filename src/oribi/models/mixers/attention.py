@@ -23,7 +23,7 @@ from oribi.kernels.attention import (
     head_groups,
 )
 from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from oribi.kernels.rope import rope, rope_forward
+from oribi.kernels.rope import Angles, rope, rope_forward
 from oribi.models.core import Held, Result
 from oribi.models.half import Kept
 from oribi.models.linear_layers import NamedParts, RMSNorm, project
@@ -39,7 +39,7 @@ class Attending:
     Args:
         p: q|k|v [T, (H + 2K) E], of which q, k and v are views where nothing normed them.
         how: the attention that is computed.
-        angles: cos and sin of each token; None where nothing rotates.
+        angles: of each token; None where nothing rotates.
         raw, rstd: q and k before their norms, and their 1/rms; empty without norms.
         out, saved: attention's output [T, H E], and what its backward wants.
     """
@@ -49,7 +49,7 @@ class Attending:
     k: torch.Tensor
     v: torch.Tensor
     how: Attend
-    angles: tuple[torch.Tensor, torch.Tensor] | None
+    angles: Angles | None
     raw: tuple[torch.Tensor, ...] = ()
     rstd: tuple[torch.Tensor, ...] = ()
     out: torch.Tensor | None = None
@@ -80,15 +80,18 @@ class Attention(NamedParts):
         self.index = index
         self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]
         self.columns = {"heads": heads}
-        configured = family.attention_bias == "config" and bool(getattr(config, "attention_bias", False))
-        qkv_bias = configured or family.attention_bias == "qkv"
+        configured = family.attention_bias == "config"
+        qkv_bias = family.attention_bias == "qkv" or (
+            configured and bool(family.value(config, "attention_bias"))
+        )
+        output_bias = configured and bool(getattr(config, family.output_bias or "", False))
         inputs = {"q_proj": self.sizes[0], "k_proj": self.sizes[1], "v_proj": self.sizes[2]}
         if "qkv" in family.fused_projections:
             inputs = {"qkv_proj": sum(self.sizes)}
         self._inputs = tuple(inputs)
         for role, size in inputs.items():
             self.add_part(role, nn.Linear(config.hidden_size, size, bias=qkv_bias))
-        self.add_part("o_proj", nn.Linear(self.sizes[0], config.hidden_size, bias=configured))
+        self.add_part("o_proj", nn.Linear(self.sizes[0], config.hidden_size, bias=output_bias))
         self.qk_norm = family.qk_norm
         self.norms_after_rope = family.qk_norm_after_rope
         if self.qk_norm:
@@ -101,7 +104,7 @@ class Attention(NamedParts):
         self.softcap = config.attn_logit_softcapping if family.softcaps else None
         self.window = window_of(config, family, index)
         self.rope_kind = config.layer_types[index] if family.rope_by_layer_type else None
-        self.rotates = bool(config.no_rope_layers[index]) if family.no_rope_layers else True
+        self.rotates = family.rotates(config, index)
 
     def groups(self) -> dict[str, list[nn.Module]]:
         """The linear layers that share an input: q, k, v (or the one layer that holds them all), and o."""
