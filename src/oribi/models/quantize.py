@@ -51,12 +51,12 @@ class Quantization:
         linear = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
         for part in self.asked:
             if not any(_is_within(part, name) for name in linear):
-                leaves = sorted({name.rpartition(".")[2] for name in linear})
+                leaves = sorted({name.rpartition(".")[2] for name in linear} - {*_HEADS})
                 near = nearest(part, leaves)
                 raise ConfigError(
                     f"keep_in_16bit: the model has no linear layer {part!r}"
-                    + (f"; did you mean {near}?" if near else "")
-                    + f". It has {', '.join(leaves)}; a layer is named layers.0, a part of it layers.0.mlp"
+                    + (f"; did you mean {near}?" if near else ".")
+                    + f" It has {', '.join(leaves)}; a layer is named layers.0, a part of it layers.0.mlp"
                 )
         return [name for name in linear if any(_is_within(part, name) for part in self.asked)]
 
