@@ -348,6 +348,8 @@ def load_run(name: str | Path, *, dtype: str | None = None) -> LoadedRun:
         max_seq_length=config.max_seq_length,
         dtype=dtype or (None if config.dtype == "auto" else config.dtype),
         load_in_4bit=config.load_in_4bit and not config.full_finetuning,
+        # an adapter's own record says it too; a run of merged weights has none
+        keep_in_16bit=None if config.keep_in_16bit in ([], ["auto"]) else config.keep_in_16bit,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision if config.full_finetuning else None,
     )

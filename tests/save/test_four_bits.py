@@ -11,6 +11,7 @@ from oribi.memory.architecture import architecture_of
 from oribi.models.adapter_files import read_record
 from oribi.models.load import load_model
 from oribi.models.open import open_model
+from oribi.run import load_run
 from oribi.save.four_bits import AUTO_BUDGET, four_bit_loss
 from oribi.save.probes import rows_of
 from oribi.save.verify import mean_kl
@@ -142,6 +143,15 @@ def test_auto_keeps_what_was_measured_and_a_resumed_run_keeps_the_same(oribi, co
     again = oribi("train", config_file, *flags, "--max_steps", "3", "--resume")
     assert again.code == 0, again.err
     assert read_record(tmp_path / "run/adapter").kept_in_16bit == record.kept_in_16bit
+
+
+def test_a_run_of_merged_weights_is_loaded_with_the_layers_that_it_kept(oribi, config_file, tmp_path):
+    flags = ["--output_dir", tmp_path / "run", "--keep_in_16bit", "o_proj", "--save_method", "merged_16bit"]
+    trained = oribi("train", config_file, *flags, "--max_steps", "1", "--report", "false")
+    assert trained.code == 0, trained.err
+    layer = load_run(tmp_path / "run").model.model.layers[0]
+    assert layer.self_attn.o_proj.weight.is_floating_point()
+    assert not layer.self_attn.q_proj.weight.is_floating_point()
 
 
 def test_the_command_shows_what_keeping_buys(oribi, llama, tmp_path):
