@@ -39,6 +39,15 @@ class Family:
         architecture: class name of the family's causal LM in transformers, written to config.json on saving.
         mixers: entry of config.layer_types -> what mixes the tokens of such a layer, in the words of `models.mixers.MIXERS`;
             others are attention.
+        kv_sharing: whether config.num_kv_shared_layers is read: the last layers have no keys and values of their own and read
+            those of the last layer of their type that has.
+        wide_mlp: whether config.use_double_wide_mlp is read: the MLP of those last layers is twice as wide.
+        keys_as_values: whether config.attention_k_eq_v is read: layers that see everything have no v_proj, and take what
+            k_proj gives for both.
+        value_norm: v is divided by its root mean square over each head.
+        layer_scalar: each layer's output is multiplied by a number that the checkpoint holds and nobody trains.
+        per_layer_inputs: whether config.hidden_size_per_layer_input is read: each layer adds, last, what it makes of an
+            embedding of its own of each token.
         norms: "pre" (norm before attention and before the MLP), "post" (after each), "sandwich" (before and after).
         norm_offset: RMSNorm multiplies by (norm_offset + weight).
         names: a part's role -> the checkpoint's attribute, where it is not the usual one: a layer's norms by their places
@@ -55,9 +64,9 @@ class Family:
         output_bias: the config's field for the bias of o where attention_bias is "config"; None: it has none.
         mlp_bias: whether config.mlp_bias is read.
         windows: which layers slide: none, all (config.sliding_window), or by config.layer_types.
-        attention_scale: name of the config field that gives the scale; None is head_dim ** -0.5.
+        attention_scale: the scale, or the name of the config field that gives it; None is head_dim ** -0.5.
         attention_scale_power: the scale is that field to this power.
-        softcaps: whether config.attn_logit_softcapping and config.final_logit_softcapping are read.
+        softcaps: whether config.attn_logit_softcapping and config.final_logit_softcapping are read, or "final" alone.
         embedding_scale: embeddings are multiplied by sqrt(hidden_size), rounded to the weight's dtype.
         multipliers: whether config.embedding_multiplier, residual_multiplier and logits_scaling are read.
         rope_by_layer_type: config.rope_parameters has one entry for each layer type.
@@ -71,6 +80,12 @@ class Family:
 
     architecture: str
     mixers: Mapping[str, str] = field(default_factory=dict)
+    kv_sharing: bool = False
+    wide_mlp: bool = False
+    keys_as_values: bool = False
+    value_norm: bool = False
+    layer_scalar: bool = False
+    per_layer_inputs: bool = False
     norms: Literal["pre", "post", "sandwich"] = "pre"
     norm_offset: float = 0.0
     names: Mapping[str, str] = field(default_factory=dict)
@@ -85,9 +100,9 @@ class Family:
     output_bias: str | None = "attention_bias"
     mlp_bias: bool = False
     windows: Literal["all", "layer_types"] | None = None
-    attention_scale: str | None = None
+    attention_scale: str | float | None = None
     attention_scale_power: float = 1.0
-    softcaps: bool = False
+    softcaps: bool | Literal["final"] = False
     embedding_scale: bool = False
     multipliers: bool = False
     rope_by_layer_type: bool = False
@@ -153,6 +168,23 @@ class Family:
 # what llama.cpp reads of the Llama lineage
 _LLAMA_CPP = InGGUF("llama", interleaved_rope=True, biases="all", rope_factors=("llama3", "longrope"))
 
+_GEMMA4 = Family(
+    "Gemma4ForCausalLM",
+    mixers={"sliding_attention": "shared_attention", "full_attention": "shared_attention"},
+    kv_sharing=True,
+    wide_mlp=True,
+    keys_as_values=True,
+    value_norm=True,
+    layer_scalar=True,
+    norms="sandwich",
+    qk_norm="head",
+    windows="layer_types",
+    attention_scale=1.0,
+    softcaps="final",
+    embedding_scale=True,
+    rope_by_layer_type=True,
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", mlp_bias=True, gguf=replace(_LLAMA_CPP, layers_of_70b=80)),
     "mistral": Family(
@@ -192,6 +224,8 @@ FAMILIES: dict[str, Family] = {
         rope_by_layer_type=True,
         gguf=InGGUF("gemma3", window_period=6, layers_of_27b=62),
     ),
+    "gemma4_text": replace(_GEMMA4, per_layer_inputs=True),
+    "gemma4_unified_text": replace(_GEMMA4, architecture="Gemma4UnifiedForCausalLM"),
     "phi3": Family(
         "Phi3ForCausalLM",
         fused_projections=("qkv", "gate_up"),
@@ -346,10 +380,39 @@ def family_of(config: PretrainedConfig) -> Family | None:
         return None
     kinds = {"linear_attention", "conv", "mamba"} & set(getattr(config, "layer_types", None) or ())
     refused = (
-        getattr(config, "num_local_experts", 0), kinds - family.mixers.keys(),
-        getattr(config, "use_bidirectional_attention", False), getattr(config, "pretraining_tp", 1) not in (None, 1),
-    )  # fmt: skip
+        getattr(config, "num_local_experts", 0),
+        kinds - family.mixers.keys(),
+        getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone
+        getattr(config, "pretraining_tp", 1) not in (None, 1),
+        getattr(config, "enable_moe_block", False),
+        not _fields_by_layer(config) <= _BY_LAYER,
+    )
     return None if any(refused) else family
+
+
+# what may differ from layer to layer
+_BY_LAYER = {"head_dim", "num_key_value_heads"}
+
+
+def config_of_layer(config: PretrainedConfig, index: int | str) -> PretrainedConfig:
+    """A config whose fields are those of a layer, or of all layers of a type, where they differ by layer."""
+    return config.per_layer_config[index] if _fields_by_layer(config) else config
+
+
+def layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config of each layer where their fields differ, and the one config of all where they do not."""
+    if not _fields_by_layer(config):
+        return [config]
+    return [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+
+
+def _fields_by_layer(config: PretrainedConfig) -> set[str]:
+    """Names of the fields that `per_layer_config` changes; transformers raises where they are read of the whole model."""
+    layers = vars(config).get("_heterogeneity_spec")
+    if layers is None:
+        return set()
+    skips = any(overrides.get("skip") for overrides in layers.per_layer_overrides.values())
+    return set(layers.per_layer_attributes) | ({"skip"} if skips else set())
 
 
 def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gelu"] | None:

@@ -135,6 +135,24 @@ VARIANTS: dict[str, dict] = {
     },
 }
 
+_GEMMA4 = {
+    "num_hidden_layers": 8,
+    "layer_types": ["sliding_attention"] * 2 + ["full_attention"] + [*MIXED, "full_attention"],
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "attention_bias": False,
+    "sliding_window": 5,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "final_logit_softcapping": 3.0,
+}
+VARIANTS |= {
+    "gemma4_text": {**_GEMMA4, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 128},
+    "gemma4_unified_text": _GEMMA4,
+}
+
 ROPES: dict[str, dict] = {
     "linear": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
@@ -169,8 +187,14 @@ def tiny_pair(config: PretrainedConfig, seed: int = 0) -> tuple[DecoderForCausal
     torch.manual_seed(seed)
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+        kept = theirs.state_dict()
+        buffers = [buffer for name, buffer in theirs.named_buffers() if name in kept]
+        for tensor in (*theirs.parameters(), *buffers):
+            tensor.add_(torch.randn_like(tensor) * 0.2)
+        if config.model_type.startswith("gemma4"):  # no scale makes their scores small: the norms' weights do
+            for name, parameter in theirs.named_parameters():
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    parameter.mul_(0.4)
     ours = build(config, device="cpu")
     missing = ours.load_state_dict(theirs.state_dict(), strict=True)
     assert not missing.missing_keys

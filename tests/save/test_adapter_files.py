@@ -86,6 +86,10 @@ WRAPPERS = {
                         "vocab_size_per_layer_input": 384, "num_kv_shared_layers": 0},
         "vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 32},
     },
+    "gemma4_unified": {
+        "text_config": {**TEXT, **SLIDING, "global_head_dim": 16, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        "vision_config": {"mm_embed_dim": 64, "mm_posemb_size": 8, "patch_size": 8, "pooling_kernel_size": 1, "output_proj_dims": 64},
+    },
     "qwen3_5": {
         "text_config": {**TEXT, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
                         "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16},

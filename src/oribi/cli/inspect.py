@@ -132,8 +132,14 @@ def model(
         "parameters": f"{found.parameters:,} ({short_count(found.parameters)})",
         "layers": config.num_hidden_layers,
         "hidden size": f"{config.hidden_size}, MLP {mlp_size(config)}",
-        "heads": f"{config.num_attention_heads}, key/value {config.num_key_value_heads}, of "
-        + str(next((mixer.head_dim for mixer in mixers if isinstance(mixer, Attention)), None)),
+        "heads": f"{config.num_attention_heads}, key/value "
+        + ", or ".join(
+            dict.fromkeys(
+                f"{mixer.sizes[1] // mixer.head_dim}, of {mixer.head_dim}"
+                for mixer in mixers
+                if isinstance(mixer, Attention)
+            )
+        ),
         "vocabulary": f"{config.vocab_size:,}" + (", head tied to the embedding" if found.tied else ""),
         "positions": f"{config.max_position_embeddings:,}",
         "in NF4": gibibytes(found.weight_bytes(load_in_4bit=True)),

@@ -30,7 +30,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 # parts of a module's name by which transformers' classes keep apart attention and MLP; whatever else mixes tokens is attention
-_MLP_PARTS = re.compile(r"mlp|feed_forward|ffn|moe|expert|fc\d|dense_h|dense_4h|w[123]$")
+_MLP_PARTS = re.compile(r"mlp|per_layer|feed_forward|ffn|moe|expert|fc\d|dense_h|dense_4h|w[123]$")
 # PEFT refuses out_proj of these: their kernels read its weight past LoRA
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 # choose experts, and are not trained as projections are
@@ -92,7 +92,7 @@ def resolve_targets(
     if isinstance(target_modules, str):
         target_modules = target_modules.strip()
         leaves = {name.rpartition(".")[2] for name in names}
-        if target_modules.lower() == "all-linear" and layers is not None:
+        if target_modules.lower() == "all-linear" and (layers is not None or _has_linear_layers_outside(model)):
             target_modules = layer_projections(model, True, True)  # PEFT takes no word together with layers
         elif target_modules.lower() == "all-linear" and len(names) < len(every):
             target_modules = list(PROJECTIONS)
@@ -146,6 +146,11 @@ def resolve_targets(
     if tied and "embed_tokens" in saved and "lm_head" in found:
         found.remove("lm_head")
     return found, list(dict.fromkeys(saved)) or None
+
+
+def _has_linear_layers_outside(model: nn.Module) -> bool:
+    """Whether oribi's decoder has linear layers outside its layers, beside the head: what makes the layers' own inputs."""
+    return bool(getattr(getattr(model, "model", None), "per_layer_size", 0))
 
 
 def _of_text(model: nn.Module, names: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from oribi.errors import ModelError
-from oribi.families import MOST_LAYERS, family_of
+from oribi.families import MOST_LAYERS, config_of_layer, family_of, layer_configs
 from oribi.models.fields import (
     BOOLEAN,
     MOST,
@@ -154,11 +154,14 @@ def check_decoder(file: Path, config: PretrainedConfig, notes: list[str] | None 
         ModelError: naming the file, and every field that does not fit.
     """
     problems = [
-        f"{name} = {shown(getattr(config, name))}: must be a whole number from 1 to {MOST_LAYERS if name in _LAYERS else MOST:,}"
+        f"{name} = {shown(getattr(one, name))}: must be a whole number from 1 to {MOST_LAYERS if name in _LAYERS else MOST:,}"
+        for one in layer_configs(config)
         for name in _SIZES
-        if not is_whole(getattr(config, name), 1, MOST_LAYERS if name in _LAYERS else MOST)
+        if not is_whole(getattr(one, name), 1, MOST_LAYERS if name in _LAYERS else MOST)
     ]
-    problems = problems or [*_check_heads(config), *_check_numbers(config), *_check_lists(config)]
+    problems = problems or [
+        *(found for one in layer_configs(config) for found in _check_heads(one)),
+        *_check_numbers(config), *_check_lists(config)]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(config, name, None)
         ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -220,8 +223,9 @@ def _check_heads(config: PretrainedConfig) -> list[str]:
 
 def _check_numbers(config: PretrainedConfig) -> list[str]:
     family = family_of(config)
-    positive = [family.norm_eps] + [family.attention_scale] * (family.attention_scale is not None)
-    optional = ["attn_logit_softcapping", "final_logit_softcapping"] * family.softcaps
+    positive = [family.norm_eps] + [family.attention_scale] * isinstance(family.attention_scale, str)
+    optional = ["attn_logit_softcapping"] * (family.softcaps is True)
+    optional += ["final_logit_softcapping"] * bool(family.softcaps)
     nonzero = ["embedding_multiplier", "residual_multiplier", "logits_scaling"] * family.multipliers
     found = [
         f"{name} = {shown(getattr(config, name))}: must be a number above 0"
@@ -257,6 +261,13 @@ def _check_lists(config: PretrainedConfig) -> list[str]:
             "layer_types: some are sliding_attention, and no sliding_window is set, or use_sliding_window = false takes it away; "
             "give the window, or full_attention for each layer"
         )
+    if family.kv_sharing and not found:
+        first = layers - config.num_kv_shared_layers
+        if not (is_whole(config.num_kv_shared_layers, 0, layers - 1) and set(kinds[:first]) == set(kinds)):
+            found.append(
+                f"num_kv_shared_layers = {shown(config.num_kv_shared_layers)}: a layer of each type before the last so many "
+                "must have keys and values of its own"
+            )
     rotated = getattr(config, "no_rope_layers", None)
     if family.without_rope == "no_rope_layers" and not (are(rotated, int, bool) and len(rotated) == layers):
         found.append(f"no_rope_layers: must be 0 or 1 for each of {layers} layers")
@@ -266,9 +277,10 @@ def _check_lists(config: PretrainedConfig) -> list[str]:
 def _check_rope(config: PretrainedConfig) -> list[str]:
     """Computes the angles of one position, since each kind of RoPE has fields of its own."""
     family, found = family_of(config), []
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for kind in family.rope_kinds(config):
         where = f"rope_parameters of {kind}" if kind else "rope_parameters"
+        of_kind = config_of_layer(config, kind) if kind else config
+        head_dim = getattr(of_kind, "head_dim", None) or config.hidden_size // config.num_attention_heads
         try:
             angles = RotaryAngles(config, kind)
             with torch.device("cpu"):

@@ -60,6 +60,7 @@ class Core(Protocol):
     results: what a half around it can keep. The product of the group `input` has its name, that of `output` (before a
         norm) too; xa of both groups follow a result.
     input, output: names of the groups W_in and W_out. output_result: name of y where it can be kept, else None.
+    reads, gives (only where there is one): the entry of `Batch.shared` that it reads beside its input, and that it leaves.
     row_wise: whether tokens do not see each other: then the half runs in portions of the tokens, and `backward` leaves h
         where dh was, so that h is never kept.
     """

@@ -27,6 +27,7 @@ from oribi.models.generate import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory
 from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
 from oribi.models.linear_layers import RMSNorm, read
+from oribi.models.per_layer import PerLayerEmbedding, entry
 from oribi.models.outputs import LogitsWhenRead, require_growing, require_known, require_whole
 from oribi.models.pretrained import DecoderPreTrainedModel
 from oribi.models.rope import RotaryAngles, documents_from_positions
@@ -35,7 +36,7 @@ from oribi.models.rope import RotaryAngles, documents_from_positions
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class DecoderModel(DecoderPreTrainedModel):
+class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
     """Embeddings, layers and the last norm; what `AutoModel` would give."""
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -47,6 +48,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.norm_name = family.attribute("norm")
         norm = RMSNorm(config.hidden_size, getattr(config, family.norm_eps), family.norm_offset)
         self.add_module(self.norm_name, norm)
+        self.add_per_layer_inputs(config, family)
         self.rotary = {kind: RotaryAngles(config, kind) for kind in family.rope_kinds(config)}
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
         self.host_memory: HostMemory | None = None
@@ -93,6 +95,13 @@ class DecoderModel(DecoderPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         batch = self._batch(x, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q)
+        if self.per_layer_size:
+            if input_ids is None:
+                raise ModelError(
+                    "inputs_embeds: each layer of this model has an embedding of its own of each token; give input_ids"
+                )
+            own = self.per_layer_inputs(input_ids, x)
+            batch.shared |= {entry(index): (one,) for index, one in enumerate(own)}
         states = [x] if output_hidden_states else None
         for layer in islice(
             self.layers, self.config.num_hidden_layers

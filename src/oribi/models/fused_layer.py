@@ -74,23 +74,34 @@ def fused_layer(
 ) -> torch.Tensor:
     """The layer's output [B, S, D] for x [B, S, D], with gradients for x and every LoRA factor."""
     factors = [factor for half in halves for factor in half.factors()]
-    return _FusedLayer.apply(x, halves, LayerPass(layer, batch, keep, x.dtype, x.device), *factors)
+    reads = [half.reads for half in halves if half.reads]
+    gives = next((half.gives for half in halves if half.gives), None)
+    beside = [tensor for name in reads for tensor in batch.shared[name]]
+    own = batch.part(reads) if reads or gives else batch
+    layer_pass = LayerPass(layer, own, keep, x.dtype, x.device)
+    y, *given = _FusedLayer.apply(x, halves, layer_pass, gives, *beside, *factors)
+    if gives:
+        batch.shared[gives] = tuple(given)
+    return y
 
 
 class _FusedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, halves, layer_pass, *factors):
+    def forward(ctx, x, halves, layer_pass, gives, *beside):
         y = x.reshape(-1, x.shape[-1])
         kept = Kept(layer_pass)
         with torch.autocast(x.device.type, enabled=False):
             kept.put("x", y)
             for half in halves:
                 y = half.forward(y, layer_pass)
+            if layer_pass.layer.scalar is not None:
+                y = y * layer_pass.layer.scalar
         ctx.halves, ctx.layer_pass, ctx.kept, ctx.shape = halves, layer_pass, kept, x.shape
-        return y.view(x.shape)
+        ctx.gives = gives
+        return y.view(x.shape), *(layer_pass.batch.shared.pop(gives) if gives else ())
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, *given):
         halves, ctx.halves = ctx.halves, None
         if halves is None:
             raise ModelError(
@@ -98,9 +109,14 @@ class _FusedLayer(torch.autograd.Function):
             )
         if ctx.layer_pass.batch.host_memory is not None:
             ctx.layer_pass.batch.host_memory.begin_backward()
-        needs_dx, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        batch, reads = ctx.layer_pass.batch, [half.reads for half in halves if half.reads]
+        needs_dx, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         dy = dy.reshape(-1, dy.shape[-1])
+        if ctx.gives:
+            batch.gradients[ctx.gives] = given
         with torch.autocast(dy.device.type, enabled=False):
+            if ctx.layer_pass.layer.scalar is not None:
+                dy = dy * ctx.layer_pass.layer.scalar
             inputs = [ctx.kept.take("x")]
             for half in halves[:-1]:
                 inputs.append(half.restore(inputs[-1]))
@@ -110,5 +126,6 @@ class _FusedLayer(torch.autograd.Function):
                 place = None if first else halves[index - 1].place_for_dy
                 dy, found = halves[index].backward(inputs.pop(), dy, place, needs_dx or not first)
                 factors = found + factors
-        factors = [grad if want else None for grad, want in zip(factors, wanted)]
-        return (None if dy is None else dy.view(ctx.shape), None, None, *factors)
+        beside = [grad for name in reads for grad in batch.gradients.pop(name)]
+        found = [grad if want else None for grad, want in zip([*beside, *factors], wanted)]
+        return (None if dy is None else dy.view(ctx.shape), None, None, None, *found)

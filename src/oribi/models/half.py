@@ -58,6 +58,14 @@ class Kept:
             result = self._layer_pass.batch.host_memory.put(result, self._layer_pass)
         self._results[name] = result
 
+    def names(self) -> set[str]:
+        """Of the results that wait."""
+        return set(self._results)
+
+    def put_back(self, results: dict[str, Any]) -> None:
+        """Stores on the device what was taken."""
+        self._results |= results
+
     def take(self, name: str | None) -> Any:
         """A result, once; None where it has to be computed again."""
         found = self._results.pop(name, None)
@@ -122,6 +130,7 @@ class Half:
 
     def __init__(self, core: Core, pre: RMSNorm | None, post: RMSNorm | None, scale: float) -> None:
         self.core, self.pre, self.post, self.scale = core, pre, post, scale
+        self.reads, self.gives = getattr(core, "reads", None), getattr(core, "gives", None)
         self.groups = {name: [read(m) for m in modules] for name, modules in core.groups().items()}
         self._weights: dict[str, GroupWeight] = {}
         self._restored: _Restored | None = None
@@ -162,11 +171,29 @@ class Half:
         return y
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
-        """y [T, D] in backward, for a core that is not row-wise; what is recomputed for it is reused by `backward`."""
+        """y [T, D] in backward; what is recomputed for it is reused by `backward`, except for a row-wise core."""
+        if self.core.row_wise:
+            return torch.cat([self._again(kept, x[rows]) for rows, kept in zip(self._portions(len(x)), self.kept)])
         (kept,) = self.kept
         y = kept.take(self.core.output_result)
         self._restored, made = self._restore(kept, x, y is None)
         return made if y is None else y
+
+    def _again(self, kept: Kept, x: torch.Tensor) -> torch.Tensor:
+        """y of a portion [t, D], kept or computed; everything else that is kept stays so, and nothing is added."""
+        core = self.core
+        y = kept.take(core.output_result)
+        if y is None:
+            had = kept.names()
+            state, y = self._restore(kept, x, True)
+            taken = {
+                core.input: state.p,
+                f"{core.input}_xa": state.xa,
+                core.output: state.product,
+                f"{core.output}_xa": state.xa_out,
+            }
+            kept.put_back({name: one for name, one in taken.items() if name in had})
+        return y
 
     def _restore(self, kept: Kept, x: torch.Tensor, wants_y: bool) -> tuple[_Restored, torch.Tensor | None]:
         core, normed, y = self.core, None, None

@@ -159,6 +159,12 @@ def pinned(size: int, owner: object) -> torch.Tensor:
     return buffer
 
 
+def to_pinned_memory(weight: torch.nn.Parameter) -> None:
+    """Moves a weight to page-locked host memory."""
+    home = pinned(weight.nbytes, weight).view(weight.dtype).view(weight.shape)
+    weight.data = home.copy_(weight.data)
+
+
 def _unregister(buffer: torch.Tensor) -> None:
     torch.cuda.synchronize()  # a copy may still be under way
     torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())

@@ -5,7 +5,8 @@ runs as `fused_layer` describes; otherwise by PyTorch's autograd.
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -24,16 +25,29 @@ from oribi.models.linear_layers import NamedParts, RMSNorm
 from oribi.models.mixers import mixer_of
 from oribi.models.mixers.attention import window_of
 from oribi.models.mlp import MLP
+from oribi.models.per_layer import PerLayerInput, has_per_layer_inputs
 
 
 @dataclass
 class Batch:
-    """What all layers of one forward share: who sees whom, the angles of each kind of layer, the cache, the host."""
+    """What all layers of one forward share: who sees whom, the angles of each kind of layer, the cache, the host.
+
+    Args:
+        shared: what layers read beside their input, by name: keys and values that an earlier layer left, inputs of their own.
+        gradients: of entries of `shared`, between the parts of one layer's hand-written backward.
+    """
 
     visibility: Visibility
     angles: dict[str | None, Angles]
     cache: Cache | None = None
     host_memory: HostMemory | None = None
+    shared: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    gradients: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+    def part(self, names: Sequence[str]) -> "Batch":
+        """A batch that shares these entries alone, outside any graph: what holds it keeps no other layer's graph alive."""
+        found = {name: tuple(t.detach() for t in self.shared[name]) for name in names}
+        return replace(self, shared=found, gradients={})
 
 
 class Embedding(nn.Embedding):
@@ -63,11 +77,16 @@ class DecoderLayer(NamedParts):
         mixer = mixer_of(config, family, index)
         self.mixer_name = mixer.attribute  # as the checkpoint has it
         self.add_module(self.mixer_name, mixer)
-        self.add_part("mlp", MLP(config, family))
+        self.add_part("mlp", MLP(config, family, index))
         for role in family.layer_norms():
             self.add_part(
                 role, RMSNorm(config.hidden_size, getattr(config, family.norm_eps), family.norm_offset)
             )
+        # not a module of the layer's, whose attributes its parts are
+        own = has_per_layer_inputs(config, family)
+        self.per_layer_input = (PerLayerInput(self, config, family, index),) if own else ()
+        if family.layer_scalar:
+            self.register_buffer("layer_scalar", torch.ones(1))
         self.residual_scale = float(config.residual_multiplier) if family.multipliers else 1.0
         self.gradient_checkpointing = False  # set by transformers' gradient_checkpointing_enable
         self.keep = policy(
@@ -84,17 +103,28 @@ class DecoderLayer(NamedParts):
         return self._modules[self.mixer_name]
 
     def parts(self) -> tuple[tuple[nn.Module, RMSNorm | None, RMSNorm | None], ...]:
-        """The mixer and the MLP, each with the norms before and after it."""
+        """The mixer, the MLP and what adds the layer's own input, each with the norms before and after it."""
         norms = self.family.layer_norms()
         norms = {role: getattr(self, attribute) for role, attribute in norms.items()}
         return (
             (self.mixer, norms.get("mixer_input_norm"), norms.get("mixer_output_norm")),
             (self.part("mlp"), norms.get("mlp_input_norm"), norms.get("mlp_output_norm")),
+            *((one, None, self.part("post_per_layer_input_norm")) for one in self.per_layer_input),
         )
 
     def results(self) -> tuple[Result, ...]:
         """What the layer can keep between forward and backward, beside its input."""
         return tuple(result for module, _, _ in self.parts() for result in module.results)
+
+    @property
+    def gives(self) -> str | None:
+        """The entry of `Batch.shared` that the layer leaves for later ones."""
+        return getattr(self.mixer, "gives", None)
+
+    @property
+    def scalar(self) -> torch.Tensor | None:
+        """[1] factor of the layer's output; None without one."""
+        return self._buffers.get("layer_scalar")
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         if not self.training:
@@ -110,7 +140,20 @@ class DecoderLayer(NamedParts):
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return self._composed(x, batch)
         has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
-        return checkpoint(self._composed, x, batch, use_reentrant=False, preserve_rng_state=has_dropout)
+        # what the graph holds of the batch must not hold the graph of what this layer leaves there
+        own = replace(batch, shared=dict(batch.shared))
+        x, *given = checkpoint(
+            self._composed_with_given, x, own, use_reentrant=False, preserve_rng_state=has_dropout
+        )
+        if given:
+            batch.shared[self.gives] = tuple(given)
+        return x
+
+    def _composed_with_given(self, x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """The layer's output, and what later layers read."""
+        own = replace(batch, shared=dict(batch.shared))
+        x = self._composed(x, own)
+        return (x, *own.shared[self.gives]) if self.gives else (x,)
 
     def _composed(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The layer by PyTorch's autograd, for inference and for whatever `fused_layer` does not train."""
@@ -118,7 +161,7 @@ class DecoderLayer(NamedParts):
             h = module(x if pre is None else pre(x), batch)
             h = h if post is None else post(h)
             x = x + (h if self.residual_scale == 1.0 else h * self.residual_scale)
-        return x
+        return x if self.scalar is None else x * self.scalar
 
 
 def follow_windows(config: PretrainedConfig, family: Family) -> PretrainedConfig:

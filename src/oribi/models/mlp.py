@@ -17,9 +17,17 @@ from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_for
 from oribi.models.core import Result
 from oribi.models.half import Kept
 from oribi.models.linear_layers import NamedParts, project
+from oribi.models.mixers.shared_attention import is_shared
 
 if TYPE_CHECKING:
     from oribi.models.layers import Batch
+
+# of an MLP that is not the last part of its layer: its output, which the next part reads
+_BEFORE_ANOTHER_PART = (
+    Result("x_mlp", ("down.out",), made_by="down", balanced="keep", memory="host"),
+    Result("down_xa", ("down.lora",), follows="x_mlp"),
+    Result("down", ("down.out",), made_by="down", before_norm=True),
+)
 
 
 class MLP(NamedParts):
@@ -32,9 +40,13 @@ class MLP(NamedParts):
         Result("down", ("down.out",), made_by="down", before_norm=True),
     )
 
-    def __init__(self, config: PretrainedConfig, family: Family) -> None:
+    def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
         super().__init__(family)
         size, inner = config.hidden_size, mlp_size(config)
+        if family.wide_mlp and config.use_double_wide_mlp and is_shared(config, index):
+            inner *= 2
+        if family.per_layer_inputs and config.hidden_size_per_layer_input:
+            self.output_result, self.results = "x_mlp", (*self.results[:2], *_BEFORE_ANOTHER_PART)
         bias = family.mlp_bias and bool(family.value(config, "mlp_bias"))
         self._inputs = (
             ("gate_up_proj",) if "gate_up" in family.fused_projections else ("gate_proj", "up_proj")

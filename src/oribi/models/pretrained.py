@@ -8,7 +8,7 @@ from oribi.errors import ModelError
 from oribi.kernels import fp8
 from oribi.models.core import Keep
 from oribi.models.fused_layer import POLICY_NAMES, fusible_halves, policy
-from oribi.models.host_memory import pinned
+from oribi.models.host_memory import to_pinned_memory
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import RMSNorm
 
@@ -26,6 +26,11 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # what Trainer asks before it divides by num_items_in_batch itself
     accepts_loss_kwargs = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """True: a config that transformers' own class with experts was built from names their kernels, and none runs here."""
+        return True
 
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(self.config, "initializer_range", 0.02)
@@ -123,8 +128,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
         shared = head is not None and getattr(head, "weight", None) is weight
         if weight is None or shared or weight.requires_grad or not weight.is_cuda:
             return 0
-        home = pinned(weight.nbytes, weight).view(weight.dtype).view(weight.shape)
-        weight.data = home.copy_(weight.data)
+        to_pinned_memory(weight)
         return weight.nbytes
 
     def enable_input_require_grads(self) -> None:

@@ -13,11 +13,13 @@ from torch import nn
 
 from oribi.errors import ConfigError, ModelError
 from oribi.kernels import nf4
+from oribi.models.host_memory import to_pinned_memory
 from oribi.tensors import TensorSource, problems_in_words
 from oribi.text import nearest
 
 _HEADS = ("lm_head", "score", "classifier")  # of language models and of classifiers
 BLOCK = 64  # values that share one scale
+_CPU = torch.device("cpu")
 _NF4_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _NF4_KEY)
 
@@ -110,10 +112,21 @@ def fill(
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{prefix}.{name}" if prefix else name
             if parameter.is_meta and full not in tied:
-                setattr(module, name, nn.Parameter(reader.dense(full), requires_grad=trainable))
+                waits = not trainable and device.type == "cuda" and getattr(module, "waits_in_host_memory", False)
+                value = reader.dense(full, _CPU if waits else None)
+                setattr(module, name, nn.Parameter(value, requires_grad=trainable))
+                if waits:
+                    to_pinned_memory(getattr(module, name))
+        for name in stored_buffers(module):
+            setattr(module, name, reader.dense(f"{prefix}.{name}"))
     source.close()
     model.tie_weights()
     return notes
+
+
+def stored_buffers(module: nn.Module) -> list[str]:
+    """Names of a module's own buffers that a checkpoint holds."""
+    return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
 
 
 def _tied(model: nn.Module) -> bool:
@@ -123,13 +136,21 @@ def _tied(model: nn.Module) -> bool:
 def _check(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: set[str]) -> list[str]:
     """Compares names and shapes with the model's; returns notes, raises over anything that does not fit."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    notes = []
+    notes, unread = [], set()
+    for prefix, module in model.named_modules():
+        expected |= {f"{prefix}.{name}": tuple(module._buffers[name].shape) for name in stored_buffers(module)}
+        unread |= {f"{prefix}.{name}" for name in getattr(module, "leftovers", ())} & set(stored)
+    if unread:
+        notes.append(
+            f"{len(unread)} tensors of the checkpoint, {min(unread)} the first, are not used: these layers read the keys and "
+            "values of earlier ones"
+        )
     if _tied(model):
         expected.pop("lm_head.weight", None)
         if "lm_head.weight" in stored:
             notes.append("the checkpoint's lm_head.weight is not used: config.json ties it to the embeddings")
             stored.pop("lm_head.weight")
-    known = set(expected) | {f"{name}.{key}" for name in packed for key in _STATE_KEYS}
+    known = set(expected) | unread | {f"{name}.{key}" for name in packed for key in _STATE_KEYS}
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in known]
     wrong = [
@@ -201,10 +222,10 @@ class _Reader:
         self.source, self.packed, self.device, self.dtype, self.double = source, packed, device, dtype, double
         self.shapes = source.shapes()
 
-    def dense(self, name: str) -> torch.Tensor:
-        """A tensor in the compute dtype; a packed one is dequantised."""
+    def dense(self, name: str, device: torch.device | None = None) -> torch.Tensor:
+        """A tensor in the compute dtype, on the model's device if not told; a packed one is dequantised."""
         if name not in self.packed:
-            return self.source.read(name, self.device, self.dtype)
+            return self.source.read(name, device or self.device, self.dtype)
         return nf4.dequantize([_parameter(*self._stored(name))], self.dtype)
 
     def fill_packed(self, prefix: str, module: nn.Module, group: list[str]) -> None:

@@ -10,16 +10,16 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
-from oribi.families import FAMILIES, rope_base
+from oribi.families import FAMILIES, config_of_layer, rope_base
 from oribi.kernels.rope import Angles
 
-_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 # frequencies of these kinds depend on the longest position of the batch
 _BY_LENGTH = ("dynamic", "longrope")
 
 
 class RotaryAngles:
-    """cos and sin tables for one kind of layer: default, linear, dynamic, llama3, yarn or longrope.
+    """cos and sin tables for one kind of layer: default, linear, dynamic, llama3, yarn, longrope or proportional.
 
     The frequencies are transformers' own (`ROPE_INIT_FUNCTIONS`); positions are applied in float32, and cos and sin stay
     float32 because rounding them to bfloat16 loses what long contexts need.
@@ -30,7 +30,7 @@ class RotaryAngles:
     """
 
     def __init__(self, config: PretrainedConfig, layer_type: str | None = None) -> None:
-        self.config = config
+        self.config = config_of_layer(config, layer_type) if layer_type else config
         self.layer_type = layer_type
         self.parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
         self.kind, self.theta = rope_base(config, self.parameters)

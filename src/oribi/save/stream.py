@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from oribi.models.decoder import DecoderForCausalLM, build
+from oribi.models.quantize import stored_buffers
 from oribi.tensors import TensorSource
 
 # other tensors than the model's, and what is told of each layer: index, output with the others on the same input, output
@@ -61,9 +62,13 @@ def _loaded_by_need(
             owner, _, leaf = name.rpartition(".")
             value = source.read(f"{prefix}.{name}", device, dtype)
             setattr(part.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        for owner, module in part.named_modules(prefix=prefix):
+            for leaf in stored_buffers(module):
+                setattr(module, leaf, source.read(f"{owner}.{leaf}", device, dtype))
 
-    load("model.embed_tokens", model.model.embed_tokens)
-    load(f"model.{model.model.norm_name}", model.model.last_norm)
+    for name, part in model.model.named_children():
+        if part is not model.model.layers:
+            load(f"model.{name}", part)
     if "lm_head.weight" in stored:
         load("lm_head", model.lm_head)
     else:

@@ -72,6 +72,7 @@ class DecodingState:
         out: [B, N] int64, new tokens. step: [1] int64, how many there are.
         counters: of the kernels, which leave them zero.
         seen: [B, V] bool, the tokens that a row has; None without V.
+        per_layer: inputs of each layer [B, N] of the token of this step, where layers have any.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class DecodingState:
             {name: zeros(rows, *one.shape, dtype=one.dtype or dtype) for name, one in of_layer.items()}
             for of_layer in self._held
         ]
+        self.per_layer: tuple[torch.Tensor, ...] = ()
         self.row = torch.arange(rows, device=device)
         self.token, self.length, self.count = zeros(rows), zeros(rows), zeros(rows)
         self.finished = zeros(rows, dtype=torch.bool)

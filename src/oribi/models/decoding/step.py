@@ -23,8 +23,10 @@ from oribi.models.decoding.state import DecodingState
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import RMSNorm, read
 from oribi.models.mixers.attention import Attention
+from oribi.models.mixers.shared_attention import SharedAttention
 from oribi.models.mixers.short_conv import ShortConv
 from oribi.models.mlp import MLP
+from oribi.models.per_layer import PerLayerInput
 
 if TYPE_CHECKING:
     from oribi.models.decoder import DecoderForCausalLM
@@ -152,6 +154,32 @@ def attend(
     return out.reshape(q.shape)
 
 
+class SharedAttentionStep(AttentionStep):
+    """The same of a layer that reads the cache of its donor, which went before it in this step.
+
+    Args:
+        attention: the module. state: holds the donor's cache.
+    """
+
+    def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
+        """Output [B, D] of x [B, D]."""
+        a, state = self.attention, self.state
+        q, k, v = a.normed_and_rotated(self.groups["qkv"](x), angles[a.rope_kind])
+        keys, values = state.held[a.donor].values()
+        if self._fused:
+            if k is not None:
+                qkv = torch.cat([t.flatten(1) for t in (q, k, v)], dim=1)
+                q = store_token(qkv, keys, values, state.length, state.row)
+            shared = keys, values, state.length, state.row, state.counters
+            return self.groups["o"](decode_attention(q, *shared, scale=a.scale))
+        ring = rings[state.slots[a.donor]]
+        if k is not None:
+            ring.write(keys, k)
+            ring.write(values, v)
+        out = attend(q, keys[:, :, : ring.used], values[:, :, : ring.used], ring.mask, a.scale, None)
+        return self.groups["o"](out.flatten(1))
+
+
 class MLPStep:
     """The gated MLP of one token per row.
 
@@ -191,11 +219,30 @@ class ShortConvStep:
         return self.groups["conv_out"](causal_conv_step(x, window, weight, bias, before=b, after=c))
 
 
-# how one token per row goes through a mixer or an MLP
+class PerLayerInputStep:
+    """What a layer adds of its own input, of one token per row.
+
+    Args:
+        core: the module. state: holds the inputs of the token.
+    """
+
+    def __init__(self, core: PerLayerInput, state: DecodingState) -> None:
+        self.core, self.state = core, state
+        self.groups = groups_of(core, state)
+
+    def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
+        """Output [B, D] of x [B, D]."""
+        gate, own = self.groups["per_layer_gate"](x), self.state.per_layer[self.core.index]
+        return self.groups["per_layer_output"](gated_mlp_forward(gate, own, self.core.activation))
+
+
+# how one token per row goes through a mixer, an MLP or another part of a layer
 STEPS: dict[type, Callable[[Any, DecodingState], Any]] = {
     Attention: AttentionStep,
+    SharedAttention: SharedAttentionStep,
     ShortConv: ShortConvStep,
     MLP: MLPStep,
+    PerLayerInput: PerLayerInputStep,
 }
 
 
@@ -243,6 +290,8 @@ class DecodingStep:
         x = model.embed_tokens(state.token).to(state.dtype)
         if model.embedding_multiplier != 1.0:
             x = x * model.embedding_multiplier
+        if model.per_layer_size:
+            state.per_layer = model.per_layer_inputs(state.token, x)
         angles = {kind: rotary.angles(state.length, longest) for kind, rotary in model.rotary.items()}
         slots = (
             () if reads_with_kernels(state) else set(state.slots) - {0}
@@ -266,7 +315,7 @@ class DecodingStep:
 
 class _LayerStep:
     def __init__(self, layer: DecoderLayer, state: DecodingState) -> None:
-        self.scale = layer.residual_scale
+        self.scale, self.scalar = layer.residual_scale, layer.scalar
         self.parts = [(STEPS[type(module)](module, state), pre, post) for module, pre, post in layer.parts()]
 
     def __call__(self, x, branch, angles, rings):
@@ -278,7 +327,9 @@ class _LayerStep:
                 h = x = x if branch is None else x + (branch if self.scale == 1.0 else branch * self.scale)
             h = part(h, angles, rings)
             branch = h if post is None else _norm(post, h)
-        return x, branch
+        if self.scalar is None:
+            return x, branch
+        return (x + (branch if self.scale == 1.0 else branch * self.scale)) * self.scalar, None
 
 
 def _norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:

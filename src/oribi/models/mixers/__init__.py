@@ -5,10 +5,15 @@ from transformers import PretrainedConfig
 from oribi.families import Family
 from oribi.models.core import Mixer
 from oribi.models.mixers.attention import Attention
+from oribi.models.mixers.shared_attention import SharedAttention
 from oribi.models.mixers.short_conv import ShortConv
 
 # in the words of `Family.mixers`
-MIXERS: dict[str, type] = {"attention": Attention, "short_conv": ShortConv}
+MIXERS: dict[str, type] = {
+    "attention": Attention,
+    "shared_attention": SharedAttention,
+    "short_conv": ShortConv,
+}
 
 
 def mixer_of(config: PretrainedConfig, family: Family, index: int) -> Mixer:

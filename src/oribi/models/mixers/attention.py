@@ -41,6 +41,7 @@ class Attending:
         how: the attention that is computed.
         angles: of each token; None where nothing rotates.
         raw, rstd: q and k before their norms, and their 1/rms; empty without norms.
+        batch: where a layer leaves what others share with it, and finds it.
         out, saved: attention's output [T, H E], and what its backward wants.
     """
 
@@ -54,6 +55,7 @@ class Attending:
     rstd: tuple[torch.Tensor, ...] = ()
     out: torch.Tensor | None = None
     saved: tuple[torch.Tensor, ...] = ()
+    batch: "Batch | None" = None
 
 
 class Attention(NamedParts):
@@ -99,9 +101,11 @@ class Attention(NamedParts):
             for role, size in (("q_norm", q_size), ("k_norm", k_size)):
                 self.add_part(role, RMSNorm(size, getattr(config, family.norm_eps), family.norm_offset))
         self.scale = self.head_dim**-0.5
-        if family.attention_scale:
+        if isinstance(family.attention_scale, str):
             self.scale = float(getattr(config, family.attention_scale)) ** family.attention_scale_power
-        self.softcap = config.attn_logit_softcapping if family.softcaps else None
+        elif family.attention_scale is not None:
+            self.scale = family.attention_scale
+        self.softcap = config.attn_logit_softcapping if family.softcaps is True else None
         self.window = window_of(config, family, index)
         self.rope_kind = config.layer_types[index] if family.rope_by_layer_type else None
         self.rotates = family.rotates(config, index)
