@@ -24,6 +24,8 @@ _NORMS: dict[str, dict[str, str]] = {
         "mlp_input_norm": "pre_feedforward_layernorm", "mlp_output_norm": "post_feedforward_layernorm",
     },
 }  # fmt: skip
+# mixers whose queries and keys are rotated
+_ATTENTION = ("attention", "shared_attention")
 # group of linear layers -> the projections in it, and the one layer that may hold them all
 _FUSED = {
     "qkv": (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
@@ -135,7 +137,7 @@ class Family:
         if not self.rope_by_layer_type:
             return [None]
         layers = range(config.num_hidden_layers)
-        return sorted({config.layer_types[i] for i in layers if self.mixer(config, i) == "attention"})
+        return sorted({config.layer_types[i] for i in layers if self.mixer(config, i) in _ATTENTION})
 
     def attribute(self, role: str) -> str:
         """The checkpoint's name of a part, by its role as in `names`."""

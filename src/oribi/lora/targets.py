@@ -92,7 +92,9 @@ def resolve_targets(
     if isinstance(target_modules, str):
         target_modules = target_modules.strip()
         leaves = {name.rpartition(".")[2] for name in names}
-        if target_modules.lower() == "all-linear" and (layers is not None or _has_linear_layers_outside(model)):
+        if target_modules.lower() == "all-linear" and (
+            layers is not None or _has_linear_layers_outside(model)
+        ):
             target_modules = layer_projections(model, True, True)  # PEFT takes no word together with layers
         elif target_modules.lower() == "all-linear" and len(names) < len(every):
             target_modules = list(PROJECTIONS)

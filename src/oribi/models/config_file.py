@@ -161,7 +161,9 @@ def check_decoder(file: Path, config: PretrainedConfig, notes: list[str] | None 
     ]
     problems = problems or [
         *(found for one in layer_configs(config) for found in _check_heads(one)),
-        *_check_numbers(config), *_check_lists(config)]
+        *_check_numbers(config),
+        *_check_lists(config),
+    ]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(config, name, None)
         ids = value if isinstance(value, list) else [] if value is None else [value]

@@ -27,8 +27,8 @@ from oribi.models.generate import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory
 from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
 from oribi.models.linear_layers import RMSNorm, read
-from oribi.models.per_layer import PerLayerEmbedding, entry
 from oribi.models.outputs import LogitsWhenRead, require_growing, require_known, require_whole
+from oribi.models.per_layer import PerLayerEmbedding, entry
 from oribi.models.pretrained import DecoderPreTrainedModel
 from oribi.models.rope import RotaryAngles, documents_from_positions
 

@@ -173,7 +173,9 @@ class Half:
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """y [T, D] in backward; what is recomputed for it is reused by `backward`, except for a row-wise core."""
         if self.core.row_wise:
-            return torch.cat([self._again(kept, x[rows]) for rows, kept in zip(self._portions(len(x)), self.kept)])
+            return torch.cat(
+                [self._again(kept, x[rows]) for rows, kept in zip(self._portions(len(x)), self.kept)]
+            )
         (kept,) = self.kept
         y = kept.take(self.core.output_result)
         self._restored, made = self._restore(kept, x, y is None)

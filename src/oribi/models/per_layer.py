@@ -53,7 +53,7 @@ class PerLayerInput(nn.Module):
         size, hidden = config.hidden_size_per_layer_input, config.hidden_size
         layer.add_part("per_layer_input_gate", nn.Linear(hidden, size, bias=False))
         layer.add_part("per_layer_projection", nn.Linear(size, hidden, bias=False))
-        norm = RMSNorm(hidden, config.rms_norm_eps, family.norm_offset)
+        norm = RMSNorm(hidden, getattr(config, family.norm_eps), family.norm_offset)
         layer.add_part("post_per_layer_input_norm", norm)
         self._layer = (layer,)  # which owns the parts: no second name for them
         self.activation, self.index, self.reads = activation_of(config), index, entry(index)
@@ -72,7 +72,9 @@ class PerLayerInput(nn.Module):
         h = gated_mlp(gate.flatten(0, 1), own.flatten(0, 1), self.activation)
         return project(groups["per_layer_output"], h.view(gate.shape))[0]
 
-    def prepare(self, p: torch.Tensor, batch: "Batch", fresh: bool) -> tuple[torch.Tensor, torch.Tensor, "Batch"]:
+    def prepare(
+        self, p: torch.Tensor, batch: "Batch", fresh: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, "Batch"]:
         """The gate [T, N], the layer's input [T, N], and where its gradient goes."""
         return p, batch.shared[self.reads][0].flatten(0, 1), batch
 
@@ -93,7 +95,9 @@ class PerLayerEmbedding(nn.Module):
 
     def add_per_layer_inputs(self, config: PretrainedConfig, family: Family) -> None:
         """Adds the embedding and the projection, under the checkpoint's names; nothing in families without them."""
-        self.per_layer_size = config.hidden_size_per_layer_input if has_per_layer_inputs(config, family) else 0
+        self.per_layer_size = (
+            config.hidden_size_per_layer_input if has_per_layer_inputs(config, family) else 0
+        )
         if not self.per_layer_size:
             return
         from oribi.models.layers import Embedding
@@ -104,7 +108,7 @@ class PerLayerEmbedding(nn.Module):
         # it is read a row per token, and as large as all layers in 4 bits
         self.embed_tokens_per_layer.waits_in_host_memory = True
         self.per_layer_model_projection = nn.Linear(config.hidden_size, columns, bias=False)
-        self.per_layer_projection_norm = RMSNorm(size, config.rms_norm_eps, family.norm_offset)
+        self.per_layer_projection_norm = RMSNorm(size, getattr(config, family.norm_eps), family.norm_offset)
 
     def per_layer_inputs(self, ids: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """P_i [..., N] of every layer.
@@ -114,7 +118,9 @@ class PerLayerEmbedding(nn.Module):
         """
         size = self.per_layer_size
         (projected,) = project([self.per_layer_model_projection], x)
-        projected = self.per_layer_projection_norm((projected * x.shape[-1] ** -0.5).unflatten(-1, (-1, size)))
+        projected = self.per_layer_projection_norm(
+            (projected * x.shape[-1] ** -0.5).unflatten(-1, (-1, size))
+        )
         looked_up = self.embed_tokens_per_layer(ids).to(x.dtype).unflatten(-1, (-1, size))
         # a slice's backward would make zeros for all layers, in each layer
         return ((projected + looked_up) * 2.0**-0.5).unbind(-2)

@@ -112,7 +112,9 @@ def fill(
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{prefix}.{name}" if prefix else name
             if parameter.is_meta and full not in tied:
-                waits = not trainable and device.type == "cuda" and getattr(module, "waits_in_host_memory", False)
+                waits = (
+                    not trainable and device.type == "cuda" and getattr(module, "waits_in_host_memory", False)
+                )
                 value = reader.dense(full, _CPU if waits else None)
                 setattr(module, name, nn.Parameter(value, requires_grad=trainable))
                 if waits:
@@ -138,7 +140,9 @@ def _check(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: set[str
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     notes, unread = [], set()
     for prefix, module in model.named_modules():
-        expected |= {f"{prefix}.{name}": tuple(module._buffers[name].shape) for name in stored_buffers(module)}
+        expected |= {
+            f"{prefix}.{name}": tuple(module._buffers[name].shape) for name in stored_buffers(module)
+        }
         unread |= {f"{prefix}.{name}" for name in getattr(module, "leftovers", ())} & set(stored)
     if unread:
         notes.append(

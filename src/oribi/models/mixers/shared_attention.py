@@ -42,7 +42,7 @@ class SharedAttention(Attention):
 
     def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
         super().__init__(config_of_layer(config, index), family, index)
-        self.norms_values, self.eps = family.value_norm, config.rms_norm_eps
+        self.norms_values, self.eps = family.value_norm, getattr(config, family.norm_eps)
         self.donor, lends = donor_of(config, index) if family.kv_sharing else (index, False)
         kind = config.layer_types[index]
         self.reads, self.gives = kind if self.donor != index else None, kind if lends else None
