@@ -57,7 +57,10 @@ def test_every_rope_kind_equals_transformers(rope, length):
 
 
 # with these flags switched off a model cannot be built from the checkpoint; any other gives wrong numbers
-OTHER_TENSORS = (RuntimeError, r"(Unexpected|Missing) key\(s\) in state_dict|size mismatch for model\.layers|is a per-layer attribute")
+OTHER_TENSORS = (
+    RuntimeError,
+    r"(Unexpected|Missing) key\(s\) in state_dict|size mismatch for model\.layers|is a per-layer attribute",
+)
 PARTS = ["kv_sharing", "wide_mlp", "keys_as_values", "layer_scalar", "per_layer_inputs"]
 FAILS = {
     **dict.fromkeys(
@@ -211,9 +214,11 @@ WINDOWS = {
 # transformers makes no config or no mask of these: its layers of Granite's hybrids are recurrent unless said otherwise, and
 # Gemma 4's last layers need some of each type before them,
 # EXAONE and Ministral cannot do without a window unless layer_types say so
-IMPOSSIBLE = {(name, windows) for name in ("granitemoehybrid", "gemma4_text", "gemma4_unified_text") for windows in WINDOWS} | {
-    (name, windows) for name in ("exaone4", "ministral") for windows in ("unset", "chunks")
-}
+IMPOSSIBLE = {
+    (name, windows)
+    for name in ("granitemoehybrid", "gemma4_text", "gemma4_unified_text")
+    for windows in WINDOWS
+} | {(name, windows) for name in ("exaone4", "ministral") for windows in ("unset", "chunks")}
 
 
 @pytest.mark.parametrize(
