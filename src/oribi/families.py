@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 
 from oribi.in_gguf import InGGUF
+from oribi.layer_fields import fields_by_layer
 
 # the deepest models have some hundreds; each layer costs host memory before a weight is read
 MOST_LAYERS = 4096
@@ -387,34 +388,13 @@ def family_of(config: PretrainedConfig) -> Family | None:
         getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone
         getattr(config, "pretraining_tp", 1) not in (None, 1),
         getattr(config, "enable_moe_block", False),
-        not _fields_by_layer(config) <= _BY_LAYER,
+        not fields_by_layer(config) <= _BY_LAYER,
     )
     return None if any(refused) else family
 
 
 # what may differ from layer to layer
 _BY_LAYER = {"head_dim", "num_key_value_heads"}
-
-
-def config_of_layer(config: PretrainedConfig, index: int | str) -> PretrainedConfig:
-    """A config whose fields are those of a layer, or of all layers of a type, where they differ by layer."""
-    return config.per_layer_config[index] if _fields_by_layer(config) else config
-
-
-def layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """The config of each layer where their fields differ, and the one config of all where they do not."""
-    if not _fields_by_layer(config):
-        return [config]
-    return [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
-
-
-def _fields_by_layer(config: PretrainedConfig) -> set[str]:
-    """Names of the fields that `per_layer_config` changes; transformers raises where they are read of the whole model."""
-    layers = vars(config).get("_heterogeneity_spec")
-    if layers is None:
-        return set()
-    skips = any(overrides.get("skip") for overrides in layers.per_layer_overrides.values())
-    return set(layers.per_layer_attributes) | ({"skip"} if skips else set())
 
 
 def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gelu"] | None:
@@ -431,35 +411,3 @@ def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gel
         "gelu_new": "gelu_tanh",
         "gelu": "gelu",
     }.get(name)
-
-
-def mlp_size(config: PretrainedConfig) -> int:
-    """Columns of the MLP's gate and up.
-
-    Source: the feed-forward size of LLaMA's reference code, which LFM2's configs took over.
-    """
-    family = FAMILIES[config.model_type]
-    size = family.value(config, "intermediate_size")
-    if not family.adjusts_mlp or not config.block_auto_adjust_ff_dim:
-        return size
-    size = int(2 * size / 3)
-    if config.block_ffn_dim_multiplier is not None:
-        size = int(config.block_ffn_dim_multiplier * size)
-        size = -(-size // config.block_multiple_of) * config.block_multiple_of
-    return size
-
-
-def rope_base(config: PretrainedConfig, parameters: Mapping[str, Any]) -> tuple[str, float]:
-    """The kind of RoPE and its base, with a stretch that the family applies for good already in it.
-
-    Args:
-        config: of the model. parameters: its `rope_parameters`, of one layer type where they differ.
-
-    Source: NTK-aware scaling, as Hunyuan's checkpoints name it: "dynamic" with a fixed `alpha`.
-    """
-    kind, theta, family = parameters["rope_type"], parameters["rope_theta"], FAMILIES.get(config.model_type)
-    alpha = parameters.get("alpha")
-    if not (family and family.rope_alpha and kind == "dynamic" and alpha):
-        return kind, theta
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return "default", theta * alpha ** (head_dim / (head_dim - 2))

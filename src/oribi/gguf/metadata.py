@@ -7,7 +7,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from oribi.errors import ExportError, ModelError
-from oribi.families import FAMILIES, MOST_LAYERS, Family, family_of, mlp_size, rope_base
+from oribi.families import FAMILIES, MOST_LAYERS, Family, family_of
+from oribi.family_sizes import mlp_size, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import MODEL_TYPES, family_in_gguf
 from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from oribi.families import FAMILIES, rope_base
+from oribi.families import FAMILIES
+from oribi.family_sizes import rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import ROPE_FACTORS
 from oribi.in_gguf import InGGUF

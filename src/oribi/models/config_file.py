@@ -14,7 +14,8 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from oribi.errors import ModelError
-from oribi.families import MOST_LAYERS, config_of_layer, family_of, layer_configs
+from oribi.families import MOST_LAYERS, family_of
+from oribi.layer_fields import config_of_layer, layer_configs
 from oribi.models.fields import (
     BOOLEAN,
     MOST,

@@ -1,0 +1,40 @@
+"""Sizes and bases that a family computes from its config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from oribi.families import FAMILIES
+
+
+def mlp_size(config: PretrainedConfig) -> int:
+    """Columns of the MLP's gate and up.
+
+    Source: the feed-forward size of LLaMA's reference code, which LFM2's configs took over.
+    """
+    family = FAMILIES[config.model_type]
+    size = family.value(config, "intermediate_size")
+    if not family.adjusts_mlp or not config.block_auto_adjust_ff_dim:
+        return size
+    size = int(2 * size / 3)
+    if config.block_ffn_dim_multiplier is not None:
+        size = int(config.block_ffn_dim_multiplier * size)
+        size = -(-size // config.block_multiple_of) * config.block_multiple_of
+    return size
+
+
+def rope_base(config: PretrainedConfig, parameters: Mapping[str, Any]) -> tuple[str, float]:
+    """The kind of RoPE and its base, with a stretch that the family applies for good already in it.
+
+    Args:
+        config: of the model. parameters: its `rope_parameters`, of one layer type where they differ.
+
+    Source: NTK-aware scaling, as Hunyuan's checkpoints name it: "dynamic" with a fixed `alpha`.
+    """
+    kind, theta, family = parameters["rope_type"], parameters["rope_theta"], FAMILIES.get(config.model_type)
+    alpha = parameters.get("alpha")
+    if not (family and family.rope_alpha and kind == "dynamic" and alpha):
+        return kind, theta
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return "default", theta * alpha ** (head_dim / (head_dim - 2))
