@@ -172,21 +172,10 @@ class Family:
 _LLAMA_CPP = InGGUF("llama", interleaved_rope=True, biases="all", rope_factors=("llama3", "longrope"))
 
 _GEMMA4 = Family(
-    "Gemma4ForCausalLM",
-    mixers={"sliding_attention": "shared_attention", "full_attention": "shared_attention"},
-    kv_sharing=True,
-    wide_mlp=True,
-    keys_as_values=True,
-    value_norm=True,
-    layer_scalar=True,
-    norms="sandwich",
-    qk_norm="head",
-    windows="layer_types",
-    attention_scale=1.0,
-    softcaps="final",
-    embedding_scale=True,
-    rope_by_layer_type=True,
-)
+    "Gemma4ForCausalLM", kv_sharing=True, wide_mlp=True, keys_as_values=True, value_norm=True, layer_scalar=True,
+    mixers={"sliding_attention": "shared_attention", "full_attention": "shared_attention"}, norms="sandwich", qk_norm="head",
+    windows="layer_types", attention_scale=1.0, softcaps="final", embedding_scale=True, rope_by_layer_type=True,
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", mlp_bias=True, gguf=replace(_LLAMA_CPP, layers_of_70b=80)),
@@ -383,13 +372,10 @@ def family_of(config: PretrainedConfig) -> Family | None:
         return None
     kinds = {"linear_attention", "conv", "mamba"} & set(getattr(config, "layer_types", None) or ())
     refused = (
-        getattr(config, "num_local_experts", 0),
-        kinds - family.mixers.keys(),
+        getattr(config, "num_local_experts", 0), getattr(config, "enable_moe_block", False), kinds - family.mixers.keys(),
         getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone
-        getattr(config, "pretraining_tp", 1) not in (None, 1),
-        getattr(config, "enable_moe_block", False),
-        not fields_by_layer(config) <= _BY_LAYER,
-    )
+        getattr(config, "pretraining_tp", 1) not in (None, 1), fields_by_layer(config) - _BY_LAYER,
+    )  # fmt: skip
     return None if any(refused) else family
 
 
