@@ -60,6 +60,8 @@ def properties(family: Family) -> str:
         f"{family.norms} norms": family.norms != "pre",
         f"q and k normalised per {family.qk_norm}{' after RoPE' * family.qk_norm_after_rope}": family.qk_norm,
         "sliding windows where the config has them": family.windows,
+        "gated delta rule in some layers": "gated_delta" in family.mixers.values(),
+        "gated attention": family.output_gate,
         "soft caps": family.softcaps,
         "fused projections": bool(family.fused_projections),
         "biases of q, k and v": family.attention_bias == "qkv",

@@ -62,6 +62,7 @@ class Family:
         adjusts_mlp: the MLP's size is config.intermediate_size adjusted as config.block_auto_adjust_ff_dim says.
         qk_norm: RMSNorm of q and k: over each head, over the whole projection, or none.
         qk_norm_after_rope: q and k are normed after their rotation, not before it.
+        output_gate: attention's output is gated by numbers that "q_proj" has behind each head's query; None without a gate.
         fused_projections: groups that the checkpoint holds as one layer: q, k, v as qkv_proj, gate, up as gate_up_proj.
         attention_bias: "config" reads config.attention_bias for q, k, v; "qkv" is q, k, v always; else none.
         output_bias: the config's field for the bias of o where attention_bias is "config"; None: it has none.
@@ -98,6 +99,7 @@ class Family:
     adjusts_mlp: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     qk_norm_after_rope: bool = False
+    output_gate: Literal["q_proj"] | None = None
     fused_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
     attention_bias: Literal["config", "qkv"] | None = "config"
     output_bias: str | None = "attention_bias"
@@ -177,6 +179,16 @@ _GEMMA4 = Family(
     windows="layer_types", attention_scale=1.0, softcaps="final", embedding_scale=True, rope_by_layer_type=True,
 )  # fmt: skip
 
+_QWEN3_5 = Family(
+    "Qwen3_5ForCausalLM", mixers={"linear_attention": "gated_delta"}, norm_offset=1.0, qk_norm="head", output_gate="q_proj",
+)  # fmt: skip
+
+_GEMMA2 = Family(
+    "Gemma2ForCausalLM", norms="sandwich", norm_offset=1.0, windows="layer_types", softcaps=True, embedding_scale=True,
+    attention_scale="query_pre_attn_scalar", attention_scale_power=-0.5,
+    gguf=InGGUF("gemma2", head="tied", window_period=2, attention_softcap=True, layers_of_27b=46),
+)  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", mlp_bias=True, gguf=replace(_LLAMA_CPP, layers_of_70b=80)),
     "mistral": Family(
@@ -189,20 +201,11 @@ FAMILIES: dict[str, Family] = {
         gguf=InGGUF("qwen2", derived_head_dim=True, layers_of_70b=80),
     ),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", windows="layer_types", gguf=InGGUF("qwen3")),
+    "qwen3_5_text": _QWEN3_5,
     "gemma": Family(
         "GemmaForCausalLM", norm_offset=1.0, embedding_scale=True, gguf=InGGUF("gemma", head="tied")
     ),
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        norms="sandwich",
-        norm_offset=1.0,
-        windows="layer_types",
-        attention_scale="query_pre_attn_scalar",
-        attention_scale_power=-0.5,
-        softcaps=True,
-        embedding_scale=True,
-        gguf=InGGUF("gemma2", head="tied", window_period=2, attention_softcap=True, layers_of_27b=46),
-    ),
+    "gemma2": _GEMMA2,
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         norms="sandwich",
@@ -391,9 +394,5 @@ def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gel
     # Gemma's first release wrote "gelu" in hidden_act and meant the tanh form, named by hidden_activation
     name = getattr(config, "hidden_activation", None) or config.hidden_act
     return {
-        "silu": "silu",
-        "swish": "silu",
-        "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu_new": "gelu_tanh",
-        "gelu": "gelu",
-    }.get(name)
+        "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu",
+    }.get(name)  # fmt: skip

@@ -27,6 +27,7 @@ from oribi.kernels import (
     nf4,
     nf4_linear,
     nf4_lookup,
+    output_gate,
     rms_norm,
     rope,
 )
@@ -53,6 +54,7 @@ MODULES = (
     decode_attention,
     nf4_linear,
     causal_conv,
+    output_gate,
 )
 # bytes of shared memory that a program may have; of 8.x, the cards with least
 SHARED = {80: 101376, 90: 232448}
@@ -327,12 +329,15 @@ def test_decoding_attention_compiles_within_shared_memory(launches, capability, 
     angle, norm = torch.randn(2, head_dim // 2), torch.ones(head_dim).to(dtype)
     q = decode_attention.store_token(qkv, k, v, length, rows, angle, angle, q_norm=norm, k_norm=norm)
     decode_attention.store_token(qkv, k, v, length, rows)
+    decode_attention.store_token(qkv, k, v, length, rows, gated=True)
+    output_gate.output_gate_forward(k[:, 0], v[:, 0])
+    output_gate.output_gate_backward(k[:, 0], k[:, 1], v[:, 0])
     counters = nf4_linear.new_counters(qkv.device)
     decode_attention.decode_attention(q, k, v, length, rows, counters, scale=0.1)
     decode_attention.decode_attention(
         q, k, v, length, rows, counters, scale=0.1, softcap=50.0, sinks=norm[:8]
     )
-    assert len(launches) == 4
+    assert len(launches) == 7
     for launch in launches:
         assert compiled(launch, capability).metadata.shared <= SHARED.get(capability, 65536)
 

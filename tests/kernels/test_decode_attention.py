@@ -114,9 +114,10 @@ def stored_plainly(qkv, heads, kv_heads, head_dim, norms, cos, sin, dtype):
         "dtype": DTYPES,
         "head_dim, half": [(64, 32), (96, 48), (80, 20), (64, 0), (128, 32)],
         "norms": [False, True],
+        "gated": [False, True],
     }
 )
-def test_a_token_is_normed_rotated_and_stored(dtype, head_dim, half, norms):
+def test_a_token_is_normed_rotated_and_stored(dtype, head_dim, half, norms, gated):
     heads, kv_heads, slots, rows = 6, 2, 16, torch.tensor([2, 0, 3], device=DEVICE)
     lengths = torch.tensor([0, 15, 37], device=DEVICE)
     qkv = normal(3, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
@@ -126,7 +127,13 @@ def test_a_token_is_normed_rotated_and_stored(dtype, head_dim, half, norms):
     cos, sin = (None, None) if angle is None else (angle.cos(), angle.sin())
     weights = [normal(head_dim, dtype=dtype) for _ in range(2)] if norms else []
     settings = {"q_norm": weights[0], "k_norm": weights[1], "eps": 1e-6, "offset": 1.0} if norms else {}
-    q = store_token(qkv, k_cache, v_cache, lengths, rows, cos, sin, **settings)
+    given = qkv
+    if gated:  # each query head has a gate behind it, whose numbers must not matter
+        q, kv = qkv.unflatten(1, (-1, head_dim)).split([heads, 2 * kv_heads], 1)
+        given = torch.cat([torch.stack([q, torch.full_like(q, torch.nan)], 2).flatten(1, 2), kv], 1).flatten(
+            1
+        )
+    q = store_token(given, k_cache, v_cache, lengths, rows, cos, sin, gated=gated, **settings)
     exact = stored_plainly(qkv, heads, kv_heads, head_dim, weights, cos, sin, torch.float64)
     theirs = stored_plainly(qkv, heads, kv_heads, head_dim, weights, cos, sin, dtype)
     slot = lengths % slots

@@ -99,13 +99,16 @@ def kept_by_a_layer(model: torch.nn.Module, rows: int = ROWS, length: int = LENG
 def test_a_layer_keeps_what_the_account_says(model_type):
     model = tiny(model_type)
     base = model.get_base_model()
-    layer = LayerAccount(layer_shapes(base)[-1], TOKENS, LENGTH)
+    layers = [LayerAccount(shape, TOKENS, LENGTH) for shape in layer_shapes(base)[2:]]
     for name, keep in KEEPS.items():
         base.set_recompute_policy([keep] * 4)
         # on a CPU, host memory is the device's; the reference of attention saves no log-sum-exp
-        attention = layer.results.get("attention")
-        log_sum_exp = attention.beside if attention and keep["attention"] != "recompute" else 0
-        assert kept_by_a_layer(model) == layer.kept(keep) + sum(layer.in_host(keep)) - log_sum_exp, name
+        expected = sum(layer.kept(keep) + sum(layer.in_host(keep)) for layer in layers)
+        if keep["attention"] != "recompute":
+            expected -= sum(
+                layer.results["attention"].beside for layer in layers if "attention" in layer.results
+            )
+        assert kept_by_a_layer(model) == expected / 2, name
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -116,16 +119,17 @@ def test_a_layer_that_autograd_differentiates_keeps_about_as_much(model_type, ho
     base = model = build(tiny_config(model_type, **changes), device="cpu").train()
     if how != "whole":
         model = adapt(base, **{"lora_dropout": 0.1} if how == "dropout" else {"use_dora": True})
-    groups = {
-        name: group for core, _, _ in base.model.layers[0].parts() for name, group in core.groups().items()
-    }
-    ranks = {name: [4] * len(modules) if how != "whole" else [] for name, modules in groups.items()}
-    layer = LayerAccount(layer_shapes(base, lambda _: ranks)[-1], TOKENS, LENGTH)
+
+    def ranks(layer: torch.nn.Module) -> dict[str, list[int]]:
+        groups = {name: group for core, _, _ in layer.parts() for name, group in core.groups().items()}
+        return {name: [4] * len(modules) if how != "whole" else [] for name, modules in groups.items()}
+
+    layers = [LayerAccount(shape, TOKENS, LENGTH) for shape in layer_shapes(base, ranks)[2:]]
     base.gradient_checkpointing_disable()
-    expected = layer.by_autograd(how == "dropout", how == "dora", mask_bytes=4)
+    expected = sum(layer.by_autograd(how == "dropout", how == "dora", mask_bytes=4) for layer in layers) / 2
     assert kept_by_a_layer(model, rows=TOKENS // 8, length=8) == pytest.approx(expected, rel=0.1)
     base.set_recompute_policy("balanced")
-    assert kept_by_a_layer(model) == layer.results["x"].bytes
+    assert kept_by_a_layer(model) == layers[0].results["x"].bytes
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -140,14 +144,12 @@ def test_computing_again_takes_the_products_that_the_account_says(model_type):
             model(input_ids=ids, labels=ids).loss.backward()
         return products.flop
 
-    flop: dict[str, float] = {}
-    for shape in layer_shapes(base):  # one for each layer
-        for name, result in LayerAccount(shape, TOKENS, LENGTH).results.items():
-            flop[name] = flop.get(name, 0) + result.flop
+    layers = [LayerAccount(shape, TOKENS, LENGTH).results for shape in layer_shapes(base)]
     everything = counted(Keep())
-    # attention's arithmetic is counted by tests/memory/test_speed.py
-    for name in flop.keys() - {"x", "attention"}:
-        assert counted(Keep({name: "recompute"})) - everything == flop[name], name
+    # a mixer's own arithmetic is counted by tests/memory/test_speed.py
+    for name in {name for results in layers for name in results} - {"x", "attention", "delta"}:
+        expected = sum(results[name].flop for results in layers if name in results)
+        assert counted(Keep({name: "recompute"})) - everything == expected, name
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])

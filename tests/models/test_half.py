@@ -110,7 +110,7 @@ def test_what_a_layer_keeps_has_the_size_that_its_entry_says(model_type, monkeyp
             n, k = group_shape(group)
             lora, _ = lora_layout(group, torch.device("cpu"))
             columns |= {f"{name}.out": n, f"{name}.in": k, f"{name}.lora": lora}
-    found = {}
+    found, entries = {}, {result.name: result for result in layer.results()}
     real = half.Kept.put
 
     def put(kept: Kept, name: str, result: object, *follows: str) -> None:
@@ -120,7 +120,6 @@ def test_what_a_layer_keeps_has_the_size_that_its_entry_says(model_type, monkeyp
 
     monkeypatch.setattr(half.Kept, "put", put)
     model(**batch)
-    entries = {result.name: result for result in layer.results()}
     assert found.keys() - {"x"} <= entries.keys()
     made = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
     has_post = any(post is not None for _, _, post in layer.parts())

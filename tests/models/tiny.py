@@ -1,5 +1,8 @@
 """Tiny random models of every family of the table, with every parameter perturbed, beside transformers' own."""
 
+import sys
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -30,6 +33,22 @@ VARIANTS: dict[str, dict] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
+    "qwen3_5_text": {
+        "head_dim": 32,
+        "attention_bias": True,
+        # three value heads share a key head, and heads of keys and of values differ
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [3, 3, 2],
+        },
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
     "gemma": {"head_dim": 32},
     "gemma2": {
         "head_dim": 32,
@@ -180,6 +199,20 @@ def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
     """Config of a family with every feature it has switched on."""
     settings = {**SIZES, **VARIANTS[model_type], **changes}
     return AutoConfig.for_model(model_type, attn_implementation="eager", **settings)
+
+
+def in_float64(monkeypatch: Any, ours: DecoderForCausalLM, theirs: PreTrainedModel) -> None:
+    """Makes both compute in float64 throughout, transformers' also where it asks for float32."""
+
+    class Wide:
+        float32 = torch.float64
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    monkeypatch.setattr(sys.modules[type(theirs).__module__], "torch", Wide())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    ours.double(), theirs.double()
 
 
 def tiny_pair(config: PretrainedConfig, seed: int = 0) -> tuple[DecoderForCausalLM, PreTrainedModel]:

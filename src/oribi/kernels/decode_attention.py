@@ -35,28 +35,30 @@ def store_token(
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
     offset: float = 0.0,
+    gated: bool = False,
 ) -> torch.Tensor:
     """q of a token normed and rotated; its k likewise and its v written to the cache.
 
     Args:
-        qkv: [B, (H + 2K) E] contiguous.
+        qkv: [B, (H + 2K) E], or [B, (2H + 2K) E] where it is gated; rows may be strided.
         k_cache, v_cache: [rows, K, slots, E] contiguous, in qkv's dtype.
         length: [B] int64 tokens before this one, so its position.
         row: [B] int64 row of the cache.
         cos, sin: [B, R/2] float32, R <= E; None where nothing is rotated.
         q_norm, k_norm: [E] weights of RMSNorms of each head, or None.
         eps, offset: of the norms.
+        gated: whether each query head is followed by a gate of its size, which is not read.
 
     Returns:
         [B, H, E] in qkv's dtype.
     """
     _, kv_heads, slots, head_dim = k_cache.shape
-    rows = len(qkv)
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    rows, step = len(qkv), 1 + gated
+    heads = (qkv.shape[1] // head_dim - 2 * kv_heads) // step
     q = torch.empty(rows, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if not use_triton(qkv):
-        parts = qkv.view(rows, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
-        q.copy_(_normed_and_rotated(parts[0], q_norm, eps, offset, cos, sin))
+        parts = qkv.unflatten(1, (-1, head_dim)).split([heads * step, kv_heads, kv_heads], dim=1)
+        q.copy_(_normed_and_rotated(parts[0][:, ::step], q_norm, eps, offset, cos, sin))
         slot = length % slots
         k_cache[row, :, slot] = _normed_and_rotated(parts[1], k_norm, eps, offset, cos, sin).to(qkv.dtype)
         v_cache[row, :, slot] = parts[2]
@@ -69,7 +71,7 @@ def store_token(
     launch(
         _store_kernel, rows * (heads + 2 * kv_heads), q, qkv, k_cache, v_cache, length, row,
         length if cos is None else cos, length if sin is None else sin, some if q_norm is None else q_norm,
-        some if k_norm is None else k_norm, float(eps), float(offset), slots, heads, kv_heads, head_dim, half,
+        some if k_norm is None else k_norm, float(eps), float(offset), slots, qkv.stride(0), step, heads, kv_heads, head_dim, half,
         next_power_of_2(width), q_norm is not None, k_norm is not None, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return q
@@ -88,14 +90,14 @@ def _normed_and_rotated(x, norm, eps, offset, cos, sin):
 
 @jit
 def _store_kernel(
-    q_out, qkv, k_cache, v_cache, length, row, cos_ptr, sin_ptr, q_norm, k_norm, eps, offset, slots,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+    q_out, qkv, k_cache, v_cache, length, row, cos_ptr, sin_ptr, q_norm, k_norm, eps, offset, slots, qkv_stride,
+    STEP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
     NORMS_Q: tl.constexpr, NORMS_K: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
     b, head = (tl.program_id(0) // ALL).to(tl.int64), tl.program_id(0) % ALL
     col = tl.arange(0, WIDTH)
-    source = qkv + (b * ALL + head) * E
+    source = qkv + b * qkv_stride + (tl.minimum(head, HEADS) * (STEP - 1) + head) * E
     at = tl.load(length + b)
     cached = ((tl.load(row + b) * KV_HEADS + (head - HEADS) % KV_HEADS) * slots + at % slots) * E
     # the first HALF columns and what is left: their partners, and the columns that pass through

@@ -9,7 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from oribi.config import PROJECTIONS
 from oribi.errors import ConfigError
-from oribi.families import FAMILIES
+from oribi.families import FAMILIES, Family
+from oribi.models.mixers import MIXERS
+from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
 from oribi.models.unwrap import bare_module
 from oribi.text import nearest
 
@@ -45,7 +47,7 @@ def layer_projections(model: PreTrainedModel, attention: bool, mlp: bool) -> lis
         attention, mlp: which: those that mix tokens, and those that do not.
     """
     inside = set(_of_text(model, [name for name, _ in model.named_modules()]))
-    head, without = model.get_output_embeddings(), set(_ROUTERS)
+    head, without = model.get_output_embeddings(), {*_ROUTERS, *DECAY_PROJECTIONS}
     if model.config.model_type in _MAMBA:
         without |= {"out_proj"}
     found: dict[str, bool] = {}
@@ -92,13 +94,12 @@ def resolve_targets(
     if isinstance(target_modules, str):
         target_modules = target_modules.strip()
         leaves = {name.rpartition(".")[2] for name in names}
-        if target_modules.lower() == "all-linear" and (
-            layers is not None or _has_linear_layers_outside(model)
-        ):
+        linear = target_modules.lower() == "all-linear"
+        if linear and (layers is not None or _has_more_linear_layers(model, leaves)):
             target_modules = layer_projections(model, True, True)  # PEFT takes no word together with layers
-        elif target_modules.lower() == "all-linear" and len(names) < len(every):
+        elif linear and len(names) < len(every):
             target_modules = list(PROJECTIONS)
-        elif target_modules.lower() == "all-linear":
+        elif linear:
             _present("modules_to_save", saved, names)
             return "all-linear", saved or None
         elif target_modules not in leaves:
@@ -115,6 +116,8 @@ def resolve_targets(
     leaves = {name.rpartition(".")[2] for name in names}
     row = FAMILIES.get(model.config.model_type)
     held = _FUSED if row is None else row.projections()
+    if row is not None and row.mixers and set(targets) == set(PROJECTIONS):
+        targets += _of_mixers(row, leaves, notes)
     if set(targets) == set(PROJECTIONS) and not leaves & {*PROJECTIONS, *held.values()}:
         notes.append(
             f"target_modules: the model has none of {', '.join(PROJECTIONS)}; LoRA goes on all its linear layers"
@@ -150,9 +153,18 @@ def resolve_targets(
     return found, list(dict.fromkeys(saved)) or None
 
 
-def _has_linear_layers_outside(model: nn.Module) -> bool:
-    """Whether oribi's decoder has linear layers outside its layers, beside the head: what makes the layers' own inputs."""
-    return bool(getattr(getattr(model, "model", None), "per_layer_size", 0))
+def _has_more_linear_layers(model: nn.Module, leaves: set[str]) -> bool:
+    """Whether oribi's decoder has linear layers that get an adapter by name only: what makes the layers' own inputs, decays."""
+    return bool(getattr(getattr(model, "model", None), "per_layer_size", 0) or leaves & {*DECAY_PROJECTIONS})
+
+
+def _of_mixers(row: Family, leaves: set[str], notes: list[str]) -> list[str]:
+    """Projections of a family's mixers other than attention."""
+    named = [name for mixer in row.mixers.values() for name in MIXERS[mixer].projections]
+    further = [name for name in dict.fromkeys(named) if name in leaves and name not in PROJECTIONS]
+    if further:
+        notes.append(f"this family mixes tokens in {', '.join(further)} too: LoRA goes there as well")
+    return further
 
 
 def _of_text(model: nn.Module, names: list[str]) -> list[str]:

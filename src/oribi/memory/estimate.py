@@ -30,6 +30,7 @@ from oribi.models.core import Keep
 from oribi.models.fused_layer import policy
 from oribi.models.host_memory import buffer_size
 from oribi.models.layers import DecoderLayer
+from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
 
 HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 # of a token and word of the vocabulary: logits in 16 bits, their logarithms and both gradients
@@ -98,7 +99,8 @@ class Training:
             if not isinstance(module, torch.nn.Linear):
                 continue
             leaf = name.rpartition(".")[2]
-            if c.target_modules == ["all-linear"] or leaf in wanted:
+            every = c.target_modules == ["all-linear"] and leaf not in DECAY_PROJECTIONS
+            if every or leaf in wanted:
                 found[name] = c.lora_r * (module.in_features + module.out_features)
         return found
 

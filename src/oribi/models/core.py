@@ -63,6 +63,7 @@ class Core(Protocol):
     reads, gives (only where there is one): the entry of `Batch.shared` that it reads beside its input, and that it leaves.
     row_wise: whether tokens do not see each other: then the half runs in portions of the tokens, and `backward` leaves h
         where dh was, so that h is never kept.
+    masks_padding: whether its input has to be zero at padding, because what it sees there would stay with it.
     """
 
     results: tuple[Result, ...]
@@ -70,6 +71,7 @@ class Core(Protocol):
     output: str
     output_result: str | None
     row_wise: bool
+    masks_padding: bool
 
     def groups(self) -> dict[str, list[nn.Module]]:
         """The linear layers of W_in and W_out, by the names of the groups."""
@@ -107,17 +109,19 @@ class Mixer(Core, Protocol):
     """What mixes the tokens of a layer.
 
     attribute: its name in a layer, as checkpoints have it.
+    projections: names of its linear layers that get an adapter where nothing else is asked for.
     index: of its layer.
     window: tokens that it sees, itself included; None: all before it.
-    masks_padding: whether its input must be zero at padding, which attention finds by itself.
+    needs_bounds: whether it asks on the host where the documents of a pack begin, which no recorded graph can.
     columns: numbers per token by the names that its `results` use, beside those of the groups.
     core_by_products: how many times as long its own arithmetic takes as that much of a matrix product.
     """
 
     attribute: str
+    projections: tuple[str, ...]
     index: int
     window: int | None
-    masks_padding: bool
+    needs_bounds: bool
     columns: dict[str, int]
     core_by_products: float
 

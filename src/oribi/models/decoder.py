@@ -51,6 +51,8 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         self.add_per_layer_inputs(config, family)
         self.rotary = {kind: RotaryAngles(config, kind) for kind in family.rope_kinds(config)}
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
+        held = (one for layer in self.layers for one in layer.mixer.holds(1).values())
+        self.remembers = any(one.slots is None for one in held)  # a memory in place of each token
         self.host_memory: HostMemory | None = None
         self.sessions = Sessions()  # what a GPU keeps from one generation to the next
         self.shards: object | None = None  # set by `train.shards` where processes share the layers' weights
@@ -92,7 +94,8 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
             require_whole(cache, [layer.mixer.window for layer in self.layers])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache and cache is None:
+        given = cache is not None
+        if use_cache and not given:
             cache = DynamicCache(config=self.config)
         batch = self._batch(x, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q)
         if self.per_layer_size:
@@ -102,6 +105,12 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
                 )
             own = self.per_layer_inputs(input_ids, x)
             batch.shared |= {entry(index): (one,) for index, one in enumerate(own)}
+        if self.remembers and batch.visibility.cu_seqlens is not None and isinstance(cache, Cache):
+            if given:
+                raise ModelError(
+                    "a cache holds one memory per row, and this row has several documents: leave the cache out"
+                )
+            cache = batch.cache = None
         states = [x] if output_hidden_states else None
         for layer in islice(
             self.layers, self.config.num_hidden_layers
@@ -329,7 +338,14 @@ def build(
     family = require_family(config)
     # saved configs name the class, and transformers must find its own class by that name
     architecture = type(
-        name or family.architecture, (kind,), {"config_class": type(config), "__module__": __name__}
+        name or family.architecture,
+        (kind,),
+        # generation that goes back to an earlier token is refused where a mixer's memory cannot
+        {
+            "config_class": type(config),
+            "__module__": __name__,
+            "_is_stateful": "gated_delta" in family.mixers.values(),
+        },
     )
     config.dtype = dtype
     config = follow_windows(config, family)

@@ -285,7 +285,8 @@ class Half:
             core.input, state.p, dyb, x_buffer[:, : weight.in_features], state.xa
         )
         state.normed = x_buffer = None
-        return weight.backward_input(state.p) if needs_dx else None, rstd, factors_in + factors
+        dn = self._masked(weight.backward_input(state.p), weight) if needs_dx else None
+        return dn, rstd, factors_in + factors
 
     def _portions(self, tokens: int) -> list[slice]:
         return portions(tokens) if self.core.row_wise else [slice(None)]
@@ -306,11 +307,19 @@ class Half:
     def _normed(self, x: torch.Tensor, weight: GroupWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
         """W_in's input [T, K + P] with pre(x) in front, and 1/rms of x [T]."""
         x_buffer = weight.input_buffer(len(x))
-        place = x_buffer[:, : weight.in_features]
+        place, rstd = x_buffer[:, : weight.in_features], None
         if self.pre is None:
             place.copy_(x)
-            return x_buffer, None
-        return x_buffer, rms_norm_forward(x, self.pre.weight, self.pre.eps, self.pre.offset, out=place)[2]
+        else:
+            rstd = rms_norm_forward(x, self.pre.weight, self.pre.eps, self.pre.offset, out=place)[2]
+        return self._masked(x_buffer, weight), rstd
+
+    def _masked(self, rows: torch.Tensor, weight: GroupWeight) -> torch.Tensor:
+        """W_in's input [T, K + P], or its gradient, with zeros at padding where the core wants them."""
+        real = self.layer_pass.batch.real_tokens() if self.core.masks_padding else None
+        if real is not None:
+            rows[:, : weight.in_features].masked_fill_(~real[:, None], 0)
+        return rows
 
     def _pre_backward(
         self,

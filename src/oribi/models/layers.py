@@ -17,6 +17,7 @@ from oribi.families import Family
 from oribi.kernels.attention import Visibility
 from oribi.kernels.embedding import embedding
 from oribi.kernels.fp8 import RoundedWeights
+from oribi.kernels.gated_delta import Chunks, chunks_of
 from oribi.kernels.rope import Angles
 from oribi.models.core import Keep, Mixer, Result
 from oribi.models.fused_layer import fused_layer, fusible_halves, policy
@@ -43,11 +44,30 @@ class Batch:
     host_memory: HostMemory | None = None
     shared: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     gradients: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    _chunks: Chunks | None = None
+    _real: torch.Tensor | None = None
 
     def part(self, names: Sequence[str]) -> "Batch":
         """A batch that shares these entries alone, outside any graph: what holds it keeps no other layer's graph alive."""
         found = {name: tuple(t.detach() for t in self.shared[name]) for name in names}
         return replace(self, shared=found, gradients={})
+
+    def real_tokens(self) -> torch.Tensor | None:
+        """[T] bool, False at padding; None where nothing is padded."""
+        visibility = self.visibility
+        if visibility.real is not None and self._real is None:
+            self._real = visibility.real[:, visibility.past :].bool().reshape(-1)
+        return self._real
+
+    def delta_chunks(self, device: torch.device) -> Chunks:
+        """The documents in chunks, as the gated delta rule takes them."""
+        if self._chunks is None:
+            visibility = self.visibility
+            dense = visibility.cu_seqlens is None or visibility.uniform
+            length = visibility.max_length if visibility.uniform else visibility.length
+            rows = range(0, visibility.batch * visibility.length + 1, length)
+            self._chunks = chunks_of(rows if dense else visibility.bounds(), device)
+        return self._chunks
 
 
 class Embedding(nn.Embedding):

@@ -33,7 +33,7 @@ _BEFORE_ANOTHER_PART = (
 
 class MLP(NamedParts):
     # `models.half.Core` says what these are
-    input, output, output_result, row_wise = "gate_up", "down", None, True
+    input, output, output_result, row_wise, masks_padding = "gate_up", "down", None, True, False
     results = (
         Result("gate_up", ("gate_up.out", "gate_up.lora"), made_by="gate_up"),
         Result("gate_up_xa", ("gate_up.lora",), follows="gate_up"),

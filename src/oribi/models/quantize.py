@@ -14,6 +14,7 @@ from torch import nn
 from oribi.errors import ConfigError, ModelError
 from oribi.kernels import nf4
 from oribi.models.host_memory import to_pinned_memory
+from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
 from oribi.tensors import TensorSource, problems_in_words
 from oribi.text import nearest
 
@@ -42,7 +43,9 @@ class Quantization:
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer called `name` is to be quantised."""
-        return self.enabled and not any(_is_within(part, name) for part in (*self.skip, *_HEADS))
+        return self.enabled and not any(
+            _is_within(part, name) for part in (*self.skip, *_HEADS, *DECAY_PROJECTIONS)
+        )
 
     def kept(self, model: nn.Module) -> list[str]:
         """Names of a model's linear layers that the user keeps in the compute dtype.

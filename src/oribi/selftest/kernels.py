@@ -18,6 +18,7 @@ from oribi.kernels.cross_entropy import linear_cross_entropy
 from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.lora import Projection
 from oribi.kernels.lora_linear import lora_linear
+from oribi.kernels.output_gate import output_gate
 from oribi.kernels.rms_norm import rms_norm
 from oribi.kernels.rope import rope
 from oribi.selftest.comparison import Comparison, failed
@@ -58,6 +59,7 @@ def _ops(normal: Callable, device: torch.device) -> Iterator[tuple]:
         "rope", lambda q, k: rope(q, k, cos, sin), lambda q, k: (_plain_rope(q, cos, sin), _plain_rope(k, cos, sin)),
         [normal(T, H, E), normal(T, H // 2, E)],
     )  # fmt: skip
+    yield "output_gate", output_gate, lambda a, g: a * torch.sigmoid(g), [normal(T, H, E), normal(T, H, E)]
     inputs = [normal(T, N), normal(T, N)]
     yield "gated_mlp", lambda g, u: gated_mlp(g, u, "silu"), lambda g, u: F.silu(g) * u, inputs
     targets = torch.randint(V, (T,), generator=torch.Generator().manual_seed(1)).to(device)

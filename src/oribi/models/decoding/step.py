@@ -15,14 +15,17 @@ from oribi.kernels.decode_attention import decode_attention, store_token
 from oribi.kernels.dispatch import use_triton
 from oribi.kernels.gated_mlp import gated_mlp_forward
 from oribi.kernels.lora_unpacked import few_rows_linear
+from oribi.kernels.output_gate import output_gate_forward
 from oribi.kernels.rms_norm import rms_norm_forward
 from oribi.kernels.rope import Angles, rope_forward
+from oribi.models.decoding.gated_delta import GatedDeltaStep
 from oribi.models.decoding.groups import PackedGroup, groups_of
 from oribi.models.decoding.sampling import Choice
 from oribi.models.decoding.state import DecodingState
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import RMSNorm, read
 from oribi.models.mixers.attention import Attention
+from oribi.models.mixers.gated_delta import GatedDelta
 from oribi.models.mixers.shared_attention import SharedAttention
 from oribi.models.mixers.short_conv import ShortConv
 from oribi.models.mlp import MLP
@@ -73,10 +76,9 @@ class AttentionStep:
         keys, values = state.held[a.index].values()
         if self._fused:
             return self.groups["o"](self._by_kernels(qkv, keys, values, angles))
-        q, k, v = qkv.split(a.sizes, dim=1)
+        q, k, v, gate = a.split(qkv)
         if a.qk_norm == "projection":
-            q, k = (_norm(norm, t) for norm, t in zip(self._norms, (q, k)))
-        q, k, v = (t.unflatten(1, (-1, a.head_dim)) for t in (q, k, v))
+            q, k = (_norm(norm, t.flatten(1)).view(t.shape) for norm, t in zip(self._norms, (q, k)))
         if a.qk_norm == "head" and not a.norms_after_rope:
             q, k = (_norm(norm, t) for norm, t in zip(self._norms, (q, k)))
         if a.rotates:
@@ -87,7 +89,7 @@ class AttentionStep:
         ring.write(keys, k)
         ring.write(values, v)
         out = attend(q, keys[:, :, : ring.used], values[:, :, : ring.used], ring.mask, a.scale, a.softcap)
-        return self.groups["o"](out.flatten(1))
+        return self.groups["o"]((out if gate is None else output_gate_forward(out, gate)).flatten(1))
 
     def _by_kernels(
         self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, angles: AnglesByKind
@@ -95,7 +97,7 @@ class AttentionStep:
         """Attention's output [B, H E]."""
         a, state, norms = self.attention, self.state, {}
         if a.qk_norm == "projection":
-            for norm, part in zip(self._norms, qkv.split(a.sizes, dim=1)):
+            for norm, part in zip(self._norms, qkv.split(a.widths, dim=1)):
                 rms_norm_forward(part, norm.weight, norm.eps, norm.offset, out=part)
         elif a.qk_norm == "head":
             q_norm, k_norm = self._norms
@@ -108,7 +110,7 @@ class AttentionStep:
         of_kind = angles[a.rope_kind] if a.rotates else None
         # the kernel norms, then rotates halves by cos and sin; it has no other way
         if of_kind and (a.norms_after_rope or not of_kind.plain):
-            q, k = heads = tuple(t.unflatten(1, (-1, a.head_dim)) for t in qkv.split(a.sizes, dim=1)[:2])
+            q, k = heads = a.split(qkv)[:2]
             if a.qk_norm == "head" and not a.norms_after_rope:
                 for norm, t in zip(self._norms, heads):
                     rms_norm_forward(t, norm.weight, norm.eps, norm.offset, out=t)
@@ -116,10 +118,12 @@ class AttentionStep:
             rope_forward(q, k, *of_kind, out=heads)
             of_kind = None
         cos, sin = of_kind[:2] if of_kind else (None, None)
-        q = store_token(qkv, keys, values, state.length, state.row, cos, sin, **norms)
-        return decode_attention(
+        q = store_token(qkv, keys, values, state.length, state.row, cos, sin, gated=a.gated, **norms)
+        out = decode_attention(
             q, keys, values, state.length, state.row, state.counters, scale=a.scale, softcap=a.softcap
         )
+        gate = a.split(qkv)[3]
+        return out if gate is None else output_gate_forward(out.view(gate.shape), gate).flatten(1)
 
 
 def reads_with_kernels(state: DecodingState) -> bool:
@@ -239,6 +243,7 @@ class PerLayerInputStep:
 # how one token per row goes through a mixer, an MLP or another part of a layer
 STEPS: dict[type, Callable[[Any, DecodingState], Any]] = {
     Attention: AttentionStep,
+    GatedDelta: GatedDeltaStep,
     SharedAttention: SharedAttentionStep,
     ShortConv: ShortConvStep,
     MLP: MLPStep,

@@ -1,6 +1,6 @@
 """Attention: the mixer of most families, as a module and as the core of a layer's hand-written pass.
 
-    q|k|v = n W_qkv      a = attention(rope(norm(q)), rope(norm(k)), v)      out = a W_o
+    q|k|v = n W_qkv      a = attention(rope(norm(q)), rope(norm(k)), v)      out = a W_o  (or (a sigmoid(gate)) W_o)
 
 B rows, S tokens per row, T = B * S, D hidden size, H query heads, K key/value heads, E head_dim. Norms of q and k, their
 rotation, windows and soft caps are the family's.
@@ -22,6 +22,7 @@ from oribi.kernels.attention import (
     decide,
     head_groups,
 )
+from oribi.kernels.output_gate import output_gate, output_gate_backward, output_gate_forward
 from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from oribi.kernels.rope import Angles, rope, rope_forward
 from oribi.models.core import Held, Result
@@ -37,9 +38,10 @@ class Attending:
     """q, k, v as attention reads them, [B, S, heads, E], and what backward needs beside them.
 
     Args:
-        p: q|k|v [T, (H + 2K) E], of which q, k and v are views where nothing normed them.
+        p: q|k|v [T, (H + 2K) E], with a gate behind each query head where the family has one, of which q, k and v are views where nothing normed them.
         how: the attention that is computed.
         angles: of each token; None where nothing rotates.
+        gate: of the output [T, H, E], a view of p; None without one.
         raw, rstd: q and k before their norms, and their 1/rms; empty without norms.
         batch: where a layer leaves what others share with it, and finds it.
         out, saved: attention's output [T, H E], and what its backward wants.
@@ -51,6 +53,7 @@ class Attending:
     v: torch.Tensor
     how: Attend
     angles: Angles | None
+    gate: torch.Tensor | None = None
     raw: tuple[torch.Tensor, ...] = ()
     rstd: tuple[torch.Tensor, ...] = ()
     out: torch.Tensor | None = None
@@ -61,7 +64,8 @@ class Attending:
 class Attention(NamedParts):
     # `models.half.Core` says what these are
     attribute, input, output, output_result, row_wise = "self_attn", "qkv", "o", "x_mid", False
-    masks_padding = False
+    masks_padding = needs_bounds = False
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     # its arithmetic takes as long as this much of a matrix product: 582 and 514 TFLOP/s in forward and backward of 32,768
     # tokens on an H100
     core_by_products = 1.22
@@ -82,14 +86,17 @@ class Attention(NamedParts):
         self.index = index
         self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]
         self.columns = {"heads": heads}
+        self.gated = family.output_gate == "q_proj"
+        # columns of the projections, where those of q hold a gate behind each head
+        self.widths = [self.sizes[0] * (2 if self.gated else 1), *self.sizes[1:]]
         configured = family.attention_bias == "config"
         qkv_bias = family.attention_bias == "qkv" or (
             configured and bool(family.value(config, "attention_bias"))
         )
         output_bias = configured and bool(getattr(config, family.output_bias or "", False))
-        inputs = {"q_proj": self.sizes[0], "k_proj": self.sizes[1], "v_proj": self.sizes[2]}
+        inputs = dict(zip(("q_proj", "k_proj", "v_proj"), self.widths))
         if "qkv" in family.fused_projections:
-            inputs = {"qkv_proj": sum(self.sizes)}
+            inputs = {"qkv_proj": sum(self.widths)}
         self._inputs = tuple(inputs)
         for role, size in inputs.items():
             self.add_part(role, nn.Linear(config.hidden_size, size, bias=qkv_bias))
@@ -131,25 +138,32 @@ class Attention(NamedParts):
         return 4.0 * self.sizes[0] * attended
 
     def core_backward_bytes(self, tokens: int, width: int) -> int:
-        """Gradients of a, q, k and v; for a group of heads that of q in float32, of k and v by query head."""
+        """Gradients of a, q, k and v, the gated output; for a group of heads that of q in float32, of k and v by query head."""
         heads = self.sizes[0]
         portions = head_groups("flash", tokens * self.columns["heads"], self.sizes[1] // self.head_dim)
-        return tokens * width * (heads + sum(self.sizes) + 4 * heads // portions)
+        return tokens * width * (heads * (1 + self.gated) + sum(self.sizes) + 4 * heads // portions)
 
     def autograd_columns(self) -> int:
-        """q, k, v and the output; q and k before their norms, too, or beside v in one tensor."""
+        """q, k, v and the output; q and k before their norms, too, or beside v in one tensor; the gate, and what it gates."""
         numbers = sum(self.sizes) + self.sizes[0]
-        return numbers + numbers // 2 if self.qk_norm or len(self.groups()["qkv"]) == 1 else numbers
+        twice = bool(self.qk_norm) or len(self.groups()["qkv"]) == 1
+        return numbers + twice * (numbers // 2) + self.gated * 2 * self.sizes[0]
+
+    def split(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """q [..., H, E], k and v [..., K, E], and the gate [..., H, E] or None, views of p."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in p.split(self.widths, dim=-1))
+        return (q[..., ::2, :], k, v, q[..., 1::2, :]) if self.gated else (q, k, v, None)
 
     def forward(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
         rows, length = x.shape[:2]
         groups = self.groups()
         outputs = project(groups["qkv"], x)
-        q, k, v = outputs[0].split(self.sizes, dim=-1) if len(outputs) == 1 else outputs
+        q, k, v = outputs[0].split(self.widths, dim=-1) if len(outputs) == 1 else outputs
         norms = self.qk_norms()
         if self.qk_norm == "projection":
             q, k = (norm(t) for norm, t in zip(norms, (q, k)))
         q, k, v = (t.reshape(rows * length, -1, self.head_dim) for t in (q, k, v))
+        q, gate = (q[:, ::2], q[:, 1::2]) if self.gated else (q, None)
         if self.qk_norm == "head" and not self.norms_after_rope:
             q, k = (norm(t) for norm, t in zip(norms, (q, k)))
         if self.rotates:
@@ -161,28 +175,28 @@ class Attention(NamedParts):
             k, v = batch.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.index)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         out = attention(q, k, v, batch.visibility, self.scale, self.window, self.softcap)
+        if gate is not None:
+            out = output_gate(out.flatten(0, 1), gate)
         return project(groups["o"], out.reshape(rows, length, -1))[0]
 
     def prepare(self, p: torch.Tensor, batch: "Batch", fresh: bool) -> Attending:
         """q, k, v of q|k|v; without norms before their rotation, q and k are rotated in place, once."""
         angles = batch.angles[self.rope_kind] if self.rotates else None
-        q, k, v = p.split(self.sizes, dim=1)
+        q, k, v, gate = self.split(p)
         raw = rstd = ()
         if angles and fresh and self._rotates_in_place:
-            heads = tuple(t.unflatten(1, (-1, self.head_dim)) for t in (q, k))
-            rope_forward(*heads, *angles, out=heads)
+            rope_forward(q, k, *angles, out=(q, k))
         if self.qk_norm:
-            raw = tuple(t.unflatten(1, (-1, self.head_dim)) if self.qk_norm == "head" else t for t in (q, k))
+            raw = tuple(t if self.qk_norm == "head" else t.flatten(1) for t in (q, k))
             normed = [rms_norm_forward(t, n.weight, n.eps, n.offset) for t, n in zip(raw, self.qk_norms())]
-            q, k = (y.reshape(len(p), -1) for y, _, _ in normed)
+            q, k = (y.reshape(len(p), -1, self.head_dim) for y, _, _ in normed)
             rstd = tuple(r for _, _, r in normed)
-        q, k, v = (t.unflatten(1, (-1, self.head_dim)) for t in (q, k, v))
         if angles and not self._rotates_in_place:
             rope_forward(q, k, *angles, out=(q, k))
         shape = batch.visibility.batch, batch.visibility.length
         q, k, v = (t.unflatten(0, shape) for t in (q, k, v))
         how = decide(q, batch.visibility, self.scale, self.window, self.softcap)
-        return Attending(p, q, k, v, how, angles, raw, rstd)
+        return Attending(p, q, k, v, how, angles, gate, raw, rstd)
 
     @property
     def _rotates_in_place(self) -> bool:
@@ -198,19 +212,23 @@ class Attention(NamedParts):
             kept.put("attention", out)
             kept.put("attention_saved", saved, "attention")
         prepared.out, prepared.saved = out, saved
-        return out
+        if prepared.gate is None:
+            return out
+        return output_gate_forward(out.view(prepared.gate.shape), prepared.gate).view(out.shape)
 
     def backward(self, prepared: Attending, dh: torch.Tensor) -> None:
         """Writes the gradient of q|k|v over it."""
-        shape = prepared.q.shape
+        shape, gate = prepared.q.shape, prepared.gate
+        if gate is not None:
+            dh, a = (t.view(gate.shape) for t in (dh, prepared.out))
+            output_gate_backward(dh, a, gate, da=dh, dgate=gate)
         dq, dk, dv = attention_backward(
             dh.view(shape), prepared.q, prepared.k, prepared.v, prepared.out.view(shape), prepared.saved, prepared.how
         )  # fmt: skip
         prepared.out, prepared.saved = None, ()
-        q, k, v = prepared.p.split(self.sizes, dim=1)
+        q, k, v, _ = self.split(prepared.p)
         v.copy_(dv.reshape(v.shape))
         dq, dk = (g.reshape(len(q), -1, self.head_dim) for g in (dq, dk))
-        q, k = (part.unflatten(1, (-1, self.head_dim)) for part in (q, k))
         angles = prepared.angles
         if self.qk_norm:
             if angles and not self._rotates_in_place:

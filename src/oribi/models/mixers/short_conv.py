@@ -43,6 +43,7 @@ class Convolving:
 class ShortConv(nn.Module):
     # `models.core.Mixer` says what these are
     attribute, input, output, output_result, row_wise = "conv", "bcx", "conv_out", "x_mid", False
+    projections, needs_bounds = ("in_proj", "out_proj"), False
     masks_padding, window = False, None  # it masks what W_in makes, whose bias would pass otherwise
     core_by_products = 1.0  # of nothing: `core_flop` is 0
     results = (
