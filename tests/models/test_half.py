@@ -22,6 +22,7 @@ class Shift(nn.Module):
     """A token takes up the one before it in its document: h[t] = a[t] tanh(b[t - 1])."""
 
     input, output, output_result, row_wise = "ab", "out", "x_mid", False
+    masks_padding = False
     results = (
         Result("ab", ("ab.out", "ab.lora"), made_by="ab"),
         Result("ab_xa", ("ab.lora",), follows="ab"),

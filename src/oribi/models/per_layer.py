@@ -41,6 +41,7 @@ class PerLayerInput(nn.Module):
 
     # `models.core.Core` says what these are
     input, output, output_result, row_wise, gives = "per_layer_gate", "per_layer_output", None, False, None
+    masks_padding = False
     results = (
         Result("per_layer_gate", ("per_layer_gate.out", "per_layer_gate.lora"), made_by="per_layer_gate", balanced="keep"),
         Result("per_layer_gate_xa", ("per_layer_gate.lora",), follows="per_layer_gate"),
