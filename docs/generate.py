@@ -50,7 +50,8 @@ DESCRIBED = (
     "norms", "norm_offset", "qk_norm", "windows", "softcaps", "fused_projections", "attention_bias", "mlp_bias", "embedding_scale",
     "multipliers", "without_rope", "attention_scale", "attention_scale_power", "rope_by_layer_type", "names", "mixers",
     "norm_eps", "activation", "adjusts_mlp", "config_fields", "output_bias", "qk_norm_after_rope", "interleaved_rope",
-    "query_scale_by_position",
+    "query_scale_by_position", "rope_alpha", "kv_sharing", "wide_mlp", "keys_as_values", "value_norm", "layer_scalar",
+    "per_layer_inputs",
 )  # fmt: skip
 
 
@@ -62,7 +63,8 @@ def properties(family: Family) -> str:
         "sliding windows where the config has them": family.windows,
         "gated delta rule in some layers": "gated_delta" in family.mixers.values(),
         "gated attention": family.output_gate,
-        "soft caps": family.softcaps,
+        "soft caps": family.softcaps is True,
+        "a soft cap of the logits": family.softcaps == "final",
         "fused projections": bool(family.fused_projections),
         "biases of q, k and v": family.attention_bias == "qkv",
         "neighbouring dimensions rotated": family.interleaved_rope,
@@ -70,6 +72,10 @@ def properties(family: Family) -> str:
         "scaled embeddings": family.embedding_scale,
         "multipliers": family.multipliers,
         "layers without RoPE": family.without_rope is not None,
+        "RoPE stretched for good": family.rope_alpha,
+        "keys and values shared between layers, whose MLPs may be wider": family.kv_sharing,
+        "keys that are values, which are normalised": family.keys_as_values,
+        "scaled layers with inputs of their own": family.layer_scalar,
         "layers that mix tokens by a short convolution": "short_conv" in family.mixers.values(),
     }
     told = [name for name, holds in found.items() if holds]
