@@ -51,7 +51,7 @@ DESCRIBED = (
     "multipliers", "without_rope", "attention_scale", "attention_scale_power", "rope_by_layer_type", "names", "mixers",
     "norm_eps", "activation", "adjusts_mlp", "config_fields", "output_bias", "qk_norm_after_rope", "interleaved_rope",
     "query_scale_by_position", "rope_alpha", "kv_sharing", "wide_mlp", "keys_as_values", "value_norm", "layer_scalar",
-    "per_layer_inputs",
+    "per_layer_inputs", "output_gate",
 )  # fmt: skip
 
 
