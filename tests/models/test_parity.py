@@ -84,7 +84,7 @@ FAILS = {
         OTHER_TENSORS,
     ),
     "rope_by_layer_type": (KeyError, "rope_type"),
-    "mixers": OTHER_TENSORS,
+    "mixers": ((RuntimeError, ModelError), OTHER_TENSORS[1] + "|outside oribi's family table"),
     "norm_eps": (AttributeError, "rms_norm_eps"),
     "activation": (AttributeError, "hidden_act"),
     "adjusts_mlp": (RuntimeError, "size mismatch"),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig
 
+from oribi.errors import ModelError
 from oribi.families import Family
 from oribi.kernels.causal_conv import causal_conv, causal_conv_backward, causal_conv_forward, window_after
 from oribi.kernels.dispatch import wide
@@ -154,7 +155,11 @@ class GatedDelta(nn.Module):
         if batch.cache is None:
             o = gated_delta(q, k, v, g, beta, chunks, self.scale)
         else:
-            o, state = gated_delta_forward(q, k, v, g, beta, chunks, self.scale, initial, final=True)
+            with torch.no_grad():
+                o, state = gated_delta_forward(q, k, v, g, beta, chunks, self.scale, initial, final=True)
+            if torch.is_grad_enabled() and v.requires_grad:
+                fresh = initial is None
+                o = gated_delta(q, k, v, g, beta, chunks, self.scale) if fresh else _NoGradient.apply(o, v)
             if hasattr(batch.cache, "leave"):
                 last = batch.visibility.documents(x.device)[0][1:].long() - 1
                 window = window_after(qkv, last, start, weight.shape[1])
@@ -246,6 +251,18 @@ class GatedDelta(nn.Module):
     def _unit(self, like: torch.Tensor) -> torch.Tensor:
         """The weight with which RMSNorm gives rows of length 1; in 16 bits they would be too long by a thousandth."""
         return _filled(self.key_dim, self.scale, wide(like[:0]).dtype, like.device)
+
+
+class _NoGradient(torch.autograd.Function):
+    """o, through which no gradient goes: a cache holds memories, not how they came about."""
+
+    @staticmethod
+    def forward(ctx, o, v):
+        return o.clone()
+
+    @staticmethod
+    def backward(ctx, do):
+        raise ModelError("no gradient goes through the memory that a cache holds: give use_cache=False")
 
 
 @lru_cache
