@@ -128,7 +128,7 @@ def test_two_names_of_one_setting_may_not_differ(read):
 def test_contradictions_are_found(read):
     assert "full_finetuning needs false" in problems(read, "full_finetuning: true\nload_in_4bit: true\n")
     assert "eval_dataset is given already" in problems(read, "eval_dataset: e\neval_fraction: 0.1\n")
-    assert "needs eval_dataset or eval_fraction" in problems(read, "eval_steps: 5\n")
+    assert "needs eval_dataset, eval_fraction or sample_prompts" in problems(read, "eval_steps: 5\n")
     assert "full_finetuning has no adapter" in problems(read, "full_finetuning: true\nsave_method: lora\n")
     assert "must be above 0" in problems(read, "num_train_epochs: 0\n")
     missing = problems(read, "", needed="seed: 1\n")

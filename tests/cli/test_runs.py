@@ -45,7 +45,7 @@ def stopped(config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "oribi.train.run_trainer.any_process", lambda trainer, asked: trainer.state.global_step == 4
+            "oribi.train.several.any_process", lambda trainer, asked: trainer.state.global_step == 4
         )
         with pytest.raises(KeyboardInterrupt):
             run(read_run_config(config, ["--output_dir", str(folder)])[0])

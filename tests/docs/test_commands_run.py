@@ -11,6 +11,10 @@ pytestmark = pytest.mark.slow  # together they take 15 s
 WHOLE_PAGES = {"README.md", "getting-started.md"}
 ELSEWHERE = {
     "oribi convert axolotl.yml --output config.yaml": "tests/cli/test_convert.py has the four programs' files",
+    **dict.fromkeys(
+        ["oribi train config.yaml --gpus all", "oribi train config.yaml --gpus all --resume true"],
+        "needs GPUs; tests/cli/test_train_gpus.py starts processes on a CPU",
+    ),
     "oribi eval runs/dpo": "tests/train/test_stages.py evaluates a run of each stage",
 }
 

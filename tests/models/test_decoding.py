@@ -82,13 +82,27 @@ def ours(monkeypatch):
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
 
 
+def same_tokens(model, prompts, mine: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether rows are equal; one may part from the other where two tokens are as likely, to float32's rounding."""
+    assert mine.shape == expected.shape
+    for row, real in enumerate(prompts["attention_mask"]):
+        (parted,) = (mine[row] != expected[row]).nonzero(as_tuple=True)
+        if len(parted):
+            first = int(parted[0])
+            ids = mine[row, len(real) - int(real.sum()) : first]
+            both = model(input_ids=ids[None]).logits[0, -1, [mine[row, first], expected[row, first]]]
+            if abs(float(both[0] - both[1])) > 1e-5:
+                return False
+    return True
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_greedy_tokens_equal_transformers_loop(model_type, lora, ours, theirs):
     model = tiny(model_type)
     model = with_lora(model, model_type) if lora else model
     prompts = padded(some_prompts(5))
-    assert torch.equal(ours(model, **prompts, **GREEDY), theirs(model, **prompts, **GREEDY))
+    assert same_tokens(model, prompts, ours(model, **prompts, **GREEDY), theirs(model, **prompts, **GREEDY))
 
 
 @pytest.mark.slow
@@ -99,14 +113,7 @@ def test_greedy_tokens_of_100_prompts_equal_transformers_loop(model_type, ours, 
         prompts = padded(some_prompts(10, 20, seed))
         settings = {**GREEDY, "max_new_tokens": 24}
         mine, reference = ours(model, **prompts, **settings), theirs(model, **prompts, **settings)
-        if torch.equal(mine, reference):
-            continue
-        # in float32, tokens may differ where the two best scores are nearer than rounding, and then from there on
-        row = int((mine != reference).any(1).nonzero()[0])
-        place = int((mine[row] != reference[row]).nonzero()[0])
-        start = len(mine[row]) - 24 - int(prompts["attention_mask"][row].sum())
-        best = model(input_ids=mine[row : row + 1, start:place]).logits[0, -1].topk(2).values
-        assert best[0] - best[1] < 1e-4, (seed, row, place)
+        assert same_tokens(model, prompts, mine, reference), seed
 
 
 @pytest.mark.parametrize("rope", sorted(set(ROPES) - {"dynamic"}))

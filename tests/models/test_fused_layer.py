@@ -11,7 +11,7 @@ from oribi.models import layers as layers_file
 from oribi.models.core import Keep
 from oribi.models.fused_layer import POLICIES
 from tests.models.test_parity import TOLERANCE, packed, relative
-from tests.models.tiny import in_float64, tiny_config, tiny_pair
+from tests.models.tiny import precise, tiny_config, tiny_pair
 
 KEEPS = {
     **POLICIES,
@@ -68,10 +68,7 @@ def batch_of(rows: int = 2, length: int = 24) -> dict[str, torch.Tensor]:
 def test_every_lora_gradient_equals_transformers_with_peft(model_type, fused_calls, monkeypatch):
     pair = tiny_pair(tiny_config(model_type))
     ours, theirs = (adapt(model) for model in pair)
-    if (
-        "gated_delta" in FAMILIES[model_type].mixers.values()
-    ):  # whose float32 differs by 4e-5 from itself in float64
-        in_float64(monkeypatch, *pair)
+    precise(monkeypatch, *pair)
     batch = batch_of()
     mine, expected = gradients(ours, **batch), gradients(theirs, **batch)
     assert len(fused_calls) == ours.config.num_hidden_layers
@@ -124,8 +121,7 @@ def test_an_mlp_in_portions_gives_the_gradients_of_the_whole(model_type, monkeyp
 def test_packed_gradients_equal_the_sum_over_documents(model_type, keep, monkeypatch):
     pair = tiny_pair(tiny_config(model_type))
     model = adapt(pair[0])
-    if "gated_delta" in FAMILIES[model_type].mixers.values():
-        in_float64(monkeypatch, *pair)
+    precise(monkeypatch, *pair)
     model.get_base_model().set_recompute_policy(keep)
     lengths = [5, 9, 2, 8]
     pack = packed(lengths)

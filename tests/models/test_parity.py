@@ -12,7 +12,7 @@ from oribi.errors import ModelError
 from oribi.families import FAMILIES
 from oribi.models.config_file import check_decoder
 from oribi.models.decoder import CACHE
-from tests.models.tiny import MIXED, ROPES, VARIANTS, in_float64, tiny_config, tiny_pair
+from tests.models.tiny import MIXED, ROPES, VARIANTS, precise, tiny_config, tiny_pair
 
 TOLERANCE = 1e-5  # relative, float32
 
@@ -44,10 +44,7 @@ def errors_against_transformers(ours, theirs, length: int = 24) -> dict[str, flo
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_logits_loss_and_every_gradient_equal_transformers(model_type, monkeypatch):
     pair = tiny_pair(tiny_config(model_type))
-    if (
-        "gated_delta" in FAMILIES[model_type].mixers.values()
-    ):  # whose float32 differs by 2e-5 from itself in float64
-        in_float64(monkeypatch, *pair)
+    precise(monkeypatch, *pair)
     errors = errors_against_transformers(*pair)
     assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
 
