@@ -101,6 +101,23 @@ def test_a_reference_computed_without_gradients_has_the_bits_of_training(model_t
     assert torch.equal(checkpointed, trained)
 
 
+@pytest.fixture
+def nan_in_new_memory():
+    """Whatever is not initialised holds nan."""
+    torch.use_deterministic_algorithms(True)  # which fills new memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma4_text", "lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nothing_is_read_before_it_is_written(model_type, dtype, nan_in_new_memory):
+    assert torch.empty(3).isnan().all()
+    model = adapt(tiny_pair(tiny_config(model_type))[0].to(dtype))
+    model(**batch_of(rows=2, length=48)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])
 def test_an_mlp_in_portions_gives_the_gradients_of_the_whole(model_type, monkeypatch):
     model = adapt(tiny_pair(tiny_config(model_type))[0])

@@ -100,12 +100,19 @@ class GroupWeight(ABC):
         return x_buffer[:, self.in_features :].clone()
 
     def input_buffer(self, tokens: int) -> torch.Tensor:
-        """Uninitialised [T, K + P]: x goes into the first K columns."""
-        return self.a.new_empty(tokens, self.in_features + self.lora_columns)
+        """[T, K + P]: x goes into the first K columns, which are uninitialised."""
+        return self._buffer(tokens, self.in_features)
 
     def output_buffer(self, tokens: int) -> torch.Tensor:
-        """Uninitialised [T, N + P]: dy goes into the first N columns."""
-        return self.a.new_empty(tokens, self.out_features + self.lora_columns)
+        """[T, N + P]: dy goes into the first N columns, which are uninitialised."""
+        return self._buffer(tokens, self.out_features)
+
+    def _buffer(self, tokens: int, columns: int) -> torch.Tensor:
+        buffer = self.a.new_empty(tokens, columns + self.lora_columns)
+        if not buffer.is_cuda:
+            # oneDNN's 16-bit products read behind a row's last column and count that as 0 times what lies there: a nan stays one
+            buffer[:, columns:] = 0
+        return buffer
 
     def linear(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """y [..., N] of x [..., K], and the buffer [T, K + P] with x and xa."""
