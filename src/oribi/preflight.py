@@ -12,6 +12,7 @@ from oribi.data.prepare import make_preparation
 from oribi.data.sources import Part, evaluation_split, require_held_out
 from oribi.environment import Environment
 from oribi.errors import ConfigError
+from oribi.gguf.metadata import check_config
 from oribi.gguf.mixes import mix_of
 from oribi.launch import processes_here
 from oribi.memory.fit import refuse_what_cannot_fit
@@ -69,6 +70,7 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
             is another than the config's.
         DataError: a source cannot be opened, or its first rows cannot be used.
         ModelError: there is no such model.
+        ExportError: llama.cpp cannot hold the model, and GGUF files are asked for.
     """
     require_trackers(config.report_to)
     require_trl(config.stage, environment)
@@ -87,6 +89,9 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         return start
     require_writable(config.output_dir)
     refuse_what_cannot_fit(config, environment)
+    if config.quantization_method:
+        # what llama.cpp would compute differently is told before the training, not after it
+        check_config(open_run_model(config).config)
     check_data(config)
     return start
 

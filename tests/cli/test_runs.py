@@ -187,6 +187,28 @@ def test_what_needs_no_model_is_told_before_it_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_gguf_files_that_cannot_be_written_are_told_before_the_model_is_loaded(
+    oribi, config, no_load, tiny_folder, tmp_path
+):
+    for name, changes, message in (
+        ("helium", {"model_type": "helium"}, "oribi writes no GGUF for model_type 'helium'"),
+        (
+            "wide",
+            {"head_dim": 24, "model_type": "olmo2"},
+            "llama.cpp would compute this olmo2 model differently",
+        ),
+    ):
+        other = Path(shutil.copytree(tiny_folder, tmp_path / name))
+        values = json.loads((other / "config.json").read_text())
+        values.pop("architectures")
+        (other / "config.json").write_text(json.dumps({**values, **changes}))
+        flags = ["--model", other, "--quantization_method", "q8_0", "--output_dir", tmp_path / "run"]
+        result = oribi("train", config, *flags)
+        assert result.code == 1
+        assert message in result.err
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_run_goes_on_with_new_settings_which_its_config_then_holds(oribi, config, folder):
     result = oribi("train", config, "--output_dir", folder, "--resume", "--learning_rate", 1e-4)
     assert result.code == 0, result.err
