@@ -215,7 +215,7 @@ def in_float64(monkeypatch: Any, ours: DecoderForCausalLM, theirs: PreTrainedMod
     """Makes both compute in float64 throughout, transformers' also where it asks for float32."""
 
     class Wide:
-        float32 = torch.float64
+        float32 = float = torch.float64
 
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
