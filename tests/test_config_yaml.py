@@ -120,7 +120,7 @@ def test_a_quoted_number_is_told_from_a_number(read):
         ("epochs: 3", "unknown key; did you mean num_train_epochs?"),
         ("bf16: true", "unknown key; use dtype: bfloat16"),
         ("FP16: true", "unknown key; use dtype: float16"),
-        ("deepspeed: ds.json", "unknown key; several GPUs: `torchrun"),
+        ("deepspeed: ds.json", "unknown key; several GPUs: gpus: all"),
         ("wandb_project: p", "unknown key; report_to: wandb"),
         ("flash_attention: true", "unknown key; chosen automatically"),
         ("datasets: [a]", "unknown key; did you mean dataset?"),

@@ -97,6 +97,7 @@ def test_the_run_file_of_a_stage_runs(stage, oribi, tiny_folder, tmp_path, monke
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.long  # tests/cli/test_train_gpus.py and tests/trust/test_processes.py start several in every run
 def test_two_processes_train_one_model(tiny_folder, tmp_path):
     done = run(
         "examples/two_gpus.sh", str(tiny_folder), "examples/data/chat.jsonl", str(tmp_path / "run"), "--max_steps", "2",

@@ -286,7 +286,7 @@ def test_smollm2_chats_as_llama_cpp_renders(smollm2, smollm2_llama_cpp):
     assert rendered == smollm2_llama_cpp.render(messages)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2s_weights_equal_transformers_own_loader(short_smollm2_file):
     from transformers import AutoModelForCausalLM
 

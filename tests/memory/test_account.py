@@ -38,6 +38,11 @@ KEEPS = {
 }
 
 
+# layers that share keys and values keep what others made: their account is not compared with what they hold
+SHARING = [name for name, row in FAMILIES.items() if row.kv_sharing]
+ALONE = [name for name in FAMILIES if name not in SHARING]
+
+
 class Storages(TorchDispatchMode):
     """Every storage that operations make beside a model's own, and which of them are still held."""
 
@@ -95,7 +100,7 @@ def kept_by_a_layer(model: torch.nn.Module, rows: int = ROWS, length: int = LENG
     return (held[3] - held[1]) / 2
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ALONE)
 def test_a_layer_keeps_what_the_account_says(model_type):
     model = tiny(model_type)
     base = model.get_base_model()
@@ -111,7 +116,8 @@ def test_a_layer_keeps_what_the_account_says(model_type):
         assert kept_by_a_layer(model) == expected / 2, name
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+# nor what autograd keeps of the delta rule, whose chunks of 64 tokens these rows of 8 do not fill
+@pytest.mark.parametrize("model_type", [name for name in ALONE if name != "qwen3_5_text"])
 @pytest.mark.parametrize("how", ["dropout", "dora", "whole"])
 def test_a_layer_that_autograd_differentiates_keeps_about_as_much(model_type, how):
     # every head has keys of its own and rows are short: on a CPU, attention repeats keys and saves its scores
@@ -132,7 +138,7 @@ def test_a_layer_that_autograd_differentiates_keeps_about_as_much(model_type, ho
     assert kept_by_a_layer(model) == layers[0].results["x"].bytes
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ALONE)
 def test_computing_again_takes_the_products_that_the_account_says(model_type):
     model = tiny(model_type)
     base = model.get_base_model()

@@ -14,7 +14,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMi
 from oribi.families import FAMILIES
 from oribi.models.decoding import generation, loop, prefill, request
 from tests.data.tokenizers_small import byte_level
-from tests.models.tiny import ROPES, tiny_config, tiny_pair
+from tests.models.tiny import KINDS, ROPES, tiny_config, tiny_pair
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -106,7 +106,7 @@ def test_greedy_tokens_equal_transformers_loop(model_type, lora, ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_greedy_tokens_of_100_prompts_equal_transformers_loop(model_type, ours, theirs):
     model = with_lora(tiny(model_type), model_type)
     for seed in range(10):

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oribi.families import FAMILIES
 from oribi.kernels import fp8
 from oribi.models import half, layers, mlp
 from oribi.models.decoder import build
@@ -12,7 +11,7 @@ from oribi.models.linear_layers import project, read
 from oribi.models.mixers import attention
 from tests.models.test_fused_layer import KEEPS, adapt, batch_of, gradients
 from tests.models.test_parity import TOLERANCE, relative
-from tests.models.tiny import tiny_config, tiny_pair
+from tests.models.tiny import KINDS, tiny_config, tiny_pair
 
 
 def similarity(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -153,12 +152,15 @@ def test_only_training_is_approximate(model):
         assert torch.equal(model(**batch).loss, approximate)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_every_family_takes_part(model_type):
     model = adapt(tiny_pair(tiny_config(model_type))[0])
     decoder = model.get_base_model()
-    assert decoder.use_fp8(True) == 3
-    assert [layer.fp8 for layer in decoder.model.layers] == [False, True, True, True]
+    after_the_first = decoder.model.layers[1:]
+    # the matrix units take sizes that 16 divides; two rows per head make Qwen3.5's first product wider
+    fits = [layer.mixer_name != "linear_attn" for layer in after_the_first]
+    assert decoder.use_fp8(True) == sum(fits) > 0
+    assert [layer.fp8 for layer in decoder.model.layers] == [False, *fits]
     gradients(model, **batch_of())  # none of a factor is zero
 
 

@@ -11,7 +11,7 @@ from oribi.models import layers as layers_file
 from oribi.models.core import Keep
 from oribi.models.fused_layer import POLICIES
 from tests.models.test_parity import TOLERANCE, packed, relative
-from tests.models.tiny import precise, tiny_config, tiny_pair
+from tests.models.tiny import KINDS, precise, tiny_config, tiny_pair
 
 KEEPS = {
     **POLICIES,
@@ -77,7 +77,7 @@ def test_every_lora_gradient_equals_transformers_with_peft(model_type, fused_cal
     assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_gradients_do_not_depend_on_what_is_kept(model_type):
     model = adapt(tiny_pair(tiny_config(model_type))[0])
     batch = batch_of()
@@ -88,7 +88,7 @@ def test_gradients_do_not_depend_on_what_is_kept(model_type):
             assert torch.equal(grad, everything[name]), f"{keep}: {name}"
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_a_reference_computed_without_gradients_has_the_bits_of_training(model_type):
     model = adapt(tiny_pair(tiny_config(model_type))[0].bfloat16())
     ids = torch.randint(5, 60, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -133,7 +133,7 @@ def test_an_mlp_in_portions_gives_the_gradients_of_the_whole(model_type, monkeyp
             assert torch.equal(grad, in_portions[name]), f"{keep}: {name}"
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.parametrize("keep", ["speed", "memory"])
 def test_packed_gradients_equal_the_sum_over_documents(model_type, keep, monkeypatch):
     pair = tiny_pair(tiny_config(model_type))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from oribi.families import FAMILIES
 from oribi.kernels.lora import group_shape, lora_layout
 from oribi.models import half, layers
 from oribi.models.core import Keep, Result
@@ -15,7 +14,7 @@ from oribi.models.layers import Batch
 from oribi.models.linear_layers import project, read
 from tests.models.test_fused_layer import adapt, batch_of, gradients
 from tests.models.test_parity import packed, relative
-from tests.models.tiny import tiny_config
+from tests.models.tiny import KINDS, tiny_config
 
 
 class Shift(nn.Module):
@@ -99,7 +98,7 @@ def test_a_toy_mixer_trains_by_hand_with_autograds_gradients(model, batch, monke
     assert max(relative(by_hand[name], by_autograd[name]) for name in by_hand) < 1e-12
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_what_a_layer_keeps_has_the_size_that_its_entry_says(model_type, monkeypatch):
     model = adapt(build(tiny_config(model_type), device="cpu"))
     layer, batch = model.get_base_model().model.layers[0], batch_of()

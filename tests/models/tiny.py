@@ -3,9 +3,11 @@
 import sys
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from oribi.families import FAMILIES
 from oribi.models.decoder import DecoderForCausalLM, build
 
 SIZES = {
@@ -199,6 +201,15 @@ def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
     """Config of a family with every feature it has switched on."""
     settings = {**SIZES, **VARIANTS[model_type], **changes}
     return AutoConfig.for_model(model_type, attn_implementation="eager", **settings)
+
+
+# families that are another one's row with other names, sizes or a flag that tests of their own cover
+_LIKE_ANOTHER = {
+    "mistral", "gemma", "ministral", "granitemoehybrid", "glm4", "ernie4_5", "helium", "seed_oss", "exaone4", "olmo3",
+    "hunyuan_v1_dense", "gemma4_unified_text",
+}  # fmt: skip
+# for tests of what all families share: every kind of layer at once, and the other rows in `make test-all`
+KINDS = [pytest.param(name, marks=pytest.mark.long) if name in _LIKE_ANOTHER else name for name in FAMILIES]
 
 
 # families whose tiny models differ in float32 from themselves in float64 by more than 1e-5

@@ -157,7 +157,7 @@ def test_the_reference_is_the_model_without_its_adapter(folder, tmp_path):
     from oribi.run import _load, _trainer, read_data
 
     config, _ = read_run_config(folder / "dpo.yaml", ["--output_dir", str(tmp_path)])
-    model, tokenizer = _load(config, detect())
+    model, tokenizer = _load(config, detect(), resumes=False)
     trainer = _trainer(config, model, tokenizer, RunData(*read_data(config, tokenizer)))
     assert list(model.peft_config) == ["default"]
     assert trainer.ref_model is None
@@ -224,7 +224,7 @@ def test_a_stage_refuses_what_it_does_not_use(stage, name):
     if stage in SETTINGS[name].used_by:
         return
     values = {"packing": "true", "train_on_responses_only": "false", "turns": "split", "fp8": "true", "reward_funcs": "m:f",
-              "max_prompt_length": "9", "neftune_noise_alpha": "5.0"}  # fmt: skip
+              "max_prompt_length": "9", "neftune_noise_alpha": "5.0", "fsdp": "true", "sample_tokens": "9"}  # fmt: skip
     value = values.get(name, OTHER.get(name))
     value = next(iter(value.values())) if isinstance(value, dict) else value
     needed = ["--reward_funcs", "m:f"] if stage == "grpo" else []

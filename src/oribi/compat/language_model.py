@@ -215,11 +215,8 @@ class FastModel(FastLanguageModel):
                 ]
             )
         if target_modules is None or target_modules == "all-linear":
-            if model.oribi.fused:
-                target_modules = [
-                    *(PROJECTIONS[:4] if finetune_attention_modules else ()),
-                    *(PROJECTIONS[4:] if finetune_mlp_modules else ()),
-                ]
+            if model.oribi.fused and finetune_attention_modules and finetune_mlp_modules:
+                target_modules = list(PROJECTIONS)
             else:
                 base = base_model(model)
                 target_modules = layer_projections(base, finetune_attention_modules, finetune_mlp_modules)

@@ -27,11 +27,6 @@ class DecoderPreTrainedModel(PreTrainedModel):
     # what Trainer asks before it divides by num_items_in_batch itself
     accepts_loss_kwargs = True
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        """True: a config that transformers' own class with experts was built from names their kernels, and none runs here."""
-        return True
-
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(self.config, "initializer_range", 0.02)
         if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.is_floating_point():
