@@ -1,6 +1,5 @@
 """The seven steps for one config: environment, model, adapter, data, trainer, training, saving; and a run's folder reopened."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,13 +17,19 @@ from oribi.data.report import DataReport
 from oribi.environment import Environment, detect
 from oribi.errors import ConfigError, ExportError
 from oribi.gguf.mixes import mix_of
+from oribi.launch import processes_here
 from oribi.lora.attach import attach_lora, set_checkpointing
 from oribi.memory.fit import waits_in_host_memory
 from oribi.models.adapter_files import read_record
-from oribi.models.files import HubOptions, missing_folder
+from oribi.models.files import missing_folder
 from oribi.models.load import load_model
-from oribi.models.open import open_model
-from oribi.preflight import check_before_loading, evaluation_sources, result_folders, steps_of
+from oribi.preflight import (
+    check_before_loading,
+    evaluation_sources,
+    open_run_model,
+    result_folders,
+    steps_of,
+)
 from oribi.run_record import (
     CONFIG_FILE,
     FORM_FOLDERS,
@@ -150,7 +155,7 @@ def _kept_in_16bit(config: RunConfig, environment: Environment, resumes: bool) -
     """Names of linear layers that are not packed: those of the config, or measured; a run that is resumed keeps its own."""
     if config.keep_in_16bit != ["auto"]:
         return config.keep_in_16bit
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would measure by itself, and near ties might differ
+    if processes_here() > 1:  # each would measure by itself, and near ties might differ
         raise ConfigError(
             "keep_in_16bit = auto is for one process; run `oribi inspect model NAME --four-bits`, and give the names that it keeps"
         )
@@ -158,10 +163,7 @@ def _kept_in_16bit(config: RunConfig, environment: Environment, resumes: bool) -
     record = read_record(checkpoints[-1].path) if checkpoints else None
     if record is not None:
         return record.kept_in_16bit
-    opened = open_model(
-        config.model, HubOptions(revision=config.revision, trust_remote_code=config.trust_remote_code)
-    )
-    names, notes = kept_by_auto(opened, environment.device, environment.dtype)
+    names, notes = kept_by_auto(open_run_model(config), environment.device, environment.dtype)
     say_notes(notes)
     return names
 

@@ -82,7 +82,7 @@ def judge():
     return Judge(model.eval(), torch.tensor([tokenizer(text)["input_ids"][:TOKENS] for text in texts]))
 
 
-# the widest used in every run, the others in `make test-all`
+# the most used in every run, the others in `make test-all`
 @pytest.mark.parametrize(
     "method",
     [method if method == "q4_k_m" else pytest.param(method, marks=pytest.mark.long) for method in MIXES],

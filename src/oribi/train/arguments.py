@@ -2,7 +2,6 @@
 scripts still use."""
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from oribi.config import SETTINGS
 from oribi.environment import detect
 from oribi.errors import ConfigError
+from oribi.launch import processes_here
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class SFTConfig(TrainingArguments):
         if detect().device.type == "cpu":
             # without this, processes of torchrun on a machine without GPUs would each train alone
             self.use_cpu = True
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if processes_here() > 1:
                 self.ddp_backend = self.ddp_backend or "gloo"
         # transformers refuses bf16 where it finds no GPU; here the loaded model's dtype says whether it can
         bf16, self.bf16 = bool(self.bf16), False

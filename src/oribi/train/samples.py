@@ -101,7 +101,7 @@ def _prompts_of_file(config: RunConfig, tokenizer: Any) -> list[Prompt]:
         stage = stage_of_source(source, split=config.split, **naming)
     settings = {
         "max_seq_length": config.max_seq_length, "split": config.split, "max_rows": MOST_PROMPTS, "overlong": "error",
-        "announce": _silent, "progress": False, "use_cache": False, **naming,
+        "announce": None, "progress": False, "use_cache": False, **naming,
     }  # fmt: skip
     if stage == "sft":
         rows = prepare_dataset(source, tokenizer, **settings).dataset
@@ -121,10 +121,6 @@ def _lines(path: Path) -> list[str]:
             "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
         )
         raise DataError(f"sample_prompts: {path} {what}") from error
-
-
-def _silent(line: str) -> None:
-    """Prompts announce nothing: a run's data does."""
 
 
 @dataclass(frozen=True)

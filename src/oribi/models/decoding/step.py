@@ -215,7 +215,7 @@ class ShortConvStep:
         self.mixer, self.state = mixer, state
         self.groups = groups_of(mixer, state)
 
-    def __call__(self, x: torch.Tensor, angles: Angles, rings: dict[int, Ring]) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, angles: AnglesByKind, rings: dict[int, Ring]) -> torch.Tensor:
         """Output [B, D] of x [B, D]."""
         b, c, x = self.groups["bcx"](x).chunk(3, dim=1)
         window = self.state.held[self.mixer.index]["window"]
