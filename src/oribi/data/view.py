@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,9 +173,14 @@ def _views(preparation: Preparation, rows: int) -> Iterator[RowView]:
         for origin, encoded in batch:
             if seen < rows:
                 seen += 1
-                view = view_answers if isinstance(encoded, Ranked) else view_row
-                yield view(preparation.tokenizer, origin, encoded, preparation.settings)
+                yield view_of(preparation, origin, encoded)
             preparation.count(origin, encoded)
+
+
+def view_of(preparation: Preparation, origin: str, encoded: Encoded | Ranked) -> RowView:
+    """The view of a row that a preparation encoded."""
+    view = view_answers if isinstance(encoded, Ranked) else view_row
+    return view(preparation.tokenizer, origin, encoded, preparation.settings)
 
 
 def view_row(tokenizer: Any, origin: str, encoded: Encoded, settings: Any) -> RowView:
@@ -270,15 +275,28 @@ def _legend(kinds: Sequence[str]) -> Text:
 
 def write_html(path: Path, rows: list[RowView], report: DataReport) -> None:
     """Write rows and report as one HTML page that needs nothing else."""
+    page = _template("rows.html.jinja").render(rows=rows, report=report, kinds=shown_kinds(report.stage))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, page + "\n")
+
+
+def rows_as_html(rows: Sequence[RowView], stage: str, losses: Mapping[str, str]) -> str:
+    """Rows and the legend of their tokens as a part of a page.
+
+    Args:
+        rows: to show. stage: of their run. losses: origin of a row -> what is known of its loss, in words.
+    """
+    return _template("tokens.html.jinja").module.rows(rows, shown_kinds(stage), losses)
+
+
+def shown_kinds(stage: str) -> tuple[str, ...]:
+    """Kinds of tokens in rows of a stage, for a legend."""
+    return (*KINDS.get(stage, COMPARED), "special")
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("oribi.data"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("rows.html.jinja").render(
-        rows=rows,
-        report=report,
-        visible=_visible,
-        kinds=(*KINDS.get(report.stage, COMPARED), "special"),
-        names=KIND_NAMES,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page + "\n")
+    environment.globals |= {"visible": _visible, "shortened": _shortened, "kind_names": KIND_NAMES}
+    return environment.get_template(name)

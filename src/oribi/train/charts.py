@@ -11,7 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from oribi.text import whole_file
-from oribi.train.progress import Smoothed
+from oribi.train.smoothed import Smoothed
 
 INK, PALE, ACCENT, POINT = "#1f2937", "#9db8d9", "#1d4ed8", "#c2410c"
 

@@ -16,29 +16,16 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from oribi.run_record import LOG_FILE, json_lines
 from oribi.text import LastingStream, clock, write_whole
+from oribi.train.smoothed import Smoothed
 
 logger = logging.getLogger(__name__)
 
-SMOOTHING = 0.9  # share of the past in the smoothed loss
 # figures of a stage's logs that the line shows: name, word and form
 REWARDS = (
     ("rewards/margins", "margin", ".3f"), ("rewards/accuracies", "accuracy", ".0%"), ("margin", "margin", ".3f"),
     ("accuracy", "accuracy", ".0%"), ("reward", "reward", ".3f"),
 )  # fmt: skip
 LINE_SECONDS = 10.0  # between two plain lines; log.jsonl has every log
-
-
-class Smoothed:
-    """Exponential mean that starts without a bias towards zero."""
-
-    def __init__(self) -> None:
-        self._total, self._weight = 0.0, 0.0
-
-    def add(self, value: float) -> float:
-        """The mean with one more value."""
-        self._total = SMOOTHING * self._total + (1 - SMOOTHING) * value
-        self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        return self._total / self._weight
 
 
 class Progress(TrainerCallback):
@@ -148,6 +135,8 @@ class JsonLog(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs) -> None:
         if state.is_world_process_zero:
             entry = {"step": state.global_step, "time": time.time(), **logs}
+            if "loss" in logs:
+                entry["peak_memory_bytes"] = peak_memory_bytes()
             path = self._path(args)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

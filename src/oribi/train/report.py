@@ -17,6 +17,7 @@ from oribi.save.card import fenced, for_markdown
 from oribi.text import clock, write_whole
 from oribi.train.charts import as_svg, loss_chart, rewards_charts, save_png, small_chart
 from oribi.train.measures import ANSWER_TOKENS, Measured
+from oribi.train.over_time import answers_over_time
 from oribi.train.samples import Answered
 
 # a general text that became this much less likely is worth a warning
@@ -230,7 +231,7 @@ def _render(template: str, report: dict[str, Any], **values: Any) -> str:
         samples_title="Held-out answers"
         if all(m["held_out"] for m in report["measures"].values())
         else "Answers",
-        answers=_over_time(report),
+        answers=answers_over_time(report["answers"]),
         has_expected=any(expected for _, expected, _ in samples),
         has_rewards=bool(report["training"].get("rewards")),
         going=f"still going after {ANSWER_TOKENS} tokens",
@@ -263,34 +264,6 @@ def _side_by_side(report: dict[str, Any]) -> list[tuple[str, str, dict[str, tupl
         )
         for i, sample in enumerate(first)
     ]
-
-
-def _over_time(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
-    """Each prompt that was answered while training, with its answers: the steps, the text, whether it ended by itself.
-
-    An answer that stayed the same over several evaluations stands once.
-    """
-    answers = report["answers"]
-    asked = [sample["prompt"] for sample in answers[-1]["samples"]] if len(answers) > 1 else []
-    found = []
-    for i, prompt in enumerate(asked):
-        spans: list[tuple[list[int], str, bool]] = []
-        for one in answers:
-            sample = one["samples"][i] if i < len(one["samples"]) else None
-            if sample is None or sample["prompt"] != prompt:
-                continue  # of a run that was resumed with other prompts
-            if spans and one["step"] and spans[-1][0][0] and spans[-1][1] == sample["said"]:
-                spans[-1][0].append(one["step"])
-            else:
-                spans.append(([one["step"]], sample["said"], sample["stopped"]))
-        found.append((prompt, [(_steps(steps), text, stopped) for steps, text, stopped in spans]))
-    return found
-
-
-def _steps(steps: Sequence[int]) -> str:
-    if not steps[0]:
-        return "base"
-    return f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
 
 
 def _with_rewards(sample: dict[str, Any]) -> str:
