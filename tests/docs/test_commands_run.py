@@ -15,6 +15,7 @@ ELSEWHERE = {
         ["oribi train config.yaml --gpus all", "oribi train config.yaml --gpus all --resume true"],
         "needs GPUs; tests/cli/test_train_gpus.py starts processes on a CPU",
     ),
+    "oribi watch runs": "it serves until it is stopped; tests/watch has its parts",
     "oribi eval runs/dpo": "tests/train/test_stages.py evaluates a run of each stage",
 }
 

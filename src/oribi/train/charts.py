@@ -1,5 +1,6 @@
 """Curves of a run as SVG for a page and PNG for a folder, drawn by matplotlib without its global state."""
 
+import html
 import io
 import re
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from oribi.text import whole_file
 from oribi.train.smoothed import Smoothed
 
-INK, PALE, ACCENT, POINT = "#1f2937", "#9db8d9", "#1d4ed8", "#c2410c"
+INK, PALE, ACCENT, POINT, GRID = "#1f2937", "#9db8d9", "#1d4ed8", "#c2410c", "#e5e7eb"
 
 
 def loss_chart(log: Sequence[dict[str, Any]], unit: str = "nats per token") -> Figure:
@@ -75,13 +76,27 @@ def small_chart(log: Sequence[dict[str, Any]], key: str, title: str) -> Figure |
     return figure
 
 
+# colour of a chart -> that of the page around it, which knows light and dark
+_ON_PAGES = {
+    INK: "currentColor", "#000000": "currentColor", GRID: "var(--line)", PALE: "var(--faint)", ACCENT: "var(--accent)",
+    POINT: "var(--point)",
+}  # fmt: skip
+
+
 def as_svg(figure: Figure) -> str:
-    """The figure as an element for a page; letters are drawn as shapes, so no font is needed."""
+    """The figure as an element for a page; letters are drawn as shapes, so no font is needed.
+
+    The page gives its colours: --line, --faint, --accent, --point, and that of its text.
+    """
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :]
+    for color, on_page in _ON_PAGES.items():
+        text = text.replace(color, on_page)
+    title = html.escape(figure.axes[0].get_title(loc="left"), quote=True)
+    return text.replace("<svg", f'<svg role="img" aria-label="curve: {title}"', 1)
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -97,7 +112,7 @@ def _axes(size: tuple[float, float], title: str) -> tuple[Figure, Any]:
     axes.set_title(title, fontsize=10, loc="left", color=INK)
     axes.set_xlabel("step", fontsize=9, color=INK)
     axes.tick_params(labelsize=8, colors=INK)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from oribi.data.collate import PackCollator, PaddedCollator
+from oribi.data.turns import turns_of
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.generate import Answer, answers, inference_mode_of
 from oribi.models.unwrap import base_model
@@ -50,16 +51,23 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a prompt, its text without special tokens, and the answer of the data, empty where there is none."""
+    """Token ids of a prompt, its text without special tokens, and the answer of the data, empty where there is none.
+
+    `turns` are its roles and texts; None where they are not known.
+    """
 
     ids: list[int]
     text: str
     expected: str = ""
+    turns: list[tuple[str, str]] | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt with the answer of the data and the model's answer; `rewards` are its scores by function."""
+    """A held-out prompt with the answer of the data and the model's answer.
+
+    `rewards` are the answer's scores by function, `turns` roles and texts of the prompt.
+    """
 
     prompt: str
     expected: str
@@ -67,6 +75,7 @@ class Sample:
     tokens: int
     stopped: bool
     rewards: dict[str, float | None] | None = None
+    turns: list[tuple[str, str]] | None = None
 
 
 def held_out_loss(model: nn.Module, rows: Dataset, limit: int | None = None) -> HeldOut:
@@ -122,7 +131,8 @@ def prompts_of_rows(tokenizer: Any, rows: Dataset, count: int) -> list[Prompt]:
             continue  # plain text: there is no prompt to answer
         last = next((i for i in range(first, len(ids)) if labels[i] == -100), len(ids))
         prompt = list(ids[:first])
-        found.append(Prompt(prompt, _text(tokenizer, prompt), _text(tokenizer, ids[first:last])))
+        expected = _text(tokenizer, ids[first:last])
+        found.append(Prompt(prompt, _text(tokenizer, prompt), expected, turns_of(tokenizer, prompt)))
     return found
 
 
@@ -153,7 +163,7 @@ def answer_rows(
 def samples_of(prompts: Sequence[Prompt], said: Sequence[Answer]) -> list[Sample]:
     """Prompts with their answers, as files and reports show them."""
     return [
-        Sample(prompt.text, prompt.expected, one.text.strip(), one.tokens, one.stopped)
+        Sample(prompt.text, prompt.expected, one.text.strip(), one.tokens, one.stopped, turns=prompt.turns)
         for prompt, one in zip(prompts, said, strict=True)
     ]
 

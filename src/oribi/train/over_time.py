@@ -13,11 +13,16 @@ class Span(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A prompt, the answer of the data (empty where there is none), and the model's answers."""
+    """A prompt as turns of role and text, the answer of the data (empty where there is none), and the model's answers."""
 
-    prompt: str
+    turns: list[tuple[str, str]]
     expected: str
     spans: list[Span]
+
+
+def turns_in(sample: dict[str, Any]) -> list[tuple[str, str]]:
+    """Role and text of each turn of a sample's prompt; its whole text without a role where the turns are not known."""
+    return [(role, text) for role, text in sample.get("turns") or [("", sample["prompt"])]]
 
 
 def answers_over_time(answers: Sequence[dict[str, Any]]) -> list[Asked]:
@@ -39,7 +44,7 @@ def answers_over_time(answers: Sequence[dict[str, Any]]) -> list[Asked]:
             else:
                 spans.append(([one["step"]], sample))
         shown = [Span(_words(steps), sample["said"], sample["stopped"]) for steps, sample in spans]
-        found.append(Asked(question["prompt"], question["expected"], shown))
+        found.append(Asked(turns_in(question), question["expected"], shown))
     return found
 
 

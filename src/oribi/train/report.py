@@ -4,8 +4,12 @@ The page needs nothing else: charts are inline SVG, there is no script and no re
 """
 
 import json
+import platform
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from oribi.save.card import fenced, for_markdown
 from oribi.text import clock, write_whole
 from oribi.train.charts import as_svg, loss_chart, rewards_charts, save_png, small_chart
 from oribi.train.measures import ANSWER_TOKENS, Measured
-from oribi.train.over_time import answers_over_time
+from oribi.train.over_time import answers_over_time, turns_in
 from oribi.train.samples import Answered
 
 # a general text that became this much less likely is worth a warning
@@ -52,6 +56,9 @@ def write_report(
     report = {
         "oribi": oribi.__version__,
         "config": config,
+        "written": _date(time.time()),
+        "trained": _dates(log),
+        "versions": _versions(),
         "machine": machine,
         "data": data,
         "training": training_figures(log),
@@ -78,6 +85,26 @@ def write_report(
     charts = [as_svg(loss_chart(log, unit)), *(as_svg(figure) for figure in small if figure is not None)]
     write_whole(folder / "report.html", as_page(report, charts))
     return report
+
+
+def _date(at: float) -> str:
+    """Local date and time of seconds since 1970, with the zone."""
+    return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(at)).strip()
+
+
+def _dates(log: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """When a training logged first and last."""
+    times = [entry["time"] for entry in log if isinstance(entry.get("time"), (int, float))]
+    return {"first log": _date(times[0]), "last log": _date(times[-1])} if times else {}
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and the libraries that decide what is trained."""
+    found = {"python": platform.python_version(), "oribi": oribi.__version__}
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "triton", "trl"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def training_figures(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -161,7 +188,11 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         ".3f",
         "before \u2192 after, nats per token",
     )
-    pair("answers that stop", lambda m: m["stop_rate"], ".0%", f"within {ANSWER_TOKENS} tokens")
+    stops = [_stops(measured) for measured in (base, tuned) if measured is not None and measured["samples"]]
+    if stops:
+        found.append(
+            ("answers that stop", " \u2192 ".join(stops), f"by themselves, within {ANSWER_TOKENS} tokens")
+        )
     for name, form, remark in SCORES:
         pair(name.replace("_", " "), lambda m, name=name: m["scores"].get(name), form, remark)
     for name in (tuned or {}).get("scores", {}):
@@ -182,6 +213,12 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     if report["machine"].get("peak memory"):
         found.append(("peak memory", report["machine"]["peak memory"], report["machine"].get("device", "")))
     return found
+
+
+def _stops(measured: dict[str, Any]) -> str:
+    """How many of a model's answers ended by themselves: "5 of 6"."""
+    samples = measured["samples"]
+    return f"{sum(sample['stopped'] for sample in samples)} of {len(samples)}"
 
 
 # scores of a stage -> how they are written
@@ -226,6 +263,8 @@ def _render(template: str, report: dict[str, Any], **values: Any) -> str:
     return environment.get_template(template).render(
         report=report,
         title=_title(report),
+        subtitle=_subtitle(report),
+        facts_of_machine={**report["machine"], **report["versions"], "report written": report["written"]},
         headline=headline(report),
         samples=samples,
         samples_title="Held-out answers"
@@ -249,13 +288,23 @@ def _title(report: dict[str, Any]) -> str:
     return f"{model} on {', '.join(names)}" if names else model
 
 
-def _side_by_side(report: dict[str, Any]) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
-    """Prompt, expected answer, and every model's answer with whether it ended by itself."""
+def _subtitle(report: dict[str, Any]) -> str:
+    """When and with what the model was trained."""
+    dates = list(dict.fromkeys(report["trained"].values()))
+    return (
+        f"Trained {' to '.join(dates)} with oribi {report['oribi']}" if dates else f"oribi {report['oribi']}"
+    )
+
+
+def _side_by_side(
+    report: dict[str, Any],
+) -> list[tuple[list[tuple[str, str]], str, dict[str, tuple[str, bool]]]]:
+    """Turns of the prompt, expected answer, and every model's answer with whether it ended by itself."""
     measures = report["measures"]
     first = next(iter(measures.values()), {"samples": []})["samples"]
     return [
         (
-            sample["prompt"],
+            turns_in(sample),
             sample["expected"],
             {
                 name: (_with_rewards(m["samples"][i]), m["samples"][i]["stopped"])

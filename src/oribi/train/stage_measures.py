@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from oribi.data.collate import PaddedCollator
+from oribi.data.turns import turns_of
 from oribi.errors import ConfigError
 from oribi.models.generate import inference_mode_of, prompt_ids
 from oribi.models.unwrap import base_model
@@ -171,7 +172,7 @@ def prompts_of_stage(
                 tokenizer.decode(part, skip_special_tokens=True).strip()
                 for part in (ids, row[expected] if expected else [])
             )
-            found.append((row, Prompt(ids, *texts)))
+            found.append((row, Prompt(ids, *texts, turns_of(tokenizer, ids))))
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from oribi.train.over_time import Asked, Span, answers_over_time
+from oribi.train.over_time import Asked, Span, answers_over_time, turns_in
 from oribi.watch.compare import results_of, settings_that_differ
 from oribi.watch.figures import cards_of, concerns_of, standing_of
 from oribi.watch.runs import WatchedRun
@@ -48,7 +48,7 @@ def samples_html(run: WatchedRun) -> str:
     asked = answers_over_time(run.answers)
     if not asked and run.answers:  # the base's alone
         asked = [
-            Asked(one["prompt"], one["expected"], [Span("base", one["said"], one["stopped"])])
+            Asked(turns_in(one), one["expected"], [Span("base", one["said"], one["stopped"])])
             for one in run.answers[0]["samples"]
         ]
     if asked:

@@ -207,7 +207,18 @@ def _are_answers(entry: dict[str, Any]) -> bool:
         isinstance(one, dict)
         and all(isinstance(one.get(key), str) for key in ("prompt", "said", "expected"))
         and isinstance(one.get("stopped"), bool)
+        and _are_turns(one.get("turns"))
         for one in samples
+    )
+
+
+def _are_turns(turns: Any) -> bool:
+    return turns is None or (
+        isinstance(turns, list)
+        and all(
+            isinstance(turn, list) and len(turn) == 2 and all(isinstance(one, str) for one in turn)
+            for turn in turns
+        )
     )
 
 
