@@ -19,7 +19,7 @@ from oribi.errors import ConfigError, ExportError
 from oribi.gguf.mixes import mix_of
 from oribi.launch import processes_here
 from oribi.lora.attach import attach_lora, set_checkpointing
-from oribi.memory.fit import waits_in_host_memory
+from oribi.memory.fit import loads_in_parts
 from oribi.models.adapter_files import read_record
 from oribi.models.files import missing_folder
 from oribi.models.load import load_model
@@ -53,6 +53,7 @@ from oribi.train.report import write_report
 from oribi.train.rewards import load_reward_functions
 from oribi.train.run_trainer import RunTrainer
 from oribi.train.samples import SampleAnswers, read_samples, sample_prompts
+from oribi.train.several import load_together
 from oribi.train.shards import is_sharded
 from oribi.train.stage_measures import texts_of
 from oribi.train.stages import RunData, make_stage_trainer
@@ -83,10 +84,10 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         trainer = _trainer(config, model, tokenizer, data)  # 5
         trainer.find_checkpoint(start.resumes, start.weights_only)
         is_main = trainer.is_world_process_zero()
-        on_host = waits_in_host_memory(config, environment)
-        if config.report and on_host:
-            say_notes(["no report: it would measure the whole model, which lies in host memory"])
-        reports = config.report and is_main and not on_host
+        in_parts = is_sharded(model)
+        if config.report and in_parts:
+            say_notes(["no report: it would measure the untrained model, which no process holds whole"])
+        reports = config.report and is_main and not in_parts
         prompts = sample_prompts(config, tokenizer, data.held_out and data.held_out.dataset)
         if prompts:
             trainer.add_callback(
@@ -127,7 +128,7 @@ def _load(config: RunConfig, environment: Environment, resumes: bool) -> tuple[A
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
         **({"num_labels": 1} if config.stage == "reward" else {}),
-        **({"device_map": "cpu"} if waits_in_host_memory(config, environment) else {}),
+        together=load_together(environment.device, loads_in_parts(config, environment), config.ddp_timeout),
     )
     _announce(model)
     if config.full_finetuning:
@@ -190,7 +191,6 @@ def _begin(config: RunConfig, overwrite: bool) -> None:
 
 def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, PreparedData | None]:
     """Prepared training rows, and evaluation rows from their own files or split off."""
-
     prepare = prepare_dataset if config.stage == "sft" else prepare_preferences
 
     def prepared(sources: list[dict[str, str]]) -> PreparedData:

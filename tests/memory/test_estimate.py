@@ -13,7 +13,7 @@ from oribi.errors import ConfigError
 from oribi.memory import estimate as memory
 from oribi.memory.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.memory.estimate import Estimate, Training, largest_batch, largest_context, usable
-from oribi.memory.fit import refuse_what_cannot_fit, require_fit
+from oribi.memory.fit import loads_in_parts, refuse_what_cannot_fit, require_fit
 from oribi.memory.gpus import GPUS, gpu_named, recognise
 from oribi.memory.plan import spread
 from oribi.memory.speed import optimizer_steps, step_time
@@ -320,6 +320,23 @@ def test_gpus_that_share_the_frozen_weights_hold_what_one_cannot(monkeypatch):
     embedding = one.architecture.embedding * 2  # waits in host memory
     layers = whole["weights"] - 2 * embedding
     assert layers / needed < part["weights"] - embedding < layers / needed + layers * (2 / 80 + 1 / 30)
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "processes", "fsdp", "in_parts"),
+    [
+        ("cuda", 1, 2, True, True), ("cuda", 24, 2, True, False), ("cuda", 1, 1, True, False), ("cuda", 1, 2, False, False),
+        ("cpu", 24, 2, True, True),
+    ],
+)  # fmt: skip
+def test_processes_load_parts_where_one_gpu_cannot_hold_the_whole(
+    monkeypatch, device, gib, processes, fsdp, in_parts
+):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    card = Environment(torch.device(device), "card", None, gib * 2**30, torch.bfloat16, True, "flash", {})
+    config = training_of("Llama-3.1-8B").config
+    monkeypatch.setattr("oribi.memory.fit.training_of", lambda *given: training_of("Llama-3.1-8B"))
+    assert loads_in_parts(replace(config, fsdp=fsdp), card) == in_parts
 
 
 def test_training_is_refused_before_anything_is_loaded(tiny_folder, monkeypatch, tmp_path):

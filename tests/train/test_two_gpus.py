@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from oribi.errors import TrainingError
+from oribi.models import layer_shards
+from oribi.models.layer_shards import split_layers
 from oribi.selftest.gathered_codes import compare_gathered_codes, decoder_of_all_words
 from oribi.selftest.processes import run_together
 from oribi.selftest.subject import write_small_model
-from oribi.train import shards
-from oribi.train.shards import LayerShards
 
 TWO_GPUS = torch.cuda.device_count() > 1
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not TWO_GPUS, reason="needs two CUDA devices")]
@@ -42,7 +42,7 @@ def test_codes_that_hold_every_word_are_gathered_byte_for_byte():
 @posix
 def test_a_gathered_layer_that_differs_from_the_loaded_one_stops_the_run(tmp_path, monkeypatch):
     """A NaN among 16-bit floats becomes another NaN, as PyTorch's own copy makes of it on GPUs."""
-    real = shards._all_gather
+    real = layer_shards._all_gather
 
     def as_floats(whole, own, **options):
         work = real(whole, own, **options)
@@ -54,11 +54,11 @@ def test_a_gathered_layer_that_differs_from_the_loaded_one_stops_the_run(tmp_pat
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         layers = list(decoder_of_all_words().model.layers)
-        LayerShards(layers, torch.device("cpu"), dist.group.WORLD)
-        monkeypatch.setattr(shards, "_all_gather", as_floats)
+        split_layers(layers, torch.device("cpu"), dist.group.WORLD)
+        monkeypatch.setattr(layer_shards, "_all_gather", as_floats)
         layers = list(decoder_of_all_words().model.layers)
         with pytest.raises(TrainingError, match="layers 0, 1, 2 gathered from 1 processes differ"):
-            LayerShards(layers, torch.device("cpu"), dist.group.WORLD)
+            split_layers(layers, torch.device("cpu"), dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 

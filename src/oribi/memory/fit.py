@@ -39,10 +39,13 @@ def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
     require_fit(training, environment.device_name, environment.memory_bytes)
 
 
-def waits_in_host_memory(config: RunConfig, environment: Environment) -> bool:
-    """Whether weights that processes will share are loaded to host memory, since one GPU cannot hold all of them."""
-    if not config.fsdp or processes_here() == 1 or environment.device.type != "cuda":
+def loads_in_parts(config: RunConfig, environment: Environment) -> bool:
+    """Whether each process keeps only its part of the layers from the beginning: where one GPU cannot hold all of them, or
+    where the processes share the memory of a host."""
+    if not config.fsdp or config.full_finetuning or processes_here() == 1:
         return False
+    if environment.device.type != "cuda":
+        return True
     try:
         whole = training_of(config, psutil.virtual_memory().available).fixed()
     except OutsideFamilyTable:

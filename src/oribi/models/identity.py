@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Params4bit
 from torch import nn
 
 from oribi.errors import ModelError
@@ -118,8 +117,9 @@ def identify(
 
 def _in_memory(model: nn.Module) -> str:
     for parameter in model.parameters():
-        if isinstance(parameter, Params4bit):
-            return "nf4" if parameter.quant_state.nested else "nf4, single"
+        state = getattr(parameter, "quant_state", None)  # of a part, too, which is no Params4bit
+        if state is not None:
+            return "nf4" if state.nested else "nf4, single"
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -165,7 +165,7 @@ class WeightSums:
 
 def weight_sums(weight: torch.Tensor) -> WeightSums | None:
     """The sums of a weight's bits; None of one that is sharded or has no storage."""
-    if type(weight).__name__ == "DTensor" or weight.is_meta:
+    if type(weight).__name__ == "DTensor" or weight.is_meta or getattr(weight, "is_sharded", False):
         return None
     rows = _row_sums(weight.detach())
     state = getattr(weight, "quant_state", None)

@@ -1,5 +1,6 @@
 """STEP 2: a model and its tokenizer from a directory, a hub name, a GGUF file or a LoRA adapter, in NF4 or 16 bit."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from oribi.models.load_settings import (
     choose_dtype,
     choose_quantization,
 )
+from oribi.models.load_together import LoadTogether
 from oribi.models.open import OpenedAdapter, OpenedModel, open_model
 from oribi.models.pretrained import DecoderPreTrainedModel
 from oribi.models.quantize import Quantization, fill
@@ -138,6 +140,7 @@ def load_model(
     rope_scaling: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    together: LoadTogether | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Loads a model to fine-tune and its tokenizer.
@@ -155,6 +158,7 @@ def load_model(
         device_map: the one device to load to; "auto" and the like mean the machine's.
         rope_scaling: replaces the config's scaling.
         trust_remote_code: whether code that comes with the model may run.
+        together: the processes that all load this model at this moment, one of which reads each large tensor.
         options: `load_settings.RARE_OPTIONS`.
 
     Returns:
@@ -179,12 +183,13 @@ def load_model(
     labels = read_labels(*(options.pop(name, None) for name in LABEL_OPTIONS))
     settings = LoadSettings(
         max_seq_length, dtype, choose_device(device_map), False if load_in_16bit else load_in_4bit, full_finetuning,
-        rope_scaling, labels=labels, **options,
+        rope_scaling, labels=labels, together=together, **options,
     )  # fmt: skip
-    opened = open_model(str(model_name), hub, gguf_file)
-    if opened.adapter is None:
-        return _load_base(opened, settings)
-    return _load_with_adapter(opened, settings, hub)
+    with nullcontext() if together is None else together.until_loaded():
+        opened = open_model(str(model_name), hub, gguf_file)
+        if opened.adapter is None:
+            return _load_base(opened, settings)
+        return _load_with_adapter(opened, settings, hub)
 
 
 def _load_with_adapter(
@@ -274,7 +279,7 @@ def _load_base(
         model = (build if labels is None else build_classifier)(config, dtype=dtype)
         notes += fill(
             model, weights, device=settings.device, dtype=dtype, quantization=quantization,
-            trainable=settings.full_finetuning,
+            trainable=settings.full_finetuning, together=settings.together,
         )  # fmt: skip
     else:
         model, new_modules = load_unfused(

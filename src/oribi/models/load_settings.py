@@ -11,6 +11,7 @@ from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.models.identity import BaseIdentity
 from oribi.models.labels import Labels
+from oribi.models.load_together import LoadTogether
 from oribi.models.quantize import Quantization
 
 _DTYPES = {
@@ -43,6 +44,7 @@ class LoadSettings:
         positions: RoPE's settings that an adapter was trained with, where they are not the checkpoint's.
         labels: what a sequence classifier tells apart; None loads what the checkpoint is.
         keep_in_16bit: names of linear layers, or of parts of the model, that are not packed; None: as an adapter was trained.
+        together: processes that load this model at the same time.
         classifies: a classifier is loaded whatever the checkpoint is, of two labels where nothing names them.
     """
 
@@ -59,6 +61,7 @@ class LoadSettings:
     use_safetensors: bool | None = None
     positions: dict[str, Any] | None = None
     labels: Labels | None = None
+    together: LoadTogether | None = None
     classifies: bool = False
     keep_in_16bit: Sequence[str] | None = None
 

@@ -4,6 +4,7 @@ The model is built on the meta device, without storage. Names and shapes are che
 before any tensor is read. N out features, K in features of a linear layer.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
@@ -14,9 +15,11 @@ from torch import nn
 from oribi.errors import ConfigError, ModelError
 from oribi.kernels import nf4
 from oribi.models.host_memory import to_pinned_memory
+from oribi.models.layers import DecoderLayer
+from oribi.models.load_together import LoadTogether, Packed
 from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
 from oribi.tensors import TensorSource, problems_in_words
-from oribi.text import nearest
+from oribi.text import gibibytes, nearest
 
 _HEADS = ("lm_head", "score", "classifier")  # of language models and of classifiers
 BLOCK = 64  # values that share one scale
@@ -85,6 +88,7 @@ def fill(
     dtype: torch.dtype,
     quantization: Quantization,
     trainable: bool = False,
+    together: LoadTogether | None = None,
 ) -> list[str]:
     """Gives every parameter of a model on the meta device its values.
 
@@ -95,6 +99,7 @@ def fill(
         device, dtype: where the parameters lie, and what the unquantised ones are.
         quantization: which layers are packed.
         trainable: whether parameters require gradients (full fine-tuning).
+        together: processes that load the same model at the same time.
 
     Returns:
         Notes for the user, one line each.
@@ -108,6 +113,12 @@ def fill(
     notes = _check(model, stored, packed)
     notes += _replace_linears(model, packed, quantization, device, dtype)
     reader = _Reader(source, packed, device, dtype, quantization.double)
+    model.requires_grad_(trainable)
+    shards = None
+    if together is not None:
+        shards = together.split(model)
+        reader.share_with(together, model)
+    ends = {} if shards is None else _last_modules(model)
     tied = {"lm_head.weight"} if _tied(model) else set()
     for prefix, module in list(model.named_modules()):
         for group in _packed_groups(module):
@@ -124,6 +135,15 @@ def fill(
                     to_pinned_memory(getattr(module, name))
         for name in stored_buffers(module):
             setattr(module, name, reader.dense(f"{prefix}.{name}"))
+        if prefix in ends:
+            shards.keep_part()
+    if shards is not None:
+        shards.require_undamaged()
+        model.get_decoder().shards = shards
+        notes.append(
+            f"frozen weights are sharded: each of {together.processes} processes keeps {gibibytes(shards.own_bytes)} of the layers' "
+            f"{gibibytes(shards.whole_bytes)}"
+        )
     source.close()
     model.tie_weights()
     return notes
@@ -132,6 +152,13 @@ def fill(
 def stored_buffers(module: nn.Module) -> list[str]:
     """Names of a module's own buffers that a checkpoint holds."""
     return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+
+
+def _last_modules(model: nn.Module) -> set[str]:
+    """Names of the modules with which each layer is filled."""
+    names = [name for name, _ in model.named_modules()]
+    layers = [name for name, module in model.named_modules() if isinstance(module, DecoderLayer)]
+    return {[name for name in names if name.startswith(f"{layer}.")][-1] for layer in layers}
 
 
 def _tied(model: nn.Module) -> bool:
@@ -220,6 +247,19 @@ def _packed_groups(module: nn.Module) -> list[list[str]]:
     return groups + [[name] for name in left.values()]
 
 
+def _large(model: nn.Module, in_parts: bool) -> Iterator[tuple[str, nn.Linear, bool]]:
+    """Tensors that one process reads for all, in the order in which they are filled, and whether each is packed.
+
+    Those in 16 bits are sent only where nobody keeps them whole: reading what lies in the file cache takes no longer.
+    """
+    layers = {id(m) for layer in model.modules() if isinstance(layer, DecoderLayer) for m in layer.modules()}
+    for prefix, module in model.named_modules():
+        for child in (child for group in _packed_groups(module) for child in group):
+            yield f"{prefix}.{child}.weight", getattr(module, child), True
+        if in_parts and type(module) is nn.Linear and id(module) in layers:
+            yield f"{prefix}.weight", module, False
+
+
 class _Reader:
     """Reads tensors of a source to where the model wants them, packing on the way."""
 
@@ -228,9 +268,24 @@ class _Reader:
     ) -> None:
         self.source, self.packed, self.device, self.dtype, self.double = source, packed, device, dtype, double
         self.shapes = source.shapes()
+        self._sent: set[str] = set()  # tensors that one of several processes reads
+
+    def share_with(self, together: LoadTogether, model: nn.Module) -> None:
+        """From now on read only this process's share of the large tensors, and get the others."""
+        sizes, in_four_bits = {}, set()
+        for name, module, is_packed in _large(model, together.in_parts):
+            sizes[name] = module.in_features * module.out_features
+            in_four_bits |= {name} if is_packed else set()
+        self._sent = set(sizes)
+        self._receive: Callable = together.share(
+            sizes, lambda name: self._read_packed(name) if name in in_four_bits else self._read_dense(name)
+        )
 
     def dense(self, name: str, device: torch.device | None = None) -> torch.Tensor:
         """A tensor in the compute dtype, on the model's device if not told; a packed one is dequantised."""
+        return self._receive(name) if name in self._sent else self._read_dense(name, device)
+
+    def _read_dense(self, name: str, device: torch.device | None = None) -> torch.Tensor:
         if name not in self.packed:
             return self.source.read(name, device or self.device, self.dtype)
         return nf4.dequantize([_parameter(*self._stored(name))], self.dtype)
@@ -242,7 +297,7 @@ class _Reader:
         # before anything temporary: what stays would otherwise pin the memory that the temporary left
         codes, scales = self._room(names, layers)
         for name, layer, codes_of_layer, scales_of_layer in zip(names, layers, codes, scales):
-            packed, state = self._stored(name) if name in self.packed else self._quantised(name)
+            packed, state = self._receive(name) if name in self._sent else self._read_packed(name)
             if tuple(state.shape) != (layer.out_features, layer.in_features):
                 wanted = [layer.out_features, layer.in_features]
                 raise ModelError(f"{name} is packed from {list(state.shape)}; config.json says {wanted}")
@@ -269,11 +324,13 @@ class _Reader:
         )
         return list(codes.split([count // 2 for count in counts])), list(scales.split(blocks))
 
-    def _quantised(self, name: str) -> tuple[torch.Tensor, QuantState]:
+    def _read_packed(self, name: str) -> Packed:
+        if name in self.packed:
+            return self._stored(name)
         weight = self.source.read(name, self.device, self.dtype)
         return nf4.quantize(weight, blocksize=BLOCK, double_quant=self.double)
 
-    def _stored(self, name: str) -> tuple[torch.Tensor, QuantState]:
+    def _stored(self, name: str) -> Packed:
         def read(key: str) -> torch.Tensor:
             return self.source.read(key, self.device, None)
 

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import LlamaConfig
 
 from oribi.models.decoder import DecoderForCausalLM, build
+from oribi.models.layer_shards import split_layers
 from oribi.selftest.comparison import Comparison, failed
 from oribi.selftest.processes import run_together
-from oribi.train.shards import LayerShards
 
 GROUP = "sharded codes"
 ROUNDS = 3  # forward and back, as in three steps
@@ -65,7 +65,7 @@ def differing_bytes(device: torch.device) -> tuple[int, int]:
     layers = decoder_of_all_words().model.layers
     linear = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers]
     loaded = [[m.weight.to(device) for m in modules] for modules in linear]
-    shards = LayerShards(list(layers), device, dist.group.WORLD)
+    shards = split_layers(list(layers), device, dist.group.WORLD)
     differing = checked = 0
     forward = [(i, 1) for i in range(len(layers))]
     backward = [(i, -1) for i in reversed(range(len(layers)))]

@@ -1,16 +1,37 @@
 """The part of a trainer that makes several processes train one model, whatever computes the loss."""
 
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from oribi.errors import TrainingError
+from oribi.launch import processes_here
+from oribi.models.load_together import LoadTogether
 from oribi.train.checkpoints import StopOnSignal, any_process
 from oribi.train.exchange import Exchange
 from oribi.train.setup import temporarily
 from oribi.train.shards import is_sharded
+
+
+def load_together(device: torch.device, in_parts: bool, timeout: float) -> LoadTogether | None:
+    """Connects the processes of a run before its model is loaded; None where there is one.
+
+    Args:
+        device: where this process computes.
+        in_parts: whether each keeps only its part of the layers.
+        timeout: seconds to wait for the other processes.
+    """
+    if processes_here() == 1:
+        return None
+    PartialState(
+        cpu=device.type == "cpu", timeout=timedelta(seconds=timeout)
+    )  # transformers takes this group over
+    return LoadTogether(device, in_parts)
 
 
 class RequireExchange(TrainerCallback):

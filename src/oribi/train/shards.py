@@ -2,9 +2,8 @@
 
 A QLoRA run's memory is its frozen weights; adapters with their gradients and optimizer states are a hundredth of them. So
 `LayerShards` splits the layers as bytes, and `Exchange` averages the gradients of what is trained. The head stays whole: it would
-have to be whole at the loss, where a step's memory peaks. On GPUs the embedding waits in host memory. Optimizer, clipping, checkpoints and saved adapters
-are those of any other run, which continues with another number of processes, sharded or not. The scales of 4-bit weights,
-a thirtieth of them, stay whole.
+have to be whole at the loss, where a step's memory peaks. On GPUs the embedding waits in host memory. Optimizer, clipping,
+checkpoints and saved adapters are those of any other run, which continues with another number of processes, sharded or not.
 
 Accelerate's own FSDP shards on GPUs only, and leaves out codes that are stored as bytes. PyTorch's refuses them before
 2.13, and copies them wrongly on GPUs as a floating dtype.
@@ -12,15 +11,15 @@ Accelerate's own FSDP shards on GPUs only, and leaves out codes that are stored 
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from oribi.errors import ConfigError, TrainingError
+from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.layer_shards import split_layers
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import read
 from oribi.models.unwrap import base_model
@@ -84,6 +83,9 @@ def _problems(args: SFTConfig, base: DecoderForCausalLM) -> Iterator[str]:
     if any(type(parameter).__name__ == "Int8Params" for parameter in base.parameters()):
         yield "the model is in 8 bits; load it in 4 or 16, or leave out fsdp"
     for name, module in base.named_modules():
+        whole = getattr(module, "original_module", None)
+        if isinstance(whole, nn.Linear) and getattr(whole.weight, "is_sharded", False):
+            yield f"modules_to_save trains {name} whole, of which each process loaded a part only: leave it out"
         packed = hasattr(getattr(getattr(module, "base_layer", None), "weight", None), "quant_state")
         if packed and read(module) is None:
             yield (
@@ -99,7 +101,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> None:
-    """Splits the frozen weights between the processes, in place; those of a model that is split already stay.
+    """Splits the frozen weights between the processes, in place; those of a model that was loaded in parts are split already.
 
     Args:
         model: what is trained, the same in every process: `base` or PEFT's wrapper around it. Frozen weights may lie in
@@ -107,21 +109,20 @@ def shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> N
         base: the decoder.
         device: where this process computes.
     """
-    if is_sharded(base):
-        return
-    layers = [module for module in base.modules() if isinstance(module, DecoderLayer)]
-    whole_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    base.model.shards = LayerShards(layers, device, dist.group.WORLD)
-    ends = [module for module in base.modules() if not isinstance(module, DecoderLayer)]
-    for module in ends:
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor.device != device and not getattr(tensor, "is_sharded", False):
-                _move(getattr(module, name), device)
+    if not is_sharded(base):
+        layers = [module for module in base.modules() if isinstance(module, DecoderLayer)]
+        whole_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        base.model.shards = split_layers(layers, device, dist.group.WORLD)
+        for module in (module for module in base.modules() if not isinstance(module, DecoderLayer)):
+            beside = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in beside:
+                if tensor.device != device and not getattr(tensor, "is_sharded", False):
+                    _move(getattr(module, name), device)
+        logger.info(
+            "frozen weights are sharded: %.0f of %.0f MiB on each of %d processes, and two layers whole",
+            own_bytes(base) / 2**20, whole_bytes / 2**20, dist.get_world_size(),
+        )  # fmt: skip
     base.offload_embedding()
-    logger.info(
-        "frozen weights are sharded: %.0f of %.0f MiB on each of %d processes, and two layers whole",
-        own_bytes(base) / 2**20, whole_bytes / 2**20, dist.get_world_size(),
-    )  # fmt: skip
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> None:
@@ -136,142 +137,3 @@ def own_bytes(base: DecoderForCausalLM) -> int:
     shards = base.model.shards
     whole = [p for p in base.parameters() if not (p.requires_grad or getattr(p, "is_sharded", False))]
     return shards.own_bytes + sum(p.nbytes for p in whole if p.device.type == shards.device.type)
-
-
-# bytes; each matrix starts at a multiple, which every dtype and every vectorised load can be read at
-ALIGNMENT = 256
-# PyTorch's name from 2.13 on, and the one before
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class LayerShards:
-    """Splits the layers between the processes of a group, in place, and gathers each when it is needed.
-
-    Every process has to run the same layers in the same order.
-
-    Args:
-        layers: in the order of the forward pass, equal in every process, on any device.
-        device: where this process computes.
-        group: the processes.
-
-    Attributes:
-        own_bytes: what this process keeps of the layers' matrices.
-        whole_bytes: of these matrices, over all processes.
-        device: as given.
-
-    Raises:
-        TrainingError: a gathered layer differs from the loaded one.
-    """
-
-    def __init__(
-        self, layers: Sequence[DecoderLayer], device: torch.device, group: dist.ProcessGroup
-    ) -> None:
-        self._group, self.device = group, device
-        self._processes, self._rank = dist.get_world_size(group), dist.get_rank(group)
-        matrices = [list(_frozen_matrices(layer)) for layer in layers]
-        sizes = [self._whole_bytes(modules) for modules in matrices]
-        self._buffers = [torch.zeros(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
-        self._gathered: list[int | None] = [None, None]
-        self._pending: list[dist.Work | None] = [None, None]
-        self._own: list[torch.Tensor] = []
-        damaged = []
-        for index, (layer, modules, size) in enumerate(zip(layers, matrices, sizes)):
-            packed = {module.weight for module in modules}
-            for parameter in layer.parameters():  # norms and biases: a thousandth of the layer stays whole
-                if not parameter.requires_grad and parameter not in packed:
-                    parameter.data = parameter.data.to(device)
-            if not self._take(index, modules, size):
-                damaged.append(str(index))
-            layer.register_forward_pre_hook(partial(self._before_forward, index))
-            layer.register_forward_hook(partial(self._after_forward, index))
-        self.own_bytes = sum(own.nbytes for own in self._own)
-        self.whole_bytes = self.own_bytes * self._processes
-        if damaged:
-            raise TrainingError(
-                f"sharding: the weights of layers {', '.join(damaged)} gathered from {self._processes} processes differ "
-                "from those that were loaded. Either the processes loaded different files, or the link between the GPUs "
-                "damages data: compare the files, or train without fsdp"
-            )
-
-    def gather(self, index: int, step: int = 1) -> None:
-        """Makes a layer's weights whole, and starts on the one that follows.
-
-        Args:
-            index: the layer.
-            step: 1 on the way forward, -1 on the way backward.
-        """
-        self._start(index)
-        pending = self._pending[index % 2]
-        if pending is not None:
-            pending.wait()
-            self._pending[index % 2] = None
-        # its buffer was last read by layer index - step, whose work was handed to the device before this call
-        self._start(index + step)
-
-    def _start(self, index: int) -> None:
-        place = index % 2
-        if not 0 <= index < len(self._own) or self._gathered[place] == index:
-            return
-        own = self._own[index]
-        whole = self._buffers[place][: own.nbytes * self._processes]
-        self._pending[place] = _all_gather(whole, own, group=self._group, async_op=True)
-        self._gathered[place] = index
-
-    def _before_forward(self, index: int, *_: object) -> None:
-        self.gather(index)
-
-    def _after_forward(self, index: int, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        """output [B, S, D]: its gradient arrives before the layer's backward needs the weights again."""
-        if output.requires_grad:
-            output.register_hook(lambda gradient: self.gather(index, -1))
-
-    def _whole_bytes(self, modules: list[nn.Module]) -> int:
-        unit = ALIGNMENT * self._processes
-        return -(-sum(_aligned(module.weight.nbytes) for module in modules) // unit) * unit
-
-    def _take(self, index: int, modules: list[nn.Module], size: int) -> bool:
-        """Keeps this process's part of a layer; whether all processes find the layer they loaded in what is gathered."""
-        whole = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        start = 0
-        for module in modules:
-            weight = module.weight
-            # Params4bit would quantise what is moved
-            plain = weight.detach().as_subclass(torch.Tensor).contiguous()
-            whole[start : start + weight.nbytes].copy_(plain.view(-1).view(torch.uint8))
-            view = _view(self._buffers[index % 2], start, plain)
-            module.weight = nn.Parameter(view, requires_grad=False)
-            module.weight.is_sharded = True  # exports ask
-            state = getattr(weight, "quant_state", None)
-            if state is not None:
-                state.to(self.device)
-                module.weight.quant_state = state
-            start += _aligned(weight.nbytes)
-        self._own.append(whole.chunk(self._processes)[self._rank].clone())
-        self._gathered[index % 2] = None
-        self.gather(index)
-        same = torch.tensor(int(torch.equal(self._buffers[index % 2][:size], whole)), device=self.device)
-        dist.all_reduce(same, dist.ReduceOp.MIN, group=self._group)
-        return bool(same)
-
-
-def _frozen_matrices(layer: DecoderLayer) -> Iterator[nn.Module]:
-    """The linear layers whose weight is frozen, without those of adapters, which may be trained later."""
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and "lora_" not in name and not module.weight.requires_grad:
-            yield module
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-    """A tensor over the buffer's bytes from `start` on, of the shape and dtype of another.
-
-    Autograd counts the writes to a view's base as writes to the view, and refuses backward after one. A buffer is written
-    for every layer and holds the same bytes again when backward comes, so that these writes must not count.
-    """
-    storage = buffer.untyped_storage()
-    return torch.empty(0, dtype=like.dtype, device=buffer.device).set_(
-        storage, start // like.itemsize, like.shape
-    )
