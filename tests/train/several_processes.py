@@ -93,6 +93,28 @@ def fails(loss: torch.Tensor) -> torch.Tensor:
     raise ValueError("these rows are not what they seem\nat all")
 
 
+def run_short(trainer: SFTTrainer, where: str) -> None:
+    """The second process is short of memory in the middle of its third micro-batch, or from there on always."""
+    calls = []
+
+    def fail(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def before(*given: Any) -> None:
+        calls.append(where)
+        if where == "forward" and len(calls) == 3 or where == "always" and len(calls) > 2:
+            fail()
+
+    def after(layer: torch.nn.Module, given: tuple, output: torch.Tensor) -> None:
+        if where == "backward" and len(calls) == 3:
+            output.register_hook(fail)
+
+    layer = trainer.model.get_base_model().model.layers[1 if where == "forward" else 0]
+    if RANK == 1:
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+
+
 PARAMETERS: list[torch.nn.Parameter] = []
 
 
@@ -128,6 +150,16 @@ def main(path: str, folder: str) -> None:
     made.step_runner = runner(short_of_memory, 1)
     gradients, found["short"] = first_gradients(made)
     found["parts"] = made._smaller.parts
+
+    for where in ("forward", "backward"):
+        made = trainer(f"sharded {where}", fsdp=True)
+        run_short(made, where)
+        gradients, found[f"sharded {where}"] = first_gradients(made)
+        torch.save(gradients, out / f"sharded {where}-{RANK}.pt")
+        found[f"parts {where}"] = made._smaller.parts
+    made = trainer("sharded always", fsdp=True)
+    run_short(made, "always")
+    ends("sharded always", made)
 
     made = trainer("broken")
     made.step_runner = runner(broken, 1)

@@ -65,6 +65,24 @@ class TestTwoProcesses:
         for found in ran.found:
             assert found["short"] == pytest.approx(ran.one["flat"][1], rel=1e-6)
 
+    @pytest.mark.parametrize("where", ["forward", "backward"])
+    def test_a_process_that_is_short_of_memory_in_a_sharded_step_lets_all_repeat_it(self, ran, where):
+        gradients, losses = ran.one["flat"]
+        for rank, found in enumerate(ran.found):
+            assert found[f"parts {where}"] == 2
+            assert found[f"sharded {where}"] == pytest.approx(losses, rel=1e-6)
+            own = torch.load(ran.folder / f"sharded {where}-{rank}.pt")
+            assert all((own[name] - g).norm() <= 1e-6 * g.norm() for name, g in gradients.items())
+
+    def test_a_sharded_step_that_fits_in_no_parts_ends_all_with_the_message_of_the_one_that_is_short(
+        self, ran
+    ):
+        first, second = (found["sharded always"] for found in ran.found)
+        assert (second[0], first[0]) == ("TrainingError", "EndedElsewhere")
+        assert second[1].startswith("a document of ")
+        assert first[1] == f"process 1 failed, which ends the training: {second[1]}"
+        assert first[2] == second[2] == 1
+
     def test_a_value_that_is_not_finite_in_one_process_stops_both_alike(self, ran):
         first, second = (found["broken"] for found in ran.found)
         assert first == second

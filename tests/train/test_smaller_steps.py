@@ -2,17 +2,19 @@
 
 import gc
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 
 from oribi.data.collate import PackCollator, PaddedCollator
-from oribi.errors import TrainingError
+from oribi.errors import EndedElsewhere, TrainingError
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.smaller_steps import SmallerSteps, cut
+from oribi.train.smaller_steps_together import SmallerStepsTogether
 from oribi.train.trainer import SFTTrainer
 from tests.models.tiny import tiny_config, tiny_pair
 from tests.train.conftest import chatml_tokenizer
@@ -136,13 +138,72 @@ def test_what_trains_nothing_is_left_out_but_never_all():
     assert cut(PackCollator()(rows), 2)[0]["input_ids"].shape == (1, 16)
 
 
-def test_processes_that_gather_weights_together_are_told_to_change_their_settings():
+class Gathers:
+    """Counts forwards and backwards whose layers are gathered, and those of them that are not computed."""
+
+    def __init__(self) -> None:
+        self.begun, self.finished = 0, []
+
+    def begin_pass(self) -> None:
+        self.begun += 1
+
+    def finish_pass(self, first_trained: int) -> None:
+        self.finished.append(self.begun)
+
+
+def together(run, is_last, said) -> SmallerStepsTogether:
+    """One process of several; `said` are the worst states that the others report, in turn."""
+    base = SimpleNamespace(
+        model=SimpleNamespace(shards=Gathers(), norm_name="norm", layers=[0, 1]),
+        device=torch.device("cpu"),
+        named_parameters=list,
+    )
+    return SmallerStepsTogether(
+        run, lambda: None, False, base, is_last, lambda own: min(own, -said.pop(0)), lambda own: [None, own], True
+    )  # fmt: skip
+
+
+def test_a_process_that_is_short_gathers_on_and_repeats_the_step_with_all_of_them():
+    failing = {2}  # the second micro-batch's only part
+
     def run(inputs, targets):
+        ran.append(inputs["input_ids"].numel())
+        if len(ran) in failing:
+            raise OUT_OF_MEMORY
+        return torch.tensor(float(ran[-1]))
+
+    ran, said = [], [0, 0]
+    batches = [PackCollator()(examples(*lengths)) for lengths in ((4, 4), (3, 5), (6,), (2, 2))]
+    steps = together(run, lambda: len(steps._taken) == 4, said)
+    losses = [float(steps(0, batch, 20)) for batch in batches]
+    # two were not known when they were asked for; the last answer adds them
+    assert losses == [8.0, 0.0, 0.0, 8.0 + 6.0 + 4.0]
+    assert ran == [8, 8, *(4, 4), *(3, 5), 6, *(2, 2)]
+    gathers = steps._shards
+    assert gathers.begun == 4 + 8  # four micro-batches whole, then in two parts each
+    assert gathers.finished == [
+        2,
+        3,
+        4,
+        4 + 6,
+    ]  # what was short or thrown away, and the part that a single row does not have
+
+
+def test_a_process_repeats_its_step_where_another_one_was_short_and_ends_where_nothing_helps():
+    steps = together(lambda inputs, targets: torch.tensor(1.0), lambda: True, [1, 0])
+    assert float(steps(0, PackCollator()(examples(4, 4)), 6)) == 2.0
+    assert steps.parts == 2
+
+    def fails(inputs, targets):
         raise OUT_OF_MEMORY
 
-    steps = SmallerSteps(run, lambda: None, together=True)
-    with pytest.raises(TrainingError, match="micro-batches of a sharded model are not cut"):
-        steps(0, PackCollator()(examples(4, 4)), 6)
+    steps = together(fails, lambda: True, [0])
+    with pytest.raises(TrainingError, match="a document of 4 tokens does not fit"):
+        steps(0, PackCollator()(examples(4)), 6)
+    steps = together(lambda inputs, targets: torch.tensor(1.0), lambda: True, [2])
+    steps._agree = lambda own: [None, "too long"]
+    with pytest.raises(EndedElsewhere, match="process 1 failed, which ends the training: too long"):
+        steps(0, PackCollator()(examples(4)), 6)
 
 
 def test_a_leaner_plan_is_tried_where_nothing_can_be_cut():

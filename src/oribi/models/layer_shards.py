@@ -51,6 +51,7 @@ class LayerShards:
         self._pending: list[dist.Work | None] = [None, None]
         self._own: list[torch.Tensor] = []
         self._damaged: list[str] = []
+        self._calls = 0  # of `gather` in the forward and backward that runs
 
     @property
     def own_bytes(self) -> int:
@@ -106,6 +107,23 @@ class LayerShards:
             self._pending[index % 2] = None
         # its buffer was last read by layer index - step, whose work was handed to the device before this call
         self._start(index + step)
+        self._calls += 1
+
+    def begin_pass(self) -> None:
+        """Before a forward and its backward, whose layers are counted."""
+        self._calls = 0
+
+    def finish_pass(self, first_trained: int) -> None:
+        """Gathers what the rest of a forward and its backward would, without computing: the other processes wait for it.
+
+        Args:
+            first_trained: the layer at which a backward ends.
+        """
+        count = len(self._own)
+        forward = [(index, 1) for index in range(count)]
+        backward = [(index, -1) for index in reversed(range(first_trained, count))]
+        for index, step in (forward + backward)[self._calls :]:
+            self.gather(index, step)
 
     def _start(self, index: int) -> None:
         place = index % 2

@@ -26,7 +26,6 @@ class SmallerSteps:
     Args:
         run: forward and backward of (inputs, targets of the step) -> loss.
         restart: makes gradients zero and memory free, and plans anew for micro-batches of that many parts.
-        together: whether the processes of the training exchange something within a step, so that none may cut alone.
         plans: whether `restart` can make layers keep less, which may help where nothing can be cut.
 
     Attributes:
@@ -38,11 +37,10 @@ class SmallerSteps:
         self,
         run: Callable[[Inputs, Any], torch.Tensor],
         restart: Callable[[], None],
-        together: bool = False,
         plans: bool = False,
     ) -> None:
         self.parts, self.shortages = 1, 0
-        self._run, self._restart, self._together, self._plans = run, restart, together, plans
+        self._run, self._restart, self._plans = run, restart, plans
         self._step, self._taken = -1, []
 
     @property
@@ -57,7 +55,7 @@ class SmallerSteps:
             step: number of the optimizer step. inputs: the micro-batch. targets: labelled tokens of the whole step.
 
         Raises:
-            TrainingError: a single document does not fit, or processes that gather weights together would get out of step.
+            TrainingError: a single document does not fit.
         """
         if step != self._step:
             self._step, self._taken = step, []
@@ -72,36 +70,37 @@ class SmallerSteps:
                         loss = loss + self._run(part, targets)
                 return loss
             except torch.OutOfMemoryError as error:
-                self._require_hope(error)
+                if (problem := self._problem()) is not None:
+                    raise TrainingError(problem) from error
             # outside the handler: its traceback holds the activations
             self._make_smaller(step)
             todo = self._taken
 
-    def _require_hope(self, error: torch.OutOfMemoryError) -> None:
-        if self._together:
-            raise TrainingError(
-                "a process ran out of GPU memory, and micro-batches of a sharded model are not cut: lower "
-                "per_device_train_batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing: memory"
-            ) from error
+    def _problem(self) -> str | None:
+        """Why smaller parts and leaner plans would not help; None where they may."""
         leaner = self._plans and self.shortages < LEANER_PLANS
-        if all(_documents(batch) <= self.parts for batch in self._taken) and not leaner:
-            longest = max(_longest(batch) for batch in self._taken)
-            raise TrainingError(
-                f"a document of {longest:,} tokens does not fit into GPU memory alone: lower max_seq_length, set "
-                "gradient_checkpointing: memory, or let `oribi estimate` show what fits"
-            ) from error
+        if leaner or any(_documents(batch) > self.parts for batch in self._taken):
+            return None
+        longest = max(_longest(batch) for batch in self._taken)
+        return (
+            f"a document of {longest:,} tokens does not fit into GPU memory alone: lower max_seq_length, set "
+            "gradient_checkpointing: memory, or let `oribi estimate` show what fits"
+        )
 
     def _make_smaller(self, step: int) -> None:
-        tokens = max(batch["input_ids"].numel() for batch in self._taken)
         self.parts *= 2
         self.shortages += 1
+        self._say_smaller(step)
+        self._restart()
+
+    def _say_smaller(self, step: int) -> None:
+        tokens = max(batch["input_ids"].numel() for batch in self._taken)
         largest = max(part["input_ids"].numel() for batch in self._taken for part in cut(batch, self.parts))
         logger.warning(
             "step %d: out of memory with micro-batches of %s tokens; each now runs in up to %d parts of at most %s "
             "tokens, with the same gradients",
             step, f"{tokens:,}", self.parts, f"{largest:,}",
         )  # fmt: skip
-        self._restart()
 
 
 def cut(inputs: Inputs, parts: int) -> list[Inputs]:

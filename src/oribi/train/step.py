@@ -24,6 +24,7 @@ from oribi.train.graphs import ModelWatch, StepGraphs, changed_step, is_users, r
 from oribi.train.optimizer import OptimizerTrainer
 from oribi.train.shards import is_sharded
 from oribi.train.smaller_steps import SmallerSteps
+from oribi.train.smaller_steps_together import SmallerStepsTogether
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +70,22 @@ class StepTrainer(OptimizerTrainer):
         if not self.own_loss or num_items_in_batch is None or is_users(self, "compute_loss"):
             return self._micro_step(model, inputs, num_items_in_batch)
         if self._smaller is None:
-            self._smaller = SmallerSteps(
-                lambda part, targets: self._micro_step(model, part, targets),
-                self._restart_step,
-                # a sharded model's processes gather each layer together
-                is_sharded(base_model(model)),
-                plans=self._plans_memory(model),
+            self._smaller = self._smaller_steps(
+                lambda part, targets: self._micro_step(model, part, targets), base_model(model)
             )
         return self._smaller(self.state.global_step, inputs, num_items_in_batch)
+
+    def _smaller_steps(self, run: Callable[..., torch.Tensor], base: nn.Module) -> SmallerSteps:
+        plans = self._plans_memory(base)
+        if not is_sharded(base):
+            return SmallerSteps(run, self._restart_step, plans)
+        return SmallerStepsTogether(
+            run, self._restart_step, plans, base,
+            is_last=lambda: self.accelerator.sync_gradients,
+            least=lambda value: self.exchange.least(value),  # each training has its own
+            agree=self._agree,
+            is_first=self.is_world_process_zero(),
+        )  # fmt: skip
 
     def _micro_step(self, model: nn.Module, inputs: dict[str, Any], targets: Any) -> torch.Tensor:
         """Forward and backward of a micro-batch, or of a part of one."""
