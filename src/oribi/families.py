@@ -177,10 +177,12 @@ _GEMMA4 = Family(
     "Gemma4ForCausalLM", kv_sharing=True, wide_mlp=True, keys_as_values=True, value_norm=True, layer_scalar=True,
     mixers={"sliding_attention": "shared_attention", "full_attention": "shared_attention"}, norms="sandwich", qk_norm="head",
     windows="layer_types", attention_scale=1.0, softcaps="final", embedding_scale=True, rope_by_layer_type=True,
+    gguf=InGGUF("gemma4", rope_factors=("proportional",), lists_layers=True, pieces="gemma4"),
 )  # fmt: skip
 
 _QWEN3_5 = Family(
     "Qwen3_5ForCausalLM", mixers={"linear_attention": "gated_delta"}, norm_offset=1.0, qk_norm="head", output_gate="q_proj",
+    gguf=InGGUF("qwen35", names={"mlp_input_norm": "post_attention_norm"}, partial_rope=True),
 )  # fmt: skip
 
 _GEMMA2 = Family(

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from oribi.families import FAMILIES
+from oribi.layer_fields import config_of_layer
 
 
 def mlp_size(config: PretrainedConfig) -> int:
@@ -24,6 +25,12 @@ def mlp_size(config: PretrainedConfig) -> int:
     return size
 
 
+def head_dim_of(config: PretrainedConfig, kind: str = "full_attention") -> int:
+    """Dimensions of a head; of the layers of one kind where they differ."""
+    own = config_of_layer(config, kind)
+    return getattr(own, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def rope_base(config: PretrainedConfig, parameters: Mapping[str, Any]) -> tuple[str, float]:
     """The kind of RoPE and its base, with a stretch that the family applies for good already in it.
 
@@ -36,5 +43,5 @@ def rope_base(config: PretrainedConfig, parameters: Mapping[str, Any]) -> tuple[
     alpha = parameters.get("alpha")
     if not (family and family.rope_alpha and kind == "dynamic" and alpha):
         return kind, theta
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     return "default", theta * alpha ** (head_dim / (head_dim - 2))

@@ -34,6 +34,9 @@ class InGGUF:
         layers_of_27b: queries are scaled by head_dim ** -0.5, but in a model with this many layers by
             (hidden_size / num_attention_heads) ** -0.5.
         heads_by_layer: it reads one number of key/value heads per layer, 0 where tokens are mixed by something else.
+        lists_layers: it reads which layers slide from a list, how large heads are from a key per kind, and the width of each
+            layer's MLP.
+        pieces: its name of the family's tokenizer where that is SentencePiece's.
         last_norm: its name of the norm after the last layer.
         layers_of_70b: in a model with this many layers whose heads share values, values get more bits.
     """
@@ -43,7 +46,7 @@ class InGGUF:
     splits_gate_up: bool = False
     interleaved_rope: bool = False
     biases: Literal["qkv", "all"] = "qkv"
-    rope_factors: tuple[Literal["llama3", "longrope"], ...] = ()
+    rope_factors: tuple[Literal["llama3", "longrope", "proportional"], ...] = ()
     partial_rope: bool = False
     head: Literal["tied", "separate"] | None = None
     window_period: int = 0
@@ -60,4 +63,6 @@ class InGGUF:
     layers_of_27b: int = 0
     layers_of_70b: int = 0
     heads_by_layer: bool = False
+    lists_layers: bool = False
+    pieces: Literal["llama", "gemma4"] = "llama"
     last_norm: str = "output_norm"

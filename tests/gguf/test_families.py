@@ -1,18 +1,25 @@
 """Every family's GGUF file, written in Python alone, says in llama.cpp what the trained model says."""
 
+import re
+
+import gguf
 import pytest
 import torch
 
 from oribi.errors import ExportError
 from oribi.families import FAMILIES
-from oribi.save.gguf import save_gguf
+from oribi.gguf.file import GGUFFile
+from oribi.save.gguf import save_gguf, save_gguf_adapter
 from tests.models.tiny import ROPES
 from tests.save.tiny_export import (
+    EXPORTED,
     FAMILY_CHANGES,
     Distance,
+    adapted,
     byte_level_tokenizer,
     distance_from_llama_cpp,
     export_config,
+    pieces_of,
     tiny_model,
 )
 
@@ -29,12 +36,46 @@ def judged(exported) -> Distance:
     return distance_from_llama_cpp(model, file, PROMPT)
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CHANGES)
+@pytest.mark.parametrize("model_type", EXPORTED)
 def test_llama_cpp_computes_each_family_as_trained(model_type, exported):
-    found = judged(exported(model_type, pieces=model_type.startswith("gemma")))
+    found = judged(exported(model_type, pieces=pieces_of(model_type)))
     assert found.agreeing == 1.0
     # llama.cpp looks GELU up in a float16 table
     assert found.worst < (2e-2 if model_type.startswith("gemma") else 2e-3)
+
+
+@pytest.mark.parametrize("model_type", EXPORTED)
+def test_the_gguf_package_lists_every_tensor_of_a_file(model_type, exported):
+    _, file = exported(model_type, pieces=pieces_of(model_type))
+    architecture = next(
+        number
+        for number, name in gguf.MODEL_ARCH_NAMES.items()
+        if name == FAMILIES[model_type].gguf.architecture
+    )
+    listed = {gguf.TENSOR_NAMES[kind].format(bid="N") for kind in gguf.MODEL_TENSORS[architecture]}
+    stems = {re.sub(r"^blk\.\d+", "blk.N", name) for name in GGUFFile(file).tensors}
+    assert {re.sub(r"\.(weight|bias)$", "", stem) for stem in stems} <= listed
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", pytest.param("gemma4_text", marks=pytest.mark.long)])
+def test_an_adapter_acts_in_llama_cpp_as_trained(model_type, tmp_path):
+    model = tiny_model(export_config(model_type))
+    base = save_gguf(model, tmp_path / "base", byte_level_tokenizer(), "f32", verify=False)["gguf_files"][0]
+    linears = {name.rpartition(".")[2] for name, one in model.named_modules() if type(one) is torch.nn.Linear}
+    model = adapted(model, target_modules=sorted(linears - {"lm_head", "per_layer_model_projection"}))
+    adapter = save_gguf_adapter(model, tmp_path / "lora", "f32")["gguf_files"][0]
+    found = distance_from_llama_cpp(model, base, PROMPT, adapter=adapter)
+    assert found.agreeing == 1.0
+    assert found.worst < (2e-2 if model_type.startswith("gemma") else 2e-3)
+    assert distance_from_llama_cpp(model, base, PROMPT).worst > 0.1
+
+
+def test_an_adapter_that_llama_cpp_does_not_apply_is_refused(tmp_path):
+    model = adapted(
+        tiny_model(export_config("gemma4_text")), target_modules=["q_proj", "per_layer_model_projection"]
+    )
+    with pytest.raises(ExportError, match="no LoRA update to model.per_layer_model_projection.weight"):
+        save_gguf_adapter(model, tmp_path)
 
 
 @pytest.mark.slow
@@ -78,6 +119,18 @@ def test_a_family_with_tied_embeddings_has_no_output_tensor(exported):
             "sliding layers have the base of the others, 10000",
         ),
         ("ministral3", {"rope_parameters": {**ROPES["yarn"], "mscale": 1.0}}, "YaRN without mscale"),
+        ("qwen3_5_text", {"linear_value_head_dim": 32}, "values have as many dimensions as those of keys"),
+        (
+            "qwen3_5_text",
+            {"layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]},
+            "every 2th layer, and no other, is full_attention",
+        ),
+        ("gemma4_text", {"vocab_size_per_layer_input": 320}, "inputs for all 384 tokens, not for 320"),
+        (
+            "gemma4_unified_text",
+            {"layer_types": ["sliding_attention", "full_attention"] * 4},
+            "read those of the last two layers that have them",
+        ),
         ("olmo2", {"attention_bias": True}, "no place for model.layers.0.self_attn.o_proj.bias"),
     ],
 )

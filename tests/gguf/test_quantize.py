@@ -120,24 +120,47 @@ def test_float_types_round_to_nearest(type):
     assert torch.equal(back.view(values.shape).float(), values.to(dtype).float())
 
 
+# families whose layers differ in which of the tensors with more bits they have
+DEEP = {
+    "llama": {"intermediate_size": 288, "num_key_value_heads": 1, "attention_bias": False, "mlp_bias": False},
+    "qwen3_5_text": {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 4},
+    "gemma4_text": {
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 4, "num_kv_shared_layers": 8,
+        "hidden_size_per_layer_input": 256,
+    },
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 4, "block_multiple_of": 256},
+}  # fmt: skip
+MIXES = [("llama", method) for method in METHODS] + [
+    pytest.param(name, method, marks=pytest.mark.long)
+    for name in list(DEEP)[1:]
+    for method in ("q4_k_m", "q4_k_s", "q3_k_m")
+]
+
+
 @pytest.fixture(scope="module")
 def sixteen_layers(tmp_path_factory):
-    """A model whose layers get different types, and its float32 file."""
-    config = export_config(
-        "llama", hidden_size=256, intermediate_size=288, num_hidden_layers=16, num_attention_heads=4,
-        num_key_value_heads=1, attention_bias=False, mlp_bias=False,
-    )  # fmt: skip
-    model, folder = tiny_model(config), tmp_path_factory.mktemp("f32")
-    return model, save_gguf(model, folder, byte_level_tokenizer(), "f32", verify=False)["gguf_files"][0]
+    """Returns a model whose layers get different types, and its float32 file."""
+    made = {}
+
+    def make(model_type: str):
+        if model_type not in made:
+            sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16}
+            model = tiny_model(export_config(model_type, **{**sizes, **DEEP[model_type]}))
+            folder = tmp_path_factory.mktemp("f32")
+            found = save_gguf(model, folder, byte_level_tokenizer(), "f32", verify=False)
+            made[model_type] = model, found["gguf_files"][0]
+        return made[model_type]
+
+    return make
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_every_tensor_gets_the_type_llama_cpp_gives_it(method, sixteen_layers, tmp_path):
+@pytest.mark.parametrize(("model_type", "method"), MIXES)
+def test_every_tensor_gets_the_type_llama_cpp_gives_it(model_type, method, sixteen_layers, tmp_path):
     llama_cpp = pytest.importorskip(
         "llama_cpp", reason="llama-cpp-python has llama.cpp's llama_model_quantize"
     )
-    model, unquantised = sixteen_layers
+    model, unquantised = sixteen_layers(model_type)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = mix_of(method).file_type
     params.nthread = 1
@@ -148,7 +171,12 @@ def test_every_tensor_gets_the_type_llama_cpp_gives_it(method, sixteen_layers, t
     ours = save_gguf(model, tmp_path / "ours", byte_level_tokenizer(), method, verify=False)["gguf_files"][0]
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs).tensors}
     expected = {name: tensor.tensor_type.name for name, tensor in written.items()}
-    assert {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(ours).tensors} == expected
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(ours).tensors}
+    left_alone = ["per_layer_model_proj.weight"] * (
+        model_type == "gemma4_text"
+    )  # theirs as the file of 32 bits has it
+    assert [found.pop(name) + expected.pop(name) for name in left_alone] == ["F16F32"] * len(left_alone)
+    assert found == expected
     # its files hold what its quantiser gives, with which other tests compare
     for tensor in gguf.GGUFReader(unquantised).tensors:
         if written[tensor.name].tensor_type in QUANTISED:

@@ -1,5 +1,6 @@
 """A model read from a GGUF file is the model that was written, its tokenizer cuts text as llama.cpp does."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from gguf import GGUFWriter
 
 from oribi.errors import ModelError
 from oribi.gguf.file import GGUFFile
+from oribi.gguf.names import tensors_to_read
 from oribi.gguf.source import GGUFSource
 from oribi.models.load import load_model
-from tests.models.tiny import ROPES
+from tests.models.tiny import ROPES, ROUGH_IN_FLOAT32
 from tests.save.tiny_export import (
-    FAMILY_CHANGES,
+    EXPORTED,
     byte_level_tokenizer,
+    pieces_of,
     with_splits,
 )
 
@@ -43,14 +46,26 @@ def distance(model, file: Path) -> float:
         str(file), dtype="float32", load_in_4bit=False, max_seq_length=None, device_map="cpu"
     )
     ids = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    again = again.eval()
+    if model.config.model_type in ROUGH_IN_FLOAT32:
+        model, again = copy.deepcopy(model).double(), again.double()
     with torch.no_grad():
-        expected, found = model(ids).logits, again.eval()(ids).logits
+        expected, found = model(ids).logits, again(ids).logits
     return ((expected - found).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CHANGES)
+@pytest.mark.parametrize("model_type", EXPORTED)
 def test_each_family_read_back_gives_the_logits_it_was_written_from(model_type, exported):
-    assert distance(*exported(model_type, pieces=model_type.startswith("gemma"))) < 1e-5
+    assert distance(*exported(model_type, pieces=pieces_of(model_type))) < 1e-5
+
+
+def test_layers_that_predict_further_tokens_are_left_out(exported, tmp_path):
+    model, file = exported("qwen3_5_text")
+    changes = {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1}
+    source = GGUFSource(rewritten(file, tmp_path / "mtp.gguf", changes))
+    assert source.config.num_hidden_layers == 4
+    names = ["blk.3.attn_q.weight", "blk.4.attn_q.weight", "blk.4.nextn.eh_proj.weight"]
+    assert list(tensors_to_read(source.config, names)) == ["model.layers.3.self_attn.q_proj.weight"]
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope"])
@@ -149,7 +164,7 @@ def assert_cut_alike(file: Path) -> None:
 @pytest.mark.parametrize(
     "rule",
     ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "dbrx", "qwen2", "deepseek-r1-qwen", "stablelm2", "tekken", "gpt-4o",
-     "starcoder", "refact", "olmo", "default"],
+     "starcoder", "refact", "olmo", "qwen35", "default"],
 )  # fmt: skip
 def test_every_cutting_rule_equals_llama_cpp(rule, exported, tmp_path):
     pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
@@ -187,6 +202,11 @@ def test_phi3_swallows_the_space_after_its_markers_as_llama_cpp_does(exported, t
     _, tokenizer = load_model(str(file), load_in_4bit=False, device_map="cpu", max_seq_length=None)
     ids = tokenizer("<end_of_turn> \n a", add_special_tokens=False).input_ids
     assert tokenizer.convert_ids_to_tokens(ids) == ["<end_of_turn>", "a"]
+
+
+def test_gemma_4s_pieces_equal_llama_cpps(exported):
+    pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
+    assert_cut_alike(exported("gemma4_text", pieces="gemma4")[1])
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -259,7 +279,7 @@ def test_damaged_files_are_named(exported, tmp_path):
 
 def test_the_permutation_of_q_and_k_matters(monkeypatch, exported):
     model, file = exported()
-    monkeypatch.setattr("oribi.gguf.names.Tensor.from_gguf", lambda tensor, values: values)
+    monkeypatch.setattr("oribi.gguf.tensor.Tensor.from_gguf", lambda tensor, values: values)
     assert distance(model, file) > 1e-2
 
 

@@ -94,7 +94,9 @@ def differing(tokenizer, path, count: int, *, specials: tuple[str, ...] = ()) ->
     return [t for t in asked if peer.tokenize(t) != tokenizer(t, add_special_tokens=False)["input_ids"]]
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"])
+@pytest.mark.parametrize(
+    "name", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "qwen35", "tekken", "gpt-4o"]
+)
 def test_byte_level_bpe_in_llama_cpp(name, tmp_path):
     rules = next(rules for names, rules in RULES.items() if name in names)
     tokenizer = (

@@ -5,9 +5,10 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -35,6 +36,9 @@ FAMILY_CHANGES: dict[str, dict] = {
         "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
         "final_logit_softcapping": 10.0,
     },
+    "gemma4_text": {"vocab_size_per_layer_input": VOCAB},
+    "gemma4_unified_text": {"use_double_wide_mlp": False},
+    "qwen3_5_text": {"attention_bias": False, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     "phi3": {"sliding_window": None},
     "granite": {},
     "olmo2": {"attention_bias": False},
@@ -56,6 +60,18 @@ FAMILY_CHANGES: dict[str, dict] = {
         "layer_types": None,
     },
 }
+
+
+def pieces_of(model_type: str) -> bool | str:
+    """Which of the tiny tokenizers a family's file has, as the argument of `exported`."""
+    return "gemma4" if model_type.startswith("gemma4") else model_type.startswith("gemma")
+
+
+# families of the same layers as another's, whose files are tested among all
+EXPORTED = [
+    pytest.param(name, marks=pytest.mark.long) if name == "gemma4_unified_text" else name
+    for name in FAMILY_CHANGES
+]
 
 
 def export_config(model_type: str, **changes: object) -> PretrainedConfig:
@@ -132,6 +148,27 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def gemma4_tokenizer() -> PreTrainedTokenizerFast:
+    """The pieces as Gemma 4's tokenizer.json has them: no space before a text, runs of newlines, BOS before every prompt."""
+    spec = json.loads(sentencepiece_tokenizer().backend_tokenizer.to_str())
+    model = spec["model"]
+    model["merges"] += [["\n", "\n"], ["\n\n", "\n"], ["▁", "▁"], ["▁▁", "▁"]]
+    for piece in ("\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁"):
+        model["vocab"][piece] = len(model["vocab"])
+    specials = [token["content"] for token in spec["added_tokens"]] + ["<|channel>", "<channel|>"]
+    spec["added_tokens"] = []
+    spec["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    spec["decoder"]["decoders"].pop()
+    backend = Tokenizer.from_str(json.dumps(spec))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    other = sentencepiece_tokenizer()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>",
+        chat_template="{{ bos_token }}" + other.chat_template,
+    )  # fmt: skip
+
+
 def with_splits(*patterns: str, whole_words: bool) -> PreTrainedTokenizerFast:
     """The byte-level tokenizer with another pre-tokenizer: patterns that cut one after the other."""
     tokenizer = byte_level_tokenizer()
@@ -184,9 +221,9 @@ class Distance:
     agreeing: float
 
 
-def distance_from_llama_cpp(model, path, ids: list[int], steps: int = 12) -> Distance:
+def distance_from_llama_cpp(model, path, ids: list[int], steps: int = 12, adapter=None) -> Distance:
     """Compare `model` with llama.cpp on llama.cpp's greedy path of so many tokens from a prompt."""
-    answer = LlamaCpp(path, 256).generate(ids, steps, top=model.config.vocab_size)
+    answer = LlamaCpp(path, 256, adapter).generate(ids, steps, top=model.config.vocab_size)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids + answer.tokens[:-1]])).logits[0, len(ids) - 1 :]
     expected = logits.float().log_softmax(-1)

@@ -194,7 +194,8 @@ class LlamaCpp:
 
 
 def _read_answer(answer: dict[str, Any]) -> Continuation:
-    given = iter([*answer["completion_probabilities"], None])
+    # withheld as a whole where no token ends with a character
+    given = iter([*answer.get("completion_probabilities", []), None])
     place = next(given)
     logprobs: list[dict[int, float] | None] = []
     for token in answer["tokens"]:

@@ -8,15 +8,16 @@ from transformers import AutoConfig, PretrainedConfig
 
 from oribi.errors import ExportError, ModelError
 from oribi.families import FAMILIES, MOST_LAYERS, Family, family_of
-from oribi.family_sizes import mlp_size, rope_base
+from oribi.family_sizes import head_dim_of, rope_base
 from oribi.gguf.file import GGUFFile
+from oribi.gguf.layers import add_layers, every, layer_refusals, read_layers
 from oribi.gguf.names import MODEL_TYPES, family_in_gguf
 from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals
 from oribi.in_gguf import InGGUF
 
 # multimodal model types of whose towers llama.cpp's convert_hf_to_gguf.py makes a projector file
 WITH_PROJECTOR = (
-    "gemma3", "gemma4", "idefics3", "internvl", "lfm2_vl", "llama4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+    "gemma3", "gemma4", "gemma4_unified", "idefics3", "internvl", "lfm2_vl", "llama4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
     "qwen3_5", "smolvlm",
 )  # fmt: skip
 # a config's sizes -> keys, in the order in which they are written
@@ -24,9 +25,7 @@ _SIZES = {
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
     "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
 }
 _EPS = "attention.layer_norm_rms_epsilon"
 # what metadata of wrong types or sizes turns into
@@ -38,7 +37,7 @@ _DAMAGED = (
 def _own_keys(family: Family, facts: InGGUF) -> dict[str, str]:
     """Fields of the config that only some families have -> keys, in the order in which they are written."""
     keys = {}
-    if facts.window_period or facts.window_key_required:
+    if facts.window_period or facts.window_key_required or facts.lists_layers:
         keys["sliding_window"] = "attention.sliding_window"
     if family.softcaps:
         keys["attn_logit_softcapping"] = "attn_logit_softcapping"
@@ -55,11 +54,6 @@ def _own_keys(family: Family, facts: InGGUF) -> dict[str, str]:
     return keys
 
 
-def head_dim_of(config: PretrainedConfig) -> int:
-    """Dimensions of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, vocab_size: int) -> None:
     """Write every key that llama.cpp reads for the config's family, except the tokenizer's.
 
@@ -74,11 +68,8 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     for field, key in _SIZES.items():
-        value = mlp_size(config) if field == "intermediate_size" else family.value(config, field)
-        if field == "num_key_value_heads" and facts.heads_by_layer:
-            writer.add_head_count_kv([value * attends for attends in _attending(config, family)])
-            continue
-        writer.add_uint32(f"{facts.architecture}.{key}", value)
+        writer.add_uint32(f"{facts.architecture}.{key}", family.value(config, field))
+    add_layers(writer, config, family, facts)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(getattr(config, family.norm_eps))
@@ -93,11 +84,6 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
             writer.add_uint32(f"{facts.architecture}.{key}", value)
         elif value:
             writer.add_float32(f"{facts.architecture}.{key}", value)
-
-
-def _attending(config: PretrainedConfig, family: Family) -> list[bool]:
-    """Of each layer, whether attention mixes its tokens."""
-    return [family.mixer(config, index) == "attention" for index in range(config.num_hidden_layers)]
 
 
 def config_of_file(file: GGUFFile) -> PretrainedConfig:
@@ -135,37 +121,31 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     facts = family.gguf
     if file.value("{arch}.expert_count", 0):
         raise ModelError(f"{file.path} is a mixture of experts, which oribi does not read from GGUF")
-    layers, heads = file.number("block_count"), file.number("attention.head_count")
-    if layers > MOST_LAYERS:
-        raise ModelError(f"{file.path}: block_count = {layers}; at most {MOST_LAYERS:,} is possible")
+    blocks, heads = file.number("block_count"), file.number("attention.head_count")
+    if blocks > MOST_LAYERS:
+        raise ModelError(f"{file.path}: block_count = {blocks}; at most {MOST_LAYERS:,} is possible")
+    layers = blocks - file.value("{arch}.nextn_predict_layers", 0)  # the others predict further tokens
     vocab_size, hidden_size = file.tensors["token_embd.weight"].shape
     head_dim = file.value("{arch}.attention.key_length") or hidden_size // heads
-    kv_heads = file.value("{arch}.attention.head_count_kv") or heads
-    settings = {
-        field: file.number(key)
-        for field, key in _SIZES.items()
-        if field not in ("hidden_size", "num_key_value_heads")
-    } | {
+    settings = {field: file.number(key) for field, key in _SIZES.items()} | {
+        "num_hidden_layers": layers,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_key_value_heads": max(kv_heads) if facts.heads_by_layer else kv_heads,
         family.norm_eps: file.number(_EPS),
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "attention_bias": any(name.endswith(".attn_q.bias") for name in file.tensors),
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": file.value("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.value("tokenizer.ggml.eos_token_id"),
         "pad_token_id": file.value("tokenizer.ggml.padding_token_id"),
-        "rope_parameters": read_rope(file, head_dim),
+        "rope_parameters": read_rope(file, head_dim, facts),
     }
     if not facts.derived_head_dim:
         settings["head_dim"] = head_dim
     for field, key in _own_keys(family, facts).items():
         if (value := file.value(f"{{arch}}.{key}")) is not None:
             settings[field] = value or None
-    if facts.heads_by_layer:
-        other = next(iter(family.mixers))
-        settings["layer_types"] = ["full_attention" if number else other for number in kv_heads]
+    settings |= read_layers(file, family, layers)
     if family.adjusts_mlp:
         settings["block_auto_adjust_ff_dim"] = False  # the file holds the adjusted size
     if facts.window_layers and layers != facts.window_layers:
@@ -173,7 +153,7 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     elif facts.window_period:
         period = file.value("{arch}.attention.sliding_window_pattern", facts.window_period)
         settings["layer_types"] = [
-            "full_attention" if full else "sliding_attention" for full in _every(period, layers)
+            "full_attention" if full else "sliding_attention" for full in every(period, layers)
         ]
     if facts.layers_of_27b:
         settings["query_pre_attn_scalar"] = _query_scalar(facts, layers, hidden_size / heads, head_dim)
@@ -196,11 +176,6 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     return named
 
 
-def _every(period: int, layers: int) -> list[bool]:
-    """For each layer whether it is the last of its period."""
-    return [(i + 1) % period == 0 for i in range(layers)]
-
-
 def _query_scalar(facts: InGGUF, layers: int, hidden_per_head: float, head_dim: int) -> float:
     """query_pre_attn_scalar as llama.cpp assumes it: no key holds it, and one model is told apart by its number of layers."""
     return hidden_per_head if layers == facts.layers_of_27b else head_dim
@@ -214,6 +189,7 @@ def check_config(config: PretrainedConfig) -> list[str]:
     """
     family, facts = family_in_gguf(config)
     refused = rope_refusals(config, facts) + _attention_refusals(config, family, facts)
+    refused += layer_refusals(config, family, facts)
     if refused:
         raise ExportError(
             f"llama.cpp would compute this {config.model_type} model differently from its config: "
@@ -223,7 +199,7 @@ def check_config(config: PretrainedConfig) -> list[str]:
     notes = []
     window = getattr(config, "sliding_window", None)
     slides = family.windows == "all" or "sliding_attention" in (getattr(config, "layer_types", None) or [])
-    if window and slides and not facts.window_period:
+    if window and slides and not (facts.window_period or facts.lists_layers):
         notes.append(
             f"llama.cpp ignores this model's window: answers differ beyond {window} tokens of context"
         )
@@ -247,7 +223,7 @@ def _attention_refusals(config: PretrainedConfig, family: Family, facts: InGGUF)
             refused.append(f"query_pre_attn_scalar is {expected}, not {config.query_pre_attn_scalar}")
     if family.softcaps and not facts.attention_softcap and getattr(config, "attn_logit_softcapping", None):
         refused.append("no attn_logit_softcapping")
-    if facts.no_rope_period and [not rotated for rotated in config.no_rope_layers] != _every(
+    if facts.no_rope_period and [not rotated for rotated in config.no_rope_layers] != every(
         facts.no_rope_period, layers
     ):
         refused.append(f"every {facts.no_rope_period}th layer, and no other, is without RoPE")
@@ -263,7 +239,7 @@ def _attention_refusals(config: PretrainedConfig, family: Family, facts: InGGUF)
         facts.window_period
         and kinds
         and (windowed or not facts.window_layers)
-        and _every(facts.window_period, len(kinds)) != [kind != "sliding_attention" for kind in kinds]
+        and every(facts.window_period, len(kinds)) != [kind != "sliding_attention" for kind in kinds]
     ):
         refused.append(f"every {facts.window_period}th layer, and no other, sees everything")
     return refused

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 
 from oribi.errors import ConfigError
 from oribi.gguf.file import Type
-from oribi.gguf.names import family_in_gguf
+from oribi.gguf.names import KERNELS, family_in_gguf
+from oribi.layer_fields import config_of_layer
 from oribi.text import one_of
 
 
@@ -114,21 +115,27 @@ class Mix:
     def __init__(self, method: Method, config: PretrainedConfig, names: list[str]) -> None:
         self.method = method
         self.layers = config.num_hidden_layers
-        self.queries_per_value = config.num_attention_heads // config.num_key_value_heads
+        self.queries_per_value = config.num_attention_heads // config_of_layer(config, 0).num_key_value_heads
         self.tied = "output.weight" not in names
+        # layers that have values of their own, in order
+        self.with_values = sorted(
+            int(name.split(".")[1]) for name in names if re.fullmatch(r"blk\.\d+\.attn_(v|qkv)\.weight", name)
+        )
         # llama.cpp recognises the 70B model, whose heads share values, by its number of layers
         self.is_70b = self.layers == family_in_gguf(config)[1].layers_of_70b and self.queries_per_value > 1
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> Type:
         """The type of the tensor `name` of `shape` [N, K] or [N]."""
-        if len(shape) < 2 or name.endswith(("_norm.weight", "conv.weight")):
+        if len(shape) < 2 or name.endswith(("_norm.weight", *KERNELS)):
             return Type.F32
         default = self.method.default
         if default in _FLOATS:
             return default
+        if name == "per_layer_model_proj.weight":  # which llama-quantize leaves as the 16-bit file has it
+            return Type.F16
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?([\w.]+)\.weight", name)
         layer, part = int(match[1] or 0), match[2]
-        if part == "output" or (part == "token_embd" and self.tied):
+        if part == "output" or (part.endswith("token_embd") and self.tied):
             wanted = self._head(shape[-1])
         else:
             wanted = self._of_layer(part, layer)
@@ -141,8 +148,10 @@ class Mix:
         return Type.Q6_K
 
     def _of_layer(self, part: str, layer: int) -> Type:
-        default, part = self.method.default, "attn_v" if part == "attn_qkv" else part
-        costly = Type.Q6_K if self._costly(layer) else default
+        default, part, layers = self.method.default, "attn_v" if part == "attn_qkv" else part, self.layers
+        if part == "attn_v":  # counted among its like
+            layer, layers = self.with_values.index(layer), len(self.with_values)
+        costly = Type.Q6_K if _costly(layer, layers) else default
         more_bits = {
             "q2_k": {
                 "attn_v": Type.Q4_K if self.queries_per_value >= 4 else Type.Q3_K,
@@ -151,13 +160,13 @@ class Mix:
             },
             "q3_k_m": {
                 "attn_v": Type.Q5_K if layer < 2 else Type.Q4_K,
-                "ffn_down": Type.Q5_K if layer < self.layers // 16 else Type.Q4_K,
+                "ffn_down": Type.Q5_K if layer < layers // 16 else Type.Q4_K,
                 "attn_output": Type.Q4_K,
             },
             "q3_k_l": {"attn_v": Type.Q5_K, "ffn_down": Type.Q5_K, "attn_output": Type.Q5_K},
             "q4_k_s": {
                 "attn_v": Type.Q5_K if layer < 4 else default,
-                "ffn_down": Type.Q5_K if layer < self.layers // 8 else default,
+                "ffn_down": Type.Q5_K if layer < layers // 8 else default,
             },
             "q4_k_m": {"attn_v": costly, "ffn_down": costly},
             "q5_k_m": {"attn_v": costly, "ffn_down": costly},
@@ -167,9 +176,10 @@ class Mix:
             return Type.Q5_K
         return wanted
 
-    def _costly(self, layer: int) -> bool:
-        eighth = self.layers // 8
-        return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
+
+def _costly(layer: int, layers: int) -> bool:
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _fitting(wanted: Type, row: int) -> Type:

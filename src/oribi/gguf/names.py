@@ -1,14 +1,14 @@
-"""The names of a family's tensors in a GGUF file and in a checkpoint, and how the values of one become those of the other."""
+"""The names of a family's tensors in a GGUF file and in a checkpoint."""
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
-from oribi.errors import ExportError, ModelError
+from oribi.errors import ExportError
 from oribi.families import FAMILIES, Family, InGGUF
+from oribi.gguf.tensor import Tensor, ValueHeads
 
 # the families whose files have an architecture, the one that they are read as first
 MODEL_TYPES: dict[str, list[str]] = {}
@@ -23,12 +23,37 @@ _LINEAR = {
     "attn_v": ("self_attn", "v_proj"),
     "attn_qkv": ("self_attn", "qkv_proj"),
     "attn_output": ("self_attn", "o_proj"),
-    "shortconv.in_proj": ("conv", "in_proj"),
-    "shortconv.conv": ("conv", "conv"),
-    "shortconv.out_proj": ("conv", "out_proj"),
     "ffn_gate": ("mlp", "gate_proj"),
     "ffn_up": ("mlp", "up_proj"),
     "ffn_down": ("mlp", "down_proj"),
+}
+# a mixer other than attention -> likewise
+_MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "short_conv": {
+        "shortconv.in_proj": ("conv", "in_proj"),
+        "shortconv.conv": ("conv", "conv"),
+        "shortconv.out_proj": ("conv", "out_proj"),
+    },
+    "gated_delta": {
+        "attn_qkv": ("linear_attn", "in_proj_qkv"),
+        "attn_gate": ("linear_attn", "in_proj_z"),
+        "ssm_beta": ("linear_attn", "in_proj_b"),
+        "ssm_alpha": ("linear_attn", "in_proj_a"),
+        "ssm_conv1d": ("linear_attn", "conv1d"),
+        "ssm_norm": ("linear_attn", "norm"),
+        "ssm_out": ("linear_attn", "out_proj"),
+    },
+}
+_PER_LAYER_INPUT: dict[str, tuple[str, ...]] = {
+    "inp_gate": ("per_layer_input_gate",),
+    "proj": ("per_layer_projection",),
+    "post_norm": ("post_per_layer_input_norm",),
+}
+# tensors of a layer that are no module's weight or bias: whole names, in the file and in the checkpoint
+_WITHOUT_MODULE = {
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "layer_output_scale.weight": "layer_scalar",
 }
 _NORMS = {
     "attn_q_norm": ("self_attn", "q_norm"),
@@ -39,67 +64,16 @@ _NORMS = {
     "post_ffw_norm": ("mlp_output_norm",),
 }
 _SPLIT = ("ffn_gate", "ffn_up")  # in the order in which one gate_up_proj holds them
+# tensors of the checkpoint to which llama.cpp applies no adapter
+WITHOUT_ADAPTER = ("model.per_layer_model_projection.weight",)
+# how the names of depthwise convolutions end
+KERNELS = ("conv.weight", "conv1d.weight")
 ROPE_FACTORS = {
     "llama3": "rope_freqs.weight",
+    "proportional": "rope_freqs.weight",
     "long": "rope_factors_long.weight",
     "short": "rope_factors_short.weight",
 }
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor: its name in the GGUF file, its name in the checkpoint, and how one becomes the other.
-
-    Args:
-        name, source: in the file and in the checkpoint.
-        heads: how many heads share its rows, where llama.cpp wants the rows of a head in pairs; else 0.
-        part: which of how many equal parts of its rows it is, where the checkpoint holds several layers as one.
-        shift: added to the checkpoint's values, because the family multiplies by (shift + weight).
-        kernel: it is a depthwise convolution's, [N, 1, W] in the checkpoint and [N, W] in the file.
-    """
-
-    name: str
-    source: str
-    heads: int = 0
-    part: tuple[int, int] = (0, 1)
-    shift: float = 0.0
-    kernel: bool = False
-
-    def to_gguf(self, values: torch.Tensor) -> torch.Tensor:
-        """The checkpoint's values [N, ...] as llama.cpp wants them."""
-        index, count = self.part
-        values = values.chunk(count)[index] if count > 1 else values
-        if self.heads:
-            # rows of a head: first halves then second halves -> pairs
-            values = values.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).reshape(values.shape)
-        if self.kernel:
-            values = values.squeeze(1)
-        return values.float() + self.shift if self.shift else values
-
-    def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a tensor that has `shape` in the checkpoint."""
-        return (shape[0], shape[2]) if self.kernel else (shape[0] // self.part[1], *shape[1:])
-
-    def shape_in_checkpoint(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a tensor that has `shape` in the file."""
-        return (shape[0], 1, *shape[1:]) if self.kernel else shape
-
-    def from_gguf(self, values: torch.Tensor) -> torch.Tensor:
-        """The rows of a file's values [N, ...] in the checkpoint's order; the shift is left to the reader.
-
-        Raises:
-            ModelError: the rows cannot be divided among the heads.
-        """
-        if self.kernel:
-            return values.unsqueeze(1)
-        if not self.heads:
-            return values
-        if self.heads < 0 or len(values) % (2 * self.heads):
-            raise ModelError(
-                f"the GGUF file is damaged: {self.heads} heads cannot share {len(values)} rows of a query or key matrix. "
-                "Download it again"
-            )
-        return values.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).reshape(values.shape)
 
 
 def family_in_gguf(config: PretrainedConfig) -> tuple[Family, InGGUF]:
@@ -125,7 +99,9 @@ def _layer_parts(family: Family, facts: InGGUF) -> dict[str, str]:
     norms = {
         name: roles for name, roles in _NORMS.items() if len(roles) > 1 or roles[0] in family.layer_norms()
     }
-    parts = {**_LINEAR, **norms, **fused}
+    parts = {**_LINEAR, **norms, **fused, **(_PER_LAYER_INPUT if family.per_layer_inputs else {})}
+    for mixer in family.mixers.values():
+        parts |= _MIXERS.get(mixer, {})
     return {
         facts.names.get(roles[-1], name): ".".join(map(family.attribute, roles))
         for name, roles in parts.items()
@@ -134,23 +110,42 @@ def _layer_parts(family: Family, facts: InGGUF) -> dict[str, str]:
 
 def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
     family, facts = family_in_gguf(config)
-    heads = 0
-    if (
-        facts.interleaved_rope
-        and not family.interleaved_rope
-        and (match := re.search(r"\.attn_([qk])\.", name))
-    ):
-        heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-    offset = family.norm_offset if name.endswith("_norm.weight") else 0.0
-    stem = name.split(".")[-2]
-    part = (_SPLIT.index(stem), len(_SPLIT)) if facts.splits_gate_up and stem in _SPLIT else (0, 1)
-    return Tensor(name, source, heads, part, offset, kernel=name.endswith("conv.weight"))
+    stem, split = name.split(".")[-2], {}
+    if facts.interleaved_rope and not family.interleaved_rope and stem in ("attn_q", "attn_k"):
+        split["heads"] = config.num_attention_heads if stem == "attn_q" else config.num_key_value_heads
+    if facts.splits_gate_up and stem in _SPLIT:
+        split["part"] = (_SPLIT.index(stem), len(_SPLIT))
+    if ".linear_attn." in source:
+        split |= _of_gated_delta(config, source)
+    elif name.endswith("_norm.weight"):
+        split["shift"] = family.norm_offset
+    return Tensor(name, source, kernel=name.endswith(KERNELS), **split)
+
+
+def _of_gated_delta(config: PretrainedConfig, source: str) -> dict[str, Any]:
+    """How a tensor of the mixer becomes llama.cpp's, as fields of `Tensor`."""
+    part = source.split(".linear_attn.")[1].removesuffix(".weight")
+    if part == "norm":  # one for all heads, and multiplied by its weight alone
+        return {}
+    heads, key_heads = config.linear_num_value_heads, config.linear_num_key_heads
+    before = 2 * key_heads * config.linear_key_head_dim if part in ("in_proj_qkv", "conv1d") else 0
+    return {"value_heads": ValueHeads(heads, key_heads, before, part == "out_proj"), "decay": part == "A_log"}
 
 
 def _top_parts(family: Family, facts: InGGUF) -> dict[str, str]:
     """Parts outside the layers: llama.cpp's name -> the checkpoint's."""
-    norm = f"model.{family.attribute('norm')}"
-    return {"token_embd": "model.embed_tokens", facts.last_norm: norm, "output": "lm_head"}
+    parts = {
+        "token_embd": "model.embed_tokens",
+        facts.last_norm: f"model.{family.attribute('norm')}",
+        "output": "lm_head",
+    }
+    if family.per_layer_inputs:
+        parts |= {
+            "per_layer_token_embd": "model.embed_tokens_per_layer",
+            "per_layer_model_proj": "model.per_layer_model_projection",
+            "per_layer_proj_norm": "model.per_layer_projection_norm",
+        }
+    return parts
 
 
 def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[Tensor]:
@@ -161,6 +156,7 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
     """
     family, facts = family_in_gguf(config)
     top = {source: name for name, source in _top_parts(family, facts).items()}
+    alone = {source: name for name, source in _WITHOUT_MODULE.items()}
     layer: dict[str, list[str]] = {}
     for name, source in _layer_parts(family, facts).items():
         layer.setdefault(source, []).append(name)
@@ -170,9 +166,12 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
             raise ExportError(
                 f"llama.cpp ties the head of {config.model_type} models; this one has its own lm_head"
             )
-        module, _, leaf = source.rpartition(".")
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-        parts = layer.get(match[2], []) if match else [top[module]] if module in top else []
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", source)
+        if match and match[2] in alone:
+            tensors.append(_tensor(config, f"blk.{match[1]}.{alone[match[2]]}", source))
+            continue
+        module, _, leaf = (match[2] if match else source).rpartition(".")
+        parts = layer.get(module, []) if match else [top[module]] if module in top else []
         if not parts or (leaf == "bias" and not _reads_bias(facts, parts[0])):
             raise ExportError(f"llama.cpp has no place for {source} in a {config.model_type} model")
         names = [f"blk.{match[1]}.{part}" if match else part for part in parts]
@@ -189,6 +188,8 @@ def _reads_bias(facts: InGGUF, part: str) -> bool:
 def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of a GGUF file by their names in the checkpoint; unknown ones keep their names.
 
+    Layers behind the model's own, which predict further tokens, are left out.
+
     Args:
         config: made from the file.
         names: of the file's tensors.
@@ -198,10 +199,14 @@ def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str,
     for name in names:
         if name in ROPE_FACTORS.values():
             continue
-        stem, _, leaf = name.rpartition(".")
-        match = re.fullmatch(r"blk\.(\d+)\.([\w.]+)", stem)
-        source = top.get(stem, stem)
+        match = re.fullmatch(r"blk\.(\d+)\.([\w.]+)", name)
+        if match and int(match[1]) >= config.num_hidden_layers:
+            continue
+        stem, _, leaf = (match[2] if match else name).rpartition(".")
         if match:
-            source = f"model.layers.{match[1]}.{parts.get(match[2], match[2])}"
-        found[f"{source}.{leaf}"] = _tensor(config, name, f"{source}.{leaf}")
+            source = _WITHOUT_MODULE.get(match[2]) or f"{parts.get(stem, stem)}.{leaf}"
+            source = f"model.layers.{match[1]}.{source}"
+        else:
+            source = f"{top.get(stem, stem)}.{leaf}"
+        found[source] = _tensor(config, name, source)
     return found

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from oribi.errors import ModelError
 from oribi.families import FAMILIES
-from oribi.family_sizes import rope_base
+from oribi.family_sizes import head_dim_of, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import ROPE_FACTORS
 from oribi.in_gguf import InGGUF
@@ -22,6 +23,8 @@ _SCALING = {
     "yarn": gguf.RopeScalingType.YARN,
     "longrope": gguf.RopeScalingType.LONGROPE,
 }
+_PROPORTIONAL = "proportional"
+_STANDS_STILL = 1e30  # what a frequency is divided by, so that no text is long enough to turn it
 _CPU = torch.device("cpu")
 
 
@@ -34,7 +37,7 @@ def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, facts: InGGUF, h
     """Write the keys of RoPE."""
     rope = global_rope(config)
     kind, theta = rope_base(config, rope)
-    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(rotary_dim(rope, head_dim))
     writer.add_rope_freq_base(theta)
     local = config.rope_parameters.get("sliding_attention")
     if isinstance(local, dict) and not facts.one_rope_base:
@@ -60,6 +63,15 @@ def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, facts: InGGUF, h
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
+def rotary_dim(rope: dict[str, Any], head_dim: int) -> int:
+    """Dimensions of a head that RoPE's frequencies are numbered over; of the proportional kind all, some of which stand still."""
+    return (
+        head_dim
+        if rope["rope_type"] == _PROPORTIONAL
+        else int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    )
+
+
 def _query_scale(config: PretrainedConfig, rope: dict[str, Any]) -> float | None:
     """By what queries grow with their position."""
     family = FAMILIES[config.model_type]
@@ -81,6 +93,12 @@ def _attention_factor(rope: dict[str, Any], stretch: float, original: int) -> fl
 def rope_tensors(config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """Frequency factors by tensor name: what each frequency of plain RoPE is divided by, [R / 2] float32."""
     rope = global_rope(config)
+    if _PROPORTIONAL in FAMILIES[config.model_type].gguf.rope_factors:
+        head_dim = head_dim_of(config)
+        turning = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
+        factors = torch.full((head_dim // 2,), _STANDS_STILL)
+        factors[:turning] = rope.get("factor") or 1.0
+        return {ROPE_FACTORS[_PROPORTIONAL]: factors}
     if rope["rope_type"] == "longrope":
         return {
             ROPE_FACTORS[length]: torch.tensor(rope[f"{length}_factor"], dtype=torch.float32)
@@ -97,15 +115,17 @@ def rope_refusals(config: PretrainedConfig, facts: InGGUF) -> list[str]:
     """What llama.cpp would compute differently, one clause each: what it does instead."""
     rope, refused = global_rope(config), []
     kind, _ = rope_base(config, rope)
-    if kind in ("llama3", "longrope") and kind not in facts.rope_factors:
+    if kind in ("llama3", "longrope", _PROPORTIONAL) and kind not in facts.rope_factors:
         refused.append(f"no {kind} RoPE")
+    if _PROPORTIONAL in facts.rope_factors and kind not in ("default", _PROPORTIONAL):
+        refused.append(f"full_attention layers have plain or {_PROPORTIONAL} RoPE, not {kind}")
     mscales = {rope.get(name) or None for name in ("mscale", "mscale_all_dim")}
     # with both the same, cos and sin have no factor, as without: what llama.cpp makes of them is told by a key
     has_key = facts.yarn_log_mul and len(mscales) == 1 and rope.get("attention_factor") is None
     if kind == "yarn" and ((mscales != {None} and not has_key) or not rope.get("truncate", True)):
         refused.append("YaRN without mscale and truncate=false")
     partial = rope.get("partial_rotary_factor", 1.0)
-    if partial != 1.0 and not facts.partial_rope:
+    if partial != 1.0 and kind != _PROPORTIONAL and not facts.partial_rope:
         refused.append(f"all dimensions of a head are rotated, not {partial} of them")
     local = config.rope_parameters.get("sliding_attention")
     if isinstance(local, dict) and local["rope_type"] != "default":
@@ -115,7 +135,7 @@ def rope_refusals(config: PretrainedConfig, facts: InGGUF) -> list[str]:
     return refused
 
 
-def read_rope(file: GGUFFile, head_dim: int) -> dict[str, Any]:
+def read_rope(file: GGUFFile, head_dim: int, facts: InGGUF) -> dict[str, Any]:
     """`rope_parameters` of a config, of the layers that see everything."""
     rope: dict[str, Any] = {
         "rope_type": "default",
@@ -124,6 +144,8 @@ def read_rope(file: GGUFFile, head_dim: int) -> dict[str, Any]:
     rotary = file.value("{arch}.rope.dimension_count") or head_dim
     if rotary != head_dim:
         rope["partial_rotary_factor"] = rotary / head_dim
+    if sections := file.value("{arch}.rope.dimension_sections"):
+        rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
     kind = file.value("{arch}.rope.scaling.type", "none")
     original = file.value("{arch}.rope.scaling.original_context_length")
     if kind in ("linear", "yarn"):
@@ -142,6 +164,8 @@ def read_rope(file: GGUFFile, head_dim: int) -> dict[str, Any]:
             factor=file.number("context_length") / original,
             attention_factor=float(file.value("{arch}.rope.scaling.attn_factor", 1.0)),
         )
+    elif _PROPORTIONAL in facts.rope_factors and ROPE_FACTORS[_PROPORTIONAL] in file.tensors:
+        rope |= _read_proportional(file)
     elif ROPE_FACTORS["llama3"] in file.tensors:
         rope |= _read_llama3(file, rope["rope_theta"], rotary)
     return rope
@@ -149,6 +173,18 @@ def read_rope(file: GGUFFile, head_dim: int) -> dict[str, Any]:
 
 def _factors(file: GGUFFile, kind: str) -> list[float]:
     return file.read(ROPE_FACTORS[kind], torch.float32).tolist()
+
+
+def _read_proportional(file: GGUFFile) -> dict[str, Any]:
+    """Parameters of the proportional kind: so many frequencies turn, divided by one factor, and the rest stand still."""
+    factors = _factors(file, _PROPORTIONAL)
+    turning = [factor for factor in factors if factor < _STANDS_STILL / 2]
+    if len(set(turning)) > 1 or factors[: len(turning)] != turning:
+        raise ModelError(
+            f"{file.path}: {ROPE_FACTORS[_PROPORTIONAL]} holds factors of another kind than proportional"
+        )
+    rope: dict[str, Any] = {"rope_type": _PROPORTIONAL, "partial_rotary_factor": len(turning) / len(factors)}
+    return rope | ({"factor": turning[0]} if turning and turning[0] != 1.0 else {})
 
 
 def _longrope(long: list[float], short: list[float], original: int, **factors: float) -> dict[str, Any]:

@@ -40,8 +40,9 @@ class GGUFSource:
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         tensor = self._tensors[name]
-        values = self.file.read(tensor.name, dtype or torch.float32, offset=tensor.shift)
-        return tensor.from_gguf(values).to(device)
+        read_as = torch.float32 if tensor.decay or dtype is None else dtype
+        values = self.file.read(tensor.name, read_as, offset=tensor.shift)
+        return tensor.from_gguf(values).to(device, dtype or torch.float32)
 
     def close(self) -> None:
         pass  # nothing stays open

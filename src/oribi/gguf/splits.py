@@ -19,6 +19,10 @@ _START = r"[^\r\n\p{L}\p{N}]?"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CL100K = rf"{_CONTRACTION}|{_START}\p{{L}}+|\p{{N}}{{1,3}}{_REST}"
 _QWEN2 = rf"{_CONTRACTION}|{_START}\p{{L}}+|\p{{N}}{_REST}"
+_QWEN35 = (
+    rf"{_CONTRACTION}|{_START}[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEKKEN = rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|\p{{N}}{_REST_WITH_SLASH}"
 _GPT4O = (
     rf"{_START}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_START}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
@@ -31,13 +35,14 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"): (r"\p{N}", _GPT2),
     ("llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe"): (_CL100K,),
     ("qwen2", "stablelm2", "deepseek-r1-qwen"): (_QWEN2,),
+    ("qwen35",): (_QWEN35,),
     ("tekken",): (_TEKKEN,),
     ("gpt-4o",): (_GPT4O,),
     ("default",): (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 # a word that is in the vocabulary is taken whole, whatever the merges say; and BOS is added unless the file says otherwise
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
-NFC = ("qwen2", "deepseek-r1-qwen")  # text is normalised first
+NFC = ("qwen2", "deepseek-r1-qwen", "qwen35")  # text is normalised first
 # llama.cpp's own form of these rules knows no case and no combining marks of letters beyond ASCII
 CUT_BY_CASE = ("tekken", "gpt-4o")
 # ways of writing a rule that split alike: OpenAI's own form of cl100k

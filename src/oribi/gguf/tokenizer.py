@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from gguf import GGUFWriter, TokenType
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +29,12 @@ _SPECIAL = {
     "mask": "mask",
 }
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# of "gemma4": llama.cpp's parser of answers must see these, and prints no token that is marked as control
+_SEEN_BY_PARSER = (
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+)  # fmt: skip
+# what "gemma4" splits text by before it merges
+_LINES = r"[^\n]+|\n+"
 
 
 @dataclass
@@ -36,10 +42,10 @@ class Vocabulary:
     """A tokenizer in llama.cpp's words.
 
     Args:
-        model: "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE).
-        pre: name of the pre-tokenizer.
+        model: "gpt2" (byte-level BPE), "llama" (SentencePiece BPE) or "gemma4" (the same by its merges, always with BOS).
+        pre: name of the pre-tokenizer; "" where `model` says it.
         tokens, types: text and kind of every row of the embeddings.
-        merges: of "gpt2", by rank.
+        merges: of "gpt2" and "gemma4", by rank.
         scores: of "llama", the higher is merged first.
         space_prefix: whether a space is put before the text; only "llama" asks.
         adds_bos: whether the file tells llama.cpp to put BOS before every prompt.
@@ -57,12 +63,13 @@ class Vocabulary:
     bos_removed: bool = False
 
 
-def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary:
+def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, pieces: str = "llama") -> Vocabulary:
     """Translate a tokenizer.
 
     Args:
         tokenizer: backed by the tokenizers library.
         rows: rows of the embeddings; rows without a token get a name that no text contains.
+        pieces: the kind that it is written as where it is SentencePiece's: "llama" or "gemma4".
 
     Raises:
         ExportError: llama.cpp has no tokenizer that does the same, or there are more tokens than rows.
@@ -88,7 +95,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
     byte_level = any(step["type"] == "ByteLevel" for step in pre_tokenizer_steps(spec["pre_tokenizer"]))
     kinds = [_kind(texts.get(id), added.get(id), model, byte_level) for id in range(rows)]
     tokens = [texts.get(id, f"[PAD{id}]") for id in range(rows)]
-    if not byte_level:
+    if not byte_level and pieces == "gemma4":
+        kinds = [TokenType.USER_DEFINED if t in _SEEN_BY_PARSER else k for t, k in zip(tokens, kinds)]
+    elif not byte_level:
         tokens = [t.replace("▁", " ") if k == TokenType.USER_DEFINED else t for t, k in zip(tokens, kinds)]
     if len(set(tokens)) < len(tokens):
         repeated = next(t for t in tokens if tokens.count(t) > 1)
@@ -97,7 +106,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
         if not merges:
             raise ExportError("the tokenizer has no merges; llama.cpp loads no BPE tokenizer without")
         pre = pre_tokenizer_name(spec)
-        return Vocabulary("gpt2", pre, tokens, kinds, merges=[f"{left} {right}" for left, right in merges])
+        return Vocabulary("gpt2", pre, tokens, kinds, merges=_in_lines(merges))
     # Gemma has a token of its own for the tab and none for its byte: llama.cpp takes either
     lacking = {byte for byte in range(256) if not {f"<0x{byte:02X}>", chr(byte)} & model["vocab"].keys()}
     if not model.get("byte_fallback") or lacking:
@@ -105,7 +114,13 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
             "llama.cpp's SentencePiece tokenizer needs byte_fallback and byte tokens <0x00>..<0xFF>; this one lacks them"
         )
     scores = _scores(tokens, kinds, merges)
+    if pieces == "gemma4":
+        return Vocabulary("gemma4", "", tokens, kinds, merges=_in_lines(merges), scores=scores)
     return Vocabulary("llama", "default", tokens, kinds, scores=scores, space_prefix=_prefixes_space(spec))
+
+
+def _in_lines(merges: list[tuple[str, str]]) -> list[str]:
+    return [f"{left} {right}" for left, right in merges]
 
 
 def _kind(text: str | None, added: dict | None, model: dict, byte_level: bool) -> int:
@@ -151,36 +166,42 @@ def _prefixes_space(spec: dict) -> bool:
     )
 
 
-def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary:
+def add_tokenizer(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, rows: int, pieces: str = "llama"
+) -> Vocabulary:
     """Write a tokenizer's keys.
 
     Args:
         writer: of a file that is not yet opened.
         tokenizer: backed by the tokenizers library.
         rows: rows of the embeddings.
+        pieces: as for `read_vocabulary`.
 
     Raises:
         ExportError: as `read_vocabulary`.
     """
-    vocabulary = read_vocabulary(tokenizer, rows)
+    probe = tokenizer("a")["input_ids"]
+    adds_bos = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
+    # llama.cpp renders the template and then tokenises as for any text: a template without BOS must get none
+    bos_removed = adds_bos and template_starts_with_bos(tokenizer) is False
+    if not adds_bos or bos_removed:
+        pieces = "llama"  # llama.cpp puts BOS before every text of the other
+    vocabulary = read_vocabulary(tokenizer, rows, pieces)
+    vocabulary.bos_removed, vocabulary.adds_bos = bos_removed, adds_bos and not bos_removed
     writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
+    if vocabulary.pre:
+        writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    if vocabulary.model == "gpt2":
+    if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
-    else:
+    if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
     writer.add_add_space_prefix(vocabulary.space_prefix)
     for name, key in _SPECIAL.items():
         id = getattr(tokenizer, f"{name}_token_id", None)
         if id is not None:
             writer.add_uint32(f"tokenizer.ggml.{key}_token_id", id)
-    probe = tokenizer("a")["input_ids"]
-    adds_bos = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
-    # llama.cpp renders the template and then tokenises as for any text: a template without BOS must get none
-    vocabulary.bos_removed = adds_bos and template_starts_with_bos(tokenizer) is False
-    vocabulary.adds_bos = adds_bos and not vocabulary.bos_removed
     writer.add_add_bos_token(vocabulary.adds_bos)
     writer.add_add_eos_token(
         tokenizer.eos_token_id is not None and len(probe) > 1 and probe[-1] == tokenizer.eos_token_id
@@ -203,9 +224,9 @@ def rebuild_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         ModelError: the file has no tokenizer, or one of an unknown kind or splitting rule.
     """
     kind = file.value("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
+    if kind not in ("gpt2", "llama", "gemma4"):
         raise ModelError(
-            f"{file.path} has a tokenizer of kind {kind!r}; oribi rebuilds gpt2 (BPE) and llama (SentencePiece). "
+            f"{file.path} has a tokenizer of kind {kind!r}; oribi rebuilds gpt2 (BPE), llama and gemma4 (SentencePiece). "
             "Put the model's tokenizer.json beside the file and it is used instead"
         )
     tokens: list[str] = file.value("tokenizer.ggml.tokens")
@@ -255,7 +276,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
             f"{file.path} splits words by the rule {name!r} (tokenizer.ggml.pre); known are {known}. "
             "Put the model's tokenizer.json beside the file and it is used instead"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges", [])]
+    merges = _merges(file)
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(BPE(vocab, merges, ignore_merges=name in WHOLE_WORDS))
     if name in NFC:
@@ -265,7 +286,12 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
+def _merges(file: GGUFFile) -> list[tuple[str, str]]:
+    return [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges", [])]
+
+
+def _merges_by_score(file: GGUFFile, tokens: list[str], types: list[int]) -> list[tuple[str, str]]:
+    """SentencePiece merges the pair whose piece has the highest score."""
     scores: list[float] = file.value("tokenizer.ggml.scores")
     mergeable = {
         token: score
@@ -278,19 +304,26 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
         merges += [
             (-score, len(merges), pair) for pair in halves if pair[0] in mergeable and pair[1] in mergeable
         ]
-    merges.sort()  # SentencePiece merges the pair whose piece has the highest score
+    return [pair for _, _, pair in sorted(merges)]
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
+    by_merges = file.value("tokenizer.ggml.model") == "gemma4"
+    merges = _merges(file) if by_merges else _merges_by_score(file, tokens, types)
     unknown = file.value("tokenizer.ggml.unknown_token_id")
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(
         BPE(
             vocab,
-            [pair for _, _, pair in merges],
+            merges,
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    prefix = file.value("tokenizer.ggml.add_space_prefix", True)
+    prefix = not by_merges and file.value("tokenizer.ggml.add_space_prefix", True)
+    if by_merges:
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(_LINES), behavior="isolated")
     spaces = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -299,6 +332,8 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
 
 
 def _adds_bos(file: GGUFFile, kind: str) -> bool:
+    if kind == "gemma4":  # whatever the file says
+        return True
     default = kind == "llama" or file.value("tokenizer.ggml.pre") in WHOLE_WORDS
     return bool(file.value("tokenizer.ggml.add_bos_token", default))
 

@@ -15,9 +15,10 @@ from oribi.errors import ExportError
 from oribi.gguf.file import Type, stored_bytes, write_header
 from oribi.gguf.metadata import add_metadata
 from oribi.gguf.mixes import Mix, mix_of
-from oribi.gguf.names import Tensor, family_in_gguf, tensors_to_write
+from oribi.gguf.names import family_in_gguf, tensors_to_write
 from oribi.gguf.quantize import encode
 from oribi.gguf.rope import rope_tensors
+from oribi.gguf.tensor import Tensor
 from oribi.gguf.tokenizer import Vocabulary, add_tokenizer
 from oribi.tensors import TensorSource, all_finite
 
@@ -83,13 +84,13 @@ def write_files(
     """
     shapes = source.shapes()
     plans = {method: plan_file(config, shapes, method) for method in paths}
-    factors = rope_tensors(config)
+    factors, facts = rope_tensors(config), family_in_gguf(config)[1]
     writers = {}
     for method, path in paths.items():
-        writer = gguf.GGUFWriter(path, family_in_gguf(config)[1].architecture)
+        writer = gguf.GGUFWriter(path, facts.architecture)
         rows = shapes[_EMBEDDINGS][0]
         add_metadata(writer, config, name, rows)
-        vocabulary = add_tokenizer(writer, tokenizer, rows)
+        vocabulary = add_tokenizer(writer, tokenizer, rows, facts.pieces)
         writer.add_file_type(mix_of(method).file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         listed = [(factor, tuple(values.shape), Type.F32) for factor, values in factors.items()]

@@ -21,16 +21,17 @@ from oribi.gguf.file import GGUFFile, Type
 from oribi.gguf.metadata import WITH_PROJECTOR, check_config
 from oribi.gguf.mixes import METHODS, mix_of
 from oribi.gguf.modelfile import NoModelfile, modelfile
-from oribi.gguf.names import Tensor, tensors_to_write
+from oribi.gguf.names import WITHOUT_ADAPTER, tensors_to_write
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import CUT_BY_CASE
+from oribi.gguf.tensor import Tensor
 from oribi.gguf.tokenizer import Vocabulary
 from oribi.gguf.writer import plan_file, write_adapter_file, write_files
 from oribi.models.unwrap import is_classifier, source_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import base_name, changed_base
 from oribi.save.card import fenced
-from oribi.save.carried import has_other_parts
+from oribi.save.carried import DRAFT_COUNTS, has_other_parts
 from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, Verify, checked, file_name, model_name
 from oribi.save.folder import announce
@@ -128,6 +129,19 @@ def _without_projector(model: nn.Module) -> list[str]:
     ]
 
 
+def _without_drafts(model: nn.Module) -> list[str]:
+    """What is to be known of layers that a program may draft answers with."""
+    source = source_of(model)
+    if source is None or source.config is None:
+        return []
+    text = source.config.get_text_config()
+    if not any(getattr(text, name, 0) for name in DRAFT_COUNTS):
+        return []
+    return [
+        "layers that predict further tokens (mtp) are not in the file: llama.cpp answers the same, without drafts"
+    ]
+
+
 def push_gguf(
     model: nn.Module,
     repo_id: str,
@@ -149,7 +163,11 @@ class GGUFExport(Export):
     def save(self, tokenizer: Any, held_out: Any, base: str, name: str) -> None:
         """Write and check the files; arguments as for `save_gguf`."""
         self.tokenizer, self.name, config = tokenizer, name, self.inner.config
-        self.report.notes += [*check_config(config), *_without_projector(self.model)]
+        self.report.notes += [
+            *check_config(config),
+            *_without_projector(self.model),
+            *_without_drafts(self.model),
+        ]
         shapes = MergedModel(self.model).shapes()
         sizes = {
             method: sum(entry.nbytes for entry in plan_file(config, shapes, method)) for method in self.files
@@ -303,6 +321,10 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
     for tensor in tensors_to_write(config, list(LoadedModel(model).shapes())):
         places.setdefault(tensor.source, []).append(tensor)
     alpha, pairs = None, {}
+    if unread := [name for name in WITHOUT_ADAPTER if name in changes]:
+        raise ExportError(
+            f"llama.cpp applies no LoRA update to {unread[0]}; save merged GGUF files instead, or train without it"
+        )
     for name, change in changes.items():
         plain = len(change.updates) == 1 and not (change.replacement or change.rows or change.offsets)
         if (
@@ -319,8 +341,9 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
         rank = len(update.a)
         alpha = update.scale * rank if alpha is None else alpha
         for place in places[name]:
-            pairs[f"{place.name}.lora_a"] = update.a
-            pairs[f"{place.name}.lora_b"] = place.to_gguf(update.b) * (update.scale * rank / alpha)
+            a, b = place.adapter_to_gguf(update.a, update.b)
+            pairs[f"{place.name}.lora_a"] = a
+            pairs[f"{place.name}.lora_b"] = b * (update.scale * rank / alpha)
     return alpha, pairs
 
 
