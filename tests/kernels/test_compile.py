@@ -344,7 +344,8 @@ def test_decoding_attention_compiles_within_shared_memory(launches, capability, 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)
 @pytest.mark.parametrize(("rows", "rank"), [(1, 16), (16, 256), (64, 128)])
-def test_nf4_linear_layers_compile_and_their_table_fits(launches, capability, dtype, rows, rank):
+def test_nf4_linear_layers_compile_and_their_table_fits(launches, monkeypatch, capability, dtype, rows, rank):
+    monkeypatch.setattr(nf4_linear, "multiprocessors", lambda _: 0)  # one row has no kernel of its own
     group = [
         lora.Projection(
             nf4_packed(torch.randn(n, 512)), None, torch.randn(rank, 512), torch.randn(n, rank), 0.5
@@ -355,7 +356,8 @@ def test_nf4_linear_layers_compile_and_their_table_fits(launches, capability, dt
     nf4_linear.nf4_linear(x, group, counters)
     nf4_linear.nf4_linear(x, group[1:], counters, activation="silu")
     nf4_linear.nf4_linear(x, group[:1], counters, residual=torch.randn(rows, 128).to(dtype))
-    assert [launch.kernel.__name__ for launch in launches] == ["down_kernel", "up_kernel"] * 3
+    down = "row_down_kernel" if rows == 1 else "down_kernel"
+    assert [launch.kernel.__name__ for launch in launches] == [down, "up_kernel"] * 3
     for launch in launches:
         kernel = compiled(launch, capability)
         # what Triton does not know of: the table, and the 1024 bytes of a program that Hopper's driver takes
@@ -363,3 +365,24 @@ def test_nf4_linear_layers_compile_and_their_table_fits(launches, capability, dt
         if launch.kernel.__name__ == "up_kernel":
             # one look-up for two values: 64 per thread and block for each layer of the pair
             assert "ld.shared.b32" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS[1:])
+@pytest.mark.parametrize("k", [576, 4096])
+def test_the_layers_of_one_row_compile_with_one_element_a_thread(launches, monkeypatch, capability, dtype, k):
+    monkeypatch.setattr(nf4_linear, "multiprocessors", lambda _: 132)
+    group = [
+        lora.Projection(nf4_packed(torch.randn(n, k)), None, torch.randn(16, k), torch.randn(n, 16), 0.5)
+        for n in (128, 32, 32)
+    ]
+    x, counters = torch.randn(1, k).to(dtype), nf4_linear.new_counters(torch.device("cpu"))
+    nf4_linear.nf4_linear(x, group, counters)
+    nf4_linear.nf4_linear(x, group[1:], counters, activation="silu")
+    nf4_linear.nf4_linear(x, group[:1], counters, residual=torch.randn(1, 128).to(dtype))
+    assert [launch.kernel.__name__ for launch in launches] == ["row_down_kernel", "row_kernel"] * 3
+    for launch in launches[1::2]:
+        kernel = compiled(launch, capability)
+        # a value that went to another thread would be another row's or column's
+        assert "convert_layout" not in kernel.asm["ttgir"]
+        assert kernel.metadata.shared == 0  # all is the kernel's own: the table and the sums
+        assert "ld.global.nc.L1::no_allocate.v4.b32" in kernel.asm["ptx"]

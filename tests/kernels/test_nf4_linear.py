@@ -76,13 +76,15 @@ def test_a_group_of_three(dtype, rows, ranks, bias):
     check(dtype, rows, [projection(n, 256, r, bias and n > 40) for n, r in zip((100, 40, 64), ranks)])
 
 
-@cases({"dtype": DTYPES, "activation": ["silu", "gelu", "gelu_tanh"], "together": [False, True]})
-def test_gate_and_up_end_in_their_activation(dtype, activation, together):
+@cases(
+    {"dtype": DTYPES, "rows": [1, 3], "activation": ["silu", "gelu", "gelu_tanh"], "together": [False, True]}
+)
+def test_gate_and_up_end_in_their_activation(dtype, rows, activation, together):
     shapes = [(144, 16)] if together else [(72, 16), (72, 8)]
-    check(dtype, 3, [projection(n, 512, r, True) for n, r in shapes], activation=activation)
+    check(dtype, rows, [projection(n, 512, r, True) for n, r in shapes], activation=activation)
 
 
 # one to eight parts of K, each with a row length that ends inside the last
-@cases({"dtype": DTYPES, "double_quant": [True, False], "k": [64, 192, 576, 1088, LONG]})
-def test_any_row_length_and_kind_of_scales(dtype, double_quant, k):
-    check(dtype, 2, [projection(48, k, 8, False, dtype, double_quant=double_quant)], True, 0.3)
+@cases({"dtype": DTYPES, "rows": [1, 2], "double_quant": [True, False], "k": [64, 192, 576, 1088, LONG]})
+def test_any_row_length_and_kind_of_scales(dtype, rows, double_quant, k):
+    check(dtype, rows, [projection(48, k, 8, False, dtype, double_quant=double_quant)], True, 0.3)

@@ -38,7 +38,7 @@ class LastIsLessLikely(LogitsProcessor):
 
 class AtLength(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), input_ids.shape[1] > 10)
+        return torch.full((len(input_ids),), input_ids.shape[1] > 10, device=input_ids.device)
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@
 T rows (at most `MAX_ROWS`), K in features, N out features of a group that shares x (q, k, v; gate, up), R LoRA rank. A
 weight's block of 64 values is looked up in x's dtype, multiplied with x on the matrix units, and then scaled in float32. A
 program has some rows of W and one of `splits` parts of K; the last of a row's programs to end adds their sums, in the order
-of the parts, so a result does not depend on which is last. LoRA factors are read where they lie, in the dtype in which they
+of the parts, so a result does not depend on which is last. One row of x has a kernel of its own (`nf4_row_kernel`). LoRA factors are read where they lie, in the dtype in which they
 are trained, and rounded to x's as when they are packed.
 
 Two launches: x A^T, in parts of K, and the rest. Beyond `MAX_ROWS`, dequantising costs less (`lora.augmented_weight`).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,14 +23,15 @@ from oribi.kernels.dispatch import INTERPRETED, launch, next_power_of_2, use_tri
 from oribi.kernels.gated_mlp import gated_mlp_forward
 from oribi.kernels.lora import Projection
 from oribi.kernels.nf4_linear_kernels import down_kernel, up_kernel
+from oribi.kernels.nf4_row_kernel import ROWS, row_down_kernel, row_kernel
 
 # H200, microseconds of the second launch on q|k|v, o, gate|up and down of 8B, and of the alternatives without LoRA:
 #   rows   here             bitsandbytes' gemm_4bit   dequantised, cuBLAS
-#      1   16, 13, 59, 30   25, 11, 60, 31            33, 23, 144, 77
+#      1    8,  7, 25, 15   25, 11, 60, 31            33, 23, 144, 77
 #     16   17, 14, 61, 32   72, 35, 137, 109          32, 22, 143, 76
 #     64   30, 19, 97, 48   72, 34, 215, 112          33, 22, 143, 79
-# About 1 TB/s of codes, of 4.3 that the memory has: the wavefronts of look-ups and of single bytes of scales fill 80 % of
-# the L1 cache's cycles. The first launch takes 4 to 6.
+# One row takes 2.4 TB/s of codes, of 4.3 that the memory has. More take 1 TB/s: the wavefronts of look-ups and of single
+# bytes of scales fill 80 % of the L1 cache's cycles. The first launch takes 2 for one row, 4 to 6 for more.
 MAX_ROWS = 64
 # counters that programs which share a result need: one for every 16 rows of the widest weight
 _COUNTERS = 16384
@@ -87,6 +89,8 @@ def nf4_linear(
         return _reference(x, projections, residual, residual_scale, activation)
     rank = max(0 if p.a is None else p.a.shape[0] for p in projections)
     xa = _down(x, projections, _padded_rank(rank)) if rank else None
+    if len(x) == 1 and reads_row(x):
+        return _row(x, projections, xa, residual, residual_scale, activation)
     return _up(x, projections, xa, counters, residual, residual_scale, activation)
 
 
@@ -154,6 +158,8 @@ def _factors(projections: Sequence[Projection]) -> list[object]:
 def _down(x: torch.Tensor, projections: Sequence[Projection], rank: int) -> torch.Tensor:
     """x A^T of a group in parts of K: [parts, group, T, R] float32."""
     tokens, k = x.shape
+    if tokens == 1:
+        return _row_down(x, projections, rank)
     parts = -(-k // _PART)
     xa = torch.empty(parts, len(projections), tokens, rank, dtype=torch.float32, device=x.device)
     factors = _factors(projections)
@@ -162,6 +168,17 @@ def _down(x: torch.Tensor, projections: Sequence[Projection], rank: int) -> torc
         *factors[0::4], *factors[2::4], tokens, k, len(projections), rank, _padded_rows(tokens), _PART,
         64 if tokens > 32 else 128, num_warps=2,
         enable_fp_fusion=True,
+    )  # fmt: skip
+    return xa
+
+
+def _row_down(x: torch.Tensor, projections: Sequence[Projection], rank: int) -> torch.Tensor:
+    xa = torch.empty(1, len(projections), 1, rank, dtype=torch.float32, device=x.device)
+    factors, k = _factors(projections), x.shape[1]
+    block = min(next_power_of_2(k), 4096)
+    launch(
+        row_down_kernel, len(projections) * rank, xa, x, *factors[0::4], *factors[2::4], len(projections), rank, k, block,
+        num_warps=max(1, block // 512), enable_fp_fusion=True,
     )  # fmt: skip
     return xa
 
@@ -183,11 +200,6 @@ def _up(
         sizes = [n // 2] * 2
         n //= 2
     tile = tile or tiling(tokens, sum(sizes), k, paired)
-    weights = [p.weight for p in projections]
-    if paired and len(weights) == 1:
-        weights, up_row = weights * 2, n
-    else:
-        up_row = 0
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     tiles = -(-n // tile.rows) if paired else sum(-(-size // tile.rows) for size in sizes)
     padded = _padded_rows(tokens)
@@ -196,19 +208,90 @@ def _up(
         of_program = (2 if paired else 1) * tile.rows * padded
         partials = torch.empty(tiles * tile.splits * of_program, dtype=torch.float32, device=x.device)
     looks_up = not INTERPRETED and x.dtype in (torch.float16, torch.bfloat16)
-    state = weights[0].quant_state
-    biases = [p.bias for p in projections]
-    some = next((b for b in biases if b is not None), None)
-    biases = [some if b is None else b for b in biases] + [some] * 3
-    has_bias = [int(p.bias is not None) for p in projections] + [0] * 3
-    factors = _factors(projections) if xa is not None else [out, out, 0, 1.0] * 3
+    members = _members(projections, sizes, paired, out, xa is not None)
     launch(
-        up_kernel, tiles * tile.splits, out, x, state.code,
-        *nf4.kernel_arguments(weights, sizes),
-        *factors[1::4], *factors[2::4], *factors[3::4], *(out if b is None else b for b in biases[:3]), *has_bias[:3],
-        out if xa is None else xa, out if residual is None else residual, float(residual_scale), partials, counters,
-        tokens, n, up_row, len(projections), 1, k, 0 if xa is None else len(xa), 16 if xa is None else xa.shape[3],
-        padded, tile.rows, tile.warps, tile.splits, state.nested, looks_up, activation, xa is not None, some is not None,
+        up_kernel, tiles * tile.splits, out, x, *members.arguments, out if xa is None else xa,
+        out if residual is None else residual, float(residual_scale), partials, counters, tokens, n, members.up_row,
+        len(projections), 1, k, 0 if xa is None else len(xa), 16 if xa is None else xa.shape[3], padded, tile.rows,
+        tile.warps, tile.splits, members.nested, looks_up, activation, xa is not None, members.biased,
         residual is not None, num_warps=tile.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+def reads_row(x: torch.Tensor) -> bool:
+    """Whether one row of x has a kernel of its own: on the matrix units of Ampere and later."""
+    return not INTERPRETED and x.dtype.itemsize == 2 and multiprocessors(x.get_device()) > 0
+
+
+@lru_cache
+def multiprocessors(device_index: int) -> int:
+    """How many multiprocessors a GPU has; 0 where its matrix units cannot take the products of `row_kernel`."""
+    properties = torch.cuda.get_device_properties(device_index)
+    return properties.multi_processor_count if properties.major >= 8 else 0
+
+
+def _row(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    xa: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    residual_scale: float,
+    activation: str | None,
+    warps: int = 4,
+    programs: int = 3,
+) -> torch.Tensor:
+    """`_up` for one row. `programs` is how many a multiprocessor has.
+
+    H200, layers of 8B and 1B: 4 and 8 warps by 1 to 4 programs; the defaults are within 4 % of the best for each.
+    """
+    k, paired = x.shape[1], activation is not None
+    sizes = [p.shape[0] for p in projections]
+    n = sum(sizes)
+    if paired:
+        n //= 2
+        sizes = [n] * 2
+    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    tiles = -(-n // 8) if paired else sum(-(-size // ROWS) for size in sizes)
+    members = _members(projections, sizes, paired, out, xa is not None)
+    launch(
+        row_kernel, min(tiles, programs * multiprocessors(x.get_device())), out, x, *members.arguments,
+        out if xa is None else xa, out if residual is None else residual, float(residual_scale), tiles, members.up_row,
+        len(projections), k, 16 if xa is None else xa.shape[3], warps, members.nested,
+        activation, xa is not None, members.biased, residual is not None, num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+class _Members(NamedTuple):
+    """What kernels choose from by a program's place in a group."""
+
+    arguments: list[object]
+    up_row: int
+    nested: bool
+    biased: bool
+
+
+def _members(
+    projections: Sequence[Projection], sizes: Sequence[int], paired: bool, out: torch.Tensor, lora: bool
+) -> _Members:
+    """Table, codes, scales, factors and biases of a group.
+
+    Args:
+        projections, sizes: of the group. paired: whether they are gate and up. out: stands for what is not there.
+        lora: whether some have an adapter.
+    """
+    weights, up_row = [p.weight for p in projections], 0
+    if paired and len(weights) == 1:
+        weights, up_row = weights * 2, sizes[0]
+    biases = [p.bias for p in projections]
+    some = next((b for b in biases if b is not None), out)
+    biases = [some if b is None else b for b in biases] + [some] * 3
+    has_bias = [int(p.bias is not None) for p in projections] + [0] * 3
+    factors = _factors(projections) if lora else [out, out, 0, 1.0] * 3
+    state = weights[0].quant_state
+    arguments = [
+        state.code, *nf4.kernel_arguments(weights, sizes), *factors[1::4], *factors[2::4], *factors[3::4], *biases[:3],
+        *has_bias[:3],
+    ]  # fmt: skip
+    return _Members(arguments, up_row, state.nested, some is not out)

@@ -34,14 +34,15 @@ def down_kernel(
     tl.store(out + to, sum_, mask=(t < tokens)[None, :])
 
 
-_MEMBERS = {
-    "do_not_specialize": [*UNSPECIALIZED["do_not_specialize"], "one", "up_row", "tokens",
+# options of a kernel over the members of a group
+MEMBERS = {
+    "do_not_specialize": [*UNSPECIALIZED["do_not_specialize"], "one", "up_row", "tokens", "tiles",
                           *(f"{name}_{i}" for name in ("rank", "has_bias") for i in range(3))],
     "do_not_specialize_on_alignment": [f"{name}_{i}" for name in ("absmax", "absmax2", "code2", "offset") for i in range(3)],
 }  # fmt: skip
 
 
-@jit(**_MEMBERS)
+@jit(**MEMBERS)
 def up_kernel(
     out, x, lut,
     packed_0, absmax_0, absmax2_0, code2_0, offset_0, size_0,
