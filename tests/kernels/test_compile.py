@@ -20,6 +20,7 @@ from oribi.kernels import (
     embedding,
     flash_attention,
     fp8,
+    gated_delta,
     gated_mlp,
     lora,
     lora_expand,
@@ -32,6 +33,7 @@ from oribi.kernels import (
     rope,
 )
 from oribi.kernels.adamw import FlatAdamW
+from oribi.kernels.gated_delta_chunks import chunks_of
 from tests.kernels.truth import nf4_packed
 
 pytestmark = [
@@ -55,6 +57,7 @@ MODULES = (
     nf4_linear,
     causal_conv,
     output_gate,
+    gated_delta,
 )
 # bytes of shared memory that a program may have; of 8.x, the cards with least
 SHARED = {80: 101376, 90: 232448}
@@ -181,6 +184,27 @@ def test_causal_convolution_compiles_with_16_byte_loads_and_stores(launches, cap
         assert loads > 0, launch
         assert stores > 0 or launch.kernel.__name__ == "weight_kernel", launch
         assert kernel.metadata.shared <= 16384
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("width", [128, 256])
+def test_the_gated_delta_rule_compiles_within_shared_memory(launches, capability, width, monkeypatch):
+    monkeypatch.setattr(gated_delta, "use_kernels", lambda q: True)
+    q, v = torch.randn(200, 2, width).bfloat16(), torch.randn(200, 4 * 128 + 64).bfloat16()
+    v, b, chunks = v[:, 64:].unflatten(1, (4, 128)), v[:, :4].sigmoid(), chunks_of([0, 200], q.device)
+    initial = torch.zeros(1, 4, width, 128)
+    gated_delta.gated_delta_forward(q, q, v, -b.float(), b, chunks, 0.1, initial, final=True)
+    forward = len(launches)
+    gated_delta.gated_delta_backward(v, (q, q, v, -b.float(), b), chunks, 0.1)
+    assert [launch.kernel.__name__ for launch in launches[:forward]] == [
+        f"{name}_kernel" for name in ("solve", "vectors", "scan", "read")
+    ]
+    assert [launch.kernel.__name__ for launch in launches[forward + 3 :]] == [
+        f"{name}_kernel" for name in ("local", "scan_back", "matrices", "gradient")
+    ]
+    for launch in launches[:forward] + launches[forward + 3 :]:
+        assert compiled(launch, capability).metadata.shared <= SHARED[capability], launch.kernel.__name__
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)

@@ -11,69 +11,38 @@ Backward goes through the chunks in reverse with dS, the gradient of a chunk's l
 
     dN = P' dO + e^(G_c - G) K dS      dS- = e^G_c dS + scale (e^G Q)' dO - W' dN      [bU | bW] = T^-T [dN | -dN S']
 
-T tokens, H value heads of E numbers, K key heads of F numbers; H/K consecutive value heads share a key head. Computed in
-float32 (float64 stays). Chunks never cross a document's border. All chunks are computed at once but for the states, which
-follow one another, those of all documents side by side. Nothing keeps the states for backward, which makes them again.
+T tokens, H value heads of E numbers, K key heads of F numbers; H/K consecutive value heads share a key head. Chunks never
+cross a document's border. All chunks are computed at once but for the states, which follow one another, those of all
+documents side by side. Nothing keeps the states for backward, which makes them again.
 
 Source: Gated Delta Networks, Yang et al. 2024 (arXiv:2412.06464), in the chunked form of DeltaNet (arXiv:2406.06484).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from oribi.kernels.dispatch import wide
+from oribi.kernels.dispatch import INTERPRETED, launch, next_power_of_2, unit_stride, use_triton, wide
+from oribi.kernels.gated_delta_chunks import CHUNK, Chunks, heads_at_a_time
+from oribi.kernels.gated_delta_kernels import (
+    gradient_kernel,
+    local_kernel,
+    matrices_kernel,
+    read_kernel,
+    scan_back_kernel,
+    scan_kernel,
+    solve_kernel,
+    vectors_kernel,
+)
+from oribi.kernels.gated_delta_reference import REFERENCE_PORTION, reference_chunks
 
-CHUNK = 64
-# tokens times heads that are computed at a time: a tensor of E = 128 numbers each takes 128 MiB in float32
-PORTION = 2**18
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Where the tokens of a batch's documents lie in chunks, [chunks * CHUNK] slots; slots without a token hold zeros.
-
-    The documents with most chunks come first, and a chunk's number counts all first chunks, then all second ones, and so on.
-
-    Args:
-        slot: [T] int64 of each token. count: of the chunks.
-        starts: of each round, the number of its first chunk; the last entry is `count`. A round has as many chunks as
-            there are documents that long.
-        document: [docs] int64, the documents as the rounds have them.
-        bounds: offsets of the documents as they were given.
-    """
-
-    slot: torch.Tensor
-    count: int
-    starts: tuple[int, ...]
-    document: torch.Tensor
-    bounds: tuple[int, ...]
-
-
-def chunks_of(bounds: Sequence[int], device: torch.device) -> Chunks:
-    """The chunks of documents.
-
-    Args:
-        bounds: their offsets on the host, ascending from 0; a document may be empty.
-        device: of the tokens.
-    """
-    offsets = torch.tensor(bounds, dtype=torch.int64)
-    lengths = offsets.diff()
-    counts = -(-lengths // CHUNK)
-    order = counts.argsort(descending=True, stable=True)
-    place = order.argsort()  # of each document among the others
-    rounds = int(counts.max()) if len(counts) else 0
-    sizes = (counts[None, :] > torch.arange(rounds)[:, None]).sum(1)
-    starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    document = torch.arange(len(lengths)).repeat_interleave(lengths)
-    token = torch.arange(int(offsets[-1])) - offsets[document]
-    slot = (starts[token // CHUNK] + place[document]) * CHUNK + token % CHUNK
-    return Chunks(
-        slot.to(device), int(starts[-1]), tuple(starts.tolist()), order.to(device), tuple(map(int, bounds))
-    )
+# slots times heads that the kernels compute at a time, 2.8 GB in backward at E = F = 128: fewer heads would leave most of a
+# GPU idle while the states of one long document follow one another
+KERNEL_PORTION = 2**20
+# programs that go through the states: below this many each takes half as many columns of them
+_SCAN_PROGRAMS = 96
 
 
 class DeltaGradients(NamedTuple):
@@ -146,11 +115,16 @@ def gated_delta_forward(
     """
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     states = []
-    for heads, part in _portions(q, k, v, g, b, chunks, scale):
-        before = None if initial is None else wide(initial[:, heads])
-        s, n, last = part.scan(before)
-        out[:, heads] = part.tokens((part.e * part.q) @ s + part.p @ n)
-        states.append(last)
+    if use_kernels(q) and chunks.tokens:
+        for _, heads, part in _kernel_portions((q, k, v, g, b), chunks, scale):
+            last = part.scan(None if initial is None else wide(initial[:, heads]).contiguous(), final)
+            part.output(out[:, heads])
+            states.append(last)
+    else:
+        for _, heads, part in reference_chunks((q, k, v, g, b), chunks, scale):
+            s, n, last = part.scan(None if initial is None else wide(initial[:, heads]))
+            out[:, heads] = part.tokens((part.e * part.q) @ s + part.p @ n)
+            states.append(last)
     return out, torch.cat(states, 1) if final else None
 
 
@@ -166,17 +140,39 @@ def gated_delta_backward(
     grads = DeltaGradients(
         *(torch.empty_like(x) for x in (q, k, v)), *(torch.empty_like(wide(x)) for x in (g, b))
     )
-    for heads, part in _portions(q, k, v, g, b, chunks, scale):
+    if use_kernels(q) and chunks.tokens:
+        for shared, heads, part in _kernel_portions(inputs, chunks, scale):
+            part.scan(None, False)
+            own = DeltaGradients(grads.dq[:, shared], grads.dk[:, shared], *(x[:, heads] for x in grads[2:]))
+            part.backward(unit_stride(do)[:, heads], own)
+        return grads
+    for shared, heads, part in reference_chunks(inputs, chunks, scale):
         dq, dk, dv, dg, db = part.backward(part.laid_out(do[:, heads]))
-        ratio = v.shape[1] // k.shape[1]
-        shared = slice(heads.start // ratio, heads.stop // ratio)
         # the value heads of one key head
         grads.dq[:, shared], grads.dk[:, shared] = (
-            part.tokens(x.unflatten(1, (-1, ratio)).sum(2)) for x in (dq, dk)
+            part.tokens(x.unflatten(1, (shared.stop - shared.start, -1)).sum(2)) for x in (dq, dk)
         )
         grads.dv[:, heads] = part.tokens(dv)
         grads.dg[:, heads], grads.db[:, heads] = (part.tokens(x[..., None])[..., 0] for x in (dg, db))
     return grads
+
+
+def backward_bytes(tokens: int, heads: int, ratio: int, key: int, value: int, kernels: bool) -> int:
+    """Device bytes that backward takes beside inputs and gradients.
+
+    Args:
+        tokens: T. heads: H. ratio: H / K. key, value: F and E.
+        kernels: whether `use_kernels`, in 16 bits; otherwise the reference's, in float32.
+    """
+    states = key * value / CHUNK  # of a chunk, spread over its tokens
+    if (
+        kernels
+    ):  # states and their gradients; T^-1 and two gradients of matrices; W, N, dN; dq and dk of value heads
+        numbers = 2 * states + 3 * CHUNK + key + 2 * value + 2 * key * (ratio > 1)
+        return int(min(tokens * heads, KERNEL_PORTION) * (2 * numbers + 4))
+    # states before and behind, and one more for products; chunks' matrices and vectors
+    numbers = 3 * states + 6 * CHUNK + 8 * key + 10 * value
+    return int(min(tokens * heads, REFERENCE_PORTION) * 4 * numbers)
 
 
 def gated_delta_step(
@@ -204,105 +200,151 @@ def gated_delta_step(
     return (scale * (q[:, :, None] @ state)[:, :, 0]).to(v.dtype)
 
 
-def _portions(q, k, v, g, b, chunks, scale) -> Iterator[tuple[slice, "_Portion"]]:
-    """Some value heads at a time, with all that their chunks compute before states are known."""
-    key_heads, ratio = k.shape[1], v.shape[1] // k.shape[1]
-    slots = max(chunks.count * CHUNK, 1)
-    step = max(PORTION // (slots * ratio), 1)
-    for first in range(0, key_heads, step):
-        shared = slice(first, min(first + step, key_heads))
-        heads = slice(first * ratio, shared.stop * ratio)
-        yield (
-            heads,
-            _Portion(q[:, shared], k[:, shared], v[:, heads], g[:, heads], b[:, heads], chunks, scale),
+def use_kernels(q: torch.Tensor) -> bool:
+    """Whether the rule of q runs Triton's kernels: in bfloat16 on Ampere and later. Gradients of states may be larger than
+    float16 holds, and products of float32 are not exact on matrix units.
+    """
+    if not use_triton(q):
+        return False
+    return INTERPRETED or (q.dtype is torch.bfloat16 and torch.cuda.get_device_capability(q.device)[0] >= 8)
+
+
+def _kernel_portions(
+    inputs: Sequence[torch.Tensor], chunks: Chunks, scale: float
+) -> Iterator[tuple[slice, slice, "_KernelPortion"]]:
+    """Some heads at a time: key heads, value heads, and their launches."""
+    q, k, v, g, b = map(unit_stride, inputs)
+    for shared, heads in heads_at_a_time(k.shape[1], v.shape[1], len(chunks.table.chunks), KERNEL_PORTION):
+        own = q[:, shared], k[:, shared], v[:, heads], g[:, heads], b[:, heads]
+        yield shared, heads, _KernelPortion(own, chunks, scale)
+
+
+class _KernelPortion:
+    """The launches for some heads, and what passes between them, [chunks, heads, ...].
+
+    Args:
+        inputs: q, k, v, g and b of the heads. chunks, scale: as `gated_delta` takes them.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor], chunks: Chunks, scale: float) -> None:
+        self.inputs, self.chunks, self.scale = inputs, chunks, scale
+        _, k, v, g, b = inputs
+        self.key, self.value, self.heads = k.shape[-1], v.shape[-1], v.shape[1]
+        self.table, self.count = chunks.table.chunks, len(chunks.table.chunks)
+        self.shared = self.heads, self.heads // k.shape[1]
+        self.tiles = _columns(self.key, 64), _columns(self.value, 64)
+        self.sums = self._buffer(CHUNK, dtype=torch.float32)
+        self.inverse = self._buffer(CHUNK, CHUNK)
+        self._launch(
+            solve_kernel, k, g, b, self.table, self.sums, self.inverse, *_strides(k), g.stride(0), b.stride(0),
+            *self.shared, self.key, self.tiles[0], warps=2,
+        )  # fmt: skip
+        self.w, self.n = self._buffer(CHUNK, self.key), self._buffer(CHUNK, self.value)
+        self._launch(
+            vectors_kernel, k, v, b, self.table, self.sums, self.inverse, self.w, self.n, *_strides(k, v), b.stride(0),
+            *self.shared, self.key, self.value, *self.tiles,
+        )  # fmt: skip
+
+    def _buffer(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        v = self.inputs[2]
+        return torch.empty(self.count, self.heads, *shape, dtype=dtype or v.dtype, device=v.device)
+
+    def _launch(self, kernel: Callable, *arguments: Any, warps: int = 4, programs: int = 0) -> None:
+        """A program per chunk and head if `programs` is 0; otherwise one per columns of a document's head."""
+        launch(
+            kernel,
+            programs or self.count * self.heads,
+            *arguments,
+            num_warps=warps,
+            num_stages=1 + (programs > 0),
         )
 
+    def _columns_of_states(self) -> tuple[int, int]:
+        """How many columns of a state one program has, and how many programs there are."""
+        most = 64 if self.key <= 128 else 32
+        rows = self.chunks.documents * self.heads
+        columns = _columns(self.value, most)
+        if columns > 16 and rows * -(-self.value // columns) < _SCAN_PROGRAMS:
+            columns //= 2
+        return columns, rows * -(-self.value // columns)
 
-class _Portion:
-    """The chunks of some heads, tensors [chunks, heads, CHUNK, ...]; names are those of the file's docstring."""
+    def scan(self, initial: torch.Tensor | None, final: bool) -> torch.Tensor | None:
+        """Makes states and N; returns the states [docs, heads, F, E] after the documents if `final`."""
+        _, k, v, *_ = self.inputs
+        self.states, last = self._buffer(self.key, self.value), None
+        if final:
+            shape = self.chunks.documents, self.heads, self.key, self.value
+            last = torch.empty(shape, dtype=torch.float32, device=v.device)
+        columns, programs = self._columns_of_states()
+        self._launch(
+            scan_kernel, k, self.w, self.n, self.sums, self.states, self.sums if initial is None else initial,
+            self.sums if last is None else last, *self.chunks.table, *_strides(k), *self.shared, self.key,
+            _columns(self.key), self.value, columns, initial is not None, final, programs=programs,
+        )  # fmt: skip
+        return last
 
-    def __init__(self, q, k, v, g, b, chunks: Chunks, scale: float) -> None:
-        self.chunks, self.scale = chunks, scale
-        ratio = v.shape[1] // k.shape[1]
-        q, k, self.v = (self.laid_out(x) for x in (q, k, v))
-        q = q * scale
-        g, b = (self.laid_out(x[..., None])[..., 0] for x in (g, b))
-        total = g.cumsum(-1)
-        # the exponential never sees a positive number
-        self.d = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
-        self.kk, self.qk = ((x @ k.mT).repeat_interleave(ratio, 1) for x in (k, q))
-        self.q, self.k = (x.repeat_interleave(ratio, 1) for x in (q, k))
-        self.e, self.f = total.exp()[..., None], (total[..., -1:] - total).exp()[..., None]
-        self.b = b[..., None]
-        eye = torch.eye(CHUNK, dtype=g.dtype, device=g.device)
-        self.t = (self.b * self.kk * self.d).tril(-1) + eye
-        right = self.b * torch.cat([self.v, self.e * self.k], -1)
-        self.x = torch.linalg.solve_triangular(self.t, right, upper=False, unitriangular=True)
-        self.u, self.w = self.x.split([v.shape[-1], k.shape[-1]], -1)
-        self.p = self.qk * self.d
+    def output(self, out: torch.Tensor) -> None:
+        """Writes the outputs [T, heads, E]."""
+        q, k, *_ = self.inputs
+        columns = _columns(self.value, 128)
+        self._launch(
+            read_kernel, q, k, self.n, self.sums, self.states, out, self.table, *_strides(q, k, out), *self.shared,
+            self.scale, self.key, self.value, self.tiles[0], columns,
+            programs=self.count * self.heads * -(-self.value // columns),
+        )  # fmt: skip
 
-    def laid_out(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, heads, n] in chunks, wide, with zeros where there is no token."""
-        slots = wide(x.new_zeros(0)).new_zeros(self.chunks.count * CHUNK, *x.shape[1:])
-        slots.index_copy_(0, self.chunks.slot, wide(x))
-        return slots.view(-1, CHUNK, *x.shape[1:]).transpose(1, 2).contiguous()
-
-    def tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """[chunks, heads, CHUNK, n] as [T, heads, n]."""
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.chunks.slot)
-
-    def rounds(self) -> list[slice]:
-        """The chunks of each round, which needs the states of the one before."""
-        starts = self.chunks.starts
-        return [slice(first, last) for first, last in zip(starts, starts[1:])]
-
-    def scan(self, initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """States [chunks, heads, F, E] before each chunk, N, and the states [docs, heads, F, E] after the documents."""
-        heads, documents = self.v.shape[1], len(self.chunks.document)
-        shape = heads, self.k.shape[-1], self.v.shape[-1]
-        states, n = self.v.new_empty(self.chunks.count, *shape), torch.empty_like(self.v)
-        s = self.v.new_zeros(documents, *shape)
-        if initial is not None:
-            s.copy_(initial.index_select(0, self.chunks.document))
-        fk, decay = self.f * self.k, self.e[:, :, -1:]
-        for part in self.rounds():
-            now = s[: part.stop - part.start]  # those that go on are the first
-            states[part] = now
-            n[part] = self.u[part] - self.w[part] @ now
-            now.copy_(decay[part] * now + fk[part].mT @ n[part])
-        last = torch.empty_like(s).index_copy_(0, self.chunks.document, s)
-        return states, n, last
-
-    def backward(self, do: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Gradients of q and k per value head, v, g and b."""
-        s, n, _ = self.scan(None)
-        q, k, v, b, d, e, f = self.q, self.k, self.v, self.b, self.d, self.e, self.f
-        ds, dn = self._scan_back(do, s)
-        dp, dqe, dkf = do @ n.mT * d, do @ s.mT, n @ ds.mT
-        right = torch.cat([dn, -dn @ s.mT], -1)
-        dx = torch.linalg.solve_triangular(self.t.mT, right, upper=True, unitriangular=True)
-        da = -(dx @ self.x.mT).tril(-1) * d
-        bv, bk = dx.split([v.shape[-1], k.shape[-1]], -1)
-        pair = dp * self.qk + da * b * self.kk  # what each decay D_ij receives, times itself
-        until = (dkf * f * k).sum(-1)
-        dg = pair.sum(-1) - pair.sum(-2) + (dqe * e * q).sum(-1) + (bk * b * e * k).sum(-1) - until
-        dg[..., -1] += until.sum(-1) + e[..., -1, 0] * (s * ds).sum((-1, -2))
-        return (
-            self.scale * (e * dqe + dp @ k),
-            dp.mT @ q + f * dkf + b * (e * bk + da @ k) + da.mT @ (b * k),
-            b * bv,
-            dg.flip(-1).cumsum(-1).flip(-1),
-            (da * self.kk).sum(-1) + (bv * v).sum(-1) + (bk * e * k).sum(-1),
+    def backward(self, do: torch.Tensor, grads: DeltaGradients) -> None:
+        """Writes all gradients, shaped as the inputs of these heads; do [T, heads, E]."""
+        q, k, v, _, b = self.inputs
+        dn, shape = torch.empty_like(self.n), (self.key, self.value)
+        settings = *self.shared, self.scale
+        self._launch(
+            local_kernel,
+            q,
+            k,
+            do,
+            self.sums,
+            dn,
+            self.table,
+            *_strides(q, k, do),
+            *settings,
+            *shape,
+            *self.tiles,
         )
+        dstates = torch.empty_like(self.states)
+        columns, programs = self._columns_of_states()
+        self._launch(
+            scan_back_kernel, q, k, self.w, do, dn, self.sums, dstates, *self.chunks.table, *_strides(q, k, do),
+            *settings, self.key, _columns(self.key), self.value, columns, programs=programs,
+        )  # fmt: skip
+        dq, dk, dv, dg, db = grads
+        ratio = self.shared[1]
+        if ratio > 1:  # those of each value head, before they are added up
+            dq, dk = (
+                torch.empty(len(q), self.heads, self.key, dtype=q.dtype, device=q.device) for _ in range(2)
+            )
+        dp, dt = self._buffer(CHUNK, CHUNK), self._buffer(CHUNK, CHUNK)
+        self._launch(
+            matrices_kernel, k, v, b, do, self.n, dn, self.inverse, self.sums, dp, dt, dv, dg, db, self.table,
+            *_strides(k, v), b.stride(0), *_strides(do), *(x.stride(0) for x in (dv, dg, db)), *settings, *shape,
+            *self.tiles,
+        )  # fmt: skip
+        self._launch(
+            gradient_kernel, q, k, b, do, self.n, dn, dp, dt, self.sums, self.states, dstates, dq, dk, dg, db,
+            self.table, *_strides(q, k), b.stride(0), *_strides(do), *(x.stride(0) for x in (dq, dk, dg, db)),
+            *settings, *shape, *self.tiles,
+        )  # fmt: skip
+        if ratio > 1:
+            for whole, part in ((grads.dq, dq), (grads.dk, dk)):
+                torch.sum(part.unflatten(1, (-1, ratio)), 2, out=whole)
 
-    def _scan_back(self, do: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """dS [chunks, heads, F, E] behind each chunk, and dN."""
-        behind, dn = torch.empty_like(s), self.p.mT @ do
-        from_out, fk, decay = (self.e * self.q).mT @ do, self.f * self.k, self.e[:, :, -1:]
-        ds = s.new_zeros(len(self.chunks.document), *s.shape[1:])
-        for part in reversed(self.rounds()):
-            now = ds[: part.stop - part.start]
-            behind[part] = now
-            dn[part] += fk[part] @ now
-            now.copy_(decay[part] * now + from_out[part] - self.w[part].mT @ dn[part])
-        return behind, dn
+
+def _columns(size: int, most: int | None = None) -> int:
+    """Width of a tile: matrix units take 16 columns at least."""
+    whole = max(next_power_of_2(size), 16)
+    return whole if most is None else min(whole, most)
+
+
+def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Of tokens and heads."""
+    return tuple(x.stride(i) for x in tensors for i in (0, 1))

@@ -17,7 +17,7 @@ from oribi.families import Family
 from oribi.kernels.attention import Visibility
 from oribi.kernels.embedding import embedding
 from oribi.kernels.fp8 import RoundedWeights
-from oribi.kernels.gated_delta import Chunks, chunks_of
+from oribi.kernels.gated_delta_chunks import Chunks
 from oribi.kernels.rope import Angles
 from oribi.models.core import Keep, Mixer, Result
 from oribi.models.fused_layer import fused_layer, fusible_halves, policy
@@ -65,8 +65,11 @@ class Batch:
             visibility = self.visibility
             dense = visibility.cu_seqlens is None or visibility.uniform
             length = visibility.max_length if visibility.uniform else visibility.length
-            rows = range(0, visibility.batch * visibility.length + 1, length)
-            self._chunks = chunks_of(rows if dense else visibility.bounds(), device)
+            tokens = visibility.batch * visibility.length
+            offsets, _ = visibility.documents(device)
+            self._chunks = Chunks(
+                offsets, tokens, range(0, tokens + 1, length) if dense else visibility.bounds
+            )
         return self._chunks
 
 

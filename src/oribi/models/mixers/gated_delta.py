@@ -21,12 +21,13 @@ from oribi.families import Family
 from oribi.kernels.causal_conv import causal_conv, causal_conv_backward, causal_conv_forward, window_after
 from oribi.kernels.dispatch import wide
 from oribi.kernels.gated_delta import (
-    CHUNK,
-    PORTION,
+    backward_bytes,
     gated_delta,
     gated_delta_backward,
     gated_delta_forward,
+    use_kernels,
 )
+from oribi.kernels.gated_delta_chunks import CHUNK
 from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
 from oribi.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from oribi.models.core import Held, Result
@@ -70,8 +71,8 @@ class Remembering:
 class GatedDelta(nn.Module):
     # `models.core.Mixer` says what these are
     attribute, input, output, output_result, row_wise = "linear_attn", "delta_in", "delta_out", "x_mid", False
-    masks_padding, needs_bounds, window = True, True, None
-    # float32 products of small matrices. Assumed: they run at a sixth of the speed of a large 16-bit product
+    masks_padding, window = True, None
+    # products of small matrices. Assumed: they run at a sixth of the speed of a large one
     core_by_products = 6.0
     columns: dict[str, int] = {}
     projections = ("in_proj_qkv", "in_proj_z", "out_proj")
@@ -122,14 +123,18 @@ class GatedDelta(nn.Module):
         per_head = 2 * (2 * CHUNK * f + CHUNK * (f + e) + CHUNK * e + 3 * f * e)
         return float(self.value_heads * per_head)
 
+    @property
+    def needs_bounds(self) -> bool:
+        """Whether a pack's documents have to be known on the host: the kernels read them on the GPU."""
+        return not use_kernels(self.conv1d.weight)
+
     def core_backward_bytes(self, tokens: int, width: int) -> int:
-        """The rule's inputs and gradients; states of all chunks, and chunks' matrices and vectors in float32."""
-        value, heads = self.widths[1], self.value_heads
-        own = tokens * width * (2 * self.widths[0] + 4 * value)
-        portion = min(tokens * heads, PORTION)
-        states = 3 * self.key_dim * self.value_dim / CHUNK  # before, behind, and one more for products
-        vectors = 6 * CHUNK + 8 * self.key_dim + 10 * self.value_dim
-        return int(own + 4 * portion * (states + vectors))
+        """The rule's inputs and gradients, and what it makes between them."""
+        own = tokens * width * (2 * self.widths[0] + 4 * self.widths[1])
+        # the kernels' on a GPU, for which plans are made; in float16 the reference runs there too
+        kernels = width == 2 and self.conv1d.weight.dtype is not torch.float16
+        heads = self.value_heads, self.value_heads // self.key_heads
+        return int(own + backward_bytes(tokens, *heads, self.key_dim, self.value_dim, kernels))
 
     def autograd_columns(self) -> int:
         """The convolution's input and output, unit rows and z, the rule's output before and behind its norm."""
