@@ -13,7 +13,14 @@ from oribi.kernels.dispatch import jit, tl
 from oribi.kernels.gated_mlp import probability_and_slope
 from oribi.kernels.nf4 import group_member
 from oribi.kernels.nf4_linear_kernels import MEMBERS
-from oribi.kernels.nf4_row_thread import fill_table, load_codes, load_x, products, thread_index, whole_sums
+from oribi.kernels.nf4_row_thread import (
+    fill_banked_table,
+    load_codes,
+    load_x,
+    products,
+    thread_index,
+    whole_sums,
+)
 
 # rows of W of a tile
 ROWS = 16
@@ -207,7 +214,7 @@ def row_kernel(
         packed_2, absmax_2, absmax2_2, code2_2, offset_2, size_2,
         up_row, K, WARPS, NESTED, PAIRED,
     )  # fmt: skip
-    shared = fill_table(lut, thread, x.dtype.element_ty)
+    shared = fill_banked_table(lut, thread, x.dtype.element_ty)
     table = shared + thread % 32 * 4
     sum_ = tl.zeros_like(thread).to(tl.float32)
     sum_b = sum_

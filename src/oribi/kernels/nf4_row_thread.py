@@ -113,7 +113,7 @@ def thread_index(WARPS: tl.constexpr):
 
 
 @jit
-def fill_table(lut, thread, dtype: tl.constexpr):
+def fill_banked_table(lut, thread, dtype: tl.constexpr):
     """Writes the table of pairs of NF4 values [16] float32 in dtype; its shared address, for each thread.
 
     From TABLE_BYTES bytes further on lie two rooms for `whole_sums`. A kernel calls this once.
