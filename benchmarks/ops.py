@@ -18,9 +18,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from oribi.kernels import attention, cross_entropy, flash_attention_3, fp8, gated_mlp, nf4, rms_norm, rope
+from oribi.kernels import (
+    attention,
+    cross_entropy,
+    dispatch,
+    flash_attention_3,
+    fp8,
+    gated_delta,
+    gated_mlp,
+    nf4,
+    rms_norm,
+    rope,
+)
 from oribi.kernels.adamw import FlatAdamW
 from oribi.kernels.attention import Visibility
+from oribi.kernels.gated_delta_chunks import Chunks, chunks_of
 from oribi.kernels.lora import Projection
 
 
@@ -432,6 +444,74 @@ def adamw_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Itera
                 yield Case(op, "the same in a graph", captured(clipped), everything)
 
 
+def delta_cases(m: Model, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """The gated delta rule of Qwen3.5-9B (16 key heads, 32 value heads, 128 wide): two rows, and a pack of many documents."""
+    key_heads, heads, width = (16, 32, 128) if device == "cuda" else (2, 4, 32)
+    q, k = (
+        F.normalize(torch.randn(tokens, key_heads, width, device=device), dim=-1).to(dtype) for _ in range(2)
+    )
+    v, do = (torch.randn(tokens, heads, width, device=device).to(dtype) for _ in range(2))
+    g, b = -torch.rand(tokens, heads, device=device), torch.rand(tokens, heads, device=device).to(dtype)
+    scale, inputs = width**-0.5, (q, k, v, g, b)
+    theirs = peer("fla.ops.gated_delta_rule", "chunk_gated_delta_rule") if device == "cuda" else None
+    flop = 2.0 * tokens * heads * width * (5 * gated_delta.CHUNK + 3 * width)
+    for name, bounds in (
+        (f"2 rows of {tokens // 2}", [0, tokens // 2, tokens]),
+        ("a pack of 20", [tokens * i // 20 for i in range(21)]),
+    ):
+        chunks = chunks_of(bounds, torch.device(device))
+
+        def forward(chunks: Chunks = chunks) -> Any:
+            return gated_delta.gated_delta_forward(*inputs, chunks, scale)
+
+        def backward(chunks: Chunks = chunks) -> Any:
+            return gated_delta.gated_delta_backward(do, inputs, chunks, scale)
+
+        def reference(run: Callable[[], Any]) -> Any:
+            with dispatch.reference_only():
+                return run()
+
+        for what, run, work in (
+            ("forward", forward, flop),
+            ("backward, states made again", backward, 3 * flop),
+        ):
+            op = f"delta rule, {name}, {what}"
+            yield Case(op, "oribi", run, flop=work)
+            if device == "cuda":
+                yield Case(op, "oribi, reference", lambda run=run: reference(run), flop=work)
+        if theirs is None:
+            continue
+        rows = [x[None].detach().requires_grad_() for x in inputs]
+        offsets = torch.tensor(bounds, device=device)
+
+        def apart(rows: list = rows, offsets: torch.Tensor = offsets) -> torch.Tensor:
+            return theirs(*rows, scale=scale, cu_seqlens=offsets, cu_seqlens_cpu=offsets.cpu())[0]
+
+        yield Case(f"delta rule, {name}, forward", "fla", lambda run=apart: run().detach(), flop=flop)
+        out = apart()
+        yield Case(f"delta rule, {name}, backward", "fla", backward_of(out, do[None]), flop=3 * flop)
+    if device == "cuda":
+        yield from _launches_of(backward)
+
+
+def _launches_of(run: Callable[[], Any]) -> Iterator[Case]:
+    """Each kernel of the delta rule alone, with the arguments that a call gives it."""
+    launch, found = gated_delta.launch, []
+
+    def record(*arguments: Any, **options: Any) -> None:
+        found.append((arguments, options))
+        launch(*arguments, **options)
+
+    gated_delta.launch = record
+    try:
+        run()
+    finally:
+        gated_delta.launch = launch
+    for arguments, options in found:
+        name = arguments[0].__name__
+        yield Case(f"its {name} alone", "oribi", lambda a=arguments, o=options: launch(*a, **o))
+
+
 def captured(run: Callable[[], Any]) -> Callable[[], None]:
     """The replay of a CUDA graph of a call: its time on the GPU without the host's."""
     run()
@@ -451,6 +531,7 @@ CASES = {
     "attention": attention_cases,
     "softcap": softcap_cases,
     "cross_entropy": loss_cases,
+    "gated_delta": delta_cases,
     "adamw": adamw_cases,
 }
 

@@ -18,9 +18,9 @@ CUDA = torch.cuda.is_available()
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 
 
-def adapted(dtype: torch.dtype, dropout: float = 0.0, **changes: object):
+def adapted(dtype: torch.dtype, dropout: float = 0.0, model_type: str = "llama", **changes: object):
     torch.manual_seed(0)
-    model = build(tiny_config("llama", **changes), dtype=dtype, device="cuda" if CUDA else "cpu")
+    model = build(tiny_config(model_type, **changes), dtype=dtype, device="cuda" if CUDA else "cpu")
     config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
     perturb(model, "lora_")
@@ -104,8 +104,9 @@ class TestOnTheGpu:
             assert any(g.abs().max() > 0 for g in usual)
         assert sum(recorded is not None for recorded in steps._recorded.values()) == 1
 
-    def test_packs_of_other_documents_replay_the_same_graph(self):
-        model, decoder = adapted(torch.bfloat16, hidden_size=128, head_dim=32)
+    @pytest.mark.parametrize("model_type", ["llama", "qwen3_5_text"])
+    def test_packs_of_other_documents_replay_the_same_graph(self, model_type):
+        model, decoder = adapted(torch.bfloat16, model_type=model_type, hidden_size=128, head_dim=32)
         optimizer = FlatAdamW([p for p in model.parameters() if p.requires_grad])
         steps = StepGraphs(model, decoder, optimizer)
         for lengths in ([40, 20, 1], [33, 3, 25], [31, 29, 3], [20, 40, 2]):
@@ -121,6 +122,7 @@ class TestOnTheGpu:
             assert relative(steps(model, batch, 61), loss) < 1e-3
             replayed = torch.cat([place.grad.flatten() for place in optimizer._places])
             assert relative(replayed, usual) < 2e-2  # atomic additions of attention's backward
+        assert sum(recorded is not None for recorded in steps._recorded.values()) == 1
 
     def test_a_failed_recording_is_said_and_training_goes_on(self, caplog):
         model, decoder = adapted(torch.float32)

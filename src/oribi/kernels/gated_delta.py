@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from oribi.kernels.dispatch import INTERPRETED, launch, next_power_of_2, unit_stride, use_triton, wide
 from oribi.kernels.gated_delta_chunks import CHUNK, Chunks, heads_at_a_time
+from oribi.kernels.gated_delta_fla import fla_backward, fla_forward, fla_function, use_fla
 from oribi.kernels.gated_delta_kernels import (
     gradient_kernel,
     local_kernel,
@@ -113,6 +114,8 @@ def gated_delta_forward(
     Returns:
         [T, H, E] in v's dtype; the memory [docs, H, F, E], wide, or None.
     """
+    if chunks.tokens and use_fla(q, v, _forward_and_backward):
+        return fla_forward((q, k, v, g, b), chunks, scale, initial, final)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     states = []
     if use_kernels(q) and chunks.tokens:
@@ -137,9 +140,11 @@ def gated_delta_backward(
         do: [T, H, E] gradient of its result. inputs: q, k, v, g and b. chunks, scale: as there.
     """
     q, k, v, g, b = inputs
-    grads = DeltaGradients(
-        *(torch.empty_like(x) for x in (q, k, v)), *(torch.empty_like(wide(x)) for x in (g, b))
-    )
+    if chunks.tokens and use_fla(q, v, _forward_and_backward):
+        dq, dk, dv, dg, db = fla_backward(do, inputs, chunks, scale)
+        return DeltaGradients(dq, dk, dv, wide(dg), wide(db))
+    dtypes = q.dtype, k.dtype, v.dtype, wide(g[:0]).dtype, wide(b[:0]).dtype
+    grads = DeltaGradients(*(torch.empty(x.shape, dtype=t, device=x.device) for x, t in zip(inputs, dtypes)))
     if use_kernels(q) and chunks.tokens:
         for shared, heads, part in _kernel_portions(inputs, chunks, scale):
             part.scan(None, False)
@@ -157,6 +162,12 @@ def gated_delta_backward(
     return grads
 
 
+def _forward_and_backward(do, inputs, chunks, scale) -> tuple[torch.Tensor, ...]:
+    """The output and all gradients."""
+    out, _ = gated_delta_forward(*inputs, chunks, scale)
+    return out, *gated_delta_backward(do, inputs, chunks, scale)
+
+
 def backward_bytes(tokens: int, heads: int, ratio: int, key: int, value: int, kernels: bool) -> int:
     """Device bytes that backward takes beside inputs and gradients.
 
@@ -165,9 +176,8 @@ def backward_bytes(tokens: int, heads: int, ratio: int, key: int, value: int, ke
         kernels: whether `use_kernels`, in 16 bits; otherwise the reference's, in float32.
     """
     states = key * value / CHUNK  # of a chunk, spread over its tokens
-    if (
-        kernels
-    ):  # states and their gradients; T^-1 and two gradients of matrices; W, N, dN; dq and dk of value heads
+    # states and their gradients; T^-1 and two gradients of matrices; W, N, dN; dq and dk of value heads
+    if kernels:
         numbers = 2 * states + 3 * CHUNK + key + 2 * value + 2 * key * (ratio > 1)
         return int(min(tokens * heads, KERNEL_PORTION) * (2 * numbers + 4))
     # states before and behind, and one more for products; chunks' matrices and vectors
@@ -198,6 +208,11 @@ def gated_delta_step(
     wrong = wide(v) - (k[:, :, None] @ state)[:, :, 0]
     state += k[..., None] * (wide(b)[..., None] * wrong)[:, :, None]
     return (scale * (q[:, :, None] @ state)[:, :, 0]).to(v.dtype)
+
+
+def needs_bounds(x: torch.Tensor) -> bool:
+    """Whether the rule asks the host where documents begin, in x's dtype on x's device: oribi's own kernels do not."""
+    return not use_kernels(x) or fla_function() is not None
 
 
 def use_kernels(q: torch.Tensor) -> bool:

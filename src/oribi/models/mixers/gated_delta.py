@@ -25,7 +25,7 @@ from oribi.kernels.gated_delta import (
     gated_delta,
     gated_delta_backward,
     gated_delta_forward,
-    use_kernels,
+    needs_bounds,
 )
 from oribi.kernels.gated_delta_chunks import CHUNK
 from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
@@ -125,8 +125,8 @@ class GatedDelta(nn.Module):
 
     @property
     def needs_bounds(self) -> bool:
-        """Whether a pack's documents have to be known on the host: the kernels read them on the GPU."""
-        return not use_kernels(self.conv1d.weight)
+        """Whether a pack's documents have to be known on the host."""
+        return needs_bounds(self.conv1d.weight)
 
     def core_backward_bytes(self, tokens: int, width: int) -> int:
         """The rule's inputs and gradients, and what it makes between them."""
