@@ -155,6 +155,12 @@ def test_the_page_needs_nothing_else(load, rows, tmp_path):
     assert "<b>n</b>" not in text  # what comes from outside is escaped
     assert report["measures"]["base"]["samples"][0]["expected"] in page.text
     assert "close  answers: 18 of 20 are the same" in page.text
+    stopped = sum(sample["stopped"] for sample in report["measures"]["base"]["samples"])
+    assert f"{stopped} of 6 \u2192 {stopped} of 6" in page.text
+    assert report["versions"]["torch"] in page.text
+    assert not re.search(
+        r"#(?:1f2937|000000)\b", text.partition("<svg")[2]
+    )  # the page's colours, for light and dark
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
     assert json.loads((tmp_path / "run" / "report.json").read_text())["training"]["steps"] == 3
 
@@ -189,7 +195,10 @@ def test_an_answer_that_does_not_end_is_marked_and_quoted_as_it_is(load, rows, t
     [
         (lambda m: m["tuned"]["general"].update(perplexity=30.0), "a general text became less likely"),
         (lambda m: m["tuned"]["held_out"].update(loss=9.0), "overfits, or learns nothing"),
-        (lambda m: m["tuned"].update(stop_rate=0.1), "only 10% of the answers ended"),
+        (
+            lambda m: m["tuned"].update(stop_rate=0.1, samples=[{"stopped": n == 0} for n in range(10)]),
+            "only 1 of 10 answers ended",
+        ),
         (lambda m: None, None),
     ],
 )

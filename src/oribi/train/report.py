@@ -158,7 +158,7 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
         )
     if tuned and tuned["stop_rate"] is not None and tuned["stop_rate"] < 0.5:
         found.append(
-            f"only {tuned['stop_rate']:.0%} of the answers ended by themselves within {ANSWER_TOKENS} tokens; look at "
+            f"only {_stops(tuned)} ended by themselves within {ANSWER_TOKENS} tokens; look at "
             "`oribi inspect data`: is the end of a turn trained?"
         )
     found += [
@@ -216,9 +216,9 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _stops(measured: dict[str, Any]) -> str:
-    """How many of a model's answers ended by themselves: "5 of 6"."""
+    """How many of a model's answers ended by themselves: "5 of 6 answers"."""
     samples = measured["samples"]
-    return f"{sum(sample['stopped'] for sample in samples)} of {len(samples)}"
+    return f"{sum(sample['stopped'] for sample in samples)} of {len(samples)} answers"
 
 
 # scores of a stage -> how they are written

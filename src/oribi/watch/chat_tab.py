@@ -24,12 +24,16 @@ def chat_tab(watched: Watched, talk: Talk, chosen: gr.Dropdown, timer: gr.Timer,
         load, unload = gr.Button("Load the run's model", variant="primary"), gr.Button("Unload it")
     with gr.Row():
         boxes = [
-            gr.Chatbot(label=name, height=380, render_markdown=False, buttons=["copy"], feedback_options=None, allow_tags=False,
-                       placeholder=f"answers of the {name} model")
+            gr.Chatbot(label=name, height=380, render_markdown=False, buttons=["copy"], feedback_options=None, allow_tags=False,)
             for name in MODELS
         ]  # fmt: skip
     question = gr.Textbox(
-        label="Question", placeholder="Ask both; Enter sends", lines=2, submit_btn="Ask", interactive=True
+        label="Question",
+        placeholder="Enter sends, Shift+Enter begins a new line",
+        lines=1,
+        max_lines=8,
+        submit_btn="Ask",
+        interactive=True,
     )
     with gr.Row():
         longest = gr.Slider(1, LONGEST, value=256, step=1, label="Longest answer in tokens")
@@ -51,7 +55,7 @@ def chat_tab(watched: Watched, talk: Talk, chosen: gr.Dropdown, timer: gr.Timer,
         if run is None:
             return nothing_html("Choose a run.")
         reason = why_no_talk(run, watched)
-        return nothing_html(f"Off: {reason}." if reason else f"Ready: {model_words(run)}.")
+        return nothing_html(f"Off: {reason}." if reason else f"Ready to load {model_words(run)}.")
 
     def look(name: str | None, before: str) -> tuple[Any, str]:
         now = words(name)

@@ -11,6 +11,7 @@ POINTS = 400  # of one curve
 EACH, SMOOTHED, HELD_OUT = "each log", "smoothed", "held out"
 # readable on light and on dark grounds, and for eyes that confuse red and green
 COLORS = {EACH: "#94a3b8", SMOOTHED: "#2f7ed8", HELD_OUT: "#e8710a"}
+PALETTE = ("#2f7ed8", "#e8710a", "#0f9d8a", "#c2459b", "#8a6fd8", "#b08800", "#d64545", "#6b8e23")
 SMALL = {
     "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second",
     "peak_memory_gib": "peak memory, GiB",
@@ -41,6 +42,11 @@ def compared_frame(runs: Sequence[WatchedRun], key: str) -> pandas.DataFrame:
     """One figure of several runs; losses of training are smoothed."""
     rows = [point for run in runs for point in _points(run, key, run.name, smoothed=key == "loss")]
     return pandas.DataFrame(rows, columns=_COLUMNS)
+
+
+def colors_of(runs: Sequence[WatchedRun]) -> dict[str, str]:
+    """Run's name -> colour of its curve."""
+    return {run.name: PALETTE[place % len(PALETTE)] for place, run in enumerate(runs)}
 
 
 def other_figures(run: WatchedRun) -> list[str]:

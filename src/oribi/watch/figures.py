@@ -150,7 +150,7 @@ def _stop_words(run: WatchedRun) -> Card | None:
 def concerns_of(run: WatchedRun) -> list[str]:
     """What the owner of a run should look at, the most urgent first."""
     found = [*_broken(run), *_silence(run), *_diverging(run), *_overfitting(run), *_slower(run)]
-    if run.answers and run.answers[-1]["step"]:
+    if run.answers and run.answers[-1]["step"] and not run.report:  # which says it of more answers
         card = _stop_words(run)
         samples = run.answers[-1]["samples"]
         if card and 2 * sum(sample["stopped"] for sample in samples) < len(samples):

@@ -83,7 +83,7 @@ def _training_tab(watched: Watched, chosen: gr.Dropdown) -> list[Any]:
         run = watched.runs.get(name or "")
         if run is None or not key:
             return gr.LinePlot(visible=False)
-        return gr.LinePlot(curves.figure_frame(run, key), title=key, y_title=key, visible=True)
+        return _plot(curves.figure_frame(run, key), title=key, y_title=key)
 
     quietly(other.change, show, [chosen, other], [another])
     return [cards, loss, *small, other]
@@ -114,8 +114,8 @@ def _looking(watched: Watched, talk: Talk) -> Callable:
             seen,
             _unless_seen(seen, "standing", standing, lambda: standing),
             _unless_seen(seen, "cards", cards, lambda: cards),
-            fresh("loss", lambda: curves.loss_frame(run)),
-            *[fresh(key, lambda key=key: curves.figure_frame(run, key)) for key in curves.SMALL],
+            fresh("loss", lambda: _plot(curves.loss_frame(run))),
+            *[fresh(key, lambda key=key: _plot(curves.figure_frame(run, key))) for key in curves.SMALL],
             _unless_seen(
                 seen, "other", (name, *figures), lambda: gr.Dropdown(figures, value=_first(figures))
             ),
@@ -125,6 +125,11 @@ def _looking(watched: Watched, talk: Talk) -> Callable:
         ]
 
     return look
+
+
+def _plot(frame: Any, **settings: Any) -> gr.LinePlot:
+    """A plot of a frame; one without points is not there."""
+    return gr.LinePlot(frame, visible=len(frame) > 0, **settings)
 
 
 def _first(figures: list[str]) -> str | None:
@@ -161,7 +166,7 @@ def _compare_tab(watched: Watched, timer: gr.Timer, page: gr.Blocks) -> None:
             _unless_seen(seen, "choice", tuple(runs), lambda: gr.Dropdown(list(runs), value=[run.name for run in picked])),
             seen,
             _unless_seen(seen, "tables", stamp, lambda: comparison_html(picked)),
-            *[_unless_seen(seen, key, stamp, lambda key=key: curves.compared_frame(picked, key)) for key, _ in plots],
+            *[_unless_seen(seen, key, stamp, lambda key=key: _plot(curves.compared_frame(picked, key), color_map=curves.colors_of(picked))) for key, _ in plots],
         ]  # fmt: skip
 
     views = [names, seen, tables, *(plot for _, plot in plots)]

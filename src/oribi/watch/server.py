@@ -109,13 +109,28 @@ async def _respond(
 def watch_app(watched: Watched, talk: Talk, token: str, port: int) -> Gate:
     """The whole application, behind its gate."""
     page = build_page(watched, talk)
-    system = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     app = gr.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", server_name=HOST, server_port=port,
-        theme=gr.themes.Base(**system), css=STYLE, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
+        theme=_theme(), css=STYLE, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
         enable_monitoring=False,
     )  # fmt: skip
     return Gate(app, token, port)
+
+
+def _theme() -> Any:
+    """gradio's plainest theme, with the system's fonts and colours that are read easily."""
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    primary = {
+        "button_primary_background_fill": "*primary_700",
+        "button_primary_background_fill_hover": "*primary_800",
+    }
+    return theme.set(
+        **primary, **{f"{name}_dark": value for name, value in primary.items()},
+        input_placeholder_color="*neutral_600", input_placeholder_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700", block_label_text_color_dark="*neutral_200",
+        block_title_text_color="*neutral_700", block_title_text_color_dark="*neutral_200",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+    )  # fmt: skip
 
 
 def listen(port: int | None) -> socket.socket:

@@ -180,6 +180,6 @@ def _busy_gpu() -> str | None:
 
 
 def model_words(run: WatchedRun) -> str:
-    """Which of a run's models is loaded, as `oribi chat` says it."""
+    """Which of a run's models would be loaded, as `oribi chat` says it."""
     found = newest_model(run.folder)
-    return found.note if found else ""
+    return found.note.removeprefix("loading ") if found else "nothing"
