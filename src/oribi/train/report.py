@@ -190,9 +190,8 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     )
     stops = [_stops(measured) for measured in (base, tuned) if measured is not None and measured["samples"]]
     if stops:
-        found.append(
-            ("answers that stop", " \u2192 ".join(stops), f"by themselves, within {ANSWER_TOKENS} tokens")
-        )
+        counts = " \u2192 ".join(text.removesuffix(" answers") for text in stops)
+        found.append(("answers that stop", counts, f"by themselves, within {ANSWER_TOKENS} tokens"))
     for name, form, remark in SCORES:
         pair(name.replace("_", " "), lambda m, name=name: m["scores"].get(name), form, remark)
     for name in (tuned or {}).get("scores", {}):
