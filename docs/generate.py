@@ -21,7 +21,7 @@ from oribi.cli import build_command  # noqa: E402
 from oribi.config import ALIASES, SETTINGS, RunConfig  # noqa: E402
 from oribi.config_advice import WHEN_TO_CHANGE  # noqa: E402
 from oribi.config_file import GROUPS  # noqa: E402
-from oribi.config_setting import Setting  # noqa: E402
+from oribi.config_setting import SOURCE_KEYS, STAGES, Setting  # noqa: E402
 from oribi.families import FAMILIES, Family, family_of  # noqa: E402
 from oribi.gguf.metadata import WITH_PROJECTOR  # noqa: E402
 from oribi.memory.estimate import Training, estimate_run, largest_batch, largest_context  # noqa: E402
@@ -182,18 +182,13 @@ def models_page() -> str:
 def allowed(setting: Setting) -> str:
     """What a setting may be."""
     if setting.choices:
-        return ", ".join(f"`{choice}`" for choice in setting.choices)
-    kind = {bool: "`true`, `false`", int: "whole number", float: "number", str: "name"}[setting.kind]
-    if setting.container is list:
-        kind = "a name or a list of names"
-    if setting.container is dict:
-        kind = "pairs of names"
-    limits = [
-        f"from {setting.low:,g}" if setting.low is not None else "",
-        f"below {setting.below:g}" if setting.below is not None else "",
-        f"up to {setting.high:,}" if setting.high is not None else "",
-    ]
-    return " ".join([kind, *filter(None, limits)])
+        return ", ".join(f"`{choice}`" for choice in setting.choices) + " or `pissa_niter_N`" * bool(
+            setting.pattern
+        )
+    if setting.sources:
+        keys = ", ".join(f"`{key}`" for key in SOURCE_KEYS)
+        return f"{setting.allowed()}; of a mapping the keys {keys}"
+    return "`true`, `false`" if setting.kind is bool else setting.allowed()
 
 
 def default_of(name: str, setting: Setting) -> str:
@@ -226,7 +221,8 @@ def in_python(name: str, setting: Setting) -> str:
 def by_stage(setting: Setting) -> list[str]:
     """Its defaults in other stages than supervised fine-tuning, and the stages that use it where not all do."""
     stages, used_by = getattr(setting, "stages", None) or {}, getattr(setting, "used_by", ())
-    found = [f"- **Only for:** {', '.join(f'`stage: {one}`' for one in used_by)}"] if used_by else []
+    some = used_by and used_by != STAGES
+    found = [f"- **Only for:** {', '.join(f'`stage: {one}`' for one in used_by)}"] if some else []
     values = [f"`{stage}` {shown(value)}" for stage, value in stages.items()]
     return [*found, *([f"- **Default by stage:** {', '.join(values)}"] if values else [])]
 
@@ -242,6 +238,14 @@ def config_page() -> str:
         "",
         "The calls in Python keep the defaults that scripts for TRL and Unsloth expect. **Bold** marks those that differ.",
     ]
+    groups: dict[str, list[str]] = {}
+    for name in SETTINGS:
+        group = GROUPS.get(name) or list(groups)[-1]
+        groups.setdefault(group, []).append(f"[`{name}`](#{name})")
+    lines += table(
+        ["group", "keys"],
+        [[group.removeprefix("the ").capitalize(), ", ".join(names)] for group, names in groups.items()],
+    )
     for name, setting in SETTINGS.items():
         if name in GROUPS:
             lines += ["", f"## {GROUPS[name].removeprefix('the ').capitalize()}"]

@@ -24,6 +24,8 @@ ROWS = 24
 EPOCH = {"max_steps": -1, "gradient_accumulation_steps": 1, "packing": False}  # a step is 2 of 24 rows
 STEPS = {"max_steps": 4}
 HELD_OUT = {"eval_fraction": 0.25}
+SEARCH = STEPS | HELD_OUT | {"eval_steps": 1, "learning_rate": 0.9}
+TOGETHER: dict[str, Any] = {"max_steps": 1}  # keys that are seen in one run, in which all of them are set
 
 
 @dataclass
@@ -57,6 +59,10 @@ class Ran:
     def logged(self, name: str) -> list[float]:
         lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
         return [line[name] for line in lines if name in line]
+
+    def trained_rows(self) -> list[str]:
+        rows = next(iter(self.model.peft_config.values())).trainable_token_indices or {}
+        return self.trainer.processing_class.convert_ids_to_tokens(rows.get("embed_tokens", []))
 
     def trained_share(self) -> float:
         labels = [label for row in self.trainer.train_dataset["labels"] for label in row]
@@ -107,6 +113,18 @@ EFFECTS = {
     ),
     "use_rslora": Effect(True, lambda run: run.layer.scaling["default"], 8.0),
     "use_dora": Effect(True, lambda run: "default" in run.layer.lora_magnitude_vector, True),
+    "rank_pattern": Effect({"q_proj": 2}, lambda run: run.layer.r["default"], 2, TOGETHER),
+    "alpha_pattern": Effect(
+        {"up_proj": 4}, lambda run: next(m for n, m in run.layers.items() if "up_proj" in n).scaling["default"], 1.0, TOGETHER
+    ),
+    "layers_to_transform": Effect([1], lambda run: {n.split(".layers.")[1][0] for n in run.layers}, {"1"}, TOGETHER),
+    "exclude_modules": Effect(["o_proj"], lambda run: any("o_proj" in n for n in run.layers), False, TOGETHER),
+    # the first step of Adam gives all of a B that began with zeros the same size
+    "init_lora_weights": Effect(
+        "loftq", lambda run: run.layer.lora_B["default"].weight.abs().std().item() > 1e-3, True, TOGETHER
+    ),
+    "new_tokens": Effect(["<tool>"], lambda run: "<tool>" in run.trainer.processing_class.get_vocab(), True, TOGETHER),
+    "trainable_tokens": Effect(["<|im_start|>"], lambda run: "<|im_start|>" in run.trained_rows(), True, TOGETHER),
     "gradient_checkpointing": Effect("off", lambda run: run.base.is_gradient_checkpointing, False),
     "dataset": Effect(["OTHER_ROWS"], lambda run: len(run.trainer.train_dataset), 5, {"packing": False}),
     "split": Effect("test", lambda run: len(run.trainer.train_dataset), 7, {"dataset": ["SPLITS"], "packing": False}),
@@ -136,6 +154,10 @@ EFFECTS = {
     "role_aliases": Effect(
         {"bot": "system"}, lambda run: "system\nan answer" in run.texts[0], True, {"dataset": ["BOTS"], "packing": False}
     ),
+    "chat_template_kwargs": Effect(
+        {"date_string": "1 Jan 2001"}, lambda run: "1 Jan 2001" in run.texts[0], True,
+        {"chat_template": "llama-3.1", "max_seq_length": 1024},
+    ),
     "packing": Effect(False, lambda run: len(run.trainer.train_dataset), ROWS),
     "output_dir": Effect(
         "ELSEWHERE", lambda run: (run.folder.name, (run.folder / "adapter").is_dir()), ("elsewhere", True)
@@ -149,6 +171,14 @@ EFFECTS = {
     "embedding_learning_rate": Effect(
         1e-6, lambda run: run.groups("initial_lr"), {1e-2, 1e-6}, {"modules_to_save": ["lm_head"]}
     ),
+    "loraplus_lr_ratio": Effect(8.0, lambda run: run.groups("initial_lr"), {1e-2, 8e-2}, TOGETHER),
+    "lr_scheduler_kwargs": Effect(
+        {"num_cycles": 2}, lambda run: [round(lr, 6) for lr in run.logged("learning_rate")], [0.01, 0.005, 0.01, 0.005],
+        STEPS | {"lr_scheduler_type": "cosine_with_restarts"},
+    ),
+    "adam_beta1": Effect(0.5, lambda run: {g["betas"][0] for g in run.trainer.optimizer.param_groups}, {0.5}, TOGETHER),
+    "adam_beta2": Effect(0.9, lambda run: {g["betas"][1] for g in run.trainer.optimizer.param_groups}, {0.9}, TOGETHER),
+    "adam_epsilon": Effect(1e-3, lambda run: run.groups("eps"), {1e-3}, TOGETHER),
     "lr_scheduler_type": Effect(
         "cosine", lambda run: [round(lr, 6) for lr in run.logged("learning_rate")], [0.01, 0.008536, 0.005, 0.001464],
         STEPS,
@@ -164,6 +194,13 @@ EFFECTS = {
     "logging_steps": Effect(2, lambda run: len(run.logged("loss")), 2, STEPS),
     "eval_steps": Effect(1, lambda run: len(run.logged("eval_loss")), 4, {**STEPS, **HELD_OUT}),
     "save_steps": Effect(2, Ran.checkpoints, ["checkpoint-2", "checkpoint-4"], STEPS),
+    "save_strategy": Effect(
+        "epoch", Ran.checkpoints, ["checkpoint-1", "checkpoint-2"],
+        EPOCH | {"num_train_epochs": 2, "per_device_train_batch_size": ROWS},
+    ),
+    "load_best_model_at_end": Effect(True, lambda run: run.trainer.state.best_global_step, 4, SEARCH),
+    # at this rate the second evaluation is worse than the first
+    "early_stopping_patience": Effect(1, lambda run: run.trainer.state.global_step, 2, SEARCH),
     "save_total_limit": Effect(1, Ran.checkpoints, ["checkpoint-4"], {**STEPS, "save_steps": 1}),
     # the run without it leaves a checkpoint of its last step, after which nothing is left to do
     "resume": Effect(
@@ -182,6 +219,8 @@ EFFECTS = {
 PASSED_ON = {"revision", "trust_remote_code", "dataset_num_proc", "malformed"}
 # these act where there are several processes: tests/cli/test_train_gpus.py and tests/trust/test_processes.py
 OF_PROCESSES = {"gpus", "fsdp", "ddp_timeout"}
+# parameters that are no layers: tests/lora/test_starts.py
+OF_EXPERTS = {"target_parameters"}
 # and this one needs a GPU: tests/train/test_fp8.py
 ON_A_GPU = {"fp8"}
 
@@ -266,7 +305,7 @@ def ran(places, tmp_path_factory) -> Callable[..., Ran]:
 
 
 def test_every_key_is_here():
-    assert set(EFFECTS) | PASSED_ON | OF_PROCESSES | ON_A_GPU | OF_STAGES == {
+    assert set(EFFECTS) | PASSED_ON | OF_EXPERTS | OF_PROCESSES | ON_A_GPU | OF_STAGES == {
         f.name for f in fields(RunConfig)
     }
 
@@ -275,8 +314,9 @@ def test_every_key_is_here():
 def test_a_key_has_its_effect(key, ran):
     effect = EFFECTS[key]
     beside = effect.beside or {}
+    together = {name: one.value for name, one in EFFECTS.items() if one.beside is TOGETHER is beside}
     without = effect.seen(ran(beside))
-    found = effect.seen(ran({**beside, key: effect.value}))
+    found = effect.seen(ran({**beside, key: effect.value, **together}))
     assert found != without
     if effect.expected is not None:
         assert found == (

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 
 import oribi.run
+import oribi.run_arguments
 from oribi.config import SETTINGS, RunConfig
 from oribi.config_file import read_run_config
 from oribi.data.prepare import PreparedData
@@ -37,6 +38,14 @@ OTHER: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "use_rslora": {"use_rslora": True},
     "use_dora": {"use_dora": True},
+    "rank_pattern": {"rank_pattern": {"q_proj": 3}},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 3.0}},
+    "layers_to_transform": {"layers_to_transform": [0]},
+    "exclude_modules": {"exclude_modules": ["o_proj"]},
+    "target_parameters": {"target_parameters": ["experts.down_proj"]},
+    "init_lora_weights": {"init_lora_weights": "gaussian"},
+    "new_tokens": {"new_tokens": ["<a>"]},
+    "trainable_tokens": {"trainable_tokens": ["<b>"]},
     "gradient_checkpointing": {"gradient_checkpointing": "off"},
     "dataset": {"dataset": ["other.jsonl"]},
     "split": {"split": "test"},
@@ -50,6 +59,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "turns": {"turns": "split"},
     "columns": {"columns": {"question": "task"}},
     "role_aliases": {"role_aliases": {"coach": "assistant"}},
+    "chat_template_kwargs": {"chat_template_kwargs": {"enable_thinking": False}},
     "malformed": {"malformed": "drop"},
     "packing": {"packing": False},
     "dataset_num_proc": {"dataset_num_proc": 3},
@@ -61,6 +71,11 @@ OTHER: dict[str, dict[str, Any]] = {
     "gradient_accumulation_steps": {"gradient_accumulation_steps": 5},
     "learning_rate": {"learning_rate": 1e-5},
     "embedding_learning_rate": {"embedding_learning_rate": 1e-6},
+    "loraplus_lr_ratio": {"loraplus_lr_ratio": 8.0},
+    "lr_scheduler_kwargs": {"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "cosine_with_restarts"},
+    "adam_beta1": {"adam_beta1": 0.8},
+    "adam_beta2": {"adam_beta2": 0.95},
+    "adam_epsilon": {"adam_epsilon": 1e-6},
     "lr_scheduler_type": {"lr_scheduler_type": "cosine"},
     "warmup_steps": {"warmup_steps": 11},
     "optim": {"optim": "adamw_torch"},
@@ -77,6 +92,9 @@ OTHER: dict[str, dict[str, Any]] = {
     "sample_prompts": {"sample_prompts": "held_out", "eval_fraction": 0.5},
     "sample_tokens": {"sample_tokens": 5, "sample_prompts": "held_out", "eval_fraction": 0.5},
     "save_steps": {"save_steps": 3},
+    "save_strategy": {"save_strategy": "epoch"},
+    "load_best_model_at_end": {"load_best_model_at_end": True, "eval_fraction": 0.5},
+    "early_stopping_patience": {"early_stopping_patience": 2, "eval_fraction": 0.5},
     "save_total_limit": {"save_total_limit": 2},
     "resume": {"resume": "true"},
     "report_to": {"report_to": ["tensorboard"]},
@@ -125,6 +143,9 @@ def calls_of(config: RunConfig, monkeypatch, tmp_path: Path) -> list[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(oribi.run, "load_model", record("load", (model, tokenizer)))
     monkeypatch.setattr(oribi.run, "attach_lora", record("attach", model))
+    monkeypatch.setattr(oribi.run, "add_new_tokens", record("tokens", None))
+    monkeypatch.setattr(oribi.run_arguments, "is_tied", lambda model: True)
+    monkeypatch.setattr(oribi.run_arguments, "token_ids", lambda tokens, tokenizer: tokens)
     monkeypatch.setattr(oribi.run, "set_checkpointing", record("checkpointing", None))
     monkeypatch.setattr(oribi.run, "get_chat_template", record("template", tokenizer))
     monkeypatch.setattr(oribi.run, "prepare_dataset", prepare)
@@ -165,5 +186,6 @@ def test_a_key_changes_what_is_called(key, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_refuses_what_it_cannot_be(key):
+    wrong = "[1]" if key.endswith("_kwargs") else "{a: [1]}"
     with pytest.raises(ConfigError, match=key):
-        read_run_config(None, ["--model", "m", "--dataset", "d", f"--{key}", "{a: [1]}"])
+        read_run_config(None, ["--model", "m", "--dataset", "d", f"--{key}", wrong])

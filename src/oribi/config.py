@@ -1,12 +1,13 @@
 """A run's settings: what each means, what it may be, and its default in a config file and in Python.
 
 This is the one table of defaults: files and flags (`config_file.py`), `SFTConfig`, `get_peft_model`, `prepare_dataset` and
-docs/settings.md read it. Keys are Hugging Face's where they exist.
+docs/config.md read it. Keys are Hugging Face's where they exist.
 """
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
+from oribi.config_advice import OTHER_NAMES
 from oribi.config_setting import SFT_ONLY, STAGES, Setting
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -25,10 +26,18 @@ def of_stages(help: str, defaults: dict[str, Any], **limits: Any) -> Any:
     return setting(None, help, stages=defaults, used_by=tuple(defaults), **limits)
 
 
-# of transformers 5.17: schedules and optimizers that need no arguments of their own
+def as_source(written: Any) -> dict[str, Any]:
+    """A data set with its settings, of `dataset` or `eval_dataset`: a name, or a mapping with the settings."""
+    return dict(written) if isinstance(written, dict) else {"path": written}
+
+
+# of transformers 5.17
 SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "constant",
+    "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay", "reduce_lr_on_plateau",
 )  # fmt: skip
+# how a LoRA pair begins; of the first four the base stays as it is, the others move a part of it into the pair
+STARTS = ("true", "false", "gaussian", "loftq", "orthogonal", "pissa", "olora")
 OPTIMIZERS = (
     "adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_bnb_8bit",
     "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb",
@@ -86,18 +95,41 @@ class RunConfig:
     modules_to_save: list[str] = setting([], "Modules trained in full beside the adapter")
     use_rslora: bool = setting(False, "Scale by sqrt(r) instead of r")
     use_dora: bool = setting(False, "Weight-decomposed LoRA")
+    rank_pattern: dict[str, int] | None = setting(
+        None, "Ranks of single layers, by their names or regular expressions, e.g. {down_proj: 32}", low=1, high=65536
+    )  # fmt: skip
+    alpha_pattern: dict[str, float] | None = setting(
+        None, "Alphas of single layers, by their names or regular expressions", low=0
+    )
+    layers_to_transform: list[int] | None = setting(
+        None, "Numbers of the only layers that get an adapter; none takes all", low=0
+    )
+    exclude_modules: list[str] = setting([], "Layers without an adapter, although target_modules names them")
+    target_parameters: list[str] = setting(
+        [], "Parameters that get an adapter although they are no layers, such as mlp.experts.gate_up_proj"
+    )
+    init_lora_weights: str = setting(
+        "true", "How pairs begin: true with B = 0; loftq from what NF4 rounded off; pissa and olora from the base's own weights",
+        python=True, choices=STARTS, pattern=r"pissa_niter_\d+",
+    )  # fmt: skip
+    new_tokens: list[str] = setting([], "Tokens added to the tokenizer, whose rows are trained")
+    trainable_tokens: list[str] = setting(
+        [], "Tokens of the tokenizer whose rows are trained beside the adapter"
+    )
     gradient_checkpointing: str = setting(
         "auto", "Activations: auto keeps what fits in free memory, memory the least, speed and off all of them",
         choices=CHECKPOINTING, same=OLDER_CHECKPOINTING,
     )  # fmt: skip
     # the data
-    dataset: list[str] = setting([], "Files or hub data sets to train on")
+    dataset: list[str] = setting(
+        [], "Files or hub data sets to train on; one may have settings of its own, e.g. {path: a.csv, weight: 2}", sources=True
+    )  # fmt: skip
     split: str = setting("train", "Split of a hub data set")
     dataset_text_field: str | None = setting(
         None,
         "Column of plain text to train on, whatever else the rows hold; none takes text if they hold nothing better",
     )
-    eval_dataset: list[str] = setting([], "Files or hub data sets to evaluate on")
+    eval_dataset: list[str] = setting([], "Files or hub data sets to evaluate on", sources=True)
     eval_split: str | None = setting(
         None, "Split of eval_dataset; none takes split, but validation or test of what is in dataset as well"
     )
@@ -117,6 +149,9 @@ class RunConfig:
     )
     role_aliases: dict[str, str] | None = setting(
         None, "Further names of roles in messages, e.g. {coach: assistant}"
+    )
+    chat_template_kwargs: dict[str, Any] | None = setting(
+        None, "Values that the chat template reads, e.g. {enable_thinking: false}"
     )
     malformed: str = setting(
         "error", "Rows that cannot be read stop the run, or are left out and named", choices=("error", "drop")
@@ -144,13 +179,22 @@ class RunConfig:
     embedding_learning_rate: float | None = setting(
         None, "Learning rate of embeddings and head trained whole", low=0, below=1
     )
+    loraplus_lr_ratio: float | None = setting(
+        None, "LoRA+: how many times faster B learns than A, e.g. 16", low=0.01
+    )
     lr_scheduler_type: str = setting(
         "linear", "How the learning rate falls, such as linear or cosine", choices=SCHEDULES
+    )
+    lr_scheduler_kwargs: dict[str, Any] | None = setting(
+        None, "Arguments of the schedule, e.g. {min_lr_rate: 0.1} of cosine_with_min_lr"
     )
     warmup_steps: float = setting(
         5, "Warm-up steps; a value below 1 is a fraction of all steps", python=0, low=0
     )
     optim: str = setting("adamw_8bit", "Optimizer", choices=OPTIMIZERS)
+    adam_beta1: float = setting(0.9, "AdamW: decay of the gradient's running mean", low=0, below=1)
+    adam_beta2: float = setting(0.999, "AdamW: decay of the squared gradient's running mean", low=0, below=1)
+    adam_epsilon: float = setting(1e-8, "AdamW: added to the divisor", low=0)
     weight_decay: float = setting(0.01, "Weight decay", python=0.0, low=0)
     max_grad_norm: float = setting(1.0, "Maximum gradient norm; 0 disables clipping", low=0)
     neftune_noise_alpha: float | None = setting(
@@ -185,7 +229,17 @@ class RunConfig:
     save_steps: int | None = setting(
         None, "Steps between two checkpoints; none saves only at the end", python=500, low=1
     )
+    save_strategy: str | None = setting(
+        None, "When checkpoints are written: every save_steps, at each epoch, or when an evaluation is the best so far",
+        choices=("steps", "epoch", "best", "no"), python="steps",
+    )  # fmt: skip
     save_total_limit: int | None = setting(None, "Checkpoints kept", low=1)
+    load_best_model_at_end: bool = setting(
+        False, "Keep the weights of the best evaluation, not the last ones"
+    )
+    early_stopping_patience: int | None = setting(
+        None, "Stop after so many evaluations without improvement; the best weights are kept", low=1
+    )
     resume: str = setting(
         "false", "Go on from the newest whole checkpoint in output_dir; weights takes its weights alone",
         choices=("true", "false", "weights"),
@@ -256,6 +310,10 @@ class RunConfig:
 
     report: bool = setting(True, "Measure the model before and after, and write report.html and report.md")
 
+    def sources(self) -> list[dict[str, Any]]:
+        """The data sets of `dataset`, each as `oribi.data.sources.open_source` takes a source."""
+        return [as_source(one) for one in self.dataset]
+
     def row_settings(self) -> dict[str, Any]:
         """What is said of the rows, by the names of `prepare_dataset`, or of `prepare_preferences` where a stage is not sft."""
         of_stage = {} if self.stage == "sft" else {"stage": self.stage}
@@ -269,6 +327,7 @@ class RunConfig:
             "text_field": self.dataset_text_field,
             "columns": self.columns,
             "role_aliases": self.role_aliases,
+            "chat_template_kwargs": self.chat_template_kwargs,
             "malformed": self.malformed,
         }
 
@@ -282,7 +341,7 @@ def _settings() -> dict[str, Setting]:
         container = get_origin(kind)
         default = one.default if one.default is not MISSING else one.default_factory()
         found[one.name] = Setting(
-            one.name, get_args(kind)[0] if container else kind, container, optional, default, **one.metadata
+            one.name, get_args(kind)[-1] if container else kind, container, optional, default, **one.metadata
         )
     return found
 
@@ -290,46 +349,7 @@ def _settings() -> dict[str, Setting]:
 SETTINGS = _settings()
 
 
-# setting -> its names in Axolotl, LLaMA-Factory, TRL and Unsloth
-_OTHER_NAMES = {
-    "stage": "rl",
-    "model": "base_model model_name model_name_or_path",
-    "revision": "model_revision",
-    "max_seq_length": "sequence_len cutoff_len max_length",
-    "dtype": "torch_dtype",
-    "lora_r": "r lora_rank",
-    "target_modules": "lora_target lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "use_rslora": "peft_use_rslora",
-    "use_dora": "peft_use_dora",
-    "gradient_checkpointing": "use_gradient_checkpointing",
-    "dataset": "dataset_name local_dataset train_file",
-    "eval_dataset": "validation_file",
-    "eval_fraction": "val_size val_set_size",
-    "chat_template": "template",
-    "train_on_responses_only": "train_on_completions assistant_only_loss",
-    "packing": "sample_packing neat_packing",
-    "dataset_num_proc": "dataset_processes preprocessing_num_workers",
-    "num_train_epochs": "num_epochs",
-    "per_device_train_batch_size": "micro_batch_size batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "learning_rate": "lr",
-    "embedding_learning_rate": "embedding_lr",
-    "lr_scheduler_type": "lr_scheduler",
-    "warmup_steps": "warmup_ratio",
-    "optim": "optimizer",
-    "seed": "random_seed random_state",
-    "deterministic": "full_determinism",
-    "resume": "resume_from_checkpoint",
-    "quantization_method": "quantization",
-    "beta": "pref_beta rl_beta",
-    "loss_type": "pref_loss",
-    "desirable_weight": "kto_chosen_weight kto_desirable_weight",
-    "undesirable_weight": "kto_rejected_weight kto_undesirable_weight",
-    "label_smoothing": "dpo_label_smoothing",
-    "max_completion_length": "max_new_tokens",
-}
-ALIASES = {alias: name for name, aliases in _OTHER_NAMES.items() for alias in aliases.split()}
+ALIASES = {alias: name for name, aliases in OTHER_NAMES.items() for alias in aliases.split()}
 
 
 def json_schema() -> dict[str, Any]:

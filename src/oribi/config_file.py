@@ -5,42 +5,30 @@ the first is told.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from oribi.config import ALIASES, LOSSES, OLDER_CHECKPOINTING, SETTINGS, RunConfig
-from oribi.config_setting import SFT_ONLY, Setting
+from oribi.config import ALIASES, OLDER_CHECKPOINTING, SETTINGS, RunConfig
+from oribi.config_checks import Given, Problem, contradictions
+from oribi.config_setting import Setting
 from oribi.config_yaml import compose, flags_of, parse_word, settings_text, value_of, words_of
 from oribi.errors import ConfigError
-from oribi.text import nearest, one_of, shown, write_whole
+from oribi.text import nearest, shown, write_whole
 
 # files of data and models, which are easily given in place of a config
 OTHER_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".gguf", ".safetensors")
 # first setting of each group, in the order of RunConfig
 GROUPS = {"stage": "what is trained", "model": "the model", "lora_r": "the adapter", "dataset": "the data", "output_dir": "the training",
           "beta": "the stage", "save_method": "what is saved"}  # fmt: skip
+# names by which other trainers switch a data type on
+_PRECISION = {
+    **dict.fromkeys(("bf16", "bfloat16", "pure_bf16"), "bfloat16"), **dict.fromkeys(("fp16", "float16", "half"), "float16"),
+    **dict.fromkeys(("fp32", "float32"), "float32"),
+}  # fmt: skip
 COLUMN = 44  # where the explanations of a written file begin
-
-
-@dataclass
-class Given:
-    """A setting as it was given: under which name, on which line of the file (None for a flag), and what."""
-
-    name: str
-    line: int | None
-    value: Any
-
-
-@dataclass
-class Problem:
-    """One thing that is wrong: where it stands, what stands there, and what is allowed."""
-
-    line: int | None
-    what: str
-    allowed: str
 
 
 def read_run_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple[RunConfig, list[str]]:
@@ -76,10 +64,12 @@ def read_run_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple
             setattr(config, key, setting.default_of(config.stage))
     if config.reward_funcs and given["reward_funcs"].line is not None:
         config.reward_funcs = [beside(name, Path(path).parent) for name in config.reward_funcs]
+    if config.early_stopping_patience is not None and "load_best_model_at_end" not in given:
+        config.load_best_model_at_end = True  # the last weights are those that did not improve
     if config.full_finetuning:  # defaults of an adapter mean nothing
         config.load_in_4bit &= "load_in_4bit" in given
         config.save_method = config.save_method if "save_method" in given else ["merged_16bit"]
-    problems += _contradictions(config, given)
+    problems += contradictions(config, given)
     if problems:
         raise ConfigError(_report("flags" if path is None else str(path), problems))
     return config, notes
@@ -115,7 +105,9 @@ def _read_file(path: Path, problems: list[Problem]) -> list[Given]:
             problems.append(Problem(line, f"a {key.id}", "a key is one word"))
         elif name == "<<":
             problems.append(Problem(line, "<<", "merge keys are not read; write the settings out"))
-        elif isinstance(value, yaml.MappingNode) and not (setting and setting.container is dict):
+        elif isinstance(value, yaml.MappingNode) and not (
+            setting and (setting.container is dict or setting.sources)
+        ):
             problems.append(Problem(line, f"{name}: ...", "the file is flat; write its keys one level up"))
         else:
             read = words_of if setting and setting.is_words else value_of
@@ -141,8 +133,9 @@ def _read_flags(flags: Iterable[str], problems: list[Problem]) -> list[Given]:
 def _resolve(entries: list[Given], problems: list[Problem], notes: list[str]) -> dict[str, Given]:
     """Entries by their key; an entry without value counts as not given."""
     found: dict[str, Given] = {}
-    for one in entries:
+    for one in _with_dtype(entries, notes):
         key = ALIASES.get(one.name, one.name)
+        key = "dtype" if one.name.casefold() in _PRECISION and one.value in _PRECISION.values() else key
         first = found.get(key)
         if key not in SETTINGS:
             near = nearest(one.name, [*SETTINGS, *ALIASES])
@@ -154,11 +147,25 @@ def _resolve(entries: list[Given], problems: list[Problem], notes: list[str]) ->
             allowed = f"{why}, {shown(first.value)}{where}; keep one"
             problems.append(Problem(one.line, f"{one.name} = {shown(one.value)}", allowed))
         else:
-            if one.name != key:
+            if one.name != key and key != "dtype":
                 notes.append(f"{one.name} read as {key}")
             if one.value is not None:
                 found[key] = one
     return found
+
+
+def _with_dtype(entries: list[Given], notes: list[str]) -> Iterator[Given]:
+    """Entries with `bf16: true` and its like, as other trainers write the data type, read as `dtype`."""
+    for one in entries:
+        meant = _PRECISION.get(one.name.casefold())
+        value = str(one.value).lower()
+        if meant is None or value not in ("true", "false", "auto", "full", "none"):
+            yield one
+        elif value in ("true", "full"):
+            yield Given(one.name, one.line, meant)
+            notes.append(f"{one.name}: {shown(one.value)} read as dtype: {meant}")
+        else:
+            notes.append(f"{one.name}: {shown(one.value)} is not used: dtype decides, auto if not given")
 
 
 def setting_of(key: str, value: Any) -> Any:
@@ -171,113 +178,6 @@ def setting_of(key: str, value: Any) -> Any:
     if expected is not None:
         raise ConfigError(f"--{key} {shown(value)}: {expected}")
     return converted
-
-
-def _contradictions(config: RunConfig, given: dict[str, Given]) -> list[Problem]:
-    found = [
-        Problem(None, key, "missing; every run needs it") for key in ("model", "dataset") if key not in given
-    ]
-
-    def refuse(key: str, why: str) -> None:
-        one = given.get(key, Given(key, None, getattr(config, key)))
-        found.append(Problem(one.line, f"{one.name} = {shown(one.value)}", why))
-
-    found += _unused(config, given)
-    if config.full_finetuning and config.load_in_4bit:
-        refuse("load_in_4bit", "4-bit weights cannot be trained; full_finetuning needs false")
-    if config.keep_in_16bit and not config.load_in_4bit:
-        refuse("keep_in_16bit", "without load_in_4bit every weight is in 16 bits; leave it out")
-    if "auto" in config.keep_in_16bit and len(config.keep_in_16bit) > 1:
-        refuse("keep_in_16bit", "auto chooses by itself; give auto or names")
-    against = {
-        "full_finetuning": config.full_finetuning,
-        "lora_dropout": config.lora_dropout > 0,
-        "use_dora": config.use_dora,
-        "dtype": config.dtype in ("float16", "float32"),
-    }
-    if config.fp8 and any(against.values()):
-        names = " and ".join(name for name, stands in against.items() if stands)
-        refuse("fp8", f"takes plain LoRA without dropout in bfloat16; change {names}")
-    if config.eval_dataset and config.eval_fraction:
-        refuse("eval_fraction", "eval_dataset is given already")
-    if config.eval_split is not None and not config.eval_dataset:
-        refuse("eval_split", "needs eval_dataset")
-    evaluates = bool(config.eval_dataset or config.eval_fraction)
-    if config.eval_steps and not (evaluates or config.sample_prompts):
-        refuse("eval_steps", "needs eval_dataset, eval_fraction or sample_prompts")
-    if config.sample_prompts == "held_out" and not evaluates:
-        refuse("sample_prompts", "held_out needs eval_dataset or eval_fraction; or name a file of prompts")
-    if config.num_train_epochs == 0 and config.max_steps < 1:
-        refuse("num_train_epochs", "must be above 0")
-    if config.max_steps == 0:
-        refuse("max_steps", "must be positive, or -1 to train num_train_epochs")
-    if config.full_finetuning and "lora" in config.save_method:
-        refuse("save_method", "full_finetuning has no adapter; use merged_16bit")
-    for key, why in contradictions_of_stage(config):
-        refuse(key, why)
-    return found
-
-
-def _unused(config: RunConfig, given: dict[str, Given]) -> list[Problem]:
-    """Settings that were given a value of their own although the stage does not use them."""
-    found = []
-    for key, one in given.items():
-        setting = SETTINGS[key]
-        if config.stage in setting.used_by or getattr(config, key) == setting.default_of(config.stage):
-            continue
-        users = (
-            "only sft uses it" if setting.used_by == SFT_ONLY else f"for stage {', '.join(setting.used_by)}"
-        )
-        found.append(
-            Problem(
-                one.line,
-                f"{one.name} = {shown(one.value)}",
-                f"stage = {config.stage} does not use it; {users}",
-            )
-        )
-    return found
-
-
-def contradictions_of_stage(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Settings of a stage that cannot be together, each with the reason."""
-    answers, kinds = config.num_generations or 0, config.loss_type or []
-    if config.stage == "grpo":
-        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        if not config.reward_funcs:
-            yield (
-                "reward_funcs",
-                "missing; stage = grpo needs at least one, as file.py:function or module:function",
-            )
-        elif config.reward_weights and len(config.reward_weights) != len(config.reward_funcs):
-            yield "reward_weights", f"one for each of the {len(config.reward_funcs)} reward_funcs"
-        if rows % answers:
-            yield (
-                "num_generations",
-                f"a step's {rows} answers (per_device_train_batch_size x gradient_accumulation_steps) must be whole groups of it",
-            )
-        if (config.eval_dataset or config.eval_fraction) and config.per_device_eval_batch_size % answers:
-            yield "per_device_eval_batch_size", f"must be whole groups of num_generations = {answers}"
-        if config.full_finetuning and config.beta:
-            yield "beta", "above 0, the reference is the model without its adapter; full_finetuning has none"
-    if config.stage in ("dpo", "kto", "grpo") and any(
-        name.rpartition(".")[2] == "lm_head" for name in config.target_modules
-    ):
-        yield (
-            "target_modules",
-            f"lm_head among them; stage = {config.stage} computes probabilities from the head's own weight, past a LoRA pair: leave it "
-            "out, or train the head whole by modules_to_save",
-        )
-    if config.stage == "kto" and config.per_device_train_batch_size < 2 and kinds == ["kto"]:
-        yield "per_device_train_batch_size", "must be at least 2: kto compares the rows of a batch"
-    unknown = [kind for kind in kinds if kind not in LOSSES.get(config.stage, kinds)]
-    if unknown:
-        yield "loss_type", one_of(unknown[0], LOSSES[config.stage])
-    if len(kinds) > 1 and config.stage != "dpo":
-        yield "loss_type", "stage = dpo alone adds several losses"
-    if config.loss_weights and len(config.loss_weights) != len(kinds):
-        yield "loss_weights", f"one for each of the {len(kinds)} loss_type"
-    if config.stage != "sft" and config.overlong == "split":
-        yield "overlong", f"stage = {config.stage} compares whole answers; take truncate, drop or error"
 
 
 def _report(origin: str, problems: list[Problem]) -> str:
@@ -350,9 +250,10 @@ _EVALUATION = "eval_steps sets it; without it, each epoch ends with an evaluatio
 _SAVING = "save_steps sets it; without it, only the final model is saved"
 _HUB = "push the saved folder with `hf upload` or push_to_hub in Python"
 _KNOWN = {
-    ("bf16", "bfloat16"): "use dtype: bfloat16; auto picks it if the machine supports it",
-    ("fp16", "float16", "half"): "use dtype: float16",
-    ("fp32", "float32", "tf32", "mixed_precision"): "use dtype: bfloat16, float16, float32 or auto",
+    ("bf16", "bfloat16", "pure_bf16"): "use dtype: bfloat16; auto picks it if the machine supports it",
+    ("fp16", "float16", "half", "fp32", "float32", "tf32", "mixed_precision"): (
+        "use dtype: bfloat16, float16, float32 or auto"
+    ),
     ("load_in_8bit", "quantization_bit", "bits"): "use load_in_4bit: true (NF4) or false (16 bits)",
     ("adapter", "finetuning_type", "use_peft", "use_lora", "peft_type"): (
         "LoRA is the default; full_finetuning: true trains every weight"
@@ -372,7 +273,7 @@ _KNOWN = {
     ),
     ("test_datasets", "eval_file", "validation_dataset"): "did you mean eval_dataset?",
     ("eval_strategy", "evaluation_strategy", "do_eval", "evals_per_epoch"): _EVALUATION,
-    ("save_strategy", "saves_per_epoch"): _SAVING,
+    ("saves_per_epoch",): _SAVING,
     ("do_train",): "oribi train trains; leave the line out",
     ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"): _HUB,
     ("overwrite_output_dir",): "leave the line out",

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from oribi.chat.named_templates import get_chat_template
-from oribi.config import RunConfig
+from oribi.config import RunConfig, as_source
 from oribi.data.prepare import make_preparation
 from oribi.data.sources import Part, evaluation_split, require_held_out
 from oribi.environment import Environment
@@ -19,6 +19,7 @@ from oribi.memory.fit import refuse_what_cannot_fit
 from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
 from oribi.models.open import OpenedModel, open_model
+from oribi.run_arguments import token_ids
 from oribi.run_record import (
     FORM_FOLDERS,
     RunRecord,
@@ -34,6 +35,7 @@ from oribi.train.progress import read_log
 from oribi.train.resume import newest_whole, require_same
 from oribi.train.rewards import load_reward_functions
 from oribi.train.samples import require_prompts
+from oribi.train.schedules import require_schedule
 from oribi.train.setup import require_fp8_gpu
 from oribi.train.stages import require_trl
 
@@ -73,6 +75,7 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         ExportError: llama.cpp cannot hold the model, and GGUF files are asked for.
     """
     require_trackers(config.report_to)
+    require_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs)
     require_trl(config.stage, environment)
     load_reward_functions(config.reward_funcs or ())
     for method in config.quantization_method:
@@ -149,11 +152,9 @@ def _finished(config: RunConfig, record: RunRecord | None, step: int) -> dict[st
     """The results of a run that has nothing left to do; nothing if it has, or only its data can tell."""
     if record is None or record.state != "finished":
         return {}
-    same = record.settings.get("num_train_epochs") == config.num_train_epochs and record.max_steps <= step
-    kept = bool(own_checkpoints(config.output_dir))
-    # more rows make a longer epoch, which only the data can tell, and only a checkpoint can be resumed from
-    if not (0 < config.max_steps <= step or (config.max_steps < 0 and same and not kept)):
+    if not _nothing_to_train(config, record, step):
         return {}
+    step = record.step if _searched(config) else step
     folder = Path(config.output_dir)
     wanted = result_folders(config)
     if any(record.saved.get(name) != step or not (folder / name).is_dir() for name in wanted.values()):
@@ -162,6 +163,26 @@ def _finished(config: RunConfig, record: RunRecord | None, step: int) -> dict[st
         f"oribi: nothing left to train: {folder} is finished at step {step:,}. Raise max_steps or num_train_epochs to continue"
     )
     return {form: folder / name for form, name in wanted.items()}
+
+
+def _searched(config: RunConfig) -> bool:
+    """Whether a run keeps its best weights or ends when none are better, so that its newest checkpoint need not be its end."""
+    return config.load_best_model_at_end or config.early_stopping_patience is not None
+
+
+def _nothing_to_train(config: RunConfig, record: RunRecord, step: int) -> bool:
+    """Whether a run that is recorded as finished has no step left; `step` is its newest checkpoint's."""
+    same = record.settings.get("num_train_epochs") == config.num_train_epochs
+    if _searched(config):
+        patience = record.settings.get("early_stopping_patience")
+        ended_early = record.step < record.max_steps and patience == config.early_stopping_patience
+        as_long = record.max_steps == config.max_steps if config.max_steps > 0 else same
+        return as_long and (ended_early or record.step >= record.max_steps)
+    kept = bool(own_checkpoints(config.output_dir))
+    # more rows make a longer epoch, which only the data can tell, and only a checkpoint can be resumed from
+    return 0 < config.max_steps <= step or (
+        config.max_steps < 0 and same and record.max_steps <= step and not kept
+    )
 
 
 def result_folders(config: RunConfig) -> dict[str, str]:
@@ -179,7 +200,7 @@ def known_changes(config: RunConfig, environment: Environment, record: RunRecord
     if not config.full_finetuning:
         now |= {
             "lora_r": config.lora_r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora or None,
-            "use_dora": config.use_dora or None,
+            "use_dora": config.use_dora or None, "rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern,
             "dtype": str(environment.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype,
         }  # fmt: skip
     changes = compare_settings(record, now, only_known=True).refused
@@ -200,6 +221,7 @@ def open_run_model(config: RunConfig) -> OpenedModel:
 def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that a run's data is encoded with."""
     tokenizer = open_run_model(config).tokenizer()
+    tokenizer.add_tokens([token for token in config.new_tokens if token not in tokenizer.get_vocab()])
     return get_chat_template(tokenizer, config.chat_template) if config.chat_template else tokenizer
 
 
@@ -210,9 +232,10 @@ def check_data(config: RunConfig) -> None:
         ConfigError, DataError: the template, a source or a row cannot be used, or rows to evaluate on are trained on.
     """
     tokenizer = tokenizer_of(config)
+    token_ids(config.trainable_tokens, tokenizer)
     settings = {**config.row_settings(), "max_rows": FIRST_ROWS}
     trained: list[Part] = []
-    for spec in [{"path": source} for source in config.dataset]:
+    for spec in config.sources():
         trained += _first_rows(spec, tokenizer, settings)
     for spec in evaluation_sources(config):
         require_held_out(spec["path"], _first_rows(spec, tokenizer, settings), trained)
@@ -221,15 +244,16 @@ def check_data(config: RunConfig) -> None:
     require_prompts(config, tokenizer)
 
 
-def evaluation_sources(config: RunConfig) -> list[dict[str, str]]:
+def evaluation_sources(config: RunConfig) -> list[dict[str, Any]]:
     """The sources of eval_dataset, each with its split."""
+    trained = [one["path"] for one in config.sources()]
     return [
-        {"path": source, "split": evaluation_split(source, config.dataset, config.split, config.eval_split)}
-        for source in config.eval_dataset
+        {"split": evaluation_split(one["path"], trained, config.split, config.eval_split), **one}
+        for one in map(as_source, config.eval_dataset)
     ]
 
 
-def _first_rows(spec: dict[str, str], tokenizer: Any, settings: dict[str, Any]) -> list[Part]:
+def _first_rows(spec: dict[str, Any], tokenizer: Any, settings: dict[str, Any]) -> list[Part]:
     """Open one source, and read and render its first rows."""
     first = make_preparation([spec], tokenizer, announce=None, **settings)
     next(first.encoded(), None)

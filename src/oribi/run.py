@@ -19,6 +19,7 @@ from oribi.errors import ConfigError, ExportError
 from oribi.gguf.mixes import mix_of
 from oribi.launch import processes_here
 from oribi.lora.attach import attach_lora, set_checkpointing
+from oribi.lora.tokens import add_new_tokens
 from oribi.memory.fit import loads_in_parts
 from oribi.models.adapter_files import read_record
 from oribi.models.files import missing_folder
@@ -30,6 +31,7 @@ from oribi.preflight import (
     result_folders,
     steps_of,
 )
+from oribi.run_arguments import adapter_arguments, training_arguments
 from oribi.run_record import (
     CONFIG_FILE,
     FORM_FOLDERS,
@@ -44,7 +46,6 @@ from oribi.run_record import (
 from oribi.save import save_gguf, save_merged
 from oribi.save.four_bits import kept_by_auto
 from oribi.text import gibibytes, is_first_process, say_notes, write_whole
-from oribi.train.arguments import SFTConfig
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
 from oribi.train.determinism import fix_order_of_cublas
 from oribi.train.measures import Measured, measure, measure_stage
@@ -131,22 +132,13 @@ def _load(config: RunConfig, environment: Environment, resumes: bool) -> tuple[A
         together=load_together(environment.device, loads_in_parts(config, environment), config.ddp_timeout),
     )
     _announce(model)
+    if config.new_tokens:
+        add_new_tokens(model, tokenizer, config.new_tokens)
     if config.full_finetuning:
         set_checkpointing(model, config.gradient_checkpointing)
     else:
         told = len(model.oribi.notes)
-        model = attach_lora(
-            model,
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules="all-linear" if config.target_modules == ["all-linear"] else config.target_modules,
-            modules_to_save=config.modules_to_save or None,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            use_gradient_checkpointing=config.gradient_checkpointing,
-            random_state=config.seed,
-        )
+        model = attach_lora(model, **adapter_arguments(config, model, tokenizer))
         say_notes(model.oribi.notes[told:])
     if config.chat_template is not None:
         tokenizer = get_chat_template(tokenizer, config.chat_template)
@@ -193,7 +185,7 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, Prepared
     """Prepared training rows, and evaluation rows from their own files or split off."""
     prepare = prepare_dataset if config.stage == "sft" else prepare_preferences
 
-    def prepared(sources: list[dict[str, str]]) -> PreparedData:
+    def prepared(sources: list[dict[str, Any]]) -> PreparedData:
         # of several processes one prepares, and the first speaks
         first = is_first_process()
         return prepare(
@@ -201,7 +193,7 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[PreparedData, Prepared
             **config.row_settings(),
         )  # fmt: skip
 
-    rows = prepared([{"path": source} for source in config.dataset])
+    rows = prepared(config.sources())
     if config.eval_dataset:
         return rows, prepared(evaluation_sources(config))
     if not config.eval_fraction:
@@ -214,7 +206,7 @@ def _trainer(config: RunConfig, model: Any, tokenizer: Any, data: RunData) -> Ru
     """oribi's own trainer for supervised fine-tuning, one of TRL's for another stage."""
     if config.stage != "sft":
         return make_stage_trainer(config, model, tokenizer, data)
-    arguments = _training_arguments(config, evaluates=data.held_out is not None)
+    arguments = training_arguments(config, evaluates=data.held_out is not None)
     return SFTTrainer(
         model, arguments, train_dataset=data.rows, eval_dataset=data.held_out, processing_class=tokenizer
     )
@@ -228,27 +220,6 @@ def _measure(config: RunConfig, model: Any, tokenizer: Any, data: RunData, train
     is_held_out = held_out is not None
     return measure_stage(
         config, model, tokenizer, held_out if is_held_out else rows, is_held_out, data.rewards, trained
-    )
-
-
-def _training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
-    """The trainer's part of a config, under the trainer's names."""
-    same = (
-        "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-        "gradient_accumulation_steps", "learning_rate", "embedding_learning_rate", "lr_scheduler_type", "warmup_steps",
-        "optim", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "seed", "fp8", "deterministic",
-        "logging_steps", "save_total_limit", "report_to", "packing", "eval_steps", "ddp_timeout",
-    )  # fmt: skip
-    evaluation = "no" if not evaluates else "steps" if config.eval_steps else "epoch"
-    return SFTConfig(
-        **{name: getattr(config, name) for name in same},
-        max_length=config.max_seq_length,
-        eval_packing=False,
-        eval_strategy=evaluation,
-        run_name=Path(config.output_dir).name,  # in trackers
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
-        fsdp=True if config.fsdp else None,
     )
 
 

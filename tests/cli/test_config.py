@@ -136,6 +136,83 @@ def test_contradictions_are_found(read):
     assert "dataset missing" in missing
 
 
+def test_data_sets_have_settings_of_their_own(read):
+    config, _ = read(
+        "dataset:\n  - path: a.csv\n    weight: 2\n    columns: {question: task}\n    max_rows: 10\n"
+        "  - {path: b/c, split: test, weight: 1.5, dataset_text_field: body}\neval_dataset: {path: e.jsonl, split: dev}\n",
+        needed="model: m\n",
+    )
+    assert config.sources() == [
+        {"path": "a.csv", "weight": 2, "columns": {"question": "task"}, "max_rows": 10},
+        {"path": "b/c", "split": "test", "weight": 1.5, "text_field": "body"},
+    ]
+    assert config.eval_dataset == [{"path": "e.jsonl", "split": "dev"}]
+    assert read_run_config(None, ["--model=m", "--dataset", "a.csv", "{path: b.csv, max_rows: 3}"])[0].sources() == [
+        {"path": "a.csv"}, {"path": "b.csv", "max_rows": 3},
+    ]  # fmt: skip
+    for source, message in {
+        "{weight: 2}": "a data set needs a path: a file, a folder or a hub name",
+        "{path: a, wieght: 2}": "a data set has no 'wieght'; did you mean weight?",
+        "{path: a, weight: heavy}": "weight = 'heavy': must be a number above 0",
+        "{path: a, max_rows: 0}": "max_rows = 0: must be a whole number above 0",
+        "{path: a, columns: b}": "columns = 'b': must be pairs of names",
+        "[{path: a, weight: 2}, b]": "1 of 2 have a weight; give all of them one, or none",
+    }.items():
+        assert message in problems(read, f"dataset: {source}\n", needed="model: m\n")
+
+
+def test_a_data_type_is_read_as_other_trainers_write_it(read):
+    for line, dtype in {
+        "bf16: true": "bfloat16", "fp16: true": "float16", "bf16: full": "bfloat16", "bf16: auto": "auto",
+        "bf16: false\nfp16: true": "float16", "tf32: true\nbf16: true": None,
+    }.items():  # fmt: skip
+        if dtype is None:
+            assert "tf32 unknown key; use dtype" in problems(read, f"{line}\n")
+        else:
+            assert read(f"{line}\n")[0].dtype == dtype
+    assert read("bf16: true\n")[1] == ["bf16: true read as dtype: bfloat16"]
+    found = problems(read, "bf16: true\nfp16: true\n")
+    assert "line 4: fp16 = 'float16' means the same as bf16, 'bfloat16' on line 3; keep one" in found
+
+
+def test_values_of_single_layers_and_arguments_are_read_with_their_types(read):
+    config, _ = read(
+        "rank_pattern: {down_proj: 32, 'layers.[01].*': 4}\nlr_scheduler_type: cosine_with_min_lr\n"
+        "lr_scheduler_kwargs: {min_lr: 2e-6}\ninit_lora_weights: loftq\nlayers_to_transform: [30, 31]\n"
+        "chat_template_kwargs: {enable_thinking: false}\n",
+        ("--alpha_pattern", "down_proj=64"),
+    )
+    assert config.rank_pattern == {"down_proj": 32, "layers.[01].*": 4}
+    assert (config.alpha_pattern, config.layers_to_transform) == ({"down_proj": 64.0}, [30, 31])
+    assert config.lr_scheduler_kwargs == {"min_lr": 2e-6}
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    for line, message in {
+        "rank_pattern: {q_proj: many}": "q_proj: must be a whole number",
+        "rank_pattern: {q_proj: 0}": "must be at least 1",
+        "layers_to_transform: [1, -1]": "must be at least 0",
+        "init_lora_weights: pisa": "did you mean pissa?",
+        "init_lora_weights: pissa_niter_4": "takes a part out of the base, and NF4 weights cannot be changed",
+        "init_lora_weights: loftq\nload_in_4bit: false": "loftq makes up for what NF4 rounds off",
+        "full_finetuning: true\nrank_pattern: {q_proj: 8}": "full_finetuning has no adapter; leave it out",
+        "trainable_tokens: [a]\nmodules_to_save: [embed_tokens]": "embed_tokens is trained whole already",
+        "early_stopping_patience: 3": "needs evaluations: eval_dataset or eval_fraction",
+        "eval_fraction: 0.1\neval_steps: 3\nsave_steps: 4\nload_best_model_at_end: true": "needs a multiple of eval_steps = 3",
+        "eval_fraction: 0.1\nsave_steps: 4\nload_best_model_at_end: true": "or save_strategy: best",
+        "save_strategy: epoch\nsave_steps: 4": "save_strategy = epoch does not use it",
+    }.items():  # fmt: skip
+        assert message in problems(read, f"{line}\n")
+    assert (
+        read("init_lora_weights: pissa_niter_4\nload_in_4bit: false\n")[0].init_lora_weights
+        == "pissa_niter_4"
+    )
+
+
+def test_early_stopping_keeps_the_best_weights_unless_the_file_says_otherwise(read):
+    text = "eval_fraction: 0.1\nearly_stopping_patience: 2\n"
+    assert read(text)[0].load_best_model_at_end is True
+    assert read(f"{text}load_best_model_at_end: false\n")[0].load_best_model_at_end is False
+
+
 def test_a_file_that_is_no_flat_mapping_is_refused(read, tmp_path):
     assert "line 3: lora: ... the file is flat" in problems(read, "lora:\n  r: 8\n")
     assert "expected lines of 'key: value', got a sequence" in problems(read, "- a\n- b\n", needed="")
@@ -157,6 +234,8 @@ def test_a_flag_that_is_no_yaml_is_taken_as_it_stands():
 def test_the_saved_config_reads_back(read, tmp_path):
     config, _ = read(
         "lora_r: 3\nlearning_rate: 1e-5\neval_fraction: 0.25\nquantization_method: [q8_0, q4_k_m]\n"
+        "rank_pattern: {q_proj: 4}\ninit_lora_weights: gaussian\nearly_stopping_patience: 2\n"
+        "lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {power: 2.0}\n"
     )
     path = tmp_path / "saved.yaml"
     path.write_text(as_yaml(config))

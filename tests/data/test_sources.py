@@ -9,9 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from oribi.chat.named_templates import template_source
 from oribi.data import readers, text_files
+from oribi.data.prepare import prepare_dataset
 from oribi.data.sources import interleave, open_source
 from oribi.errors import DataError
+from tests.data.tokenizers_small import byte_level
 
 ROWS = [{"text": "one"}, {"text": 'two, "quoted"\nand broken'}, {"text": "drei ü"}]
 
@@ -439,3 +442,25 @@ def test_a_saved_data_set_that_is_damaged_is_named(tmp_path):
     (tmp_path / "saved" / "dataset_info.json").write_text("{")
     with pytest.raises(DataError, match="a folder of save_to_disk that cannot be loaded"):
         open_source(tmp_path / "saved")
+
+
+def test_sources_of_a_mixture_have_roles_columns_and_a_number_of_rows_of_their_own(tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    said = [{"role": "user", "content": "q"}, {"role": "coach", "content": "a"}]
+    first.write_text("\n".join(json.dumps({"talk": said}) for _ in range(5)))
+    second.write_text(json.dumps({"task": "q", "solution": "b"}))
+    parts = [
+        {
+            "path": str(first),
+            "columns": {"messages": "talk"},
+            "role_aliases": {"coach": "assistant"},
+            "max_rows": 2,
+        },
+        {"path": str(second), "columns": {"question": "task", "answer": "solution"}},
+    ]
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>"))
+    tokenizer.chat_template = template_source(tokenizer, "chatml")
+    prepared = prepare_dataset(parts, tokenizer, max_seq_length=64, announce=None, use_cache=False)
+    assert prepared.dataset["origin"] == ["first.jsonl:1", "first.jsonl:2", "second.jsonl:1"]
+    with pytest.raises(DataError, match="max_rows = 0; it must be a whole number above 0"):
+        open_source([{"path": str(first), "max_rows": 0}])

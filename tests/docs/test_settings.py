@@ -1,23 +1,15 @@
-"""docs/settings.md shows the table of settings, and the Python calls have the defaults that the table says.
-
-`python -m tests.docs.test_settings` writes the page anew, and docs/config.md.
-"""
+"""The Python calls have the defaults that the table of settings says, which docs/config.md shows."""
 
 import inspect
-import subprocess
-import sys
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from oribi import FastLanguageModel, SFTConfig, prepare_dataset
-from oribi.config import ALIASES, SETTINGS, STAGES
-from oribi.config_file import GROUPS
+from oribi.config import SETTINGS
 from oribi.lora.attach import attach_lora
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "settings.md"
 NO_DEFAULT = (MISSING, inspect.Parameter.empty)
 # setting -> its name in a Python call, where that is another one
 NAMES = {
@@ -69,67 +61,13 @@ def python_calls() -> list[tuple[str, str, str, Any]]:
     ]
 
 
-def page() -> str:
-    """What docs/settings.md has to say."""
-    lines = [
-        "# Settings",
-        "",
-        "Every setting of a run: its default in a config file (or as a flag of `oribi train`), and in Python, where the",
-        "calls keep the defaults that scripts for TRL and Unsloth expect. **Bold** marks where the two differ.",
-        "`oribi init` writes a config with these explanations, `oribi train CONFIG --check` shows all values in force, and",
-        "`oribi init --schema FILE` writes a JSON schema by which editors complete and check keys.",
-    ]
-    calls = python_calls()
-    for name, setting in SETTINGS.items():
-        if name in GROUPS:
-            title = GROUPS[name].removeprefix("the ").capitalize()
-            lines += [
-                "",
-                f"## {title}",
-                "",
-                "| setting | config file | Python | meaning |",
-                "|---|---|---|---|",
-            ]
-        cells = []
-        for one, call, argument, default in calls:
-            if one != name:
-                continue
-            reason = OTHERWISE.get((call, name), (None, ""))[1]
-            value = "" if default in NO_DEFAULT else f"={shown(default)}"
-            cell = f"`{call}({argument}{value})`" + (f" ({reason})" if reason else "")
-            differs = not reason and value and default != setting.default
-            cells.append(f"**{cell}**" if differs and shown(default) != shown(setting.default) else cell)
-        allowed = f" One of: {', '.join(setting.choices)}." if 0 < len(setting.choices) <= 7 else ""
-        meaning = f"{setting.help}.{allowed}".replace("|", "\\|")
-        default = f"`{shown(setting.default)}`" if "sft" in setting.used_by else "see below"
-        lines.append(f"| `{name}` | {default} | {', '.join(cells) or '-'} | {meaning} |")
-    lines += ["", "## Defaults of the stages", "", "Where a `stage` other than `sft` has a default of its own; `-` marks that it does not use the setting, which is then refused.",
-              "", f"| setting | {' | '.join(f'`{stage}`' for stage in STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]  # fmt: skip
-    for name, setting in SETTINGS.items():
-        if setting.stages:
-            used = [stage in setting.used_by or name == "packing" for stage in STAGES]
-            values = [f"`{shown(setting.default_of(s))}`" if u else "-" for s, u in zip(STAGES, used)]
-            lines.append(f"| `{name}` | {' | '.join(values)} |")
-    others = {name: [alias for alias, key in ALIASES.items() if key == name] for name in SETTINGS}
-    lines += ["", "## Other names", "", "A config file may use these names too; `oribi train` says how each was read.", "",
-              "| setting | also read |", "|---|---|"]  # fmt: skip
-    lines += [
-        f"| `{name}` | {', '.join(f'`{a}`' for a in aliases)} |"
-        for name, aliases in others.items()
-        if aliases
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def shown(value: Any) -> str:
     """A default as a table cell has it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {one}" for name, one in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     return "none" if value in (None, "") else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def test_the_page_shows_the_table():
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.docs.test_settings writes it anew"
 
 
 @pytest.mark.parametrize(("setting", "call", "argument", "default"), python_calls())
@@ -144,8 +82,3 @@ def test_attach_lora_has_the_defaults_of_get_peft_model():
     ours, theirs = (inspect.signature(f).parameters for f in (attach_lora, FastLanguageModel.get_peft_model))
     shared = [name for name, one in ours.items() if one.kind is not one.VAR_KEYWORD]
     assert [ours[name].default for name in shared] == [theirs[name].default for name in shared]
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    subprocess.run([sys.executable, str(PAGE.parent / "generate.py"), "config.md"], check=True)

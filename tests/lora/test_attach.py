@@ -269,7 +269,6 @@ def test_checkpointing_is_set_and_changes_no_gradient(llama, choice, name):
         ({"init_lora_weights": "orthogonal"}, "on 16-bit weights only"),
         ({"init_lora_weights": "pissa"}, "packed NF4 weights cannot be changed exactly"),
         ({"init_lora_weights": "olora"}, "packed NF4 weights cannot be changed exactly"),
-        ({"init_lora_weights": "loftq"}, "packed NF4 weights cannot be changed exactly"),
         ({"loftq_config": {"loftq_bits": 4}}, "LoftQ needs 'loftq'"),
     ],
 )

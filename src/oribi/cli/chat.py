@@ -98,6 +98,8 @@ def _answer(loaded: Any, asked: Any, without_adapter: bool, streams: bool, setti
     streamer = None
     if streams:
         streamer = PrintableStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if loaded.config is not None:  # a run's model is asked in the form that it was trained on
+        settings = {**settings, "chat_template_kwargs": loaded.config.chat_template_kwargs}
     with loaded.model.disable_adapter() if without_adapter else nullcontext():
         said = answer(loaded.model, loaded.tokenizer, asked, streamer=streamer, **settings)
     if streams:

@@ -49,6 +49,7 @@ def data(
     with chatter_aside():
         from rich.console import Console
 
+        from oribi.config import as_source
         from oribi.config_file import setting_of
         from oribi.data.view import inspect_data
         from oribi.errors import ConfigError
@@ -61,7 +62,7 @@ def data(
             config = read_settings(source, [])
             if model is not None:
                 config = replace(config, model=model, revision=None, trust_remote_code=False)
-            sources, settings = config.dataset, config.row_settings()
+            sources, settings = config.sources(), config.row_settings()
         given = {"columns": columns, "role_aliases": role_aliases, "malformed": malformed}
         settings |= {key: setting_of(key, value) for key, value in given.items() if value}
         if model is None and config is None:
@@ -69,7 +70,7 @@ def data(
                 f"inspect data {source}: name the tokenizer with --model, or give a run's config.yaml"
             )
         tokenizer = open_model(model).tokenizer() if config is None else tokenizer_of(config)
-        parts = [{"path": path} for path in sources]
+        parts = [as_source(path) for path in sources]
         if stage is not None:
             settings["stage"] = stage
         elif config is None:
@@ -246,7 +247,7 @@ def inspect_run(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]
     facts = {
         "run": str(folder),
         "model": config.model,
-        "dataset": ", ".join(config.dataset),
+        "dataset": ", ".join(one["path"] for one in config.sources()),
         "steps": state.steps,
         "loss": f"{losses[0]:.4f} first, {losses[-1]:.4f} last, {min(losses):.4f} lowest" if losses else None,
         "eval loss": ", ".join(f"{loss:.4f}" for loss in evaluations),

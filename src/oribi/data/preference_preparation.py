@@ -90,7 +90,7 @@ class PreferencePreparation(Preparation):
             has_template=bool(self.tokenizer.chat_template),
             text_field=part.text_field or self.settings.text_field,
             columns=part.columns or self.settings.columns,
-            role_aliases=self.settings.role_aliases,
+            role_aliases=part.role_aliases or self.settings.role_aliases,
         )
         self._has_margins |= found.has_margin
         return found

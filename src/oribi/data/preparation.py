@@ -200,7 +200,7 @@ class Preparation:
             self._announce(part, found.name, row)
             return found
 
-        rows = readable_rows(part)
+        rows = islice(readable_rows(part), part.max_rows)
         if self.formatting_func is not None:
             # functions written for rows as they were know no keys that a columnar format filled in
             bare = ((o, r if isinstance(r, DataError) else without_nested_nulls(r)) for o, r in rows)
@@ -212,7 +212,7 @@ class Preparation:
             row,
             text_field=part.text_field or self.settings.text_field,
             columns=part.columns or self.settings.columns,
-            role_aliases=self.settings.role_aliases,
+            role_aliases=part.role_aliases or self.settings.role_aliases,
         )
 
     def _announce(self, part: Part, format_name: str, row: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ try:
 except ImportError:  # a system without file locks: processes may prepare the same data side by side
     fcntl = None
 
-CACHE_FORMAT = 4  # raise it when the same input gives other tokens or columns
+CACHE_FORMAT = 5  # raise it when the same input gives other tokens or columns
 
 _unwritable: set[Path] = set()  # cache folders about which a message was shown
 
@@ -161,7 +161,10 @@ def _cache_key(preparation: Preparation) -> str | None:
     )
     described = [
         CACHE_FORMAT,
-        [[p.name, p.fingerprint, p.weight, p.columns, p.text_field] for p in preparation.parts],
+        [
+            [p.name, p.fingerprint, p.weight, p.columns, p.role_aliases, p.text_field, p.max_rows]
+            for p in preparation.parts
+        ],
         hashlib.blake2b(vocabulary.encode()).hexdigest(),
         tokenizer.chat_template,
         tokenizer.special_tokens_map,

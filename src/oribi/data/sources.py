@@ -19,7 +19,9 @@ from oribi.data.text_files import suffix_of
 from oribi.errors import ConfigError, DataError
 
 HUB_NAME = re.compile(r"[\w][\w.\-]*(/[\w.\-]+)?")
-SPEC_KEYS = {"path", "source", "name", "split", "weight", "columns", "text_field", "streaming", "revision"}
+SPEC_KEYS = {
+    "path", "source", "name", "split", "weight", "columns", "role_aliases", "text_field", "streaming", "revision", "max_rows",
+}  # fmt: skip
 READ_ROWS = 1000
 HELD_OUT_SPLITS = ("validation", "test")  # in the order in which they are taken for evaluation
 # `datasets` takes these for readers, which would read every file under the working folder
@@ -34,6 +36,7 @@ class Part:
     """One source of a mixture.
 
     `rows` starts the reading; `fingerprint` identifies the content, None where it cannot be known without reading it;
+    columns, role_aliases and text_field come before those of the whole preparation; of max_rows only the first are read.
     `about` says which files are read, where that is not in the name; `files` are these; `is_text` that they are plain text.
     """
 
@@ -42,7 +45,9 @@ class Part:
     fingerprint: str | None
     weight: float | None = None
     columns: Mapping[str, str] | None = None
+    role_aliases: Mapping[str, str] | None = None
     text_field: str | None = None
+    max_rows: int | None = None
     streaming: bool = False
     about: str = ""
     is_text: bool = False
@@ -55,7 +60,8 @@ def open_source(source: Any, *, split: str = "train", streaming: bool = False) -
     Args:
         source: a path (.json, .jsonl, .csv, .tsv, .parquet, .txt, .md, each also .gz), a folder of such files or of
             `save_to_disk`, a name on the Hugging Face hub, a Dataset, IterableDataset or DatasetDict, a list of rows or of texts, or a
-            list of sources. A source in a list may be a mapping with keys path (or source), name, split, weight, columns, text_field.
+            list of sources. A source in a list may be a mapping with keys path (or source), name, split, revision, weight, columns,
+            role_aliases, text_field, max_rows.
         split: the split of hub names, folders and DatasetDicts.
         streaming: load hub names as streams.
 
@@ -234,6 +240,9 @@ def _from_spec(spec: Mapping[str, Any], split: str, streaming: bool, label: str 
     weight = spec.get("weight")
     if weight is not None and not (isinstance(weight, int | float) and weight > 0):
         raise DataError(f"source {where}: weight = {weight!r}; it must be a number above 0.")
+    most = spec.get("max_rows")
+    if most is not None and not (isinstance(most, int) and most > 0):
+        raise DataError(f"source {where}: max_rows = {most!r}; it must be a whole number above 0.")
     part = _open_one(
         where,
         spec.get("split", split),
@@ -242,7 +251,8 @@ def _from_spec(spec: Mapping[str, Any], split: str, streaming: bool, label: str 
         revision=spec.get("revision"),
         label=label,
     )
-    return replace(part, weight=weight, columns=spec.get("columns"), text_field=spec.get("text_field"))
+    own = {name: spec.get(name) for name in ("columns", "role_aliases", "text_field")}
+    return replace(part, weight=weight, max_rows=most, **own)
 
 
 def _open_one(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oribi.config import SETTINGS, RunConfig
-from oribi.config_file import contradictions_of_stage
+from oribi.config_checks import contradictions_of_stage
 from oribi.dialects.converted import (
     Converted,
     Handler,

@@ -13,6 +13,7 @@ from oribi.config import CHECKPOINTING, OLDER_CHECKPOINTING, PROJECTIONS
 from oribi.errors import ConfigError
 from oribi.families import family_of
 from oribi.lora.settings import refuse_settings
+from oribi.lora.starts import start_from_rounding
 from oribi.lora.targets import has_head, is_tied, resolve_layers, resolve_targets
 from oribi.models.labels import HEADS
 from oribi.models.load_adapter import train_in_float32, without_word_on_ties
@@ -58,9 +59,9 @@ def attach_lora(
         random_state: seed of the LoRA matrices; the global random state is left as it was.
         use_rslora: rank-stabilised scaling.
         modules_to_save: modules trained whole and saved with the adapter, in float32.
-        init_lora_weights: True, False, "gaussian", or, on a 16-bit base, "orthogonal", "pissa", "pissa_niter_N", "olora"
-            and "loftq".
-        loftq_config: settings of LoftQ.
+        init_lora_weights: True, False, "gaussian"; "loftq", on an NF4 base from what packing rounded off (the base stays as
+            it is), on a 16-bit base as in PEFT; or, on a 16-bit base, "orthogonal", "pissa", "pissa_niter_N" and "olora".
+        loftq_config: settings of LoftQ on a 16-bit base.
         lora_config: further fields of `peft.LoraConfig`: use_dora, rank_pattern, alpha_pattern, target_parameters, ...
             A task_type must be that of the model: "SEQ_CLS" of one that was loaded with labels, else "CAUSAL_LM".
 
@@ -78,7 +79,7 @@ def attach_lora(
         return model
     _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
     _check_fields(lora_config)
-    _check_initialisation(init_lora_weights, loftq_config, source.load_in_4bit)
+    init_lora_weights, from_rounding = _start(init_lora_weights, loftq_config, source.load_in_4bit)
     task = _task(source, lora_config.pop("task_type", None))
     tied = is_tied(base) and lora_config.get("ensure_weight_tying") is not False
     layers = resolve_layers(base, layers_to_transform, finetune_last_n_layers)
@@ -97,7 +98,7 @@ def attach_lora(
         _check_same(model, settings)
     else:
         _train_tables(base, settings, notes)
-        model = _attach(base, settings, random_state, notes)
+        model = _attach(base, settings, random_state, notes, from_rounding)
         source.notes += notes
     set_checkpointing(base, use_gradient_checkpointing)
     return model
@@ -143,19 +144,26 @@ def _train_tables(base: PreTrainedModel, settings: dict[str, Any], notes: list[s
             "a merged model holds two matrices" + ", and no GGUF file can hold it" * no_gguf
         )
     new_tokens = base.oribi.new_token_ids
-    if new_tokens and "trainable_token_indices" not in settings:
+    if new_tokens:
+        given = settings.get("trainable_token_indices") or {}
+        given = given if isinstance(given, dict) else {"embed_tokens": given}
         trained = {*saved, *(("lm_head",) if has_head(settings["target_modules"]) else ())}
         if tied:  # PEFT finds a tied head by itself
             trained |= {"lm_head"} if not settings.get("ensure_weight_tying") else {"embed_tokens", "lm_head"}
         tables = [table for table in ("embed_tokens", "lm_head") if table not in trained]
-        settings["trainable_token_indices"] = {table: list(new_tokens) for table in tables} or None
+        rows = {
+            table: sorted({*given.get(table, ()), *new_tokens}) for table in dict.fromkeys([*given, *tables])
+        }
+        settings["trainable_token_indices"] = rows or None
         if tables:
             notes.append(
                 f"the rows of the {len(new_tokens)} added tokens are trained and saved with the adapter"
             )
 
 
-def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int, notes: list[str]) -> PeftModel:
+def _attach(
+    base: PreTrainedModel, settings: dict[str, Any], seed: int, notes: list[str], from_rounding: bool
+) -> PeftModel:
     source = base.oribi
     source.changed_before_lora = tuple(source.changed_weights(base))
     tables = {id(m.weight) for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m}
@@ -172,9 +180,11 @@ def _attach(base: PreTrainedModel, settings: dict[str, Any], seed: int, notes: l
         with torch.random.fork_rng(devices=devices), without_word_on_ties():
             torch.manual_seed(seed)
             peft_model = peft_get_peft_model(base, LoraConfig(**settings))
+            train_in_float32(peft_model)
+            if from_rounding:
+                notes.append(start_from_rounding(peft_model))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"PEFT refuses these LoRA settings: {error}") from error
-    train_in_float32(peft_model)
     if str(settings["init_lora_weights"]).startswith(_MOVES_BASE):
         source.sum_weights(base)  # PEFT moves them by the same rule whenever it loads the adapter
     return peft_model.train()
@@ -236,6 +246,13 @@ def _loftq(how: bool | str, given: dict[str, Any] | None) -> dict[str, Any]:
     return {**asdict(LoftQConfig()), **(given or {})} if how == "loftq" else {}
 
 
+def _start(how: bool | str, loftq_config: dict[str, Any] | None, packed: bool) -> tuple[bool | str, bool]:
+    """How PEFT begins the pairs, and whether they are then set to what NF4 rounded off."""
+    _check_initialisation(how, loftq_config, packed)
+    # what is saved must not make PEFT begin them anew, which would move the base where it is loaded
+    return (True, True) if packed and how == "loftq" else (how, False)
+
+
 def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, packed: bool) -> None:
     if isinstance(how, bool) or how == "gaussian" or (how == "orthogonal" and not packed):
         if loftq_config:
@@ -257,10 +274,17 @@ def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, 
             f"init_lora_weights={how!r}: allowed are True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', "
             "'olora' and 'loftq'"
         )
+    if packed and name == "loftq":
+        if loftq_config and (loftq_config.get("loftq_iter", 1), loftq_config.get("loftq_bits", 4)) != (1, 4):
+            raise ConfigError(
+                f"loftq_config = {loftq_config}: on packed weights LoftQ takes one iteration of 4 bits; more would pack the base "
+                "anew, which no adapter can say"
+            )
+        return
     if packed:
         raise ConfigError(
             f"init_lora_weights={how!r} moves a part of the base weights into the adapter, and packed NF4 weights cannot be "
-            "changed exactly; load with load_in_4bit=False, or use True or 'gaussian'"
+            "changed exactly; load with load_in_4bit=False, or use 'loftq', which leaves the base as it is"
         )
     if name == "loftq" and not (torch.cuda.is_available() or torch.xpu.is_available()):
         raise ConfigError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
 
 from oribi.errors import ModelError
 from oribi.models.adapter_config import read_adapter_config, read_adapter_settings
@@ -59,8 +60,8 @@ class AdapterContents:
             "base model": s.get("base_model_name_or_path"),
             "trained on": self.trained_on or "not known (no oribi.json)",
             "kind": " ".join([str(s.get("peft_type", "LORA")), *variant]),
-            "rank": s.get("r"),
-            "alpha": s.get("lora_alpha"),
+            "rank": _with_pattern(s.get("r"), s.get("rank_pattern")),
+            "alpha": _with_pattern(s.get("lora_alpha"), s.get("alpha_pattern")),
             "dropout": s.get("lora_dropout"),
             "trained in full": ", ".join(s.get("modules_to_save") or []),
             "parameters": sum(kind.parameters for kind in self.kinds.values()) + self.other,
@@ -153,7 +154,12 @@ def product_norm(b: torch.Tensor, a: torch.Tensor) -> float:
     return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())
 
 
+def _with_pattern(usual: Any, pattern: dict[str, Any] | None) -> Any:
+    """A value of all layers, with those of single layers behind it."""
+    return f"{usual} ({', '.join(f'{k} {v}' for k, v in pattern.items())})" if pattern else usual
+
+
 def _scale(settings: dict[str, Any], layer: str, a: torch.Tensor) -> float:
-    leaf = layer.rpartition(".")[2]
-    alpha = (settings.get("alpha_pattern") or {}).get(leaf, settings.get("lora_alpha", len(a)))
+    pattern = settings.get("alpha_pattern") or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), layer), settings.get("lora_alpha", len(a)))
     return alpha / (len(a) ** 0.5 if settings.get("use_rslora") else len(a))

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from peft.utils.other import get_pattern_key
 
 from oribi.config import RunConfig
 from oribi.families import FAMILIES
@@ -100,9 +101,23 @@ class Training:
                 continue
             leaf = name.rpartition(".")[2]
             every = c.target_modules == ["all-linear"] and leaf not in DECAY_PROJECTIONS
-            if every or leaf in wanted:
-                found[name] = c.lora_r * (module.in_features + module.out_features)
+            if (every or leaf in wanted) and not self._left_out(name):
+                found[name] = self.rank_of(f"model.layers.{name}") * (
+                    module.in_features + module.out_features
+                )
         return found
+
+    def _left_out(self, name: str) -> bool:
+        """Whether a linear layer gets no adapter although its kind does; `name` begins with its layer's number."""
+        chosen, layer = self.config.layers_to_transform, int(name.partition(".")[0])
+        full = f"model.layers.{name}"
+        excluded = any(f".{full}".endswith(f".{one}") for one in self.config.exclude_modules)
+        return excluded or (chosen is not None and layer not in chosen)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a linear layer's pair, as PEFT reads rank_pattern."""
+        pattern = self.config.rank_pattern or {}
+        return pattern.get(get_pattern_key(list(pattern), name), self.config.lora_r)
 
     @cached_property
     def whole(self) -> int:
@@ -131,8 +146,10 @@ class Training:
             return a.parameters
         pairs = sum(self.adapted.values())
         if "lm_head" in c.target_modules and not self.trains_head:  # LoRA on the head
-            pairs += c.lora_r * sum(a.decoder.lm_head.weight.shape)
-        return pairs + self.whole
+            pairs += self.rank_of("lm_head") * sum(a.decoder.lm_head.weight.shape)
+        rows = len({*c.new_tokens, *c.trainable_tokens})
+        tables = (not self.trains_embedding) + (not a.tied and not self.trains_head)
+        return pairs + self.whole + rows * tables * a.config.hidden_size
 
     @property
     def sequences_per_row(self) -> int:
@@ -216,7 +233,11 @@ class Training:
 
         def ranks(layer: DecoderLayer) -> dict[str, list[int]]:
             return {
-                group: [self.config.lora_r] * sum(names[module] in self.adapted for module in modules)
+                group: [
+                    self.rank_of(f"model.layers.{names[module]}")
+                    for module in modules
+                    if names[module] in self.adapted
+                ]
                 for core, _, _ in layer.parts()
                 for group, modules in core.groups().items()
             }

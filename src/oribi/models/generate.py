@@ -138,6 +138,7 @@ def answer(
     temperature: float | None = None,
     top_p: float | None = None,
     streamer: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Answer:
     """The model's answer to a conversation, or its continuation of a text.
 
@@ -149,11 +150,12 @@ def answer(
         temperature: 0 always takes the most likely token; None uses the model's generation settings.
         top_p: samples from the most likely tokens with this total probability.
         streamer: as for transformers' `generate`.
+        chat_template_kwargs: values that the chat template reads.
 
     Raises:
         ModelError: the prompt is as long as the model's context.
     """
-    ids = prompt_ids(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, prompt, chat_template_kwargs)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and len(ids) >= positions:
         raise ModelError(
@@ -234,11 +236,15 @@ class PrintableStreamer(TextStreamer):
         super().on_finalized_text(printable(text), stream_end=stream_end)
 
 
-def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]] | list[int]) -> list[int]:
-    """Token ids of a prompt."""
+def prompt_ids(
+    tokenizer: Any,
+    prompt: str | list[dict[str, Any]] | list[int],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt; messages are rendered by the chat template, with values that it reads."""
     if prompt and isinstance(prompt[0], int):
         return list(prompt)
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+    text = render_chat(tokenizer, prompt, add_generation_prompt=True, **(chat_template_kwargs or {}))
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -14,6 +14,8 @@ from oribi.config import SETTINGS
 from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.launch import processes_here
+from oribi.train.best import require_early_stopping
+from oribi.train.schedules import require_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,9 @@ class SFTConfig(TrainingArguments):
         turns: "whole" makes one example of a conversation; "split" makes one per assistant turn, with its thought.
         embedding_learning_rate: learning rate of embeddings and head that are trained whole, and of rows of added tokens;
             None takes learning_rate, which LoRA on a head always has.
+        loraplus_lr_ratio: LoRA+: the matrices B learn this many times faster than A; None trains all alike.
+        early_stopping_patience: stop when this many evaluations in a row are no better than the best; with
+            load_best_model_at_end the best weights are kept.
         fp8: approximate: the products of frozen weights are computed in 8-bit floating point while training; evaluation
             and exports stay exact. Needs a model in bfloat16 on an NVIDIA GPU of compute capability 8.9 or higher.
         deterministic: two runs are equal to the bit, on a GPU too, where it is slower; full_determinism is the same.
@@ -120,11 +125,15 @@ class SFTConfig(TrainingArguments):
     overlong: str | None = from_table("overlong", choices=True)
     turns: str = from_table("turns", choices=True)
     embedding_learning_rate: float | None = from_table("embedding_learning_rate")
+    loraplus_lr_ratio: float | None = from_table("loraplus_lr_ratio")
+    early_stopping_patience: int | None = from_table("early_stopping_patience")
     fp8: bool = from_table("fp8")
     deterministic: bool = from_table("deterministic")
 
     def __post_init__(self) -> None:
         require_trackers(self.report_to)
+        require_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
+        require_early_stopping(self)
         if self.max_seq_length is not None:
             if self.max_length not in (None, self.max_seq_length):
                 raise ConfigError(

@@ -32,15 +32,17 @@ ON_RESUME = {
     "model": BASE, "revision": BASE, "trust_remote_code": FREE, "load_in_4bit": FIXED, "keep_in_16bit": FIXED, "dtype": FIXED,
     "full_finetuning": FIXED, "max_seq_length": FIXED,
     "lora_r": FIXED, "lora_alpha": FIXED, "lora_dropout": APPLIED, "target_modules": FIXED, "modules_to_save": FIXED,
-    "use_rslora": FIXED, "use_dora": FIXED, "gradient_checkpointing": FREE,
+    "use_rslora": FIXED, "use_dora": FIXED, "rank_pattern": FIXED, "alpha_pattern": FIXED, "layers_to_transform": FIXED,
+    "exclude_modules": FIXED, "target_parameters": FIXED, "init_lora_weights": FIXED, "new_tokens": FIXED,
+    "trainable_tokens": FIXED, "gradient_checkpointing": FREE,
     "dataset": ROWS, "split": ROWS, "dataset_text_field": ROWS, "eval_dataset": FREE, "eval_split": FREE,
     "eval_fraction": ROWS,
     "chat_template": FIXED, "train_on_responses_only": ROWS, "overlong": ROWS, "turns": ROWS,
-    "columns": ROWS, "role_aliases": ROWS, "malformed": ROWS, "packing": FIXED,
+    "columns": ROWS, "role_aliases": ROWS, "malformed": ROWS, "chat_template_kwargs": ROWS, "packing": FIXED,
     "dataset_num_proc": FREE, "output_dir": FREE,
     "num_train_epochs": APPLIED, "max_steps": APPLIED, "per_device_train_batch_size": APPLIED,
     "per_device_eval_batch_size": FREE, "gradient_accumulation_steps": APPLIED, "processes": APPLIED,
-    "learning_rate": APPLIED, "embedding_learning_rate": APPLIED, "lr_scheduler_type": APPLIED,
+    "learning_rate": APPLIED, "embedding_learning_rate": APPLIED, "loraplus_lr_ratio": FIXED, "lr_scheduler_type": APPLIED,
     "lr_scheduler_kwargs": APPLIED, "warmup_steps": APPLIED,
     "optim": FIXED, "optim_args": FIXED, "adam_beta1": FIXED, "adam_beta2": FIXED, "adam_epsilon": FIXED,
     "weight_decay": APPLIED, "max_grad_norm": APPLIED, "neftune_noise_alpha": APPLIED, "label_smoothing_factor": FIXED,
@@ -48,7 +50,8 @@ ON_RESUME = {
     "dataloader_drop_last": FIXED, "fp8": APPLIED, "deterministic": APPLIED,
     "gpus": FREE, "fsdp": FREE, "ddp_timeout": FREE,
     "logging_steps": FREE, "eval_steps": FREE, "sample_prompts": FREE, "sample_tokens": FREE, "save_steps": FREE,
-    "save_total_limit": FREE, "resume": FREE,
+    "save_strategy": FREE, "save_total_limit": FREE, "load_best_model_at_end": FREE, "early_stopping_patience": APPLIED,
+    "resume": FREE,
     "stage": FIXED, "beta": FIXED, "loss_weights": FIXED, "label_smoothing": FIXED, "desirable_weight": FIXED,
     "undesirable_weight": FIXED, "center_rewards_coefficient": FIXED, "reward_funcs": APPLIED, "reward_weights": APPLIED,
     "num_generations": FIXED, "max_prompt_length": ROWS, "max_completion_length": FIXED, "temperature": APPLIED,
@@ -99,7 +102,9 @@ def settings_of(args: SFTConfig, model: nn.Module, tokenizer: Any) -> dict[str, 
 
 def adapter_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What is compared of an adapter's config, as `adapter_config.json` has it; what is off or empty is left out."""
-    return {
+    how = str(config.get("init_lora_weights"))
+    moved = {"init_lora_weights": how} if how.startswith(("pissa", "olora")) else {}
+    return moved | {
         _ADAPTER_NAMES.get(name, name): _plain(value)
         for name, value in config.items()
         if name not in _NOT_COMPARED and value not in (None, False, "none") and _plain(value) not in ([], {})

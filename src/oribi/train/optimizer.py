@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from oribi.errors import ConfigError
 from oribi.kernels.adamw import FLAT_OPTIMIZERS, FlatAdamW
 from oribi.models.unwrap import base_model
 from oribi.text import say
@@ -31,7 +32,7 @@ class OptimizerTrainer(ProcessesTrainer):
         if self.optimizer_cls_and_kwargs is not None or is_users(self, "get_optimizer_cls_and_kwargs"):
             bits = None
         if bits is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            if args.embedding_learning_rate is None:
+            if args.embedding_learning_rate is None and args.loraplus_lr_ratio is None:
                 return super().create_optimizer(model)
             kind, options = self.get_optimizer_cls_and_kwargs(args, model)
             self.optimizer = kind(self._parameter_groups(model), **options)
@@ -53,6 +54,7 @@ class OptimizerTrainer(ProcessesTrainer):
         """Trained parameters by learning rate and weight decay."""
         decayed = set(self.get_decay_parameter_names(model))
         base, embedding_rate = base_model(model), self.args.embedding_learning_rate
+        ratio = self.args.loraplus_lr_ratio
         # whole matrices and rows of added tokens; LoRA factors of a head learn as all others do
         ends = {
             id(p)
@@ -62,25 +64,32 @@ class OptimizerTrainer(ProcessesTrainer):
             if "lora_" not in name
         }
         # by kind, not by value: a resumed run may change the values, and its optimizer's groups stay the same
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((id(parameter) in ends, name in decayed), []).append(parameter)
-        kinds = [at_end for at_end, _ in groups]
+                faster = ratio is not None and "lora_B" in name  # LoRA+ (arXiv 2402.12354): A and B apart
+                kind = (id(parameter) in ends, faster, name in decayed)
+                groups.setdefault(kind, []).append(parameter)
+        kinds = [at_end for at_end, _, _ in groups]
         if embedding_rate is not None and True not in kinds:
             say(
                 f"oribi: embedding_learning_rate = {embedding_rate:g} has no effect: neither embeddings nor head are trained whole; "
                 "embed_tokens in target_modules, or modules_to_save, trains them"
             )
-        self._main_group = kinds.index(False) if False in kinds else 0
+        if ratio is not None and not any(faster for _, faster, _ in groups):
+            raise ConfigError(f"loraplus_lr_ratio = {ratio:g}: no LoRA pairs are trained; leave it out")
+        main = [not at_end and not faster for at_end, faster, _ in groups]
+        self._main_group = main.index(True) if True in main else 0
         self._embedding_group = kinds.index(True) if True in kinds and embedding_rate is not None else None
         return [
             {
                 "params": parameters,
-                "lr": embedding_rate if at_end and embedding_rate is not None else self.args.learning_rate,
+                "lr": embedding_rate
+                if at_end and embedding_rate is not None
+                else self.args.learning_rate * (ratio if faster else 1),
                 "weight_decay": self.args.weight_decay if decays else 0.0,
             }
-            for (at_end, decays), parameters in groups.items()
+            for (at_end, faster, decays), parameters in groups.items()
         ]
 
     def _get_learning_rate(self) -> float:

@@ -18,7 +18,8 @@ from oribi.models.load_adapter import load_adapter
 from oribi.save.adapter_files import write_adapter
 from oribi.save.base import changed_base
 from oribi.save.trained import require_finite
-from oribi.text import say
+from oribi.text import say, say_notes
+from oribi.train.best import EarlyStop, describe_best
 from oribi.train.checkpoints import StopOnSignal
 from oribi.train.determinism import LEFT_OPEN, deterministic_algorithms
 from oribi.train.guard import LossGuard
@@ -50,6 +51,8 @@ class RunTrainer(ProcessesTrainer, ResumableTrainer):
         self.add_callback(self.guard)
         self.add_callback(self.stop_on_signal)
         self.add_callback(JsonLog())
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStop(self.args.early_stopping_patience))
         for default in (ProgressCallback, PrinterCallback):
             if any(type(callback) is default for callback in self.callback_handler.callbacks):
                 self.remove_callback(default)
@@ -74,6 +77,9 @@ class RunTrainer(ProcessesTrainer, ResumableTrainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Progress):
                     callback.stop()
+        best = describe_best(self.state, self.args)
+        if best is not None and self.is_world_process_zero():
+            say_notes([best])
         self.stop_on_signal.end_program(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
         return output
 

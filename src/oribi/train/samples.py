@@ -91,6 +91,7 @@ def _prompts_of_file(config: RunConfig, tokenizer: Any) -> list[Prompt]:
     """
     source: Any = config.sample_prompts
     naming = {"columns": config.columns, "role_aliases": config.role_aliases}
+    template = {"chat_template_kwargs": config.chat_template_kwargs}
     path = local_path(source)
     if path is not None and path.suffix == ".txt":
         source = [{"question": line.strip()} for line in _lines(path) if line.strip()][:MOST_PROMPTS]
@@ -101,7 +102,7 @@ def _prompts_of_file(config: RunConfig, tokenizer: Any) -> list[Prompt]:
         stage = stage_of_source(source, split=config.split, **naming)
     settings = {
         "max_seq_length": config.max_seq_length, "split": config.split, "max_rows": MOST_PROMPTS, "overlong": "error",
-        "announce": None, "progress": False, "use_cache": False, **naming,
+        "announce": None, "progress": False, "use_cache": False, **naming, **template,
     }  # fmt: skip
     if stage == "sft":
         rows = prepare_dataset(source, tokenizer, **settings).dataset

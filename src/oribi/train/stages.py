@@ -22,6 +22,7 @@ from oribi.environment import Environment, detect
 from oribi.errors import ConfigError
 from oribi.launch import is_launched
 from oribi.models.unwrap import base_model, is_classifier
+from oribi.train.best import saving_arguments
 from oribi.train.rewards import RewardFunction
 from oribi.train.stage_trainer import StageTrainer, mixin_of
 
@@ -32,8 +33,9 @@ STAGE_TRAINERS = {"dpo": "DPO", "orpo": "ORPO", "kto": "KTO", "reward": "Reward"
 # settings of a run that TRL's configs take under the same names
 SAME_NAMES = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
-    "max_grad_norm", "seed", "logging_steps", "save_total_limit", "report_to", "eval_steps", "ddp_timeout",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "seed", "logging_steps", "report_to",
+    "eval_steps", "ddp_timeout",
 )  # fmt: skip
 
 
@@ -110,10 +112,8 @@ def stage_arguments(config: RunConfig, evaluates: bool) -> TrainingArguments:
     on_cpu = detect().device.type == "cpu"
     values |= {
         "max_length": config.max_seq_length,
-        "eval_strategy": "no" if not evaluates else "steps" if config.eval_steps else "epoch",
+        **saving_arguments(config, evaluates),
         "run_name": Path(config.output_dir).name,
-        "save_strategy": "steps" if config.save_steps else "no",
-        "save_steps": config.save_steps or 500,
         "disable_dropout": not config.lora_dropout,
         # a full model would need a second one beside it: its own first state is read once, before training
         "precompute_ref_log_probs": config.full_finetuning,
@@ -132,7 +132,14 @@ def stage_arguments(config: RunConfig, evaluates: bool) -> TrainingArguments:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"stage = {config.stage}: TRL refuses these settings: {error}") from error
     # what oribi's part of the trainer reads beside them
-    for name in ("embedding_learning_rate", "deterministic", "stage", "packing"):
+    for name in (
+        "embedding_learning_rate",
+        "loraplus_lr_ratio",
+        "early_stopping_patience",
+        "deterministic",
+        "stage",
+        "packing",
+    ):
         setattr(arguments, name, getattr(config, name))
     arguments.max_length = config.max_seq_length
     return arguments
