@@ -158,14 +158,14 @@ FILES = {
     ),
     "factory.yaml": (
         LLAMA_FACTORY, "LLaMA-Factory",
-        {"model": "meta-llama/Meta-Llama-3-8B-Instruct", "dataset": ["identity", "alpaca_en_demo"], "load_in_4bit": True,
+        {"model": "meta-llama/Meta-Llama-3-8B-Instruct", "dataset": [{"path": "identity", "max_rows": 1000}, {"path": "alpaca_en_demo", "max_rows": 1000}], "load_in_4bit": True,
          "max_seq_length": 2048, "dtype": "bfloat16", "lora_r": 8, "lora_alpha": 16, "target_modules": ["all-linear"],
          "chat_template": "llama3", "packing": False, "dataset_num_proc": 16, "eval_fraction": 0.1,
          "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 8,
          "learning_rate": 1e-4, "num_train_epochs": 3.0, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
          "optim": "adamw_torch_fused", "weight_decay": 0.0, "seed": 42, "logging_steps": 10, "eval_steps": 500,
          "save_steps": 500, "output_dir": "saves/llama3-8b/lora/sft"},
-        {"max_samples", "dataset: identity", "dataset: alpaca_en_demo"},
+        {"dataset: identity", "dataset: alpaca_en_demo"},
     ),
     "trl.sh": (
         TRL, "TRL",
@@ -297,6 +297,28 @@ MEANINGS = [
     ("axolotl", "datasets: [{path: d/e, type: chat_template}]\ntest_datasets: [{path: d/e, split: test, type: chat_template}]", {"eval_dataset": ["d/e"], "eval_split": "test"}),
     ("axolotl", "datasets: [{path: book.jsonl, type: completion}]", {"dataset_text_field": "text", "overlong": "split"}),
     ("axolotl", "chat_template: chatml", {"chat_template": "chatml"}),
+    ("axolotl", "datasets: [{path: a, type: chat_template, field_messages: talk}, {path: d/b, split: dev, type: chat_template}]", {
+        "dataset": [{"path": "a", "columns": {"messages": "talk"}, "split": "train"}, {"path": "d/b", "split": "dev"}], "columns": ABSENT}),
+    ("axolotl", "test_datasets: [{path: d/e, split: test}, {path: d/f, split: dev}]", {
+        "eval_dataset": [{"path": "d/e", "split": "test"}, {"path": "d/f", "split": "dev"}]}),
+    ("axolotl", "cosine_min_lr_ratio: 0.1", {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}),
+    ("axolotl", "val_set_size: 0.1\nearly_stopping_patience: 3", {"early_stopping_patience": 3, "save_strategy": ABSENT}),
+    ("axolotl", "save_strategy: best\nval_set_size: 0.1", {"save_strategy": "best"}),
+    ("axolotl", "peft: {loftq_config: {loftq_bits: 4}}", {"init_lora_weights": "loftq", "load_in_4bit": True}),
+    ("axolotl", "peft_init_lora_weights: pissa_niter_16\nadapter: lora\nload_in_4bit: false", {"init_lora_weights": "pissa_niter_16"}),
+    ("axolotl", "tokens: ['<a>', '<b>']\nlora_exclude_modules: [lm_head]\npeft_layers_to_transform: [0, 1]", {
+        "new_tokens": ["<a>", "<b>"], "exclude_modules": ["lm_head"], "layers_to_transform": [0, 1]}),
+    ("axolotl", "chat_template_kwargs: {enable_thinking: false}\nloraplus_lr_ratio: 16\nadam_beta2: 0.95", {
+        "chat_template_kwargs": {"enable_thinking": False}, "loraplus_lr_ratio": 16, "adam_beta2": 0.95}),
+    ("factory", "pissa_init: true", {"init_lora_weights": "pissa_niter_16"}),
+    ("factory", "pissa_init: true\npissa_iter: -1\npissa_convert: true", {"init_lora_weights": "pissa"}),
+    ("factory", "loraplus_lr_ratio: 16.0\nmax_samples: 1000\nsave_strategy: epoch\nadd_tokens: <x>,<y>", {
+        "loraplus_lr_ratio": 16.0, "dataset": [{"path": "rows.jsonl", "max_rows": 1000}], "save_strategy": "epoch", "new_tokens": ["<x>", "<y>"]}),
+    ("factory", "val_size: 0.1\neval_strategy: steps\neval_steps: 100\nload_best_model_at_end: true\nearly_stopping_steps: 2", {"load_best_model_at_end": True, "early_stopping_patience": 2}),
+    ("factory", "dataset: a, b\nmix_strategy: interleave_under\ninterleave_probs: 0.7,0.3", {
+        "dataset": [{"path": "a", "weight": 0.7}, {"path": "b", "weight": 0.3}]}),
+    ("trl", "adam_beta1: 0.95\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1.0e-6}", {
+        "adam_beta1": 0.95, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}}),
     ("axolotl", "chat_template: tokenizer_default", {"chat_template": ABSENT}),
     ("axolotl", "excess_length_strategy: truncate", {"overlong": "truncate"}),
     ("axolotl", "excess_length_strategy: raise", {"overlong": "error"}),
@@ -358,11 +380,12 @@ REFUSED = [
     ("factory", "finetuning_type: oft", "finetuning_type = oft"),
     ("factory", "use_galore: true", "use_galore = True"),
     ("factory", "mask_history: true", "mask_history"),
-    ("factory", "pissa_init: true", "pissa_init"),
     ("factory", "adapter_name_or_path: saves/x", "adapter_name_or_path"),
     ("factory", "quantization_bit: 4\nquantization_method: hqq", "quantization_bit = 4 .*by hqq"),
-    ("factory", "mix_strategy: interleave_under", "mix_strategy"),
-    ("factory", "loraplus_lr_ratio: 16.0", "loraplus_lr_ratio"),
+    ("factory", "mix_strategy: interleave_over", "mix_strategy"),
+    ("factory", "dataset: a, b\nmix_strategy: interleave_under\ninterleave_probs: 0.7", "1 of them for 2 data sets"),
+    ("axolotl", "peft: {loftq_config: {loftq_iter: 5}}", "one iteration over NF4"),
+    ("axolotl", "peft_init_lora_weights: eva", "needs activations of your data"),
     ("factory", "template: default", "template = default"),
     ("factory", "do_train: false", "do_train"),
     ("factory", "learning_rate: high", "learning_rate = high .*must be a number"),
@@ -372,7 +395,6 @@ REFUSED = [
     ("axolotl", "relora: true", "relora"),
     ("axolotl", "optimizer: muon", "optimizer = muon"),
     ("axolotl", "lr_scheduler: rex", "lr_scheduler = rex"),
-    ("axolotl", "cosine_min_lr_ratio: 0.1", "cosine_min_lr_ratio"),
     ("axolotl", "lora_model_dir: out", "lora_model_dir"),
     ("axolotl", "plugins: [axolotl.integrations.kd.KDPlugin]", "plugins = axolotl.integrations.kd"),
     ("axolotl", "datasets: [{path: d, type: {field_instruction: q, format: '{instruction}'}}]", "datasets: type .*prompt format"),
@@ -381,7 +403,6 @@ REFUSED = [
     ("axolotl", "datasets: [{path: a, type: alpaca}, {path: b, type: chat_template}]", "different prompts"),
     ("axolotl", "datasets: [{path: a, type: chat_template, roles_to_train: [assistant, user]}]", "roles_to_train"),
     ("axolotl", "datasets: [{path: a, type: chat_template, roles_to_train: []}]", "roles_to_train"),
-    ("axolotl", "datasets: [{path: a, type: chat_template, field_messages: talk}, {path: b, type: chat_template}]", "datasets: columns"),
     ("axolotl", "datasets: [{path: a, type: chat_template, message_property_mappings: {role: who}}]", "message_property_mappings"),
     ("axolotl", "datasets: [{path: a/b, name: subset, type: chat_template}]", "datasets: name = subset"),
     ("axolotl", "datasets: [{path: a/b, data_files: x.jsonl, type: chat_template}]", "single files of the hub's a/b"),
@@ -389,18 +410,13 @@ REFUSED = [
     ("axolotl", "datasets: [{path: a, shards: 10, type: chat_template}]", "shards = 10"),
     ("axolotl", "chat_template: alpaca", "chat_template = alpaca"),
     ("axolotl", "pretraining_dataset: [{path: c4}]", "pretraining_dataset"),
-    ("axolotl", "early_stopping_patience: 3", "early_stopping_patience"),
     ("trl", "use_peft: false\nload_in_4bit: true", "load_in_4bit = True .*without use_peft"),
     ("trl", "loss_type: dft", "loss_type = dft"),
     ("trl", "beta: 0.1", "beta = 0.1 .*does not say which of TRL's trainers"),
     ("trl", "max_length:", "max_length .*longest example"),
     ("trl", "dataset_config: en", "dataset_config"),
-    ("trl", "adam_beta2: 0.95", "adam_beta2 = 0.95"),
     ("trl", "lora_task_type: SEQ_CLS", "lora_task_type"),
-    ("trl", "load_best_model_at_end: true", "load_best_model_at_end"),
     ("trl", "lora_target_modules: '.*attn.*proj'", "a pattern"),
-    ("trl", "lr_scheduler_type: cosine_with_min_lr", "lr_scheduler_type = cosine_with_min_lr"),
-    ("unsloth", "lora: {use_loftq: true}", "use_loftq"),
     ("unsloth", "lora: {finetune_mlp_modules: false}", "finetune_mlp_modules"),
     ("unsloth", "data: {dataset: d, local_dataset: [a.jsonl]}", "local_dataset"),
 ]  # fmt: skip
@@ -429,13 +445,10 @@ NOT_TAKEN_OVER = [
     ("axolotl", "eval_steps: 0.05\nval_set_size: 0.1", "eval_steps"),
     ("axolotl", "special_tokens: {eos_token: '<|im_end|>'}", "special_tokens"),
     ("axolotl", "datasets: [{path: a, type: chat_template}, {path: b, type: completion}]", "datasets: type = completion"),
-    ("axolotl", "test_datasets: [{path: d/e, split: test}, {path: d/f, split: dev}]", "test_datasets"),
     ("axolotl", "deepspeed: zero2.json", "deepspeed"),
     ("factory", "val_size: 100", "val_size"),
-    ("factory", "max_samples: 1000", "max_samples"),
     ("factory", "template: deepseek3", "template"),
     ("factory", "quantization_bit: 8", "quantization_bit"),
-    ("factory", "save_strategy: epoch", "save_strategy"),
     ("trl", "report_to: neptune", "report_to: neptune"),
     ("trl", "resume_from_checkpoint: out/checkpoint-10", "resume_from_checkpoint"),
     ("trl", "colour: blue", "colour"),
@@ -509,14 +522,14 @@ def test_names_of_llama_factorys_table_become_files(tmp_path):
     plain = {"identity": {"file_name": "identity.json"}, "alpaca_en_demo": {"hf_hub_url": "x/alpaca"}}
     table.write_text(json.dumps(plain))
     assert convert(tmp_path, LLAMA_FACTORY).values["dataset"] == [
-        str(tmp_path / "data" / "identity.json"),
-        "x/alpaca",
+        {"path": str(tmp_path / "data" / "identity.json"), "max_rows": 1000},
+        {"path": "x/alpaca", "max_rows": 1000},
     ]
     text = FACTORY_LEAST.replace("ONLINE", "data").replace("rows.jsonl", "NAME")
     for entry, message in [
         ({"file_name": "a.json", "ranking": True}, "ranking"),
         ({"file_name": "a.json", "formatting": "sharegpt", "tags": {"role_tag": "who"}}, "role_tag = who"),
-        ({"hf_hub_url": "a/b", "subset": "en"}, "subset = en"),
+        ({"file_name": "a.json", "subset": "en"}, "subset = en"),
         ({"file_name": "a.json", "columns": {"messages": "messages", "images": "images"}}, "images = images"),
     ]:
         table.write_text(json.dumps({"mine": entry}))
@@ -550,8 +563,9 @@ def test_columns_and_tags_of_llama_factorys_table_become_columns_and_role_aliase
     assert talks["role_aliases"] == {"client": "user", "agent": "assistant"}
     assert "columns" not in usual
     assert "role_aliases" not in {**pairs, **usual}
-    with pytest.raises(ConfigError, match="one map for all data sets"):
-        convert(tmp_path, text.replace("NAME", "pairs, usual"))
+    several = convert(tmp_path, text.replace("NAME", "pairs, usual")).values
+    assert several["dataset"][0] == {"path": str(tmp_path / "a.json"), "columns": pairs["columns"]}
+    assert several["dataset"][1] == str(tmp_path / "c.json")
 
 
 def test_a_converted_config_trains(oribi, tiny_folder, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oribi.config import PROJECTIONS
-from oribi.dialects import axolotl_preferences, preferences, shared
+from oribi.dialects import axolotl_preferences, learning, preferences, shared
 from oribi.dialects.converted import (
     Converted,
     Dialect,
@@ -20,8 +20,9 @@ from oribi.dialects.converted import (
     inverted,
     is_off,
     lacking,
+    names,
     only,
-    put_row_keys,
+    put_sources,
     read_elsewhere,
     refusing,
     renamed,
@@ -83,10 +84,10 @@ def _finish(found: Converted) -> None:
     if "overlong" not in values and entries.get("excess_length_strategy"):
         asked = entries["excess_length_strategy"]
         found.put("overlong", {"raise": "error"}.get(asked, asked), f"excess_length_strategy = {asked}")
-    if not (entries.get("save_steps") or entries.get("save_strategy") or entries.get("saves_per_epoch")):
-        found.differences.append(
-            "Axolotl saves a checkpoint each epoch; oribi every save_steps, or at the end only"
-        )
+    if not (
+        entries.get("save_steps") or entries.get("save_strategy") or entries.get("saves_per_epoch")
+    ) and not (values.get("load_best_model_at_end") or values.get("early_stopping_patience")):
+        found.put("save_strategy", "epoch", "default of Axolotl")
     _precision(found)
 
 
@@ -100,33 +101,26 @@ def _precision(found: Converted) -> None:
 
 def _datasets(found: Converted, key: str, value: Any) -> None:
     entries = sources_of(value if isinstance(value, list) else [value])
-    files_of_all: list[str] = []
-    splits: list[str] = []
+    sources: list[dict[str, Any]] = []
     kinds: list[str] = []
-    columns: list[dict[str, str]] = []
     supervised = preferences.stage_of(found) == "sft"
     for entry in entries:
+        named: dict[str, str] = {}
         if not supervised:
             entry, named = axolotl_preferences.row_entry(found, entry)
-            columns.append(named)
         _check_entry(found, entry)
-        files = _files(found, entry)
-        files_of_all += files
-        splits.append(str(entry.get("split") or "train"))
-        if "[" in splits[-1] and any(name.endswith(SUFFIXES) for name in files):
+        files, split = _files(found, entry), str(entry.get("split") or "train")
+        if "[" in split and any(name.endswith(SUFFIXES) for name in files):
             found.refuse(
                 "datasets: split", f"a part of the file {files[0]} cannot be named; cut the file before"
             )
-        kinds += [_kind(found, entry)] if supervised else []
-    found.put("dataset", files_of_all, "datasets")
-    rows = [_row_keys(entry)[0] for entry in entries]
-    for row, named in zip(rows, columns):
-        row["columns"] |= named
-    put_row_keys(found, rows, "datasets")
-    if len(set(splits)) > 1:
-        found.refuse("datasets: split", f"one split for all data sets; {', '.join(splits)} are several")
-    elif splits[0] != "train":
-        found.put("split", splits[0], "datasets: split")
+        kind = _kind(found, entry) if supervised else None
+        kinds += [kind] if kind else []
+        rows = _row_keys(entry)[0]
+        rows["columns"] |= named
+        text = {"text_field": entry.get("field") or "text"} if kind == "completion" else {}
+        sources += [{"path": name, "split": split, **rows, **text} for name in files]
+    put_sources(found, "dataset", sources, "datasets")
     _put_format(found, set(kinds), entries)
 
 
@@ -186,13 +180,6 @@ def _put_format(found: Converted, kinds: set[str], entries: list[dict[str, Any]]
         _put_template(found, str(asked.pop()))
     if kinds == {"completion"}:
         found.put("overlong", "split", "datasets: type = completion")
-        field = entries[0].get("field")
-        if any(entry.get("field") != field for entry in entries):
-            found.refuse("datasets: field", "one column of text for all data sets")
-        else:
-            found.put(
-                "dataset_text_field", field or "text", "datasets: field" if field else "default of Axolotl"
-            )
     elif "completion" in kinds:
         found.unsupported["datasets: type = completion"] = (
             "beside other rows, its long texts are dropped as those are, where Axolotl would cut them into pieces"
@@ -278,8 +265,9 @@ def _test_datasets(found: Converted, key: str, value: Any) -> None:
         found.put("eval_dataset", files, key)
         found.put("eval_split", *splits, f"{key}: split")
     else:
-        found.unsupported[key] = (
-            f"one eval_split for all; {', '.join(sorted(splits))} are several; save the rows as files for eval_dataset"
+        several = [(name, entry) for entry in entries for name in _files(found, entry)]
+        put_sources(
+            found, "eval_dataset", [{"path": n, "split": e.get("split") or "train"} for n, e in several], key
         )
 
 
@@ -302,15 +290,16 @@ def _plugins(found: Converted, key: str, value: Any) -> None:
 
 
 def _peft(found: Converted, key: str, value: Any) -> None:
+    learning.loftq(found, "peft: loftq_config", (value or {}).get("loftq_config"))
     rest = {
         k: v
         for k, v in (value or {}).items()
-        if v and (k, v) not in (("backend", "bnb"), ("weight_dtype", "nf4"))
+        if v and k != "loftq_config" and (k, v) not in (("backend", "bnb"), ("weight_dtype", "nf4"))
     }
     if rest:
         found.refuse(
             f"peft = {rest}",
-            "4-bit weights are bitsandbytes' NF4; loftq: in Python get_peft_model(loftq_config=...)",
+            "4-bit weights are bitsandbytes' NF4",
         )
 
 
@@ -329,12 +318,10 @@ def _special_tokens(found: Converted, key: str, value: Any) -> None:
 
 
 def _strategy(found: Converted, key: str, value: Any) -> None:
-    if value not in (None, False, "no", "steps", "epoch"):
-        found.unsupported[key] = (
-            "oribi saves every save_steps or at the end, and evaluates every eval_steps or once an epoch"
-        )
-    elif value == "epoch" and key == "save_strategy":
-        found.unsupported[key] = "oribi saves every save_steps, or at the end only"
+    if key == "save_strategy" and value in ("epoch", "best"):
+        found.put(key, value, key)
+    elif value not in (None, False, "no", "steps", "epoch"):
+        found.unsupported[key] = "oribi evaluates every eval_steps or once an epoch"
     elif value:
         found.idle[key] = "save_steps and eval_steps say it"
 
@@ -359,7 +346,10 @@ HANDLERS: dict[str, Handler] = {
     "plugins": _plugins,
     "peft": _peft,
     "special_tokens": _special_tokens,
-    "peft_init_lora_weights": only([True], shared.ADAPTERS_START),
+    "peft_init_lora_weights": learning.start,
+    "tokens": learning.new_tokens,
+    "peft_layers_to_transform": renamed("layers_to_transform"),
+    "lora_exclude_modules": names("exclude_modules"),
     **shared.trackers(("use_wandb", "wandb_project", "use_mlflow", "mlflow_experiment_name", "use_tensorboard", "use_trackio", "trackio_project_name")),
     **lacking(("use_comet", "use_swanlab"), "a run is reported to tensorboard, wandb, mlflow, trackio"),
     **idle(
@@ -384,10 +374,11 @@ HANDLERS: dict[str, Handler] = {
     **refusing(("lora_model_dir",), shared.NEW_ADAPTER),
     **refusing(("unfrozen_parameters",), "oribi trains an adapter with modules_to_save, or every weight"),
     **refusing(("relora", "relora_steps", "jagged_restart_steps", "lisa_step_interval", "lisa_n_layers", "qat", "quantization", "fp8", "gptq", "use_pose", "s2_attention", "curriculum_sampling", "trainer_cls", "diffusion"), "oribi has no such training"),
-    **refusing(("peft_layers_to_transform", "peft_layers_pattern", "peft_layer_replication", "peft_trainable_token_indices", "lora_exclude_modules"), "all layers of a kind get an adapter; in Python: get_peft_model(layers_to_transform=...)"),
-    **refusing(("tokens", "added_tokens_overrides"), "in Python: oribi.add_new_tokens"),
+    **refusing(("peft_layers_pattern", "peft_layer_replication"), "layers are named by layers_to_transform and target_modules"),
+    **refusing(("peft_trainable_token_indices",), "trainable_tokens names tokens by their texts"),
+    **refusing(("added_tokens_overrides",), "new_tokens adds tokens; in Python: oribi.add_new_tokens"),
     **refusing(("tokenizer_config", "base_model_config", "overrides_of_model_config", "model_config", "tokenizer_use_mistral_common"), "the model is read with its own config and tokenizer"),
-    **refusing(("chat_template_jinja", "chat_template_kwargs", "default_system_message"), "in Python: oribi.get_chat_template(tokenizer, (jinja, end of a turn))"),
+    **refusing(("chat_template_jinja", "default_system_message"), "in Python: oribi.get_chat_template(tokenizer, (jinja, end of a turn))"),
     **refusing(("dataset_shard_num", "dataset_shard_idx"), "a part of the rows cannot be named; cut the data before"),
     **dict.fromkeys(("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"), only([1, 0], "each GPU holds whole sequences and the whole model")),
 }  # fmt: skip

@@ -178,20 +178,27 @@ def sources_of(value: list[Any] | None) -> list[dict[str, Any]]:
     return [entry if isinstance(entry, dict) else {"path": entry} for entry in value or []]
 
 
-def put_row_keys(found: Converted, rows: list[dict[str, dict[str, str]]], said: str) -> None:
-    """Set the column map and the role names, of which a run has one for all its data sets.
+def put_sources(found: Converted, key: str, sources: list[dict[str, Any]], said: str) -> None:
+    """Set the data sets: what is said of all of them alike as settings of the run, the rest beside each.
 
     Args:
         found: the conversion.
-        rows: `columns` and `role_aliases` of each data set; either may be missing.
+        key: dataset or eval_dataset.
+        sources: each with its path, and with any of the keys that a data set may have.
         said: the words of the file that they come from.
     """
-    for key in ("columns", "role_aliases"):
-        given = [one.get(key) or None for one in rows]
-        if any(one != given[0] for one in given):
-            found.refuse(f"{said}: {key}", f"one map for all data sets; {given} are several")
-        elif given and given[0]:
-            found.put(key, given[0], said)
+    sources = [{name: value for name, value in one.items() if value} for one in sources]
+    for name in ("columns", "role_aliases", "split", "text_field"):
+        setting = "dataset_text_field" if name == "text_field" else name
+        values = [one.get(name) or ("train" if name == "split" else None) for one in sources]
+        if any(value != values[0] for value in values) or (key != "dataset" and name == "split"):
+            continue
+        if values[0] and found.values.get(setting, values[0]) == values[0]:
+            for one in sources:
+                one.pop(name, None)
+            if values[0] != "train" or name != "split":
+                found.put(setting, values[0], f"{said}: {name}")
+    found.put(key, [one if len(one) > 1 else one["path"] for one in sources], said)
 
 
 def names(setting: str) -> Handler:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from oribi.dialects import preferences, shared
+from oribi.dialects import learning, preferences, shared
 from oribi.dialects.converted import (
     Converted,
     Dialect,
@@ -21,7 +21,7 @@ from oribi.dialects.converted import (
     names,
     names_of,
     only,
-    put_row_keys,
+    put_sources,
     read_elsewhere,
     refusing,
 )
@@ -139,11 +139,22 @@ def _dataset(found: Converted, key: str, value: Any) -> None:
     if is_off(value):
         return
     sources = [_source(found, name) for name in names_of(value)]
-    found.put(key, [source for source, _ in sources], key)
-    put_row_keys(found, [rows for _, rows in sources], f"{key}: columns and tags")
+    entries = [{"path": path, **rows} for path, rows in sources]
+    most, shares = found.entries.get("max_samples"), found.entries.get("interleave_probs")
+    if most:
+        entries = [{**one, "max_rows": min(most, one.get("max_rows", most))} for one in entries]
+    if found.entries.get("mix_strategy") == "interleave_under" and key == "dataset":
+        weights = [float(share) for share in names_of(shares)] if shares else [1.0] * len(entries)
+        if len(weights) != len(entries):
+            found.refuse("interleave_probs", f"{len(weights)} of them for {len(entries)} data sets")
+        entries = [{**one, "weight": weight} for one, weight in zip(entries, weights)]
+        found.differences.append(
+            "dataset: rows are taken in the shares of the weights in turn, where LLaMA-Factory draws them at random"
+        )
+    put_sources(found, key, entries, key)
 
 
-def _source(found: Converted, name: str) -> tuple[str, dict[str, dict[str, str]]]:
+def _source(found: Converted, name: str) -> tuple[str, dict[str, Any]]:
     """The file or hub name behind a name of dataset_info.json, and what that table says of its columns and roles."""
     folder = found.entries.get("dataset_dir") or "data"
     if folder == "ONLINE":
@@ -164,7 +175,7 @@ def _source(found: Converted, name: str) -> tuple[str, dict[str, dict[str, str]]
     return name, {}
 
 
-def _listed(found: Converted, name: str, place: Path) -> tuple[str, dict[str, dict[str, str]]]:
+def _listed(found: Converted, name: str, place: Path) -> tuple[str, dict[str, Any]]:
     table = place / "dataset_info.json"
     try:
         entry = json.loads(table.read_text(encoding="utf-8")).get(name)
@@ -182,14 +193,13 @@ def _listed(found: Converted, name: str, place: Path) -> tuple[str, dict[str, di
     return name, rows
 
 
-def _row_keys(found: Converted, name: str, entry: dict[str, Any]) -> dict[str, dict[str, str]]:
+def _row_keys(found: Converted, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """What an entry says of its rows, as `columns` and `role_aliases` where oribi does not know the names by itself."""
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if found.entries.get("stage") == "pt":
         text = columns.get("prompt", "instruction")
-        found.put("dataset_text_field", text, f"{name}: prompt")
-        return {}
-    rows: dict[str, dict[str, str]] = {}
+        return {"text_field": text}
+    rows: dict[str, Any] = {}
     if any(there not in COLUMNS.get(part, ()) for part, there in columns.items()):
         rows["columns"] = {
             COLUMN_NAMES[part]: there for part, there in columns.items() if part in COLUMN_NAMES
@@ -209,16 +219,22 @@ def _row_keys(found: Converted, name: str, entry: dict[str, Any]) -> dict[str, d
                     f"{name}: {part} = {there}",
                     "oribi's config cannot say this of rows; rename it in the file (docs/data-formats.md)",
                 )
+    if "hf_hub_url" in entry:
+        rows["name"] = entry.get("subset")
     for part in ("ranking", "subset", "folder"):
-        if entry.get(part) and not (part == "ranking" and preferences.stage_of(found) in RANKED):
+        if (
+            entry.get(part)
+            and not (part == "subset" and "name" in rows)
+            and not (part == "ranking" and preferences.stage_of(found) in RANKED)
+        ):
             found.refuse(
                 f"{name}: {part} = {entry[part]}",
                 "oribi's config cannot say this of a data set; save what is meant as a file",
             )
     if entry.get("num_samples"):
-        found.unsupported[f"{name}: num_samples"] = "all rows are taken; cut the data set before"
+        rows["max_rows"] = entry["num_samples"]
     if entry.get("split", "train") != "train":
-        found.put("split", entry["split"], f"{name}: split")
+        rows["split"] = entry["split"]
     return rows
 
 
@@ -284,12 +300,11 @@ HANDLERS: dict[str, Handler] = {
     "train_on_prompt": inverted("train_on_responses_only"),
     **shared.CHECKPOINTS,
     "do_train": only([True], "it asks for no training"),
-    "mix_strategy": only(["concat"], "data sets follow each other; in Python: a list of sources with weights"),
+    "mix_strategy": only(["concat", "interleave_under"], "a mixture ends with the first data set that is exhausted; oribi draws no row twice"),
     "ignore_pad_token_for_loss": only([True], "padding is never trained"),
     **lacking(("use_swanlab",), "a run is reported to tensorboard, wandb, mlflow, trackio"),
     **idle(
-        ("media_dir", "eval_on_each_dataset", "eval_num_beams", "buffer_size", "loraplus_lr_embedding", "pissa_iter",
-         "pissa_convert", "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "freeze_vision_tower",
+        ("media_dir", "eval_on_each_dataset", "eval_num_beams", "buffer_size", "loraplus_lr_embedding", "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "freeze_vision_tower",
          "freeze_multi_modal_projector", "freeze_language_model", "compute_accuracy", "predict_with_generate",
          "include_effective_tokens_per_second", "use_fast_tokenizer", "upcast_layernorm", "upcast_lmhead_output",
          "print_param_status", "use_kv_cache", "infer_backend", "infer_dtype", "cache_dir", "offload_folder",
@@ -298,16 +313,17 @@ HANDLERS: dict[str, Handler] = {
          "ray_run_name", "ray_storage_path", "ray_num_workers", "resources_per_worker", "placement_strategy"),
         "it is how oribi works, or what another setting says already",
     ),
-    **lacking(("max_samples",), "all rows are taken; cut the data sets before"),
+    **read_elsewhere(("max_samples", "interleave_probs")),
     **lacking(("disable_shuffling",), "rows come in random order"),
     **lacking(("tool_format",), "tools are written as the chat template writes them"),
     **lacking(("enable_thinking", "preserve_thinking"), "reasoning is written as the chat template writes it"),
     **refusing(("mask_history",), "every answer of a conversation is trained; in Python: prepare_dataset(train_on='last_response')"),
     **refusing(("default_system",), "write the system message into the rows"),
-    **refusing(("interleave_probs",), "data sets follow each other; in Python: a list of sources with weights"),
     **refusing(("adapter_name_or_path", "adapter_folder"), shared.NEW_ADAPTER),
-    **refusing(("add_tokens", "add_special_tokens", "new_special_tokens_config", "resize_vocab"), "in Python: oribi.add_new_tokens"),
-    **refusing(("pissa_init",), shared.ADAPTERS_START),
+    "add_tokens": learning.new_tokens,
+    **refusing(("add_special_tokens", "new_special_tokens_config", "resize_vocab"), "in Python: oribi.add_new_tokens"),
+    "pissa_init": learning.pissa,
+    **read_elsewhere(("pissa_iter", "pissa_convert")),
     **refusing(("use_llama_pro", "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_dft_loss", "use_asft_loss", "use_eaft_loss", "shift_attn", "mixture_of_depths", "moe_aux_loss_coef", "train_from_scratch", "use_mca", "use_kt", "fp8"), NO_TRAINING),
 }  # fmt: skip
 

@@ -225,7 +225,6 @@ HANDLERS: dict[str, Handler] = {
     **refusing(("use_weighting", "ld_alpha"), _PLAIN_PAIRS),
     **refusing(("reference_free",), NO_REFERENCE),
     **refusing(("sync_ref_model", "ref_model", "ref_adapter_name", "ref_model_adapters"), REFERENCE),
-    **refusing(("chat_template_kwargs",), "write them into the rows, as a column chat_template_kwargs"),
     **refusing(("reward_model_name_or_path", "reward_model_path"), "write a function that asks that model, and name it in reward_funcs as file.py:function"),
     **idle(("precompute_ref_log_probs", "precompute_ref_batch_size", "ref_model_init_kwargs", "force_use_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), REFERENCE),
     **idle(

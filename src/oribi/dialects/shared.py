@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from oribi.config import OPTIMIZERS, SCHEDULES, TRACKERS
+from oribi.dialects import learning
 from oribi.dialects.converted import (
     Converted,
     Handler,
@@ -27,6 +28,8 @@ SAME_OPTIMIZER = {
 
 def schedule(found: Converted, key: str, value: Any) -> None:
     """The learning rate's schedule."""
+    if key == "lr_scheduler" and found.entries.get("cosine_min_lr_ratio") and value == "cosine":
+        return  # `learning.least_rate` names the schedule of both
     if value in SCHEDULES:
         found.put("lr_scheduler_type", value, key)
     elif not is_off(value):
@@ -135,8 +138,8 @@ def put_strategies(found: Converted, default: str) -> None:
     saving = entries.get("save_strategy") or default
     if saving == "steps":
         steps("save_steps")(found, "save_steps", entries.get("save_steps", 500))
-    elif saving not in ("no", False):
-        found.unsupported["save_strategy"] = f"{saving}; oribi saves every save_steps, or at the end only"
+    elif saving in ("epoch", "best"):
+        found.put("save_strategy", saving, "save_strategy")
     evaluating = evaluation(found)
     if evaluating == "steps":
         every = entries.get("eval_steps") or entries.get("logging_steps") or found.values.get("logging_steps")
@@ -170,13 +173,12 @@ MASTER_WEIGHTS = (
 )
 EIGHT_BITS = "weights are NF4 or 16 bit; 16 bit is taken, which is exact and needs more memory"
 NEW_ADAPTER = "oribi starts a new adapter; in Python an adapter can be loaded and trained on: FastLanguageModel.from_pretrained(ADAPTER)"
-ADAPTERS_START = "adapters start as PEFT starts them; in Python: get_peft_model(init_lora_weights=...)"
 # `put_strategies` reads them
 CHECKPOINTS = read_elsewhere(
     ("save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps")
 )
-GOES_ON = "oribi trains one model from start to end and keeps its last weights; stop early by hand, or in Python with callbacks"
 HANDLERS: dict[str, Handler] = {
+    **learning.HANDLERS,
     "lr_scheduler_type": schedule,
     "lr_scheduler": schedule,
     "optim": optimizer,
@@ -193,9 +195,6 @@ HANDLERS: dict[str, Handler] = {
     "resume_from_checkpoint": resume,
     "lora_modules_to_save": names("modules_to_save"),
     "lora_target_modules": targets,
-    "adam_beta1": only([0.9], "AdamW runs with 0.9, 0.999 and 1e-8 here"),
-    "adam_beta2": only([0.999], "AdamW runs with 0.9, 0.999 and 1e-8 here"),
-    "adam_epsilon": only([1e-8], "AdamW runs with 0.9, 0.999 and 1e-8 here"),
     "bias": only(["none"], "an adapter trains no biases here"),
     "lora_bias": only(["none", False], "an adapter trains no biases here"),
     "bnb_4bit_quant_type": only(["nf4"], "4-bit weights are NF4"),
@@ -257,15 +256,7 @@ HANDLERS: dict[str, Handler] = {
         "in Python: model.push_to_hub_merged, model.push_to_hub_gguf",
     ),
     **lacking(("streaming", "dataset_streaming"), "data is prepared whole before training; in Python a stream can be passed to SFTTrainer"),
-    **refusing(("load_best_model_at_end", "early_stopping_patience", "early_stopping_steps"), GOES_ON),
-    **refusing(
-        ("lr_scheduler_kwargs", "cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup", "lr_groups",
-         "embedding_lr_scale", "loraplus_lr_ratio"),
-        "the learning rate follows lr_scheduler_type alone; embedding_learning_rate is the only second one",
-    ),
     **refusing(("optim_args", "optim_target_modules"), "optimizers run with their usual arguments, on all that is trained"),
     **refusing(("label_smoothing_factor",), "the loss is plain cross-entropy"),
     **refusing(("rope_scaling",), "in Python: FastLanguageModel.from_pretrained(rope_scaling=...)"),
-    **refusing(("loftq_config", "use_loftq"), "in Python: FastLanguageModel.get_peft_model(loftq_config=...)"),
-    **refusing(("lora_target_parameters", "lora_rank_pattern", "lora_alpha_pattern"), "one rank for all layers, and only layers get an adapter; in Python: get_peft_model(...)"),
 }  # fmt: skip
