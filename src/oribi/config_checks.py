@@ -116,6 +116,13 @@ def _refuse_of_adapter(config: RunConfig, refuse: Callable[[str, str], None]) ->
         )
     if start == "loftq" and config.use_dora:
         refuse("init_lora_weights", "loftq and use_dora each set how layers begin; leave one of them out")
+    if config.fsdp and start == "loftq":
+        refuse("init_lora_weights", "loftq reads whole layers, and with fsdp a process holds parts of them")
+    if config.fsdp and config.new_tokens:
+        refuse(
+            "new_tokens",
+            "adds rows to embeddings that fsdp keeps in parts; add them on one GPU and save the model first",
+        )
     if config.target_parameters and config.lora_dropout:
         refuse(
             "target_parameters",

@@ -195,6 +195,7 @@ def test_values_of_single_layers_and_arguments_are_read_with_their_types(read):
         "init_lora_weights: loftq\nload_in_4bit: false": "loftq makes up for what NF4 rounds off",
         "full_finetuning: true\nrank_pattern: {q_proj: 8}": "full_finetuning has no adapter; leave it out",
         "trainable_tokens: [a]\nmodules_to_save: [embed_tokens]": "embed_tokens is trained whole already",
+        "fsdp: true\ninit_lora_weights: loftq\nnew_tokens: [a]": "with fsdp a process holds parts of them",
         "early_stopping_patience: 3": "needs evaluations: eval_dataset or eval_fraction",
         "eval_fraction: 0.1\neval_steps: 3\nsave_steps: 4\nload_best_model_at_end: true": "needs a multiple of eval_steps = 3",
         "eval_fraction: 0.1\nsave_steps: 4\nload_best_model_at_end: true": "or save_strategy: best",
