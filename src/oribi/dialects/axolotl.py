@@ -346,7 +346,7 @@ HANDLERS: dict[str, Handler] = {
     "plugins": _plugins,
     "peft": _peft,
     "special_tokens": _special_tokens,
-    "peft_init_lora_weights": learning.start,
+    "peft_init_lora_weights": learning.start_of_pairs,
     "tokens": learning.new_tokens,
     "peft_layers_to_transform": renamed("layers_to_transform"),
     "lora_exclude_modules": names("exclude_modules"),

@@ -32,7 +32,7 @@ def least_rate(found: Converted, key: str, value: Any) -> None:
     found.put("lr_scheduler_kwargs", {"min_lr_rate": value}, key)
 
 
-def start(found: Converted, key: str, value: Any) -> None:
+def start_of_pairs(found: Converted, key: str, value: Any) -> None:
     """How pairs begin, in PEFT's words."""
     word = str(value).lower() if isinstance(value, bool) else str(value)
     if value is None:
