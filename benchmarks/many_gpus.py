@@ -2,11 +2,13 @@
 
     python benchmarks/many_gpus.py --gpus 1,2 --workload llama-3.1-8b:2x2048 --mode ddp --mode fsdp
     python benchmarks/many_gpus.py --gpus 1,2 --workload llama-3.2-1b:2xchat --stack oribi:auto --stack hf:default
+    python benchmarks/many_gpus.py --gpus 1,2 --workload llama-3.1-8b:1x131072 --mode context --accumulation 1 --steps 5 --warmup 2
     python benchmarks/many_gpus.py --gpus 1,2 --workload tiny:2x64 --steps 4 --warmup 1     on a CPU
 
 Each GPU gets the same number of rows, so that `scaling` is W t(1) / t(W): 2 at best for two GPUs. Milliseconds are medians of
 synchronised steps after warm-up, of the slowest process; `peak_gib` is the largest of all. TOKENS may be "chat": rows of uneven
-length, the same for all. Modes: ddp has whole weights on each GPU, fsdp shards them (oribi only). One process also takes the rows
+length, the same for all. Modes: ddp has whole weights on each GPU, fsdp shards them (oribi only). In mode context (oribi only) all GPUs
+share each row, so that the same rows take less time: `scaling` is t(1) / t(W) there, also 2 at best for two GPUs. One process also takes the rows
 of all GPUs by accumulation, and `gradient_difference` is the relative distance between the gradients of the first step.
 Results go to benchmarks/results/<gpu>_many_gpus.json, and as a table to the terminal.
 """
@@ -36,7 +38,9 @@ def main() -> None:
         "--workload", action="append", required=True, help="MODEL:ROWSxTOKENS, or MODEL:ROWSxchat"
     )
     parser.add_argument("--gpus", default="1,2", help="numbers of processes, with commas")
-    parser.add_argument("--mode", action="append", choices=("ddp", "fsdp"), help="ddp if not given")
+    parser.add_argument(
+        "--mode", action="append", choices=("ddp", "fsdp", "context"), help="ddp if not given"
+    )
     parser.add_argument(
         "--stack", action="append", help="STACK:MODE of train_step.py; oribi:auto if not given"
     )
@@ -85,10 +89,11 @@ def compare(
         shape = {"workload": workload, "stack": stack, "mode": mode, "accumulation": accumulation}
         found = together(args, count, gradients=str(folder / "several.pt"), **shape)
         one = next((row for row in rows if row["gpus"] == 1 and "ms" in row), None)
+        readers = readers_of(mode, count)
         if "ms" in found and one is not None and count > 1:
-            found["scaling"] = count * one["ms"] / found["ms"]
+            found["scaling"] = readers * one["ms"] / found["ms"]
         if "ms" in found and count > 1:
-            shape["accumulation"] *= count
+            shape["accumulation"] *= readers
             alone = together(
                 args,
                 1,
@@ -103,6 +108,11 @@ def compare(
         rows.append(found)
         print(line(found), flush=True)
     return rows
+
+
+def readers_of(mode: str, count: int) -> int:
+    """Processes that read different rows."""
+    return 1 if mode == "context" else count
 
 
 def together(args: argparse.Namespace, count: int, **run: object) -> dict:
@@ -177,11 +187,13 @@ def run_one(
         name, policy, args.models / model_name, longest, args.rank
     )
     same_factors(model)
-    micro_batches = (args.steps + args.warmup) * accumulation * (1 if processes else count)
+    micro_batches = (args.steps + args.warmup) * accumulation * (1 if processes else readers_of(mode, count))
     data = dataset(model.config.vocab_size, rows * micro_batches, length)
     settings = {**TRAINING, **extra, "gradient_accumulation_steps": accumulation}
     if mode == "fsdp":
         settings["fsdp"] = True
+    if mode == "context":
+        settings["context_parallel"] = count
     if not cuda:
         settings["bf16"] = False
 
@@ -219,7 +231,7 @@ def run_one(
         "stack": stack, "model": model_name, "workload": workload, "mode": mode, "accumulation": accumulation,
         "rows": rows, "seq": length, "rank": args.rank, "gpu": gpu_name() if cuda else "cpu",
         "ms": statistics.median(times), "ms_p90": sorted(times)[len(times) * 9 // 10],
-        "tokens_per_step": statistics.mean(lengths) * rows * accumulation,
+        "tokens_per_step": statistics.mean(lengths) * rows * accumulation * readers_of(mode, count) / count,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
         "versions": versions(name),

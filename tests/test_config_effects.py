@@ -217,8 +217,8 @@ EFFECTS = {
 # (revision, trust_remote_code) and tests/train/test_trainer.py (dataset_num_proc); without malformed a run with such rows does not
 # begin: tests/data/test_rows.py
 PASSED_ON = {"revision", "trust_remote_code", "dataset_num_proc", "malformed"}
-# these act where there are several processes: tests/cli/test_train_gpus.py and tests/trust/test_processes.py
-OF_PROCESSES = {"gpus", "fsdp", "ddp_timeout"}
+# these act where there are several processes: tests/cli/test_train_gpus.py, tests/trust/test_processes.py and tests/train/test_context.py
+OF_PROCESSES = {"gpus", "fsdp", "context_parallel", "ddp_timeout"}
 # parameters that are no layers: tests/lora/test_starts.py
 OF_EXPERTS = {"target_parameters"}
 # and this one needs a GPU: tests/train/test_fp8.py

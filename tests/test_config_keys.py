@@ -86,6 +86,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "fp8": {"fp8": True},
     "deterministic": {"deterministic": True},
     "fsdp": {"fsdp": True},
+    "context_parallel": {"context_parallel": 2},
     "ddp_timeout": {"ddp_timeout": 60},
     "logging_steps": {"logging_steps": 10},
     "eval_steps": {"eval_steps": 3, "eval_fraction": 0.5},

@@ -215,6 +215,11 @@ class RunConfig:
         "Split the frozen weights over the GPUs, for a model that is too large for one",
         used_by=SFT_ONLY,
     )
+    context_parallel: int = setting(
+        1,
+        "GPUs that share each row, for rows that are too long for one; the number of GPUs is a multiple of it",
+        low=1, high=1024, used_by=SFT_ONLY,
+    )  # fmt: skip
     ddp_timeout: int = setting(1800, "Seconds that a process waits for the others before it gives up", low=1)
     logging_steps: int = setting(1, "Steps between two log lines", low=1)
     eval_steps: int | None = setting(

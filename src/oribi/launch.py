@@ -50,6 +50,21 @@ def count_of_gpus(asked: str | None, found: int) -> int:
     return int(asked) if asked.strip().isdecimal() else len(chosen_gpus(asked, 10**6))
 
 
+def require_groups(context_parallel: int, processes: int) -> None:
+    """Before anything is loaded: whether processes can share rows in groups of `context_parallel`.
+
+    Raises:
+        ConfigError: they do not come out even.
+    """
+    if processes % context_parallel:
+        wanted = -(-processes // context_parallel) * context_parallel
+        there = "there is one process" if processes == 1 else f"there are {processes} processes"
+        raise ConfigError(
+            f"context_parallel = {context_parallel}: {there}, and each row is shared by {context_parallel}. Set gpus: {wanted}, "
+            f"or start {wanted} processes with torchrun; context_parallel = 1 gives each row to one process"
+        )
+
+
 def is_restarted() -> bool:
     """Whether a launcher started this process in place of one that failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")

@@ -14,7 +14,7 @@ from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.gguf.metadata import check_config
 from oribi.gguf.mixes import mix_of
-from oribi.launch import processes_here
+from oribi.launch import processes_here, require_groups
 from oribi.memory.fit import refuse_what_cannot_fit
 from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
@@ -30,6 +30,7 @@ from oribi.run_record import (
 )
 from oribi.text import say
 from oribi.train.arguments import require_trackers
+from oribi.train.context import require_shareable
 from oribi.train.fingerprint import compare_settings
 from oribi.train.progress import read_log
 from oribi.train.resume import newest_whole, require_same
@@ -82,6 +83,9 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         mix_of(method)  # an unknown one is told before training, not after
     if config.fp8:
         require_fp8_gpu(environment)
+    if config.context_parallel > 1:
+        require_groups(config.context_parallel, processes_here())
+        require_shareable(open_run_model(config).config, config.context_parallel)
     if config.fsdp and config.sample_prompts and processes_here() > 1:
         raise ConfigError(
             "sample_prompts asks one process to answer while training, and fsdp leaves none with the whole model: leave out one of "

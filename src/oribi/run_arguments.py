@@ -16,7 +16,7 @@ _SAME = (
     "gradient_accumulation_steps", "learning_rate", "embedding_learning_rate", "loraplus_lr_ratio", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
     "max_grad_norm", "neftune_noise_alpha", "seed", "fp8", "deterministic", "logging_steps", "report_to", "packing",
-    "eval_steps", "early_stopping_patience", "ddp_timeout",
+    "eval_steps", "early_stopping_patience", "ddp_timeout", "context_parallel",
 )  # fmt: skip
 
 

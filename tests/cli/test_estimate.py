@@ -64,6 +64,21 @@ def test_several_gpus_share_the_steps_and_with_fsdp_the_weights(oribi, bare_conf
     assert "2, each with all weights" in said
 
 
+def test_gpus_that_share_rows_hold_longer_ones_and_take_as_many_steps(oribi, bare_config):
+    flags = ["--gpu", "T4", "--max_steps", -1, "--max_seq_length", 4096]
+    one = oribi("estimate", bare_config, *flags, "--json").records[0]
+    two = oribi("estimate", bare_config, *flags, "--gpus", 2, "--context_parallel", 2, "--json").records[0]
+    assert two["steps"] == one["steps"]
+    assert two["parts"]["weights"] == one["parts"]["weights"]
+    assert (
+        two["parts"]["activations"] + two["parts"]["in work"]
+        < one["parts"]["activations"] + one["parts"]["in work"]
+    )
+    assert two["largest_batch"] > 1.5 * one["largest_batch"]
+    refused = oribi("estimate", bare_config, *flags, "--gpus", 3, "--context_parallel", 2)
+    assert "there are 3 processes, and each row is shared by 2. Set gpus: 4" in refused.err
+
+
 def test_init_writes_the_gpus_and_keeps_the_effective_batch(oribi, bare_config, tmp_path):
     model = read_run_config(bare_config, [])[0].model
     rows = tmp_path / "rows.jsonl"

@@ -300,6 +300,21 @@ def test_what_proposals_name_fits():
     )
 
 
+def test_gpus_that_share_each_row_hold_one_that_is_too_long():
+    card = gpu_named("T4")
+    long = training_of("Llama-3.1-8B", max_seq_length=131072, per_device_train_batch_size=1)
+    with pytest.raises(
+        ConfigError, match=r"or context_parallel: (\d) with gpus: \1 and per_device"
+    ) as refused:
+        require_fit(long, card.name, card.memory_bytes)
+    needed = int(str(refused.value).partition("context_parallel: ")[2][0])
+    for count, fits in ((needed - 1, False), (needed, True)):
+        shared = replace(long, config=replace(long.config, context_parallel=count))
+        tokens = shared.tokens_of(1, shared.longest)
+        assert tokens == 131072 // count or count % 2
+        assert shared.fits(tokens, shared.longest, card.memory_bytes) == fits
+
+
 def test_gpus_that_share_the_frozen_weights_hold_what_one_cannot(monkeypatch):
     name, card = "Llama-3.3-70B", gpu_named("RTX 3090")
     monkeypatch.setitem(

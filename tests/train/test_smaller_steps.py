@@ -13,7 +13,7 @@ from oribi.errors import EndedElsewhere, TrainingError
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
 from oribi.train.arguments import SFTConfig
-from oribi.train.smaller_steps import SmallerSteps, cut
+from oribi.train.smaller_steps import SmallerSteps, StepsOfSharedRows, cut
 from oribi.train.smaller_steps_together import SmallerStepsTogether
 from oribi.train.trainer import SFTTrainer
 from tests.models.tiny import tiny_config, tiny_pair
@@ -204,6 +204,17 @@ def test_a_process_repeats_its_step_where_another_one_was_short_and_ends_where_n
     steps._agree = lambda own: [None, "too long"]
     with pytest.raises(EndedElsewhere, match="process 1 failed, which ends the training: too long"):
         steps(0, PackCollator()(examples(4)), 6)
+
+
+def test_parts_of_shared_rows_are_not_cut_and_end_with_advice():
+    def run(inputs, targets):
+        raise OUT_OF_MEMORY
+
+    steps = StepsOfSharedRows(run, lambda: None, plans=True)
+    with pytest.raises(
+        TrainingError, match="not cut further: raise context_parallel and gpus, lower max_seq_length"
+    ):
+        steps(0, PackCollator()(examples(4, 4)), 6)
 
 
 def test_a_leaner_plan_is_tried_where_nothing_can_be_cut():

@@ -1,6 +1,6 @@
 """Trainings of test_two_gpus.py, one after the other: `python -m tests.train.two_gpus MODEL FOLDER cpu|cuda MODE:BITS ...`.
 
-MODE is one, ddp or sharded, BITS nf4 or 16bit. The first process prints what each found as a line of JSON.
+MODE is one, ddp, sharded, context (both GPUs share each row) or context-sharded, BITS nf4 or 16bit. The first process prints what each found as a line of JSON.
 """
 
 import gc
@@ -61,11 +61,15 @@ def train(path: str, folder: str, device: str, mode: str, bits: str) -> dict[str
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.02, generator=generator))
+    shares = mode.startswith("context")
     args = SFTConfig(
-        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=1, learning_rate=1e-4,
-        gradient_accumulation_steps=ROWS_PER_STEP if mode == "one" else ROWS_PER_STEP // 2, warmup_steps=0,
+        output_dir=folder, max_steps=STEPS, learning_rate=1e-4, warmup_steps=0,
+        # rows that are shared lie in packs of two documents, so that a chunk has a single one or several
+        per_device_train_batch_size=2 if shares else 1,
+        gradient_accumulation_steps=ROWS_PER_STEP if mode == "one" else ROWS_PER_STEP // 2,
+        context_parallel=2 if shares else 1,
         lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
-        dataset_kwargs={"skip_prepare_dataset": True}, fsdp=True if mode == "sharded" else None,
+        dataset_kwargs={"skip_prepare_dataset": True}, fsdp=True if "sharded" in mode else None,
     )  # fmt: skip
     data = rows(model.get_base_model().config.vocab_size)
     trainer = SFTTrainer(model, args, train_dataset=data, tokenizer=tokenizer)

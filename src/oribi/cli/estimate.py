@@ -7,7 +7,7 @@ import typer
 
 from oribi.cli.output import Json, Output, chatter_aside
 from oribi.cli.settings import read_settings
-from oribi.launch import count_of_gpus
+from oribi.launch import count_of_gpus, require_groups
 from oribi.text import clock, gibibytes, short_count
 
 SHOWN = ("T4", "RTX 4090", "A100-40GB", "A100-80GB", "H100", "H200")
@@ -31,13 +31,17 @@ def estimate(
         from oribi.memory.architecture import OutsideFamilyTable
         from oribi.memory.estimate import training_of
         from oribi.memory.gpus import gpu_named
+        from oribi.train.context import require_shareable
 
         settings = read_settings(config, context.args)
         gpus = [gpu_named(name) for name in gpu or _default_gpus()]
         count = count_of_gpus(settings.gpus, _gpus_here())
+        require_groups(settings.context_parallel, count)
         training = outside = tokens = rows = None
         try:
             training = training_of(settings, virtual_memory().total, count)
+            if settings.context_parallel > 1:
+                require_shareable(training.architecture.config, settings.context_parallel)
         except OutsideFamilyTable as error:
             if error.sizes is None:
                 raise
@@ -144,7 +148,7 @@ def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None, coun
     step = step_time(training, found, gpu)
     steps = optimizer_steps(training, tokens, rows)
     if steps and training.config.max_steps < 1:  # each step takes the rows of all GPUs
-        steps = max(-(-steps // count), 1)
+        steps = max(-(-steps // (count // training.config.context_parallel)), 1)
     return {
         "peak": found.peak,
         "usable": usable(gpu.memory_bytes),

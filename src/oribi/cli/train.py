@@ -7,7 +7,7 @@ import typer
 
 from oribi.cli.output import chatter_aside
 from oribi.cli.settings import read_settings
-from oribi.launch import chosen_gpus, is_launched, is_restarted, start_together
+from oribi.launch import chosen_gpus, is_launched, is_restarted, require_groups, start_together
 from oribi.run_record import FORM_FOLDERS
 from oribi.text import say_notes
 
@@ -39,6 +39,7 @@ def train(
         return
     if settings.gpus is not None and not is_launched():
         gpus = chosen_gpus(settings.gpus, _gpus_here())
+        require_groups(settings.context_parallel, len(gpus))
         if len(gpus) > 1 or "," in settings.gpus:
             raise typer.Exit(start_together(["-m", "oribi", *sys.argv[1:]], gpus, restarts))
     elif settings.gpus is not None:

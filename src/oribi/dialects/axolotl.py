@@ -380,7 +380,7 @@ HANDLERS: dict[str, Handler] = {
     **refusing(("tokenizer_config", "base_model_config", "overrides_of_model_config", "model_config", "tokenizer_use_mistral_common"), "the model is read with its own config and tokenizer"),
     **refusing(("chat_template_jinja", "default_system_message"), "in Python: oribi.get_chat_template(tokenizer, (jinja, end of a turn))"),
     **refusing(("dataset_shard_num", "dataset_shard_idx"), "a part of the rows cannot be named; cut the data before"),
-    **dict.fromkeys(("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"), only([1, 0], "each GPU holds whole sequences and the whole model")),
+    **dict.fromkeys(("sequence_parallel_degree", "context_parallel_size"), shared.context_parallel), "tensor_parallel_size": only([1, 0], "each GPU holds whole layers"),
 }  # fmt: skip
 
 DEFAULTS = {

@@ -107,6 +107,14 @@ def resume(found: Converted, key: str, value: Any) -> None:
         found.unsupported[key] = "resume: true continues from oribi's newest checkpoint in output_dir"
 
 
+def context_parallel(found: Converted, key: str, value: Any) -> None:
+    """GPUs that share each row."""
+    if value in (None, 0, 1):
+        found.idle[key] = "each GPU has rows of its own unless context_parallel is set"
+    else:
+        found.put("context_parallel", value, key)
+
+
 def targets(found: Converted, key: str, value: Any) -> None:
     """The layers that get an adapter."""
     if value is True or value in ("all", "all-linear", ["all-linear"], ["all"]):

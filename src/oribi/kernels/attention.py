@@ -3,6 +3,8 @@
 B rows, S queries and C keys per row, H query heads, K key/value heads, E head_dim. q [B, S, H, E]; k, v [B, C, K, E].
 `out[b, s, h] = softmax(scale * q[b, s, h] @ k[b, :, h // (H/K)]^T + mask) @ v`, mask from `Visibility`.
 
+A row that processes share is attended in chunks (`kernels/context_attention.py`), whose queries are the last of their keys.
+
 Backends: `cudnn` (dense rows), `flash` (dense or packed documents, windows), `flash3` (the same, where FlashAttention 3
 is installed), `triton` (with soft caps too), `blocked` (heads wider than 256, on any GPU) and `reference` (PyTorch on any device, each document apart, so that no
 document can touch another). Packs of equally long documents are dense rows. FlashAttention 2 is PyTorch's own `flash`.
@@ -16,7 +18,9 @@ import torch.nn.functional as F
 
 from oribi.kernels import flash_attention_3
 from oribi.kernels.blocked_attention import blocked_attention_backward, blocked_attention_forward
-from oribi.kernels.dispatch import use_triton
+from oribi.kernels.context_attention import shared_attention_backward, shared_attention_forward
+from oribi.kernels.cudnn_attention import cudnn_attention_backward, cudnn_attention_forward
+from oribi.kernels.dispatch import use_triton, wide
 from oribi.kernels.flash_attention import flash_attention_backward, flash_attention_forward
 from oribi.kernels.visibility import Visibility
 
@@ -26,17 +30,24 @@ SHORT = 512
 LONG_ROWS = 8192
 # queries of all heads that keep a GPU busy through attention's backward: more are taken in portions of the heads
 GROUP_QUERIES = 2**18
+# backend -> tensors that its forward leaves for its backward
+SAVED_TENSORS = {"reference": 0, "triton": 1, "blocked": 1, "flash3": 1, "flash": 3, "cudnn": 3}
 
 
 @dataclass(frozen=True)
 class Attend:
-    """One attention decided: backend and layout. `decide` makes it, `attention_forward` and `_backward` carry it out."""
+    """One attention decided: backend and layout. `decide` makes it, `attention_forward` and `_backward` carry it out.
+
+    Args:
+        chunks: of a row that processes share, how each of this process's chunks is attended; `backend` is then "shared".
+    """
 
     backend: str
     scale: float
     window: int | None
     softcap: float | None
     visibility: Visibility
+    chunks: "tuple[Attend, ...]" = ()
 
     @property
     def packed(self) -> bool:
@@ -60,10 +71,14 @@ def decide(
         scale: factor on the scores. window: keys a query may look back over, itself included. softcap: scores become
             softcap * tanh(score / softcap). keys: length of the key rows where they are longer than the queries.
     """
-    if visibility.uniform:  # packs of equally long documents are dense rows
+    if visibility.uniform and not visibility.past:  # packs of equally long documents are dense rows
         visibility = Visibility(len(visibility.cu_seqlens) - 1, visibility.max_length)
-    if window is not None and window >= (visibility.max_length or keys or visibility.length):
+    longest = (visibility.max_length or keys or visibility.length) + visibility.past * visibility.tail
+    if window is not None and window >= longest:
         window = None
+    if visibility.shared is not None:
+        chunks = tuple(decide(q, one.visibility, scale, window, softcap) for one in visibility.shared.chunks)
+        return Attend("shared", scale, window, softcap, visibility, chunks)
     return Attend(choose_backend(q, visibility, window, softcap), scale, window, softcap, visibility)
 
 
@@ -94,7 +109,9 @@ def attention(
 def choose_backend(q: torch.Tensor, visibility: Visibility, window: int | None, softcap: float | None) -> str:
     """Name of the fastest backend that computes this attention, as the file's docstring lists them."""
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if not q.is_cuda or not half or visibility.real is not None or visibility.past:
+    if not q.is_cuda or not half or visibility.real is not None:
+        return "reference"
+    if visibility.past and not visibility.tail:
         return "reference"
     if q.shape[-1] > 256:
         return "blocked" if softcap is None else "reference"
@@ -119,28 +136,26 @@ def attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Attend
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """out, shaped as q, and what `attention_backward` needs besides q, k, v and out (nothing for "reference")."""
+    if how.chunks:
+        return shared_attention_forward(q, k, v, how.visibility.shared, how.chunks, attention_forward)
     shape = q.shape
     q, k, v = (_laid_out(x, how) for x in (q, k, v))
     if how.backend == "reference":
         return _reference(q, k, v, how).reshape(shape), ()
     if how.backend == "cudnn":
-        qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            qh, kh, vh, None, True, 0.0, True, False, scale=how.scale
-        )
-        return out.transpose(1, 2).reshape(shape), (lse, seed, offset)
+        out, saved = cudnn_attention_forward(q, k, v, how.scale)
+        return out.reshape(shape), saved
     if how.backend == "triton":
-        documents = how.visibility.documents(q.device)
-        out, lse = flash_attention_forward(q, k, v, *documents, how.scale, how.window, how.softcap)
+        out, lse = flash_attention_forward(q, k, v, *_triton_extent(q, how))
         return out.view(shape), (lse,)
     if how.backend == "blocked":
-        out, lse = blocked_attention_forward(q, k, v, *_blocked_extent(q, how))
+        out, lse = blocked_attention_forward(q, k, v, *_blocked_extent(q, k, how))
         return out.reshape(shape), (lse,)
     if how.backend == "flash3":
-        out, lse = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **_flash3_extent(q, how))[:2]
+        out, lse = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **_flash3_extent(q, k, how))[:2]
         return out.reshape(shape), (lse,)
     out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *_flash_extent(q, how), 0.0, True, False, scale=how.scale, **_flash_window(how)
+        q, k, v, *_flash_extent(q, k, how), 0.0, True, False, scale=how.scale, **_flash_window(how)
     )
     return out.reshape(shape), (lse, seed, offset)
 
@@ -155,6 +170,11 @@ def attention_backward(
     how: Attend,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, shaped as they are; dout is shaped as out. "reference" runs its forward again."""
+    if how.chunks:
+        counts = [SAVED_TENSORS[chunk.backend] for chunk in how.chunks]
+        return shared_attention_backward(
+            dout, q, k, v, out, saved, counts, how.visibility.shared, how.chunks, attention_backward
+        )
     shapes = q.shape, k.shape, v.shape
     tensors = dout, q, k, v, out = [_laid_out(x, how) for x in (dout, q, k, v, out)]
     groups = head_groups(how.backend, q.numel() // q.shape[-1], k.shape[-2])
@@ -194,26 +214,18 @@ def _backward(
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
             return torch.autograd.grad(_reference(*inputs, how), inputs, dout)
     if how.backend == "triton":
-        documents = how.visibility.documents(q.device)
-        return flash_attention_backward(
-            dout, q, k, v, out, *saved, *documents, how.scale, how.window, how.softcap
-        )
+        return flash_attention_backward(dout, q, k, v, out, *saved, *_triton_extent(q, how))
     if how.backend == "blocked":
-        return blocked_attention_backward(dout, q, k, v, out, *saved, *_blocked_extent(q, how))
+        return blocked_attention_backward(dout, q, k, v, out, *saved, *_blocked_extent(q, k, how))
     if how.backend == "flash3":
-        return torch.ops.flash_attn_3.bwd(dout, q, k, v, out, *saved, **_flash3_extent(q, how))[:3]
+        return torch.ops.flash_attn_3.bwd(dout, q, k, v, out, *saved, **_flash3_extent(q, k, how))[:3]
+    if how.backend == "cudnn":
+        return cudnn_attention_backward(dout, q, k, v, out, saved, how.scale)
     lse, seed, offset = saved
-    if how.backend == "flash":
-        return torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, *_flash_extent(q, how), 0.0, True, seed, offset,
-            scale=how.scale, **_flash_window(how),
-        )  # fmt: skip
-    doh, qh, kh, vh, oh = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        doh, qh, kh, vh, oh, lse, seed, offset, None, None, None, q.shape[1], k.shape[1], 0.0, True,
-        scale=how.scale,
+    return torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, lse, *_flash_extent(q, k, how), 0.0, True, seed, offset,
+        scale=how.scale, **_flash_window(how),
     )  # fmt: skip
-    return tuple(x.transpose(1, 2) for x in grads)
 
 
 def _laid_out(x: torch.Tensor, how: Attend) -> torch.Tensor:
@@ -226,24 +238,37 @@ def _laid_out(x: torch.Tensor, how: Attend) -> torch.Tensor:
     return x if x.shape[0] == rows else x.view(rows, -1, *x.shape[2:])
 
 
-def _flash_extent(q: torch.Tensor, how: Attend) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
-    cu_seqlens = how.visibility.cu_seqlens
-    length = how.visibility.max_length if how.packed else q.shape[1]
-    return cu_seqlens, cu_seqlens, length, length
+def _flash_extent(
+    q: torch.Tensor, k: torch.Tensor, how: Attend
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
+    if not how.packed:
+        return None, None, q.shape[1], k.shape[1]
+    visibility = how.visibility
+    keys, longest = visibility.key_documents(q.device)
+    return visibility.cu_seqlens, keys, visibility.max_length, longest
 
 
-def _blocked_extent(q: torch.Tensor, how: Attend) -> tuple[torch.Tensor | None, int, float, int | None]:
-    first_keys = how.visibility.doc_start(q.device) if how.packed else None
-    return first_keys, how.visibility.max_length if how.packed else q.shape[1], how.scale, how.window
+def _triton_extent(q: torch.Tensor, how: Attend) -> tuple[object, ...]:
+    documents, keys = how.visibility.documents(q.device), how.visibility.key_documents(q.device)
+    return *documents, how.scale, how.window, how.softcap, keys if how.visibility.past else None
+
+
+def _blocked_extent(
+    q: torch.Tensor, k: torch.Tensor, how: Attend
+) -> tuple[torch.Tensor | None, int, float, int | None]:
+    if not how.packed:
+        return None, k.shape[1], how.scale, how.window
+    longest = how.visibility.key_documents(q.device)[1]
+    return how.visibility.doc_start(q.device), longest, how.scale, how.window
 
 
 def _flash_window(how: Attend) -> dict[str, int]:
     return {"window_size_left": -1 if how.window is None else how.window - 1, "window_size_right": 0}
 
 
-def _flash3_extent(q: torch.Tensor, how: Attend) -> dict[str, object]:
+def _flash3_extent(q: torch.Tensor, k: torch.Tensor, how: Attend) -> dict[str, object]:
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    packed = dict(zip(names, _flash_extent(q, how))) if how.packed else {}
+    packed = dict(zip(names, _flash_extent(q, k, how))) if how.packed else {}
     windowed = {} if how.window is None else _flash_window(how)
     return {**packed, **windowed, "softmax_scale": how.scale, "is_causal": how.window is None}
 
@@ -267,14 +292,16 @@ def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Attend) -
     if not how.packed:
         return _dense(q, k, v, visibility, how)
     documents, longest = len(visibility.cu_seqlens) - 1, visibility.max_length
-    if longest <= SHORT and documents * longest <= 2 * visibility.length:
+    past = visibility.past
+    if not past and longest <= SHORT and documents * longest <= 2 * visibility.length:
         return _side_by_side(q, k, v, documents, longest, how)
     bounds = visibility.bounds()
     parts = []
     for start, end in zip(bounds[:-1], bounds[1:]):
         if start < end:
-            one = Visibility(1, end - start)
-            parts.append(_dense(q[:, start:end], k[:, start:end], v[:, start:end], one, how))
+            one = Visibility(1, end - start, 0 if start else past)
+            keys = slice(start + past if start else 0, end + past)
+            parts.append(_dense(q[:, start:end], k[:, keys], v[:, keys], one, how))
     return torch.cat(parts, dim=1)
 
 
@@ -312,7 +339,7 @@ def _dense(
     if gqa:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = how.softcap * torch.tanh(how.scale / how.softcap * (q @ k.transpose(-1, -2)))
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide(q[:0]).dtype).to(q.dtype)
     return (weights @ v).transpose(1, 2)
 
 
@@ -325,7 +352,7 @@ def _causal(
     """
     rows, heads, length, width = q.shape
     kv_heads = k.shape[1]
-    qf, kf, vf = (x.float() for x in (q, k, v))
+    qf, kf, vf = (wide(x) for x in (q, k, v))
     # the query heads of one key head are rows of one product
     scores = (qf * scale).reshape(rows, kv_heads, -1, width) @ kf.transpose(-1, -2)
     unseen = ~visibility.mask(length, None, q.device)[:, :, None]

@@ -8,7 +8,8 @@ B rows, S tokens per row, H query heads, K key/value heads, E head_dim, N querie
 The query heads of one key head are rows of one product, so no key is repeated. Only one block's scores exist at a time,
 in float32; P and dX are rounded to the operands' dtype. Blocks follow each other in one order and add up in float32:
 two runs are equal to the bit. What a kernel does is the mask and the softmax between the products; nothing depends on
-the documents' places on the host, so a recorded step serves all packs of its size.
+the documents' places on the host, so a recorded step serves all packs of its size. Where there are more keys than queries,
+the queries are those of the last keys.
 """
 
 from typing import NamedTuple
@@ -53,8 +54,8 @@ def blocked_attention_forward(
     """Causal attention of documents in rows.
 
     Args:
-        q: [B, S, H, E]. k, v: [B, S, K, E], K dividing H.
-        first_keys: [S] int32, where the document of each token begins, which is the same in all rows; None: at 0.
+        q: [B, S, H, E]. k, v: [B, S or more, K, E], K dividing H.
+        first_keys: [keys] int32, where the document of each token begins, which is the same in all rows; None: at 0.
         longest: tokens of the longest document.
         scale: of the scores. window: keys that a query may look back over, itself included; None: all.
 
@@ -65,7 +66,7 @@ def blocked_attention_forward(
     keys, values = _by_head(k), _by_head(v)
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(shape[:3], dtype=wide(q[:0]).dtype, device=q.device)
-    for block in _blocks(shape, longest, window):
+    for block in _blocks(shape, k.shape[1], longest, window):
         scores = _product(block.rows(q, kv_heads), block.keys(keys).mT)
         p, logs = _softmax(scores, first_keys, block, scale, window, q.dtype)
         block.put(out, torch.bmm(p, block.keys(values)), kv_heads)
@@ -91,7 +92,7 @@ def blocked_attention_backward(
     dq = torch.empty(shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(keys.shape, dtype=lse.dtype, device=q.device)
     dv = torch.zeros_like(dk)
-    for block in _blocks(shape, longest, window):
+    for block in _blocks(shape, k.shape[1], longest, window):
         of_q, of_out, of_dout = (block.rows(x, kv_heads) for x in (q, out, dout))
         delta = (wide(of_dout) * wide(of_out)).sum(-1)
         scores = _product(of_q, block.keys(keys).mT)
@@ -107,20 +108,21 @@ def blocked_attention_backward(
 
 
 class _Block(NamedTuple):
-    """Queries first .. last - 1, and the keys from `lowest` on that any of them may see."""
+    """Queries of the keys first .. last - 1, and the keys from `lowest` on that any of them may see; `before` keys have no query."""
 
     first: int
     last: int
     lowest: int
+    before: int
 
     def rows(self, x: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """[B K, (H / K) N, ...] of x [B, S, H, ...]: the queries of all heads that share a key head."""
-        part = x[:, self.first : self.last].unflatten(2, (kv_heads, -1))
+        part = x[:, self.first - self.before : self.last - self.before].unflatten(2, (kv_heads, -1))
         return part.permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1).contiguous()
 
     def put(self, x: torch.Tensor, rows: torch.Tensor, kv_heads: int) -> None:
         """Writes what `rows` reads."""
-        part = x[:, self.first : self.last].unflatten(2, (kv_heads, -1))
+        part = x[:, self.first - self.before : self.last - self.before].unflatten(2, (kv_heads, -1))
         part.copy_(rows.view(len(x), kv_heads, part.shape[3], -1, x.shape[-1]).permute(0, 3, 1, 2, 4))
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,12 +130,14 @@ class _Block(NamedTuple):
         return x[:, self.lowest : self.last]
 
 
-def _blocks(shape: torch.Size, longest: int, window: int | None) -> list[_Block]:
+def _blocks(shape: torch.Size, keys: int, longest: int, window: int | None) -> list[_Block]:
     rows, length, heads, _ = shape
-    size = queries_per_block(rows, heads, length)
+    size = queries_per_block(rows, heads, keys)
     back = longest if window is None else min(longest, window)
+    before = keys - length
     return [
-        _Block(first, min(first + size, length), max(first - back + 1, 0)) for first in range(0, length, size)
+        _Block(first, min(first + size, keys), max(first - back + 1, 0), before)
+        for first in range(before, keys, size)
     ]
 
 
@@ -194,7 +198,7 @@ def _softmax_backward(scores, dscores, logs, delta, first_keys, block, scale, wi
 
 
 def _extent(first_keys, block, window, logs):
-    documents, (first, last, lowest) = logs if first_keys is None else first_keys, block
+    documents, (first, last, lowest, _) = logs if first_keys is None else first_keys, block
     return documents, logs.numel(), first, last - first, lowest, last - lowest, window or 0
 
 

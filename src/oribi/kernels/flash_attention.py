@@ -1,7 +1,8 @@
 """Causal attention with soft caps, which no built-in kernel computes: no score ever reaches device memory.
 
 T tokens in documents that lie one after the other, H query heads, K key/value heads, E head_dim. A document's query i
-sees its keys max(i - window + 1, 0) .. i, with scores softcap * tanh(scale * q . k / softcap).
+sees its keys max(i - window + 1, 0) .. i, with scores softcap * tanh(scale * q . k / softcap). Where a document has more
+keys than queries, its queries are those of the last keys.
 
 Forward keeps out and the log-sum-exp of each query's scores. Backward computes the scores again in two passes, one that
 owns rows of dq and one that owns rows of dk and dv, so that nothing is added atomically: two runs are equal to the bit.
@@ -23,6 +24,7 @@ def flash_attention_forward(
     scale: float,
     window: int | None,
     softcap: float,
+    keys: tuple[torch.Tensor, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every document.
 
@@ -30,6 +32,7 @@ def flash_attention_forward(
         q: [T, H, E]; k, v: [T, K, E], last dimension contiguous.
         cu_seqlens: [docs + 1] int32 offsets of the documents; the last is T. max_length: tokens of the longest.
         scale, window, softcap: as above.
+        keys: offsets of the documents' keys, and those of the longest, where they differ from the queries'.
 
     Returns:
         out [T, H, E] in q's dtype, and the log-sum-exp [H, T] float32.
@@ -38,8 +41,9 @@ def flash_attention_forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
     tile = 128 if width <= 128 else 64
+    cu_keys = cu_seqlens if keys is None else keys[0]
     launch(
-        _forward_kernel, _programs(cu_seqlens, max_length, tile) * heads, q, k, v, out, lse, cu_seqlens,
+        _forward_kernel, _programs(cu_seqlens, max_length, tile) * heads, q, k, v, out, lse, cu_seqlens, cu_keys,
         -(-max_length // tile), tokens, *_shape(q, k, v), scale, softcap, window or 0,
         width, next_power_of_2(width), tile, 64 if width <= 128 else 32, window is not None,
         num_warps=8 if width > 64 else 4, num_stages=2,
@@ -59,6 +63,7 @@ def flash_attention_backward(
     scale: float,
     window: int | None,
     softcap: float,
+    keys: tuple[torch.Tensor, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, contiguous, in their dtypes; dout and out are [T, H, E], the rest as in forward."""
     tokens, heads, width = q.shape
@@ -66,14 +71,20 @@ def flash_attention_backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)  # sum of dout * out of each query: the softmax's gradient subtracts it
     tile = 64 if width <= 128 else 32
-    programs = _programs(cu_seqlens, max_length, tile)
+    cu_keys, most_keys = (cu_seqlens, max_length) if keys is None else keys
     shared = (
-        cu_seqlens, -(-max_length // tile), tokens, *_shape(q, k, v), scale, softcap, window or 0,
+        tokens, *_shape(q, k, v), scale, softcap, window or 0,
         width, next_power_of_2(width), tile, tile, window is not None,
     )  # fmt: skip
     options = {"num_warps": 4, "num_stages": 2 if width <= 128 else 1}
-    launch(_dq_kernel, programs * heads, q, k, v, dout, out, dq, lse, delta, *shared, **options)
-    launch(_dkv_kernel, programs * k.shape[1], q, k, v, dout, dk, dv, lse, delta, *shared, **options)
+    launch(
+        _dq_kernel, _programs(cu_seqlens, max_length, tile) * heads, q, k, v, dout, out, dq, lse, delta, cu_seqlens, cu_keys,
+        -(-max_length // tile), *shared, **options,
+    )  # fmt: skip
+    launch(
+        _dkv_kernel, _programs(cu_keys, most_keys, tile) * k.shape[1], q, k, v, dout, dk, dv, lse, delta, cu_seqlens, cu_keys,
+        -(-most_keys // tile), *shared, **options,
+    )  # fmt: skip
     return dq, dk, dv
 
 
@@ -88,12 +99,15 @@ def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]
 
 
 @jit
-def _place(cu_seqlens, blocks, heads):
-    """This program's block, head, and its document's first token and length."""
+def _place(cu_seqlens, cu_keys, blocks, heads):
+    """This program's block, head, and of its document the first query, the queries, the first key, and the keys before the queries."""
     program = tl.program_id(0)
     document = program // heads // blocks
     start = tl.load(cu_seqlens + document)
-    return program // heads % blocks, program % heads, start, tl.load(cu_seqlens + document + 1) - start
+    length = tl.load(cu_seqlens + document + 1) - start
+    first_key = tl.load(cu_keys + document)
+    before = tl.load(cu_keys + document + 1) - first_key - length
+    return program // heads % blocks, program % heads, start, length, first_key, before
 
 
 @jit
@@ -133,21 +147,21 @@ def _first_key(first_query, window, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
 
 
 @jit
-def _seen(queries, keys, length, window, WINDOWED: tl.constexpr):
-    seen = (keys <= queries) & (queries < length)
+def _seen(queries, keys, length, before, window, WINDOWED: tl.constexpr):
+    seen = (keys <= before + queries) & (queries < length)
     if WINDOWED:
-        seen = seen & (queries - keys < window)
+        seen = seen & (before + queries - keys < window)
     return seen
 
 
 @jit
 def _forward_kernel(
-    q, k, v, out, lse, cu_seqlens, blocks, tokens, heads, group, q_token, q_head, k_token, k_head, v_token, v_head,
+    q, k, v, out, lse, cu_seqlens, cu_keys, blocks, tokens, heads, group, q_token, q_head, k_token, k_head, v_token, v_head,
     scale, softcap, window,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    block, head, start, length = _place(cu_seqlens, blocks, heads)
+    block, head, start, length, first_key, before = _place(cu_seqlens, cu_keys, blocks, heads)
     first = block * QUERIES
     if first >= length:
         return
@@ -156,19 +170,20 @@ def _forward_kernel(
     top = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     sums = tl.zeros([QUERIES, COLUMNS], tl.float32)
-    for at in range(_first_key(first, window, KEYS, WINDOWED), tl.minimum(first + QUERIES, length), KEYS):
+    last = before + tl.minimum(first + QUERIES, length)
+    for at in range(_first_key(before + first, window, KEYS, WINDOWED), last, KEYS):
         keys = at + tl.arange(0, KEYS)
-        k_tile = _tile(k + head // group * k_head, start, keys, length, k_token, columns, WIDTH)
+        k_tile = _tile(k + head // group * k_head, first_key, keys, before + length, k_token, columns, WIDTH)
         scores, _ = _scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap)
         scores = tl.where(
-            _seen(queries[:, None], keys[None, :], length, window, WINDOWED), scores, -float("inf")
+            _seen(queries[:, None], keys[None, :], length, before, window, WINDOWED), scores, -float("inf")
         )
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that sees none of these keys
         p = _exp(scores - base[:, None])
         shrink = _exp(top - base)
         total = total * shrink + tl.sum(p, 1)
-        v_tile = _tile(v + head // group * v_head, start, keys, length, v_token, columns, WIDTH)
+        v_tile = _tile(v + head // group * v_head, first_key, keys, before + length, v_token, columns, WIDTH)
         sums = sums * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile)
         top = new_top
     inside = queries < length
@@ -181,12 +196,12 @@ def _forward_kernel(
 
 @jit
 def _dq_kernel(
-    q, k, v, dout, out, dq, lse, delta, cu_seqlens, blocks, tokens, heads, group,
+    q, k, v, dout, out, dq, lse, delta, cu_seqlens, cu_keys, blocks, tokens, heads, group,
     q_token, q_head, k_token, k_head, v_token, v_head, scale, softcap, window,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    block, head, start, length = _place(cu_seqlens, blocks, heads)
+    block, head, start, length, first_key, before = _place(cu_seqlens, cu_keys, blocks, heads)
     first = block * QUERIES
     if first >= length:
         return
@@ -199,12 +214,13 @@ def _dq_kernel(
     tl.store(delta + at_row, row_delta, mask=queries < length)
     row_lse = tl.load(lse + at_row, mask=queries < length, other=0.0)
     sums = tl.zeros([QUERIES, COLUMNS], tl.float32)
-    for at in range(_first_key(first, window, KEYS, WINDOWED), tl.minimum(first + QUERIES, length), KEYS):
+    last = before + tl.minimum(first + QUERIES, length)
+    for at in range(_first_key(before + first, window, KEYS, WINDOWED), last, KEYS):
         keys = at + tl.arange(0, KEYS)
-        k_tile = _tile(k + head // group * k_head, start, keys, length, k_token, columns, WIDTH)
-        v_tile = _tile(v + head // group * v_head, start, keys, length, v_token, columns, WIDTH)
+        k_tile = _tile(k + head // group * k_head, first_key, keys, before + length, k_token, columns, WIDTH)
+        v_tile = _tile(v + head // group * v_head, first_key, keys, before + length, v_token, columns, WIDTH)
         scores, slope = _scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap)
-        seen = _seen(queries[:, None], keys[None, :], length, window, WINDOWED)
+        seen = _seen(queries[:, None], keys[None, :], length, before, window, WINDOWED)
         p = tl.where(seen, _exp(scores - row_lse[:, None]), 0.0)
         dp = tl.dot(d_tile, tl.trans(v_tile))
         ds = p * (dp - row_delta[:, None]) * slope * scale
@@ -214,27 +230,28 @@ def _dq_kernel(
 
 @jit
 def _dkv_kernel(
-    q, k, v, dout, dk, dv, lse, delta, cu_seqlens, blocks, tokens, heads, group,
+    q, k, v, dout, dk, dv, lse, delta, cu_seqlens, cu_keys, blocks, tokens, heads, group,
     q_token, q_head, k_token, k_head, v_token, v_head, scale, softcap, window,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // group
-    block, kv_head, start, length = _place(cu_seqlens, blocks, kv_heads)
+    block, kv_head, start, length, first_key, before = _place(cu_seqlens, cu_keys, blocks, kv_heads)
     first = block * KEYS
-    if first >= length:
+    if first >= before + length:
         return
     keys, columns = first + tl.arange(0, KEYS), tl.arange(0, COLUMNS)
-    k_tile = _tile(k + kv_head * k_head, start, keys, length, k_token, columns, WIDTH)
-    v_tile = _tile(v + kv_head * v_head, start, keys, length, v_token, columns, WIDTH)
+    k_tile = _tile(k + kv_head * k_head, first_key, keys, before + length, k_token, columns, WIDTH)
+    v_tile = _tile(v + kv_head * v_head, first_key, keys, before + length, v_token, columns, WIDTH)
     k_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
     v_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
     highest = length
     if WINDOWED:
-        highest = tl.minimum(first + KEYS - 1 + window, length)
+        highest = tl.minimum(first + KEYS - 1 + window - before, length)
+    lowest = tl.maximum(first - before, 0) // QUERIES * QUERIES
     for member in range(group):
         head = kv_head * group + member
-        for at in range(first // QUERIES * QUERIES, highest, QUERIES):
+        for at in range(lowest, highest, QUERIES):
             queries = at + tl.arange(0, QUERIES)
             inside = queries < length
             at_row = head.to(tl.int64) * tokens + start + queries
@@ -243,11 +260,15 @@ def _dkv_kernel(
             q_tile = _tile(q + head * q_head, start, queries, length, q_token, columns, WIDTH)
             d_tile = _tile(dout + head * WIDTH, start, queries, length, heads * WIDTH, columns, WIDTH)
             scores, slope = _scores(tl.dot(k_tile, tl.trans(q_tile)), scale, softcap)
-            seen = _seen(queries[None, :], keys[:, None], length, window, WINDOWED)
+            seen = _seen(queries[None, :], keys[:, None], length, before, window, WINDOWED)
             p = tl.where(seen, _exp(scores - row_lse[None, :]), 0.0)
             v_sums += tl.dot(p.to(d_tile.dtype), d_tile)
             dp = tl.dot(v_tile, tl.trans(d_tile))
             ds = p * (dp - row_delta[None, :]) * slope * scale
             k_sums += tl.dot(ds.to(q_tile.dtype), q_tile)
-    _store_tile(dk + kv_head * WIDTH, k_sums, start, keys, length, kv_heads * WIDTH, columns, WIDTH)
-    _store_tile(dv + kv_head * WIDTH, v_sums, start, keys, length, kv_heads * WIDTH, columns, WIDTH)
+    _store_tile(
+        dk + kv_head * WIDTH, k_sums, first_key, keys, before + length, kv_heads * WIDTH, columns, WIDTH
+    )
+    _store_tile(
+        dv + kv_head * WIDTH, v_sums, first_key, keys, before + length, kv_heads * WIDTH, columns, WIDTH
+    )

@@ -4,9 +4,13 @@ B rows, S queries per row.
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from oribi.kernels.context_attention import SharedRow
 
 
 @dataclass
@@ -19,6 +23,9 @@ class Visibility:
         real: [B, past + length] bool, False at padding; None if nothing is padded.
         cu_seqlens: [docs + 1] int32 offsets of packed documents (batch is 1), else None.
         max_length: tokens of the longest document.
+        tail: whether the queries are exactly the last of the keys, as in a chunk of a row that processes share; `past` keys of
+            the first document then come before them, and no others.
+        shared: the row that processes share, of which these tokens are one process's part.
     """
 
     batch: int
@@ -27,12 +34,15 @@ class Visibility:
     real: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     max_length: int = 0
+    tail: bool = False
+    shared: "SharedRow | None" = None
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict, repr=False)
     _bounds: list[int] | None = field(default=None, repr=False)
     _slots: torch.Tensor | None = field(default=None, repr=False)
     _starts: torch.Tensor | None = field(default=None, repr=False)
     _rows: "Visibility | None" = field(default=None, repr=False)
     _doc_start: torch.Tensor | None = field(default=None, repr=False)
+    _key_starts: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def uniform(self) -> bool:
@@ -58,11 +68,21 @@ class Visibility:
             self._starts = torch.arange(0, end + 1, self.length, dtype=torch.int32, device=device)
         return self._starts, self.length
 
+    def key_documents(self, device: torch.device) -> tuple[torch.Tensor, int]:
+        """As `documents`, of the keys: in a tail, the first document has `past` of them before its first query."""
+        starts, longest = self.documents(device)
+        if not (self.past and self.tail):
+            return starts, longest
+        if self._key_starts is None:
+            self._key_starts = torch.cat([starts[:1], starts[1:] + self.past])
+        # the first document may be shorter than the longest one: a bound is enough
+        return self._key_starts, longest + self.past
+
     def doc_start(self, device: torch.device) -> torch.Tensor:
-        """[B * S] int32: the first token of each token's document, each dense row being one; for mixers with a memory."""
+        """[B * S] int32: the first token of each token's document, each dense row being one; in a tail [keys], of each key's."""
         if self._doc_start is None:
-            starts, _ = self.documents(device)
-            tokens = self.batch * self.length
+            starts, _ = self.key_documents(device)
+            tokens = self.batch * self.length + self.past * self.tail
             self._doc_start = starts[:-1].repeat_interleave(starts.diff(), output_size=tokens)
         return self._doc_start
 

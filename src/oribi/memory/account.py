@@ -56,11 +56,13 @@ class LayerAccount:
     Args:
         shape: of the layer.
         tokens: T. longest: tokens of the longest document.
+        context: processes that share the row, of which the tokens are one's.
     """
 
     shape: LayerShape
     tokens: int
     longest: int
+    context: int = 1
 
     @cached_property
     def results(self) -> dict[str, KeptResult]:
@@ -147,6 +149,8 @@ class LayerAccount:
         # dy, and the gradient of x_mid
         size = 2 * self.tokens * s.width * s.hidden + mixer.core_backward_bytes(self.tokens, s.width)
         # what only the MLP needs is gone
+        if self.context > 1:
+            size += mixer.exchange_bytes(self.tokens * self.context, s.width)
         needed = {"x", *(one.name for one in mixer.results if one.made_by in (mixer.input, "core"))}
         return size + sum(
             one.bytes for one in self.results.values() if one.name in needed and keep[one.name] != "keep"
@@ -174,14 +178,17 @@ class LayerAccount:
         return self.tokens * s.width * numbers
 
 
-def layer_accounts(shapes: Sequence[LayerShape], tokens: int, longest: int) -> list[LayerAccount]:
+def layer_accounts(
+    shapes: Sequence[LayerShape], tokens: int, longest: int, context: int = 1
+) -> list[LayerAccount]:
     """The account of each layer of a model; layers of one kind share one.
 
     Args:
         shapes: of the layers, as `layer_shapes` gives them.
         tokens, longest: of a micro-batch, and of its longest document.
+        context: processes that share a row.
     """
-    kinds = {shape: LayerAccount(shape, tokens, longest) for shape in shapes}
+    kinds = {shape: LayerAccount(shape, tokens, longest, context) for shape in shapes}
     return [kinds[shape] for shape in shapes]
 
 

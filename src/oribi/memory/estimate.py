@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 
 from oribi.config import RunConfig
 from oribi.families import FAMILIES
+from oribi.kernels.context_attention import chunk_tokens
 from oribi.memory.account import (
     LIBRARY_BYTES,
     StepAccount,
@@ -163,14 +164,17 @@ class Training:
         return c.max_prompt_length + c.max_completion_length if c.stage == "grpo" else c.max_seq_length
 
     def tokens_of(self, rows: int, longest: int) -> int:
-        """Tokens of a micro-batch of so many rows."""
-        return rows * self.sequences_per_row * longest
+        """Tokens of a micro-batch of so many rows; where processes share them, those of one process."""
+        tokens, context = rows * self.sequences_per_row * longest, self.config.context_parallel
+        return tokens if context == 1 else 2 * chunk_tokens(tokens, context)
 
     @property
     def described_batch(self) -> str:
         """A micro-batch in words."""
         rows, pairs = self.config.per_device_train_batch_size, self.sequences_per_row == 2
-        return f"{rows}{' x 2 answers' if pairs else ''} x {self.longest} tokens"
+        context = self.config.context_parallel
+        shared = f", shared by {context} GPUs" if context > 1 else ""
+        return f"{rows}{' x 2 answers' if pairs else ''} x {self.longest} tokens{shared}"
 
     def of_stage(self, tokens: int) -> dict[str, int]:
         """Bytes beside those of a supervised step: logits that a loss forms, and the cache of the answers that are drawn."""
@@ -246,7 +250,7 @@ class Training:
 
     def step(self, tokens: int, longest: int) -> StepAccount:
         """The account of a micro-batch."""
-        layers = layer_accounts(self.shapes, tokens, longest)
+        layers = layer_accounts(self.shapes, tokens, longest, self.config.context_parallel)
         return StepAccount(layers, self.architecture.config.vocab_size, self.trains_head)
 
     def keeps(self, step: StepAccount, memory_bytes: int) -> list[Keep]:

@@ -113,6 +113,11 @@ def _proposals(training: Training, memory_bytes: int) -> list[str]:
     context = largest_context(training, memory_bytes)
     if not rows and context:
         found.append(f"max_seq_length: {context} with per_device_train_batch_size: 1")
+        count = gpus_for_a_row(training, memory_bytes)
+        if count is not None:
+            found.append(
+                f"context_parallel: {count} with gpus: {count} and per_device_train_batch_size: 1, which share each row"
+            )
     changes = [
         ("gradient_checkpointing", "auto", config.gradient_checkpointing in ("off", "speed", "balanced")),
         ("load_in_4bit", True, not config.load_in_4bit and not config.full_finetuning),
@@ -130,6 +135,19 @@ def _proposals(training: Training, memory_bytes: int) -> list[str]:
             found.append(f"{name}: {str(value).lower()}")
     gpus = None if found else gpus_needed(training, memory_bytes)
     return found if gpus is None else [f"fsdp: true with gpus: {gpus}, on {gpus} such GPUs"]
+
+
+def gpus_for_a_row(training: Training, memory_bytes: int) -> int | None:
+    """GPUs that share a row which one of them cannot train on; None where that cannot be, or more than MOST_GPUS."""
+    config, layers = training.config, training.architecture.decoder.model.layers
+    if config.stage != "sft" or any(layer.mixer.needs_whole_rows for layer in layers):
+        return None
+    for count in range(config.context_parallel + 1, MOST_GPUS + 1):
+        other = replace(config, context_parallel=count)
+        shared = Training(training.architecture, other, training.host_bytes, training.shards)
+        if shared.fits(shared.tokens_of(1, shared.longest), shared.longest, memory_bytes):
+            return count
+    return None
 
 
 def gpus_needed(training: Training, memory_bytes: int) -> int | None:

@@ -148,19 +148,29 @@ def measured_host_speed(device: torch.device, dtype: torch.dtype) -> float:
     return rate / (2 * 4096**3 / seconds(lambda: matrix @ matrix))
 
 
-def apply_plan(decoder: DecoderForCausalLM, tokens: int, longest: int, budget: int | None = None) -> str:
+def apply_plan(
+    decoder: DecoderForCausalLM,
+    tokens: int,
+    longest: int,
+    budget: int | None = None,
+    context: int = 1,
+    agree: Callable[[list[Keep]], list[Keep]] | None = None,
+) -> str:
     """Sets every layer's `keep` for batches of this size, and says in one line what was chosen.
 
     Args:
         decoder: the model.
         tokens: of a micro-batch. longest: of its longest document.
         budget: as in `plan`; None measures what is free.
+        context: processes that share a row, of which `tokens` are this one's.
+        agree: gives all processes one plan; None: each has its own.
     """
     budget = free_device_bytes(decoder.device) if budget is None else budget
     device = decoder.device
     speed = measured_host_speed(device, decoder.dtype) if device.type == "cuda" else HOST_BYTES_PER_FLOP
-    step = StepAccount(layer_accounts(layer_shapes(decoder), tokens, longest), decoder.config.vocab_size)
-    keeps = plan(step, budget, host_bytes_per_flop=speed)
+    layers = layer_accounts(layer_shapes(decoder), tokens, longest, context)
+    keeps = plan(StepAccount(layers, decoder.config.vocab_size), budget, host_bytes_per_flop=speed)
+    keeps = keeps if agree is None else agree(keeps)
     freed = decoder.offload_embedding() if keeps[0]["x"] == "host" else 0
     decoder.set_recompute_policy(keeps)
     also = f"; the embedding's {freed / 2**30:.1f} GiB wait in host memory" if freed else ""

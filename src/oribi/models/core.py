@@ -113,6 +113,7 @@ class Mixer(Core, Protocol):
     index: of its layer.
     window: tokens that it sees, itself included; None: all before it.
     needs_bounds: whether it asks on the host where the documents of a pack begin, which no recorded graph can.
+    needs_whole_rows: why processes cannot share its rows, in words; None where they can.
     columns: numbers per token by the names that its `results` use, beside those of the groups.
     core_by_products: how many times as long its own arithmetic takes as that much of a matrix product.
     """
@@ -122,6 +123,7 @@ class Mixer(Core, Protocol):
     index: int
     window: int | None
     needs_bounds: bool
+    needs_whole_rows: str | None
     columns: dict[str, int]
     core_by_products: float
 

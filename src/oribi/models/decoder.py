@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from oribi.errors import ModelError
 from oribi.families import Family, family_of
 from oribi.kernels.attention import Visibility
+from oribi.kernels.context_attention import ContextGroup
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
 from oribi.models.decoding.generation import GeneratesByItself
 from oribi.models.decoding.session import Sessions
@@ -56,6 +57,7 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         self.host_memory: HostMemory | None = None
         self.sessions = Sessions()  # what a GPU keeps from one generation to the next
         self.shards: object | None = None  # set by `train.shards` where processes share the layers' weights
+        self.context: ContextGroup | None = None  # set by `train.context` where processes share rows
         self.post_init()
 
     @property
@@ -76,6 +78,7 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        context_chunk: int | None = None,
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm, [B, S, D]. Arguments as in `DecoderForCausalLM.forward`."""
@@ -97,7 +100,9 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         given = cache is not None
         if use_cache and not given:
             cache = DynamicCache(config=self.config)
-        batch = self._batch(x, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q)
+        batch = self._batch(
+            x, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q, context_chunk
+        )
         if self.per_layer_size:
             if input_ids is None:
                 raise ModelError(
@@ -128,7 +133,7 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
-    def _batch(self, x, attention_mask, position_ids, cache, cu_seqlens, max_length) -> Batch:
+    def _batch(self, x, attention_mask, position_ids, cache, cu_seqlens, max_length, chunk) -> Batch:
         rows, length = x.shape[:2]
         past = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
@@ -143,7 +148,10 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
                 )
             # reading the mask synchronises once; a dense mask would rule out the fast backends
             real = None if bool(attention_mask.all()) else attention_mask
-        visibility = Visibility(rows, length, past, real, cu_seqlens, int(max_length or 0))
+        if chunk is None:
+            visibility = Visibility(rows, length, past, real, cu_seqlens, int(max_length or 0))
+        else:
+            visibility = self.context.part(cu_seqlens, chunk, max_length)
         longest = 0
         if any(angles.needs_length for angles in self.rotary.values()):
             longest = int(max_length) if max_length else int(position_ids.max()) + 1
@@ -184,6 +192,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
         cache: Cache | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
+        context_chunk: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -202,6 +211,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
             output_logits: None gives logits, which are formed when they are read while training with labels; False never
                 forms them.
             cu_seq_lens_q, max_length_q: bounds [docs + 1] int32 and longest document of a pack.
+            context_chunk: tokens of a chunk, where the batch is this process's part of a row that processes share; bounds and
+                longest document are then those of the whole row.
             output_hidden_states: whether to give the layers' inputs and the last norm's output.
             return_dict: False gives a tuple.
             kwargs: shift_labels, [B, S] labels that are shifted already, in place of labels (transformers' trainer takes every
@@ -234,6 +245,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q,
             max_length_q=max_length_q,
+            context_chunk=context_chunk,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )

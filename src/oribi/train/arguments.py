@@ -65,6 +65,7 @@ class SFTConfig(TrainingArguments):
             load_best_model_at_end the best weights are kept.
         fp8: approximate: the products of frozen weights are computed in 8-bit floating point while training; evaluation
             and exports stay exact. Needs a model in bfloat16 on an NVIDIA GPU of compute capability 8.9 or higher.
+        context_parallel: processes that share each row, for rows that are too long for one GPU; they divide all processes.
         deterministic: two runs are equal to the bit, on a GPU too, where it is slower; full_determinism is the same.
 
     Raises:
@@ -129,6 +130,7 @@ class SFTConfig(TrainingArguments):
     early_stopping_patience: int | None = from_table("early_stopping_patience")
     fp8: bool = from_table("fp8")
     deterministic: bool = from_table("deterministic")
+    context_parallel: int = from_table("context_parallel")
 
     def __post_init__(self) -> None:
         require_trackers(self.report_to)
@@ -176,6 +178,11 @@ class SFTConfig(TrainingArguments):
     def place_model_on_device(self) -> bool | None:
         # what is sharded moves there in parts; whole, it may not fit
         return False if self.fsdp else None
+
+
+def row_readers(args: TrainingArguments) -> int:
+    """Processes that read different rows, those that share each row counted as one."""
+    return args.world_size // getattr(args, "context_parallel", 1)
 
 
 def adopt(args: TrainingArguments | dict[str, Any] | None) -> SFTConfig:

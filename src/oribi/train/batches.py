@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from oribi.data.encoding import UNTRAINED
+from oribi.train.context import RowPart
 
 # what a loader is made of beside its rows and their order
 LOADER_SETTINGS = (
@@ -178,17 +179,22 @@ class UntrainedFiller:
         return batch
 
 
-def rank_loader(accelerator: Accelerator, rounds: int, loader: DataLoader) -> DataLoader:
+def rank_loader(accelerator: Accelerator, rounds: int, context: int, loader: DataLoader) -> DataLoader:
     """A process's loader: the rows and order of `loader`, dealt out as this file says, on this process's device.
 
     Args:
         accelerator: knows the processes.
         rounds: micro-batches of an optimizer step.
+        context: processes that share each row, which read the same rows.
         loader: of one process.
     """
-    processes, process = accelerator.num_processes, accelerator.process_index
+    processes, (process, rank) = (
+        accelerator.num_processes // context,
+        divmod(accelerator.process_index, context),
+    )
     settings = {name: getattr(loader, name) for name in LOADER_SETTINGS if hasattr(loader, name)}
-    settings["collate_fn"] = UntrainedFiller(loader.collate_fn)
+    collate = UntrainedFiller(loader.collate_fn)
+    settings["collate_fn"] = RowPart(collate, context, rank) if context > 1 else collate
     if isinstance(loader.dataset, IterableDataset):
         rows = RankRows(loader.dataset, loader.batch_size, loader.drop_last, processes, process)
         dealt = DataLoader(rows, batch_size=loader.batch_size, drop_last=loader.drop_last, **settings)

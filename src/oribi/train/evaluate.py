@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from oribi.data.collate import PackCollator, PaddedCollator
 from oribi.data.turns import turns_of
+from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.generate import Answer, answers, inference_mode_of
 from oribi.models.unwrap import base_model
@@ -209,10 +210,10 @@ class PredictingTrainer(ProcessesTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         rows = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         inputs = self._prepare_inputs(inputs)
-        if isinstance(rows, Dataset):
+        if isinstance(rows, Dataset) and self.args.context_parallel == 1:
             inputs = without_repeats(inputs, self.accelerator, rows, self.args.per_device_eval_batch_size)
         labels, logits = inputs["labels"], None
-        targets = (labels[..., 1:] != -100).sum()
+        targets = (inputs.get("shift_labels", labels[..., 1:]) != -100).sum()
         counted = self._get_num_items_in_batch(
             [inputs], self.args.device
         )  # over all processes, as in training
@@ -250,6 +251,10 @@ class PredictingTrainer(ProcessesTrainer):
         return next((rows for packs, rows in self._packs if packs is dataset), dataset)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        if self.args.context_parallel > 1:
+            raise ConfigError(
+                "predict gives the logits of whole rows, and processes share them: call it with context_parallel = 1"
+            )
         with temporarily(self, _predicts=True):
             return super().predict(test_dataset, *args, **kwargs)
 

@@ -19,7 +19,7 @@ from torch import nn
 from oribi.models.identity import BaseIdentity
 from oribi.models.unwrap import base_model, source_of
 from oribi.run_record import RunRecord
-from oribi.train.arguments import SFTConfig
+from oribi.train.arguments import SFTConfig, row_readers
 
 BASE = "compared by the base's files"
 ROWS = "compared by the prepared rows"
@@ -48,7 +48,7 @@ ON_RESUME = {
     "weight_decay": APPLIED, "max_grad_norm": APPLIED, "neftune_noise_alpha": APPLIED, "label_smoothing_factor": FIXED,
     "loss_type": FIXED, "seed": FIXED, "data_seed": FIXED, "train_sampling_strategy": FIXED,
     "dataloader_drop_last": FIXED, "fp8": APPLIED, "deterministic": APPLIED,
-    "gpus": FREE, "fsdp": FREE, "ddp_timeout": FREE,
+    "gpus": FREE, "fsdp": FREE, "context_parallel": FREE, "ddp_timeout": FREE,
     "logging_steps": FREE, "eval_steps": FREE, "sample_prompts": FREE, "sample_tokens": FREE, "save_steps": FREE,
     "save_strategy": FREE, "save_total_limit": FREE, "load_best_model_at_end": FREE, "early_stopping_patience": APPLIED,
     "resume": FREE,
@@ -60,7 +60,7 @@ ON_RESUME = {
     "report_to": FREE, "save_method": FREE, "quantization_method": FREE, "report": FREE,
 }  # fmt: skip
 # other names of these in the trainer's arguments and in an adapter's config
-_ARGUMENTS = {"max_seq_length": "max_length", "processes": "world_size", "reward_funcs": "reward_sources"}
+_ARGUMENTS = {"max_seq_length": "max_length", "reward_funcs": "reward_sources"}
 # stages whose rows are prepared or drawn for one layout of batches, which a resumed run keeps
 LAYOUT_BOUND = ("kto", "grpo")
 LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
@@ -87,6 +87,7 @@ def settings_of(args: SFTConfig, model: nn.Module, tokenizer: Any) -> dict[str, 
     """The settings of a training that a resumed run is compared by, as JSON keeps them."""
     names = [name for name, kind in ON_RESUME.items() if kind in (FIXED, APPLIED)]
     found = {name: getattr(args, _ARGUMENTS.get(name, name), None) for name in names}
+    found["processes"] = row_readers(args)
     base = base_model(model)
     found["dtype"] = str(base.dtype).removeprefix("torch.")
     template = getattr(tokenizer, "chat_template", None)

@@ -18,7 +18,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from oribi.errors import DataError, TrainingError
+from oribi.models.unwrap import base_model
 from oribi.save.trained import first_non_finite
+from oribi.train.context import shares_rows
 from oribi.train.shards import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -123,6 +125,11 @@ class LossGuard(TrainerCallback):
         if is_sharded(model):
             return (
                 "The row that caused it was not searched for: no process can run the sharded model alone.",
+                False,
+            )
+        if shares_rows(base_model(model)):
+            return (
+                "The row that caused it was not searched for: processes share the rows, and none has a whole one.",
                 False,
             )
         documents = 0

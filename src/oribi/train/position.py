@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from oribi.errors import ConfigError, DataError
 from oribi.text import say
+from oribi.train.arguments import row_readers
 from oribi.train.resume import Resumed
 from oribi.train.setup import temporarily
 
@@ -107,7 +108,7 @@ class PositionedTrainer(Trainer):
 
     @property
     def _rows_per_batch(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.world_size
+        return self.args.per_device_train_batch_size * row_readers(self.args)
 
     def _reads_elsewhere(self, position: dict[str, int], per_epoch: int) -> bool:
         """Whether transformers' count of steps would continue at other rows than the run stopped at."""

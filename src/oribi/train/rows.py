@@ -20,7 +20,7 @@ from oribi.errors import ConfigError, DataError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.untrained import untrained_token
 from oribi.text import say
-from oribi.train.arguments import SFTConfig
+from oribi.train.arguments import SFTConfig, row_readers
 from oribi.train.batches import GroupedByLength, rank_loader
 from oribi.train.guard import require_targets
 from oribi.train.setup import temporarily
@@ -141,11 +141,12 @@ class RowsTrainer(Trainer):
         shared = self.args.world_size > 1 and not (
             self.accelerator.split_batches or self.is_deepspeed_enabled
         )
-        if not (shared and counted and (is_training or streams)):
+        context = self.args.context_parallel
+        if not (shared and counted and (is_training or streams or context > 1)):
             return build(dataset, *args, is_training=is_training, **kwargs)
         with temporarily(
             self.accelerator,
-            prepare=partial(rank_loader, self.accelerator, self.args.gradient_accumulation_steps),
+            prepare=partial(rank_loader, self.accelerator, self.args.gradient_accumulation_steps, context),
         ):
             return build(dataset, *args, is_training=is_training, **kwargs)
 
@@ -154,7 +155,7 @@ class RowsTrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         args = self.args
-        step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        step_rows = args.train_batch_size * args.gradient_accumulation_steps * row_readers(args)
         return GroupedByLength(sampler, step_rows, args.seed if args.data_seed is None else args.data_seed)
 
 

@@ -17,6 +17,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
 from oribi.models.unwrap import base_model, is_classifier
 from oribi.train.arguments import SFTConfig
+from oribi.train.context import require_context
 from oribi.train.shards import require_shardable
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
 
     Raises:
         ConfigError: bf16 or fp16 contradicts the model's dtype, a loss is asked for that the model cannot give, or FSDP
-            or fp8 is asked for where it cannot be.
+            or fp8 is asked for where it cannot be, or context parallelism is.
     """
     if args.n_gpu > 1:  # the Trainer would copy the model to all of them, step by step
         logger.info(
@@ -115,6 +116,7 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
         args._n_gpu = 1
     require_shardable(args, base)
     require_fp8(args, base)
+    require_context(args, base)
     problems = [
         f"{name} = {getattr(args, name)!r}: {remedy}"
         for name, (unset, remedy) in NOT_HONOURED.items()

@@ -103,6 +103,16 @@ class SmallerSteps:
         )  # fmt: skip
 
 
+class StepsOfSharedRows(SmallerSteps):
+    """The same for parts of rows that processes share: while it computes, each waits for the others, so that none cuts its part."""
+
+    def _problem(self) -> str:
+        return (
+            "a process ran out of GPU memory with its part of a row that processes share, which is not cut further: raise "
+            "context_parallel and gpus, lower max_seq_length or per_device_train_batch_size, or set gradient_checkpointing: memory"
+        )
+
+
 def cut(inputs: Inputs, parts: int) -> list[Inputs]:
     """A micro-batch cut between documents into at most `parts`; those without labels are left out unless nothing remains.
 

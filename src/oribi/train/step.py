@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from oribi.errors import ConfigError
+from oribi.kernels.context_attention import chunk_tokens
 from oribi.memory.plan import apply_plan, free_device_bytes
 from oribi.models.unwrap import base_model, source_of
 from oribi.train.batches import row_lengths
+from oribi.train.context import shares_rows
 from oribi.train.graphs import ModelWatch, StepGraphs, changed_step, is_users, reason_against
 from oribi.train.optimizer import OptimizerTrainer
 from oribi.train.shards import is_sharded
-from oribi.train.smaller_steps import SmallerSteps
+from oribi.train.smaller_steps import SmallerSteps, StepsOfSharedRows
 from oribi.train.smaller_steps_together import SmallerStepsTogether
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,11 @@ class StepTrainer(OptimizerTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> torch.Tensor:
         # a mean over the micro-batch cannot be cut into parts, and a user's loss need not be a sum over targets
+        if self.args.context_parallel > 1 and is_users(self, "compute_loss"):
+            raise ConfigError(
+                f"context_parallel = {self.args.context_parallel}: each process sees a part of a row, and your own compute_loss would "
+                "take it for a whole one. Leave out one of them"
+            )
         if not self.own_loss or num_items_in_batch is None or is_users(self, "compute_loss"):
             return self._micro_step(model, inputs, num_items_in_batch)
         if self._smaller is None:
@@ -77,6 +85,8 @@ class StepTrainer(OptimizerTrainer):
 
     def _smaller_steps(self, run: Callable[..., torch.Tensor], base: nn.Module) -> SmallerSteps:
         plans = self._plans_memory(base)
+        if shares_rows(base):
+            return StepsOfSharedRows(run, self._restart_step)
         if not is_sharded(base):
             return SmallerSteps(run, self._restart_step, plans)
         return SmallerStepsTogether(
@@ -124,16 +134,22 @@ class StepTrainer(OptimizerTrainer):
             return
         level = logging.INFO if base.device.type == "cuda" else logging.DEBUG
         longest = max(row_lengths(self.train_dataset), default=0) or self.args.max_length
-        tokens = self.args.per_device_train_batch_size * longest
+        tokens, context = self.args.per_device_train_batch_size * longest, self.args.context_parallel
+        if context > 1:
+            tokens = 2 * chunk_tokens(tokens, context)
         reliance = 1.0
-        if self._smaller is not None:
+        if self._smaller is not None and context == 1:
             tokens, reliance = max(tokens // self._smaller.parts, longest), self._smaller.reliance
         if self._plans_memory(model):
             least = base.oribi.checkpointing == "memory"
             budget = 0 if least else int(reliance * free_device_bytes(base.device))
-            if is_sharded(base):  # none may wait for another one that computes more of it again
+            if (
+                is_sharded(base) or context > 1
+            ):  # none may wait for another one that computes more of it again
                 budget = self.exchange.least(budget)
-            logger.log(level, apply_plan(base, tokens, longest, budget))
+            # what is computed again is exchanged again: processes that share rows keep the same
+            agree = (lambda keeps: self.exchange.agree(keeps)[0]) if context > 1 else None
+            logger.log(level, apply_plan(base, tokens, longest, budget, context, agree))
         if self.args.fp8:
             base.train()  # dropout is read where it acts
             count = base.use_fp8(True)
@@ -152,6 +168,8 @@ class StepTrainer(OptimizerTrainer):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         scaled = self.accelerator.scaler is not None
         reason = reason_against(model, base, optimizer, tokens, is_sharded(base), scaled)
+        if reason is None and shares_rows(base):
+            reason = "processes exchange keys and values while a layer computes"
         if reason is None and self._noise is not None:
             reason = "noise is drawn anew in every step"
         if reason is None:

@@ -23,6 +23,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.unwrap import base_model
 from oribi.run_record import require_writable
 from oribi.train.arguments import SFTConfig, adopt
+from oribi.train.context import join_context
 from oribi.train.determinism import fix_order_of_cublas
 from oribi.train.evaluate import PredictingTrainer
 from oribi.train.guard import require_targets
@@ -127,6 +128,7 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, RunTrainer):
         )
         self.neftune_noise_alpha = None  # transformers' noise counts a packed row as one document
         if self.own_loss:
+            base.model.context = join_context(self) if args.context_parallel > 1 else None
             # float16 needs the gradient scaler but not autocast: the decoder computes in its own dtype
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         if hasattr(model, "add_model_tags"):  # of what is pushed to the hub

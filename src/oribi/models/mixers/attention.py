@@ -22,6 +22,7 @@ from oribi.kernels.attention import (
     decide,
     head_groups,
 )
+from oribi.kernels.context_attention import exchange_bytes
 from oribi.kernels.output_gate import output_gate, output_gate_backward, output_gate_forward
 from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from oribi.kernels.rope import Angles, rope, rope_forward
@@ -65,6 +66,7 @@ class Attention(NamedParts):
     # `models.half.Core` says what these are
     attribute, input, output, output_result, row_wise = "self_attn", "qkv", "o", "x_mid", False
     masks_padding = needs_bounds = False
+    needs_whole_rows: str | None = None
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     # its arithmetic takes as long as this much of a matrix product: 582 and 514 TFLOP/s in forward and backward of 32,768
     # tokens on an H100
@@ -142,6 +144,10 @@ class Attention(NamedParts):
         heads = self.sizes[0]
         portions = head_groups("flash", tokens * self.columns["heads"], self.sizes[1] // self.head_dim)
         return tokens * width * (heads * (1 + self.gated) + sum(self.sizes) + 4 * heads // portions)
+
+    def exchange_bytes(self, tokens: int, width: int) -> int:
+        """Bytes that backward takes beside it where processes share a row of so many tokens."""
+        return exchange_bytes(tokens, self.sizes[1] // self.head_dim, self.head_dim, width)
 
     def autograd_columns(self) -> int:
         """q, k, v and the output; q and k before their norms, too, or beside v in one tensor; the gate, and what it gates."""

@@ -72,6 +72,7 @@ class GatedDelta(nn.Module):
     # `models.core.Mixer` says what these are
     attribute, input, output, output_result, row_wise = "linear_attn", "delta_in", "delta_out", "x_mid", False
     masks_padding, window = True, None
+    needs_whole_rows = "linear attention, whose memory runs from token to token"
     # products of small matrices. Assumed: they run at a sixth of the speed of a large one
     core_by_products = 6.0
     columns: dict[str, int] = {}

@@ -41,6 +41,8 @@ class SharedAttention(Attention):
         leftovers: tensors of its own that a checkpoint may hold all the same, and that no program reads.
     """
 
+    needs_whole_rows = "keys and values that several layers share"
+
     def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
         super().__init__(config_of_layer(config, index), family, index)
         self.norms_values, self.eps = family.value_norm, getattr(config, family.norm_eps)

@@ -45,6 +45,7 @@ class ShortConv(nn.Module):
     attribute, input, output, output_result, row_wise = "conv", "bcx", "conv_out", "x_mid", False
     projections, needs_bounds = ("in_proj", "out_proj"), False
     masks_padding, window = False, None  # it masks what W_in makes, whose bias would pass otherwise
+    needs_whole_rows = "a convolution over neighbouring tokens"
     core_by_products = 1.0  # of nothing: `core_flop` is 0
     results = (
         Result("bcx", ("bcx.out", "bcx.lora"), made_by="bcx"),
