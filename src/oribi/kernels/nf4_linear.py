@@ -59,6 +59,7 @@ def reads(projections: Sequence[Projection], rows: int) -> bool:
         and len(factors) <= 1
         and len(biases) <= 1
         and all(w.data_ptr() % 16 == 0 and w.quant_state.shape[1] == k for w in weights)
+        and all(w.quant_state.absmax.data_ptr() % 2 == 0 for w in weights)
         and max(p.shape[0] for p in projections) <= 16 * _COUNTERS
     )
 

@@ -14,6 +14,7 @@ from oribi.kernels.gated_mlp import probability_and_slope
 from oribi.kernels.nf4 import group_member
 from oribi.kernels.nf4_linear_kernels import MEMBERS
 from oribi.kernels.nf4_row_thread import (
+    TABLE_BYTES,
     fill_banked_table,
     load_codes,
     load_x,
@@ -239,7 +240,7 @@ def row_kernel(
             done = index // STEPS
             # rooms in turn: one is read until the next barrier, and written again after it
             _finish(
-                sum_, sum_b, first + done * programs, shared + (256 * 128 + done % 2 * (WARPS * 64)), thread, out,
+                sum_, sum_b, first + done * programs, shared + (TABLE_BYTES + done % 2 * (WARPS * 64)), thread, out,
                 size_0, size_1, size_2, b_0, b_1, b_2, rank_0, rank_1, rank_2, scale_0, scale_1, scale_2, bias_0, bias_1,
                 bias_2, has_bias_0, has_bias_1, has_bias_2, xa, residual, residual_scale, up_row, group,
                 R, WARPS, ACTIVATION, LORA, BIAS, RESIDUAL,

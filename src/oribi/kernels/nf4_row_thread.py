@@ -7,17 +7,19 @@ lane has a bank of the shared memory to itself.
 
 from oribi.kernels.dispatch import jit, tl
 
-MOST_WARPS = 8
-_TABLE_BYTES = 256 * 32 * 4
+
+def _constant(value: str | int) -> object:
+    return tl.constexpr(value)
 
 
-def _constant(text: str) -> object:
-    return tl.constexpr(text)
+_MOST_WARPS = 8
+_TABLE = 256 * 32 * 4
+TABLE_BYTES = _constant(_TABLE)
 
 
-# the table, and two rooms for the sums of each warp, which programs use in turn
+# the table, and two rooms for 16 sums of each warp, which a program uses in turn
 _SHARED = _constant(
-    f".shared .align 16 .b8 nf4_row[{_TABLE_BYTES + 2 * MOST_WARPS * 16 * 4}];\nmov.u32 $0, nf4_row;"
+    f".shared .align 16 .b8 nf4_row[{_TABLE + 2 * _MOST_WARPS * 16 * 4}];\nmov.u32 $0, nf4_row;"
 )
 _THREAD = _constant("mov.u32 $0, %tid.x;")
 # a thread writes the 128 bytes of an entry from a place of its own on, so that eight threads write to all banks
@@ -71,10 +73,8 @@ def _products_text(dtype: str) -> object:
     for chunk in range(4):
         sums = [f"c{4 * chunk + i}" for i in range(4)]
         lines += [f"mov.f32 {s}, 0f00000000;" for s in sums]
-    for step in range(
-        8
-    ):  # of 4 values in each row and lane; those of different chunks do not wait for one another
-        for chunk in range(4):
+    for step in range(8):  # of 4 values of each row in a lane
+        for chunk in range(4):  # whose products do not wait for one another
             word, pair = 4 * chunk + step // 2, step % 2 * 2
             for place, (of_row, byte) in enumerate(((4, pair), (20, pair), (4, pair + 1), (20, pair + 1))):
                 lines.append(
