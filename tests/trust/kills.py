@@ -1,7 +1,7 @@
-"""Kill a training at random moments and look at what it left: python -m tests.trust.kills MODEL FOLDER TRIES.
+"""Kills a training at random moments and looks at what it left.
 
-Each try is a fork of this process, which has everything loaded; it trains on from the newest checkpoint, saves after
-every step, and is killed with SIGKILL. Prints one line of JSON with what was found.
+Each try is a copy of this process, which has everything loaded; it trains on from the newest checkpoint, saves after
+every step, and is killed with SIGKILL.
 """
 
 import json
@@ -9,15 +9,16 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from oribi.selftest.subject import Subject
+from tests.trust import forks
 from tests.trust.runs import losses_of, trainer_in, weights_of
 
 STEPS = 8
@@ -52,16 +53,7 @@ def train_on(subject: Subject, folder: Path) -> None:
 
 def kill(subject: Subject, folder: Path, after_seconds: float) -> bool:
     """One try; whether the child was killed before it was finished."""
-    child = os.fork()
-    if child == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        code = 1
-        try:
-            train_on(subject, folder)
-            code = 0
-        finally:
-            os._exit(code)
+    child = forks.start(lambda: train_on(subject, folder))
     deadline = time.monotonic() + after_seconds
     while time.monotonic() < deadline:
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -72,9 +64,9 @@ def kill(subject: Subject, folder: Path, after_seconds: float) -> bool:
     return True
 
 
-def main(model: str, folder: str, tries: int) -> None:
-    subject, folder, draw = Subject(model, "cpu"), Path(folder), random.Random(0)
-    folder.mkdir(parents=True, exist_ok=True)
+def kill_at_random_moments(subject: Subject, folder: Path, tries: int) -> dict[str, Any]:
+    """What so many killed trainings left in `folder`."""
+    draw = random.Random(0)
     start = time.monotonic()
     whole = trainer_in(subject, folder / "whole", max_steps=STEPS, save_strategy="no")
     whole.train()
@@ -106,8 +98,4 @@ def main(model: str, folder: str, tries: int) -> None:
     found["bit_equal"] = all(torch.equal(ended[name], expected[name]) for name in expected)
     found["bit_equal"] &= losses_of(resumed) == losses_of(whole)
     found["leftovers"] = sorted(path.name for path in run.iterdir() if "partial" in path.name)
-    print(json.dumps(found), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    return found

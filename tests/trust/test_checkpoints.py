@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
+from oribi.cli import main
 from oribi.errors import ConfigError, TrainingError
 from oribi.run_record import require_writable
 from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.checkpoints import failed_write, publish
 from oribi.train.trainer import SFTTrainer
-from tests.trust.kills import read
+from tests.trust import forks, runs
+from tests.trust.kills import kill_at_random_moments, read
 from tests.trust.runs import losses_of, trainer_in, weights_of
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -41,12 +44,7 @@ def whole(subject, tmp_path_factory) -> SFTTrainer:
 @pytest.mark.slow
 def test_a_training_killed_at_random_moments_leaves_readable_checkpoints(subject, tmp_path):
     tries = int(os.environ.get("ORIBI_KILLS", 4))  # `make test-faults` takes a hundred
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.trust.kills", subject.path, str(tmp_path), str(tries)],
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=120 + 60 * tries,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = kill_at_random_moments(subject, tmp_path, tries)
     print(found)
     assert found["killed"] == tries
     assert found["most_steps_lost"] <= 1  # it saves after every step
@@ -83,26 +81,35 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(
     assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(resumed).items())
 
 
+def oribi(*words: object) -> None:
+    """`oribi ...`, in a copy of this process."""
+    sys.argv = ["oribi", *map(str, words)]
+    main()
+
+
+def training(subject: Subject, folder: Path, steps: int) -> list[str]:
+    """The words of a command that trains on forty rows and writes to `folder`/run."""
+    data = folder / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"row {n} of many"}) for n in range(40)) + "\n")
+    words = f"train --model {subject.path} --dataset {data} --output_dir {folder}/run --max_steps {steps}"
+    return [*words.split(), "--max_seq_length", "64", "--dtype", "float32", "--report", "false"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_command_answers_a_signal_with_its_code_after_saving(subject, tmp_path, number, code):
-    data, out = tmp_path / "rows.jsonl", tmp_path / "run"
-    data.write_text("\n".join(json.dumps({"text": f"row {n} of many"}) for n in range(40)) + "\n")
-    command = f"train --model {subject.path} --dataset {data} --output_dir {out} --max_steps 4000 --max_seq_length 64"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "oribi", *command.split(), "--dtype", "float32", "--report", "false"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
-    log, deadline = out / "log.jsonl", time.monotonic() + 120
+    words = training(subject, tmp_path, steps=4000)
+    process = forks.start(lambda: oribi(*words), tmp_path)
+    log, deadline = tmp_path / "run/log.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.05)
-    process.send_signal(number)
-    results, said = process.communicate(timeout=120)
-    assert process.returncode == code, said[-2000:]
+    os.kill(process, number)
+    found, said = forks.ended(process), (tmp_path / "err").read_text()
+    assert found == code, said[-2000:]
     assert "Traceback" not in said
     assert "the run is saved in" in said
-    assert not results
-    assert read(Path(get_last_checkpoint(str(out)))) >= 3
+    assert not (tmp_path / "out").read_text()
+    assert read(Path(get_last_checkpoint(str(tmp_path / "run")))) >= 3
 
 
 def test_a_stopped_run_resumes_bit_for_bit(subject, tmp_path):
@@ -170,22 +177,37 @@ def test_under_nohup_a_closed_terminal_ends_nothing(subject, tmp_path):
     assert trainer.state.global_step == 2
 
 
-HEAD = "{python} -m oribi train --model {model} --dataset {data} --output_dir {out} --max_steps 3 --max_seq_length 64 --dtype float32 --report false {to} | head -1; echo ${{PIPESTATUS[0]}}"
+def trained_on(folder: Path) -> bool:
+    """Whether the three steps of `training` ended well in `folder`/run."""
+    log = (folder / "run/log.jsonl").read_text().splitlines()
+    return (folder / "run/adapter/adapter_model.safetensors").is_file() and len(log) == 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["2>&1", ">&-"])
-def test_a_training_whose_reader_went_away_trains_on_and_ends_well(subject, tmp_path, to):
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(json.dumps({"text": f"row {n} of many"}) for n in range(40)) + "\n")
-    command = HEAD.format(python=sys.executable, model=subject.path, data=data, out=tmp_path / "run", to=to)
+def test_a_training_whose_reader_went_away_trains_on_and_ends_well(subject, tmp_path):
+    """A process from its start, as a shell begins it."""
+    words = shlex.join([sys.executable, "-m", "oribi", *training(subject, tmp_path, steps=3)])
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
-    )
+        ["bash", "-c", f"{words} 2>&1 | head -1; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=300,
+    )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "0", done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
-    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 4
+    assert trained_on(tmp_path)
+
+
+def test_a_training_without_an_output_trains_on_and_ends_well(subject, tmp_path):
+    words = training(subject, tmp_path, steps=3)
+
+    def train():
+        os.close(1)
+        sys.stdout = None  # as Python begins after `>&-`
+        oribi(*words)
+
+    code, said = forks.ended(forks.start(train, tmp_path)), (tmp_path / "err").read_text()
+    assert code == 0, said[-2000:]
+    assert "Traceback" not in said
+    assert trained_on(tmp_path)
 
 
 def test_output_that_is_closed_is_dropped():
@@ -239,27 +261,21 @@ def full_disk(trainer, step: int, real, value, target, *args, **options):
     return real(value, target, *args, **options)
 
 
-LIMITED = """
-import resource, sys
-from tests.trust.runs import main
-real = resource.getrlimit(resource.RLIMIT_FSIZE)
-import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, real[1]))  # the adapter fits, the optimizer's state does not
-main(*sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX's")
 def test_files_that_really_cannot_grow_are_reported(subject, tmp_path):
     """The kernel refuses the write within torch.save, as on a full disk."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, subject.path, str(tmp_path / "run"), "max_steps=2"],
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "checkpoint-1 could not be written" in done.stderr
-    assert "TrainingError" in done.stderr
+    import resource
+
+    def train():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        # bytes: the adapter fits, the optimizer's state does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        runs.main(subject.path, str(tmp_path / "run"), "max_steps=2")
+
+    code, said = forks.ended(forks.start(train, tmp_path)), (tmp_path / "err").read_text()
+    assert code == 1
+    assert "checkpoint-1 could not be written" in said
+    assert "TrainingError" in said
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 

@@ -35,6 +35,7 @@ def subject(tmp_path_factory) -> Subject:
     return Subject(str(write_small_model(tmp_path_factory.mktemp("small"))), "cpu")
 
 
+# after the trainings, in their processes and their group
 SHARDED = """
 import json
 import sys
@@ -80,34 +81,19 @@ def compare(kind, keeps):
             dist.all_reduce(gradient)
         found["errors"] += [float((own[name] - g).norm() / g.norm()) for name, g in expected.items()]
     try:
-        save_merged(model, sys.argv[2], None)
+        save_merged(model, sys.argv[1] + "-merged", None)
     except ExportError as error:
         found["refused"] = str(error)
     found["guard"] = LossGuard()._find(model)[0]
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
 
-dist.init_process_group("gloo")
 rows = list(Subject(sys.argv[1], "cpu").rows(8, 320))
 targets = sum(label != -100 for row in rows for label in row["labels"][1:])
 compare("nf4", "checkpointed")
 compare("float32", "all")
 dist.destroy_process_group()
 """
-
-
-def test_gradients_of_a_sharded_model_equal_one_process(subject, tmp_path):
-    """Twice, since weights are gathered into the same memory again; half of them lies in each process."""
-    said, errors = run_together(["-c", SHARDED, subject.path, str(tmp_path / "merged")], threads=1)
-    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    assert [one["kind"] for one in found] == ["nf4", "float32"]
-    for one in found:
-        assert one["count"] == 28  # A and B of seven layers in each of two
-        assert max(one["errors"]) < 1e-5, one["kind"]
-        assert one["share"] == pytest.approx(0.5, abs=0.01)
-        assert "is sharded over several processes" in one["refused"]
-        assert "no process can run the sharded model alone" in one["guard"]
-    assert "view tensor" not in errors
 
 
 def test_sharding_is_refused_where_it_cannot_be(subject, monkeypatch):
@@ -162,6 +148,7 @@ class Trained:
     one: SFTTrainer
     epochs: dict[str, SFTTrainer]
     both: dict[str, list[float]]
+    sharded: list[dict]  # what SHARDED found
     errors: str  # what the two wrote to standard error
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
@@ -170,7 +157,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(subject, tmp_path_factory) -> Trained:
-    """All trainings of two processes in one start: importing takes longer than they do.
+    """All that two processes do, in one start: importing takes longer.
 
     The same rows per step: 2 x 2 micro-batches of one process, 1 x 2 of each of two.
     """
@@ -200,11 +187,25 @@ def trained(subject, tmp_path_factory) -> Trained:
             str(folder / name),
             *(f"{key}={json.dumps(value)}" for key, value in settings.items()),
         ]
-    said, errors = run_together(["-m", "tests.trust.runs", subject.path, *words[1:]], threads=1)
+    program = f"import sys\nfrom tests.trust import runs\nruns.main(*sys.argv[1:])\n{SHARDED}"
+    said, errors = run_together(["-c", program, subject.path, *words[1:]], threads=1)
+    sharded = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     losses = [
         json.loads(line.removeprefix("losses ")) for line in said.splitlines() if line.startswith("losses ")
     ]
-    return Trained(folder, one, epochs, dict(zip(trainings, losses, strict=True)), errors)
+    return Trained(folder, one, epochs, dict(zip(trainings, losses, strict=True)), sharded, errors)
+
+
+def test_gradients_of_a_sharded_model_equal_one_process(trained):
+    """Twice, since weights are gathered into the same memory again; half of them lies in each process."""
+    assert [one["kind"] for one in trained.sharded] == ["nf4", "float32"]
+    for one in trained.sharded:
+        assert one["count"] == 28  # A and B of seven layers in each of two
+        assert max(one["errors"]) < 1e-5, one["kind"]
+        assert one["share"] == pytest.approx(0.5, abs=0.01)
+        assert "is sharded over several processes" in one["refused"]
+        assert "no process can run the sharded model alone" in one["guard"]
+    assert "view tensor" not in trained.errors
 
 
 @pytest.mark.parametrize("mode", ["ddp", "sharded"])
