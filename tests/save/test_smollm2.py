@@ -30,14 +30,16 @@ def adapted(path: Path) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def tuned(smollm2_file):
-    return adapted(smollm2_file)
-
-
-@pytest.fixture(scope="module")
 def short(short_smollm2_file):
     """Two of its layers are enough where files are compared weight by weight."""
     return adapted(short_smollm2_file)
+
+
+@pytest.fixture(params=["two layers", pytest.param("whole", marks=pytest.mark.long)])
+def tuned(request):
+    if request.param == "whole":
+        return adapted(request.getfixturevalue("smollm2_file"))
+    return request.getfixturevalue("short")
 
 
 def greedy(model, ids: list[int], tokens: int) -> list[int]:
