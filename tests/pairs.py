@@ -11,22 +11,29 @@ import pytest
 Pair = tuple[tuple[str, int], tuple[str, int]]
 
 
-def pairs(values: Mapping[str, Sequence], whole: bool = False) -> pytest.MarkDecorator:
+def pairs(
+    values: Mapping[str, Sequence], whole: bool = False, others: pytest.MarkDecorator | None = None
+) -> pytest.MarkDecorator:
     """A mark as of `pytest.mark.parametrize`, with cases that cover every pair of values.
 
     Args:
         values: the values of each parameter; a key may name several ("rows, columns"), whose values are tuples.
         whole: take the product of all values.
+        others: take it, too, and mark the cases that the pairs do without.
     """
     names = [name.strip() for key in values for name in key.split(",")]
-    chosen = list(product(*map(range, map(len, values.values())))) if whole else covering(values)
+    everything = list(product(*map(range, map(len, values.values()))))
+    needed = everything if whole else covering(values)
     cases = []
-    for indices in chosen:
+    for indices in everything if others else needed:
         case: list = []
         for key, index in zip(values, indices):
             value = values[key][index]
             case += value if "," in key else [value]
-        cases.append(case if len(names) > 1 else case[0])
+        if indices not in needed:
+            cases.append(pytest.param(*case, marks=others))
+        else:
+            cases.append(case if len(names) > 1 else case[0])
     return pytest.mark.parametrize(names, cases)
 
 

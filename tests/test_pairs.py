@@ -2,6 +2,8 @@
 
 from itertools import combinations
 
+import pytest
+
 from tests.pairs import covering, pairs
 
 VALUES = {"size": [1, 2, 3, 4], "kind": "abc", "whole": [False, True], "left, right": [(1, 2), (3, 4)]}
@@ -21,3 +23,11 @@ def test_one_parameter_has_each_of_its_values_and_several_names_share_a_tuple():
     names, cases = pairs({"size": [5], "left, right": [(1, 2), (3, 4)]}).args
     assert names == ["size", "left", "right"]
     assert cases == [[5, 1, 2], [5, 3, 4]]
+
+
+def test_the_other_cases_of_the_product_are_marked():
+    _, cases = pairs({"size": [1, 2], "kind": "ab", "whole": [False, True]}, others=pytest.mark.long).args
+    marked = [case for case in cases if getattr(case, "marks", ())]
+    assert len(cases) == 8
+    assert len(marked) == 4
+    assert {case.marks[0].name for case in marked} == {"long"}

@@ -14,6 +14,7 @@ from oribi.config import PROJECTIONS
 from oribi.errors import ExportError
 from oribi.save.trained import LoadedModel
 from tests.models.tiny_checkpoint import checkpoint
+from tests.pairs import pairs
 from tests.save.tiny_export import FAMILY_CHANGES, read_back
 from tests.train.conftest import WORDS
 
@@ -90,11 +91,20 @@ def plain(folder: Path, model) -> AutoModelForCausalLM:
     return theirs
 
 
-@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["16 bit", "nf4"])
-@pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize(
-    ("model_type", "tied"),
-    [("llama", False), ("llama", True), ("qwen2", True), ("gemma", True), ("granite", False)],
+# every two of these together in each run, and all three in `make test-all`
+@pairs(
+    {
+        "model_type, tied": [
+            ("llama", False),
+            ("llama", True),
+            ("qwen2", True),
+            ("gemma", True),
+            ("granite", False),
+        ],
+        "asked": list(ASKED),
+        "load_in_4bit": [False, True],
+    },
+    others=pytest.mark.long,
 )
 def test_gradients_are_those_of_plain_peft(model_type, tied, asked, load_in_4bit, tmp_path):
     checkpoint(tmp_path / "base", model_type, tie_word_embeddings=tied, num_hidden_layers=2,
@@ -165,9 +175,7 @@ def test_a_stopped_run_goes_on_with_the_embeddings_it_had(tied, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["16 bit", "nf4"])
-@pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pairs({"tied": [False, True], "asked": list(ASKED), "load_in_4bit": [False, True]}, others=pytest.mark.long)
 def test_two_phases_and_new_tokens_come_back_from_every_file(tied, asked, load_in_4bit, tmp_path):
     checkpoint(tmp_path / "base", vocab_size=267, tie_word_embeddings=tied)
     model, tokenizer = load(tmp_path / "base", load_in_4bit=load_in_4bit)
