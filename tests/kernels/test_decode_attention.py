@@ -47,7 +47,9 @@ def check(dtype, heads, kv_heads, head_dim, slots, lengths, softcap=None, sinks=
     counters = nf4_linear.new_counters(q.device)
     settings = {"scale": head_dim**-0.5, "softcap": softcap, "sinks": sink}
     out = decode_attention.decode_attention(q, k, v, lengths, rows, counters, **settings)
-    assert torch.equal(out, decode_attention.decode_attention(q, k, v, lengths, rows, counters, **settings))
+    if not dispatch.INTERPRETED:  # it runs one program after the other, always in the same order
+        again = decode_attention.decode_attention(q, k, v, lengths, rows, counters, **settings)
+        assert torch.equal(out, again)
     assert not counters.any()
     exact, theirs = (
         plain(q, k, v, lengths, rows, head_dim**-0.5, softcap, sink, d) for d in (torch.float64, dtype)

@@ -53,8 +53,8 @@ def check(dtype, rows, projections, residual=False, scale=1.0, activation=None):
     assert nf4_linear.reads(projections, rows)
     settings = {"residual": added, "residual_scale": scale, "activation": activation}
     y = nf4_linear.nf4_linear(x, projections, counters, **settings)
-    again = nf4_linear.nf4_linear(x, projections, counters, **settings)
-    assert torch.equal(y, again)
+    if not dispatch.INTERPRETED:  # it runs one program after the other, always in the same order
+        assert torch.equal(y, nf4_linear.nf4_linear(x, projections, counters, **settings))
     assert not counters.any()
     exact = truth(x, projections, added, scale, activation, torch.float64)
     theirs = relative_error(truth(x, projections, added, scale, activation, dtype), exact)
