@@ -8,7 +8,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 HAS_DRIVER := $(shell command -v nvidia-smi 2>/dev/null)
-PIP_INSTALL := -m pip install --disable-pip-version-check
+# Modules are compiled when they are first imported, and then once: to compile all that is installed takes a minute, and most is
+# never imported. Tests start many processes, each of which would compile oribi anew.
+PIP_INSTALL := -m pip install --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # $(1): the Python to install for. uv's attempt is a preference: where it cannot reach the CPU builds, pip installs the pin.
 define install_torch
