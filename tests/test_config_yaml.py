@@ -56,13 +56,13 @@ def refusal(read, content: str | bytes, needed: str = NEEDED) -> str:
     ids=range(12),
 )  # fmt: skip
 def test_a_file_that_grows_nests_or_is_no_yaml_is_refused_at_once(read, content, says):
-    started = time.monotonic()
+    started = time.process_time()
     tracemalloc.start()
     found = refusal(read, content)
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
     assert says in found
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

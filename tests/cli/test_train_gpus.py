@@ -37,7 +37,7 @@ if act == "is killed once" and attempt == "1":
     sys.exit(0)
 if rank == "1" and act == "is killed once":
     os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(30)
+time.sleep(120)
 """
 
 
@@ -75,7 +75,7 @@ def test_the_exit_code_is_that_of_the_process_which_failed_first(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     began = time.monotonic()
     assert start_together(["-c", WORKER, str(tmp_path), act], gpus=[0, 2], restarts=attempts - 1) == code
-    assert time.monotonic() - began < 20  # the other one did not have to be waited for
+    assert time.monotonic() - began < 60  # the other one did not have to be waited for
     ranks = {path.name for path in tmp_path.iterdir() if "-" in path.name and path.name[0].isdecimal()}
     assert ranks == {f"{attempt}-{rank}" for attempt in range(attempts) for rank in range(2)}
     assert (tmp_path / "0-1").read_text() == "2 1 4,6"
@@ -96,7 +96,7 @@ sys.exit(start_together(["-c", {WORKER!r}, {str(tmp_path)!r}, "waits"], gpus=[0,
             assert started.poll() is None
             time.sleep(0.05)
         started.send_signal(signal.SIGTERM)
-        assert started.wait(20) == 143
+        assert started.wait(60) == 143
     finally:
         started.kill()
     assert [(tmp_path / f"ended-{rank}").read_text() for rank in range(2)] == ["15 ", "15 "]

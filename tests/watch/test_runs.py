@@ -136,10 +136,10 @@ def test_a_log_of_100_000_lines_is_read_in_parts_and_drawn_thin(tmp_path):
     assert len(frame) <= POINTS + 2
     assert frame.value.max() == 99.0  # what stands out is not thinned away
     assert frame.step.is_monotonic_increasing
-    started = time.perf_counter()
+    started = time.process_time()
     write_lines(folder / "log.jsonl", log_lines(1, first=100_001), "a")
     assert runs.refresh()["run"].last_step == 100_001
-    assert time.perf_counter() - started < 0.5  # only the new line was read
+    assert time.process_time() - started < 0.5  # only the new line was read
 
 
 def test_concerns_are_of_what_the_log_shows(tmp_path):
