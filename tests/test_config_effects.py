@@ -167,6 +167,7 @@ EFFECTS = {
     "per_device_train_batch_size": Effect(8, lambda run: len(run.logged("loss")), 3, EPOCH),
     "per_device_eval_batch_size": Effect(3, Ran.eval_batch, 3, HELD_OUT),
     "gradient_accumulation_steps": Effect(6, lambda run: len(run.logged("loss")), 2, EPOCH),
+    "total_batch_size": Effect(6, lambda run: len(run.logged("loss")), 4, EPOCH),
     "learning_rate": Effect(1e-5, lambda run: max(run.logged("learning_rate")), 1e-5),
     "embedding_learning_rate": Effect(
         1e-6, lambda run: run.groups("initial_lr"), {1e-2, 1e-6}, {"modules_to_save": ["lm_head"]}

@@ -69,6 +69,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "per_device_train_batch_size": {"per_device_train_batch_size": 5},
     "per_device_eval_batch_size": {"per_device_eval_batch_size": 5},
     "gradient_accumulation_steps": {"gradient_accumulation_steps": 5},
+    "total_batch_size": {"total_batch_size": 6},
     "learning_rate": {"learning_rate": 1e-5},
     "embedding_learning_rate": {"embedding_learning_rate": 1e-6},
     "loraplus_lr_ratio": {"loraplus_lr_ratio": 8.0},

@@ -4,11 +4,12 @@ This is the one table of defaults: files and flags (`config_file.py`), `SFTConfi
 docs/config.md read it. Keys are Hugging Face's where they exist.
 """
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from oribi.config_advice import OTHER_NAMES
 from oribi.config_setting import SFT_ONLY, STAGES, Setting
+from oribi.errors import ConfigError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -172,6 +173,9 @@ class RunConfig:
     gradient_accumulation_steps: int = setting(
         4, "Micro-batches per optimizer step", low=1, stages={"kto": 2, "grpo": 1}
     )
+    total_batch_size: int | None = setting(
+        None, "Rows per optimizer step over all GPUs, from which gradient_accumulation_steps follows", low=1
+    )
     learning_rate: float = setting(
         2e-4, "Peak learning rate", low=0, below=1,
         stages={"dpo": 1e-5, "orpo": 1e-5, "kto": 1e-5, "reward": 5e-5, "grpo": 5e-6},
@@ -318,6 +322,23 @@ class RunConfig:
     def sources(self) -> list[dict[str, Any]]:
         """The data sets of `dataset`, each as `oribi.data.sources.open_source` takes a source."""
         return [as_source(one) for one in self.dataset]
+
+    def shared_by(self, processes: int) -> "RunConfig":
+        """The settings with the micro-batches per step that make `total_batch_size` on so many processes.
+
+        Raises:
+            ConfigError: it is no multiple of the rows that they take at once.
+        """
+        total, groups = self.total_batch_size, max(processes // self.context_parallel, 1)
+        if total is None:
+            return self
+        rows = groups * self.per_device_train_batch_size
+        if total % rows:
+            raise ConfigError(
+                f"total_batch_size = {total} is no multiple of the {rows} rows that {processes} GPUs take at once; give "
+                f"{-(-total // rows) * rows}, or another per_device_train_batch_size than {self.per_device_train_batch_size}"
+            )
+        return replace(self, gradient_accumulation_steps=total // rows)
 
     def row_settings(self) -> dict[str, Any]:
         """What is said of the rows, by the names of `prepare_dataset`, or of `prepare_preferences` where a stage is not sft."""

@@ -48,6 +48,7 @@ WHEN_TO_CHANGE: dict[str, str] = {
     "per_device_train_batch_size": "Lower it if memory runs out; `oribi estimate` shows the largest.",
     "per_device_eval_batch_size": "Lower it if memory runs out during the evaluation.",
     "gradient_accumulation_steps": "Raise it as you lower the batch size, so that their product stays the same.",
+    "total_batch_size": "To learn the same on any number of GPUs.",
     "learning_rate": "Lower it to 1e-4 or 5e-5 if the loss jumps or the model forgets; raise it for very small models.",
     "embedding_learning_rate": "With trained embeddings: a fifth to a tenth of `learning_rate`.",
     "loraplus_lr_ratio": "Try 4 to 16 if the loss falls slowly; lower `learning_rate` then.",

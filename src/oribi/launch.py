@@ -1,7 +1,8 @@
 """Starts one process per GPU of this machine, watches over them, and ends as they do.
 
 The processes are those of `torchrun`: they read the same variables. What is added are exit codes that schedulers know, signals
-that give every process the time to save, and restarts from the newest checkpoint. Several machines need `torchrun` itself.
+that give every process the time to save, and restarts from the newest checkpoint. Over several machines `torchrun`'s own agent does
+it, whose exit codes are translated.
 """
 
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from types import FrameType
 
 from oribi.errors import ConfigError
@@ -20,6 +22,8 @@ from oribi.text import say
 # of processes that are left when one has failed: to end by themselves, to end at a second signal, and until they are killed
 SIGNAL_SECONDS = (0.0, 2.0, 15.0)
 POLL_SECONDS = 0.05
+# that processes have to save when a signal ends them, over several machines
+SAVING_SECONDS = 300
 # exit codes after which another attempt would end alike: wrong arguments, and a run that was stopped
 FINAL_CODES = (2, 130, 143, 129)
 LAUNCHED = "ORIBI_LAUNCHED"
@@ -135,17 +139,83 @@ def start_together(arguments: Sequence[str], gpus: Sequence[int], restarts: int 
     with group.forwarding():
         for attempt in range(restarts + 1):
             code = group.run(arguments, gpus, attempt)
-            if code == 0 or group.signalled or code in FINAL_CODES or attempt == restarts:
+            if code == 0 or group.signalled is not None or code in FINAL_CODES or attempt == restarts:
                 return code
             say(f"oribi: all processes start again, from the newest checkpoint ({attempt + 1} of {restarts})")
     return code
+
+
+def start_on_machines(
+    arguments: Sequence[str], gpus: Sequence[int], machines: int, rendezvous: str, restarts: int = 0
+) -> int:
+    """Run `python ARGUMENTS` in one process per GPU of this machine, as the same call does on the others at the same time.
+
+    Args:
+        arguments, gpus, restarts: as of `start_together`; equally many GPUs on each machine.
+        machines: how many.
+        rendezvous: HOST:PORT of one of them, the same for all, where they meet.
+
+    Returns:
+        Exit code, as of `start_together`.
+
+    Raises:
+        ConfigError: `rendezvous` is no HOST:PORT, or the machines did not meet there in time.
+    """
+    host, colon, port = rendezvous.rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        raise ConfigError(
+            f"rendezvous = {rendezvous!r}; must be HOST:PORT of one of the machines, as in node1:29400"
+        )
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    known = {one.name for one in fields(LaunchConfig)}
+    # of torch 2.13 and later; before, processes that were told to end have 30 seconds to save
+    patient = {"shutdown_timeout": SAVING_SECONDS} if "shutdown_timeout" in known else {}
+    config = LaunchConfig(
+        min_nodes=machines, max_nodes=machines, nproc_per_node=len(gpus), run_id="oribi", rdzv_backend="c10d",
+        rdzv_endpoint=rendezvous, max_restarts=restarts, **patient,
+    )  # fmt: skip
+    os.environ.update(_shared_variables(gpus))  # of this program, whose only work is to start the processes
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except SignalException as ended:
+        return 128 + ended.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        _say_killed(rank, failure.exitcode)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except RendezvousError as error:
+        raise ConfigError(
+            f"rendezvous = {rendezvous}: {machines} machines did not meet there: {error}"
+        ) from error
+    return 0
+
+
+def _shared_variables(gpus: Sequence[int]) -> dict[str, str]:
+    """What each process of this machine is told."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    threads = str(max((os.cpu_count() or 1) // len(gpus), 1))
+    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), LAUNCHED: "1"}
+    if "CUDA_VISIBLE_DEVICES" not in os.environ or visible:
+        shared["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] if visible else str(gpu) for gpu in gpus)
+    return shared
+
+
+def _say_killed(rank: int, code: int) -> None:
+    """Say of a process that a signal ended by which one."""
+    if code < 0:
+        hint = "; the host may have run out of memory" if -code == signal.SIGKILL else ""
+        say(f"oribi: process {rank} was ended by {signal.Signals(-code).name}{hint}")
 
 
 class _Group:
     """The processes of one attempt."""
 
     def __init__(self) -> None:
-        self.signalled = False
+        self.signalled: int | None = None
         self._processes: list[subprocess.Popen] = []
 
     def forwarding(self) -> "_Forwarding":
@@ -153,20 +223,14 @@ class _Group:
 
     def send(self, number: int) -> None:
         """Pass a signal on to every process."""
-        self.signalled = True
+        self.signalled = number
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def run(self, arguments: Sequence[str], gpus: Sequence[int], attempt: int) -> int:
         port = free_port()
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        devices = ",".join(visible[gpu] if visible else str(gpu) for gpu in gpus)
-        threads = str(max((os.cpu_count() or 1) // len(gpus), 1))
-        shared = {"OMP_NUM_THREADS": threads, **os.environ, LAUNCHED: "1"}
-        shared["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
-        if "CUDA_VISIBLE_DEVICES" not in os.environ or visible:
-            shared["CUDA_VISIBLE_DEVICES"] = devices
+        shared = {**os.environ, **_shared_variables(gpus), "TORCHELASTIC_RESTART_COUNT": str(attempt)}
         self._processes = [
             subprocess.Popen(
                 [sys.executable, *arguments],
@@ -192,16 +256,14 @@ class _Group:
             if failed:
                 rank = failed[0]
                 code = codes[rank]
-                if code < 0 and not self.signalled:
-                    say(
-                        f"oribi: process {rank} was ended by {signal.Signals(-code).name}"
-                        + ("; the host may have run out of memory" if -code == signal.SIGKILL else "")
-                    )
-                if not self.signalled:
+                if self.signalled is None:
+                    _say_killed(rank, code)
                     self._end_others()
                 else:  # each saves what it has to, and ends
                     for process in self._processes:
                         process.wait()
+                    if code in FINAL_CODES:  # a process may have learned of the stop from the others
+                        return 128 + self.signalled
                 return code if code > 0 else 128 - code
             if all(code == 0 for code in codes):
                 return 0

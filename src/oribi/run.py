@@ -72,6 +72,13 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
     Returns:
         Form of the model -> where it was saved; nothing in processes that are not the main one.
     """
+    asked, config = config, config.shared_by(processes_here())
+    if config.total_batch_size is not None:
+        say_notes(
+            [
+                f"total_batch_size = {config.total_batch_size}: gradient_accumulation_steps is {config.gradient_accumulation_steps}"
+            ]
+        )
     if config.deterministic:
         fix_order_of_cublas()
     alone = run_lock(config.output_dir) if is_first_process() else nullcontext()
@@ -97,7 +104,7 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         look = partial(_measure, config, model, tokenizer, data)
         measures = {"base": look(trained=False)} if reports else {}
         if is_main:
-            _begin(config, overwrite)
+            _begin(asked, overwrite)
         trainer.train(resume_from_checkpoint=start.resumes, resume_weights_only=start.weights_only)  # 6
         kept = checkpoint_trained(trainer)
         if is_main and is_sharded(trainer.model):

@@ -1,6 +1,7 @@
 """`oribi train --gpus`: the processes that it starts, their signals, exit codes and restarts."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 import oribi.cli.train
 from oribi.cli import build_command
 from oribi.errors import ConfigError
-from oribi.launch import chosen_gpus, start_together
+from oribi.launch import chosen_gpus, free_port, start_together
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
@@ -130,3 +131,47 @@ def test_a_process_that_a_launcher_started_trains_and_resumes_after_a_restart(mo
         done = CliRunner().invoke(build_command(), words)
         assert done.exit_code == 0, done.output
     assert seen == [("false", True), ("true", False)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "2"], "give --gpus all"),
+        (["--nodes", "2", "--gpus", "1"], "--nodes needs --rendezvous HOST:PORT"),
+        (["--nodes", "2", "--gpus", "1", "--rendezvous", "node1"], "rendezvous = 'node1'; must be HOST:PORT"),
+        (["--gpus", "2", "--total_batch_size", "6"], "6 is no multiple of the 4 rows that 2 GPUs take at once; give 8, or another"),
+        (["--gpus", "1", "--nodes", "3", "--rendezvous", "n:1", "--total_batch_size", "8"], "the 6 rows that 3 GPUs .* give 12"),
+    ],
+)  # fmt: skip
+def test_machines_and_batches_that_do_not_fit_together_are_refused_before_anything_starts(
+    monkeypatch, words, message
+):
+    monkeypatch.setattr(oribi.cli.train, "_gpus_here", lambda: 2)
+    monkeypatch.setattr(oribi.cli.train, "start_together", lambda *given: pytest.fail("started"))
+    done = CliRunner().invoke(build_command(), ["train", "--model", "m", "--dataset", "d", *words])
+    assert isinstance(done.exception, ConfigError)
+    assert re.search(message, str(done.exception))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("act", "stops", "codes"), [("ends", False, {0}), ("waits", True, {143})])
+def test_two_machines_meet_and_end_with_the_same_codes(tmp_path, act, stops, codes):
+    """Both are this one, each with a process."""
+    code = f"""
+import sys
+from oribi.launch import start_on_machines
+sys.exit(start_on_machines(["-c", {WORKER!r}, {str(tmp_path)!r}, {act!r}], [0], 2, "127.0.0.1:{free_port()}"))
+"""
+    agents = [subprocess.Popen([sys.executable, "-c", code], env=os.environ) for _ in range(2)]
+    try:
+        ends = time.monotonic() + 120
+        while len(list(tmp_path.glob("0-*"))) < 2 and time.monotonic() < ends:
+            time.sleep(0.05)
+        if stops:
+            for agent in agents:
+                agent.send_signal(signal.SIGTERM)
+        assert {agent.wait(120) for agent in agents} == codes
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert sorted((tmp_path / f"0-{rank}").read_text() for rank in range(2)) == ["2 0 0", "2 0 0"]

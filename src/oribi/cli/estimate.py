@@ -37,6 +37,7 @@ def estimate(
         gpus = [gpu_named(name) for name in gpu or _default_gpus()]
         count = count_of_gpus(settings.gpus, _gpus_here())
         require_groups(settings.context_parallel, count)
+        settings = settings.shared_by(count)
         training = outside = tokens = rows = None
         try:
             training = training_of(settings, virtual_memory().total, count)

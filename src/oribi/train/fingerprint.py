@@ -42,6 +42,7 @@ ON_RESUME = {
     "dataset_num_proc": FREE, "output_dir": FREE,
     "num_train_epochs": APPLIED, "max_steps": APPLIED, "per_device_train_batch_size": APPLIED,
     "per_device_eval_batch_size": FREE, "gradient_accumulation_steps": APPLIED, "processes": APPLIED,
+    "total_batch_size": FREE,
     "learning_rate": APPLIED, "embedding_learning_rate": APPLIED, "loraplus_lr_ratio": FIXED, "lr_scheduler_type": APPLIED,
     "lr_scheduler_kwargs": APPLIED, "warmup_steps": APPLIED,
     "optim": FIXED, "optim_args": FIXED, "adam_beta1": FIXED, "adam_beta2": FIXED, "adam_epsilon": FIXED,
