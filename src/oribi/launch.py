@@ -178,9 +178,10 @@ def start_on_machines(
         min_nodes=machines, max_nodes=machines, nproc_per_node=len(gpus), run_id="oribi", rdzv_backend="c10d",
         rdzv_endpoint=rendezvous, max_restarts=restarts, **patient,
     )  # fmt: skip
-    os.environ.update(_shared_variables(gpus))  # of this program, whose only work is to start the processes
+    # the agent passes on its own variables alone; `env` adds ours and becomes the process
+    variables = [f"{name}={value}" for name, value in _shared_variables(gpus).items()]
     try:
-        elastic_launch(config, sys.executable)(*arguments)
+        elastic_launch(config, "env")(*variables, sys.executable, *arguments)
     except SignalException as ended:
         return 128 + ended.sigval
     except ChildFailedError as error:
