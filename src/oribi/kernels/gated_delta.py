@@ -19,6 +19,7 @@ Source: Gated Delta Networks, Yang et al. 2024 (arXiv:2412.06464), in the chunke
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from oribi.kernels.dispatch import INTERPRETED, launch, next_power_of_2, unit_stride, use_triton, wide
 from oribi.kernels.gated_delta_chunks import CHUNK, Chunks, heads_at_a_time
-from oribi.kernels.gated_delta_fla import fla_backward, fla_forward, fla_function, use_fla
+from oribi.kernels.gated_delta_fla import agrees, fla_backward, fla_forward, fla_function, use_fla
 from oribi.kernels.gated_delta_kernels import (
     gradient_kernel,
     local_kernel,
@@ -116,18 +117,24 @@ def gated_delta_forward(
     """
     if chunks.tokens and use_fla(q, v, _forward_and_backward):
         return fla_forward((q, k, v, g, b), chunks, scale, initial, final)
+    if use_kernels(q) and chunks.tokens:
+        return _forward_by_kernels((q, k, v, g, b), chunks, scale, initial, final)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     states = []
-    if use_kernels(q) and chunks.tokens:
-        for _, heads, part in _kernel_portions((q, k, v, g, b), chunks, scale):
-            last = part.scan(None if initial is None else wide(initial[:, heads]).contiguous(), final)
-            part.output(out[:, heads])
-            states.append(last)
-    else:
-        for _, heads, part in reference_chunks((q, k, v, g, b), chunks, scale):
-            s, n, last = part.scan(None if initial is None else wide(initial[:, heads]))
-            out[:, heads] = part.tokens((part.e * part.q) @ s + part.p @ n)
-            states.append(last)
+    for _, heads, part in reference_chunks((q, k, v, g, b), chunks, scale):
+        s, n, last = part.scan(None if initial is None else wide(initial[:, heads]))
+        out[:, heads] = part.tokens((part.e * part.q) @ s + part.p @ n)
+        states.append(last)
+    return out, torch.cat(states, 1) if final else None
+
+
+def _forward_by_kernels(inputs, chunks, scale, initial=None, final=False):
+    v, states = inputs[2], []
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    for _, heads, part in _kernel_portions(inputs, chunks, scale):
+        last = part.scan(None if initial is None else wide(initial[:, heads]).contiguous(), final)
+        part.output(out[:, heads])
+        states.append(last)
     return out, torch.cat(states, 1) if final else None
 
 
@@ -143,14 +150,9 @@ def gated_delta_backward(
     if chunks.tokens and use_fla(q, v, _forward_and_backward):
         dq, dk, dv, dg, db = fla_backward(do, inputs, chunks, scale)
         return DeltaGradients(dq, dk, dv, wide(dg), wide(db))
-    dtypes = q.dtype, k.dtype, v.dtype, wide(g[:0]).dtype, wide(b[:0]).dtype
-    grads = DeltaGradients(*(torch.empty(x.shape, dtype=t, device=x.device) for x, t in zip(inputs, dtypes)))
     if use_kernels(q) and chunks.tokens:
-        for shared, heads, part in _kernel_portions(inputs, chunks, scale):
-            part.scan(None, False)
-            own = DeltaGradients(grads.dq[:, shared], grads.dk[:, shared], *(x[:, heads] for x in grads[2:]))
-            part.backward(unit_stride(do)[:, heads], own)
-        return grads
+        return _backward_by_kernels(do, inputs, chunks, scale)
+    grads = _empty_gradients(inputs)
     for shared, heads, part in reference_chunks(inputs, chunks, scale):
         dq, dk, dv, dg, db = part.backward(part.laid_out(do[:, heads]))
         # the value heads of one key head
@@ -159,6 +161,21 @@ def gated_delta_backward(
         )
         grads.dv[:, heads] = part.tokens(dv)
         grads.dg[:, heads], grads.db[:, heads] = (part.tokens(x[..., None])[..., 0] for x in (dg, db))
+    return grads
+
+
+def _empty_gradients(inputs):
+    q, k, v, g, b = inputs
+    dtypes = q.dtype, k.dtype, v.dtype, wide(g[:0]).dtype, wide(b[:0]).dtype
+    return DeltaGradients(*(torch.empty(x.shape, dtype=t, device=x.device) for x, t in zip(inputs, dtypes)))
+
+
+def _backward_by_kernels(do, inputs, chunks, scale):
+    grads = _empty_gradients(inputs)
+    for shared, heads, part in _kernel_portions(inputs, chunks, scale):
+        part.scan(None, False)
+        own = DeltaGradients(grads.dq[:, shared], grads.dk[:, shared], *(x[:, heads] for x in grads[2:]))
+        part.backward(unit_stride(do)[:, heads], own)
     return grads
 
 
@@ -216,12 +233,27 @@ def needs_bounds(x: torch.Tensor) -> bool:
 
 
 def use_kernels(q: torch.Tensor) -> bool:
-    """Whether the rule of q runs Triton's kernels: in bfloat16 on Ampere and later. Gradients of states may be larger than
-    float16 holds, and products of float32 are not exact on matrix units.
+    """Whether the rule of q runs Triton's kernels: in bfloat16 on Ampere and later, once they have given there what the
+    reference gives. Gradients of states may be larger than float16 holds, and products of float32 are not exact on matrix
+    units.
     """
     if not use_triton(q):
         return False
-    return INTERPRETED or (q.dtype is torch.bfloat16 and torch.cuda.get_device_capability(q.device)[0] >= 8)
+    return INTERPRETED or (q.dtype is torch.bfloat16 and _kernels_agree(q.device))
+
+
+@lru_cache
+def _kernels_agree(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return False
+
+    def kernels(do, *given):
+        return _forward_by_kernels(*given)[0], *_backward_by_kernels(do, *given)
+
+    heads = (2, 128), (4, 128)
+    return agrees(
+        "the gated delta rule in Triton", kernels, _forward_and_backward, device, torch.bfloat16, *heads
+    )
 
 
 def _kernel_portions(

@@ -72,26 +72,48 @@ def fla_agrees(
     Args:
         device, dtype: of the inputs. key_heads, key, heads, value: K, F, H and E. reference: computes the truth.
     """
+    return agrees(
+        "fla-core's gated delta rule",
+        lambda do, *given: (fla_forward(*given)[0], *fla_backward(do, *given)),
+        reference, device, dtype, (key_heads, key), (heads, value),
+    )  # fmt: skip
+
+
+def agrees(
+    name: str,
+    rule: Rule,
+    reference: Rule,
+    device: torch.device,
+    dtype: torch.dtype,
+    keys: tuple[int, int],
+    values: tuple[int, int],
+) -> bool:
+    """Whether a rule gives what the reference gives in float64, outputs and all gradients, to twice what 16 bits round.
+
+    Args:
+        name: of the rule in the warning that says why it is not used. rule: what is checked. reference: computes the truth.
+        device, dtype: of the inputs. keys: K and F. values: H and E.
+    """
     draw, tokens = torch.Generator().manual_seed(0), _CHECKED_BOUNDS[-1]
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(tokens, *shape, generator=draw).to(device)
 
-    q, k = (torch.nn.functional.normalize(normal(key_heads, key), dim=-1).to(dtype) for _ in range(2))
-    v, do = (normal(heads, value).to(dtype) for _ in range(2))
-    inputs = q, k, v, -normal(heads).abs(), normal(heads).sigmoid().to(dtype)
-    chunks, scale = chunks_of(_CHECKED_BOUNDS, device), key**-0.5
+    q, k = (torch.nn.functional.normalize(normal(*keys), dim=-1).to(dtype) for _ in range(2))
+    v, do = (normal(*values).to(dtype) for _ in range(2))
+    inputs = q, k, v, -normal(values[0]).abs(), normal(values[0]).sigmoid().to(dtype)
+    chunks, scale = chunks_of(_CHECKED_BOUNDS, device), keys[1] ** -0.5
     truth = reference(do.double(), [x.double() for x in inputs], chunks, scale)
     try:
-        found = fla_forward(inputs, chunks, scale)[0], *fla_backward(do, inputs, chunks, scale)
+        found = rule(do, inputs, chunks, scale)
     except Exception as error:  # a kernel that does not compile here, or refuses the shapes
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        logger.warning("fla-core's gated delta rule is not used: it failed (%s)", reason)
+        logger.warning("%s is not used: it failed (%s)", name, reason)
         return False
     worst = max(((x - y).norm() / y.norm()).item() for x, y in zip(found, truth))
     if worst < 2 * torch.finfo(dtype).eps:
         return True
-    logger.warning("fla-core's gated delta rule is not used: it differs from the reference by %.1e", worst)
+    logger.warning("%s is not used: it differs from the reference by %.1e", name, worst)
     return False
 
 
