@@ -137,7 +137,7 @@ def _refuse_of_search(config: RunConfig, evaluates: bool, refuse: Callable[[str,
     """Settings of saving, and of the search for the best weights, that contradict others."""
     strategy = config.save_strategy
     searches = {
-        "load_best_model_at_end": config.load_best_model_at_end,
+        "load_best_model_at_end": config.load_best_model_at_end and config.early_stopping_patience is None,
         "early_stopping_patience": config.early_stopping_patience is not None,
         "save_strategy": strategy == "best",
         "lr_scheduler_type": config.lr_scheduler_type == "reduce_lr_on_plateau",

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from oribi.cli.help import SettingsCommand, keys_by_group
 from oribi.cli.output import complain, lasting_output
 from oribi.errors import EndedElsewhere, OribiError
 from oribi.launch import is_launched
@@ -22,6 +23,7 @@ from oribi.text import LastingStream, is_first_process, printable
 
 VERBS = (
     "init", "convert", "inspect", "estimate", "train", "watch", "chat", "eval", "export", "doctor", "selftest", "demo",
+    "help",
 )  # fmt: skip
 STOPPED = 130
 CAUSE_SECONDS = 3.0  # until a process says an error that another is likely to say better
@@ -51,7 +53,7 @@ def build_command() -> typer.Typer:
     # boxes are for terminals; a standard output that is closed is None
     markup = "rich" if LastingStream(lambda: sys.stdout).isatty() else None
     app = typer.Typer(
-        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=markup,
+        no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=markup,
         context_settings={"help_option_names": ["--help", "-h"]},
     )  # fmt: skip
     app.callback()(options)
@@ -61,7 +63,13 @@ def build_command() -> typer.Typer:
             module.app.rich_markup_mode = markup
             app.add_typer(module.app, name=verb)
         else:
-            app.command(name=verb, context_settings=FREE_FLAGS.get(verb))(getattr(module, verb))
+            takes_keys = verb in FREE_FLAGS
+            app.command(
+                name=verb,
+                context_settings=FREE_FLAGS.get(verb),
+                cls=SettingsCommand if takes_keys else None,
+                epilog=keys_by_group() if takes_keys else None,
+            )(getattr(module, verb))
     return app
 
 
@@ -94,8 +102,8 @@ def main() -> None:
 
 
 def _words(given: list[str]) -> list[str]:
-    """`oribi help VERB` and `oribi version` as the options of these names."""
-    if given[:1] == ["help"]:
+    """`oribi help`, `oribi help VERB` and `oribi version` as the options of these names."""
+    if given[:1] == ["help"] and (len(given) == 1 or given[1] in VERBS):
         return [*given[1:], "--help"]
     return ["--version"] if given == ["version"] else given
 

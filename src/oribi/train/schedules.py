@@ -55,9 +55,9 @@ def require_schedule(kind: Any, arguments: Mapping[str, Any] | str | None) -> No
             raise ConfigError(f"lr_scheduler_kwargs: {one} = {shown(value)}: must be a number")
     needed = _NEEDED.get(name, ())
     if needed and not any(given.get(one) is not None for one in needed):
-        example = {"min_lr_rate": 0.1} if "min_lr_rate" in needed else {needed[0]: 100}
+        example = "min_lr_rate: 0.1" if "min_lr_rate" in needed else f"{needed[0]}: 100"
         raise ConfigError(
-            f"lr_scheduler_type = {name} needs {' or '.join(needed)}: lr_scheduler_kwargs: {shown(example)}"
+            f"lr_scheduler_type = {name} needs {' or '.join(needed)}: lr_scheduler_kwargs: {{{example}}}"
         )
     if len([one for one in ("min_lr", "min_lr_rate") if given.get(one) is not None]) == 2:
         raise ConfigError("lr_scheduler_kwargs: min_lr and min_lr_rate say the same thing; give one of them")
