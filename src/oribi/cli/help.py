@@ -60,7 +60,7 @@ def keys_by_group() -> str:
 
 
 @dataclass(frozen=True)
-class Completion:
+class ShellWord:
     """What a shell may write in place of a word, as click's own completions are; typer has a click inside."""
 
     value: str
@@ -74,7 +74,7 @@ class SettingsCommand(TyperCommand):
     def shell_complete(self, context: Any, incomplete: str) -> list[Any]:
         return [*super().shell_complete(context, incomplete), *self._of_settings(context, incomplete)]
 
-    def _of_settings(self, context: Any, incomplete: str) -> Iterator[Completion]:
+    def _of_settings(self, context: Any, incomplete: str) -> Iterator[ShellWord]:
         from oribi.config import SETTINGS
 
         before = [word for word in context.args if word.startswith("--")]
@@ -82,9 +82,9 @@ class SettingsCommand(TyperCommand):
             typed = incomplete.lstrip("-").replace("-", "_")
             for key, setting in SETTINGS.items():
                 if key.startswith(typed):
-                    yield Completion(f"--{key}", setting.help)
+                    yield ShellWord(f"--{key}", setting.help)
             return
         setting = SETTINGS.get(before[-1].lstrip("-").replace("-", "_"))
         for choice in setting.choices if setting else ():
             if choice.startswith(incomplete):
-                yield Completion(choice)
+                yield ShellWord(choice)
