@@ -18,7 +18,8 @@ try:
     import triton.language as tl
 except ImportError:  # not installed on macOS, on Windows and beside CPU builds of torch
     triton = None
-    tl = SimpleNamespace(constexpr=int)  # the one name that is read when a kernel is defined
+    # the one name that is read when a kernel is defined: it annotates arguments, and wraps constants of any type
+    tl = SimpleNamespace(constexpr=lambda value: value)
 
 # under TRITON_INTERPRET=1 kernels run on CPU tensors, which is how the tests run them without a GPU
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
