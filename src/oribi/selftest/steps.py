@@ -4,7 +4,8 @@ The reference is transformers' model with PEFT's adapter in float64: one documen
 divided once by the number of targets. The limit is at least twice the error of the same reference in float32, which grows with
 the depth of the model.
 
-`python -m oribi.selftest.steps MODEL FOLDER`, with torchrun's variables set, is one of several processes that take a step together.
+`python -m oribi.selftest.steps MODEL FOLDER cpu|cuda`, with torchrun's variables set, is one of several processes that take a step
+together.
 """
 
 import sys
@@ -146,7 +147,10 @@ def compare_steps(subject: Subject, folder: Path) -> Iterator[Comparison]:
             yield Comparison(GROUP, name, error, limit, note)
         except Exception as error:
             yield failed(GROUP, name, error)
-    yield _compare_processes(subject, folder, rows, whole if model.device.type == "cpu" else None, limit)
+    on_gpu = model.device.type == "cuda"
+    yield from _compare_processes(subject, folder, rows, None if on_gpu else whole, limit)
+    if on_gpu and torch.cuda.device_count() > 1:
+        yield from _compare_processes(subject, folder, rows, whole, limit, on_gpus=True)
     yield from _compare_policies(model, rows)
     yield compare_documents(model, rows)
 
@@ -189,35 +193,43 @@ def compare_documents(model: PeftModel, rows: Dataset) -> Comparison:
     return Comparison("documents of a pack", "isolated", error, 0.0, note)
 
 
+MODES = {"whole": {}, "sharded": {"fsdp": True}}
+
+
 def _compare_processes(
-    subject: Subject, folder: Path, rows: Dataset, whole: Step | None, limit: float
-) -> Comparison:
-    """Two gloo processes with half of the rows each, always on the CPU."""
-    name = "2 processes: batch 2, accumulation 2"
+    subject: Subject, folder: Path, rows: Dataset, whole: Step | None, limit: float, on_gpus: bool = False
+) -> Iterator[Comparison]:
+    """Two processes with half of the rows each, the frozen weights whole in each or sharded: gloo on the CPU, NCCL on GPUs."""
+    device, where = ("cuda", "2 GPUs") if on_gpus else ("cpu", "2 processes")
+    names = {mode: f"{where}, {mode}: batch 2, accumulation 2" for mode in MODES}
     try:
         if whole is None:  # on a CPU, bitsandbytes quantises some weights to other codes than on a GPU
             whole = reference_step(reference_of(Subject(subject.path, "cpu").load()[0]).double(), rows)
-        run_together(["-m", "oribi.selftest.steps", subject.path, str(folder)])
-        saved = load_file(folder / "step.safetensors")
-        error, note = step_error(Step(saved.pop("loss").item(), saved), whole)
-        return Comparison(GROUP, name, error, limit, note)
+        run_together(["-m", "oribi.selftest.steps", subject.path, str(folder), device], on_gpus=on_gpus)
+        for mode, name in names.items():
+            saved = load_file(folder / f"{device}-{mode}.safetensors")
+            error, note = step_error(Step(saved.pop("loss").item(), saved), whole)
+            yield Comparison(GROUP, name, error, limit, note)
     except Exception as error:
-        return failed(GROUP, name, error)
+        yield failed(GROUP, names["whole"], error)
 
 
-def main(path: str, folder: Path) -> None:
-    """Takes the step; the first process writes its loss and gradients to step.safetensors."""
-    model, tokenizer = Subject(path, "cpu").load()
-    rows = Subject(path).rows(11, base_model(model).config.vocab_size).select(range(ROWS))
-    step = trained_step(
-        model, tokenizer, rows, folder / "processes", per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        use_cpu=True, ddp_backend="gloo",
-    )  # fmt: skip
-    if torch.distributed.get_rank() == 0:
-        loss = torch.tensor(step.loss, dtype=torch.float64)
-        save_file({**step.gradients, "loss": loss}, folder / "step.safetensors")
+def main(path: str, folder: Path, device: str) -> None:
+    """Takes the step in each mode; the first process writes loss and gradients to DEVICE-MODE.safetensors."""
+    on_cpu = {"use_cpu": True, "ddp_backend": "gloo"} if device == "cpu" else {}
+    for mode, settings in MODES.items():
+        # on GPUs each process has its own
+        model, tokenizer = Subject(path, "cpu" if device == "cpu" else None).load()
+        rows = Subject(path).rows(11, base_model(model).config.vocab_size).select(range(ROWS))
+        step = trained_step(
+            model, tokenizer, rows, folder / "processes", per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            **on_cpu, **settings,
+        )  # fmt: skip
+        if torch.distributed.get_rank() == 0:
+            loss = torch.tensor(step.loss, dtype=torch.float64)
+            save_file({**step.gradients, "loss": loss}, folder / f"{device}-{mode}.safetensors")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
