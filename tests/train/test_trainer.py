@@ -215,7 +215,7 @@ def test_what_is_not_used_is_named_once(make, conversations, caplog, tmp_path):
         assert caplog.text.count(said) == 1, said
 
 
-def test_a_model_outside_the_table_trains_on_its_own_loss(make, load, conversations):
+def test_a_model_outside_the_table_trains_on_its_own_loss(make, load, conversations, capsys):
     """It divides by the targets of the whole step, and its adapter stays in float32."""
     tokenizer = load(lora=False)[1]
     torch.manual_seed(0)
@@ -228,8 +228,10 @@ def test_a_model_outside_the_table_trains_on_its_own_loss(make, load, conversati
         "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 2,
         "gradient_checkpointing": True,
+        "packing": True,
     }
     trainer = make(conversations, {"peft_config": lora}, model=(model, tokenizer), **sizes, **SEQUENTIAL)
+    assert "packing is off: GPT2LMHeadModel runs unfused" in capsys.readouterr().out
     rows = PaddedCollator(0)(list(trainer.train_dataset.select(range(6))))
     with torch.no_grad():
         expected = trainer.model.eval()(**rows).loss.item()

@@ -19,7 +19,7 @@ from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.errors import ConfigError, DataError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.untrained import untrained_token
-from oribi.text import say
+from oribi.text import say, say_notes
 from oribi.train.arguments import SFTConfig, row_readers
 from oribi.train.batches import GroupedByLength, rank_loader
 from oribi.train.guard import require_targets
@@ -245,12 +245,27 @@ def require_positions(collator: Any, rows: Any, args: SFTConfig) -> None:
         )
 
 
+def pads(args: SFTConfig, base: nn.Module) -> bool:
+    """Whether the examples of a batch become a rectangle."""
+    # transformers' classes see the documents of a joined row as one text unless flash attention runs them
+    return args.padding_free is False or (
+        args.padding_free is None and not isinstance(base, DecoderForCausalLM)
+    )
+
+
+def unpack_rectangles(args: SFTConfig, base: nn.Module) -> None:
+    """Leave `packing` where examples become rectangles, which cannot keep the documents of a pack apart."""
+    if pads(args, base) and (args.packing or args.eval_packing):
+        why = "padding_free = False" if args.padding_free is False else f"{type(base).__name__} runs unfused"
+        say_notes([f"packing is off: {why}, and padded rows cannot keep the documents of a pack apart"])
+        args.packing, args.eval_packing = False, None
+
+
 def make_collator(args: SFTConfig, base: nn.Module, tokenizer: Any) -> PackCollator | PaddedCollator:
     """How the examples of a batch become one: a row without padding, or a rectangle where that is asked for."""
     pad_id = getattr(tokenizer, "pad_token_id", None)
     pad_id = 0 if pad_id is None else pad_id
-    # transformers' classes see the documents of a joined row as one text unless flash attention runs them
-    if args.padding_free is False or (args.padding_free is None and not isinstance(base, DecoderForCausalLM)):
+    if pads(args, base):
         return PaddedCollator(pad_id, pad_to_multiple_of=args.pad_to_multiple_of)
     multiple = args.pad_to_multiple_of
     if multiple is None and args.packing and base.device.type == "cuda":

@@ -27,7 +27,7 @@ from oribi.train.context import join_context
 from oribi.train.determinism import fix_order_of_cublas
 from oribi.train.evaluate import PredictingTrainer
 from oribi.train.guard import require_targets
-from oribi.train.rows import RowsTrainer, choose_collator
+from oribi.train.rows import RowsTrainer, choose_collator, unpack_rectangles
 from oribi.train.run_trainer import RunTrainer
 from oribi.train.setup import fit_arguments, model_and_tokenizer
 from oribi.train.shards import shard
@@ -110,6 +110,8 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, RunTrainer):
         base = base_model(model)
         self.own_loss = isinstance(base, DecoderForCausalLM)
         fit_arguments(args, base)
+        if data_collator is None:
+            unpack_rectangles(args, base)
         self._utilisation: Utilisation | None = None
         self.data_reports: dict[str, Any] = {}
         self.tokens_seen, self._logged = 0, (0, time.monotonic())
