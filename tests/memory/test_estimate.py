@@ -20,6 +20,7 @@ from oribi.memory.speed import optimizer_steps, step_time
 from oribi.models.core import Keep
 from oribi.models.decoder import build
 from oribi.models.load import load_model
+from tests.models.tiny import tiny_config
 
 GIB = 2**30
 MODELS = {
@@ -457,3 +458,19 @@ def test_the_estimate_is_what_a_gpu_allocates(mode, tmp_path):
     )
     found = training.estimate(4096, 2048, torch.cuda.get_device_properties(0).total_memory)
     assert found.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+def test_a_table_that_waits_in_host_memory_takes_none_of_the_device():
+    config = tiny_config("gemma4_text", num_hidden_layers=6, num_kv_shared_layers=2, layer_types=None)
+    decoder = build(config, dtype=torch.bfloat16)
+    model = Architecture("gemma-4", config, None, decoder)
+    found = {full: Training(model, RunConfig(model="x", full_finetuning=full)) for full in (False, True)}
+    table = decoder.model.embed_tokens_per_layer.weight.nbytes
+    assert model.waiting_bytes == table
+    packed = model.weight_bytes(load_in_4bit=True)
+    assert found[False].fixed()["weights"] == packed - table
+    assert found[True].fixed()["weights"] == model.weight_bytes(load_in_4bit=False)
+    step = found[False].step(1024, 512)
+    inputs = 2 * 1024 * 6 * config.hidden_size_per_layer_input  # of all layers, there for the whole step
+    assert (step.beside, step.always > step.beside) == (inputs, True)
+    assert found[False].estimate(1024, 512, 80 * GIB).host >= table

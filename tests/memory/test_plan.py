@@ -5,7 +5,7 @@ import torch
 
 from oribi.memory import account
 from oribi.memory import plan as planning
-from oribi.memory.account import LayerAccount, StepAccount, layer_accounts
+from oribi.memory.account import LayerAccount, StepAccount, step_account
 from oribi.memory.layer_shape import layer_shapes
 from oribi.memory.plan import apply_plan, by_bargain, plan
 from oribi.models.core import Keep
@@ -15,7 +15,7 @@ from tests.models.tiny import tiny_config
 
 
 def step_of(model: torch.nn.Module, tokens: int = TOKENS, longest: int = LENGTH) -> StepAccount:
-    return StepAccount(layer_accounts(layer_shapes(model), tokens, longest), model.config.vocab_size)
+    return step_account(model, layer_shapes(model), tokens, longest)
 
 
 def peak(step: StepAccount, keeps: list[Keep]) -> int:

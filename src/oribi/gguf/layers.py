@@ -42,15 +42,16 @@ def _first_shared(config: PretrainedConfig) -> int:
 
 
 def add_layers(writer: gguf.GGUFWriter, config: PretrainedConfig, family: Family, facts: InGGUF) -> None:
-    """Write the numbers of key/value heads, the MLPs' widths, and the keys that only some families have."""
+    """Write the MLPs' widths, the numbers of heads, and the keys that only some families have."""
     layers = range(config.num_hidden_layers)
+    wide = _first_shared(config) if family.wide_mlp and config.use_double_wide_mlp else len(layers)
+    widths = [mlp_size(config) * (2 if i >= wide else 1) for i in layers]
+    writer.add_feed_forward_length(_one_if_equal(widths))
+    writer.add_head_count(config.num_attention_heads)
     heads = [family.value(config_of_layer(config, i), "num_key_value_heads") for i in layers]
     if facts.heads_by_layer:
         heads = [n * (family.mixer(config, i) == "attention") for i, n in zip(layers, heads)]
     writer.add_head_count_kv(heads if facts.heads_by_layer else _one_if_equal(heads))
-    wide = _first_shared(config) if family.wide_mlp and config.use_double_wide_mlp else len(layers)
-    widths = [mlp_size(config) * (2 if i >= wide else 1) for i in layers]
-    writer.add_feed_forward_length(_one_if_equal(widths))
     if facts.lists_layers:
         writer.add_sliding_window_pattern([kind == _KINDS[0] for kind in config.layer_types])
         sliding = head_dim_of(config, _KINDS[0])

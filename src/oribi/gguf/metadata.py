@@ -25,7 +25,6 @@ _SIZES = {
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
-    "num_attention_heads": "attention.head_count",
 }
 _EPS = "attention.layer_norm_rms_epsilon"
 # what metadata of wrong types or sizes turns into
@@ -131,6 +130,7 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
+        "num_attention_heads": heads,
         family.norm_eps: file.number(_EPS),
         "attention_bias": any(name.endswith(".attn_q.bias") for name in file.tensors),
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,

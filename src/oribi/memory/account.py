@@ -68,12 +68,15 @@ class LayerAccount:
     def results(self) -> dict[str, KeptResult]:
         """What the layer may keep, by the names of `Keep`."""
         s, found = self.shape, {}
-        listed = [(LAYER_INPUT, False)]
+        listed = [(LAYER_INPUT, False, False)]
         for core, _, post in s.layer.parts():
+            # made again for the next part in portions, of which x A^T is not kept for the own backward
             listed += [
-                (one, core.row_wise) for one in core.results if post is not None or not one.before_norm
+                (one, core.row_wise, core.row_wise and one.name == core.output_result)
+                for one in core.results
+                if post is not None or not one.before_norm
             ]
-        for one, row_wise in listed:
+        for one, row_wise, forgets in listed:
             if one.follows is not None:
                 continue
             beside, again = 0, 0.0
@@ -81,11 +84,13 @@ class LayerAccount:
                 again = s.mixer.core_by_products * s.core_flop(self.longest)
             elif one.made_by is not None:
                 again = s.product_flop(one.made_by)
-            for other, _ in listed:
+            for other, *_ in listed:
                 if other.follows == one.name:
                     beside += s.columns(other.columns) * (other.itemsize or s.width)
                     group = other.name.removesuffix("_xa")
-                    if group in s.groups and group != one.made_by:  # x A^T that no product brings
+                    if group in s.groups and (
+                        forgets or group != one.made_by
+                    ):  # x A^T that no product brings
                         again += 2 * s.columns([f"{group}.in"]) * s.columns([f"{group}.lora"])
             kept = s.columns(one.columns) * s.width
             sizes = (self.tokens * size for size in (kept, beside, again))
@@ -107,9 +112,14 @@ class LayerAccount:
         """Arithmetic of the mixer's own forward, in units of matrix products."""
         return self.tokens * self.shape.mixer.core_by_products * self.shape.core_flop(self.longest)
 
+    @property
+    def lent(self) -> int:
+        """Device bytes from forward to backward of what later layers read."""
+        return self.tokens * self.shape.lent * self.shape.width
+
     def kept(self, keep: Keep) -> int:
         """Device bytes from forward to backward, without dequantised weights."""
-        return sum(
+        return self.lent + sum(
             one.bytes * (keep[one.name] == "keep") + one.beside * (keep[one.name] != "recompute")
             for one in self.results.values()
         )
@@ -192,6 +202,27 @@ def layer_accounts(
     return [kinds[shape] for shape in shapes]
 
 
+def step_account(
+    decoder: DecoderForCausalLM,
+    shapes: Sequence[LayerShape],
+    tokens: int,
+    longest: int,
+    context: int = 1,
+    trains_head: bool = False,
+) -> "StepAccount":
+    """The account of a micro-batch's forward and backward.
+
+    Args:
+        decoder: the model. shapes: of its layers, as `layer_shapes` gives them.
+        tokens, longest: of a micro-batch, and of its longest document. context: processes that share a row.
+        trains_head: whether the head is trained whole.
+    """
+    inputs = len(shapes) * getattr(decoder.model, "per_layer_size", 0)
+    beside = tokens * inputs * decoder.dtype.itemsize
+    layers = layer_accounts(shapes, tokens, longest, context)
+    return StepAccount(layers, decoder.config.vocab_size, trains_head, beside)
+
+
 @dataclass(frozen=True)
 class Moment:
     """A moment of a step at which memory may be highest.
@@ -218,11 +249,13 @@ class StepAccount:
         layers: the account of each layer; layers of one kind share one.
         vocab_size: V.
         trains_head: whether the head is trained whole.
+        beside: bytes of what is made before the first layer and read by all.
     """
 
     layers: Sequence[LayerAccount]
     vocab_size: int
     trains_head: bool = False
+    beside: int = 0
 
     @cached_property
     def kinds(self) -> dict[LayerAccount, list[int]]:
@@ -236,6 +269,11 @@ class StepAccount:
     def input_bytes(self) -> int:
         """Bytes of a layer's input, which is equally wide in all."""
         return self.layers[0].results["x"].bytes
+
+    @property
+    def always(self) -> int:
+        """Bytes that stay from forward to backward whatever layers keep."""
+        return self.beside + sum(layer.lent for layer in self.layers)
 
     @cached_property
     def loss(self) -> int:
@@ -252,7 +290,7 @@ class StepAccount:
         away = [sum(layer.in_host(keep)) for layer, keep in zip(self.layers, keeps)]
         # `HostMemory` holds the sources of the last two layers that it copies until backward begins
         leaving = sum([one for one in away if one][-2:])
-        found, kept = [], 0
+        found, kept = [], self.beside
         for layer, keep, arriving in zip(self.layers, keeps, [0, *away]):  # for the layer below
             kept += layer.kept(keep)
             found.append(Moment("a layer's backward", kept, arriving + layer.backward(keep)))
@@ -261,7 +299,9 @@ class StepAccount:
     def moments_by_autograd(self, checkpointed: bool, dropout: bool, dora: bool) -> list[Moment]:
         """The same where PyTorch's autograd differentiates the layers."""
         ones = {layer: layer.by_autograd(dropout, dora) for layer in self.kinds}
-        kept = sum(self.input_bytes if checkpointed else ones[layer] for layer in self.layers)
+        kept = self.beside + sum(
+            self.input_bytes + layer.lent if checkpointed else ones[layer] for layer in self.layers
+        )
         work = max(
             one * (2 if checkpointed else 1) + layer.shape.weight_buffer(layer.shape.cores[1].input)
             for layer, one in ones.items()

@@ -67,6 +67,12 @@ class Architecture:
         return 0 if self.tied else self.decoder.lm_head.weight.numel()
 
     @cached_property
+    def waiting_bytes(self) -> int:
+        """Bytes of tables that wait in host memory while a GPU trains an adapter."""
+        waiting = [m for m in self.decoder.modules() if getattr(m, "waits_in_host_memory", False)]
+        return sum(parameter.nbytes for module in waiting for parameter in module.parameters())
+
+    @cached_property
     def parameters(self) -> int:
         """All parameters, a tied head counted once."""
         return sum(p.numel() for p in self.decoder.model.parameters()) + self.head

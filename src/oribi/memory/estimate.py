@@ -21,7 +21,7 @@ from oribi.memory.account import (
     LIBRARY_BYTES,
     StepAccount,
     generation_bytes,
-    layer_accounts,
+    step_account,
     trained_bytes,
 )
 from oribi.memory.architecture import Architecture, architecture_of
@@ -220,6 +220,8 @@ class Training:
         """Device bytes of the weights; as `train.shards` has them where processes share them."""
         a = self.architecture
         whole = a.weight_bytes(load_in_4bit, self.config.keep_in_16bit)
+        if not self.config.full_finetuning:
+            whole -= a.waiting_bytes
         if self.shards == 1:
             return whole
         width, layers = a.decoder.dtype.itemsize, len(a.decoder.model.layers)
@@ -250,8 +252,8 @@ class Training:
 
     def step(self, tokens: int, longest: int) -> StepAccount:
         """The account of a micro-batch."""
-        layers = layer_accounts(self.shapes, tokens, longest, self.config.context_parallel)
-        return StepAccount(layers, self.architecture.config.vocab_size, self.trains_head)
+        shared = self.config.context_parallel
+        return step_account(self.architecture.decoder, self.shapes, tokens, longest, shared, self.trains_head)
 
     def keeps(self, step: StepAccount, memory_bytes: int) -> list[Keep]:
         """What each layer keeps on a device with this much memory, as training decides it."""
@@ -307,6 +309,8 @@ class Training:
         host = sum(
             buffer_size(size) for layer, keep in zip(step.layers, keeps) for size in layer.in_host(keep)
         )
+        if not self.config.full_finetuning:
+            host += self.architecture.waiting_bytes
         return Estimate(parts, moment, keeps, self.trainable, tokens, longest, self.by_hand, host)
 
     def fits(self, tokens: int, longest: int, memory_bytes: int) -> bool:

@@ -43,6 +43,11 @@ class LayerShape:
         """Its mixer."""
         return self.layer.mixer
 
+    @property
+    def lent(self) -> int:
+        """Numbers per token of the keys and values that later layers read, which stay until its backward whatever is kept."""
+        return self.mixer.lent if getattr(self.mixer, "gives", None) else 0
+
     @cached_property
     def cores(self) -> list[Core]:
         """The mixer and the MLP."""
@@ -115,7 +120,8 @@ def layer_shapes(
             for module in modules
         ]
         of_layer = (ranks or attached_ranks)(layer)
-        key = type(layer.mixer), *sizes, *((name, *found) for name, found in of_layer.items())
+        gives = getattr(layer.mixer, "gives", None)
+        key = type(layer.mixer), gives, *sizes, *((name, *found) for name, found in of_layer.items())
         kinds.setdefault(key, []).append(layer)
         order.append((key, of_layer))
     width, device = decoder.dtype.itemsize, device or decoder.device

@@ -12,7 +12,7 @@ from functools import lru_cache
 import psutil
 import torch
 
-from oribi.memory.account import KeptResult, LayerAccount, StepAccount, layer_accounts
+from oribi.memory.account import KeptResult, LayerAccount, StepAccount, step_account
 from oribi.memory.layer_shape import layer_shapes
 from oribi.models.core import Keep, Place
 from oribi.models.decoder import DecoderForCausalLM
@@ -48,7 +48,7 @@ def plan(
     if host_bytes is None:
         host_bytes = psutil.virtual_memory().available
     layers = len(step.layers)
-    inputs, spare = layers * step.input_bytes, budget - step.workspace
+    inputs, spare = layers * step.input_bytes, budget - step.workspace - step.always
     # what can be copied while the layers' forward computes
     forward = sum(FORWARD_BY_PRODUCTS * layer.product_flop + layer.core_flop for layer in step.layers)
     host = min(host_bytes_per_flop * forward, HOST_SHARE * host_bytes)
@@ -168,8 +168,8 @@ def apply_plan(
     budget = free_device_bytes(decoder.device) if budget is None else budget
     device = decoder.device
     speed = measured_host_speed(device, decoder.dtype) if device.type == "cuda" else HOST_BYTES_PER_FLOP
-    layers = layer_accounts(layer_shapes(decoder), tokens, longest, context)
-    keeps = plan(StepAccount(layers, decoder.config.vocab_size), budget, host_bytes_per_flop=speed)
+    step = step_account(decoder, layer_shapes(decoder), tokens, longest, context)
+    keeps = plan(step, budget, host_bytes_per_flop=speed)
     keeps = keeps if agree is None else agree(keeps)
     freed = decoder.offload_embedding() if keeps[0]["x"] == "host" else 0
     decoder.set_recompute_policy(keeps)

@@ -272,7 +272,8 @@ class Half:
             xa = weight.compute_xa(dh) if state.xa_out is None else state.xa_out
             factors = self._factor_gradients(core.output, buffer, dyb, dh, xa)
         else:
-            factors = self._factor_gradients(core.output, buffer, dyb, state.h, state.xa_out)
+            xa = weight.compute_xa(state.h) if state.xa_out is None else state.xa_out
+            factors = self._factor_gradients(core.output, buffer, dyb, state.h, xa)
             del buffer, weight, self._weights[core.output]
             state.h = None
             core.backward(state.prepared, dh)

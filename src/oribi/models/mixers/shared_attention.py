@@ -66,6 +66,11 @@ class SharedAttention(Attention):
         if self.head_dim > WIDEST_FLASH:
             self.core_by_products = BLOCKED_BY_PRODUCTS
 
+    @property
+    def lent(self) -> int:
+        """Numbers per token of the keys and values that later layers read, where `gives` says that they do."""
+        return self.sizes[1] + self.sizes[2]
+
     def qk_norms(self) -> tuple[RMSNorm, ...]:
         """The norms of q and, where there is one, of k."""
         return tuple(self.part(role) for role in ("q_norm", "k_norm")[: 1 if self.reads else 2])
