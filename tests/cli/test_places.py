@@ -90,7 +90,7 @@ def test_a_run_that_is_not_there_is_told_with_the_nearest(oribi, tmp_path, monke
     [
         ("base_model: m\ndatasets:\n  - path: d\n    type: alpaca\n", "Axolotl"),
         ("model_name_or_path: m\nstage: sft\nfinetuning_type: lora\ndataset: d\n", "LLaMA-Factory"),
-        ("model_name_or_path: m\ndataset_name: d\nbf16: true\n", "TRL"),
+        ("model_name_or_path: m\ndataset_name: d\nuse_peft: true\n", "TRL"),
     ],
 )
 def test_another_programs_config_is_recognised(oribi, tmp_path, text, program):

@@ -12,7 +12,7 @@ WHOLE_PAGES = {"README.md", "getting-started.md"}
 ELSEWHERE = {
     "oribi convert axolotl.yml --output config.yaml": "tests/cli/test_convert.py has the four programs' files",
     **dict.fromkeys(
-        ["oribi train config.yaml --gpus all", "oribi train config.yaml --gpus all --resume true"],
+        ["oribi train config.yaml --gpus all", "oribi train config.yaml --gpus 2 --context_parallel 2"],
         "needs GPUs; tests/cli/test_train_gpus.py starts processes on a CPU",
     ),
     "oribi watch runs": "it serves until it is stopped; tests/watch has its parts",
