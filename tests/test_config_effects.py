@@ -311,7 +311,19 @@ def test_every_key_is_here():
     }
 
 
-@pytest.mark.parametrize("key", EFFECTS)
+# handed on as they are to transformers' arguments or PEFT's config; the others decide what oribi itself does
+HANDED_ON = {
+    "adam_beta1", "adam_beta2", "adam_epsilon", "alpha_pattern", "early_stopping_patience", "eval_steps", "exclude_modules",
+    "layers_to_transform", "load_best_model_at_end", "logging_steps", "lora_alpha", "lora_dropout", "lr_scheduler_kwargs",
+    "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs", "optim", "output_dir",
+    "per_device_eval_batch_size", "rank_pattern", "report", "report_to", "save_steps", "save_strategy",
+    "save_total_limit", "use_dora", "use_rslora", "warmup_steps", "weight_decay",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key", [pytest.param(key, marks=pytest.mark.long if key in HANDED_ON else ()) for key in EFFECTS]
+)
 def test_a_key_has_its_effect(key, ran):
     effect = EFFECTS[key]
     beside = effect.beside or {}

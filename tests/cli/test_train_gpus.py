@@ -153,7 +153,7 @@ def test_machines_and_batches_that_do_not_fit_together_are_refused_before_anythi
     assert re.search(message, str(done.exception))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("act", "stops", "codes"), [("ends", False, {0}), ("waits", True, {143})])
 def test_two_machines_meet_and_end_with_the_same_codes(tmp_path, act, stops, codes):
     """Both are this one, each with a process."""

@@ -60,10 +60,28 @@ def folder(tmp_path_factory):
     return folder
 
 
+# one of each kind of trainer and of data; the others differ in what is converted, which tests of their own look at
+SHORT = {
+    "alpaca",
+    "chat",
+    "classification",
+    "continued_pretraining",
+    "dpo",
+    "embedding",
+    "grpo",
+    "tool_calling",
+}
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    needed = [NEEDS_DRIVER] if name in ("dpo", "kto", "grpo") else []
+    return needed if name in SHORT else [*needed, pytest.mark.long]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(s, marks=NEEDS_DRIVER if s.stem in ("dpo", "kto", "grpo") else ()) for s in SCRIPTS],
+    [pytest.param(s, marks=marks_of(s.stem)) for s in SCRIPTS],
     ids=lambda path: path.stem,
 )
 def test_runs_after_conversion(script, folder, monkeypatch, tmp_path):

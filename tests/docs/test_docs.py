@@ -121,7 +121,7 @@ def said_by(oribi, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("demo_model_file")
 def test_the_readmes_path_runs_word_for_word(said_by, tmp_path):
     (block,) = [text for page, text in blocks("bash") if page.name == "README.md"]

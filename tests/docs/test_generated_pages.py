@@ -10,7 +10,7 @@ from oribi.config import SETTINGS
 from oribi.config_advice import WHEN_TO_CHANGE
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-PAGES = ["cli.md", "config.md", "models.md", pytest.param("guides/memory-by-card.md", marks=pytest.mark.slow)]
+PAGES = ["cli.md", "config.md", "models.md", pytest.param("guides/memory-by-card.md", marks=pytest.mark.long)]
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,7 @@ def left(name: str, folder: Path) -> None:
     assert list(folder.glob(LEFT[name])), sorted(path.name for path in folder.rglob("*"))
 
 
+@pytest.mark.long
 def test_an_example_runs_in_a_process_of_its_own(tiny_folder, tmp_path):
     done = run(sys.executable, "examples/chat.py", *words(tiny_folder, tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -77,7 +78,11 @@ def test_an_example_runs(name, tiny_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "stage", [path.stem for path in sorted((ROOT / "examples" / "stages").glob("*.yaml"))]
+    "stage",
+    [
+        pytest.param(path.stem, marks=() if path.stem in ("dpo", "grpo") else pytest.mark.long)
+        for path in sorted((ROOT / "examples" / "stages").glob("*.yaml"))
+    ],
 )
 def test_the_run_file_of_a_stage_runs(stage, oribi, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

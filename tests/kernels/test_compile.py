@@ -186,7 +186,7 @@ def test_causal_convolution_compiles_with_16_byte_loads_and_stores(launches, cap
         assert kernel.metadata.shared <= 16384
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("width", [128, 256])
 def test_the_gated_delta_rule_compiles_within_shared_memory(launches, capability, width, monkeypatch):

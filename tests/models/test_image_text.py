@@ -29,7 +29,7 @@ MESSAGES = [{"role": "user", "content": "a fox"}, {"role": "assistant", "content
 @pytest.mark.parametrize(
     ("kind", "load_in_4bit"),
     [
-        pytest.param(kind, nf4, marks=() if nf4 and kind in QUICK else pytest.mark.slow)
+        pytest.param(kind, nf4, marks=() if nf4 and kind in QUICK else pytest.mark.long)
         for kind in WRAPPERS
         for nf4 in (True, False)
     ],

@@ -80,7 +80,7 @@ def require_equal(ran: Ran, name: str) -> None:
 
 
 @posix
-@pytest.mark.slow
+@pytest.mark.long
 class TestSharedRows:
     def test_attention_and_its_gradients_are_those_of_the_whole_row(self, ran):
         """One document and several, grouped heads, windows, soft caps, and heads in portions."""

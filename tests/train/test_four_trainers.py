@@ -38,7 +38,7 @@ def test_losses_equal_those_of_a_bare_loop(loop, bare, tiny_folder, rows, tmp_pa
     assert losses == pytest.approx(bare, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_losses_of_plain_trl_equal_those_of_a_bare_loop(bare, tiny_folder, rows, tmp_path):
     # TRL's loss is a Triton kernel on every device; without a GPU it runs in Triton's interpreter, in its own process
     rows.save_to_disk(tmp_path / "rows")

@@ -42,6 +42,11 @@ LOGGED = {
 STARTS = [*LOGGED]
 
 
+def others_long(*kept: str) -> list:
+    """The stages, of which all but some are long."""
+    return [pytest.param(stage, marks=() if stage in kept else pytest.mark.long) for stage in STARTS]
+
+
 def words(start: int, count: int) -> str:
     return " ".join(WORDS[(start + 3 * i) % len(WORDS)] for i in range(count))
 
@@ -135,7 +140,7 @@ def test_a_stage_goes_from_its_run_file_to_report_and_export(stage, trained):
     assert state_of(output).finished
 
 
-@pytest.mark.parametrize("stage", STARTS)
+@pytest.mark.parametrize("stage", others_long("dpo", "grpo"))
 def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(stage, trained, folder, tmp_path):
     whole = trained(stage)
     stopped = Path(shutil.copytree(whole, tmp_path / "stopped"))
@@ -384,7 +389,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(folder, tmp_path):
         run(config)
 
 
-@pytest.mark.parametrize("stage", STARTS)
+@pytest.mark.parametrize("stage", others_long("kto"))
 def test_eval_says_what_a_stage_is_about(stage, trained, oribi):
     done = oribi("eval", trained(stage, *HELD_OUT), "--samples", "1", "--max-new-tokens", "4", "--json")
     assert done.code == 0, done.err

@@ -183,7 +183,7 @@ def trained_on(folder: Path) -> bool:
     return (folder / "run/adapter/adapter_model.safetensors").is_file() and len(log) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_whose_reader_went_away_trains_on_and_ends_well(subject, tmp_path):
     """A process from its start, as a shell begins it."""
     words = shlex.join([sys.executable, "-m", "oribi", *training(subject, tmp_path, steps=3)])

@@ -17,7 +17,7 @@ SAVE_STEPS = 2
 @pytest.mark.parametrize(
     ("kills", "words"),
     [
-        pytest.param(3, (), marks=pytest.mark.slow),
+        pytest.param(3, (), marks=pytest.mark.long),
         pytest.param(10, (), marks=pytest.mark.long),
         pytest.param(10, ("--fsdp", "true"), marks=pytest.mark.long),
     ],

@@ -25,7 +25,7 @@ from oribi.train.trainer import SFTTrainer
 from tests.trust.runs import losses_of, trainer_in
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(sys.platform == "win32", reason="torch.distributed with gloo is tested on POSIX"),
 ]
 

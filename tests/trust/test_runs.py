@@ -230,9 +230,13 @@ def rows_of_two_passes(subject, tmp_path_factory) -> list[tuple]:
 @pytest.mark.parametrize(
     "layout",
     [
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        pytest.param(
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, marks=pytest.mark.long
+        ),
         {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3},
-        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1},
+        pytest.param(
+            {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_another_batch_layout_reads_every_row_of_the_pass_once(

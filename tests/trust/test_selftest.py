@@ -24,7 +24,7 @@ def subject(tmp_path_factory) -> Subject:
     return Subject(str(write_small_model(tmp_path_factory.mktemp("small"))), "cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_table_holds(oribi, tmp_path):
     table = tmp_path / "table.json"
     done = oribi("selftest", "--json", table)

@@ -84,7 +84,7 @@ def test_a_gpu_that_another_program_uses_is_left_alone(trained_run, tmp_path, mo
     assert said is None if reason is None else said.startswith(reason)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_answers_for_the_page_and_ends_with_it(trained_run):
     run, talk = WatchedRun(trained_run, "run"), Talk()
     with pytest.raises(TalkError, match="load one first"):
@@ -103,7 +103,7 @@ def test_a_process_answers_for_the_page_and_ends_with_it(trained_run):
         talk.losses([])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_that_cannot_be_loaded_says_why(tmp_path):
     talk = Talk()
     with pytest.raises(TalkError, match="adapter|config|model"):
