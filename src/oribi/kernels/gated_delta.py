@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from oribi.kernels.dispatch import INTERPRETED, launch, next_power_of_2, unit_stride, use_triton, wide
 from oribi.kernels.gated_delta_chunks import CHUNK, Chunks, heads_at_a_time
-from oribi.kernels.gated_delta_fla import agrees, fla_backward, fla_forward, fla_function, use_fla
+from oribi.kernels.gated_delta_fla import fla_backward, fla_forward, fla_function, use_fla
 from oribi.kernels.gated_delta_kernels import (
     gradient_kernel,
     local_kernel,
@@ -38,7 +38,7 @@ from oribi.kernels.gated_delta_kernels import (
     solve_kernel,
     vectors_kernel,
 )
-from oribi.kernels.gated_delta_reference import REFERENCE_PORTION, reference_chunks
+from oribi.kernels.gated_delta_reference import REFERENCE_PORTION, agrees, reference_chunks
 
 # slots times heads that the kernels compute at a time, 2.8 GB in backward at E = F = 128: fewer heads would leave most of a
 # GPU idle while the states of one long document follow one another

@@ -15,17 +15,13 @@ from functools import lru_cache
 import torch
 
 from oribi.kernels.dispatch import use_triton
-from oribi.kernels.gated_delta_chunks import Chunks, chunks_of
+from oribi.kernels.gated_delta_chunks import Chunks
+from oribi.kernels.gated_delta_reference import Rule, agrees
 
 logger = logging.getLogger(__name__)
 
 # arguments that are passed by name; a package whose function lacks one is left alone
 _ARGUMENTS = {"scale", "initial_state", "output_final_state", "cu_seqlens", "cu_seqlens_cpu"}
-# documents of the one-time check: shorter and longer than a chunk, and a single token
-_CHECKED_BOUNDS = (0, 70, 71, 264)
-
-# outputs and gradients of q, k, v, g and b, of do, these inputs, the chunks and the scale
-Rule = Callable[[torch.Tensor, Sequence[torch.Tensor], Chunks, float], Sequence[torch.Tensor]]
 
 
 @lru_cache
@@ -77,44 +73,6 @@ def fla_agrees(
         lambda do, *given: (fla_forward(*given)[0], *fla_backward(do, *given)),
         reference, device, dtype, (key_heads, key), (heads, value),
     )  # fmt: skip
-
-
-def agrees(
-    name: str,
-    rule: Rule,
-    reference: Rule,
-    device: torch.device,
-    dtype: torch.dtype,
-    keys: tuple[int, int],
-    values: tuple[int, int],
-) -> bool:
-    """Whether a rule gives what the reference gives in float64, outputs and all gradients, to twice what 16 bits round.
-
-    Args:
-        name: of the rule in the warning that says why it is not used. rule: what is checked. reference: computes the truth.
-        device, dtype: of the inputs. keys: K and F. values: H and E.
-    """
-    draw, tokens = torch.Generator().manual_seed(0), _CHECKED_BOUNDS[-1]
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(tokens, *shape, generator=draw).to(device)
-
-    q, k = (torch.nn.functional.normalize(normal(*keys), dim=-1).to(dtype) for _ in range(2))
-    v, do = (normal(*values).to(dtype) for _ in range(2))
-    inputs = q, k, v, -normal(values[0]).abs(), normal(values[0]).sigmoid().to(dtype)
-    chunks, scale = chunks_of(_CHECKED_BOUNDS, device), keys[1] ** -0.5
-    truth = reference(do.double(), [x.double() for x in inputs], chunks, scale)
-    try:
-        found = rule(do, inputs, chunks, scale)
-    except Exception as error:  # a kernel that does not compile here, or refuses the shapes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        logger.warning("%s is not used: it failed (%s)", name, reason)
-        return False
-    worst = max(((x - y).norm() / y.norm()).item() for x, y in zip(found, truth))
-    if worst < 2 * torch.finfo(dtype).eps:
-        return True
-    logger.warning("%s is not used: it differs from the reference by %.1e", name, worst)
-    return False
 
 
 def fla_forward(

@@ -1,18 +1,26 @@
 """The gated delta rule in chunks by PyTorch, whose equations and letters are in `kernels/gated_delta.py`.
 
 Computed in float32 (float64 stays). All chunks are computed at once but for the states, which follow one another, those
-of all documents side by side.
+of all documents side by side. Other ways of computing the rule are used once they agree with it.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from oribi.kernels.dispatch import wide
-from oribi.kernels.gated_delta_chunks import CHUNK, Chunks, heads_at_a_time
+from oribi.kernels.gated_delta_chunks import CHUNK, Chunks, chunks_of, heads_at_a_time
+
+logger = logging.getLogger(__name__)
 
 # tokens times heads that are computed at a time: a tensor of E = 128 numbers each takes 128 MiB in float32
 REFERENCE_PORTION = 2**18
+# documents of the one-time check: shorter and longer than a chunk, and a single token
+_CHECKED_BOUNDS = (0, 70, 71, 264)
+
+# outputs and gradients of q, k, v, g and b, of do, these inputs, the chunks and the scale
+Rule = Callable[[torch.Tensor, Sequence[torch.Tensor], Chunks, float], Sequence[torch.Tensor]]
 
 
 def reference_chunks(
@@ -120,3 +128,41 @@ class ReferenceChunks:
             dn[part] += fk[part] @ now
             now.copy_(decay[part] * now + from_out[part] - self.w[part].mT @ dn[part])
         return behind, dn
+
+
+def agrees(
+    name: str,
+    rule: Rule,
+    reference: Rule,
+    device: torch.device,
+    dtype: torch.dtype,
+    keys: tuple[int, int],
+    values: tuple[int, int],
+) -> bool:
+    """Whether a rule gives what the reference gives in float64, outputs and all gradients, to twice what 16 bits round.
+
+    Args:
+        name: of the rule in the warning that says why it is not used. rule: what is checked. reference: computes the truth.
+        device, dtype: of the inputs. keys: K and F. values: H and E.
+    """
+    draw, tokens = torch.Generator().manual_seed(0), _CHECKED_BOUNDS[-1]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(tokens, *shape, generator=draw).to(device)
+
+    q, k = (torch.nn.functional.normalize(normal(*keys), dim=-1).to(dtype) for _ in range(2))
+    v, do = (normal(*values).to(dtype) for _ in range(2))
+    inputs = q, k, v, -normal(values[0]).abs(), normal(values[0]).sigmoid().to(dtype)
+    chunks, scale = chunks_of(_CHECKED_BOUNDS, device), keys[1] ** -0.5
+    truth = reference(do.double(), [x.double() for x in inputs], chunks, scale)
+    try:
+        found = rule(do, inputs, chunks, scale)
+    except Exception as error:  # a kernel that does not compile here, or refuses the shapes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        logger.warning("%s is not used: it failed (%s)", name, reason)
+        return False
+    worst = max(((x - y).norm() / y.norm()).item() for x, y in zip(found, truth))
+    if worst < 2 * torch.finfo(dtype).eps:
+        return True
+    logger.warning("%s is not used: it differs from the reference by %.1e", name, worst)
+    return False

@@ -16,16 +16,17 @@ from oribi.kernels.dispatch import jit, tl
 COPIES = 16
 
 
-def _constant(text: object) -> object:
-    return tl.constexpr(text)
+def constant(value: object) -> object:
+    """A value of the module that kernels read."""
+    return tl.constexpr(value)
 
 
-_COPIES = _constant(COPIES)
-_TABLE = _constant(f".shared .align 16 .b8 nf4_pairs[{1024 * COPIES}];\nmov.u32 $0, nf4_pairs;")
-_COPY = _constant(
+_COPIES = constant(COPIES)
+_TABLE = constant(f".shared .align 16 .b8 nf4_pairs[{1024 * COPIES}];\nmov.u32 $0, nf4_pairs;")
+_COPY = constant(
     f"{{ .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, {COPIES - 1}; shl.b32 t, t, 2; add.u32 $0, $1, t; }}"
 )
-_FILL = _constant(
+_FILL = constant(
     "\n".join(
         [
             f"{{ .reg .b32 b; mad.lo.u32 b, $1, {4 * COPIES}, $3;",
@@ -34,7 +35,7 @@ _FILL = _constant(
         ]
     )
 )
-_LOOK_UP = _constant(
+_LOOK_UP = constant(
     "\n".join(
         [
             "{ .reg .b32 a;",
@@ -50,6 +51,16 @@ _LOOK_UP = _constant(
 
 
 @jit
+def byte_pairs(lut, dtype: tl.constexpr):
+    """All bytes [256], and the two values in dtype of each, from NF4's [16] float32."""
+    byte = tl.arange(0, 256)
+    # the earlier value of a byte is its high half; it comes first in memory
+    first = tl.load(lut + (byte >> 4)).to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    second = tl.load(lut + (byte & 15)).to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return byte, first | second
+
+
+@jit
 def fill_table(lut, dtype: tl.constexpr, any_number):
     """Writes the pairs of NF4 values [16] float32 in dtype; the shared address of this thread's copy.
 
@@ -57,13 +68,8 @@ def fill_table(lut, dtype: tl.constexpr, any_number):
     """
     # of a scalar, so that the table is declared once
     table = tl.inline_asm_elementwise(_TABLE, "=r,r", [any_number], tl.int32, is_pure=False, pack=1)
-    byte = tl.arange(0, 256)
-    # the earlier value of a byte is its high half; it comes first in memory
-    first = tl.load(lut + (byte >> 4)).to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    second = tl.load(lut + (byte & 15)).to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16
-    tl.inline_asm_elementwise(
-        _FILL, "=r,r,r,r", [byte, first | second, table], tl.int32, is_pure=False, pack=1
-    )
+    byte, pair = byte_pairs(lut, dtype)
+    tl.inline_asm_elementwise(_FILL, "=r,r,r,r", [byte, pair, table], tl.int32, is_pure=False, pack=1)
     return tl.inline_asm_elementwise(_COPY, "=r,r", [table], tl.int32, is_pure=True, pack=1)
 
 

@@ -66,17 +66,15 @@ def _scale(inner, outer, code2, offset, NESTED: tl.constexpr):
 
 @jit
 def _add_lora(
-    sum_, n, n_in, thread, b, rank, scale, xa, dtype: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr,
+    sum_, n, n_in, thread, b, rank, scale, xa, dtype: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """A lane's sum with its share of the LoRA term of row n: of each warp's 16 / WARPS of 16 columns a quarter."""
-    EACH: tl.constexpr = 4 // WARPS if WARPS < 4 else 1
+    """A lane's sum with its share of the LoRA term of row n: of 16 columns one in each of the first four warps."""
     for start in range(0, R, 16):
-        for i in tl.static_range(EACH):
-            r = start + (thread // 32 * 4 + thread % 4) * EACH + i
-            inside = r < tl.minimum(rank, start + 16)
-            factor = tl.load(b + n.to(tl.int64) * rank + r, mask=n_in & inside, other=0.0)
-            low = tl.load(xa + r, mask=inside, other=0.0)
-            sum_ += low * (factor.to(tl.float32) * scale).to(dtype).to(tl.float32)
+        r = start + thread // 32 * 4 + thread % 4
+        inside = r < tl.minimum(rank, start + 16)
+        factor = tl.load(b + n.to(tl.int64) * rank + r, mask=n_in & inside, other=0.0)
+        low = tl.load(xa + r, mask=inside, other=0.0)
+        sum_ += low * (factor.to(tl.float32) * scale).to(dtype).to(tl.float32)
     return sum_
 
 
@@ -166,13 +164,11 @@ def _finish(
             )
     if LORA:
         n = tile * OUT_ROWS + thread % 32 // 4
-        sum_ = _add_lora(sum_, n, n < size, thread, b, rank, scale, xa_of, dtype, R, WARPS)
+        sum_ = _add_lora(sum_, n, n < size, thread, b, rank, scale, xa_of, dtype, R)
         inside = n < size if PAIRED else n + 8 < size
         if PAIRED:
             xa_of += (group - 1) * R
-        sum_b = _add_lora(
-            sum_b, n + below, inside, thread, b_below, rank_below, scale_below, xa_of, dtype, R, WARPS
-        )
+        sum_b = _add_lora(sum_b, n + below, inside, thread, b_below, rank_below, scale_below, xa_of, dtype, R)
     sum_, sum_b = whole_sums(sum_, sum_b, room, thread, WARPS)
     n = tile * OUT_ROWS + thread % OUT_ROWS
     inside = (thread < OUT_ROWS) & (n < size)

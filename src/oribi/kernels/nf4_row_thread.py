@@ -6,24 +6,20 @@ lane has a bank of the shared memory to itself.
 """
 
 from oribi.kernels.dispatch import jit, tl
-
-
-def _constant(value: str | int) -> object:
-    return tl.constexpr(value)
-
+from oribi.kernels.nf4_lookup import byte_pairs, constant
 
 _MOST_WARPS = 8
 _TABLE = 256 * 32 * 4
-TABLE_BYTES = _constant(_TABLE)
+TABLE_BYTES = constant(_TABLE)
 
 
 # the table, and two rooms for 16 sums of each warp, which a program uses in turn
-_SHARED = _constant(
+_SHARED = constant(
     f".shared .align 16 .b8 nf4_row[{_TABLE + 2 * _MOST_WARPS * 16 * 4}];\nmov.u32 $0, nf4_row;"
 )
-_THREAD = _constant("mov.u32 $0, %tid.x;")
+_THREAD = constant("mov.u32 $0, %tid.x;")
 # a thread writes the 128 bytes of an entry from a place of its own on, so that eight threads write to all banks
-_FILL = _constant(
+_FILL = constant(
     "\n".join(
         [
             "{ .reg .b32 entry, at, lane; mov.u32 lane, %tid.x; mad.lo.u32 entry, $1, 128, $3;",
@@ -37,7 +33,7 @@ _FILL = _constant(
     )
 )
 # four times 16 bytes from $16 on, 64 bytes apart; of chunk i where 2 i < $17, else zeros
-_LOAD_CODES = _constant(
+_LOAD_CODES = constant(
     "\n".join(
         [
             "{ .reg .pred p;",
@@ -52,7 +48,7 @@ _LOAD_CODES = _constant(
     )
 )
 # 64 bytes from $16 on where $17, else zeros
-_LOAD_X = _constant(
+_LOAD_X = constant(
     "\n".join(
         [
             "{ .reg .pred p; setp.ne.s32 p, $17, 0;",
@@ -90,18 +86,18 @@ def _products_text(dtype: str) -> object:
         lines.append(f"setp.eq.s32 p, $53, {chunk};")
         lines += [f"selp.f32 s{i}, c{4 * chunk + i}, s{i}, p;" for i in range(4)]
     lines += [f"mov.f32 ${i}, s{i};" for i in range(4)]
-    return _constant("\n".join([*lines, "}"]))
+    return constant("\n".join([*lines, "}"]))
 
 
 _PRODUCTS_BF16, _PRODUCTS_FP16 = _products_text("bf16"), _products_text("f16")
-_PRODUCTS_TYPES = _constant(",".join(["=f"] * 4 + ["r"] * 50))
-_LOAD_TYPES = _constant(",".join(["=&r"] * 16 + ["l", "r"]))
-_SUM_OF_FOUR = _constant(
+_PRODUCTS_TYPES = constant(",".join(["=f"] * 4 + ["r"] * 50))
+_LOAD_TYPES = constant(",".join(["=&r"] * 16 + ["l", "r"]))
+_SUM_OF_FOUR = constant(
     "{ .reg .f32 other; shfl.sync.bfly.b32 other, $1, 1, 31, -1; add.f32 $0, $1, other;"
     " shfl.sync.bfly.b32 other, $0, 2, 31, -1; add.f32 $0, $0, other; }"
 )
-_STORE = _constant("{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, $1; }")
-_LOAD = _constant("ld.shared.f32 $0, [$1];")
+_STORE = constant("{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, $1; }")
+_LOAD = constant("ld.shared.f32 $0, [$1];")
 
 
 @jit
@@ -120,12 +116,8 @@ def fill_banked_table(lut, thread, dtype: tl.constexpr):
     """
     # of a scalar, so that the memory is declared once
     shared = tl.inline_asm_elementwise(_SHARED, "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1)
-    byte = tl.arange(0, 256)
-    first = tl.load(lut + (byte >> 4)).to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    second = tl.load(lut + (byte & 15)).to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16
-    tl.inline_asm_elementwise(
-        _FILL, "=r,r,r,r", [byte, first | second, shared], tl.int32, is_pure=False, pack=1
-    )
+    byte, pair = byte_pairs(lut, dtype)
+    tl.inline_asm_elementwise(_FILL, "=r,r,r,r", [byte, pair, shared], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
     return thread * 0 + shared
 
