@@ -119,7 +119,7 @@ def model(
         return
     with chatter_aside():
         from oribi.families import FAMILIES
-        from oribi.family_sizes import mlp_size
+        from oribi.families.sizes import mlp_size
         from oribi.memory.architecture import architecture_of
         from oribi.models.mixers.attention import Attention
         from oribi.models.open import open_model

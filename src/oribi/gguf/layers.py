@@ -11,11 +11,11 @@ from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
 from oribi.families import Family
-from oribi.family_sizes import head_dim_of, mlp_size
+from oribi.families.in_gguf import InGGUF
+from oribi.families.layer_fields import config_of_layer
+from oribi.families.sizes import head_dim_of, mlp_size
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.rope import rotary_dim
-from oribi.in_gguf import InGGUF
-from oribi.layer_fields import config_of_layer
 
 _KINDS = ("sliding_attention", "full_attention")
 # fields of the config -> keys of the gated delta rule that hold them as they are

@@ -8,12 +8,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from oribi.errors import ExportError, ModelError
 from oribi.families import FAMILIES, MOST_LAYERS, Family, family_of
-from oribi.family_sizes import head_dim_of, rope_base
+from oribi.families.in_gguf import InGGUF
+from oribi.families.sizes import head_dim_of, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.layers import add_layers, every, layer_refusals, read_layers
 from oribi.gguf.names import MODEL_TYPES, family_in_gguf
 from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals
-from oribi.in_gguf import InGGUF
 
 # multimodal model types of whose towers llama.cpp's convert_hf_to_gguf.py makes a projector file
 WITH_PROJECTOR = (

@@ -13,9 +13,9 @@ from gguf import GGML_QUANT_SIZES, LlamaFileType
 from transformers import PretrainedConfig
 
 from oribi.errors import ConfigError
+from oribi.families.layer_fields import config_of_layer
 from oribi.gguf.file import Type
 from oribi.gguf.names import KERNELS, family_in_gguf
-from oribi.layer_fields import config_of_layer
 from oribi.text import one_of
 
 

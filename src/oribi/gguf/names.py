@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from oribi.errors import ExportError
-from oribi.families import FAMILIES, Family, InGGUF
+from oribi.families import FAMILIES, Family
+from oribi.families.in_gguf import InGGUF
 from oribi.gguf.tensor import Tensor, ValueHeads
 
 # the families whose files have an architecture, the one that they are read as first

@@ -13,10 +13,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
 from oribi.families import FAMILIES
-from oribi.family_sizes import head_dim_of, rope_base
+from oribi.families.in_gguf import InGGUF
+from oribi.families.sizes import head_dim_of, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import ROPE_FACTORS
-from oribi.in_gguf import InGGUF
 
 _SCALING = {
     "linear": gguf.RopeScalingType.LINEAR,

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from oribi.errors import ModelError
 from oribi.families import MOST_LAYERS, family_of
-from oribi.layer_fields import config_of_layer, layer_configs
+from oribi.families.layer_fields import config_of_layer, layer_configs
 from oribi.models.fields import (
     BOOLEAN,
     MOST,

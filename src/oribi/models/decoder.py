@@ -2,7 +2,7 @@
 
 B rows, S tokens per row, T = B * S, D hidden size, H query heads, K key/value heads, E head_dim, V vocabulary.
 Parameter names equal the checkpoint's, so a checkpoint loads as it is and PEFT, TRL, transformers' Trainer, `generate`
-and `save_pretrained` work on the model. What a family changes is read from its row in `families.py`.
+and `save_pretrained` work on the model. What a family changes is read from its row in `families/table.py`.
 """
 
 import copy

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from oribi.families import Family, activation_of
-from oribi.family_sizes import mlp_size
+from oribi.families.sizes import mlp_size
 from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
 from oribi.models.core import Result
 from oribi.models.half import Kept

@@ -11,9 +11,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
 from oribi.families import FAMILIES
-from oribi.family_sizes import rope_base
+from oribi.families.layer_fields import config_of_layer
+from oribi.families.sizes import rope_base
 from oribi.kernels.rope import Angles
-from oribi.layer_fields import config_of_layer
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 # frequencies of these kinds depend on the longest position of the batch

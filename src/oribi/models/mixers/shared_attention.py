@@ -14,11 +14,11 @@ import torch
 from transformers import PretrainedConfig
 
 from oribi.families import Family
+from oribi.families.layer_fields import config_of_layer
 from oribi.kernels.attention import attention, attention_backward, decide
 from oribi.kernels.blocked_attention import blocked_backward_bytes
 from oribi.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from oribi.kernels.rope import rope, rope_forward
-from oribi.layer_fields import config_of_layer
 from oribi.models.core import Held
 from oribi.models.linear_layers import RMSNorm, project
 from oribi.models.mixers.attention import Attending, Attention

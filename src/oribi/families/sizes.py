@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from oribi.families import FAMILIES
-from oribi.layer_fields import config_of_layer
+from oribi.families.layer_fields import config_of_layer
+from oribi.families.table import FAMILIES
 
 
 def mlp_size(config: PretrainedConfig) -> int:

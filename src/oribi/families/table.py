@@ -1,0 +1,165 @@
+"""The table: one row per family, with what the decoder reads and how the family is stored in a GGUF file.
+
+A new family is a new row, and a new flag of `Family` only where it has a property that no other family has.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+from transformers import PretrainedConfig
+
+from oribi.families.family import Family
+from oribi.families.in_gguf import InGGUF
+from oribi.families.layer_fields import fields_by_layer
+
+# the deepest models have some hundreds; each layer costs host memory before a weight is read
+MOST_LAYERS = 4096
+
+# fmt: off
+# what llama.cpp reads of the Llama lineage
+_LLAMA_CPP = InGGUF("llama", interleaved_rope=True, biases="all", rope_factors=("llama3", "longrope"), layers_of_70b=80)
+
+_GEMMA4 = Family(
+    "Gemma4ForCausalLM", kv_sharing=True, wide_mlp=True, keys_as_values=True, value_norm=True, layer_scalar=True,
+    mixers={"sliding_attention": "shared_attention", "full_attention": "shared_attention"}, norms="sandwich", qk_norm="head",
+    windows="layer_types", attention_scale=1.0, softcaps="final", embedding_scale=True, rope_by_layer_type=True,
+    gguf=InGGUF("gemma4", rope_factors=("proportional",), lists_layers=True, pieces="gemma4"),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", mlp_bias=True, gguf=_LLAMA_CPP),
+    "mistral": Family("MistralForCausalLM", attention_bias=None, windows="all", gguf=_LLAMA_CPP),
+    "ministral": Family("MinistralForCausalLM", attention_bias=None, windows="layer_types", gguf=_LLAMA_CPP),
+    "ministral3": Family(
+        "Ministral3ForCausalLM", attention_bias=None, windows="all", query_scale_by_position=True,
+        gguf=InGGUF("mistral3", interleaved_rope=True, yarn_log_mul=True),
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", attention_bias="qkv", windows="layer_types",
+        gguf=InGGUF("qwen2", derived_head_dim=True, layers_of_70b=80),
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", windows="layer_types", gguf=InGGUF("qwen3")),
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM", mixers={"linear_attention": "gated_delta"}, norm_offset=1.0, qk_norm="head",
+        output_gate="q_proj",
+        gguf=InGGUF("qwen35", names={"mlp_input_norm": "post_attention_norm"}, partial_rope=True),
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM", norm_offset=1.0, embedding_scale=True, gguf=InGGUF("gemma", head="tied")
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", norms="sandwich", norm_offset=1.0, windows="layer_types", softcaps=True, embedding_scale=True,
+        attention_scale="query_pre_attn_scalar", attention_scale_power=-0.5,
+        gguf=InGGUF("gemma2", head="tied", window_period=2, attention_softcap=True, layers_of_27b=46),
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", norms="sandwich", norm_offset=1.0, qk_norm="head", windows="layer_types", softcaps=True,
+        embedding_scale=True, attention_scale="query_pre_attn_scalar", attention_scale_power=-0.5, rope_by_layer_type=True,
+        gguf=InGGUF("gemma3", window_period=6, layers_of_27b=62),
+    ),
+    "gemma4_text": replace(_GEMMA4, per_layer_inputs=True),
+    "gemma4_unified_text": replace(_GEMMA4, architecture="Gemma4UnifiedForCausalLM"),
+    "phi3": Family(
+        "Phi3ForCausalLM", fused_projections=("qkv", "gate_up"), attention_bias=None, windows="all",
+        gguf=InGGUF(
+            "phi3", rope_factors=("longrope",), partial_rope=True, window_key_required=True, derived_head_dim=True,
+            original_context_field=True, stripping_names=("phi-3", "phi3", "phi 3"),
+        ),
+    ),
+    "granite": Family(
+        "GraniteForCausalLM", mlp_bias=True, attention_scale="attention_multiplier", multipliers=True,
+        gguf=replace(_LLAMA_CPP, architecture="granite", layers_of_70b=0),
+    ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        names={"mlp": "shared_mlp", "gate_up_proj": "input_linear", "down_proj": "output_linear"},
+        config_fields={"intermediate_size": "shared_intermediate_size"}, fused_projections=("gate_up",),
+        attention_scale="attention_multiplier", multipliers=True, without_rope="position_embedding_type",
+        gguf=replace(_LLAMA_CPP, architecture="granite", layers_of_70b=0, splits_gate_up=True),
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM", norms="sandwich",
+        names={
+            "mixer_output_norm": "post_self_attn_layernorm", "mlp_input_norm": "post_attention_layernorm",
+            "mlp_output_norm": "post_mlp_layernorm",
+        },
+        fused_projections=("gate_up",), output_bias=None, interleaved_rope=True,
+        gguf=InGGUF("glm4", interleaved_rope=True, partial_rope=True),
+    ),
+    "ernie4_5": Family(
+        "Ernie4_5ForCausalLM", config_fields={"attention_bias": "use_bias", "mlp_bias": "use_bias"}, output_bias="use_bias",
+        mlp_bias=True, interleaved_rope=True, gguf=InGGUF("ernie4_5", interleaved_rope=True),
+    ),
+    "helium": Family("HeliumForCausalLM", output_bias=None, mlp_bias=True, interleaved_rope=True),
+    "seed_oss": Family(
+        "SeedOssForCausalLM", output_bias="attention_out_bias", mlp_bias=True,
+        gguf=InGGUF("seed_oss", names={"mlp_input_norm": "post_attention_norm"}),
+    ),
+    "exaone4": Family(
+        "Exaone4ForCausalLM", norms="post", qk_norm="head", attention_bias=None, windows="layer_types",
+        without_rope="full_attention",
+        gguf=InGGUF(
+            "exaone4", rope_factors=("llama3",), window_period=4, window_layers=64, window_tokens=4096, derived_head_dim=True
+        ),
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", norms="post", qk_norm="projection", gguf=InGGUF("olmo2", head="separate", derived_head_dim=True)
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM", norms="post", qk_norm="projection", windows="layer_types", rope_by_layer_type=True,
+        gguf=InGGUF("olmo2", head="separate", derived_head_dim=True, window_period=4, one_rope_base=True),
+    ),
+    "hunyuan_v1_dense": Family(
+        "HunYuanDenseV1ForCausalLM", names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"}, qk_norm="head",
+        qk_norm_after_rope=True, rope_alpha=True, gguf=InGGUF("hunyuan-dense"),
+    ),
+    "lfm2": Family(
+        "Lfm2ForCausalLM", mixers={"conv": "short_conv"}, norm_eps="norm_eps", activation="silu", adjusts_mlp=True,
+        names={
+            "mixer_input_norm": "operator_norm", "mlp_input_norm": "ffn_norm", "norm": "embedding_norm",
+            "q_norm": "q_layernorm", "k_norm": "k_layernorm", "o_proj": "out_proj",
+            "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
+        },
+        qk_norm="head", attention_bias=None,
+        gguf=InGGUF("lfm2", derived_head_dim=True, heads_by_layer=True, last_norm="token_embd_norm"),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM", mlp_bias=True, windows="layer_types", without_rope="no_rope_layers",
+        gguf=InGGUF("smollm3", interleaved_rope=True, no_rope_period=4),
+    ),
+}
+# fmt: on
+
+
+def family_of(config: PretrainedConfig) -> Family | None:
+    """The family's row for a checkpoint's config, or None when oribi's decoder does not cover it.
+
+    Args:
+        config: a transformers config; `model_type`, `hidden_act` and a few refusing fields are read.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or activation_of(config) is None:
+        return None
+    kinds = {"linear_attention", "conv", "mamba"} & set(getattr(config, "layer_types", None) or ())
+    refused = (
+        getattr(config, "num_local_experts", 0), getattr(config, "enable_moe_block", False), kinds - family.mixers.keys(),
+        getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone
+        getattr(config, "pretraining_tp", 1) not in (None, 1), fields_by_layer(config) - _BY_LAYER,
+    )  # fmt: skip
+    return None if any(refused) else family
+
+
+# what may differ from layer to layer
+_BY_LAYER = {"head_dim", "num_key_value_heads"}
+
+
+def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gelu"] | None:
+    """The gated MLP's activation in the kernels' words, or None if no kernel computes it."""
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.activation is not None:
+        return family.activation
+    # Gemma's first release wrote "gelu" in hidden_act and meant the tanh form, named by hidden_activation
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    return {
+        "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu",
+    }.get(name)  # fmt: skip
