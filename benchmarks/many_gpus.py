@@ -232,13 +232,21 @@ def run_one(
         "rows": rows, "seq": length, "rank": args.rank, "gpu": gpu_name() if cuda else "cpu",
         "ms": statistics.median(times), "ms_p90": sorted(times)[len(times) * 9 // 10],
         "tokens_per_step": statistics.mean(lengths) * rows * accumulation * readers_of(mode, count) / count,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        "peak_gib": (torch.cuda.max_memory_allocated() + beside(model)) / 2**30 if cuda else 0.0,
         "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
         "versions": versions(name),
     }  # fmt: skip
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return result
+
+
+def beside(model) -> int:
+    """Bytes of a process's part of sharded weights that PyTorch's allocator does not count, because others read them."""
+    from oribi.models.unwrap import base_model
+
+    shards = getattr(getattr(base_model(model), "model", None), "shards", None)
+    return 0 if shards is None or shards.lockstep else shards.own_bytes
 
 
 def dataset(vocab_size: int, count: int, length: str):

@@ -54,11 +54,11 @@ def test_a_gathered_layer_that_differs_from_the_loaded_one_stops_the_run(tmp_pat
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         layers = list(decoder_of_all_words().model.layers)
-        split_layers(layers, torch.device("cpu"), dist.group.WORLD)
+        split_layers(layers, torch.device("cpu"), dist.group.WORLD, lockstep=True)
         monkeypatch.setattr(layer_shards, "_all_gather", as_floats)
         layers = list(decoder_of_all_words().model.layers)
         with pytest.raises(TrainingError, match="layers 0, 1, 2 gathered from 1 processes differ"):
-            split_layers(layers, torch.device("cpu"), dist.group.WORLD)
+            split_layers(layers, torch.device("cpu"), dist.group.WORLD, lockstep=True)
     finally:
         dist.destroy_process_group()
 
@@ -107,5 +107,5 @@ class TestTwoGpus:
     pytestmark = gpu
 
     def test_one_process_ddp_shards_and_shared_rows_train_the_same(self, tmp_path, name, sizes):
-        modes = ("one", "ddp", "sharded", "context", "context-sharded")
+        modes = ("one", "ddp", "sharded", "sharded-lockstep", "context", "context-sharded")
         compare(tmp_path, name, "cuda", modes, ("nf4", "16bit"), **sizes)

@@ -1,6 +1,7 @@
 """Trainings of test_two_gpus.py, one after the other: `python -m tests.train.two_gpus MODEL FOLDER cpu|cuda MODE:BITS ...`.
 
-MODE is one, ddp, sharded, context (both GPUs share each row) or context-sharded, BITS nf4 or 16bit. The first process prints what each found as a line of JSON.
+MODE is one, ddp, sharded, sharded-lockstep (layers are gathered together), context (both GPUs share each row) or
+context-sharded, BITS nf4 or 16bit. The first process prints what each found as a line of JSON.
 """
 
 import gc
@@ -9,13 +10,16 @@ import json
 import os
 import random
 import sys
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
 from torch import nn
 
 from oribi.lora.attach import attach_lora
+from oribi.models import layer_shards
 from oribi.models.load import load_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
@@ -102,7 +106,10 @@ def main(path: str, folder: str, device: str, *trainings: str) -> None:
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        found = train(path, f"{folder}/{index}", device, *training.split(":"))
+        mode, bits = training.split(":")
+        alone = patch.object(layer_shards, "peer_memory", lambda *_: None)
+        with alone if "lockstep" in mode else nullcontext():
+            found = train(path, f"{folder}/{index}", device, mode, bits)
         gc.collect()
         if int(os.environ.get("RANK", "0")) == 0:
             print(json.dumps(found), flush=True)

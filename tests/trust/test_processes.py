@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 from oribi.data.collate import PackCollator
 from oribi.errors import ExportError
+from oribi.models import layer_shards
 from oribi.models.load import load_model
 from oribi.lora.attach import attach_lora
 from oribi.save import save_merged
@@ -67,14 +68,19 @@ def gradients(model, rows, targets):
     model(**PackCollator()(rows), num_items_in_batch=targets, use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
-def compare(kind, keeps):
+def compare(kind, keeps, lockstep):
+    reads = layer_shards.peer_memory
+    if lockstep:
+        layer_shards.peer_memory = lambda size, device, group: None
     expected = gradients(load(kind, keeps), rows, targets)
     model = load(kind, keeps)
     assert not is_sharded(model)
     whole = sum(p.nbytes for n, p in model.named_parameters() if ".layers." in n and not p.requires_grad)
     shard(model, model.get_base_model(), torch.device("cpu"))
     assert is_sharded(model)
-    found = {"kind": kind, "count": len(expected), "share": model.get_base_model().model.shards.own_bytes / whole, "errors": []}
+    layer_shards.peer_memory = reads
+    assert model.get_base_model().model.shards.lockstep == lockstep
+    found = {"kind": kind, "lockstep": lockstep, "count": len(expected), "share": model.get_base_model().model.shards.own_bytes / whole, "errors": []}
     for _ in range(2):
         own = gradients(model, rows[dist.get_rank() :: 2], targets)
         for gradient in own.values():
@@ -86,12 +92,15 @@ def compare(kind, keeps):
         found["refused"] = str(error)
     found["guard"] = LossGuard()._find(model)[0]
     if dist.get_rank() == 0:
+        if not lockstep:  # one process runs the model alone
+            gradients(model, rows, targets)
         print(json.dumps(found), flush=True)
 
 rows = list(Subject(sys.argv[1], "cpu").rows(8, 320))
 targets = sum(label != -100 for row in rows for label in row["labels"][1:])
-compare("nf4", "checkpointed")
-compare("float32", "all")
+compare("nf4", "checkpointed", lockstep=False)
+compare("float32", "all", lockstep=False)
+compare("nf4", "all", lockstep=True)
 dist.destroy_process_group()
 """
 
@@ -198,13 +207,13 @@ def trained(subject, tmp_path_factory) -> Trained:
 
 def test_gradients_of_a_sharded_model_equal_one_process(trained):
     """Twice, since weights are gathered into the same memory again; half of them lies in each process."""
-    assert [one["kind"] for one in trained.sharded] == ["nf4", "float32"]
+    assert [one["kind"] for one in trained.sharded] == ["nf4", "float32", "nf4"]
     for one in trained.sharded:
         assert one["count"] == 28  # A and B of seven layers in each of two
         assert max(one["errors"]) < 1e-5, one["kind"]
         assert one["share"] == pytest.approx(0.5, abs=0.01)
         assert "is sharded over several processes" in one["refused"]
-        assert "no process can run the sharded model alone" in one["guard"]
+        assert ("no process can run the sharded model alone" in one["guard"]) == one["lockstep"]
     assert "view tensor" not in trained.errors
 
 

@@ -2,10 +2,14 @@
 
 Each process keeps one part of every layer. Two buffers of the largest layer's size hold the layer that computes and the one after it;
 a weight is a view of its layer's buffer, made once. The scales of 4-bit weights, a thirtieth of them, and norms and biases stay whole.
+
+Parts never change. Where processes can read each other's memory, each copies what it needs whenever it needs it, and no process
+waits for another; elsewhere all of them gather each layer together, in one order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 
 import bitsandbytes as bnb
 import torch
@@ -14,6 +18,7 @@ from torch import nn
 
 from oribi.errors import TrainingError
 from oribi.models.layers import DecoderLayer
+from oribi.models.peer_memory import peer_memory
 
 # bytes; each matrix starts at a multiple, which every dtype and every vectorised load can be read at
 ALIGNMENT = 256
@@ -24,38 +29,56 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class LayerShards:
     """Splits layers between the processes of a group, in place, and gathers each when it is needed.
 
-    Every process has to keep its part of all layers in their order, and then to run the same layers in the same order.
+    Every process has to keep its part of all layers in their order and, where they gather in lockstep, to run the same layers in
+    the same order afterwards.
 
     Args:
         layers: in the order of the forward pass, equal in every process, on any device; those on the meta device get their
             values before `keep_part`.
         device: where this process computes.
         group: the processes.
+        lockstep: gather together also where they can read each other's memory.
 
     Attributes:
         own_bytes: what this process keeps of the layers' matrices.
         whole_bytes: of these matrices, over all processes.
         device: as given.
+        processes: that share the layers.
+        lockstep: whether the processes gather each layer together, so that none may leave one out.
     """
 
     def __init__(
-        self, layers: Sequence[DecoderLayer], device: torch.device, group: dist.ProcessGroup
+        self,
+        layers: Sequence[DecoderLayer],
+        device: torch.device,
+        group: dist.ProcessGroup,
+        lockstep: bool = False,
     ) -> None:
         self._group, self.device = group, device
-        self._processes, self._rank = dist.get_world_size(group), dist.get_rank(group)
+        self.processes, self._rank = dist.get_world_size(group), dist.get_rank(group)
         self._layers = list(layers)
         self._matrices = [list(_frozen_matrices(layer)) for layer in layers]
         self._sizes = [self._whole_bytes(modules) for modules in self._matrices]
         self._buffers = [torch.zeros(max(self._sizes), dtype=torch.uint8, device=device) for _ in range(2)]
         self._gathered: list[int | None] = [None, None]
-        self._pending: list[dist.Work | None] = [None, None]
-        self._own: list[torch.Tensor] = []
+        self._pending: list[Callable[[], object] | None] = [None, None]  # makes what is computed next wait
+        shares = [size // self.processes for size in self._sizes]
+        self._starts = [0, *accumulate(shares)]  # of each layer in this process's part
+        self._peers = None if lockstep else peer_memory(self._starts[-1], device, group)
+        self.lockstep = self._peers is None
+        self._part = (
+            torch.zeros(self._starts[-1], dtype=torch.uint8, device=device)
+            if self._peers is None
+            else self._peers.own
+        )
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._kept = 0  # layers of which this process has its part
         self._damaged: list[str] = []
         self._calls = 0  # of `gather` in the forward and backward that runs
 
     @property
     def own_bytes(self) -> int:
-        return sum(own.nbytes for own in self._own)
+        return self._starts[self._kept]
 
     @property
     def whole_bytes(self) -> int:
@@ -63,7 +86,7 @@ class LayerShards:
 
     def keep_part(self) -> None:
         """Keeps this process's part of the next layer, which has its values; its weights are views of a buffer from now on."""
-        index = len(self._own)
+        index = self._kept
         layer, modules = self._layers[index], self._matrices[index]
         packed = {module.weight for module in modules}
         for parameter in layer.parameters():  # norms and biases: a thousandth of the layer stays whole
@@ -74,7 +97,10 @@ class LayerShards:
         for module in modules:
             module.weight = self._moved(module.weight, whole, index, start)
             start += _aligned(module.weight.nbytes)
-        self._own.append(whole.chunk(self._processes)[self._rank].clone())
+        self._own(index).copy_(whole.chunk(self.processes)[self._rank])
+        self._kept += 1
+        # the others read this part: their copies come after this sum, and the sum after all have written
+        dist.all_reduce(torch.zeros(1, device=self.device), group=self._group)
         if not self._is_gathered_as(index, whole):
             self._damaged.append(str(index))
         layer.register_forward_pre_hook(partial(self._before_forward, index))
@@ -88,7 +114,7 @@ class LayerShards:
         """
         if self._damaged:
             raise TrainingError(
-                f"sharding: the weights of layers {', '.join(self._damaged)} gathered from {self._processes} processes differ "
+                f"sharding: the weights of layers {', '.join(self._damaged)} gathered from {self.processes} processes differ "
                 "from those that were loaded. Either the processes loaded different files, or the link between the GPUs "
                 "damages data: compare the files, or train without fsdp"
             )
@@ -101,10 +127,7 @@ class LayerShards:
             step: 1 on the way forward, -1 on the way backward.
         """
         self._start(index)
-        pending = self._pending[index % 2]
-        if pending is not None:
-            pending.wait()
-            self._pending[index % 2] = None
+        self._wait(index % 2)
         # its buffer was last read by layer index - step, whose work was handed to the device before this call
         self._start(index + step)
         self._calls += 1
@@ -119,20 +142,55 @@ class LayerShards:
         Args:
             first_trained: the layer at which a backward ends.
         """
-        count = len(self._own)
+        count = self._kept
         forward = [(index, 1) for index in range(count)]
         backward = [(index, -1) for index in reversed(range(first_trained, count))]
         for index, step in (forward + backward)[self._calls :]:
             self.gather(index, step)
 
+    def flush(self) -> None:
+        """After a backward: nothing is under way, and the next pass gathers its layers itself, as a recorded one has to."""
+        for place in range(2):
+            self._wait(place)
+        self._gathered = [None, None]
+
+    def _own(self, index: int) -> torch.Tensor:
+        return self._part[self._starts[index] : self._starts[index + 1]]
+
+    def _wait(self, place: int) -> None:
+        wait, self._pending[place] = self._pending[place], None
+        if wait is not None:
+            wait()
+
     def _start(self, index: int) -> None:
         place = index % 2
-        if not 0 <= index < len(self._own) or self._gathered[place] == index:
+        if not 0 <= index < self._kept or self._gathered[place] == index:
             return
-        own = self._own[index]
-        whole = self._buffers[place][: own.nbytes * self._processes]
-        self._pending[place] = _all_gather(whole, own, group=self._group, async_op=True)
+        self._wait(place)  # two copies into one buffer must not overlap
+        own = self._own(index)
+        whole = self._buffers[place][: own.nbytes * self.processes]
+        if self._peers is None:
+            self._pending[place] = _all_gather(whole, own, group=self._group, async_op=True).wait
+        else:
+            self._pending[place] = self._read(index, whole)
         self._gathered[place] = index
+
+    def _read(self, index: int, whole: torch.Tensor) -> Callable[[], object] | None:
+        """Copies a layer's parts from all processes; on a GPU beside what is computed, after all that it was given so far."""
+        first, last = self._starts[index : index + 2]
+        parts = whole.chunk(self.processes)
+        # from the next process on: not all of them read one at a time
+        ranks = [(self._rank + 1 + step) % self.processes for step in range(self.processes)]
+        if self._side is None:
+            for rank in ranks:
+                parts[rank].copy_(self._peers.parts[rank][first:last])
+            return None
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            for rank in ranks:
+                parts[rank].copy_(self._peers.parts[rank][first:last], non_blocking=True)
+            arrived = self._side.record_event()
+        return lambda: torch.cuda.current_stream(self.device).wait_event(arrived)
 
     def _before_forward(self, index: int, *_: object) -> None:
         self.gather(index)
@@ -143,7 +201,7 @@ class LayerShards:
             output.register_hook(lambda gradient: self.gather(index, -1))
 
     def _whole_bytes(self, modules: list[nn.Module]) -> int:
-        unit = ALIGNMENT * self._processes
+        unit = ALIGNMENT * self.processes
         return -(-sum(_aligned(_bytes(module)) for module in modules) // unit) * unit
 
     def _moved(self, weight: nn.Parameter, whole: torch.Tensor, index: int, start: int) -> nn.Parameter:
@@ -173,14 +231,14 @@ class LayerShards:
 
 
 def split_layers(
-    layers: Sequence[DecoderLayer], device: torch.device, group: dist.ProcessGroup
+    layers: Sequence[DecoderLayer], device: torch.device, group: dist.ProcessGroup, lockstep: bool = False
 ) -> LayerShards:
     """Splits layers that have their values; arguments as of `LayerShards`.
 
     Raises:
         TrainingError: a gathered layer differs from the loaded one.
     """
-    shards = LayerShards(layers, device, group)
+    shards = LayerShards(layers, device, group, lockstep)
     for _ in layers:
         shards.keep_part()
     shards.require_undamaged()

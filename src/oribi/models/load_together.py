@@ -7,7 +7,6 @@ stay in 16 bits are read by every process, from the same pages of the file cache
 What one process cannot read ends all of them: each exchange carries, in place of tensors, the message of a process that failed.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from oribi.errors import EndedElsewhere
 from oribi.models.layer_shards import LayerShards
 from oribi.models.layers import DecoderLayer
+from oribi.models.peer_memory import machine_group
 
 Packed = tuple[torch.Tensor, QuantState]
 
@@ -37,12 +37,11 @@ class LoadTogether:
         self.processes, self.rank = dist.get_world_size(), dist.get_rank()
         self._over = False
         # tensors are sent within a machine: each of several reads the files once
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
-        counts = set(self._gather(here))
-        if counts == {here} and here < self.processes and self.processes % here == 0:
-            self._group, _ = dist.new_subgroups(here)
-        else:
-            self._group, here = dist.group.WORLD, self.processes
+        try:
+            self._group = machine_group()
+        except RuntimeError as error:
+            raise _gone(error) from error
+        here = dist.get_world_size(self._group)
         self._readers = range(self.rank // here * here, self.rank // here * here + here)
 
     @contextmanager
@@ -65,7 +64,8 @@ class LoadTogether:
         if not self.in_parts:
             return None
         layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-        return LayerShards(layers, self.device, dist.group.WORLD)
+        self._exchange(None)  # all have come so far
+        return LayerShards(layers, self.device, self._group)
 
     def share(
         self, sizes: Mapping[str, int], read: Callable[[str], torch.Tensor | Packed]
@@ -133,11 +133,15 @@ class LoadTogether:
             dist.all_gather_object(every, found)
         except RuntimeError as error:
             self._over = True
-            raise EndedElsewhere(
-                "another process is gone while the model was loaded, and left no message; it was killed, or the host ran out of "
-                f"memory: {str(error).splitlines()[0]}"
-            ) from error
+            raise _gone(error) from error
         return every
+
+
+def _gone(error: RuntimeError) -> EndedElsewhere:
+    return EndedElsewhere(
+        "another process is gone while the model was loaded, and left no message; it was killed, or the host ran out of "
+        f"memory: {str(error).splitlines()[0]}"
+    )
 
 
 def _windows(sizes: Mapping[str, int], readers: range) -> Iterator[dict[str, int]]:

@@ -62,18 +62,19 @@ def _words(count: int, generator: torch.Generator) -> torch.Tensor:
 
 def differing_bytes(device: torch.device) -> tuple[int, int]:
     """How many gathered bytes differ from the loaded ones, and how many were compared, forward and backward."""
-    layers = decoder_of_all_words().model.layers
-    linear = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers]
-    loaded = [[m.weight.to(device) for m in modules] for modules in linear]
-    shards = split_layers(list(layers), device, dist.group.WORLD)
     differing = checked = 0
-    forward = [(i, 1) for i in range(len(layers))]
-    backward = [(i, -1) for i in reversed(range(len(layers)))]
-    for index, step in (forward + backward) * ROUNDS:
-        shards.gather(index, step)
-        for module, weight in zip(linear[index], loaded[index]):
-            differing += int((module.weight != weight).sum())
-            checked += weight.numel()
+    for lockstep in (False, True):  # where memory can be read directly, both ways
+        layers = decoder_of_all_words().model.layers
+        linear = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers]
+        loaded = [[m.weight.to(device) for m in modules] for modules in linear]
+        shards = split_layers(list(layers), device, dist.group.WORLD, lockstep)
+        forward = [(i, 1) for i in range(len(layers))]
+        backward = [(i, -1) for i in reversed(range(len(layers)))]
+        for index, step in (forward + backward) * ROUNDS:
+            shards.gather(index, step)
+            for module, weight in zip(linear[index], loaded[index]):
+                differing += int((module.weight != weight).sum())
+                checked += weight.numel()
     return differing, checked
 
 

@@ -107,15 +107,21 @@ class StepGraphs:
             if torch.is_tensor(buffer):
                 buffer.copy_(inputs[name], non_blocking=True)
         recorded.targets.copy_(targets, non_blocking=True)
+        self._finish_copies()
         recorded.graph.replay()
         return recorded.loss.clone()
 
     def _run(self, inputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
         loss = self._model(**inputs, use_cache=False, output_logits=False, num_items_in_batch=targets).loss
         loss.backward()
-        if self._decoder.model.host_memory is not None:
-            self._decoder.model.host_memory.flush()  # no copy may reach over the end of a recording
+        self._finish_copies()
         return loss.detach()
+
+    def _finish_copies(self) -> None:
+        """No copy on another stream may reach into a recording, or over its end."""
+        for copies in (self._decoder.model.host_memory, self._decoder.model.shards):
+            if copies is not None:
+                copies.flush()
 
     def _record(self, inputs: dict[str, Any], shape: tuple, targets: torch.Tensor) -> _Recorded | None:
         kept = [key for key, recorded in self._recorded.items() if recorded is not None]
@@ -123,8 +129,7 @@ class StepGraphs:
             del self._recorded[kept[0]]
         own = {name: x.clone() if torch.is_tensor(x) else x for name, x in inputs.items()}
         own_targets = targets.clone()
-        if self._decoder.model.host_memory is not None:
-            self._decoder.model.host_memory.flush()  # nor may one reach into it
+        self._finish_copies()
         torch.cuda.empty_cache()  # the usual steps' cache and the graph's pool do not share memory
         try:
             graph, loss = record(lambda: self._run(own, own_targets), self._pool, own_targets.device)
@@ -188,14 +193,15 @@ def _power_of_two(n: int) -> int:
 
 
 def reason_against(
-    model: nn.Module, decoder: nn.Module, optimizer: object, tokens: int, sharded: bool, loss_scaled: bool
+    model: nn.Module, decoder: nn.Module, optimizer: object, tokens: int, lockstep: bool, loss_scaled: bool
 ) -> str | None:
     """Why steps of this training are not recorded, or None if they are.
 
     Args:
         model, decoder: the trained model and the decoder in it.
         optimizer: the optimizer, unwrapped.
-        tokens: tokens of a micro-batch. sharded: whether layers are gathered from several processes. loss_scaled: whether float16 scales its loss.
+        tokens: tokens of a micro-batch. lockstep: whether processes gather each layer together. loss_scaled: whether float16
+            scales its loss.
     """
     if not isinstance(decoder, DecoderForCausalLM):
         return "the model is not oribi's decoder"
@@ -203,8 +209,8 @@ def reason_against(
         return "there is no GPU"
     if not isinstance(optimizer, FlatAdamW):
         return 'the optimizer moves its gradients; choose optim="adamw_8bit"'
-    if sharded:
-        return "processes gather each layer while it computes"
+    if lockstep:
+        return "processes gather each layer together while it computes"
     if loss_scaled:
         return "float16 changes its loss scale from step to step"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):

@@ -21,7 +21,7 @@ from oribi.errors import DataError, TrainingError
 from oribi.models.unwrap import base_model
 from oribi.save.trained import first_non_finite
 from oribi.train.context import shares_rows
-from oribi.train.shards import is_sharded
+from oribi.train.shards import in_lockstep
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class LossGuard(TrainerCallback):
             return f"The weights of {bad} are no longer finite.", True
         if not self.searches:
             return "The loss compares rows, so no single one was searched for.", False
-        if is_sharded(model):
+        if in_lockstep(model):
             return (
                 "The row that caused it was not searched for: no process can run the sharded model alone.",
                 False,

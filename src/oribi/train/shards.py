@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from oribi.errors import ConfigError
@@ -22,6 +21,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.layer_shards import split_layers
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import read
+from oribi.models.peer_memory import machine_group
 from oribi.models.unwrap import base_model
 from oribi.train.arguments import SFTConfig
 
@@ -96,8 +96,13 @@ def _problems(args: SFTConfig, base: DecoderForCausalLM) -> Iterator[str]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold only parts of the model's frozen weights: each forward then needs all of them."""
+    """Whether processes hold only parts of the model's frozen weights."""
     return getattr(getattr(base_model(model), "model", None), "shards", None) is not None
+
+
+def in_lockstep(model: nn.Module) -> bool:
+    """Whether processes hold parts of the weights and gather each layer together, so that none can run the model alone."""
+    return is_sharded(model) and base_model(model).model.shards.lockstep
 
 
 def shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> None:
@@ -112,15 +117,16 @@ def shard(model: nn.Module, base: DecoderForCausalLM, device: torch.device) -> N
     if not is_sharded(base):
         layers = [module for module in base.modules() if isinstance(module, DecoderLayer)]
         whole_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-        base.model.shards = split_layers(layers, device, dist.group.WORLD)
+        base.model.shards = split_layers(layers, device, machine_group())
         for module in (module for module in base.modules() if not isinstance(module, DecoderLayer)):
             beside = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in beside:
                 if tensor.device != device and not getattr(tensor, "is_sharded", False):
                     _move(getattr(module, name), device)
         logger.info(
-            "frozen weights are sharded: %.0f of %.0f MiB on each of %d processes, and two layers whole",
-            own_bytes(base) / 2**20, whole_bytes / 2**20, dist.get_world_size(),
+            "frozen weights are sharded: %.0f of %.0f MiB on each of %d processes, and two layers whole; %s",
+            own_bytes(base) / 2**20, whole_bytes / 2**20, base.model.shards.processes,
+            "gathered together" if base.model.shards.lockstep else "each reads the others' memory",
         )  # fmt: skip
     base.offload_embedding()
 

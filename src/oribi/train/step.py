@@ -25,7 +25,7 @@ from oribi.train.batches import row_lengths
 from oribi.train.context import shares_rows
 from oribi.train.graphs import ModelWatch, StepGraphs, changed_step, is_users, reason_against
 from oribi.train.optimizer import OptimizerTrainer
-from oribi.train.shards import is_sharded
+from oribi.train.shards import in_lockstep
 from oribi.train.smaller_steps import SmallerSteps, StepsOfSharedRows
 from oribi.train.smaller_steps_together import SmallerStepsTogether
 
@@ -87,7 +87,7 @@ class StepTrainer(OptimizerTrainer):
         plans = self._plans_memory(base)
         if shares_rows(base):
             return StepsOfSharedRows(run, self._restart_step)
-        if not is_sharded(base):
+        if not in_lockstep(base):
             return SmallerSteps(run, self._restart_step, plans)
         return SmallerStepsTogether(
             run, self._restart_step, plans, base,
@@ -143,9 +143,7 @@ class StepTrainer(OptimizerTrainer):
         if self._plans_memory(model):
             least = base.oribi.checkpointing == "memory"
             budget = 0 if least else int(reliance * free_device_bytes(base.device))
-            if (
-                is_sharded(base) or context > 1
-            ):  # none may wait for another one that computes more of it again
+            if in_lockstep(base) or context > 1:  # none may wait for one that computes more of it again
                 budget = self.exchange.least(budget)
             # what is computed again is exchanged again: processes that share rows keep the same
             agree = (lambda keeps: self.exchange.agree(keeps)[0]) if context > 1 else None
@@ -167,7 +165,7 @@ class StepTrainer(OptimizerTrainer):
         """Records steps as CUDA graphs, or returns the reason against it."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         scaled = self.accelerator.scaler is not None
-        reason = reason_against(model, base, optimizer, tokens, is_sharded(base), scaled)
+        reason = reason_against(model, base, optimizer, tokens, in_lockstep(base), scaled)
         if reason is None and shares_rows(base):
             reason = "processes exchange keys and values while a layer computes"
         if reason is None and self._noise is not None:
