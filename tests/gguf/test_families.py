@@ -118,7 +118,11 @@ def test_a_family_with_tied_embeddings_has_no_output_tensor(exported):
             },
             "sliding layers have the base of the others, 10000",
         ),
-        ("ministral3", {"rope_parameters": {**ROPES["yarn"], "mscale": 1.0}}, "YaRN without mscale"),
+        (
+            "ministral3",
+            {"rope_parameters": {**ROPES["yarn"], "mscale": 1.0, "mscale_all_dim": 0.5}},
+            "YaRN without mscale",
+        ),
         ("qwen3_5_text", {"linear_value_head_dim": 32}, "values have as many dimensions as those of keys"),
         (
             "qwen3_5_text",

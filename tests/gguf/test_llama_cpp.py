@@ -197,3 +197,18 @@ def test_a_template_that_fails_is_exported_and_said(template, tuned, tmp_path):
     assert "without a chat template that renders" in next(
         c.says for c in report.checks if "in llama.cpp" in c.name
     )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "given", "places"),
+    [
+        ([5, 6, 7], [5, 6, 7], [5, 6, 7]),
+        ([5, 9, 6, 7], [5, 6, 7], [5, None, 6, 7]),  # 9 ends within a character
+        ([5, 6, 6, 7], [5, 6, 7], [5, None, None, 7]),  # which 6 was withheld cannot be told
+        ([8, 8, 8], [], [None] * 3),
+    ],
+)
+def test_probabilities_are_taken_for_a_place_only_where_it_is_certain(tokens, given, places):
+    found = [{"id": one, "top_logprobs": [{"id": one, "logprob": -0.5}]} for one in given]
+    answer = llama_cpp._read_answer({"tokens": tokens, "completion_probabilities": found})
+    assert [None if one is None else next(iter(one)) for one in answer.logprobs] == places

@@ -5,13 +5,17 @@ import json
 import bitsandbytes as bnb
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oribi.errors import ModelError
+from oribi.errors import ConfigError, ModelError
 from oribi.kernels.nf4 import nf4_bytes
+from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
 from oribi.models.unfused import sizes_of_config
+from oribi.train.arguments import SFTConfig
+from oribi.train.trainer import SFTTrainer
 from tests.save.tiny_export import byte_level_tokenizer
 
 SIZES = {
@@ -55,6 +59,41 @@ def test_the_sizes_of_a_config_are_those_of_the_loaded_model(model_type, tmp_pat
     note = next(note for note in model.oribi.notes if note.startswith("load_in_4bit: "))
     assert "stay in 32 bits" in note
     assert ("not experts" in note) == bool(experts) == (model_type in EXPERTS)
+
+
+OTHERS = {  # a head tied under a name of its own; a class that cannot compute its layers again; one without a longest text
+    "biogpt": {"num_key_value_heads": None},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
+    "xlnet": {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128, "vocab_size": 384},
+}
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.long) for name in OTHERS])
+def test_any_class_of_transformers_trains_in_4_bits(model_type, tmp_path):
+    config = AutoConfig.for_model(model_type, **{**SIZES, **OTHERS[model_type]})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_model(str(tmp_path), dtype=torch.float32, max_seq_length=64)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    model = attach_lora(model, r=4)
+    said = [note for note in model.oribi.notes if note.startswith("gradient checkpointing: ")]
+    assert bool(said) is (model_type != "biogpt")
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"text": "the red fox runs over old hills"}] * 4),
+        args=SFTConfig(output_dir=str(tmp_path / "run"), max_steps=1, report_to="none", save_strategy="no"),
+    )
+    assert trainer.train().training_loss > 0
+    assert any(p.detach().abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_a_longest_text_is_asked_for_where_a_model_names_none(tmp_path):
+    config = AutoConfig.for_model("bloom", hidden_size=64, n_layer=1, n_head=4, vocab_size=384)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="this bloom model names no longest text; give it"):
+        load_model(str(tmp_path), dtype=torch.float32, max_seq_length=None)
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,7 @@ def family_of(config: PretrainedConfig) -> Family | None:
     refused = (
         getattr(config, "num_local_experts", 0), getattr(config, "enable_moe_block", False), kinds - family.mixers.keys(),
         getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone
-        getattr(config, "pretraining_tp", 1) not in (None, 1), fields_by_layer(config) - _BY_LAYER,
+        fields_by_layer(config) - _BY_LAYER,
     )  # fmt: skip
     return None if any(refused) else family
 

@@ -194,17 +194,21 @@ class LlamaCpp:
 
 
 def _read_answer(answer: dict[str, Any]) -> Continuation:
-    # withheld as a whole where no token ends with a character
-    given = iter([*answer.get("completion_probabilities", []), None])
-    place = next(given)
-    logprobs: list[dict[int, float] | None] = []
-    for token in answer["tokens"]:
-        if place is None or place["id"] != token:
-            logprobs.append(None)
-            continue
-        logprobs.append({other["id"]: other["logprob"] for other in place["top_logprobs"]})
-        place = next(given)
-    return Continuation(list(answer["tokens"]), logprobs)
+    # withheld of tokens that end within a character: which they were can be told where only one order of places fits
+    tokens, given = list(answer["tokens"]), answer.get("completion_probabilities", [])
+    ids = [place["id"] for place in given]
+    first, last = _earliest(tokens, ids), _earliest(tokens[::-1], ids[::-1])[::-1]
+    logprobs: list[dict[int, float] | None] = [None] * len(tokens)
+    for place, early, late in zip(given, first, last):
+        if early is not None and late is not None and early == len(tokens) - 1 - late:
+            logprobs[early] = {other["id"]: other["logprob"] for other in place["top_logprobs"]}
+    return Continuation(tokens, logprobs)
+
+
+def _earliest(tokens: list[int], ids: list[int]) -> list[int | None]:
+    """Where each of `ids` stands at the earliest, if they stand among the tokens in this order."""
+    at = iter(range(len(tokens)))
+    return [next((place for place in at if tokens[place] == one), None) for one in ids]
 
 
 def _entry(answer: Any, path: str, key: str, kind: type) -> Any:

@@ -55,7 +55,7 @@ def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, facts: InGGUF, h
     if kind == "yarn":
         writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
         writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
-        if facts.yarn_log_mul and rope.get("mscale_all_dim"):
+        if facts.yarn_log_mul and rope.get("mscale") and rope.get("mscale_all_dim"):
             writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
     if (beta := _query_scale(config, rope)) is not None:
         writer.add_attn_temperature_scale(beta)
@@ -120,9 +120,9 @@ def rope_refusals(config: PretrainedConfig, facts: InGGUF) -> list[str]:
     if _PROPORTIONAL in facts.rope_factors and kind not in ("default", _PROPORTIONAL):
         refused.append(f"full_attention layers have plain or {_PROPORTIONAL} RoPE, not {kind}")
     mscales = {rope.get(name) or None for name in ("mscale", "mscale_all_dim")}
-    # with both the same, cos and sin have no factor, as without: what llama.cpp makes of them is told by a key
+    # one of them alone is not read; with both the same, cos and sin have no factor: what llama.cpp makes of them is told by a key
     has_key = facts.yarn_log_mul and len(mscales) == 1 and rope.get("attention_factor") is None
-    if kind == "yarn" and ((mscales != {None} and not has_key) or not rope.get("truncate", True)):
+    if kind == "yarn" and ((None not in mscales and not has_key) or not rope.get("truncate", True)):
         refused.append("YaRN without mscale and truncate=false")
     partial = rope.get("partial_rotary_factor", 1.0)
     if partial != 1.0 and kind != _PROPORTIONAL and not facts.partial_rope:

@@ -184,7 +184,7 @@ def _attach(
             if from_rounding:
                 notes.append(start_from_rounding(peft_model))
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"PEFT refuses these LoRA settings: {error}") from error
+        raise ConfigError(f"PEFT refuses these LoRA settings: {' '.join(str(error).split())}") from error
     if str(settings["init_lora_weights"]).startswith(_MOVES_BASE):
         source.sum_weights(base)  # PEFT moves them by the same rule whenever it loads the adapter
     return peft_model.train()
@@ -197,6 +197,11 @@ def set_checkpointing(model: PreTrainedModel, choice: bool | str) -> None:
     if name != choice and note not in model.oribi.notes:
         model.oribi.notes.append(note)
     keeps_all = name in ("speed", "off")
+    if not keeps_all and not model.supports_gradient_checkpointing:  # some classes of transformers
+        model.oribi.notes.append(
+            f"gradient checkpointing: {type(model).__name__} has none, so all activations are kept"
+        )
+        name, keeps_all = "off", True
     if not keeps_all and hasattr(model, "set_recompute_policy"):
         model.set_recompute_policy(
             "balanced" if name == "auto" else name

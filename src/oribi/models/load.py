@@ -38,7 +38,7 @@ from oribi.models.load_together import LoadTogether
 from oribi.models.open import OpenedAdapter, OpenedModel, open_model
 from oribi.models.pretrained import DecoderPreTrainedModel
 from oribi.models.quantize import Quantization, fill
-from oribi.models.rope import extend_context, override_rope
+from oribi.models.rope import extend_context, override_rope, trained_positions
 from oribi.models.unfused import load_unfused
 from oribi.models.unwrap import bare_name
 from oribi.models.wrapper import WrapperNames, renaming, wrapper_names
@@ -297,7 +297,7 @@ def _load_base(
         mark_quantized(model, quantization)
     sums = {} if settings.full_finetuning else _sums(model)
     rows = _resize(model, len(tokenizer), opened, settings.resize_model_vocab)
-    max_seq_length = settings.max_seq_length or config.get_text_config().max_position_embeddings
+    max_seq_length = settings.max_seq_length or trained_positions(config)
     seen = [location.file] if opened.gguf is not None else [opened.config_file, *files]
     identity = identify(location.name, seen, model, opened.hub.revision, template)
     if settings.fix_tokenizer:
@@ -372,13 +372,17 @@ def mark_quantized(model: PreTrainedModel, quantization: Quantization) -> None:
 
 
 def _choose_positions(config: PretrainedConfig, settings: LoadSettings, notes: list[str]) -> None:
+    text = config.get_text_config()
     if settings.positions is not None and settings.rope_scaling is None:
-        text = config.get_text_config()
         for name, value in settings.positions.items():
             setattr(text, name, value)
         notes.append("RoPE is stretched as it was when the adapter was trained")
         return
     if settings.rope_scaling is not None:
-        override_rope(config, settings.rope_scaling)
+        override_rope(text, settings.rope_scaling)
     if settings.max_seq_length is not None:
-        notes += extend_context(config, settings.max_seq_length)
+        notes += extend_context(text, settings.max_seq_length)
+    elif trained_positions(text) is None:
+        raise ConfigError(
+            f"max_seq_length is not given, and this {text.model_type} model names no longest text; give it"
+        )

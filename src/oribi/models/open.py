@@ -20,6 +20,7 @@ from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import AdapterRecord, read_record
 from oribi.models.config_file import check_decoder, read_config, read_generation
 from oribi.models.files import HubOptions, Location, locate, read_json
+from oribi.models.rope import trained_positions
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class OpenedModel:
             if self.adapter is not None and self.adapter.has_tokenizer:
                 vocab_size = max(vocab_size, len(tokenizer))
         if max_seq_length is None:
-            max_seq_length = getattr(text, "max_position_embeddings", None)
+            max_seq_length = trained_positions(text)
         repaired = repair(tokenizer, vocab_size, self.generation, max_seq_length=max_seq_length)
         self.notes += repaired.notes
         return repaired

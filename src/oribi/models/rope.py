@@ -143,6 +143,12 @@ def override_rope(config: PretrainedConfig, scaling: dict[str, Any]) -> None:
     _validate(config)
 
 
+def trained_positions(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest text that a model was made for; None where its config names no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions and positions > 0 else None  # XLNet's -1 is none
+
+
 def extend_context(config: PretrainedConfig, max_seq_length: int) -> list[str]:
     """Stretches the context to `max_seq_length` positions; does nothing where the config has them already.
 
@@ -156,7 +162,7 @@ def extend_context(config: PretrainedConfig, max_seq_length: int) -> list[str]:
     Raises:
         ModelError: the config's scaling cannot be stretched further.
     """
-    trained = getattr(config, "max_position_embeddings", None)
+    trained = trained_positions(config)
     if trained is None or max_seq_length <= trained:
         return []
     if not getattr(config, "rope_parameters", None):

@@ -165,6 +165,10 @@ def load_unfused(
             name for name, _ in expected.named_modules() if classifies and name and _is_head(expected, name)
         ]
         kept += quantization.kept(expected)
+        head = (
+            expected.get_output_embeddings()
+        )  # as in models of the family table; bitsandbytes packs no weight that is tied
+        kept += [name for name, module in expected.named_modules() if module is head]
         settings = _bitsandbytes(config, quantization, [*kept, *beside_decoder(expected)], dtype)
         model, report = _auto(config, classifies).from_pretrained(
             location.directory,

@@ -15,6 +15,7 @@ from oribi.environment import Environment, detect
 from oribi.errors import ConfigError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
+from oribi.models.rope import trained_positions
 from oribi.models.unwrap import base_model, is_classifier
 from oribi.train.arguments import SFTConfig
 from oribi.train.context import require_context
@@ -126,7 +127,7 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
         raise ConfigError("; ".join(problems))
     source = getattr(base, "oribi", None)
     if args.max_length is None:
-        args.max_length = getattr(source, "max_seq_length", None) or base.config.max_position_embeddings
+        args.max_length = getattr(source, "max_seq_length", None) or trained_positions(base.config)
     if base.device.type == "cpu":
         args.dataloader_pin_memory = False
     unused = set(args.dataset_kwargs or {}) - {"skip_prepare_dataset"}
