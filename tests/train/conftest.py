@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
+from oribi import SFTConfig, SFTTrainer
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
 from tests.data.tokenizers_small import CHATML, byte_level
@@ -100,3 +101,23 @@ def some_conversations(count: int) -> Dataset:
 @pytest.fixture
 def conversations() -> Dataset:
     return some_conversations(24)
+
+
+@pytest.fixture
+def make(load, tmp_path):
+    """A trainer on the tiny model; keywords go to SFTConfig, `extra` to the class."""
+
+    def make_trainer(rows=None, extra=None, cls=SFTTrainer, model=None, config=SFTConfig, **settings):
+        model, tokenizer = load() if model is None else model
+        usual = {
+            "max_steps": 2,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "output_dir": str(tmp_path / "run"),
+        }
+        rows = some_conversations(8) if rows is None else rows
+        return cls(
+            model, config(**{**usual, **settings}), train_dataset=rows, tokenizer=tokenizer, **(extra or {})
+        )
+
+    return make_trainer

@@ -13,33 +13,13 @@ from transformers import Trainer
 
 from oribi.errors import ConfigError, ModelError
 from oribi.train import step as step_module
-from oribi.train.arguments import SFTConfig, adopt
+from oribi.train.arguments import adopt
 from oribi.train.graphs import ModelWatch, StepGraphs, changed_step
 from oribi.train.trainer import SFTTrainer
 from tests.models.tiny import tiny_config, tiny_pair
 from tests.train.conftest import some_conversations
 
 IDS = torch.randint(5, 120, (2, 9), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture
-def make(load, tmp_path):
-    """A trainer on the tiny model; keywords go to SFTConfig, `extra` to the class."""
-
-    def make_trainer(rows=None, extra=None, cls=SFTTrainer, model=None, config=SFTConfig, **settings):
-        model, tokenizer = load() if model is None else model
-        usual = {
-            "max_steps": 2,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "output_dir": str(tmp_path / "run"),
-        }
-        rows = some_conversations(8) if rows is None else rows
-        return cls(
-            model, config(**{**usual, **settings}), train_dataset=rows, tokenizer=tokenizer, **(extra or {})
-        )
-
-    return make_trainer
 
 
 def losses_of(trainer) -> list[float]:

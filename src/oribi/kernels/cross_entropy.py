@@ -14,6 +14,7 @@ Source: gradient in the forward as in Liger (arXiv:2410.10989).
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from oribi.errors import DataError
@@ -181,6 +182,11 @@ def labelled_rows(targets: torch.Tensor, vocab_size: int) -> torch.Tensor | None
             f"labels must be -100 or from 0 to {vocab_size - 1}"
         )
     return labelled
+
+
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Labels [B, S] as targets of the positions before them; the last position of a row has none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def scale_gradient(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -21,7 +21,7 @@ from oribi.errors import ModelError
 from oribi.families import Family, family_of
 from oribi.kernels.attention import Visibility
 from oribi.kernels.context_attention import ContextGroup
-from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy
+from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy, next_tokens
 from oribi.models.decoding.generation import GeneratesByItself
 from oribi.models.decoding.session import Sessions
 from oribi.models.generate import GeneratesInAnyMode
@@ -216,7 +216,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
             output_hidden_states: whether to give the layers' inputs and the last norm's output.
             return_dict: False gives a tuple.
             kwargs: shift_labels, [B, S] labels that are shifted already, in place of labels (transformers' trainer takes every
-                parameter whose name holds "label" for one that each batch has); and arguments that callers pass to any model
+                parameter whose name holds "label" for one that each batch has); trained_rows, [n] int64 flat positions whose
+                next token is trained, so that no label is read on the host (further positions without one may be among
+                them); and arguments that callers pass to any model
                 and that have no effect here.
 
         Returns:
@@ -225,16 +227,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
         Raises:
             ModelError: an argument is unknown, or asks for what the decoder does not do.
         """
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, labelled = kwargs.pop("shift_labels", None), kwargs.pop("trained_rows", None)
         if kwargs:
             require_known(kwargs, ARGUMENTS)
-        targets = labelled = None
+        targets = None
         trains = labels is not None or shift_labels is not None
         if trains:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
-            targets = shifted.reshape(-1)
-            # reads the labels on the host: done before the layers are launched, nothing has to be waited for
-            labelled = labelled_rows(targets, self.config.vocab_size)
+            targets = (next_tokens(labels) if shift_labels is None else shift_labels).reshape(-1)
+            if labelled is None:
+                # reads the labels on the host: done before the layers are launched, nothing has to be waited for
+                labelled = labelled_rows(targets, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

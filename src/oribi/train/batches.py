@@ -6,7 +6,7 @@ of an epoch some processes may have none left; they take a row of which nothing 
 rows of the data set there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import datasets
@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from oribi.data.encoding import UNTRAINED
+from oribi.kernels.cross_entropy import labelled_rows, next_tokens
 from oribi.train.context import RowPart
 
 # what a loader is made of beside its rows and their order
@@ -27,6 +28,8 @@ LOADER_SETTINGS = (
 )  # fmt: skip
 
 
+# what a batch says of itself beside what its collator put there
+TRAINED_ROWS = "trained_rows"
 # of a row at which an 8B model's attention costs as much as its matrix products
 QUADRATIC_TOKENS = 40_000
 
@@ -176,7 +179,32 @@ class UntrainedFiller:
             for name in ("labels", "shift_labels"):
                 if name in batch:
                     batch[name] = torch.full_like(batch[name], UNTRAINED)
+            if TRAINED_ROWS in batch:
+                batch[TRAINED_ROWS] = batch[TRAINED_ROWS][:0]
         return batch
+
+
+class TellsTrainedRows:
+    """A collator whose batches say which rows of hidden states are trained, so that nobody has to ask a GPU.
+
+    Args:
+        collate: makes the batches. vocab_size: labels must be below it.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], vocab_size: int) -> None:
+        self._collate, self._vocab_size = collate, vocab_size
+
+    def __call__(self, examples: list[Any]) -> Any:
+        batch = self._collate(examples)
+        if isinstance(batch, MutableMapping) and (labels := labels_of(batch)) is not None:
+            targets = labels if "shift_labels" in batch else next_tokens(labels)
+            batch[TRAINED_ROWS] = labelled_rows(targets.reshape(-1), self._vocab_size)
+        return batch
+
+
+def labels_of(batch: Any) -> torch.Tensor | None:
+    """The labels [B, S] that count in a batch."""
+    return batch["shift_labels"] if "shift_labels" in batch else batch.get("labels")
 
 
 def rank_loader(accelerator: Accelerator, rounds: int, context: int, loader: DataLoader) -> DataLoader:

@@ -1,22 +1,22 @@
 """CUDA graphs of the micro-step: forward and backward of one batch shape, recorded once and replayed.
 
 A small model's step is bound by the host that launches its kernels, not by the GPU that runs them. A recorded step is
-one launch. What a graph fixes are addresses and shapes: batches are copied into its own input buffers, documents are
-padded to a fixed number of them and a bounded length, and gradients go into the flat optimizer's buffers.
+one launch. What a graph fixes are addresses and shapes: batches are copied into its own input buffers, padded to one of a few
+shapes (`train/step_shapes.py`), and gradients go into the flat optimizer's buffers.
 
 A recorded step runs no Python: neither methods of a trainer's subclass, nor hooks, nor a replaced forward. Each is a
 documented way to change a training; `changed_step` and `ModelWatch` find them, and steps then run as usual.
 """
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
 from operator import contains
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -26,20 +26,21 @@ from oribi.kernels.adamw import FlatAdamW
 from oribi.memory.account import linear_weights
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.linear_layers import any_module_hooked
+from oribi.train.step_shapes import KNOWN, Sizes, empty_batch, fill_buffers, padded_sizes, sizes_of
 
 logger = logging.getLogger(__name__)
 
 # arithmetic of a token per weight, forward and backward with recomputation
 FLOP_PER_WEIGHT = 6.0
-# recorded shapes that are kept; each holds its activations
-MAX_GRAPHS = 16
+# recorded steps that are kept; they share the memory of their activations
+MAX_GRAPHS = 64
 # arithmetic of a micro-batch above which launching its kernels is hidden behind running them: about 0.7 s of an H100
 HOST_BOUND_FLOP = 4e14
-# and below this much the launches cost more than padding packs to a few lengths does
-PADDED_FLOP = 5e13
-TENSOR_INPUTS = ("input_ids", "labels", "position_ids", "cu_seq_lens_q")
-# what a graph needs no copy of: the keys' documents are the queries'
-OTHER_INPUTS = ("cu_seq_lens_k", "max_length_q", "max_length_k")
+# and below this much the launches cost more than lengthening a pack does
+PADDED_FLOP = 1e14
+# times that sizes must be expected to come again to be recorded: recording takes as long as so many usual steps, and as so many
+# that are padded to a larger recorded one
+PAYS, PAYS_WHERE_HELD = 4, 20
 
 
 @dataclass
@@ -53,33 +54,53 @@ class _Recorded:
 class StepGraphs:
     """Runs micro-steps of one model, from a recorded graph where one fits.
 
-    The first batch of a shape runs as usual, the second is recorded, later ones are replayed. Results are those of the
-    usual path: the same kernels on the same numbers.
+    The first batch of a shape runs as usual, unless a recorded shape holds it. A shape that comes again is recorded if it
+    will come often enough in what is left. Results are those of the usual path: the same kernels on the same numbers.
 
     Args:
         model: the trained model.
         decoder: the decoder inside it.
         optimizer: its optimizer, whose gradient buffers stay where they are.
         loss_factor: of the loss: several processes take the mean of their gradients, and the targets are those of all.
+        left: tells how many micro-steps are left; None: there is no end.
+        counts: counts micro-steps by how they ran: "replayed", "recorded" (and replayed), "eager".
     """
 
     def __init__(
-        self, model: nn.Module, decoder: DecoderForCausalLM, optimizer: FlatAdamW, loss_factor: int = 1
+        self,
+        model: nn.Module,
+        decoder: DecoderForCausalLM,
+        optimizer: FlatAdamW,
+        loss_factor: int = 1,
+        left: Callable[[], float] | None = None,
+        counts: Counter[str] | None = None,
     ) -> None:
         self._model, self._decoder, self._optimizer = model, decoder, optimizer
         self._failed, self._loss_factor = False, loss_factor
+        self._left = left or (lambda: float("inf"))
         self._needs_bounds = any(layer.mixer.needs_bounds for layer in decoder.model.layers)
+        self._rotary = [one for one in decoder.model.rotary.values() if one.needs_length]
         self._flop_per_token = FLOP_PER_WEIGHT * linear_weights(decoder)
-        self._recorded: OrderedDict[tuple, _Recorded | None] = OrderedDict()
+        self._recorded: OrderedDict[Sizes, _Recorded] = OrderedDict()
+        self._seen: Counter[Sizes] = Counter()
+        self._most_tokens = 0  # of a recorded step
         self._pool = torch.cuda.graph_pool_handle()
+        self.counts = Counter() if counts is None else counts
 
-    def __call__(self, model: nn.Module, inputs: dict[str, Any], targets: torch.Tensor | int) -> torch.Tensor:
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        targets: torch.Tensor | int,
+        trained_rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Loss (detached scalar float32) of one micro-batch, its gradients added to the parameters' `.grad`.
 
         Args:
             model: ignored; trainers hand over the model they hold.
             inputs: a batch on the GPU as the collators make it.
             targets: labelled tokens of the whole optimizer step.
+            trained_rows: [n] rows of hidden states whose next token is trained; None asks the labels.
         """
         self._optimizer.attach_grads()  # zero_grad may have taken them from the parameters
         targets = torch.as_tensor(targets, device=inputs["input_ids"].device, dtype=torch.float32).clamp(
@@ -87,29 +108,57 @@ class StepGraphs:
         )
         if self._loss_factor > 1:
             targets = targets / self._loss_factor
-        if self._needs_bounds and "cu_seq_lens_q" in inputs:  # a mixer asks the host for the documents
-            return self._run(inputs, targets)
-        if not set(inputs) <= {*TENSOR_INPUTS, *OTHER_INPUTS}:  # padding, say, which the host has to look at
-            return self._run(inputs, targets)
-        pads = inputs["input_ids"].numel() * self._flop_per_token < PADDED_FLOP
-        inputs, shape = fixed_shape(inputs, pads)
-        longest = dict(shape)["longest"]
-        if longest:
-            inputs["max_length_q"] = longest
-        recorded = self._recorded.get(shape)
-        if recorded is None and shape in self._recorded and not self._failed:
-            recorded = self._record(inputs, shape, targets)
-        if recorded is None:
-            self._recorded[shape] = None
-            return self._run(inputs, targets)
-        self._recorded.move_to_end(shape)
-        for name, buffer in recorded.inputs.items():
-            if torch.is_tensor(buffer):
-                buffer.copy_(inputs[name], non_blocking=True)
-        recorded.targets.copy_(targets, non_blocking=True)
+        sizes = self._sizes(inputs, trained_rows)
+        if sizes is None:
+            self.counts["eager"] += 1
+            rows = {} if trained_rows is None else {"trained_rows": trained_rows}
+            return self._run({**inputs, **rows}, targets)
+        self._seen[sizes] += 1
+        used = sizes if sizes in self._recorded else self._holding(sizes_of(inputs, trained_rows))
+        if self._pays(sizes, PAYS if used is None else PAYS_WHERE_HELD):
+            used = sizes
+        if used in self._recorded:
+            self._recorded.move_to_end(used)
+            recorded = self._recorded[used]
+            fill_buffers(recorded.inputs, inputs, trained_rows)
+            recorded.targets.copy_(targets, non_blocking=True)
+            self.counts["replayed"] += 1
+        else:
+            buffers = empty_batch(inputs, sizes)
+            fill_buffers(buffers, inputs, trained_rows)
+            recorded = None if used is None else self._record(buffers, sizes, targets)
+            self.counts["eager" if recorded is None else "recorded"] += 1
+            if recorded is None:
+                return self._run(buffers, targets)
         self._finish_copies()
         recorded.graph.replay()
         return recorded.loss.clone()
+
+    def _sizes(self, inputs: dict[str, Any], trained_rows: torch.Tensor | None) -> Sizes | None:
+        """Of the graph that is for batches like this one; None where none can be, or none would come again."""
+        if self._needs_bounds and "cu_seq_lens_q" in inputs:  # a mixer asks the host for the documents
+            return None
+        if not set(inputs) <= KNOWN:  # padding, say, which the host has to look at
+            return None
+        pads = inputs["input_ids"].numel() * self._flop_per_token < PADDED_FLOP
+        return padded_sizes(sizes_of(inputs, trained_rows), pads, self._same_angles)
+
+    def _holding(self, batch: Sizes) -> Sizes | None:
+        """The smallest recorded sizes that hold a batch."""
+        holding = (
+            sizes
+            for sizes in self._recorded
+            if sizes.holds(batch) and self._same_angles(batch.longest, sizes.longest)
+        )
+        return min(holding, key=lambda sizes: (sizes.length, sizes.trained), default=None)
+
+    def _pays(self, sizes: Sizes, times: int) -> bool:
+        """Whether sizes that came before are likely to come so many times more."""
+        seen = self._seen[sizes]
+        return not self._failed and seen > 1 and seen / self._seen.total() * self._left() >= times
+
+    def _same_angles(self, longest: int, bound: int) -> bool:
+        return all(rotary.set_of(longest) == rotary.set_of(bound) for rotary in self._rotary)
 
     def _run(self, inputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
         loss = self._model(**inputs, use_cache=False, output_logits=False, num_items_in_batch=targets).loss
@@ -123,73 +172,24 @@ class StepGraphs:
             if copies is not None:
                 copies.flush()
 
-    def _record(self, inputs: dict[str, Any], shape: tuple, targets: torch.Tensor) -> _Recorded | None:
-        kept = [key for key, recorded in self._recorded.items() if recorded is not None]
-        if len(kept) >= MAX_GRAPHS:
-            del self._recorded[kept[0]]
-        own = {name: x.clone() if torch.is_tensor(x) else x for name, x in inputs.items()}
-        own_targets = targets.clone()
+    def _record(self, inputs: dict[str, Any], sizes: Sizes, targets: torch.Tensor) -> _Recorded | None:
+        if len(self._recorded) >= MAX_GRAPHS:
+            self._recorded.popitem(last=False)
+        targets = targets.clone()
         self._finish_copies()
-        torch.cuda.empty_cache()  # the usual steps' cache and the graph's pool do not share memory
+        if sizes.rows * sizes.length > self._most_tokens:
+            # the graphs' memory grows, and the cache of usual steps is not shared with it
+            torch.cuda.empty_cache()
+            self._most_tokens = sizes.rows * sizes.length
         try:
-            graph, loss = record(lambda: self._run(own, own_targets), self._pool, own_targets.device)
+            graph, loss = record(lambda: self._run(inputs, targets), self._pool, targets.device)
         except RecordingFailed as failure:
             # most often a loss that somebody keeps with its whole graph, which ties gradients to another stream
             self._failed = True
             logger.warning("no CUDA graphs: recording a step failed (%s); steps run as usual", failure)
             return None
-        self._recorded[shape] = _Recorded(graph, own, own_targets, loss)
-        return self._recorded[shape]
-
-
-def fixed_shape(inputs: dict[str, Any], pads: bool = False) -> tuple[dict[str, torch.Tensor], tuple]:
-    """A batch with its documents padded to a fixed number, and the key under which its graph is kept.
-
-    Args:
-        inputs: a batch; `cu_seq_lens_q` [docs + 1] and `max_length_q` where it is a pack.
-        pads: lengthen a pack by a document without labels to one of eight lengths an octave, 6 % on average.
-
-    Returns:
-        Tensors of the batch, and its shape as sorted (name, size) pairs with "longest", a bound on the documents.
-    """
-    kept = {name: inputs[name] for name in TENSOR_INPUTS if inputs.get(name) is not None}
-    longest = 0
-    if "cu_seq_lens_q" in kept:
-        bounds, tokens = kept["cu_seq_lens_q"], kept["input_ids"].shape[1]
-        documents, longest = len(bounds) - 1, int(inputs["max_length_q"])
-        step = max(_power_of_two(tokens) // 16, 64)
-        padding_tokens = -tokens % step if pads and "position_ids" in kept else 0
-        if padding_tokens:
-            kept.update(_lengthened(kept, padding_tokens))
-            bounds, tokens, documents = kept["cu_seq_lens_q"], tokens + padding_tokens, documents + 1
-            longest = max(longest, padding_tokens)
-        if (
-            longest * documents != tokens
-        ):  # documents of one length are dense rows, whose shape must stay exact
-            padding = bounds[-1:].expand(_power_of_two(documents) - documents)
-            kept["cu_seq_lens_q"] = torch.cat([bounds, padding])  # empty documents at the end
-            longest = min(_power_of_two(longest), tokens)
-    shape = {name: tuple(tensor.shape) for name, tensor in kept.items()}
-    return kept, tuple(sorted({**shape, "longest": longest}.items()))
-
-
-def _lengthened(pack: dict[str, torch.Tensor], padding_tokens: int) -> dict[str, torch.Tensor]:
-    """The pack with one more document of `padding_tokens` tokens that nothing is learnt from."""
-    ids, bounds = pack["input_ids"], pack["cu_seq_lens_q"]
-    longer = {
-        "input_ids": F.pad(ids, (0, padding_tokens)),
-        "position_ids": torch.cat(
-            [pack["position_ids"], torch.arange(padding_tokens, device=ids.device)[None]], dim=1
-        ),
-        "cu_seq_lens_q": torch.cat([bounds, bounds[-1:] + padding_tokens]),
-    }
-    if "labels" in pack:
-        longer["labels"] = F.pad(pack["labels"], (0, padding_tokens), value=-100)
-    return longer
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+        self._recorded[sizes] = _Recorded(graph, inputs, targets, loss)
+        return self._recorded[sizes]
 
 
 def reason_against(

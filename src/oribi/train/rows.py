@@ -19,9 +19,10 @@ from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.errors import ConfigError, DataError
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.untrained import untrained_token
+from oribi.models.unwrap import base_model
 from oribi.text import say, say_notes
 from oribi.train.arguments import SFTConfig, row_readers
-from oribi.train.batches import GroupedByLength, rank_loader
+from oribi.train.batches import GroupedByLength, TellsTrainedRows, rank_loader
 from oribi.train.guard import require_targets
 from oribi.train.setup import temporarily
 
@@ -43,6 +44,7 @@ class RowsTrainer(Trainer):
 
     data_reports: dict[str, Any]
     rows: Any
+    own_loss: bool
     _prepared: list[Dataset | IterableDataset]
     _packs: list[tuple[Dataset, Dataset]]  # packed rows, and the examples that they were made of
     _formatting_func: Callable | None
@@ -134,6 +136,10 @@ class RowsTrainer(Trainer):
     def _get_dataloader(
         self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any
     ) -> DataLoader:
+        if is_training and self.own_loss and not isinstance(self.data_collator, TellsTrainedRows):
+            tells = TellsTrainedRows(self.data_collator, base_model(self.model).config.vocab_size)
+            with temporarily(self, data_collator=tells):
+                return self._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         build = super()._get_dataloader
         streams = isinstance(dataset, torch.utils.data.IterableDataset)
         # without a count of targets, a row of which nothing is trained would make a mean of nothing

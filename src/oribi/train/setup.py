@@ -130,6 +130,8 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
         args.max_length = getattr(source, "max_seq_length", None) or trained_positions(base.config)
     if base.device.type == "cpu":
         args.dataloader_pin_memory = False
+    elif args.dataloader_pin_memory:
+        args.accelerator_config.non_blocking = True  # or reading a batch would wait for the step that runs
     unused = set(args.dataset_kwargs or {}) - {"skip_prepare_dataset"}
     if unused:
         logger.warning("dataset_kwargs: %s not used", ", ".join(sorted(unused)))

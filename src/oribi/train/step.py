@@ -11,6 +11,7 @@ B rows, S tokens per row, D hidden size.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from oribi.errors import ConfigError
 from oribi.kernels.context_attention import chunk_tokens
 from oribi.memory.plan import apply_plan, free_device_bytes
 from oribi.models.unwrap import base_model, source_of
+from oribi.train.ahead import TRAINED_ROWS, AheadTrainer
 from oribi.train.batches import row_lengths
 from oribi.train.context import shares_rows
 from oribi.train.graphs import ModelWatch, StepGraphs, changed_step, is_users, reason_against
@@ -32,18 +34,20 @@ from oribi.train.smaller_steps_together import SmallerStepsTogether
 logger = logging.getLogger(__name__)
 
 
-class StepTrainer(OptimizerTrainer):
+class StepTrainer(OptimizerTrainer, AheadTrainer):
     """transformers' `Trainer` with oribi's optimizer step.
 
     Attributes:
         own_loss: whether the model computes its loss itself, from hidden states.
         step_runner: if set, runs each micro-batch in place of the usual forward and backward:
             (model, inputs, targets of the step) -> loss.
+        step_counts: micro-steps by how they ran, where steps are recorded: "replayed", "recorded", "eager".
     """
 
     own_loss: bool
     tokens_seen: int
     step_runner: Callable | None = None
+    step_counts: Counter[str]
     _planned = False
     _smaller: SmallerSteps | None = None
     _watch: ModelWatch | None = None
@@ -108,7 +112,8 @@ class StepTrainer(OptimizerTrainer):
         if self.step_runner is not None and targets is not None:
             if not model.training:  # train() walks about 1,000 modules
                 model.train()
-            return self.step_runner(model, inputs, targets)
+            known = (self.trained_rows_of(inputs),) if isinstance(self.step_runner, StepGraphs) else ()
+            return self.step_runner(model, inputs, targets, *known)
         return super().training_step(model, inputs, targets)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -116,8 +121,10 @@ class StepTrainer(OptimizerTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # None: they are formed when they are read
         needs_logits = self.label_smoother is not None or self.compute_loss_func is not None or None
+        rows = self.trained_rows_of(inputs)
         inputs = {
             **inputs,
+            **({} if rows is None else {TRAINED_ROWS: rows}),
             "use_cache": False,
             "output_logits": needs_logits if return_outputs else bool(needs_logits),
         }
@@ -174,11 +181,16 @@ class StepTrainer(OptimizerTrainer):
             self._watch = ModelWatch(model)
             reason = changed_step(self) or self._watch.reason()
         if reason is None:
-            self.step_runner = StepGraphs(model, base, optimizer, self._loss_factor)
+            self.step_runner = StepGraphs(
+                model, base, optimizer, self._loss_factor, self._micro_steps_left, self.step_counts
+            )
             if "zero_grad" not in vars(model):
                 # the same effect without a walk over all modules in every step
                 model.zero_grad = optimizer.zero_grad
         return reason
+
+    def _micro_steps_left(self) -> int:
+        return (self.state.max_steps - self.state.global_step) * self.args.gradient_accumulation_steps
 
     def _require_same_model(self) -> None:
         """Before a recorded step: stops replaying if the user has added something that a replay would leave out."""

@@ -6,6 +6,7 @@ versions are tested for; nothing is assigned into another package.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -144,6 +145,7 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, RunTrainer):
             self._noise = EmbeddingNoise(base_model(self.model).get_input_embeddings(), alpha)
         self._utilisation = utilisation_of(base_model(self.model), self.train_dataset)
         self._logged = (self.tokens_seen, time.monotonic())
+        self.step_counts = Counter()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -168,4 +170,6 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, RunTrainer):
             logs |= {"tokens_per_second": speed, "num_tokens": self.tokens_seen}
             if self._utilisation is not None:
                 logs["mfu"] = self._utilisation.of(speed / self.args.world_size)
+        if "train_loss" in logs:  # the last line
+            logs |= {f"micro_steps_{how}": count for how, count in self.step_counts.items()}
         super().log(logs, start_time)
