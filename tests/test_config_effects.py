@@ -118,6 +118,7 @@ EFFECTS = {
         {"up_proj": 4}, lambda run: next(m for n, m in run.layers.items() if "up_proj" in n).scaling["default"], 1.0, TOGETHER
     ),
     "layers_to_transform": Effect([1], lambda run: {n.split(".layers.")[1][0] for n in run.layers}, {"1"}, TOGETHER),
+    "finetune_last_n_layers": Effect(1, lambda run: {n.split(".layers.")[1][0] for n in run.layers}, {"1"}),
     "exclude_modules": Effect(["o_proj"], lambda run: any("o_proj" in n for n in run.layers), False, TOGETHER),
     # the first step of Adam gives all of a B that began with zeros the same size
     "init_lora_weights": Effect(
@@ -177,6 +178,9 @@ EFFECTS = {
         {"num_cycles": 2}, lambda run: [round(lr, 6) for lr in run.logged("learning_rate")], [0.01, 0.005, 0.01, 0.005],
         STEPS | {"lr_scheduler_type": "cosine_with_restarts"},
     ),
+    "optim_args": Effect(
+        {"momentum": 0.5}, lambda run: run.groups("momentum"), {0.5}, {"optim": "sgd"}
+    ),
     "adam_beta1": Effect(0.5, lambda run: {g["betas"][0] for g in run.trainer.optimizer.param_groups}, {0.5}, TOGETHER),
     "adam_beta2": Effect(0.9, lambda run: {g["betas"][1] for g in run.trainer.optimizer.param_groups}, {0.9}, TOGETHER),
     "adam_epsilon": Effect(1e-3, lambda run: run.groups("eps"), {1e-3}, TOGETHER),
@@ -189,6 +193,8 @@ EFFECTS = {
     "weight_decay": Effect(0.5, lambda run: 0.5 in run.groups("weight_decay"), True),
     # Adam divides by the gradient's own size, but not by less than its epsilon
     "max_grad_norm": Effect(1e-9, lambda run: run.layer.lora_B["default"].weight.norm().item() < 1e-2, True),
+    # the same logits, of which every token's probability counts
+    "label_smoothing_factor": Effect(0.2, lambda run: run.logged("loss")),
     "neftune_noise_alpha": Effect(5.0, lambda run: run.logged("loss")),
     "seed": Effect(1, lambda run: run.layer.lora_A["default"].weight.norm().item()),
     "deterministic": Effect(True, lambda run: run.trainer.was_deterministic, True),
@@ -314,8 +320,8 @@ def test_every_key_is_here():
 # handed on as they are to transformers' arguments or PEFT's config; the others decide what oribi itself does
 HANDED_ON = {
     "adam_beta1", "adam_beta2", "adam_epsilon", "alpha_pattern", "early_stopping_patience", "eval_steps", "exclude_modules",
-    "layers_to_transform", "load_best_model_at_end", "logging_steps", "lora_alpha", "lora_dropout", "lr_scheduler_kwargs",
-    "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs", "optim", "output_dir",
+    "finetune_last_n_layers", "label_smoothing_factor", "layers_to_transform", "load_best_model_at_end", "logging_steps", "lora_alpha", "lora_dropout", "lr_scheduler_kwargs",
+    "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs", "optim", "optim_args", "output_dir",
     "per_device_eval_batch_size", "rank_pattern", "report", "report_to", "save_steps", "save_strategy",
     "save_total_limit", "use_dora", "use_rslora", "warmup_steps", "weight_decay",
 }  # fmt: skip

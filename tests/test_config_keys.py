@@ -41,6 +41,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "rank_pattern": {"rank_pattern": {"q_proj": 3}},
     "alpha_pattern": {"alpha_pattern": {"q_proj": 3.0}},
     "layers_to_transform": {"layers_to_transform": [0]},
+    "finetune_last_n_layers": {"finetune_last_n_layers": 1},
     "exclude_modules": {"exclude_modules": ["o_proj"]},
     "target_parameters": {"target_parameters": ["experts.down_proj"]},
     "init_lora_weights": {"init_lora_weights": "gaussian"},
@@ -74,6 +75,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "embedding_learning_rate": {"embedding_learning_rate": 1e-6},
     "loraplus_lr_ratio": {"loraplus_lr_ratio": 8.0},
     "lr_scheduler_kwargs": {"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "cosine_with_restarts"},
+    "optim_args": {"optim_args": {"momentum": 0.9}, "optim": "sgd"},
     "adam_beta1": {"adam_beta1": 0.8},
     "adam_beta2": {"adam_beta2": 0.95},
     "adam_epsilon": {"adam_epsilon": 1e-6},
@@ -82,6 +84,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "optim": {"optim": "adamw_torch"},
     "weight_decay": {"weight_decay": 0.5},
     "max_grad_norm": {"max_grad_norm": 0.3},
+    "label_smoothing_factor": {"label_smoothing_factor": 0.1},
     "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
     "seed": {"seed": 1},
     "fp8": {"fp8": True},
@@ -188,6 +191,6 @@ def test_a_key_changes_what_is_called(key, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_refuses_what_it_cannot_be(key):
-    wrong = "[1]" if key.endswith("_kwargs") else "{a: [1]}"
+    wrong = "[1]" if key.endswith(("_kwargs", "_args")) else "{a: [1]}"
     with pytest.raises(ConfigError, match=key):
         read_run_config(None, ["--model", "m", "--dataset", "d", f"--{key}", wrong])

@@ -24,7 +24,7 @@ _HOME = {
     "execute_with_time_limit": "oribi.compat.untrusted",
     "check_python_modules": "oribi.compat.untrusted",
     "create_locked_down_function": "oribi.compat.untrusted",
-    "SFTConfig": "oribi.train.arguments",
+    "SFTConfig": "oribi.trl",
     "SFTTrainer": "oribi.train.trainer",
     "save_merged": "oribi.save",
     "save_gguf": "oribi.save",

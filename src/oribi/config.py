@@ -37,8 +37,8 @@ SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "constant",
     "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay", "reduce_lr_on_plateau",
 )  # fmt: skip
-# how a LoRA pair begins; of the first four the base stays as it is, the others move a part of it into the pair
-STARTS = ("true", "false", "gaussian", "loftq", "orthogonal", "pissa", "olora")
+# how a LoRA pair begins; on 16-bit weights pissa and olora move a part of the base into the pair
+STARTS = ("true", "false", "gaussian", "eva", "loftq", "orthogonal", "pissa", "olora")
 OPTIMIZERS = (
     "adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_bnb_8bit",
     "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb",
@@ -103,14 +103,15 @@ class RunConfig:
         None, "Alphas of single layers, by their names or regular expressions", low=0
     )
     layers_to_transform: list[int] | None = setting(
-        None, "Numbers of the only layers that get an adapter; none takes all", low=0
+        None, "The only layers that get an adapter, by number", low=0
     )
+    finetune_last_n_layers: int | None = setting(None, "Only the last so many layers get an adapter", low=1)
     exclude_modules: list[str] = setting([], "Layers without an adapter, although target_modules names them")
     target_parameters: list[str] = setting(
         [], "Parameters that get an adapter although they are no layers, such as mlp.experts.gate_up_proj"
     )
     init_lora_weights: str = setting(
-        "true", "How pairs begin: true with B = 0; loftq from what NF4 rounded off; pissa and olora from the base's own weights",
+        "true", "How pairs begin: true with B = 0; eva from your rows; loftq from what NF4 rounded off; pissa and olora from the weights",
         python=True, choices=STARTS, pattern=r"pissa_niter_\d+",
     )  # fmt: skip
     new_tokens: list[str] = setting([], "Tokens added to the tokenizer, whose rows are trained")
@@ -148,9 +149,7 @@ class RunConfig:
     columns: dict[str, str] | None = setting(
         None, "Your columns by oribi's names, e.g. {question: task, answer: solution}"
     )
-    role_aliases: dict[str, str] | None = setting(
-        None, "Further names of roles in messages, e.g. {coach: assistant}"
-    )
+    role_aliases: dict[str, str] | None = setting(None, "Further names of roles, e.g. {coach: assistant}")
     chat_template_kwargs: dict[str, Any] | None = setting(
         None, "Values that the chat template reads, e.g. {enable_thinking: false}"
     )
@@ -186,9 +185,7 @@ class RunConfig:
     loraplus_lr_ratio: float | None = setting(
         None, "LoRA+: how many times faster B learns than A, e.g. 16", low=0.01
     )
-    lr_scheduler_type: str = setting(
-        "linear", "How the learning rate falls, such as linear or cosine", choices=SCHEDULES
-    )
+    lr_scheduler_type: str = setting("linear", "How the learning rate falls", choices=SCHEDULES)
     lr_scheduler_kwargs: dict[str, Any] | None = setting(
         None, "Arguments of the schedule, e.g. {min_lr_rate: 0.1} of cosine_with_min_lr"
     )
@@ -196,14 +193,18 @@ class RunConfig:
         5, "Warm-up steps; a value below 1 is a fraction of all steps", python=0, low=0
     )
     optim: str = setting("adamw_8bit", "Optimizer", choices=OPTIMIZERS)
+    optim_args: dict[str, Any] | None = setting(
+        None, "Further arguments of the optimizer, e.g. {momentum: 0.9} of sgd", joined=True
+    )
     adam_beta1: float = setting(0.9, "AdamW: decay of the gradient's running mean", low=0, below=1)
     adam_beta2: float = setting(0.999, "AdamW: decay of the squared gradient's running mean", low=0, below=1)
     adam_epsilon: float = setting(1e-8, "AdamW: added to the divisor", low=0)
     weight_decay: float = setting(0.01, "Weight decay", python=0.0, low=0)
     max_grad_norm: float = setting(1.0, "Maximum gradient norm; 0 disables clipping", low=0)
-    neftune_noise_alpha: float | None = setting(
-        None, "NEFTune noise on the embeddings", low=0, used_by=SFT_ONLY
-    )
+    label_smoothing_factor: float = setting(
+        0.0, "Share of the probability that is spread over all tokens; forms whole logits", low=0, below=1, used_by=SFT_ONLY
+    )  # fmt: skip
+    neftune_noise_alpha: float | None = setting(None, "NEFTune noise on embeddings", low=0, used_by=SFT_ONLY)
     seed: int = setting(3407, "Seed of the data order, dropout and the adapter's start", low=0)
     fp8: bool = setting(
         False,
@@ -226,9 +227,7 @@ class RunConfig:
     )  # fmt: skip
     ddp_timeout: int = setting(1800, "Seconds that a process waits for the others before it gives up", low=1)
     logging_steps: int = setting(1, "Steps between two log lines", low=1)
-    eval_steps: int | None = setting(
-        None, "Steps between two evaluations; none evaluates at each epoch", low=1
-    )
+    eval_steps: int | None = setting(None, "Steps between two evaluations; none takes each epoch", low=1)
     sample_prompts: str | None = setting(
         None,
         "Prompts answered at every evaluation, base beside tuned: a file (.txt has one on each line), or held_out rows",

@@ -1,4 +1,4 @@
-"""When to change each setting of a run, in one sentence: docs/config.md shows it beside the table of defaults."""
+"""When to change each setting of a run, its names in other programs, and what to do instead of keys that are none of its names."""
 
 WHEN_TO_CHANGE: dict[str, str] = {
     "stage": "After a first training on good answers, if you have preferences, or a function that scores answers.",
@@ -19,10 +19,12 @@ WHEN_TO_CHANGE: dict[str, str] = {
     "use_dora": "To compare with a DoRA run elsewhere; it runs through autograd and is slower.",
     "rank_pattern": "To give a few layers more room, such as `{down_proj: 32}`, when memory forbids it for all.",
     "alpha_pattern": "With `rank_pattern`, to keep alpha / rank equal in all layers.",
-    "layers_to_transform": "To train the last layers only, which is faster and changes less.",
+    "layers_to_transform": "To train some layers only, such as those that an analysis points to.",
+    "finetune_last_n_layers": "To train faster and change less; half of the layers is a usual first try.",
     "exclude_modules": "To leave out a few of many layers, such as `[lm_head]` or a tower.",
     "target_parameters": "For mixtures of experts whose experts are one tensor.",
-    "init_lora_weights": "`loftq` if `oribi inspect model NAME --four-bits` shows that NF4 changes the model much.",
+    "init_lora_weights": "`loftq` if `oribi inspect model NAME --four-bits` shows that NF4 changes the model much; `eva` or `pissa` to "
+    "learn faster in short runs, as an experiment with an evaluation.",
     "new_tokens": "For markers that your rows use and the tokenizer cuts into pieces.",
     "trainable_tokens": "For tokens that a base model has but never learned, such as `<|im_start|>`.",
     "gradient_checkpointing": "`memory` leaves room on the GPU for other programs; otherwise never.",
@@ -56,11 +58,13 @@ WHEN_TO_CHANGE: dict[str, str] = {
     "lr_scheduler_kwargs": "With a schedule that takes arguments.",
     "warmup_steps": "More, such as 0.03 of all steps, for long runs and on GPUs without bfloat16.",
     "optim": "`adamw_torch` to compare with other trainers; `paged_adamw_8bit` for full fine-tuning on a small GPU.",
+    "optim_args": "With an optimizer that takes more than AdamW's settings, such as `sgd` or `ademamix_8bit`.",
     "adam_beta1": "To repeat a published recipe; the default suits nearly everything.",
     "adam_beta2": "0.95 or 0.99 for large batches of noisy rows.",
     "adam_epsilon": "To repeat a published recipe.",
     "weight_decay": "Rarely matters for LoRA; raise it if the run overfits.",
     "max_grad_norm": "Lower it to 0.3 if the loss jumps at single steps.",
+    "label_smoothing_factor": "0.1 for labels or short answers that may be wrong; it takes the memory of whole logits.",
     "neftune_noise_alpha": "5 for a few thousand rows of chat, as an experiment with an evaluation.",
     "seed": "To see how much a result depends on chance.",
     "fp8": "On GPUs from compute capability 8.9 on, when speed matters and you compare `eval_loss` with and without.",
@@ -154,3 +158,90 @@ OTHER_NAMES = {
     "label_smoothing": "dpo_label_smoothing",
     "max_completion_length": "max_new_tokens",
 }
+
+# keys of other programs' configs, of transformers' TrainingArguments, TRL's SFTConfig and PEFT's LoraConfig -> what to do instead
+_GPUS = "several GPUs: gpus: all, and fsdp: true where the model is too large for one"
+_ATTENTION = "chosen automatically (`oribi doctor` shows it); leave the line out"
+_KERNELS = "oribi's own kernels run; leave the line out"
+_EVALUATION = "eval_steps sets it; without it, each epoch ends with an evaluation"
+_SAVING = "save_steps sets it; without it, only the final model is saved"
+_HUB = "push the saved folder with `hf upload` or push_to_hub in Python"
+_TRACKER = "report_to names the tracker; its project and names come from its own environment variables, such as WANDB_PROJECT"
+_NO_NEED = "not needed; leave the line out"
+_MASKS = "train_on_responses_only decides what is trained; oribi inspect data shows it"
+_RUN = "it is about the process, not the training: set it where the process starts, or in Python by SFTConfig"
+_METRICS = "eval_loss is what is measured; in Python: SFTTrainer(compute_metrics=...), and `oribi eval` scores answers"
+_TEMPLATE = (
+    "chat_template names a template; in Python: oribi.get_chat_template(tokenizer, (jinja, end of a turn))"
+)
+_PEFT_VARIANT = (
+    "in Python: oribi's get_peft_model takes PEFT's fields, and refuses those that no file can hold"
+)
+_STARTS = (
+    "init_lora_weights begins with PEFT's own settings of each start; in Python get_peft_model takes others"
+)
+_INSTEAD = {
+    ("bf16", "bfloat16", "pure_bf16"): "use dtype: bfloat16; auto picks it if the machine supports it",
+    ("fp16", "float16", "half", "fp32", "float32", "tf32", "mixed_precision", "bf16_full_eval", "fp16_full_eval"): (
+        "use dtype: bfloat16, float16, float32 or auto"
+    ),
+    ("load_in_8bit", "quantization_bit", "bits"): "use load_in_4bit: true (NF4) or false (16 bits)",
+    ("adapter", "finetuning_type", "use_peft", "use_lora", "peft_type"): (
+        "LoRA is the default; full_finetuning: true trains every weight"
+    ),
+    ("lora_target_linear", "lora_on_all_linear"): "target_modules: all-linear does this, and is the default",
+    ("flash_attention", "flash_attn", "flash_attn_2", "use_flash_attention_2", "attn_implementation",
+     "xformers_attention", "sdp_attention"): _ATTENTION,
+    ("torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config"): _KERNELS,
+    ("deepspeed", "fsdp_config", "ddp", "device_map", "accelerate", "num_gpus", "n_gpu", "devices", "ddp_backend",
+     "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "parallelism_config",
+     "accelerator_config", "average_tokens_across_devices", "local_rank"): _GPUS,
+    ("epochs", "epoch", "num_epoch"): "did you mean num_train_epochs?",
+    ("steps", "num_steps", "max_train_steps", "total_steps"): "did you mean max_steps?",
+    ("wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "use_wandb", "project", "trackio_space_id",
+     "trackio_bucket_id", "trackio_static_space_id"): _TRACKER,
+    ("run_name",): "the last part of output_dir is the run's name",
+    ("datasets", "data", "data_files", "data_path", "dataset_path", "train_dataset", "dataset_dir"): (
+        "did you mean dataset? It takes a name or a list of names"
+    ),
+    ("test_datasets", "eval_file", "validation_dataset"): "did you mean eval_dataset?",
+    ("eval_strategy", "evaluation_strategy", "do_eval", "evals_per_epoch", "eval_delay"): _EVALUATION,
+    ("eval_on_start",): "report: true measures the model before the first step",
+    ("metric_for_best_model", "greater_is_better"): "the best weights are those of the lowest held-out loss, or of grpo the highest reward",
+    ("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object",
+     "eval_accumulation_steps", "do_predict", "label_names"): _METRICS,
+    ("saves_per_epoch",): _SAVING,
+    ("save_only_model",): "checkpoints hold what resuming needs; without save_steps there are none, and the final model is saved",
+    ("save_on_each_node", "enable_jit_checkpoint", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm", "use_cpu",
+     "skip_memory_metrics", "debug", "include_num_input_tokens_seen", "logging_nan_inf_filter", "auto_find_batch_size",
+     "torch_empty_cache_steps", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+     "dataloader_multiprocessing_context", "dataloader_in_order"): _RUN,
+    ("logging_strategy", "logging_first_step"): "logging_steps says it; the first step is logged with logging_steps: 1",
+    ("do_train",): "oribi train trains; leave the line out",
+    ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"): _HUB,
+    ("overwrite_output_dir",): "leave the line out",
+    ("gradient_checkpointing_kwargs", "use_reentrant", "activation_checkpointing", "activation_checkpointing_kwargs",
+     "activation_offloading"): "gradient_checkpointing is enough; leave the line out",
+    ("train_on_inputs", "mask_prompt"): "use train_on_responses_only, which means the opposite",
+    ("completion_only_loss",): _MASKS,
+    ("data_seed",): "seed is the seed of the order as well",
+    ("ignore_data_skip", "restore_callback_states_from_checkpoint"): "resume goes on with the row that comes next",
+    ("dataloader_drop_last",): "a last, smaller batch is trained as well; leave the line out",
+    ("train_sampling_strategy", "group_by_length", "length_column_name", "dataloader_num_workers", "remove_unused_columns",
+     "pad_to_sequence_len", "padding_free", "pad_to_multiple_of", "eval_packing", "packing_strategy", "shuffle_dataset", "use_cache",
+     "dataset_prepared_path", "tokenizer_type", "model_type", "special_tokens", "pad_token", "task_type", "auto_mapping",
+     "peft_version", "base_model_name_or_path", "inference_mode", "fan_in_fan_out", "runtime_config", "ensure_weight_tying",
+     "megatron_core"): _NO_NEED,
+    ("eos_token", "chat_template_path"): _TEMPLATE,
+    ("truncation_mode",): "overlong says what happens to long rows",
+    ("model_init_kwargs", "dataset_kwargs"): "write the settings themselves, such as dtype or split",
+    ("router_aux_loss_coef", "optim_target_modules"): "oribi has no such training; leave the line out",
+    ("bias", "lora_bias"): "an adapter of a run trains no biases; in Python: get_peft_model(bias=...)",
+    ("layers_pattern",): "layers_to_transform counts the decoder's layers; target_modules names the others",
+    ("trainable_token_indices",): "trainable_tokens names tokens by their texts",
+    ("loftq_config", "eva_config"): _STARTS,
+    ("corda_config", "lora_ga_config"): "needs activations or gradients of your data; init_lora_weights: eva begins with your rows",
+    ("megatron_config", "velora_config", "alora_invocation_tokens", "use_qalora", "qalora_group_size", "monteclora_config",
+     "layer_replication", "use_bdlora", "arrow_config", "kasa_config"): _PEFT_VARIANT,
+}  # fmt: skip
+INSTEAD = {name: advice for names, advice in _INSTEAD.items() for name in names}

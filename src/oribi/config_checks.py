@@ -10,8 +10,13 @@ from oribi.text import one_of, shown
 
 # settings that act on an adapter alone, and came after full_finetuning refused to have one
 OF_ADAPTER = (
-    "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "target_parameters", "init_lora_weights",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "finetune_last_n_layers", "exclude_modules", "target_parameters", "init_lora_weights",
     "loraplus_lr_ratio", "trainable_tokens",
+)  # fmt: skip
+
+# older ones, which configs have beside full_finetuning
+SHAPE_OF_ADAPTER = (
+    "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora",
 )  # fmt: skip
 
 
@@ -82,6 +87,9 @@ def contradictions(config: RunConfig, given: Mapping[str, Given]) -> list[Proble
         refuse("eval_dataset", "all of its rows are evaluated; leave the weights out")
     if config.num_train_epochs == 0 and config.max_steps < 1:
         refuse("num_train_epochs", "must be above 0")
+    steps = SETTINGS["gradient_accumulation_steps"].default_of(config.stage)
+    if config.total_batch_size is not None and config.gradient_accumulation_steps != steps:
+        refuse("gradient_accumulation_steps", "it follows from total_batch_size; leave one of them out")
     if config.max_steps == 0:
         refuse("max_steps", "must be positive, or -1 to train num_train_epochs")
     if config.full_finetuning and "lora" in config.save_method:
@@ -89,6 +97,25 @@ def contradictions(config: RunConfig, given: Mapping[str, Given]) -> list[Proble
     for key, why in contradictions_of_stage(config):
         refuse(key, why)
     return found
+
+
+def without_effect(config: RunConfig, given: Mapping[str, Given]) -> list[str]:
+    """A sentence for each setting that was given a value of its own, and that another one leaves without effect."""
+    evaluates = bool(config.eval_dataset or config.eval_fraction)
+    saves = config.save_steps or config.save_strategy not in (None, "no") or config.load_best_model_at_end
+    reasons = {
+        **dict.fromkeys(SHAPE_OF_ADAPTER, "full_finetuning has no adapter" if config.full_finetuning else ""),
+        "sample_tokens": "" if config.sample_prompts else "it is the length of the answers to sample_prompts",
+        "save_total_limit": "" if saves else "no checkpoints are written; save_steps or save_strategy writes them",
+        "per_device_eval_batch_size": "" if evaluates else "nothing is evaluated",
+        "num_train_epochs": "max_steps ends the training" if config.max_steps > 0 else "",
+        "warmup_steps": "constant has no warm-up; constant_with_warmup has one" if config.lr_scheduler_type == "constant" else "",
+    }  # fmt: skip
+    return [
+        f"{given[key].name} = {shown(given[key].value)} is not used: {why}"
+        for key, why in reasons.items()
+        if why and key in given and getattr(config, key) != SETTINGS[key].default_of(config.stage)
+    ]
 
 
 def _refuse_of_adapter(config: RunConfig, refuse: Callable[[str, str], None]) -> None:
@@ -99,30 +126,36 @@ def _refuse_of_adapter(config: RunConfig, refuse: Callable[[str, str], None]) ->
             if getattr(config, key) != SETTINGS[key].default_of(config.stage):
                 refuse(key, "full_finetuning has no adapter; leave it out")
         return
-    moves = start == "olora" or start.startswith("pissa")
-    if (moves or start == "orthogonal") and config.load_in_4bit:
-        why = (
-            "takes a part out of the base, and NF4 weights cannot be changed exactly"
-            if moves
-            else "is computed on 16-bit weights"
-        )
+    pissa = start.startswith("pissa")
+    if start in ("olora", "orthogonal") and config.load_in_4bit:
         refuse(
-            "init_lora_weights", f"{start} {why}; take load_in_4bit: false, or loftq, which is made for NF4"
+            "init_lora_weights",
+            f"{start} is computed on 16-bit weights; take load_in_4bit: false, or pissa or loftq, which leave NF4 weights as they are",
         )
     if start == "loftq" and not config.load_in_4bit:
         refuse(
             "init_lora_weights",
             "loftq makes up for what NF4 rounds off; without load_in_4bit take true or pissa",
         )
-    if start == "loftq" and config.use_dora:
-        refuse("init_lora_weights", "loftq and use_dora each set how layers begin; leave one of them out")
-    if config.fsdp and start == "loftq":
-        refuse("init_lora_weights", "loftq reads whole layers, and with fsdp a process holds parts of them")
+    if config.use_dora and (start == "loftq" or (pissa and config.load_in_4bit)):
+        refuse("init_lora_weights", f"{start} and use_dora each set how layers begin; leave one of them out")
+    if config.target_parameters and pissa:
+        refuse("init_lora_weights", f"{start} is for layers, and target_parameters names others; take true")
+    if config.fsdp and (start in ("loftq", "eva") or pissa):
+        refuse(
+            "init_lora_weights", f"{start} reads whole layers, and with fsdp a process holds parts of them"
+        )
+    if start == "eva" and config.stage != "sft":
+        refuse("init_lora_weights", f"eva begins with the rows of stage = sft; with {config.stage} take true")
+    if start == "eva" and config.context_parallel > 1:
+        refuse("init_lora_weights", "eva reads whole rows, and with context_parallel processes share them")
     if config.fsdp and config.new_tokens:
         refuse(
             "new_tokens",
             "adds rows to embeddings that fsdp keeps in parts; add them on one GPU and save the model first",
         )
+    if config.finetune_last_n_layers is not None and config.layers_to_transform is not None:
+        refuse("finetune_last_n_layers", "layers_to_transform says which layers; leave one of them out")
     if config.target_parameters and config.lora_dropout:
         refuse(
             "target_parameters",

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from oribi.config import ALIASES, OLDER_CHECKPOINTING, SETTINGS, RunConfig
-from oribi.config_checks import Given, Problem, contradictions
+from oribi.config_advice import INSTEAD
+from oribi.config_checks import Given, Problem, contradictions, without_effect
 from oribi.config_setting import Setting
 from oribi.config_yaml import compose, flags_of, parse_word, settings_text, value_of, words_of
 from oribi.errors import ConfigError
@@ -70,6 +71,7 @@ def read_run_config(path: str | Path | None, flags: Iterable[str] = ()) -> tuple
         config.load_in_4bit &= "load_in_4bit" in given
         config.save_method = config.save_method if "save_method" in given else ["merged_16bit"]
     problems += contradictions(config, given)
+    notes += without_effect(config, given)
     if problems:
         raise ConfigError(_report("flags" if path is None else str(path), problems))
     return config, notes
@@ -243,48 +245,6 @@ def _on_one_line(value: Any) -> str:
     return text.removesuffix("\n...\n").strip()
 
 
-# keys of other programs, and what to write instead
-_GPUS = "several GPUs: gpus: all, and fsdp: true where the model is too large for one"
-_ATTENTION = "chosen automatically (`oribi doctor` shows it); leave the line out"
-_EVALUATION = "eval_steps sets it; without it, each epoch ends with an evaluation"
-_SAVING = "save_steps sets it; without it, only the final model is saved"
-_HUB = "push the saved folder with `hf upload` or push_to_hub in Python"
-_KNOWN = {
-    ("bf16", "bfloat16", "pure_bf16"): "use dtype: bfloat16; auto picks it if the machine supports it",
-    ("fp16", "float16", "half", "fp32", "float32", "tf32", "mixed_precision"): (
-        "use dtype: bfloat16, float16, float32 or auto"
-    ),
-    ("load_in_8bit", "quantization_bit", "bits"): "use load_in_4bit: true (NF4) or false (16 bits)",
-    ("adapter", "finetuning_type", "use_peft", "use_lora", "peft_type"): (
-        "LoRA is the default; full_finetuning: true trains every weight"
-    ),
-    ("lora_target_linear", "lora_on_all_linear"): "target_modules: all-linear does this, and is the default",
-    ("flash_attention", "flash_attn", "flash_attn_2", "use_flash_attention_2", "attn_implementation",
-     "xformers_attention", "sdp_attention"): _ATTENTION,
-    ("deepspeed", "fsdp_config", "ddp", "device_map", "accelerate", "num_gpus", "n_gpu", "devices"): _GPUS,
-    ("epochs", "epoch", "num_epoch"): "did you mean num_train_epochs?",
-    ("steps", "num_steps", "max_train_steps", "total_steps"): "did you mean max_steps?",
-    ("wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "use_wandb"): (
-        "report_to: wandb; the project and names come from wandb's own WANDB_PROJECT and WANDB_NAME"
-    ),
-    ("run_name",): "the last part of output_dir is the run's name",
-    ("datasets", "data", "data_files", "data_path", "dataset_path", "train_dataset", "dataset_dir"): (
-        "did you mean dataset? It takes a name or a list of names"
-    ),
-    ("test_datasets", "eval_file", "validation_dataset"): "did you mean eval_dataset?",
-    ("eval_strategy", "evaluation_strategy", "do_eval", "evals_per_epoch"): _EVALUATION,
-    ("saves_per_epoch",): _SAVING,
-    ("do_train",): "oribi train trains; leave the line out",
-    ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"): _HUB,
-    ("overwrite_output_dir",): "leave the line out",
-    ("gradient_checkpointing_kwargs", "use_reentrant"): "gradient_checkpointing is enough; leave the line out",
-    ("train_on_inputs", "mask_prompt"): "use train_on_responses_only, which means the opposite",
-    ("group_by_length", "length_column_name", "dataloader_num_workers", "remove_unused_columns", "pad_to_sequence_len",
-     "dataset_prepared_path", "tokenizer_type", "model_type", "special_tokens"): "not needed; leave the line out",
-}  # fmt: skip
-_HINTS = {name: advice for names, advice in _KNOWN.items() for name in names}
-
-
 def hint_for(key: str) -> str | None:
     """What to write instead of a key of another program, if it is a known one."""
-    return _HINTS.get(key.casefold().replace("-", "_"))
+    return INSTEAD.get(key.casefold().replace("-", "_"))

@@ -31,6 +31,7 @@ class Setting:
         help: what it means, on one line.
         low, high: the least and the most that it may be. below: what it must stay below.
         sources: whether an item may be a data set with settings of its own, as a mapping with `SOURCE_KEYS`.
+        joined: whether one text may hold several pairs, joined by commas.
         choices: the words that it may be. same: other words -> the choice that they mean. pattern: of further words.
         stages: stage -> default there, where it is another one. used_by: the stages that use it.
     """
@@ -49,6 +50,7 @@ class Setting:
     same: Mapping[str, str] = field(default_factory=dict)
     pattern: str = ""
     sources: bool = False
+    joined: bool = False
     stages: Mapping[str, Any] = field(default_factory=dict)
     used_by: tuple[str, ...] = STAGES
 
@@ -115,9 +117,14 @@ class Setting:
         words = self.kind is str
         example = "{ours: yours}, or ours=yours" if words else "{name: value}, or name=value"
         found: dict[Any, Any] = {}
-        for item in value if isinstance(value, list) else [value]:
+        items = value if isinstance(value, list) else [value]
+        if self.joined:
+            items = [
+                part for item in items for part in (item.split(",") if isinstance(item, str) else [item])
+            ]
+        for item in items:
             if isinstance(item, str) and "=" in item:
-                name, _, text = item.partition("=")
+                name, _, text = (part.strip() for part in item.partition("="))
                 item = {name: text if words else parse_word(text)}
             found |= item if isinstance(item, dict) else {None: None}
         if not all(isinstance(name, str) and name for name in found):

@@ -19,7 +19,7 @@ from oribi.memory.fit import refuse_what_cannot_fit
 from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
 from oribi.models.open import OpenedModel, open_model
-from oribi.run_arguments import token_ids
+from oribi.run_arguments import adapter_ranks, token_ids
 from oribi.run_record import (
     FORM_FOLDERS,
     RunRecord,
@@ -32,6 +32,7 @@ from oribi.text import say
 from oribi.train.arguments import require_trackers
 from oribi.train.context import require_shareable
 from oribi.train.fingerprint import compare_settings
+from oribi.train.optimizer_settings import require_optimizer
 from oribi.train.progress import read_log
 from oribi.train.resume import newest_whole, require_same
 from oribi.train.rewards import load_reward_functions
@@ -77,6 +78,7 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
     """
     require_trackers(config.report_to)
     require_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs)
+    require_optimizer(config)
     require_trl(config.stage, environment)
     load_reward_functions(config.reward_funcs or ())
     for method in config.quantization_method:
@@ -203,8 +205,7 @@ def known_changes(config: RunConfig, environment: Environment, record: RunRecord
     }  # fmt: skip
     if not config.full_finetuning:
         now |= {
-            "lora_r": config.lora_r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora or None,
-            "use_dora": config.use_dora or None, "rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern,
+            **adapter_ranks(config), "use_dora": config.use_dora or None,
             "dtype": str(environment.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype,
         }  # fmt: skip
     changes = compare_settings(record, now, only_known=True).refused

@@ -5,6 +5,7 @@ from typing import Any
 
 from oribi.config import RunConfig
 from oribi.errors import ConfigError
+from oribi.lora.starts import packed_settings
 from oribi.lora.targets import is_tied
 from oribi.text import did_you_mean
 from oribi.train.arguments import SFTConfig
@@ -14,8 +15,8 @@ from oribi.train.best import saving_arguments
 _SAME = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "learning_rate", "embedding_learning_rate", "loraplus_lr_ratio", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
-    "max_grad_norm", "neftune_noise_alpha", "seed", "fp8", "deterministic", "logging_steps", "report_to", "packing",
+    "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+    "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "seed", "fp8", "deterministic", "logging_steps", "report_to", "packing",
     "eval_steps", "early_stopping_patience", "ddp_timeout", "context_parallel",
 )  # fmt: skip
 
@@ -62,6 +63,7 @@ def adapter_arguments(config: RunConfig, model: Any, tokenizer: Any) -> dict[str
         "target_modules": "all-linear" if config.target_modules == ["all-linear"] else config.target_modules,
         "modules_to_save": config.modules_to_save or None,
         "layers_to_transform": config.layers_to_transform,
+        "finetune_last_n_layers": config.finetune_last_n_layers,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "init_lora_weights": start,
@@ -69,6 +71,16 @@ def adapter_arguments(config: RunConfig, model: Any, tokenizer: Any) -> dict[str
         "random_state": config.seed,
         **{name: value for name, value in further.items() if value},
     }
+
+
+def adapter_ranks(config: RunConfig) -> dict[str, Any]:
+    """What an adapter's config will say of ranks and alphas, as far as it is known before the training."""
+    asked = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+    if config.init_lora_weights != "eva":  # it chooses them
+        asked |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    if config.load_in_4bit and config.init_lora_weights.startswith("pissa"):
+        asked = packed_settings(config.init_lora_weights, asked)
+    return {"lora_r": asked.pop("r"), **asked, "use_rslora": config.use_rslora or None}
 
 
 def token_ids(tokens: list[str], tokenizer: Any) -> list[int]:

@@ -191,7 +191,12 @@ def test_values_of_single_layers_and_arguments_are_read_with_their_types(read):
         "rank_pattern: {q_proj: 0}": "must be at least 1",
         "layers_to_transform: [1, -1]": "must be at least 0",
         "init_lora_weights: pisa": "did you mean pissa?",
-        "init_lora_weights: pissa_niter_4": "takes a part out of the base, and NF4 weights cannot be changed",
+        "init_lora_weights: olora": "is computed on 16-bit weights",
+        "init_lora_weights: pissa\nuse_dora: true": "each set how layers begin",
+        "init_lora_weights: eva\nstage: dpo": "eva begins with the rows of stage = sft",
+        "finetune_last_n_layers: 2\nlayers_to_transform: [0]": "layers_to_transform says which layers",
+        "total_batch_size: 8\ngradient_accumulation_steps: 3": "it follows from total_batch_size",
+        "optim_args: momentum": "must be pairs of a name and a value",
         "init_lora_weights: loftq\nload_in_4bit: false": "loftq makes up for what NF4 rounds off",
         "full_finetuning: true\nrank_pattern: {q_proj: 8}": "full_finetuning has no adapter; leave it out",
         "trainable_tokens: [a]\nmodules_to_save: [embed_tokens]": "embed_tokens is trained whole already",
@@ -206,6 +211,23 @@ def test_values_of_single_layers_and_arguments_are_read_with_their_types(read):
         read("init_lora_weights: pissa_niter_4\nload_in_4bit: false\n")[0].init_lora_weights
         == "pissa_niter_4"
     )
+
+
+def test_a_setting_that_another_one_leaves_without_effect_is_named(read):
+    for lines, message in {
+        "full_finetuning: true\nlora_rank: 8": "lora_rank = 8 is not used: full_finetuning has no adapter",
+        "sample_tokens: 9": "sample_tokens = 9 is not used",
+        "save_total_limit: 2": "save_total_limit = 2 is not used: no checkpoints are written",
+        "per_device_eval_batch_size: 2": "nothing is evaluated",
+        "max_steps: 9\nnum_train_epochs: 2": "num_train_epochs = 2 is not used: max_steps ends the training",
+        "lr_scheduler_type: constant\nwarmup_ratio: 0.1": "constant has no warm-up; constant_with_warmup has one",
+    }.items():
+        assert message in " ".join(read(f"{lines}\n")[1])
+        used = f"{lines}\neval_fraction: 0.1\nsave_steps: 5\nsample_prompts: held_out\nload_in_4bit: false\n"
+        if lines[:4] in ("samp", "save", "per_"):
+            assert "is not used" not in " ".join(read(used)[1])
+    text = "optim: sgd\noptim_args: momentum=0.9, nesterov=true\n"
+    assert read(text)[0].optim_args == {"momentum": 0.9, "nesterov": True}
 
 
 def test_early_stopping_keeps_the_best_weights_unless_the_file_says_otherwise(read):

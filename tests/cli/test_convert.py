@@ -310,6 +310,10 @@ MEANINGS = [
         "new_tokens": ["<a>", "<b>"], "exclude_modules": ["lm_head"], "layers_to_transform": [0, 1]}),
     ("axolotl", "chat_template_kwargs: {enable_thinking: false}\nloraplus_lr_ratio: 16\nadam_beta2: 0.95", {
         "chat_template_kwargs": {"enable_thinking": False}, "loraplus_lr_ratio": 16, "adam_beta2": 0.95}),
+    ("axolotl", "peft_init_lora_weights: eva\noptim_args: {alpha: 4}\noptimizer: ademamix_8bit", {
+        "init_lora_weights": "eva", "optim_args": {"alpha": 4}}),
+    ("trl", "optim: sgd\noptim_args: momentum=0.9,nesterov=true\nlabel_smoothing_factor: 0.1", {
+        "optim_args": {"momentum": 0.9, "nesterov": True}, "label_smoothing_factor": 0.1}),
     ("factory", "pissa_init: true", {"init_lora_weights": "pissa_niter_16"}),
     ("factory", "pissa_init: true\npissa_iter: -1\npissa_convert: true", {"init_lora_weights": "pissa"}),
     ("factory", "loraplus_lr_ratio: 16.0\nmax_samples: 1000\nsave_strategy: epoch\nadd_tokens: <x>,<y>", {
@@ -385,7 +389,7 @@ REFUSED = [
     ("factory", "mix_strategy: interleave_over", "mix_strategy"),
     ("factory", "dataset: a, b\nmix_strategy: interleave_under\ninterleave_probs: 0.7", "1 of them for 2 data sets"),
     ("axolotl", "peft: {loftq_config: {loftq_iter: 5}}", "one iteration over NF4"),
-    ("axolotl", "peft_init_lora_weights: eva", "needs activations of your data"),
+    ("axolotl", "peft_init_lora_weights: corda", "oribi starts no pairs so"),
     ("factory", "template: default", "template = default"),
     ("factory", "do_train: false", "do_train"),
     ("factory", "learning_rate: high", "learning_rate = high .*must be a number"),

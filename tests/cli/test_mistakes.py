@@ -76,7 +76,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a schedule without its argument": ("lr_scheduler_type: cosine_with_min_lr", ["train", "CONFIG"]),
     "an argument that a schedule has not": ("lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {powr: 2}", ["train", "CONFIG"]),
     "early stopping without evaluation": ("early_stopping_patience: 3", ["train", "CONFIG", "--check"]),
-    "PiSSA on 4 bits": ("init_lora_weights: pissa", ["train", "CONFIG", "--check"]),
+    "OLoRA on 4 bits": ("init_lora_weights: olora", ["train", "CONFIG", "--check"]),
     "two data types": ("bf16: true\nfp16: true", ["train", "CONFIG", "--check"]),
     "a key of a data set with a letter wrong": ("eval_dataset: [{path: rows.jsonl, splt: test}]", ["train", "CONFIG", "--check"]),
     "a token that is not there": ("trainable_tokens: ['<|im_strat|>']", ["train", "CONFIG"]),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import EvaConfig, LoraConfig, PeftModel
 from peft import get_peft_model as peft_get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -264,11 +264,15 @@ def test_checkpointing_is_set_and_changes_no_gradient(llama, choice, name):
         ({"finetune_last_n_layers": 5}, "must be 1 to 4"),
         ({"finetune_last_n_layers": 1, "layers_to_transform": [0]}, "not both"),
         ({"use_rslor": True}, "unknown argument use_rslor; did you mean use_rslora?"),
-        ({"init_lora_weights": "eva"}, "needs activations of your data"),
+        ({"init_lora_weights": "corda"}, "needs gradients or activations of your data"),
+        ({"eva_config": EvaConfig()}, "eva_config needs 'eva'"),
+        ({"inference_mode": True}, "pairs that are attached are trained"),
+        ({"fan_in_fan_out": True}, "oribi's layers are linear ones"),
+        ({"exclude_modules": ["o_porj"]}, "no target is named 'o_porj'; did you mean o_proj"),
         ({"init_lora_weights": "magic"}, "allowed are True, False"),
         ({"init_lora_weights": "orthogonal"}, "on 16-bit weights only"),
-        ({"init_lora_weights": "pissa"}, "packed NF4 weights cannot be changed exactly"),
-        ({"init_lora_weights": "olora"}, "packed NF4 weights cannot be changed exactly"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "goes without use_dora"),
+        ({"init_lora_weights": "olora"}, "on 16-bit weights only"),
         ({"loftq_config": {"loftq_bits": 4}}, "LoftQ needs 'loftq'"),
     ],
 )

@@ -68,6 +68,43 @@ def test_loftq_is_the_same_in_every_run_and_leaves_the_base(llama):
     assert not first.oribi.changed_weights(first.get_base_model())
 
 
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": 8}, {"lora_alpha": 12, "use_rslora": True, "rank_pattern": {"q_proj": 6}}]
+)
+def test_pissa_on_nf4_begins_with_pefts_pairs_and_trains_their_first_half(llama, tmp_path, settings):
+    packed, here = logits(load(llama)), {"r": 4, "init_lora_weights": "pissa", **settings}
+    model, reference = attach_lora(load(llama), **here), attach_lora(load(llama, False), **here)
+    assert (logits(model) - packed).norm() < 1e-5 * packed.norm()
+    assert not model.oribi.changed_weights(model.get_base_model())
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        place = f"base_model.model.model.layers.1.{name}"
+        own, peft = model.get_submodule(place), reference.get_submodule(place)
+        assert own.scaling == pytest.approx(peft.scaling)
+        for factor, dim in (("lora_A", 0), ("lora_B", 1)):
+            first, _ = getattr(own, factor).default.weight.chunk(2, dim)
+            assert torch.equal(first, getattr(peft, factor).default.weight)
+    second = {
+        name: p.detach().chunk(2, int("lora_B" in name))[1].clone()
+        for name, p in model.named_parameters()
+        if "lora_" in name
+    }
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    moved = dict(model.named_parameters())
+    for name, before in second.items():
+        assert torch.equal(moved[name].chunk(2, int("lora_B" in name))[1], before)
+    tuned = logits(model)
+    assert (tuned - packed).norm() > 0.1 * packed.norm()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(llama), tmp_path)), tuned)
+
+
+def test_the_same_call_for_pissa_passes_through(llama):
+    model = attach_lora(load(llama), r=4, init_lora_weights="pissa_niter_2")
+    assert attach_lora(model, r=4, init_lora_weights="pissa_niter_2") is model
+
+
 def test_loftq_of_several_iterations_is_refused_on_packed_weights(llama):
     with pytest.raises(ConfigError, match="one iteration of 4 bits"):
         attach_lora(load(llama), init_lora_weights="loftq", loftq_config={"loftq_iter": 5})

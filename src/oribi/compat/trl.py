@@ -149,6 +149,10 @@ def translated(keywords: Mapping[str, Any], config: type) -> dict[str, Any]:
         if name == "warmup_ratio" and fate.kind == "read":
             if not value or keywords.get("warmup_steps"):  # steps win, as they did when both were arguments
                 continue
+            if not 0 <= value < 1:
+                raise ConfigError(
+                    f"{config.__name__}: warmup_ratio = {value}; must be at least 0 and below 1"
+                )
             new = "warmup_steps"
         elif name == "group_by_length" and fate.kind == "read":
             if not value:

@@ -6,7 +6,6 @@ from typing import Any
 from oribi.config import SETTINGS, STARTS
 from oribi.dialects.converted import Converted, Handler, is_off, names, names_of, refusing
 
-DATA_START = "needs activations of your data before training; `init_lora_weights: loftq` is the start that is made for NF4"
 _SWITCHES = "the learning rate follows lr_scheduler_type alone, with lr_scheduler_kwargs"
 
 
@@ -40,7 +39,23 @@ def start_of_pairs(found: Converted, key: str, value: Any) -> None:
     if word in STARTS or re.fullmatch(SETTINGS["init_lora_weights"].pattern, word):
         found.put("init_lora_weights", value, key)
     else:
-        found.refuse(key, DATA_START if word in ("eva", "corda", "lora_ga") else "oribi starts no pairs so")
+        found.refuse(
+            key, "oribi starts no pairs so; eva begins with your rows, loftq with what NF4 rounds off"
+        )
+
+
+def optimizer_arguments(found: Converted, key: str, value: Any) -> None:
+    """Arguments of the optimizer, as a mapping or as transformers writes them."""
+    if not is_off(value):
+        found.put("optim_args", SETTINGS["optim_args"].check(value)[0], key)
+
+
+def smoothing(found: Converted, key: str, value: Any) -> None:
+    """Smoothing of labels, which the trainers of other stages leave out."""
+    if value and found.values.get("stage", "sft") == "sft":
+        found.put("label_smoothing_factor", value, key)
+    elif value:
+        found.idle[key] = "this stage does not use it"
 
 
 def pissa(found: Converted, key: str, value: Any) -> None:
@@ -50,7 +65,8 @@ def pissa(found: Converted, key: str, value: Any) -> None:
         found.put(
             "init_lora_weights", "pissa" if passes == -1 else f"pissa_niter_{passes}", f"{key} = {value}"
         )
-        if not found.entries.get("pissa_convert"):
+        packed = found.entries.get("quantization_bit") == 4
+        if not packed and not found.entries.get("pissa_convert"):
             found.differences.append(
                 "PiSSA: the adapter is PEFT's, which takes its part out of the base wherever it is loaded; LLaMA-Factory saves the "
                 "changed base beside it"
@@ -83,6 +99,8 @@ HANDLERS: dict[str, Handler] = {
     "early_stopping_patience": _plain("early_stopping_patience"),
     "early_stopping_steps": _plain("early_stopping_patience"),
     "lr_scheduler_kwargs": _plain("lr_scheduler_kwargs"),
+    "optim_args": optimizer_arguments,
+    "label_smoothing_factor": smoothing,
     "loraplus_lr_ratio": _plain("loraplus_lr_ratio"),
     "adam_beta1": _plain("adam_beta1"),
     "adam_beta2": _plain("adam_beta2"),

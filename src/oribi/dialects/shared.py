@@ -264,7 +264,6 @@ HANDLERS: dict[str, Handler] = {
         "in Python: model.push_to_hub_merged, model.push_to_hub_gguf",
     ),
     **lacking(("streaming", "dataset_streaming"), "data is prepared whole before training; in Python a stream can be passed to SFTTrainer"),
-    **refusing(("optim_args", "optim_target_modules"), "optimizers run with their usual arguments, on all that is trained"),
-    **refusing(("label_smoothing_factor",), "the loss is plain cross-entropy"),
+    **refusing(("optim_target_modules",), "optimizers run on all that is trained"),
     **refusing(("rope_scaling",), "in Python: FastLanguageModel.from_pretrained(rope_scaling=...)"),
 }  # fmt: skip

@@ -12,15 +12,16 @@ from transformers import PreTrainedModel
 from oribi.config import CHECKPOINTING, OLDER_CHECKPOINTING, PROJECTIONS
 from oribi.errors import ConfigError
 from oribi.families import family_of
+from oribi.lora.eva import PENDING, eva_settings
 from oribi.lora.settings import refuse_settings
-from oribi.lora.starts import start_from_rounding
+from oribi.lora.starts import packed_settings, start_on_packed
 from oribi.lora.targets import has_head, is_tied, resolve_layers, resolve_targets
 from oribi.models.labels import HEADS
 from oribi.models.load_adapter import train_in_float32, without_word_on_ties
 from oribi.models.unwrap import base_model
 from oribi.text import did_you_mean
 
-_NEEDS_DATA = ("eva", "corda", "lora_ga")
+_NEEDS_DATA = ("corda", "lora_ga")
 _MOVES_BASE = ("pissa", "olora", "loftq")
 
 
@@ -53,14 +54,13 @@ def attach_lora(
         lora_alpha: scale is lora_alpha / r, or / sqrt(r) with use_rslora.
         lora_dropout: probability in [0, 1).
         bias: "none", "all" or "lora_only": which biases are trained.
-        layers_to_transform, layers_pattern: as in PEFT. finetune_last_n_layers: only the last N layers.
+        layers_to_transform, layers_pattern: as in PEFT. finetune_last_n_layers: the last N only.
         use_gradient_checkpointing: which activations are kept: "auto" (what fits in free memory), "memory" (the least),
             "balanced", "speed" or "off" (all). Older names, such as True, False and "unsloth", are read as these.
         random_state: seed of the LoRA matrices; the global random state is left as it was.
-        use_rslora: rank-stabilised scaling.
-        modules_to_save: modules trained whole and saved with the adapter, in float32.
-        init_lora_weights: True, False, "gaussian"; "loftq", on an NF4 base from what packing rounded off (the base stays as
-            it is), on a 16-bit base as in PEFT; or, on a 16-bit base, "orthogonal", "pissa", "pissa_niter_N" and "olora".
+        use_rslora: rank-stabilised scaling. modules_to_save: modules trained whole and saved with the adapter, in float32.
+        init_lora_weights: True, False, "gaussian"; "eva", from the rows of `SFTTrainer`; "loftq", "pissa" and "pissa_niter_N",
+            which leave an NF4 base as it is (`start_on_packed`); on a 16-bit base also "orthogonal" and "olora".
         loftq_config: settings of LoftQ on a 16-bit base.
         lora_config: further fields of `peft.LoraConfig`: use_dora, rank_pattern, alpha_pattern, target_parameters, ...
             A task_type must be that of the model: "SEQ_CLS" of one that was loaded with labels, else "CAUSAL_LM".
@@ -79,7 +79,9 @@ def attach_lora(
         return model
     _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
     _check_fields(lora_config)
-    init_lora_weights, from_rounding = _start(init_lora_weights, loftq_config, source.load_in_4bit)
+    lora_config |= eva_settings(init_lora_weights, lora_config.pop("eva_config", None))
+    start = _start_in_peft(init_lora_weights, loftq_config, source)
+    on_packed = None if start == init_lora_weights else str(init_lora_weights)
     task = _task(source, lora_config.pop("task_type", None))
     tied = is_tied(base) and lora_config.get("ensure_weight_tying") is not False
     layers = resolve_layers(base, layers_to_transform, finetune_last_n_layers)
@@ -87,18 +89,17 @@ def attach_lora(
     if task == TaskType.SEQ_CLS:
         saved = _with_heads(base, saved, lora_config)
     refuse_settings(base, targets, lora_config)
-    settings: dict[str, Any] = {
+    settings = packed_settings(on_packed, {
         "r": r, "lora_alpha": lora_alpha, "target_modules": targets, "lora_dropout": lora_dropout, "bias": bias,
-        "layers_to_transform": layers,
-        "layers_pattern": layers_pattern, "use_rslora": use_rslora, "modules_to_save": saved,
-        "init_lora_weights": init_lora_weights, "loftq_config": _loftq(init_lora_weights, loftq_config), "task_type": task,
+        "layers_to_transform": layers, "layers_pattern": layers_pattern, "use_rslora": use_rslora, "modules_to_save": saved,
+        "init_lora_weights": start, "loftq_config": _loftq(start, loftq_config), "task_type": task,
         "revision": source.revision, **lora_config,
-    }  # fmt: skip
+    })  # fmt: skip
     if isinstance(model, PeftModel):
         _check_same(model, settings)
     else:
         _train_tables(base, settings, notes)
-        model = _attach(base, settings, random_state, notes, from_rounding)
+        model = _attach(base, settings, random_state, notes, on_packed)
         source.notes += notes
     set_checkpointing(base, use_gradient_checkpointing)
     return model
@@ -162,7 +163,7 @@ def _train_tables(base: PreTrainedModel, settings: dict[str, Any], notes: list[s
 
 
 def _attach(
-    base: PreTrainedModel, settings: dict[str, Any], seed: int, notes: list[str], from_rounding: bool
+    base: PreTrainedModel, settings: dict[str, Any], seed: int, notes: list[str], on_packed: str | None
 ) -> PeftModel:
     source = base.oribi
     source.changed_before_lora = tuple(source.changed_weights(base))
@@ -181,8 +182,10 @@ def _attach(
             torch.manual_seed(seed)
             peft_model = peft_get_peft_model(base, LoraConfig(**settings))
             train_in_float32(peft_model)
-            if from_rounding:
-                notes.append(start_from_rounding(peft_model))
+            if on_packed is not None:
+                notes.append(start_on_packed(peft_model, on_packed))
+            elif settings["init_lora_weights"] == "eva":
+                notes.append(PENDING)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"PEFT refuses these LoRA settings: {' '.join(str(error).split())}") from error
     if str(settings["init_lora_weights"]).startswith(_MOVES_BASE):
@@ -251,50 +254,43 @@ def _loftq(how: bool | str, given: dict[str, Any] | None) -> dict[str, Any]:
     return {**asdict(LoftQConfig()), **(given or {})} if how == "loftq" else {}
 
 
-def _start(how: bool | str, loftq_config: dict[str, Any] | None, packed: bool) -> tuple[bool | str, bool]:
-    """How PEFT begins the pairs, and whether they are then set to what NF4 rounded off."""
-    _check_initialisation(how, loftq_config, packed)
-    # what is saved must not make PEFT begin them anew, which would move the base where it is loaded
-    return (True, True) if packed and how == "loftq" else (how, False)
+def _start_in_peft(how: bool | str, loftq_config: dict[str, Any] | None, source: Any) -> bool | str:
+    """How PEFT begins the pairs: True where oribi then gives them their values, as the file that is saved must say.
 
-
-def _check_initialisation(how: bool | str, loftq_config: dict[str, Any] | None, packed: bool) -> None:
-    if isinstance(how, bool) or how == "gaussian" or (how == "orthogonal" and not packed):
-        if loftq_config:
-            raise ConfigError(f"loftq_config is given but init_lora_weights is {how!r}; LoftQ needs 'loftq'")
-        return
-    name = str(how)
+    PEFT would otherwise begin them anew where it loads that file, and move the base.
+    """
+    packed, name = source.load_in_4bit, str(how)
+    if loftq_config and name != "loftq":
+        raise ConfigError(f"loftq_config is given but init_lora_weights is {how!r}; LoftQ needs 'loftq'")
+    if isinstance(how, bool) or name in ("gaussian", "eva") or (name == "orthogonal" and not packed):
+        return how
     if name in _NEEDS_DATA:
         raise ConfigError(
-            f"init_lora_weights={how!r} needs activations of your data before training, which get_peft_model does not have; "
-            "use True or 'gaussian'"
+            f"init_lora_weights={how!r} needs gradients or activations of your data before training, which get_peft_model does not "
+            "have; 'eva' begins with your rows when SFTTrainer trains"
         )
-    if name == "orthogonal":
+    if name != "orthogonal" and not name.startswith(_MOVES_BASE):
         raise ConfigError(
-            "init_lora_weights='orthogonal': PEFT computes it on 16-bit weights only; load with load_in_4bit=False, or use "
-            "True or 'gaussian'"
-        )
-    if not name.startswith(_MOVES_BASE):
-        raise ConfigError(
-            f"init_lora_weights={how!r}: allowed are True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', "
+            f"init_lora_weights={how!r}: allowed are True, False, 'gaussian', 'eva', 'orthogonal', 'pissa', 'pissa_niter_N', "
             "'olora' and 'loftq'"
         )
-    if packed and name == "loftq":
-        if loftq_config and (loftq_config.get("loftq_iter", 1), loftq_config.get("loftq_bits", 4)) != (1, 4):
+    if not packed:
+        if name == "loftq" and not (torch.cuda.is_available() or torch.xpu.is_available()):
             raise ConfigError(
-                f"loftq_config = {loftq_config}: on packed weights LoftQ takes one iteration of 4 bits; more would pack the base "
-                "anew, which no adapter can say"
+                "init_lora_weights='loftq': PEFT computes it on a GPU only, and none was found; use 'pissa', 'olora' or True"
             )
-        return
-    if packed:
+        return how
+    if name in ("orthogonal", "olora"):
         raise ConfigError(
-            f"init_lora_weights={how!r} moves a part of the base weights into the adapter, and packed NF4 weights cannot be "
-            "changed exactly; load with load_in_4bit=False, or use 'loftq', which leaves the base as it is"
+            f"init_lora_weights={how!r}: PEFT computes it on 16-bit weights only; load with load_in_4bit=False, or use 'pissa' or "
+            "'loftq', which leave packed weights as they are"
         )
-    if name == "loftq" and not (torch.cuda.is_available() or torch.xpu.is_available()):
+    if loftq_config and (loftq_config.get("loftq_iter", 1), loftq_config.get("loftq_bits", 4)) != (1, 4):
         raise ConfigError(
-            "init_lora_weights='loftq': PEFT computes it on a GPU only, and none was found; use 'pissa', 'olora' or True"
+            f"loftq_config = {loftq_config}: on packed weights LoftQ takes one iteration of 4 bits; more would pack the base "
+            "anew, which no adapter can say"
         )
+    return True
 
 
 def _check_same(model: PeftModel, settings: dict[str, Any]) -> None:

@@ -20,8 +20,9 @@ _REFUSED = {
     "kasa_config": "KaSA takes a part out of the base weights, which no adapter file says",
     "layer_replication": "the layers of a cache and of every export are those of the checkpoint",
     "megatron_config": "oribi has no Megatron layers",
+    "inference_mode": "pairs that are attached are trained; FastLanguageModel.for_inference(model) switches to answers",
+    "fan_in_fan_out": "oribi's layers are linear ones, for which PEFT passes over it",
     "use_qalora": "PEFT has it for GPTQ weights only, which oribi does not load",
-    "eva_config": "EVA reads activations of your data before training, which get_peft_model does not have",
     "corda_config": "CorDA reads activations of your data before training, which get_peft_model does not have",
     "lora_ga_config": "LoRA-GA reads gradients of your data before training, which get_peft_model does not have",
 }
@@ -41,6 +42,7 @@ def refuse_settings(model: nn.Module, targets: Iterable[str] | str, given: dict[
     problems = [f"{name}={given[name]!r}: {why}" for name, why in _REFUSED.items() if given.get(name)]
     problems += _patterns_of_nothing(model, targets, given)
     problems += _no_parameters(model, given.get("target_parameters") or ())
+    problems += _excluded_nothing(model, targets, given.get("exclude_modules") or ())
     if given.get("lora_bias") and (bare := _without_bias(model, targets)):
         problems.append(
             f"lora_bias=True: {len(bare)} target layers have no bias, {bare[0]} the first, and a merged model has no place "
@@ -99,6 +101,21 @@ def _no_parameters(model: nn.Module, wanted: Iterable[str]) -> Iterator[str]:
             yield f"target_parameters: the model has no parameter {one!r}{did_you_mean(one, free)} {has}"
         elif all(owners[name] in layers for name in found):
             yield f"target_parameters: {one!r} is a layer's weight; name the layer in target_modules"
+
+
+def _excluded_nothing(
+    model: nn.Module, targets: Iterable[str] | str, excluded: Iterable[str] | str
+) -> Iterator[str]:
+    """Names of layers without an adapter that no target has, which PEFT passes over in silence."""
+    if isinstance(excluded, str):  # an expression over full names
+        return
+    names = list(_targeted(model, targets))
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    for one in excluded:
+        if not any(f".{name}".endswith(f".{one}") for name in names):
+            yield (
+                f"exclude_modules: no target is named {one!r}{did_you_mean(one, leaves)} They are {', '.join(leaves)}"
+            )
 
 
 def _targeted(model: nn.Module, targets: Iterable[str] | str) -> dict[str, nn.Linear]:

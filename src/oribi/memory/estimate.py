@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from oribi.config import RunConfig
 from oribi.families import FAMILIES
 from oribi.kernels.context_attention import chunk_tokens
+from oribi.lora.starts import PRINCIPAL_RANKS
 from oribi.memory.account import (
     LIBRARY_BYTES,
     StepAccount,
@@ -111,14 +112,18 @@ class Training:
     def _left_out(self, name: str) -> bool:
         """Whether a linear layer gets no adapter although its kind does; `name` begins with its layer's number."""
         chosen, layer = self.config.layers_to_transform, int(name.partition(".")[0])
+        if self.config.finetune_last_n_layers is not None:
+            count = len(self.architecture.decoder.model.layers)
+            chosen = range(count - self.config.finetune_last_n_layers, count)
         full = f"model.layers.{name}"
         excluded = any(f".{full}".endswith(f".{one}") for one in self.config.exclude_modules)
         return excluded or (chosen is not None and layer not in chosen)
 
     def rank_of(self, name: str) -> int:
         """The rank of a linear layer's pair, as PEFT reads rank_pattern."""
-        pattern = self.config.rank_pattern or {}
-        return pattern.get(get_pattern_key(list(pattern), name), self.config.lora_r)
+        pattern, c = self.config.rank_pattern or {}, self.config
+        halves = PRINCIPAL_RANKS if c.load_in_4bit and c.init_lora_weights.startswith("pissa") else 1
+        return halves * pattern.get(get_pattern_key(list(pattern), name), c.lora_r)
 
     @cached_property
     def whole(self) -> int:

@@ -1,5 +1,4 @@
-"""STEP 5: how to train. `SFTConfig` has the fields of TRL's `SFTConfig`, with defaults for LoRA, and the older names that
-scripts still use."""
+"""STEP 5: how to train. `SFTConfig` has the fields of TRL's `SFTConfig`, with defaults for LoRA."""
 
 import logging
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.launch import processes_here
 from oribi.train.best import require_early_stopping
+from oribi.train.optimizer_settings import optimizer_text, require_optimizer
 from oribi.train.schedules import require_schedule
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,6 @@ class SFTConfig(TrainingArguments):
 
     Args:
         max_length: longest example in tokens; None takes the model's max_seq_length.
-        max_seq_length: older name of max_length.
-        warmup_ratio: warm-up as a share of all steps; the same as a warmup_steps below 1.
-        evaluation_strategy: older name of eval_strategy.
         dataset_text_field: column of plain text to train on, whatever else the rows hold; None takes `text` where they hold
             nothing better. A `trl.SFTConfig` that says "text" says TRL's default, which asks for nothing.
         padding_free: None and True join the examples of a batch into one row; False pads them into a rectangle.
@@ -68,9 +65,10 @@ class SFTConfig(TrainingArguments):
         context_parallel: processes that share each row, for rows that are too long for one GPU; they divide all processes.
         deterministic: two runs are equal to the bit, on a GPU too, where it is slower; full_determinism is the same.
 
+    The public `oribi.SFTConfig` also takes the older names of these fields (`compat/trl_keywords.py`).
+
     Raises:
-        ConfigError: an older name and its successor are both given and differ, a value is out of range, or a tracker is
-            unknown or not installed.
+        ConfigError: a value is out of range, would have no effect, or names a tracker or an optimizer that is not installed.
     """
 
     # the command line may give these as JSON
@@ -119,9 +117,6 @@ class SFTConfig(TrainingArguments):
     eos_token: str | None = field(default=None, metadata={"help": "Not supported."})
     pad_token: str | None = field(default=None, metadata={"help": "Not supported."})
     activation_offloading: bool = field(default=False, metadata={"help": "Not supported."})
-    max_seq_length: int | None = field(default=None, metadata={"help": "Older name of max_length."})
-    warmup_ratio: float | None = field(default=None, metadata={"help": "Warm-up as a share of all steps."})
-    evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of eval_strategy."})
     assistant_only_loss: bool | None = field(default=None, metadata={"help": "Train on answers only."})
     overlong: str | None = from_table("overlong", choices=True)
     turns: str = from_table("turns", choices=True)
@@ -135,24 +130,12 @@ class SFTConfig(TrainingArguments):
     def __post_init__(self) -> None:
         require_trackers(self.report_to)
         require_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
+        self.optim_args = optimizer_text(self.optim_args)
+        require_optimizer(self)
         require_early_stopping(self)
-        if self.max_seq_length is not None:
-            if self.max_length not in (None, self.max_seq_length):
-                raise ConfigError(
-                    f"max_length = {self.max_length} and max_seq_length = {self.max_seq_length} name the same thing; "
-                    "give one of them"
-                )
-            self.max_length = self.max_seq_length
-        if self.warmup_ratio is not None:
-            if not 0 <= self.warmup_ratio < 1:
-                raise ConfigError(f"warmup_ratio = {self.warmup_ratio}; must be at least 0 and below 1")
-            if not self.warmup_steps:  # steps win, as they did when both were arguments
-                self.warmup_steps = self.warmup_ratio
         # transformers' own way changes variables that CUDA has read by then, and waits for every kernel
         self.deterministic |= self.full_determinism
         self.full_determinism = False
-        if self.evaluation_strategy is not None:
-            self.eval_strategy = self.evaluation_strategy
         if isinstance(self.pad_to_multiple_of, str):  # TRL's "auto" pads for AWS Trainium only
             given = self.pad_to_multiple_of.lower()
             self.pad_to_multiple_of = None if given in ("auto", "none", "null") else int(given)

@@ -49,8 +49,7 @@ def require_early_stopping(args: Any) -> None:
         return
     if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
         raise ConfigError(f"early_stopping_patience = {patience!r}; must be a whole number of at least 1")
-    strategy = args.evaluation_strategy or args.eval_strategy
-    if str(getattr(strategy, "value", strategy)) == "no":
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
         raise ConfigError(
             "early_stopping_patience needs evaluations: set eval_strategy to 'steps' or 'epoch', and pass eval_dataset"
         )

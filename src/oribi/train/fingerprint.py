@@ -33,6 +33,7 @@ ON_RESUME = {
     "full_finetuning": FIXED, "max_seq_length": FIXED,
     "lora_r": FIXED, "lora_alpha": FIXED, "lora_dropout": APPLIED, "target_modules": FIXED, "modules_to_save": FIXED,
     "use_rslora": FIXED, "use_dora": FIXED, "rank_pattern": FIXED, "alpha_pattern": FIXED, "layers_to_transform": FIXED,
+    "finetune_last_n_layers": FIXED,
     "exclude_modules": FIXED, "target_parameters": FIXED, "init_lora_weights": FIXED, "new_tokens": FIXED,
     "trainable_tokens": FIXED, "gradient_checkpointing": FREE,
     "dataset": ROWS, "split": ROWS, "dataset_text_field": ROWS, "eval_dataset": FREE, "eval_split": FREE,

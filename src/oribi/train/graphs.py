@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from oribi.graph_capture import RecordingFailed, record
 from oribi.kernels.adamw import FlatAdamW
+from oribi.lora.starts import FirstHalf
 from oribi.memory.account import linear_weights
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.linear_layers import any_module_hooked
@@ -293,7 +294,7 @@ class ModelWatch:
         found = (
             any(self._hooks)
             or any_module_hooked()
-            or any(p._backward_hooks or p._post_accumulate_grad_hooks for _, p in self._parameters)
+            or any(_is_hooked(parameter) for _, parameter in self._parameters)
         )
         if not found:
             self._handles = RemovableHandle.next_id
@@ -321,7 +322,7 @@ class ModelWatch:
             if type(module).__module__.partition(".")[0] not in MODULE_LIBRARIES:
                 return f"{_named(name)} is a {type(module).__name__} of your own"
         for name, parameter in self._parameters:
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            if _is_hooked(parameter):
                 return f"{name} has a hook on its gradient"
         if self._state != self._adapter_state():
             return "adapters were switched, scaled, frozen or unfrozen"
@@ -334,6 +335,12 @@ class ModelWatch:
             [dropout.p for dropout in self._dropouts],
             [parameter.requires_grad for _, parameter in self._parameters],
         ]
+
+
+def _is_hooked(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has a hook that may do what a recording cannot."""
+    hooks = (parameter._backward_hooks or {}).values()
+    return bool(parameter._post_accumulate_grad_hooks) or any(type(hook) is not FirstHalf for hook in hooks)
 
 
 def _watched_by_torch() -> str | None:

@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from oribi.chat.ends import turn_end_id
 from oribi.data.collate import PackCollator, PaddedCollator
+from oribi.data.encoding import UNTRAINED
 from oribi.data.packing import pack
 from oribi.data.prepare import PreparedData, prepare_dataset
 from oribi.errors import ConfigError, DataError
@@ -28,6 +29,7 @@ from oribi.train.setup import temporarily
 
 # these pad a batch into a rectangle and keep given labels: the same loss as one row without padding, for more work
 STOCK_PADDERS = (transformers.DataCollatorForSeq2Seq, transformers.DataCollatorWithPadding)
+START_BATCHES = 64  # at most, from which EVA begins; it mostly needs fewer
 NO_ROWS = (
     "the training stream has no rows. A stream that was read already may be at its end: give one that begins anew at every "
     "pass, as IterableDataset.from_generator makes them. If it filters its rows, all of them were filtered out"
@@ -163,6 +165,35 @@ class RowsTrainer(Trainer):
         args = self.args
         step_rows = args.train_batch_size * args.gradient_accumulation_steps * row_readers(args)
         return GroupedByLength(sampler, step_rows, args.seed if args.data_seed is None else args.data_seed)
+
+
+def batches_for_start(rows: Any, trained: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Rows from which pairs begin (EVA), in an order of the seed, as rectangles with attention_mask.
+
+    Args:
+        rows: prepared, before packing. trained: the fewest trained tokens of a batch.
+
+    Raises:
+        ConfigError: all rows together have fewer.
+    """
+    if not isinstance(rows, IterableDataset):
+        rows = rows.shuffle(seed=seed)
+    groups: list[list[dict[str, Any]]] = []
+    group: list[dict[str, Any]] = []
+    count = 0
+    for row in rows:
+        group.append({"input_ids": row["input_ids"], "labels": row["labels"]})
+        count += sum(label != UNTRAINED for label in row["labels"])
+        if count >= trained:
+            groups.append(group)
+            group, count = [], 0
+        if len(groups) == START_BATCHES:
+            break
+    if not groups:
+        raise ConfigError(
+            f"init_lora_weights='eva': the rows have {count} trained tokens, and its pairs need {trained}; lower lora_r, or use True"
+        )
+    return [PaddedCollator(0)(group) for group in groups]
 
 
 def prepares_data(args: SFTConfig) -> bool:

@@ -17,6 +17,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.load import load_model
 from oribi.models.rope import trained_positions
 from oribi.models.unwrap import base_model, is_classifier
+from oribi.text import say_notes
 from oribi.train.arguments import SFTConfig
 from oribi.train.context import require_context
 from oribi.train.shards import require_shardable
@@ -28,12 +29,20 @@ NOT_COMPILED = "oribi's layers run kernels and backward passes of their own, whi
 NOT_HONOURED = {
     "activation_offloading": (False, "adapt the model with use_gradient_checkpointing='memory', which offloads them"),
     "chat_template_path": (None, "set tokenizer.chat_template, or call oribi.get_chat_template, before the trainer"),
+    "liger_kernel_config": (None, "oribi's layers have kernels of their own; leave it out"),
+    "optim_target_modules": (None, "optimizers run on all that is trained; leave it out"),
     "eos_token": (None, "set tokenizer.eos_token before the trainer"),
     "loss_type": ("nll", "oribi trains with 'nll'"),
     "packing_strategy": ("bfd", "oribi packs whole documents, as 'bfd' does; leave it out"),
     "pad_token": (None, "set tokenizer.pad_token before the trainer"),
     "router_aux_loss_coef": (None, "oribi adds no load-balancing loss; leave it out"),
     "truncation_mode": ("keep_start", "oribi keeps the start; overlong chooses what else happens to long rows"),
+}  # fmt: skip
+# and those of transformers that nothing here reads
+_NO_WRAPPER = "processes exchange gradients in one sum, without DistributedDataParallel"
+NOT_USED = {
+    "ddp_find_unused_parameters": _NO_WRAPPER, "ddp_bucket_cap_mb": _NO_WRAPPER, "ddp_broadcast_buffers": _NO_WRAPPER,
+    "ddp_static_graph": _NO_WRAPPER,
 }  # fmt: skip
 
 # NVIDIA's first generation whose matrix units take e4m3
@@ -125,6 +134,9 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
     ]
     if problems:
         raise ConfigError("; ".join(problems))
+    say_notes(
+        f"{name} has no effect: {why}" for name, why in NOT_USED.items() if getattr(args, name) is not None
+    )
     source = getattr(base, "oribi", None)
     if args.max_length is None:
         args.max_length = getattr(source, "max_seq_length", None) or trained_positions(base.config)

@@ -23,6 +23,7 @@ from oribi.errors import ConfigError
 from oribi.launch import is_launched
 from oribi.models.unwrap import base_model, is_classifier
 from oribi.train.best import saving_arguments
+from oribi.train.optimizer_settings import optimizer_text
 from oribi.train.rewards import RewardFunction
 from oribi.train.stage_trainer import StageTrainer, mixin_of
 
@@ -107,6 +108,7 @@ def stage_arguments(config: RunConfig, evaluates: bool) -> TrainingArguments:
     values = {name: getattr(config, name) for name in SAME_NAMES}
     own = [name for name, setting in SETTINGS.items() if config.stage in setting.stages and name in known]
     values |= {name: getattr(config, name) for name in own}
+    values["optim_args"] = optimizer_text(config.optim_args)
     if "loss_type" in values and config.stage != "dpo":
         values["loss_type"] = values["loss_type"][0]
     on_cpu = detect().device.type == "cpu"

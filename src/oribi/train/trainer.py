@@ -19,16 +19,19 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from oribi.errors import ConfigError
+from oribi.lora.eva import directions_wanted, start_from_rows, take_ranks, waits_for_rows
 from oribi.memory.speed import Utilisation, utilisation_of
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.unwrap import base_model
 from oribi.run_record import require_writable
+from oribi.text import say_notes
 from oribi.train.arguments import SFTConfig, adopt
 from oribi.train.context import join_context
 from oribi.train.determinism import fix_order_of_cublas
 from oribi.train.evaluate import PredictingTrainer
 from oribi.train.guard import require_targets
-from oribi.train.rows import RowsTrainer, choose_collator, unpack_rectangles
+from oribi.train.resume import Resumed, adapter_config_of
+from oribi.train.rows import RowsTrainer, batches_for_start, choose_collator, unpack_rectangles
 from oribi.train.run_trainer import RunTrainer
 from oribi.train.setup import fit_arguments, model_and_tokenizer
 from oribi.train.shards import shard
@@ -152,6 +155,18 @@ class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, RunTrainer):
             self._release_steps()
             if self._noise is not None:
                 self._noise.remove()
+
+    def _compare(self, resumed: Resumed) -> None:
+        if waits_for_rows(self.model) and (stored := adapter_config_of(resumed.path)) is not None:
+            take_ranks(self.model, stored)
+        super()._compare(resumed)
+
+    def _start(self, resumed: Resumed | None) -> None:
+        super()._start(resumed)
+        if waits_for_rows(self.model):
+            batches = batches_for_start(self._all_rows(), directions_wanted(self.model), self.args.seed)
+            said = start_from_rows(self.model, batches)
+            say_notes([said] if self.is_world_process_zero() else [])
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         model = super()._wrap_model(model, training, dataloader)
