@@ -43,6 +43,8 @@ from oribi.kernels.gated_delta_reference import REFERENCE_PORTION, agrees, refer
 # slots times heads that the kernels compute at a time, 2.8 GB in backward at E = F = 128: fewer heads would leave most of a
 # GPU idle while the states of one long document follow one another
 KERNEL_PORTION = 2**20
+# columns of a tile: matrix units take 16, but with 32 the code that Triton 3.6 makes for Hopper reads behind shared memory
+_NARROWEST = 16 if INTERPRETED else 64
 # programs that go through the states: below this many each takes half as many columns of them
 _SCAN_PROGRAMS = 96
 
@@ -387,8 +389,8 @@ class _KernelPortion:
 
 
 def _columns(size: int, most: int | None = None) -> int:
-    """Width of a tile: matrix units take 16 columns at least."""
-    whole = max(next_power_of_2(size), 16)
+    """Width of a tile."""
+    whole = max(next_power_of_2(size), _NARROWEST)
     return whole if most is None else min(whole, most)
 
 
