@@ -225,14 +225,23 @@ def commented_yaml(
     return "\n".join(lines) + "\n"
 
 
-def write_config(path: Path, text: str | bytes, force: bool) -> None:
-    """Write a config, or a script, that a command made.
+def require_free(path: Path, force: bool) -> None:
+    """Refuse to overwrite a file that `force` does not give up.
 
     Raises:
         ConfigError: the file exists and `force` is off.
     """
     if path.exists() and not force:
         raise ConfigError(f"{path} exists; choose another name, or overwrite it with --force")
+
+
+def write_config(path: Path, text: str | bytes, force: bool) -> None:
+    """Write a config, or a script, that a command made.
+
+    Raises:
+        ConfigError: the file exists and `force` is off.
+    """
+    require_free(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
 

@@ -59,6 +59,17 @@ class Start:
     finished: dict[str, Path] = field(default_factory=dict)
 
 
+def check_settings(config: RunConfig) -> None:
+    """Refuse values that are wrong on every machine and for every model.
+
+    Raises:
+        ConfigError: a schedule or a GGUF method is unknown.
+    """
+    require_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs)
+    for method in config.quantization_method:
+        mix_of(method)
+
+
 def check_before_loading(config: RunConfig, environment: Environment, overwrite: bool = False) -> Start:
     """Everything about a run that is known without the model's weights.
 
@@ -76,13 +87,11 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         ModelError: there is no such model.
         ExportError: llama.cpp cannot hold the model, and GGUF files are asked for.
     """
+    check_settings(config)
     require_trackers(config.report_to)
-    require_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs)
     require_optimizer(config)
     require_trl(config.stage, environment)
     load_reward_functions(config.reward_funcs or ())
-    for method in config.quantization_method:
-        mix_of(method)  # an unknown one is told before training, not after
     if config.fp8:
         require_fp8_gpu(environment)
     if config.context_parallel > 1:

@@ -87,6 +87,7 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         start = check_before_loading(config, environment, overwrite)
         if start.finished:
             return start.finished
+        say_notes([f"loading {config.model}"])
         model, tokenizer = _load(config, environment, start.resumes)  # 2, 3
         data = RunData(*read_data(config, tokenizer), load_reward_functions(config.reward_funcs or ()))  # 4
         trainer = _trainer(config, model, tokenizer, data)  # 5
@@ -221,6 +222,7 @@ def _trainer(config: RunConfig, model: Any, tokenizer: Any, data: RunData) -> Ru
 
 def _measure(config: RunConfig, model: Any, tokenizer: Any, data: RunData, trained: bool) -> Measured:
     """What the report says of the model, before or after training."""
+    say_notes([f"measuring the {'trained' if trained else 'base'} model for the report"])
     rows, held_out = data.rows.dataset, None if data.held_out is None else data.held_out.dataset
     if config.stage == "sft":
         return measure(model, tokenizer, held_out)

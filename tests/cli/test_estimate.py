@@ -71,8 +71,8 @@ def test_gpus_that_share_rows_hold_longer_ones_and_take_as_many_steps(oribi, bar
     assert two["steps"] == one["steps"]
     assert two["parts"]["weights"] == one["parts"]["weights"]
     assert (
-        two["parts"]["activations"] + two["parts"]["in work"]
-        < one["parts"]["activations"] + one["parts"]["in work"]
+        two["parts"]["activations"] + two["parts"]["temporary"]
+        < one["parts"]["activations"] + one["parts"]["temporary"]
     )
     assert two["largest_batch"] > 1.5 * one["largest_batch"]
     refused = oribi("estimate", bare_config, *flags, "--gpus", 3, "--context_parallel", 2)

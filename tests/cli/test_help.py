@@ -13,6 +13,13 @@ def test_help_of_train_lists_every_key_by_group(oribi):
     assert keys_by_group().index("The adapter" if "The adapter" in shown else "Adapter") > 0
 
 
+def test_help_cuts_no_summary_short(oribi):
+    for words in ([], ["inspect"]):
+        listed = oribi(*words, "--help").out.partition("Commands:")[2]
+        assert listed
+        assert "..." not in listed
+
+
 @pytest.mark.parametrize("word", ["lr_scheduler_kwargs", "lr-scheduler-kwargs"])
 def test_help_explains_a_key(oribi, word):
     shown = oribi("help", word)

@@ -57,7 +57,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a GGUF for a form of saving": ("save_method: gguf", ["train", "CONFIG", "--check"]),
     "data for a config": ("", ["train", "rows.jsonl"]),
     "a folder for a config": ("", ["train", "MODEL"]),
-    "a GGUF method with a letter wrong": ("quantization_method: q4_k_n", ["train", "CONFIG"]),
+    "a GGUF method with a letter wrong": ("quantization_method: q4_k_n", ["train", "CONFIG", "--check"]),
     "a column that is not there": ("dataset_text_field: bdoy", ["train", "CONFIG"]),
     "columns of no known name": ("", ["inspect", "data", "columns.jsonl", "--model", "MODEL"]),
     "data of preferences": ("", ["inspect", "data", "pairs.jsonl", "--model", "MODEL", "--stage", "sft"]),
@@ -82,7 +82,8 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a token that is not there": ("trainable_tokens: ['<|im_strat|>']", ["train", "CONFIG"]),
     "a key of help with a letter wrong": ("", ["help", "learnign_rate"]),
     "a table with semicolons and one column": ("", ["inspect", "data", "semicolon.csv", "--model", "MODEL", "--stage", "sft"]),
-    "a null answer": ("", ["inspect", "data", "null.jsonl", "--model", "MODEL", "--stage", "sft"]),
+    "a null answer": ("", ["inspect", "data", "null.jsonl", "--model", "MODEL"]),
+    "a table in the encoding of Windows": ("", ["init", "MODEL", "excel.csv", "--output", "new.yaml"]),
     "a role of no one": ("", ["inspect", "data", "role.jsonl", "--model", "MODEL"]),
 }  # fmt: skip
 
@@ -94,6 +95,7 @@ FILES = {
     "broken.jsonl": '{"messages": [{"role": "user", "content": "a"}\n',
     "head.csv": "messages\n",
     "semicolon.csv": "\ufeffquery;reply\na;b\n",
+    "excel.csv": b'Question;Answer\r\nWie viel?;"0,10 \x80 je Seite,\r\nbei M\xfcller"\r\n',
     "null.jsonl": '{"question": "a", "answer": null}\n',
     "role.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}]}\n',
     "dpo.yaml": "model_name_or_path: a/b\ndataset: d\nstage: dpo\nuse_galore: true\n",
@@ -117,7 +119,7 @@ def said(oribi, tiny_folder, tmp_path, monkeypatch):
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
         )
         for name, text in FILES.items():
-            (tmp_path / name).write_text(text)
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         config = tmp_path / "config.yaml"
         config.write_text(f"model: {tiny_folder}\ndataset: rows.jsonl\n{settings}\n")
         places = {"CONFIG": "config.yaml", "MODEL": str(tiny_folder)}

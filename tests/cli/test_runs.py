@@ -1,5 +1,6 @@
 """A run's folder from the command line: one run in it, continued with as it was, and nothing loaded before it is checked."""
 
+import gzip
 import json
 import os
 import shutil
@@ -329,7 +330,8 @@ def test_init_names_the_folder_by_model_and_data(oribi, tiny_folder, tmp_path, m
     names = []
     Path("orders").mkdir()
     for name in ("FAQ 2.csv", "chats.jsonl.gz", "orders/train.csv"):
-        Path(name).write_text("question,answer\na,b\n")
+        rows = b'{"question": "a", "answer": "b"}\n' if "jsonl" in name else b"question,answer\na,b\n"
+        Path(name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
         assert oribi("init", tiny_folder, name, "-o", "c.yaml", "--force").code == 0
         names.append(yaml.safe_load(Path("c.yaml").read_text())["output_dir"])
     assert names == [f"runs/{tiny_folder.name}-{data}" for data in ("faq-2", "chats", "orders")]

@@ -453,10 +453,19 @@ def test_settings_without_effect_are_named(prefer):
         ({"prompt": "x", "completion": "y", "label": 0}, "kto"),
         ({"messages": [user("a"), assistant("b")]}, "sft"),
         ({"prompt": [user("a")], "target": 3}, "grpo"),
+        ({"prompt": "x", "reference": None}, "grpo"),
     ],
 )
 def test_the_stage_of_a_source_is_recognised(row, stage):
     assert stage_of_source([{**row, "id": 1}]) == stage
+
+
+def test_an_answer_that_is_missing_makes_no_prompt_of_a_row():
+    for row in ({"question": "x", "answer": None}, {"instruction": "x", "output": None}):
+        with pytest.raises(DataError, match=r"row 1: row has an empty \(null\) "):
+            stage_of_source([row])
+        whole = dict.fromkeys(row, "y")
+        assert stage_of_source([row, whole]) == "sft"
 
 
 @pytest.mark.parametrize(("stage", "line"), DOCUMENTED)

@@ -70,7 +70,7 @@ def test_the_format_and_row_0_are_announced(prepare, chatml_tokenizer):
     prepare([{"messages": ONE_TURN}], chatml_tokenizer, announce=said.append)
     (line,) = said
     assert line.startswith(
-        'list: rows are messages (column \'messages\'); row 0: {"messages": [{"role": "user"'
+        'list: rows are messages (column \'messages\'); first row: {"messages": [{"role": "user"'
     )
 
 

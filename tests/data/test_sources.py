@@ -267,7 +267,9 @@ def test_another_encoding_is_named_with_its_line(tmp_path, name):
         "a.csv": "text\nGrüße\n",
     }
     file = write(tmp_path / name, text.get(name, "one\nGrüße\n"), "latin-1")
-    with pytest.raises(DataError, match=f"{name}:2: not UTF-8 \\(byte 0xfc\\). Convert the file: iconv"):
+    with pytest.raises(
+        DataError, match=f"{name}:2: not UTF-8 \\(byte 0xfc\\). .*iconv.* the line is .*Grüße"
+    ):
         read(file)
 
 

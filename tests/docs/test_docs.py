@@ -150,7 +150,7 @@ def test_getting_started_runs_as_it_is_written(said_by, tiny_folder, tmp_path):
     lines = [line for kind, block in BLOCK.findall(text) if kind == "bash" for line in block.splitlines()]
     lines = [
         # 4 bits would be refused: they lose too much of random weights
-        line.replace("meta-llama/Llama-3.2-1B-Instruct", str(tiny_folder)).replace("q4_k_m", "f16")
+        line.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny_folder)).replace("q4_k_m", "f16")
         for line in lines
         if line.startswith("oribi")
     ]

@@ -159,5 +159,5 @@ def test_a_plan_is_said_in_one_line(model, step):
     base, budget = model.get_base_model(), step.workspace + 700_000
     line = apply_plan(base, TOKENS, LENGTH, budget)
     assert "of 4 layers" in line
-    assert line.startswith("activations: on the device x, ")
+    assert line.startswith("activations: kept on the device: x, ")
     assert [layer.keep for layer in base.model.layers] == plan(step, budget)

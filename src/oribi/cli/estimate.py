@@ -10,6 +10,7 @@ from oribi.cli.settings import read_settings
 from oribi.launch import count_of_gpus, require_groups
 from oribi.text import clock, gibibytes, short_count
 
+RIGHT = ("peak GiB", "usable GiB", "most rows", "longest row", "s/step", "tokens/s", "total time")
 SHOWN = ("T4", "RTX 4090", "A100-40GB", "A100-80GB", "H100", "H200")
 
 
@@ -24,7 +25,10 @@ def estimate(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Estimate a run's parameters, peak memory, time and disk use; needs neither a GPU nor the weights."""
+    """Estimate a run's memory, time and disk use.
+
+    Needs neither a GPU nor the model's weights.
+    """
     with chatter_aside():
         from psutil import virtual_memory
 
@@ -59,7 +63,7 @@ def estimate(
             "model": settings.model,
             "parameters": f"{training.architecture.parameters:,} ({short_count(training.architecture.parameters)})",
             "trainable": f"{training.trainable:,} ({100 * training.trainable / training.architecture.parameters:.2f} %)",
-            "micro-batch": f"{rows_long}, {settings.gradient_accumulation_steps} a step",
+            "micro-batch": f"{rows_long}, {settings.gradient_accumulation_steps} per optimizer step",
             "GPUs": None
             if count == 1
             else f"{count}, {'which share the frozen weights' if settings.fsdp else 'each with all weights'}",
@@ -68,7 +72,12 @@ def estimate(
     )
     output.text()
     figures = {one.name: _figures(training, one, tokens, rows, count) for one in gpus}
-    output.table([_line(one, figures[one.name]) for one in gpus], right=("peak GiB", "of", "rows", "context"))
+    output.table([_line(one, figures[one.name]) for one in gpus], right=RIGHT)
+    output.text(
+        "most rows: the largest per_device_train_batch_size; longest row: in tokens, alone in its batch"
+    )
+    if not all(one["step"].measured for one in figures.values()):
+        output.text("* times of this GPU are computed from its data sheet, not measured")
     output.text()
     _tell_parts(output, training, gpus[0])
     output.text()
@@ -100,11 +109,11 @@ def _tell_weights(output: Output, settings: Any, outside: Any, gpus: list[Any]) 
             "GPU": one.name,
             "weights fit": "yes" if needed <= usable(one.memory_bytes) else "no",
             "weights GiB": f"{needed / 2**30:.2f}",
-            "of": f"{usable(one.memory_bytes) / 2**30:.1f}",
+            "usable GiB": f"{usable(one.memory_bytes) / 2**30:.1f}",
         }
         for one in gpus
     ]
-    output.table(rows, right=("weights GiB", "of"))
+    output.table(rows, right=("weights GiB", "usable GiB"))
     for one in gpus:
         fits = needed <= usable(one.memory_bytes)
         output.record(
@@ -126,7 +135,12 @@ def _default_gpus() -> list[str]:
 
     here = detect()
     found = recognise(here.device_name, here.memory_bytes) if here.device.type == "cuda" else None
-    return [found.name] if found is not None else list(SHOWN)
+    if found is not None:
+        return [found.name]
+    typer.echo(
+        "no GPU of the table here, so some common ones are shown; --gpu NAME sizes for yours", err=True
+    )
+    return list(SHOWN)
 
 
 def _data_size(settings: Any) -> tuple[int | None, int | None]:
@@ -164,18 +178,21 @@ def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None, coun
 
 
 def _line(gpu: Any, f: dict[str, Any]) -> dict[str, Any]:
-    known = "" if f["step"].measured else " *"
     return {
-        "GPU": gpu.name,
+        "GPU": gpu.name if f["step"].measured else f"{gpu.name} *",
         "fits": "yes" if f["fits"] else "no",
         "peak GiB": f"{f['peak'] / 2**30:.2f}",
-        "of": f"{f['usable'] / 2**30:.1f}",
-        "rows": f["largest_batch"],
-        "context": f"{f['largest_context']:,}",
-        "step": f"{f['step'].seconds:.2f} s{known}" if f["fits"] else "-",
+        "usable GiB": f"{f['usable'] / 2**30:.1f}",
+        "most rows": f"{f['largest_batch']:,}",
+        "longest row": f"{f['largest_context']:,}",
+        "s/step": f"{f['step'].seconds:.2f}" if f["fits"] else "-",
         "tokens/s": f"{f['count'] * f['step'].tokens_per_second:,.0f}" if f["fits"] else "-",
-        "in all": clock(f["steps"] * f["step"].seconds) if f["fits"] and f["steps"] else "-",
+        "total time": _total(f["steps"] * f["step"].seconds) if f["fits"] and f["steps"] else "-",
     }
+
+
+def _total(seconds: float) -> str:
+    return "under 1 min" if seconds < 60 else clock(seconds)
 
 
 def _tell_parts(output: Output, training: Any, gpu: Any) -> None:
@@ -189,7 +206,6 @@ def _tell_parts(output: Output, training: Any, gpu: Any) -> None:
         output.text(f"  {describe(list(found.keeps))}")
     else:
         output.text("  PyTorch's autograd keeps what these settings need; such runs were not measured")
-    output.text("rows: largest per_device_train_batch_size; context: longest row alone; * GPU not measured")
 
 
 def _record(training: Any, gpu: Any, f: dict[str, Any]) -> dict[str, Any]:

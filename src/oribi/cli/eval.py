@@ -20,7 +20,7 @@ def eval(  # noqa: A001 (the verb's name)
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     json: Json = False,
 ) -> None:
-    """Compare the base and the trained model on rows that were not trained on."""
+    """Compare the base and the trained model on held-out rows."""
     with chatter_aside():
         from oribi.errors import ConfigError
         from oribi.run import load_run

@@ -34,7 +34,10 @@ def export(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Write a trained model as an adapter, a merged checkpoint or GGUF files, and compare each with the trained model."""
+    """Write a trained model as adapter, checkpoint or GGUF files.
+
+    Each file is read back and compared with the trained model; one that differs is set aside, and the command fails.
+    """
     with chatter_aside():
         from oribi.models.files import missing_folder
         from oribi.run import held_out_texts, load_run

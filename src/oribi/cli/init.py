@@ -40,7 +40,7 @@ def init(
         from json import dumps
 
         from oribi.config import json_schema
-        from oribi.config_file import commented_yaml, write_config
+        from oribi.config_file import commented_yaml, require_free, write_config
         from oribi.data.readers import READERS
         from oribi.data.text_files import suffix_of
         from oribi.errors import ConfigError
@@ -50,6 +50,7 @@ def init(
         for source in dataset:
             if suffix_of(Path(source)) in READERS and not Path(source).exists():
                 raise ConfigError(f"{source}: no such file.")
+        require_free(output, force)
         architecture = architecture_of(model)
         tokenizer = open_model(model).tokenizer()
         notes: list[str] = []
@@ -90,6 +91,7 @@ def init(
 def _stage_of(sources: list[str], notes: list[str]) -> str:
     """The stage that the rows are made for, where they lie on this machine; sft where that cannot be told."""
     from oribi.data.preferences import stage_of_source
+    from oribi.data.text_files import UnreadableText
     from oribi.errors import DataError
 
     local = [source for source in sources if Path(source).exists()]
@@ -97,6 +99,8 @@ def _stage_of(sources: list[str], notes: list[str]) -> str:
         return "sft"
     try:
         stage = stage_of_source([{"path": source} for source in local])
+    except UnreadableText:
+        raise
     except DataError as error:
         notes.append(f"the rows are not recognised yet: {error}")
         return "sft"

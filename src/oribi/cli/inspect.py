@@ -45,7 +45,10 @@ def data(
     html: Annotated[Path | None, typer.Option(help="Also write the rows as an HTML page.")] = None,
     json: Json = False,
 ) -> None:
-    """Show for each token whether it is trained, context or cut off, or of which answer it is; then counts, lengths and warnings."""
+    """Show token by token what is trained, context or cut off.
+
+    Rows of preferences show the prompt and each answer. Counts, lengths and warnings of all rows follow.
+    """
     with chatter_aside():
         from rich.console import Console
 
@@ -111,7 +114,10 @@ def model(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show a model's sizes, its family and its tokens, without loading its weights; or what 4 bits cost it."""
+    """Show a model's sizes, family and tokens; or what 4 bits cost it.
+
+    The weights are not loaded, except for --four-bits.
+    """
     if texts is not None and not four_bits:
         raise typer.BadParameter("it goes with --four-bits", param_hint="--texts")
     if four_bits:
@@ -134,16 +140,16 @@ def model(
         "parameters": f"{found.parameters:,} ({short_count(found.parameters)})",
         "layers": config.num_hidden_layers,
         "hidden size": f"{config.hidden_size}, MLP {mlp_size(config)}",
-        "heads": f"{config.num_attention_heads}, key/value "
+        "heads": f"{config.num_attention_heads}, for keys and values "
         + ", or ".join(
             dict.fromkeys(
-                f"{mixer.sizes[1] // mixer.head_dim}, of {mixer.head_dim}"
+                f"{mixer.sizes[1] // mixer.head_dim}; {mixer.head_dim} wide"
                 for mixer in mixers
                 if isinstance(mixer, Attention)
             )
         ),
         "vocabulary": f"{config.vocab_size:,}" + (", head tied to the embedding" if found.tied else ""),
-        "positions": f"{config.max_position_embeddings:,}",
+        "longest context": f"{config.max_position_embeddings:,} tokens",
         "in NF4": gibibytes(found.weight_bytes(load_in_4bit=True)),
         "in 16 bit": gibibytes(found.weight_bytes(load_in_4bit=False)),
         "tokenizer": f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens",
@@ -205,7 +211,7 @@ def _show_four_bits(name: str, texts: str | None, json: bool) -> None:
 def adapter(
     name: Annotated[str, typer.Argument(help="Adapter folder, run or hub name.")], json: Json = False
 ) -> None:
-    """Show an adapter's settings, and how much each kind of layer was changed."""
+    """Show an adapter's settings and how much it changes each layer."""
     with chatter_aside():
         from oribi.lora.contents import read_adapter
 

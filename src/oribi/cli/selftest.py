@@ -17,7 +17,7 @@ def selftest(
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: the machine's best).")] = None,
     json: Json = False,
 ) -> None:
-    """Check on this machine that training, files and kernels match their references; fails if one does not."""
+    """Check kernels, training and files against their references."""
     import time
     from dataclasses import asdict
     from json import dumps

@@ -48,8 +48,11 @@ def train(
     """
     settings = read_settings(config, context.args)
     if check:
-        from oribi.config_file import as_yaml
+        with chatter_aside():
+            from oribi.config_file import as_yaml
+            from oribi.preflight import check_settings
 
+            check_settings(settings)
         typer.echo(as_yaml(settings), nl=False)
         return
     if nodes > 1 and not is_launched():

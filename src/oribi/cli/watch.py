@@ -17,9 +17,9 @@ def watch(
     ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Follow trainings on a local page: curves, samples, data, runs side by side, and chat.
+    """Follow and compare runs on a local page.
 
-    The page is served on this machine only, to those who have the address with its token. It reads what runs write and changes
+    It shows curves, samples, data, runs side by side, and a chat. The page is served on this machine only, to those who have the address with its token. It reads what runs write and changes
     nothing. Needs the extra `watch`: pip install "oribi[watch]".
     """
     from oribi.errors import ConfigError

@@ -141,8 +141,8 @@ class Columns:
         return [name for name in self._own if name in self]
 
     def unused(self) -> list[str]:
-        """The row's own names of the columns that have a value and were not read."""
-        return [own for own in self._values if own not in self._read]
+        """The row's own names of the columns that hold something and were not read; an empty cell holds nothing."""
+        return [own for own, value in self._values.items() if own not in self._read and value != ""]
 
     def text(self, name: str) -> str:
         """A question or an answer: text that is not empty; numbers and dates are written out, with a note.

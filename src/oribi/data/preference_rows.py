@@ -125,10 +125,17 @@ def stage_of_row(row: Row, **settings: Any) -> str:
     try:
         recognise_format(row, **settings)
     except DataError:
-        if _prompt_column(given):
+        if _prompt_column(given) and not _lacks_answer(given):
             return "grpo"
         raise
     return "sft"
+
+
+def _lacks_answer(row: Columns) -> bool:
+    """Whether a question's answer is null: the row has a column for it, so it is no prompt alone."""
+    asked = [("prompt", "completion"), *known.PAIRS]
+    asked += [("instruction", answer) for answer in known.ANSWERS_TO_INSTRUCTION]
+    return any(question in row and answer not in row and row.own([answer]) for question, answer in asked)
 
 
 def _refuse_nulls(row: Columns, stage: str) -> None:

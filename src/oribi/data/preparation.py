@@ -222,7 +222,7 @@ class Preparation:
             shown = repr(row)  # names that are no text, or a value that holds itself
         shown, _ = without_lone_surrogates(shown)
         about = "" if part.about in self.report.first_row else f"{part.about}\n"
-        line = f"{about}{part.name}: rows are {format_name}; row 0: {shown[:300]}{'...' if len(shown) > 300 else ''}"
+        line = f"{about}{part.name}: rows are {format_name}; first row: {shown[:300]}{'...' if len(shown) > 300 else ''}"
         self.report.format = ", ".join(filter(None, [self.report.format, format_name]))
         self.report.first_row = "\n".join(filter(None, [self.report.first_row, line]))
         self.announce(printable(line))

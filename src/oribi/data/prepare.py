@@ -102,7 +102,7 @@ def prepare_dataset(
         cache_dir: where prepared data lies; None is the cache of `datasets`.
         use_cache: read and write the cache.
         progress: show a progress bar.
-        announce: called with the recognised format and row 0 of each source; None is silent.
+        announce: called with the recognised format and the first row of each source; None is silent.
 
     Returns:
         PreparedData with the data set and its report.

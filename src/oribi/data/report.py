@@ -73,7 +73,7 @@ class DataReport:
     def unused(self) -> dict[str, list[str]]:
         """Columns and keys of messages that nothing was read from."""
         return {
-            "columns not used": self.unused_columns,
+            "columns not used": [name or "one without a name" for name in self.unused_columns],
             "keys of messages not used": self.unused_message_keys,
         }
 

@@ -18,6 +18,10 @@ MAX_SKIPPED_CHARACTERS = 1 << 30  # of one line
 PEEKED_BYTES = 4096
 
 
+class UnreadableText(DataError):
+    """A file whose bytes are no UTF-8 text, or cannot be unpacked or read; no setting changes that."""
+
+
 def suffix_of(path: Path) -> str:
     suffixes = [s.lower() for s in path.suffixes]
     return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
@@ -29,26 +33,32 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
         with _open_bytes(path) as raw:
             if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(
+                raise UnreadableText(
                     f"{path}: the file is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
                 )
             if b"\0" in raw.peek(PEEKED_BYTES)[:PEEKED_BYTES]:
-                raise DataError(
+                raise UnreadableText(
                     f"{path}: the file has zero bytes: it is UTF-16 without a mark, or no text. Convert it: iconv -f UTF-16LE "
                     f"-t UTF-8 {path.name} > utf8-{path.name}"
                 )
             with io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as file:
                 yield file
     except UnicodeDecodeError as error:
-        line = _line_of_bad_byte(path)
-        raise DataError(
-            f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}). Convert the file: "
-            f"iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8-{path.name} (with its real encoding after -f)."
+        number, line = _line_of_bad_byte(path)
+        excel = (
+            'In Excel, save it as "CSV UTF-8". Or convert it'
+            if path.suffix.lower() == ".csv"
+            else "Convert it"
+        )
+        raise UnreadableText(
+            f"{path}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x}). {excel}: iconv -f WINDOWS-1252 -t UTF-8 "
+            f"{path.name} > utf8-{path.name}. Read as WINDOWS-1252, the line is {_excerpt(line)!r}; if that looks wrong, give "
+            "iconv the real encoding."
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: no valid gzip file ({error}). Download it again.") from error
+        raise UnreadableText(f"{path}: no valid gzip file ({error}). Download it again.") from error
     except OSError as error:
-        raise DataError(f"{path}: the file cannot be read ({error.strerror or error}).") from error
+        raise UnreadableText(f"{path}: the file cannot be read ({error.strerror or error}).") from error
 
 
 def _open_bytes(path: Path) -> Any:
@@ -86,14 +96,20 @@ def rest_of(path: Path, file: TextIO) -> str:
     return rest
 
 
-def _line_of_bad_byte(path: Path) -> int:
+def _line_of_bad_byte(path: Path) -> tuple[int, bytes]:
     with _open_bytes(path) as raw:
         for number, line in enumerate(raw, 1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError:
-                return number
-    return 1
+                return number, line
+    return 1, b""
+
+
+def _excerpt(line: bytes) -> str:
+    """What is around a line's first byte above ASCII, as Windows programs of Western Europe and America mean it."""
+    at = next((i for i, byte in enumerate(line) if byte > 127), 0)
+    return line[max(at - 30, 0) : at + 30].decode("cp1252", errors="replace").strip()
 
 
 def too_long(characters: int) -> str:

@@ -127,6 +127,8 @@ def inspect_data(
             text = _as_text(passage.tokens, marked=not console.is_terminal)
             title = {"title": passage.name, "title_align": "left"} if passage.name else {}
             border = {"good": "green", "bad": "red"}.get(passage.kind, "none")
+            if text.plain.endswith("\n"):  # its mark ⏎ stands there, and needs no empty line
+                text.right_crop(1)
             console.print(Panel(_folded(text, console.width - PANEL_BORDER), border_style=border, **title))
         for name, value in view.facts.items():
             _print(console, f"{name}: {_shortened(value)}")

@@ -49,7 +49,7 @@ class Estimate:
     """Device memory of one training run.
 
     Args:
-        parts: bytes of weights, adapter, gradients, optimizer, activations, in work, and libraries, at the peak.
+        parts: bytes of weights, adapter, gradients, optimizer, activations, temporary, and libraries, at the peak.
         at: the moment of the peak: "the loss", "a layer's backward" or "an evaluation's answers".
         keeps: what each layer keeps.
         trainable: trained parameters.
@@ -305,11 +305,11 @@ class Training:
             if keeps[0]["x"] == "host" and frozen and self.shards == 1:  # `apply_plan` moves it
                 fixed["weights"] -= self.architecture.embedding * self.architecture.decoder.dtype.itemsize
         peak = max(moments, key=lambda moment: moment.bytes)
-        parts = {**fixed, "activations": peak.kept, "in work": peak.working, "libraries": LIBRARY_BYTES}
+        parts = {**fixed, "activations": peak.kept, "temporary": peak.working, "libraries": LIBRARY_BYTES}
         parts |= self.of_stage(tokens)
         moment, samples = peak.name, self.samples()
         if samples > peak.bytes:  # nothing is kept for a backward while they are drawn
-            parts |= {"activations": 0, "in work": 0, ANSWERS: samples}
+            parts |= {"activations": 0, "temporary": 0, ANSWERS: samples}
             moment = "an evaluation's answers"
         host = sum(
             buffer_size(size) for layer, keep in zip(step.layers, keeps) for size in layer.in_host(keep)

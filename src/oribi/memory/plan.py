@@ -26,7 +26,7 @@ FORWARD_BY_PRODUCTS = 1.3
 HOST_BYTES_PER_FLOP = 49e9 / 650e12
 # share of the host's free memory that activations may take
 HOST_SHARE = 0.4
-_WORDS = {"keep": "on the device", "host": "in host memory", "recompute": "computed again"}
+_WORDS = {"keep": "kept on the device:", "host": "moved to host memory:", "recompute": "recomputed:"}
 # moving a byte through device memory takes as long as this much arithmetic: 3.0 TB/s beside 650 TFLOP/s
 FLOP_PER_DEVICE_BYTE = 650e12 / 3.0e12
 

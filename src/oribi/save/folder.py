@@ -100,9 +100,11 @@ def announce(directory: str | os.PathLike, sizes: dict[str, int]) -> None:
         ExportError: the disk is too small for all parts.
     """
     for words, size in sizes.items():
-        say(f"oribi: {words}: {gigabytes(size)} into {directory}")
-    say(f"oribi: this disk has {gigabytes(free_disk_bytes(directory))} free")
-    require_disk(Path(directory), sum(sizes.values()))
+        say(f"oribi: writing {words}, {gigabytes(size)}, into {directory}")
+    needed, free = sum(sizes.values()), free_disk_bytes(directory)
+    if 2 * needed > free:
+        say(f"oribi: this disk has {gigabytes(free)} free")
+    require_disk(Path(directory), needed)
 
 
 def free_disk_bytes(folder: str | os.PathLike) -> int:

@@ -270,7 +270,7 @@ class GGUFAdapterExport(Export):
         _require_own_base(self.model)
         self.alpha, self.pairs = _pairs(self.model, self.inner.config)
         size = sum(pair.numel() * 4 for pair in self.pairs.values()) * len(self.files)
-        announce(self.directory, {"adapter as GGUF, at most": size})
+        announce(self.directory, {"adapter as GGUF": size})
         self.report.checked_on = "every factor of the adapter"
         self.report.notes += _belongs_to(self.model)
         self.run(size + (1 << 20))

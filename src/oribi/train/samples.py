@@ -171,6 +171,7 @@ class SampleAnswers(TrainerCallback):
         asked, model = [prompt.text for prompt in self.prompts], self.trainer.model
         self.base = kept[0] if kept and [sample.prompt for sample in kept[0].samples] == asked else None
         if self.base is None and (hasattr(model, "disable_adapter") or not state.global_step):
+            say(f"oribi: answering {len(asked)} sample prompts with the base model")
             with without_adapter(model):
                 self.base = self._answer(0)
             kept = [self.base, *(one for one in kept if one.step)]
@@ -198,7 +199,7 @@ class SampleAnswers(TrainerCallback):
         with self._writing(args) as path, path.open("a", encoding="utf-8") as file:
             file.write(_as_line(tuned))
         rows = side_by_side(self.base, tuned)
-        for line in _told(state.global_step, rows):
+        for line in _told(tuned, rows):
             say(line)
         log_table(self.trainer, "samples", rows, state.global_step)
 
@@ -239,11 +240,13 @@ def side_by_side(base: Answered | None, tuned: Answered) -> list[dict[str, Any]]
     ]
 
 
-def _told(step: int, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The rows as lines of a terminal, each text cut to one line."""
-    ended = sum(row["stopped"] for row in rows)
-    yield f"oribi: answers at step {step:,} ({ended} of {len(rows)} ended by themselves)"
-    for row in rows:
+def _told(tuned: Answered, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The rows as lines of a terminal, each text cut to one line; of a prompt the last turn, which differs."""
+    ended = sum(sample.stopped for sample in tuned.samples)
+    yield f"oribi: answers at step {tuned.step:,} ({ended} of {len(rows)} ended by themselves)"
+    for row, sample in zip(rows, tuned.samples):
+        asked = next((text for _, text in reversed(sample.turns or []) if text.strip()), sample.prompt)
+        row = {**row, "prompt": asked}
         for name in ("prompt", "expected", "base", "tuned"):
             if name in row:
                 text = " ".join(printable(row[name]).split())
