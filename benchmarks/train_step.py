@@ -88,6 +88,11 @@ def start(workload: str, stack: str, turn: Path, args: argparse.Namespace) -> su
         "--steps", str(args.steps), "--warmup", str(args.warmup), "--rank", str(args.rank),
         "--models", str(args.models), "--turn", str(turn),
     ]  # fmt: skip
+    return launch(command)
+
+
+def launch(command: list[str]) -> subprocess.Popen:
+    """A process for one run, in an environment that is the same for all stacks."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
