@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oribi.kernels import attention as op
 from oribi.kernels import flash_attention_3
@@ -70,6 +71,37 @@ def test_float32_reference_equals_the_definition(lengths, window, softcap):
     q, k, v = inputs(1, sum(lengths), 4, 2, 16, torch.float32)
     visibility = pack_of(lengths) if len(lengths) > 1 else Visibility(1, lengths[0])
     assert max(errors(visibility, lengths, q, k, v, window, softcap)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_grouped_rows_with_padding_run_without_forming_all_scores(dtype):
+    q, k, v = (x.detach().requires_grad_() for x in inputs(2, 200, 8, 2, 64, dtype))
+    real = torch.ones(2, 200, dtype=torch.bool, device=DEVICE)
+    real[1, :50] = False
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):  # fails where neither can
+        attention(q, k, v, Visibility(2, 200, real=real), SCALE).float().sum().backward()
+        if dtype is torch.float32:
+            attention(q, k, v, Visibility(2, 200), SCALE).sum().backward()
+
+
+def test_keys_are_repeated_where_only_plain_products_would_take_groups(monkeypatch):
+    q, k, v = inputs(2, 24, 4, 2, 16, torch.float32)
+    real = torch.ones(2, 24, dtype=torch.bool, device=DEVICE)
+    real[1, :5] = False
+    expected = attention(q, k, v, Visibility(2, 24, real=real), SCALE)
+    product, asked = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        op.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, *given, **named: (
+            asked.append((named["enable_gqa"], k.shape[1])) or product(q, k, v, *given, **named)
+        ),
+    )
+    monkeypatch.setattr(op, "takes_groups", lambda q, mask: False)
+    assert relative_error(attention(q, k, v, Visibility(2, 24, real=real), SCALE), expected) < 1e-6
+    assert asked == [(False, 4)]
 
 
 @pytest.mark.parametrize(

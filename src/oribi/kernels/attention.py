@@ -328,19 +328,34 @@ def _dense(
     window = how.window if how.window is not None and how.window < k.shape[2] else None
     simple = visibility.real is None and window is None and visibility.length == k.shape[2]
     mask = None if simple and how.softcap is None else visibility.mask(k.shape[2], window, q.device)
-    gqa = q.shape[1] != k.shape[1]
     if mask is None and q.device.type == "cpu" and k.shape[2] <= SHORT and torch.is_grad_enabled():
         return _causal(q, k, v, visibility, how.scale).transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and (how.softcap is not None or not takes_groups(q, mask)):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     if how.softcap is None:
         out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=how.scale, enable_gqa=gqa
+            q, k, v, mask, is_causal=mask is None, scale=how.scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
-    if gqa:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = how.softcap * torch.tanh(how.scale / how.softcap * (q @ k.transpose(-1, -2)))
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide(q[:0]).dtype).to(q.dtype)
     return (weights @ v).transpose(1, 2)
+
+
+def takes_groups(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether PyTorch runs grouped query heads without forming all scores.
+
+    On a GPU only its flash kernels do. Its memory-efficient one takes masks, float32 and older GPUs, but a key per query head.
+
+    Args:
+        q: [B, H, S, E]. mask: of the scores, or None for causal ones.
+    """
+    if not q.is_cuda:
+        return True
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return mask is None and half and torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def _causal(
