@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -21,7 +22,6 @@ LLAMA3_ROPE = {
     "rope_theta": 500000.0,
 }
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 128256,
     "rms_norm_eps": 1e-5,
@@ -33,7 +33,6 @@ LLAMA = {
     "pad_token_id": 2,
 }
 QWEN = {
-    "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "vocab_size": 151936,
     "rms_norm_eps": 1e-6,
@@ -58,6 +57,7 @@ def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, tied
     }
 
 
+_ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 MODELS: dict[str, dict[str, object]] = {
     "llama-3.1-8b": {**LLAMA, **_sizes(4096, 32, 32, 8, 14336, False)},
     # beyond its positions, for rows that its own config would cut
@@ -68,7 +68,6 @@ MODELS: dict[str, dict[str, object]] = {
     "gemma-2-2b": {
         **LLAMA,
         **_sizes(2304, 26, 8, 4, 9216, True),
-        "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
         "vocab_size": 256000,
         "head_dim": 256,
@@ -81,6 +80,43 @@ MODELS: dict[str, dict[str, object]] = {
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
         "layer_types": ["sliding_attention", "full_attention"] * 13,
+    },
+    "qwen3.5-9b": {
+        "model_type": "qwen3_5_text",
+        **_ENDS,
+        "vocab_size": 248320,
+    },  # transformers' defaults are its sizes
+    "ministral-3-8b": {"model_type": "ministral3", **_ENDS, "vocab_size": 131072},  # here too
+    "gemma-4-12b": {
+        "model_type": "gemma4_text",
+        **_ENDS,
+        **_sizes(3840, 48, 16, 8, 15360, True),
+        "vocab_size": 262144,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "sliding_window": 1024,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma-4-e4b": {
+        "model_type": "gemma4_text",
+        **_ENDS,
+        **_sizes(2560, 42, 8, 2, 10240, True),
+        "vocab_size": 262144,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_kv_shared_layers": 18,
+        "sliding_window": 512,
+        "final_logit_softcapping": 30.0,
+    },
+    "lfm2-1.2b": {
+        "model_type": "lfm2",
+        **_ENDS,
+        **_sizes(2048, 16, 32, 8, 12288, True),
+        "vocab_size": 65536,
+        "layer_types": ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)],
     },
     "tiny": {**LLAMA, **_sizes(128, 2, 4, 2, 256, True), "vocab_size": 512},
 }
@@ -99,48 +135,42 @@ QUANTIZATION = {
 def write(name: str, directory: Path, seed: int = 0) -> None:
     """Writes config, tokenizer and one safetensors file of the named model, quantised on the GPU if there is one."""
     from bitsandbytes.functional import quantize_4bit
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = MODELS[name]
+    fields = dict(MODELS[name])
     directory.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    q, kv = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if config["model_type"] == "gemma2":
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    with torch.device("meta"):
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    linear = {
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and path != "lm_head"
+    }
     tensors: dict[str, torch.Tensor] = {}
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).mul_(0.02).to(torch.bfloat16)
-
-    def packed(key: str, n: int, k: int) -> None:
-        codes, state = quantize_4bit(normal(n, k), blocksize=64, compress_statistics=True, quant_type="nf4")
-        tensors[f"{key}.weight"] = codes.cpu()
-        for part, value in state.as_dict(packed=True).items():
-            tensors[f"{key}.weight.{part}"] = value.cpu()
-
-    def ones() -> torch.Tensor:
-        return torch.ones(hidden, dtype=torch.bfloat16)
-
-    tensors["model.embed_tokens.weight"] = normal(config["vocab_size"], hidden).cpu()
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        for part, n, k in (
-            ("self_attn.q_proj", q, hidden), ("self_attn.k_proj", kv, hidden), ("self_attn.v_proj", kv, hidden),
-            ("self_attn.o_proj", hidden, q), ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden),
-            ("mlp.down_proj", hidden, inner),
-        ):  # fmt: skip
-            packed(f"{layer}.{part}", n, k)
-            if config["model_type"] == "qwen2" and part[-6] in "qkv":
-                tensors[f"{layer}.{part}.bias"] = normal(n).cpu()
-        for norm in norms:
-            tensors[f"{layer}.{norm}.weight"] = ones()
-    tensors["model.norm.weight"] = ones()
-    if not config["tie_word_embeddings"]:
-        tensors["lm_head.weight"] = normal(config["vocab_size"], hidden).cpu()
+    for key, meant in model.state_dict().items():
+        if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if key in linear:
+            x = torch.randn(*meant.shape, generator=generator, device=device).mul_(0.02).to(torch.bfloat16)
+            codes, state = quantize_4bit(x, blocksize=64, compress_statistics=True, quant_type="nf4")
+            tensors[key] = codes.cpu()
+            for part, value in state.as_dict(packed=True).items():
+                tensors[f"{key}.{part}"] = value.cpu()
+        elif meant.dim() < 2 and not key.endswith("bias"):  # of norms, and decays
+            tensors[key] = torch.ones(meant.shape, dtype=torch.bfloat16)
+        else:
+            x = torch.randn(*meant.shape, generator=generator, device=device).mul_(0.02)
+            tensors[key] = x.to(torch.bfloat16).cpu()
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    whole = {**config, "dtype": "bfloat16", "use_cache": True, "quantization_config": QUANTIZATION}
+    whole = {
+        **config.to_dict(),
+        "architectures": [type(model).__name__],
+        "dtype": "bfloat16",
+        "quantization_config": QUANTIZATION,
+    }
     (directory / "config.json").write_text(json.dumps(whole, indent=1))
     _tokenizer().save_pretrained(directory)
 
