@@ -129,7 +129,10 @@ def test_a_template_with_a_text_before_every_conversation():
     ("template", "words"),
     [
         (None, "no chat template"),
-        ("{% for m in messages %}[{{ loop.index % 5 }}]{{ m['content'] }}{% endfor %}", "text of its own"),
+        (
+            "{% for m in messages %}[{{ loop.index % 5 }}]{{ m['content'] }}{% endfor %}",
+            "not a sequence of turns",
+        ),
         (
             "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ '!' if loop.length > 5 }}{% endfor %}<assistant>",
             "not a sequence of turns",
@@ -137,7 +140,8 @@ def test_a_template_with_a_text_before_every_conversation():
         ("{{ messages[-1]['content'] }}", "drops, repeats or changes a message"),
         ("{{ raise_exception('tools only') }}", "refuses a plain conversation: tools only"),
         (
-            "Today {% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>",
+            "{{ 'With' if messages[0]['role'] == 'system' else 'Without' }} {% for m in messages %}<{{ m['role'] }}>"
+            "{{ m['content'] }}{% endfor %}<assistant>",
             "text of its own",
         ),
         (TEMPLATE + '"""', 'holds """'),

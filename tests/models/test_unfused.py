@@ -96,6 +96,23 @@ def test_a_longest_text_is_asked_for_where_a_model_names_none(tmp_path):
         load_model(str(tmp_path), dtype=torch.float32, max_seq_length=None)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [("musicgen", "which of its parts is the text model cannot be told"), ("pi0", "does not answer in text")],
+)
+def test_a_composite_model_that_is_no_language_model_is_refused_in_one_line(model_type, words, tmp_path):
+    config = {"model_type": model_type}
+    if model_type == "musicgen":
+        config |= {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"},
+                   "decoder": {"model_type": "musicgen_decoder"}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"none": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=words) as error:
+        load_model(str(tmp_path), dtype=torch.float32)
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A tiny gpt_neox and its tokenizer."""

@@ -101,6 +101,14 @@ def take_out_texts(messages: list[dict[str, Any]]) -> Skeleton:
             if isinstance(copy.get(name), str):
                 copy[name] = take(copy[name], "thinking")
         content = copy.get("content") or ""
+        if isinstance(content, list):  # a thought and a text
+            kinds = {"thinking": "thinking", "text": "assistant text"}
+            copy["content"] = [
+                {"type": part["type"], part["type"]: take(part[part["type"]], kinds[part["type"]])}
+                for part in content
+            ]
+            skeleton.messages.append(copy)
+            continue
         thought = THINK.fullmatch(content) if role == "assistant" and "</think>" in content else None
         if thought:
             opened, thinking, closed, rest = thought.groups()

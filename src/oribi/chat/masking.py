@@ -226,6 +226,8 @@ def _without_untrained_parts(
             trained.append((start, end))
             continue
         content = conversation.messages[turn]["content"]
+        if isinstance(content, list):  # a thought and a text
+            content = next((part["text"] for part in content if part["type"] == "text"), "")
         stripped = content.strip()
         at = text.find(stripped, start, end)
         if at < 0 or text.find(stripped, at + 1, end) >= 0:

@@ -89,13 +89,20 @@ class ChatTemplate:
     ) -> list[dict[str, Any]]:
         """Messages in the form this template takes, where templates differ and most write nonsense instead of complaining.
 
-        Thinking gets the name that the template reads; of tool calls, arguments are an object or JSON text, and a turn without
-        text has the content "" or None.
+        Thinking gets the name that the template reads, or becomes a part of the content; of tool calls, arguments are an object or
+        JSON text, and a turn without text has the content "" or None.
         """
         adapted = []
         for message in messages:
             given = next((name for name in REASONING_FIELDS if name in message), None)
-            if given and self._reasoning_field not in (None, given):
+            if given and self._thinks_in_parts:
+                parts = {"thinking": message[given], "text": message.get("content")}
+                content = [{"type": kind, kind: text} for kind, text in parts.items() if text]
+                message = {
+                    **{name: value for name, value in message.items() if name != given},
+                    "content": content,
+                }
+            elif given and self._reasoning_field not in (None, given):
                 message = {**message, self._reasoning_field: message[given]}
                 del message[given]
             if message.get("tool_calls"):
@@ -133,6 +140,21 @@ class ChatTemplate:
     def _reasoning_field(self) -> str | None:
         """The name under which the template reads a message's thinking."""
         return next((n for n in REASONING_FIELDS if re.search(rf"""(\.|['"]){n}\b""", self.source())), None)
+
+    @cached_property
+    def _thinks_in_parts(self) -> bool:
+        """Whether the template writes thinking only where it is a part of the content, as Mistral's do."""
+        thought = {"type": "thinking", "thinking": slot(0)}
+        answers = [{"content": [thought, {"type": "text", "text": slot(1)}]}]
+        answers += [{"content": slot(1), name: slot(0)} for name in REASONING_FIELDS]
+        written = []
+        for answer in answers:
+            try:
+                rendered = self.render([{"role": "user", "content": "x"}, {"role": "assistant", **answer}])
+            except DataError:
+                rendered = ""
+            written.append(slot(0) in rendered and slot(1) in rendered)
+        return written[0] and not any(written[1:])
 
     def _call_form(self, tools: Sequence[Any] | None) -> tuple[str | None, bool]:
         """What a turn of only tool calls has as content, and whether arguments are JSON text: the first form that is written."""

@@ -71,7 +71,7 @@ class Turns:
         question, answer: before and after each.
         ask: what asks for an answer.
         default: the system's text where a conversation has none.
-        opening: what stands before every conversation where there is no system message.
+        opening: what stands before every conversation.
     """
 
     system: tuple[str, str] | None
@@ -109,7 +109,7 @@ class Turns:
                 first = "{{ $first := true }}"
                 inside = f"{{{{ if and $first $.System }}}}{opening}{{{{ end }}}}{{{{ $first = false }}}}"
             else:
-                before = opening if self.always else f"{{{{ if .System }}}}{opening}{{{{ end }}}}"
+                before += opening if self.always else f"{{{{ if .System }}}}{opening}{{{{ end }}}}"
         around = [for_go_template(text) for text in (*self.question, *self.answer)]
         question = f"{around[0]}{inside}{{{{ .Content }}}}{around[1]}"
         answer = f"{around[2]}{{{{ .Content }}}}{around[3]}"
@@ -154,8 +154,7 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
         else os.path.commonprefix([to_answer, ending])
     )
     answer = (to_answer.removeprefix(after), to_question.removesuffix(before))
-    system, inside, always, default = _read_system(render, before, head)
-    opening = head.removesuffix(before) if system is None else ""
+    system, inside, always, default, opening = _read_system(render, before, head)
     turns = Turns(
         system, inside, always, (before, after), answer, ending.removeprefix(after), default, opening
     )
@@ -197,26 +196,25 @@ def _writes_the_date(tokenizer: Any) -> bool:
     return "oribi-date" in found
 
 
-def _read_system(render: Render, before: str, head: str) -> tuple[tuple[str, str] | None, bool, bool, str]:
-    """system, system_in_question, always and default of `Turns`."""
-    messages = _conversation(1, system=True)
-    own_text = NoModelfile("the chat template begins with text of its own")
+def _read_system(
+    render: Render, before: str, head: str
+) -> tuple[tuple[str, str] | None, bool, bool, str, str]:
+    """system, system_in_question, always, default and opening of `Turns`."""
+    messages, own = _conversation(1, system=True), head.removesuffix(before)
     try:
         start, middle, _ = _split(render(messages), [message["content"] for message in messages])
     except (ChatTemplateError, TemplateLimitError, NoModelfile):  # it takes no system message
-        return None, False, False, ""
-    if middle.endswith(before) and start != before:
-        around = (start, middle.removesuffix(before))
-        if head == before:
-            return around, False, False, ""
-        own = head.removesuffix(before)
-        if not (own.startswith(around[0]) and own.endswith(around[1])):
-            raise own_text
-        default = own[len(around[0]) : len(own) - len(around[1])]
-        return around, False, not default, default
-    if not start.startswith(before) or head != before:
-        raise own_text
-    return (start.removeprefix(before), middle), True, False, ""
+        return None, False, False, "", own
+    after = middle.removesuffix(before)
+    if middle.endswith(before) and start != own + before:
+        if start.startswith(own):
+            return (start.removeprefix(own), after), False, False, "", own
+        if own.startswith(start) and own.endswith(after):
+            default = own[len(start) : len(own) - len(after)]
+            return (start, after), False, not default, default, ""
+    elif start.startswith(own + before):
+        return (start.removeprefix(own + before), middle), True, False, "", own
+    raise NoModelfile("the chat template begins with text of its own")
 
 
 def _conversation(questions: int, *, system: bool) -> Messages:

@@ -90,6 +90,12 @@ def read_config(
         raise ModelError(
             f"{file}: text_config = {shown(text)}: a model of type {kind} holds no other; remove the field"
         )
+    try:
+        config.get_text_config()
+    except ValueError as error:  # which names them
+        raise ModelError(
+            f"{file}: which of its parts is the text model cannot be told: {_one_line(error)}"
+        ) from error
     for one in (config, text):
         if one is not None and family_of(one) is not None:
             check_decoder(file, one, notes)

@@ -161,6 +161,9 @@ def load_unfused(
     """
     try:
         expected = weightless(config, trust_remote_code=trust_remote_code, classifies=classifies)
+        expected.get_input_embeddings()  # a class that finds none says so
+        if not classifies and not hasattr(expected, "generate"):
+            raise TypeError(f"{type(expected).__name__} does not answer in text")
         kept = [
             name for name, _ in expected.named_modules() if classifies and name and _is_head(expected, name)
         ]
