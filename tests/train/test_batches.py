@@ -43,6 +43,20 @@ def test_each_row_is_trained_once_in_the_order_of_one_process(stream, drop_last,
     assert not any(in_turn[len(one) :])
 
 
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "left"), [(2, 2, 0), (2, 4, 1), (4, 2, 2), (2, 1, 1), (3, 4, 0)]
+)
+def test_the_end_of_a_stream_that_not_every_process_gets_fills_no_step(processes, batch_size, left):
+    """One process would not take a step with it either."""
+    read = []
+    for process in range(processes):
+        rows = RankRows(ROWS.to_iterable_dataset(), batch_size, False, processes, process, fills=False)
+        read.append([row["input_ids"][0] for row in rows])
+        assert int(rows.left) == left
+    whole = 11 if not left else 11 // (processes * batch_size) * processes * batch_size
+    assert sorted(row for rows in read for row in rows) == list(range(1, whole + 1))
+
+
 @pytest.mark.parametrize(("processes", "rounds", "size"), [(2, 2, 1), (2, 2, 2), (3, 1, 2), (4, 4, 1)])
 def test_the_rows_of_a_step_are_those_of_one_process_and_are_shared_by_length(processes, rounds, size):
     lengths = [90, 3, 80, 5, 9, 70, 1, 60, 4, 9, 30]

@@ -4,9 +4,13 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from oribi.launch import free_port, rank_variables
 
 
 def start(run: Callable[[], object], folder: Path | None = None) -> int:
@@ -42,6 +46,36 @@ def start(run: Callable[[], object], folder: Path | None = None) -> int:
         traceback.print_exc()
     finally:  # nothing of the program that was copied may run: neither its handlers of exits nor pytest
         os._exit(code if isinstance(code, int) else 1)
+
+
+def together(run: Callable[[], object], folder: Path, processes: int = 2, seconds: float = 240) -> list[int]:
+    """Calls `run` in copies of this process that know each other as torchrun's processes do.
+
+    Args:
+        run: the body. folder: each copy's streams go into its part 0, 1 ...
+        processes: how many. seconds: after which they are killed.
+
+    Returns:
+        Their exit codes.
+    """
+    port, children = free_port(), []
+
+    def ranked(rank: int) -> None:
+        os.environ.update(rank_variables(rank, processes, port) if processes > 1 else {})
+        run()
+
+    for rank in range(processes):
+        (folder / str(rank)).mkdir(parents=True, exist_ok=True)
+        children.append(start(partial(ranked, rank), folder / str(rank)))
+    ends, codes = time.monotonic() + seconds, dict.fromkeys(children)
+    while None in codes.values():
+        for child in (child for child, code in codes.items() if code is None):
+            if time.monotonic() > ends:
+                os.kill(child, signal.SIGKILL)
+            found, status = os.waitpid(child, os.WNOHANG)
+            codes[child] = os.waitstatus_to_exitcode(status) if found else None
+        time.sleep(0.01)
+    return list(codes.values())
 
 
 def ended(child: int) -> int:

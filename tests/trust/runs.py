@@ -40,17 +40,18 @@ def trainer_in(
     packs: bool = False,
     count: int = ROWS,
     rows: Any = None,
+    held_out: Any = None,
     loaded: Any = None,
     **settings: Any,
 ) -> SFTTrainer:
     """A trainer of the small model on so many random rows, or packs of them; some of them are evaluated on, too.
 
-    `rows` and `loaded` (model and tokenizer) take the place of the usual ones.
+    `rows`, `held_out` and `loaded` (model and tokenizer) take the place of the usual ones.
     """
     model, tokenizer = loaded or subject.load(dtype)
     args = SFTConfig(output_dir=str(folder), **{**SETTINGS, **settings})
     rows = subject.rows(count, model.get_base_model().config.vocab_size) if rows is None else rows
-    held_out = rows.select(range(evaluates)) if evaluates else None
+    held_out = rows.select(range(evaluates)) if evaluates else held_out
     if packs:
         rows = pack(rows, 2 * LONGEST)
     trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=held_out, tokenizer=tokenizer)

@@ -26,6 +26,7 @@ from oribi.errors import ConfigError
 from oribi.models.unwrap import source_of
 from oribi.text import did_you_mean, say_notes
 from oribi.train.setup import keep_dtype_in_evaluation
+from oribi.train.several import forget_preparation
 from oribi.train.stages import trl_place
 
 # trainers that add a copy of the adapter, named "ref", to the model
@@ -269,7 +270,14 @@ def _translating_trainer(name: str, trainer: type) -> type:
             _forget_reference(model)
         trainer.__init__(self, model, args=arguments, **keywords)
 
-    body = {"__init__": __init__, "__doc__": trainer.__doc__, "__module__": "oribi.trl", "__qualname__": name}
+    def _prepare_for_training(self: Any, *args: Any, **keywords: Any) -> Any:
+        forget_preparation(self.model)  # an earlier trainer's
+        return trainer._prepare_for_training(self, *args, **keywords)
+
+    body = {
+        "__init__": __init__, "_prepare_for_training": _prepare_for_training, "__doc__": trainer.__doc__,
+        "__module__": "oribi.trl", "__qualname__": name,
+    }  # fmt: skip
     return type(name, (trainer,), body)
 
 

@@ -141,11 +141,31 @@ class FilledRows(Dataset):
 
 
 class RankRows(IterableDataset):
-    """The rows of a stream that one process reads, in rounds of one batch per process."""
+    """The rows of a stream that one process reads, in rounds of one batch per process.
 
-    def __init__(self, rows: Any, batch_size: int, drop_last: bool, num_processes: int, process: int) -> None:
-        self._rows, self._batch_size, self._drop_last = rows, batch_size, drop_last
+    Args:
+        rows: the stream. batch_size: rows of a batch.
+        drop_last: whether only whole batches are read.
+        num_processes: that share them. process: this one.
+        fills: whether processes for which the last round has no batch take rows that are not trained. If not, nobody reads that
+            round: it could not fill a step of one process either.
+
+    Attributes:
+        left: batches of that round in the last pass [1], in memory that the loader's workers share.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        batch_size: int,
+        drop_last: bool,
+        num_processes: int,
+        process: int,
+        fills: bool = True,
+    ) -> None:
+        self._rows, self._batch_size, self._drop_last, self._fills = rows, batch_size, drop_last, fills
         self._round, self._first = batch_size * num_processes, batch_size * process
+        self.left = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self._rows, "set_epoch"):
@@ -153,6 +173,7 @@ class RankRows(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         found: list[Any] = []
+        self.left.zero_()
         for row in self._rows:
             found.append(row)
             if len(found) == self._round:
@@ -160,7 +181,10 @@ class RankRows(IterableDataset):
                 found = []
         if found and self._drop_last:
             found = found[: len(found) // self._batch_size * self._batch_size]
-        if found:
+        batches = -(-len(found) // self._batch_size)
+        if not self._fills and batches * self._batch_size < self._round:
+            self.left.fill_(batches)
+        elif found:
             yield from self._own(found) or [Filler(found[0])] * (self._batch_size if self._drop_last else 1)
 
     def _own(self, found: list[Any]) -> list[Any]:
@@ -207,13 +231,16 @@ def labels_of(batch: Any) -> torch.Tensor | None:
     return batch["shift_labels"] if "shift_labels" in batch else batch.get("labels")
 
 
-def rank_loader(accelerator: Accelerator, rounds: int, context: int, loader: DataLoader) -> DataLoader:
+def rank_loader(
+    accelerator: Accelerator, rounds: int, context: int, is_training: bool, loader: DataLoader
+) -> DataLoader:
     """A process's loader: the rows and order of `loader`, dealt out as this file says, on this process's device.
 
     Args:
         accelerator: knows the processes.
         rounds: micro-batches of an optimizer step.
         context: processes that share each row, which read the same rows.
+        is_training: whether the end of a stream that fills no step is left out.
         loader: of one process.
     """
     processes, (process, rank) = (
@@ -224,7 +251,9 @@ def rank_loader(accelerator: Accelerator, rounds: int, context: int, loader: Dat
     collate = UntrainedFiller(loader.collate_fn)
     settings["collate_fn"] = RowPart(collate, context, rank) if context > 1 else collate
     if isinstance(loader.dataset, IterableDataset):
-        rows = RankRows(loader.dataset, loader.batch_size, loader.drop_last, processes, process)
+        rows = RankRows(
+            loader.dataset, loader.batch_size, loader.drop_last, processes, process, fills=not is_training
+        )
         dealt = DataLoader(rows, batch_size=loader.batch_size, drop_last=loader.drop_last, **settings)
     else:
         batches = RankBatches(

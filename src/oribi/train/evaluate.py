@@ -24,7 +24,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.generate import Answer, answers, inference_mode_of
 from oribi.models.unwrap import base_model
 from oribi.train.setup import temporarily
-from oribi.train.several import ProcessesTrainer
+from oribi.train.several import ProcessesTrainer, forget_preparation
 
 BATCH_TOKENS = 4096  # of one forward; only the loss is kept
 
@@ -206,7 +206,8 @@ class PredictingTrainer(ProcessesTrainer):
     _predicts = False
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if not self.own_loss:
+        counted = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if not (self.own_loss or counted and "labels" in inputs):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         rows = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         inputs = self._prepare_inputs(inputs)
@@ -266,6 +267,7 @@ class PredictingTrainer(ProcessesTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._evaluated: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        forget_preparation(self.model)
         if self._evaluated:
             # over all targets: a mean of the batches' means would overweight batches with few of them
             total, targets = self.accelerator.reduce(torch.stack(self._evaluated).sum(0), "sum").tolist()

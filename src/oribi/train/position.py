@@ -174,11 +174,18 @@ class PositionedTrainer(Trainer):
             steps_trained_in_current_epoch=steps_trained_in_current_epoch, **rest,
         )  # fmt: skip
         if not sized:
-            self._end_pass(first, began_later=bool(rows))
+            left = int(getattr(getattr(train_dataloader, "dataset", None), "left", 0))
+            self._end_pass(first, bool(rows), left)
 
-    def _end_pass(self, first: int, began_later: bool) -> None:
-        """After a pass over a stream: it must have given a step; micro-batches of a step it could not fill are dropped."""
-        batches, needed = self.position.unused, self.args.gradient_accumulation_steps
+    def _end_pass(self, first: int, began_later: bool, left: int) -> None:
+        """After a pass over a stream: it must have given a step; micro-batches of a step it could not fill are dropped.
+
+        Args:
+            first: the step at which the pass began. began_later: whether it did not begin at the first row.
+            left: micro-batches at the end that did not suffice for all processes.
+        """
+        batches = self.position.unused * row_readers(self.args) + left
+        needed = self.args.gradient_accumulation_steps * row_readers(self.args)
         if self.state.global_step == first and not began_later and not self.stop_on_signal.stopped:
             given = f"{batches} micro-batches" if batches != 1 else "1 micro-batch"
             raise DataError(
@@ -186,9 +193,11 @@ class PositionedTrainer(Trainer):
                 "gradient_accumulation_steps or per_device_train_batch_size, or give more rows"
             )
         if batches and self.state.global_step < self.state.max_steps:
-            # or gradients and loss would be added to those of the next pass's first step
-            self.model.zero_grad()
-            self._tr_loss.copy_(self._loss_before_step)
+            if (
+                self.position.unused
+            ):  # or gradients and loss would be added to those of the next pass's first step
+                self.model.zero_grad()
+                self._tr_loss.copy_(self._loss_before_step)
             if not self._told_unused:
                 self._told_unused = True
                 self._say(

@@ -154,7 +154,9 @@ class RowsTrainer(Trainer):
             return build(dataset, *args, is_training=is_training, **kwargs)
         with temporarily(
             self.accelerator,
-            prepare=partial(rank_loader, self.accelerator, self.args.gradient_accumulation_steps, context),
+            prepare=partial(
+                rank_loader, self.accelerator, self.args.gradient_accumulation_steps, context, is_training
+            ),
         ):
             return build(dataset, *args, is_training=is_training, **kwargs)
 

@@ -83,11 +83,6 @@ class RunTrainer(ProcessesTrainer, ResumableTrainer):
         self.stop_on_signal.end_program(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
         return output
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        # accelerate from 1.13 on takes a model that was evaluated before for one that is wrapped already
-        vars(self.model).pop("_is_accelerate_prepared", None)
-        return super()._prepare_for_training(*args, **kwargs)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         require_finite(self.model)
         self._writes_checkpoint = _internal_call

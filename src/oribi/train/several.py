@@ -81,12 +81,14 @@ class ProcessesTrainer(Trainer):
         return self.args.world_size if self.args.average_tokens_across_devices else 1
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        forget_preparation(self.model)
         if not self.exchanges:
             return super()._prepare_for_training(*args, **kwargs)
         # accelerate places the model, as it does for an evaluation, and puts no DistributedDataParallel around it
         place = partial(_place, self.accelerator.prepare_model)
         with temporarily(self.accelerator, prepare_model=place):
             prepared = super()._prepare_for_training(*args, **kwargs)
+        forget_preparation(self.model)
         self.exchange = Exchange(
             [p for p in self.model.parameters() if p.requires_grad],
             getattr(self.optimizer, "optimizer", self.optimizer),
@@ -120,6 +122,15 @@ class ProcessesTrainer(Trainer):
         control = self.control
         waits_anyway = control.should_log or control.should_save or control.should_evaluate
         return self.exchange.asked_to_stop(waits_anyway or control.should_training_stop)
+
+
+def forget_preparation(model: nn.Module) -> None:
+    """Takes off the mark of a model that a trainer has used before.
+
+    accelerate from 1.13 on takes a marked model for one that is wrapped already, also where it was only evaluated; the processes of
+    the next trainer would each train alone.
+    """
+    vars(model).pop("_is_accelerate_prepared", None)
 
 
 def _place(prepare_model: Any, model: nn.Module, device_placement: bool | None = None, **_: Any) -> nn.Module:
