@@ -23,12 +23,15 @@ from transformers import TrainerCallback
 
 from oribi.data.collate import PackCollator
 from oribi.data.packing import pack
+from oribi.errors import ConfigError
 from oribi.models.fused_layer import POLICIES
+from oribi.models.open import open_model
 from oribi.models.unwrap import base_model
 from oribi.selftest.comparison import Comparison, failed
 from oribi.selftest.processes import run_together
 from oribi.selftest.subject import LONGEST, Subject, reference_of
 from oribi.train.arguments import SFTConfig
+from oribi.train.context import require_shareable
 from oribi.train.progress import Progress
 from oribi.train.trainer import SFTTrainer
 
@@ -193,15 +196,28 @@ def compare_documents(model: PeftModel, rows: Dataset) -> Comparison:
     return Comparison("documents of a pack", "isolated", error, 0.0, note)
 
 
-MODES = {"whole": {}, "sharded": {"fsdp": True}}
+# how two processes take a step: half of the rows each, the frozen weights whole or sharded; or half of one row of all documents
+HALVES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+SHARED = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1, "context_parallel": 2}
+MODES = {"whole": HALVES, "sharded": {**HALVES, "fsdp": True}, "shared rows": SHARED}
+
+
+def modes_of(config: Any) -> Iterator[str]:
+    """The modes that a model can be trained in."""
+    for mode, settings in MODES.items():
+        try:
+            require_shareable(config, settings.get("context_parallel", 1))
+        except ConfigError:
+            continue
+        yield mode
 
 
 def _compare_processes(
     subject: Subject, folder: Path, rows: Dataset, whole: Step | None, limit: float, on_gpus: bool = False
 ) -> Iterator[Comparison]:
-    """Two processes with half of the rows each, the frozen weights whole in each or sharded: gloo on the CPU, NCCL on GPUs."""
+    """Two processes in each mode: gloo on the CPU, NCCL on GPUs."""
     device, where = ("cuda", "2 GPUs") if on_gpus else ("cpu", "2 processes")
-    names = {mode: f"{where}, {mode}: batch 2, accumulation 2" for mode in MODES}
+    names = {mode: f"{where}, {mode}" for mode in modes_of(open_model(subject.path).config)}
     try:
         if whole is None:  # on a CPU, bitsandbytes quantises some weights to other codes than on a GPU
             whole = reference_step(reference_of(Subject(subject.path, "cpu").load()[0]).double(), rows)
@@ -217,14 +233,11 @@ def _compare_processes(
 def main(path: str, folder: Path, device: str) -> None:
     """Takes the step in each mode; the first process writes loss and gradients to DEVICE-MODE.safetensors."""
     on_cpu = {"use_cpu": True, "ddp_backend": "gloo"} if device == "cpu" else {}
-    for mode, settings in MODES.items():
-        # on GPUs each process has its own
-        model, tokenizer = Subject(path, "cpu" if device == "cpu" else None).load()
+    place = "cpu" if device == "cpu" else None  # on GPUs each process has its own
+    for mode in modes_of(open_model(path).config):
+        model, tokenizer = Subject(path, place).load()
         rows = Subject(path).rows(11, base_model(model).config.vocab_size).select(range(ROWS))
-        step = trained_step(
-            model, tokenizer, rows, folder / "processes", per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            **on_cpu, **settings,
-        )  # fmt: skip
+        step = trained_step(model, tokenizer, rows, folder / "processes", **on_cpu, **MODES[mode])
         if torch.distributed.get_rank() == 0:
             loss = torch.tensor(step.loss, dtype=torch.float64)
             save_file({**step.gradients, "loss": loss}, folder / f"{device}-{mode}.safetensors")
