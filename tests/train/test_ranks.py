@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from oribi import trl
+from oribi import FastLanguageModel, trl
+from oribi.errors import OribiError
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
 from oribi.selftest.subject import Subject, write_small_model
@@ -143,3 +145,48 @@ def test_a_trainer_of_trl_on_a_model_that_oribis_trainer_had_trains_with_all_pro
 
     first, second = found_by(run, tmp_path, 2)
     assert first == second
+
+
+def test_a_script_whose_processes_all_save_has_each_file_written_once(tiny_folder, tmp_path, monkeypatch):
+    """As scripts for one process do under torchrun: they save, load what they saved, and merge."""
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+
+    def run() -> None:
+        options = {"max_seq_length": 64, "dtype": torch.float32, "load_in_4bit": True}
+        model, tokenizer = FastLanguageModel.from_pretrained(str(tiny_folder), **options)
+        model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=4)
+        rows = Dataset.from_list([{"text": row["prompt"]} for row in PAIRS])
+        args = trl.SFTConfig(
+            output_dir="out", max_steps=1, save_strategy="no", report_to="none", dataset_text_field="text"
+        )
+        trl.SFTTrainer(model, args=args, train_dataset=rows, tokenizer=tokenizer).train()
+        if os.environ[RANK] == "0":
+            time.sleep(1)  # the other one comes first, and has to wait
+        model.save_pretrained("adapter")
+        again, _ = FastLanguageModel.from_pretrained("adapter", **options)
+        said = [None, None]
+        try:
+            model.save_pretrained_merged("no", tokenizer, save_method="merged_4bit", base="missing")
+        except OribiError as error:
+            said = [type(error).__name__, str(error)]
+        report = model.save_pretrained_merged("merged", tokenizer)
+        loaded = AutoModelForCausalLM.from_pretrained("merged")
+        if os.environ[RANK] == "0":  # as scripts for several processes do
+            model.save_pretrained("first")
+        found = {
+            "weights": [float(p.double().norm()) for p in again.parameters() if p.requires_grad],
+            "merged": float(sum(p.double().norm() for p in loaded.parameters())),
+            "error": said,
+            "wrote": report is not None,
+        }
+        Path(f"{os.environ[RANK]}.json").write_text(json.dumps(found))
+
+    first, second = found_by(run, tmp_path, 2)
+    assert (first.pop("wrote"), second.pop("wrote")) == (True, False)
+    (kind, text), (other, told) = first.pop("error"), second.pop("error")
+    assert (kind, kind is not None) == (other, True)
+    assert told == f"process 0 could not write {tmp_path}/no: {text}"
+    assert first == second
+    assert (tmp_path / "first" / "adapter_model.safetensors").is_file()
+    assert "oribi" not in (tmp_path / "1" / "out").read_text()

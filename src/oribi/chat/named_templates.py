@@ -13,7 +13,7 @@ from typing import Any
 
 from oribi.chat.tokenizer import prefix_ids
 from oribi.errors import ConfigError
-from oribi.text import did_you_mean
+from oribi.text import did_you_mean, say_notes
 
 FOLDER = resources.files("oribi.chat").joinpath("templates")
 DEFAULT_SYSTEM = "DEFAULT_SYSTEM"  # in a file: a Jinja literal of what stands in for a missing system message
@@ -134,7 +134,9 @@ def get_chat_template(
     if end is not None and end not in tokenizer.get_vocab():
         source = _with_own_end(tokenizer, source, end, map_eos_token)
     elif end is not None and map_eos_token and tokenizer.eos_token != end:
-        print(f"get_chat_template: the tokenizer's EOS is now {end!r} (it was {tokenizer.eos_token!r}).")
+        say_notes(
+            [f"get_chat_template: the tokenizer's EOS is now {end!r} (it was {tokenizer.eos_token!r})."]
+        )
         tokenizer.eos_token = end
     tokenizer.chat_template = source
     return tokenizer
@@ -172,8 +174,10 @@ def _with_own_end(tokenizer: Any, source: str, end: str, map_eos_token: bool) ->
         raise ConfigError(
             f"get_chat_template: the tokenizer has neither {end!r} nor an EOS token; set tokenizer.eos_token."
         )
-    print(
-        f"get_chat_template: the tokenizer has no {end!r}; turns end with its EOS {tokenizer.eos_token!r} instead."
+    say_notes(
+        [
+            f"get_chat_template: the tokenizer has no {end!r}; turns end with its EOS {tokenizer.eos_token!r} instead."
+        ]
     )
     return source.replace(end, tokenizer.eos_token)
 

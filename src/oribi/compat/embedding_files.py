@@ -26,6 +26,7 @@ from oribi.models.unwrap import base_model
 from oribi.save.folder import finished_folder
 from oribi.save.hub import MERGED_KEYWORDS, read_accepted, upload_folder
 from oribi.save.merged import read_finite
+from oribi.save.one_writer import by_first_process
 from oribi.save.trained import MergedModel
 from oribi.text import say_notes
 
@@ -190,6 +191,7 @@ def _pool(model: Any, name: str, stated: bool, pooling: str, notes: list[str]) -
             notes.append(f"pooling_mode={pooling!r} has no effect: the model's own files say {found}")
 
 
+@by_first_process
 def save_merged_embeddings(
     model: Any, save_directory: str, tokenizer: Any = None, save_method: str = "merged_16bit", **accepted: Any
 ) -> str | None:
@@ -263,6 +265,7 @@ def merged_copy(model: Any) -> Any:
     )  # fmt: skip
 
 
+@by_first_process
 def save_embedder(model: Any, path: str, *arguments: Any, **keywords: Any) -> None:
     """`SentenceTransformer.save_pretrained`, and the adapter's file read back.
 

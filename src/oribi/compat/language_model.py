@@ -295,7 +295,9 @@ def _bind(model: Model) -> None:
         setattr(model, method.__name__.replace("_save_", "save_pretrained_").replace("_push_", "push_to_hub_"),
                 MethodType(method, model))  # fmt: skip
     if isinstance(model, PeftModel):
-        model.save_pretrained = MethodType(_save_adapter, model)
+        from oribi.save.one_writer import by_first_process
+
+        model.save_pretrained = MethodType(by_first_process(_save_adapter), model)
         model.load_adapter = MethodType(load_adapter, model)
         model.save_lora = MethodType(save_lora, model)
         model.load_lora = MethodType(load_lora, model)

@@ -18,6 +18,7 @@ from oribi.chat.rendering import ChatTemplate
 from oribi.chat.template import SLOT, shared_prefix, slot
 from oribi.data.encoding import UNTRAINED
 from oribi.errors import ConfigError, DataError
+from oribi.text import say_notes
 
 Batch = Mapping[str, list[Any]]  # columns of token rows
 
@@ -80,7 +81,9 @@ def train_on_responses_only(
     else:
         markers = find_markers(tokenizer)
         shown = " or ".join(map(repr, markers.ends)) or "the next question"
-        print(f"train_on_responses_only: answers begin after {markers.response!r} and end with {shown}.")
+        say_notes(
+            [f"train_on_responses_only: answers begin after {markers.response!r} and end with {shown}."]
+        )
     finder = Finder(tokenizer, markers)
 
     def labels_of(batch: Batch) -> dict[str, list[list[int]]]:
@@ -223,8 +226,10 @@ def _mask(dataset: Any, labels_of: Callable[[Batch], Any], finder: Finder, num_p
     if not whole:
         return kept
     if len(kept) < len(masked):
-        print(
-            f"train_on_responses_only: {len(masked) - len(kept):,} of {len(masked):,} rows train nothing and are left out."
+        say_notes(
+            [
+                f"train_on_responses_only: {len(masked) - len(kept):,} of {len(masked):,} rows train nothing and are left out."
+            ]
         )
     if not len(kept):
         start = finder.tokenizer.decode(dataset[0]["input_ids"][:120])

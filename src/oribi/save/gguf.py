@@ -36,6 +36,7 @@ from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, Verify, checked, file_name, model_name
 from oribi.save.folder import announce
 from oribi.save.hub import GGUF_KEYWORDS, push, read_accepted
+from oribi.save.one_writer import by_first_process
 from oribi.save.trained import LoadedModel, MergedModel, changes_of
 from oribi.save.verify import check_source
 from oribi.save.verify_gguf import check_gguf_tokenizer, check_in_llama_cpp
@@ -46,6 +47,7 @@ _ADAPTER_TYPES = {"auto": Type.F16, "f32": Type.F32, "f16": Type.F16, "bf16": Ty
 _TOLERANCE = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 1e-2}
 
 
+@by_first_process
 def save_gguf(
     model: nn.Module,
     directory: str | os.PathLike,
@@ -142,6 +144,7 @@ def _without_drafts(model: nn.Module) -> list[str]:
     ]
 
 
+@by_first_process
 def push_gguf(
     model: nn.Module,
     repo_id: str,
@@ -223,6 +226,7 @@ class GGUFExport(Export):
         return f"{usage}\n\n" + fenced(f"ollama create {called} -f Modelfile\nollama run {called}")
 
 
+@by_first_process
 def save_gguf_adapter(
     model: nn.Module,
     directory: str | Path,

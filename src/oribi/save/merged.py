@@ -28,6 +28,7 @@ from oribi.save.export import Export, Verify, checked, trained_answers
 from oribi.save.folder import announce
 from oribi.save.hub import MERGED_KEYWORDS, push, read_accepted, upload_folder
 from oribi.save.nf4_checkpoint import nf4_config, pack_nf4, packed_bytes, packed_names, unpacked_modules
+from oribi.save.one_writer import by_first_process
 from oribi.save.report import ExportReport
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards
 from oribi.save.trained import MergedModel
@@ -39,6 +40,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU = torch.device("cpu")
 
 
+@by_first_process
 def save_merged(
     model: nn.Module,
     directory: str | os.PathLike,
@@ -111,6 +113,7 @@ def _export_class(model: nn.Module, save_method: str) -> type["MergedExport"]:
     return ClassifierExport
 
 
+@by_first_process
 def push_merged(
     model: nn.Module, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", **keywords: Any
 ) -> str | None:

@@ -19,6 +19,7 @@ from torch import nn
 from oribi.errors import EndedElsewhere, OribiError, TrainingError
 from oribi.kernels.adamw import FlatAdamW
 from oribi.kernels.adamw_step import CONTROL_WORDS
+from oribi.save.one_writer import group_store
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class Exchange:
         Args:
             error: what ended the training in this process.
         """
-        store = _store()
+        store = group_store()
         said = self._said(store)
         if isinstance(error, EndedElsewhere):
             return error
@@ -221,7 +222,7 @@ class Exchange:
             if now - looked < LOOK_SECONDS:
                 continue
             looked = now
-            said = self._said(_store())
+            said = self._said(group_store())
             if said is not None:
                 raise EndedElsewhere(said)
             if now - began > self._timeout:
@@ -327,13 +328,6 @@ def _portions(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         size += parameter.nbytes
     if found:
         yield found
-
-
-def _store() -> Any:
-    """Where processes leave words for each other without meeting; None after the group has ended."""
-    if not dist.is_initialized():
-        return None
-    return dist.distributed_c10d._get_default_store()
 
 
 def _is_link(error: RuntimeError) -> bool:
