@@ -6,6 +6,7 @@ waits for the others at a meeting: the first process leaves word in the store th
 
 import inspect
 import os
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from oribi.errors import EndedElsewhere, OribiError, TrainingError
 
 LOOK_SECONDS = 0.1
 BEGIN_SECONDS = 1800  # within which the first process has to come to the same call
-BEGUN, DONE, FAILED = "begun", "done", "failed"
+BEGUN, DONE, FAILED = b"begun", b"done ", b"failed "
 
 _calls: Counter[str] = Counter()
 
@@ -33,10 +34,10 @@ def group_store() -> Any:
 
 
 def by_first_process(save: Callable[..., Any]) -> Callable[..., Any]:
-    """Of several processes that call `save` with the same folder, lets the first one write and the others wait; these return None.
+    """Of several processes that call `save` with the same folder, lets the first one write and the others wait for its result.
 
     Args:
-        save: its second argument names the folder or repository.
+        save: its second argument names the folder or repository; what it returns can be pickled.
 
     Raises:
         OribiError: in all of them, what the first process raised.
@@ -58,30 +59,31 @@ def by_first_process(save: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result = save(*given, **keywords)
         except BaseException as error:
-            _leave(store, key, f"{FAILED} {type(error).__name__} {error}")
+            _leave(store, key, FAILED + f"{type(error).__name__} {error}".encode())
             raise
-        _leave(store, key, DONE)
+        _leave(store, key, DONE + pickle.dumps(result))
         return result
 
     return saved
 
 
-def _leave(store: Any, key: str, word: str) -> None:
+def _leave(store: Any, key: str, word: bytes) -> None:
     with suppress(RuntimeError):  # nobody is left who could read it
         store.set(key, word)
 
 
-def _wait(store: Any, key: str, place: str) -> None:
+def _wait(store: Any, key: str, place: str) -> Any:
+    """What the first process returned."""
     began = time.monotonic()
     while True:
         try:
-            word = store.get(key).decode() if store.check([key]) else ""
+            word = store.get(key) if store.check([key]) else b""
         except RuntimeError:
-            return  # the first process is over; if it failed, the launcher ends this one
-        if word == DONE:
-            return
+            return None  # the first process is over; if it failed, the launcher ends this one
+        if word.startswith(DONE):
+            return pickle.loads(word.removeprefix(DONE))
         if word.startswith(FAILED):
-            _, kind, text = word.split(" ", 2)
+            kind, _, text = word.removeprefix(FAILED).decode().partition(" ")
             known = getattr(errors, kind, None)
             raise (known if isinstance(known, type) and issubclass(known, OribiError) else EndedElsewhere)(
                 f"process 0 could not write {place}: {text}"
