@@ -5,10 +5,13 @@ import re
 import gguf
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from oribi.errors import ExportError
 from oribi.families import FAMILIES
 from oribi.gguf.file import GGUFFile
+from oribi.gguf.llama_cpp import LlamaCpp
+from oribi.models.open import open_model
 from oribi.save.gguf import save_gguf, save_gguf_adapter
 from tests.models.tiny import ROPES
 from tests.save.tiny_export import (
@@ -68,6 +71,24 @@ def test_an_adapter_acts_in_llama_cpp_as_trained(model_type, tmp_path):
     assert found.agreeing == 1.0
     assert found.worst < (2e-2 if model_type.startswith("gemma") else 2e-3)
     assert distance_from_llama_cpp(model, base, PROMPT).worst > 0.1
+
+
+def test_tokens_that_a_model_never_says_are_not_said_in_llama_cpp(tmp_path):
+    model = adapted(tiny_model(export_config("llama")))
+    base = model.get_base_model()
+
+    def answer() -> list[int]:
+        return model.generate(torch.tensor([PROMPT]), max_new_tokens=6, do_sample=False)[
+            0, len(PROMPT) :
+        ].tolist()
+
+    base.generation_config = GenerationConfig(eos_token_id=2)
+    said = answer()
+    base.generation_config = GenerationConfig(eos_token_id=2, suppress_tokens=said[:3])
+    saved = save_gguf(model, tmp_path, byte_level_tokenizer(), "f32", held_out=["the red fox", "a cat sits"])
+    assert saved["report"].passed
+    assert LlamaCpp(saved["gguf_files"][0], 256).generate(PROMPT, 6).tokens == answer() != said
+    assert open_model(saved["gguf_files"][0]).generation.suppress_tokens == said[:3]
 
 
 def test_an_adapter_that_llama_cpp_does_not_apply_is_refused(tmp_path):

@@ -20,6 +20,8 @@ from oribi.gguf.file import GGUFFile
 from oribi.gguf.splits import NFC, RULES, WHOLE_WORDS, pre_tokenizer, pre_tokenizer_name, pre_tokenizer_steps
 
 # special tokens: their names here -> in the keys
+# tokens that a model never says, such as those that stand for pictures in its input
+SUPPRESSED = "tokenizer.ggml.suppress_tokens"
 _SPECIAL = {
     "bos": "bos",
     "eos": "eos",

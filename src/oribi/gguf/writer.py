@@ -4,6 +4,7 @@ A file goes through the gguf package's writer: header, metadata, tensor list, th
 quantised in turn, so the host holds one tensor in float32 at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from oribi.gguf.names import family_in_gguf, tensors_to_write
 from oribi.gguf.quantize import encode
 from oribi.gguf.rope import rope_tensors
 from oribi.gguf.tensor import Tensor
-from oribi.gguf.tokenizer import Vocabulary, add_tokenizer
+from oribi.gguf.tokenizer import SUPPRESSED, Vocabulary, add_tokenizer
 from oribi.tensors import TensorSource, all_finite
 
 _EMBEDDINGS = "model.embed_tokens.weight"
@@ -64,6 +65,7 @@ def write_files(
     *,
     name: str,
     device: torch.device,
+    suppressed: Sequence[int] = (),
 ) -> Vocabulary:
     """Write one GGUF file for each method; each tensor is merged once and quantised for all.
 
@@ -74,6 +76,7 @@ def write_files(
         tokenizer: a fast tokenizer.
         name: the model's name, for people.
         device: where tensors are merged and quantised.
+        suppressed: ids of tokens that the model never says.
 
     Returns:
         The tokenizer as written.
@@ -91,6 +94,8 @@ def write_files(
         rows = shapes[_EMBEDDINGS][0]
         add_metadata(writer, config, name, rows)
         vocabulary = add_tokenizer(writer, tokenizer, rows, facts.pieces)
+        if never := [token for token in suppressed if token < rows]:
+            writer.add_array(SUPPRESSED, never)
         writer.add_file_type(mix_of(method).file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         listed = [(factor, tuple(values.shape), Type.F32) for factor, values in factors.items()]

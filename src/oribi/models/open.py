@@ -15,7 +15,7 @@ from oribi.chat.tokenizer import OBJECTS, PROCESSOR_FILES, Repaired, load_tokeni
 from oribi.errors import ModelError
 from oribi.families import family_of
 from oribi.gguf.source import GGUFSource
-from oribi.gguf.tokenizer import rebuild_tokenizer
+from oribi.gguf.tokenizer import SUPPRESSED, rebuild_tokenizer
 from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import AdapterRecord, read_record
 from oribi.models.config_file import check_decoder, read_config, read_generation
@@ -194,6 +194,7 @@ def open_model(name: str, hub: HubOptions | None = None, gguf_file: str | None =
     if gguf is not None:
         ends = [config.eos_token_id, gguf.value("tokenizer.ggml.eot_token_id")]
         generation.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
+        generation.suppress_tokens = gguf.value(SUPPRESSED)
     return OpenedModel(location, hub, whole, config, generation, gguf, adapter, notes)
 
 

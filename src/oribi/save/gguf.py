@@ -184,8 +184,9 @@ class GGUFExport(Export):
         device, config = next(self.inner.parameters()).device, self.inner.config
         with torch.no_grad():
             self.vocabulary = write_files(
-                paths, self.merged, config, self.tokenizer, name=self.name, device=device
-            )
+                paths, self.merged, config, self.tokenizer, name=self.name, device=device,
+                suppressed=self.inner.generation_config.suppress_tokens or (),
+            )  # fmt: skip
         if self.tokenizer.chat_template and not renders(self.tokenizer):
             self.report.notes.append(
                 "the chat template fails on a plain conversation and is left out of the files"

@@ -137,13 +137,14 @@ class Trained:
         pad = next(iter(self.stops), 0)
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        own = self.inner.generation_config  # may sample, or punish repetitions
         settings = GenerationConfig(
             max_new_tokens=ANSWER_TOKENS,
             do_sample=False,
             eos_token_id=sorted(self.stops) or None,
             pad_token_id=pad,
+            suppress_tokens=own.suppress_tokens,
         )
-        own = self.inner.generation_config  # may sample, or punish repetitions
         self.inner.generation_config = settings
         try:
             with torch.no_grad():
