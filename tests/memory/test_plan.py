@@ -94,6 +94,19 @@ def test_the_host_takes_what_its_link_copies_beside_the_arithmetic(step):
     assert sent(0.01) <= 0.01 * 4 * 3 * step.layers[0].product_flop
 
 
+def test_the_least_memory_makes_nothing_twice_where_the_link_hides_everything(step):
+    def least(rate: float, free: int = 10**12) -> list[Keep]:
+        return plan(step, 0, host_bytes=10**12, host_bytes_per_flop=rate, free=free)
+
+    fast = least(10.0)
+    assert {keep[name] for keep in fast[:-1] for name in keep if name != "weights"} == {"host"}
+    for other in (least(0.0), least(10.0, free=step.workspace)):
+        assert {keep["gate_up"] for keep in other[:-1]} == {"recompute"}
+    again = [Keep(keep, gate_up="recompute") for keep in fast[:-1]] + fast[-1:]
+    one = step.layers[0].results["gate_up"]
+    assert 0 < peak(step, fast) - peak(step, again) <= 2 * one.bytes + 4 * one.beside
+
+
 def test_the_widest_wait_in_host_memory_where_two_of_them_can_come_back(step, monkeypatch):
     results = step.layers[0].results
     last = sorted(by_bargain(step.kinds), key=lambda pair: pair[1].name == "gate_up")

@@ -49,7 +49,7 @@ class OwnLabels(SFTTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [pytest.param(False, marks=pytest.mark.long), True])
 def test_labels_that_a_trainer_changes_are_the_ones_that_count(make, conversations, asked, in_place):
     OwnLabels.in_place = in_place
     changed, usual = make(conversations, cls=OwnLabels, max_steps=1), make(conversations, max_steps=1)
@@ -95,6 +95,7 @@ def test_the_next_batches_are_read_before_a_loss_is_logged_unless_a_checkpoint_f
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_every_row_of_a_pass_is_read_once(make, conversations):
     seen = []
     trainer = make(

@@ -149,6 +149,7 @@ def test_a_larger_graph_runs_what_has_none_of_its_own(steps_of):
     assert counts == {"eager": 1, "recorded": 1, "replayed": 1}
 
 
+@pytest.mark.long
 def test_lengths_that_rotate_otherwise_are_not_mixed(steps_of):
     scaling = {
         "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 1e4,

@@ -36,6 +36,7 @@ def plan(
     budget: int,
     host_bytes: int | None = None,
     host_bytes_per_flop: float = HOST_BYTES_PER_FLOP,
+    free: int = 0,
 ) -> list[Keep]:
     """One `Keep` per layer, such that the step fits the budget if any plan does.
 
@@ -44,6 +45,8 @@ def plan(
         budget: device bytes for kept results and workspace; 0 keeps the least there is.
         host_bytes: free host memory; None asks this machine.
         host_bytes_per_flop: of copies to host memory beside the layers' arithmetic, as `measured_host_speed` gives it.
+        free: device bytes that are free where the budget is 0. If the host's link hides the copies of all results, one more
+            buffer is used of them, and nothing but weights is made twice.
     """
     if host_bytes is None:
         host_bytes = psutil.virtual_memory().available
@@ -59,9 +62,12 @@ def plan(
         places = spread(0, layers, layers)
         host -= inputs
     keeps = [Keep(x=place) for place in places]
+    results = sum(sum(layer.in_host(_all_in_host(layer))) - step.input_bytes for layer in step.layers[:-1])
+    widest = max(layer.results["gate_up"].bytes for layer in step.kinds)
+    hides_all = budget == 0 and host >= results and free >= step.workspace + step.always + 2 * widest
     for layer, one in by_bargain(step.kinds):
         of_kind = step.kinds[layer]
-        kept, out, taken = _shares(one, spare, host, len(of_kind))
+        kept, out, taken = _shares(one, spare, host, len(of_kind), hides_all)
         if one.name == "gate_up" and of_kind[-1] == layers - 1 and step.last_gate_up_is_free:
             kept = max(kept, 1)
         spare -= taken
@@ -81,24 +87,31 @@ def by_bargain(kinds: Iterable[LayerAccount]) -> list[tuple[LayerAccount, KeptRe
     return sorted(found, key=lambda pair: pair[1].flop / (pair[1].bytes + pair[1].beside), reverse=True)
 
 
-def _shares(one: KeptResult, spare: float, host: float, layers: int) -> tuple[int, int, float]:
+def _shares(
+    one: KeptResult, spare: float, host: float, layers: int, hides_all: bool = False
+) -> tuple[int, int, float]:
     """How many layers keep a result on the device, how many in host memory, and the device memory that this takes.
 
     Args:
         one: the result. spare, host: bytes left on the device, and for the host.
         layers: of the model.
+        hides_all: whether all results can wait in host memory, for which no budget asks.
     """
     size = one.bytes + one.beside
     fits = min(layers, int(max(spare, 0) // size))
     if one.name == "weights" or fits == layers:
         return fits, 0, fits * size
     # coming back, two lie on the device; the workspace has place for all but the widest
-    back = 2 * one.bytes if one.name == "gate_up" else 0
+    back = 2 * one.bytes if one.name == "gate_up" and not hides_all else 0
     beside = int(max(spare - back, 0) // size)
     out = min(layers - beside, int(max(host, 0) // one.bytes))
     if (back and spare < back) or beside + out <= fits:
         return fits, 0, fits * size
     return beside, out, beside * size + out * one.beside + back
+
+
+def _all_in_host(layer: LayerAccount) -> Keep:
+    return Keep(dict.fromkeys(layer.results, "host"))
 
 
 def spread(kept: int, out: int, layers: int) -> list[Place]:
@@ -169,7 +182,8 @@ def apply_plan(
     device = decoder.device
     speed = measured_host_speed(device, decoder.dtype) if device.type == "cuda" else HOST_BYTES_PER_FLOP
     step = step_account(decoder, layer_shapes(decoder), tokens, longest, context)
-    keeps = plan(step, budget, host_bytes_per_flop=speed)
+    free = 0 if budget else free_device_bytes(decoder.device)
+    keeps = plan(step, budget, host_bytes_per_flop=speed, free=free)
     keeps = keeps if agree is None else agree(keeps)
     freed = decoder.offload_embedding() if keeps[0]["x"] == "host" else 0
     decoder.set_recompute_policy(keeps)
