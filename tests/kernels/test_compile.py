@@ -18,10 +18,12 @@ from oribi.kernels import (
     decode_attention,
     dispatch,
     embedding,
+    expert_stack,
     flash_attention,
     fp8,
     gated_delta,
     gated_mlp,
+    grouped,
     lora,
     lora_expand,
     lora_pack,
@@ -58,6 +60,8 @@ MODULES = (
     causal_conv,
     output_gate,
     gated_delta,
+    expert_stack,
+    grouped,
 )
 # bytes of shared memory that a program may have; of 8.x, the cards with least
 SHARED = {80: 101376, 90: 232448}
@@ -410,3 +414,24 @@ def test_the_layers_of_one_row_compile_with_one_element_a_thread(launches, monke
         assert "convert_layout" not in kernel.asm["ttgir"]
         assert kernel.metadata.shared == 0  # all is the kernel's own: the table and the sums
         assert "ld.global.nc.L1::no_allocate.v4.b32" in kernel.asm["ptx"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_products_of_experts_compile_at_the_sizes_of_qwen3_30b(launches, capability, dtype):
+    rows, experts, size, hidden = 32768, 4, 768, 2048
+    offs = torch.tensor([8192 * (i + 1) for i in range(experts)], dtype=torch.int32)
+    x = torch.empty(rows, hidden + 16, dtype=dtype)
+    weight = torch.empty(experts, 2 * size + 16, hidden + 16, dtype=dtype)
+    y = torch.empty(rows, 2 * size + 16, dtype=dtype)
+    grouped.grouped_matmul(x, weight[:, : 2 * size].transpose(1, 2), offs, out=y[:, : 2 * size])
+    grouped.grouped_matmul(y, weight[:, :, :hidden], offs)
+    grouped.grouped_outer(y[:, 2 * size : 2 * size + 8], x[:, :hidden], offs)
+    stack = expert_stack.PackedStack.empty((experts, 2 * size, hidden), 2, True, torch.device("cpu"))
+    expert_stack.dequantize_stack(stack, dtype, weight[:, : 2 * size, :hidden])
+    expert_stack.dequantize_stack(stack, dtype, experts=torch.tensor([3, 1]))
+    assert len(launches) == 5
+    for launch in launches:
+        kernel = compiled(launch, capability)
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED.get(capability, 65536)

@@ -11,7 +11,7 @@ from oribi.models import layers as layers_file
 from oribi.models.core import Keep
 from oribi.models.fused_layer import POLICIES
 from tests.models.test_parity import TOLERANCE, packed, relative
-from tests.models.tiny import KINDS, precise, tiny_config, tiny_pair
+from tests.models.tiny import ADAPTED, KINDS, precise, tiny_config, tiny_pair
 
 KEEPS = {
     **POLICIES,
@@ -26,7 +26,8 @@ KEEPS = {
 def adapt(model: torch.nn.Module, **changes: object) -> torch.nn.Module:
     """A PeftModel with LoRA on every linear layer, no factor zero, the same for every call."""
     torch.manual_seed(1)
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "lora_dropout": 0.0, **changes}
+    targets = ADAPTED.get(model.config.model_type, {"target_modules": "all-linear"})
+    settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0, **targets, **changes}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     perturb(adapted, "lora_")
     return adapted.train()

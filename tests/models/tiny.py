@@ -35,6 +35,17 @@ VARIANTS: dict[str, dict] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "attention_bias": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
     "qwen3_5_text": {
         "head_dim": 32,
         "attention_bias": True,
@@ -194,6 +205,15 @@ ROPES: dict[str, dict] = {
         "original_max_position_embeddings": 16,
         "rope_theta": 1e4,
     },
+}
+
+
+# where "all-linear" would reach the router, which PEFT adapts as transformers' older classes had it
+ADAPTED: dict[str, dict] = {
+    "qwen3_moe": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
 }
 
 

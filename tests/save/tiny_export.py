@@ -28,6 +28,7 @@ FAMILY_CHANGES: dict[str, dict] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False, "layer_types": None},
     "qwen3": {"use_sliding_window": False, "layer_types": None},
+    "qwen3_moe": {"use_sliding_window": False, "mlp_only_layers": [], "attention_bias": False},
     "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
     "gemma3_text": {

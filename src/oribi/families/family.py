@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+from oribi.families.expert_rules import ExpertRules
 from oribi.families.in_gguf import InGGUF
 
 # norms before and after the mixer and the MLP -> what most checkpoints call them, by the places that have one
@@ -74,6 +75,7 @@ class Family:
         query_scale_by_position: queries grow with the logarithm of their position, by llama_4_scaling_beta in rope_parameters.
         without_rope: which layers are not rotated: those that config.no_rope_layers marks 0, those that see everything beside
             sliding ones ("full_attention"), or all unless config.position_embedding_type is "rope".
+        experts: how experts are chosen and stored in layers that have them in place of an MLP; None: none has.
         gguf: how it is stored in a GGUF file; None where oribi reads and writes none.
     """
 
@@ -110,6 +112,7 @@ class Family:
     interleaved_rope: bool = False
     query_scale_by_position: bool = False
     without_rope: Literal["no_rope_layers", "full_attention", "position_embedding_type"] | None = None
+    experts: ExpertRules | None = None
     gguf: InGGUF | None = None
 
     def flags(self) -> dict[str, object]:

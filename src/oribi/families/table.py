@@ -8,6 +8,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
+from oribi.families.expert_rules import ExpertRules
 from oribi.families.family import Family
 from oribi.families.in_gguf import InGGUF
 from oribi.families.layer_fields import fields_by_layer
@@ -39,6 +40,10 @@ FAMILIES: dict[str, Family] = {
         gguf=InGGUF("qwen2", derived_head_dim=True, layers_of_70b=80),
     ),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", windows="layer_types", gguf=InGGUF("qwen3")),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", names={"router": "gate"}, qk_norm="head", windows="all",
+        experts=ExpertRules(normalise="norm_topk_prob", interleaved=True), gguf=InGGUF("qwen3moe"),
+    ),
     "qwen3_5_text": Family(
         "Qwen3_5ForCausalLM", mixers={"linear_attention": "gated_delta"}, norm_offset=1.0, qk_norm="head",
         output_gate="q_proj",
@@ -142,7 +147,9 @@ def family_of(config: PretrainedConfig) -> Family | None:
         return None
     kinds = {"linear_attention", "conv", "mamba"} & set(getattr(config, "layer_types", None) or ())
     refused = (
-        getattr(config, "num_local_experts", 0), getattr(config, "enable_moe_block", False), kinds - family.mixers.keys(),
+        family.experts is None and getattr(config, "num_local_experts", 0),
+        getattr(config, "output_router_logits", False),  # asks for a loss that evens out the experts' use
+        getattr(config, "enable_moe_block", False), kinds - family.mixers.keys(),
         getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone
         fields_by_layer(config) - _BY_LAYER,
     )  # fmt: skip

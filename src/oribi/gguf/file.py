@@ -115,19 +115,23 @@ class GGUFFile:
             return value[0]
         return value
 
-    def read(self, name: str, dtype: torch.dtype, offset: float = 0.0) -> torch.Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype, offset: float = 0.0, index: int | None = None
+    ) -> torch.Tensor:
         """A tensor's values minus `offset` in dtype, on the host.
 
         Args:
             name: as stored. dtype: of the result. offset: subtracted in float32.
+            index: in the first dimension, whose entry alone is read; None reads all.
         """
         stored = self.tensors[name]
-        out = torch.empty(stored.shape, dtype=dtype)
-        rows = out.view(-1, stored.shape[-1])
-        row_bytes = stored.nbytes // len(rows)
+        shape = stored.shape if index is None else stored.shape[1:]
+        out = torch.empty(shape, dtype=dtype)
+        rows = out.view(-1, shape[-1])
+        row_bytes = stored.nbytes // (math.prod(stored.shape) // shape[-1])
         step = max(1, _AT_ONCE // stored.shape[-1])
         with open_bytes(self.path) as file:
-            file.seek(stored.offset)
+            file.seek(stored.offset + (index or 0) * len(rows) * row_bytes)
             for part in rows.split(step):
                 packed = np.fromfile(file, dtype=np.uint8, count=len(part) * row_bytes).reshape(
                     len(part), row_bytes

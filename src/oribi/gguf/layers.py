@@ -47,6 +47,10 @@ def add_layers(writer: gguf.GGUFWriter, config: PretrainedConfig, family: Family
     wide = _first_shared(config) if family.wide_mlp and config.use_double_wide_mlp else len(layers)
     widths = [mlp_size(config) * (2 if i >= wide else 1) for i in layers]
     writer.add_feed_forward_length(_one_if_equal(widths))
+    if family.experts is not None:
+        writer.add_expert_count(getattr(config, family.experts.count))
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, family.experts.size))
     writer.add_head_count(config.num_attention_heads)
     heads = [family.value(config_of_layer(config, i), "num_key_value_heads") for i in layers]
     if facts.heads_by_layer:
@@ -101,6 +105,11 @@ def layer_refusals(config: PretrainedConfig, family: Family, facts: InGGUF) -> l
             refused.append(f"every {period}th layer, and no other, is full_attention")
         if sum(_sections(config)) * 2 != rotary_dim(config.rope_parameters, head_dim_of(config)):
             refused.append(f"mrope_section {list(_sections(config))} covers all rotated pairs of a head")
+    if family.experts is not None:
+        if not all(family.experts.in_layer(config, index) for index in range(layers)):
+            refused.append("every layer has experts")
+        if family.experts.normalise and not family.experts.normalises(config):
+            refused.append(f"the weights of a token's experts sum to 1 ({family.experts.normalise})")
     if facts.lists_layers:
         for kind in _KINDS:
             sizes = {config_of_layer(config, i).head_dim for i in range(layers) if kinds[i] == kind}
@@ -134,6 +143,15 @@ def read_layers(file: GGUFFile, family: Family, layers: int) -> dict[str, Any]:
     if facts.lists_layers:
         return _read_lists(file, layers, heads)
     settings = {"num_key_value_heads": max(heads), "intermediate_size": file.number("feed_forward_length")}
+    if family.experts is not None:
+        rules = family.experts
+        settings |= {
+            rules.count: file.number("expert_count"),
+            "num_experts_per_tok": file.number("expert_used_count"),
+            rules.size: file.number("expert_feed_forward_length"),
+        }
+        if rules.normalise:
+            settings[rules.normalise] = True  # as llama.cpp computes
     if facts.heads_by_layer:
         other = next(iter(family.mixers))
         settings["layer_types"] = [_KINDS[1] if number else other for number in heads]

@@ -118,8 +118,10 @@ def config_of_file(file: GGUFFile) -> PretrainedConfig:
 def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     """The fields of the config."""
     facts = family.gguf
-    if file.value("{arch}.expert_count", 0):
-        raise ModelError(f"{file.path} is a mixture of experts, which oribi does not read from GGUF")
+    if family.experts is None and file.value("{arch}.expert_count", 0):
+        raise ModelError(
+            f"{file.path} is a mixture of experts, which oribi does not read from GGUF as {file.architecture}"
+        )
     blocks, heads = file.number("block_count"), file.number("attention.head_count")
     if blocks > MOST_LAYERS:
         raise ModelError(f"{file.path}: block_count = {blocks}; at most {MOST_LAYERS:,} is possible")

@@ -126,7 +126,7 @@ class Mix:
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> Type:
         """The type of the tensor `name` of `shape` [N, K] or [N]."""
-        if len(shape) < 2 or name.endswith(("_norm.weight", *KERNELS)):
+        if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight", *KERNELS)):
             return Type.F32
         default = self.method.default
         if default in _FLOATS:
@@ -134,7 +134,7 @@ class Mix:
         if name == "per_layer_model_proj.weight":  # which llama-quantize leaves as the 16-bit file has it
             return Type.F16
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?([\w.]+)\.weight", name)
-        layer, part = int(match[1] or 0), match[2]
+        layer, part = int(match[1] or 0), match[2].removesuffix("_exps")
         if part == "output" or (part.endswith("token_embd") and self.tied):
             wanted = self._head(shape[-1])
         else:

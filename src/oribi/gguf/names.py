@@ -28,6 +28,13 @@ _LINEAR = {
     "ffn_up": ("mlp", "up_proj"),
     "ffn_down": ("mlp", "down_proj"),
 }
+# of experts, with a star for the number of each
+_EXPERTS = {
+    "ffn_gate_inp": ("mlp", "router"),
+    "ffn_gate_exps": ("mlp", "experts", "*", "gate_proj"),
+    "ffn_up_exps": ("mlp", "experts", "*", "up_proj"),
+    "ffn_down_exps": ("mlp", "experts", "*", "down_proj"),
+}
 # a mixer other than attention -> likewise
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "short_conv": {
@@ -101,6 +108,7 @@ def _layer_parts(family: Family, facts: InGGUF) -> dict[str, str]:
         name: roles for name, roles in _NORMS.items() if len(roles) > 1 or roles[0] in family.layer_norms()
     }
     parts = {**_LINEAR, **norms, **fused, **(_PER_LAYER_INPUT if family.per_layer_inputs else {})}
+    parts |= _EXPERTS if family.experts is not None else {}
     for mixer in family.mixers.values():
         parts |= _MIXERS.get(mixer, {})
     return {
@@ -116,6 +124,8 @@ def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
         split["heads"] = config.num_attention_heads if stem == "attn_q" else config.num_key_value_heads
     if facts.splits_gate_up and stem in _SPLIT:
         split["part"] = (_SPLIT.index(stem), len(_SPLIT))
+    if "*" in source:
+        split["experts"] = getattr(config, family.experts.count)
     if ".linear_attn." in source:
         split |= _of_gated_delta(config, source)
     elif name.endswith("_norm.weight"):
@@ -161,7 +171,9 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
     layer: dict[str, list[str]] = {}
     for name, source in _layer_parts(family, facts).items():
         layer.setdefault(source, []).append(name)
-    sources, tensors = list(sources), []
+    # experts of a layer share a tensor
+    sources = list(dict.fromkeys(re.sub(r"(\.experts\.)\d+\.", r"\1*.", source) for source in sources))
+    tensors = []
     for source in sources:
         if source == "lm_head.weight" and facts.head == "tied":
             raise ExportError(

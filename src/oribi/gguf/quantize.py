@@ -29,10 +29,10 @@ _REFITS = 2
 
 
 def encode(values: torch.Tensor, type: Type) -> np.ndarray:
-    """A tensor's bytes: [N, bytes of a row] uint8, or the values themselves in float32, float16.
+    """A tensor's bytes: [..., N, bytes of a row] uint8, or the values themselves in float32, float16.
 
     Args:
-        values: [N, K] or [N], float32 or 16-bit, on any device.
+        values: [..., N, K] or [N], float32 or 16-bit, on any device.
         type: the type; K is a multiple of its block.
     """
     if type == Type.F32:
@@ -42,14 +42,14 @@ def encode(values: torch.Tensor, type: Type) -> np.ndarray:
     if type == Type.BF16:
         return values.to(torch.bfloat16).view(torch.uint8).cpu().numpy()
     block, size = gguf.GGML_QUANT_SIZES[type]
-    rows, row = values.shape
+    *rows, row = values.shape
     blocks = values.reshape(-1, block)
     out = torch.empty(len(blocks), size, dtype=torch.uint8)
     step = _AT_ONCE // block if values.device.type == "cpu" else (1 << 24) // block
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
         out[part] = torch.cat(_PACKERS[type](blocks[part].float()), dim=1).cpu()
-    return out.view(rows, row // block * size).numpy()
+    return out.view(*rows, row // block * size).numpy()
 
 
 def _half(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

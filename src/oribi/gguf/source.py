@@ -11,6 +11,7 @@ from oribi.errors import ModelError
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.metadata import config_of_file
 from oribi.gguf.names import tensors_to_read
+from oribi.gguf.tensor import Tensor
 
 
 class GGUFSource:
@@ -30,18 +31,27 @@ class GGUFSource:
         if (parts := self.value("split.count", 1)) > 1:
             raise ModelError(f"{path} is one of {parts} parts; join them with `llama-gguf-split --merge`")
         self.config = config_of_file(self.file)
-        self._tensors = tensors_to_read(self.config, self.file.tensors)
+        # name in the checkpoint -> the tensor, and which expert's matrix of it
+        self._tensors: dict[str, tuple[Tensor, int | None]] = {}
+        for tensor in tensors_to_read(self.config, self.file.tensors).values():
+            found = self.file.tensors[tensor.name].shape
+            if tensor.experts and (len(found) != 3 or found[0] != tensor.experts):
+                raise ModelError(
+                    f"{path}: {tensor.name} has shape {list(found)}, and the model {tensor.experts} experts in each layer"
+                )
+            for index, name in enumerate(tensor.sources):
+                self._tensors[name] = tensor, index if tensor.experts else None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {
             name: tensor.shape_in_checkpoint(self.file.tensors[tensor.name].shape)
-            for name, tensor in self._tensors.items()
+            for name, (tensor, _) in self._tensors.items()
         }
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-        tensor = self._tensors[name]
+        tensor, index = self._tensors[name]
         read_as = torch.float32 if tensor.decay or dtype is None else dtype
-        values = self.file.read(tensor.name, read_as, offset=tensor.shift)
+        values = self.file.read(tensor.name, read_as, offset=tensor.shift, index=index)
         return tensor.from_gguf(values).to(device, dtype or torch.float32)
 
     def close(self) -> None:

@@ -62,6 +62,7 @@ class Tensor:
         kernel: it is a depthwise convolution's, [N, 1, W] in the checkpoint and [N, W] in the file.
         value_heads: whose rows or columns the file has in another order.
         decay: the checkpoint holds the logarithm of a decay, and the file minus the decay.
+        experts: of how many experts the file holds the matrices in one tensor; `source` has a star for an expert's number.
     """
 
     name: str
@@ -72,6 +73,14 @@ class Tensor:
     kernel: bool = False
     value_heads: ValueHeads | None = None
     decay: bool = False
+    experts: int = 0
+
+    @property
+    def sources(self) -> list[str]:
+        """The checkpoint's names of what the file holds in this tensor."""
+        return (
+            [self.source.replace("*", str(i)) for i in range(self.experts)] if self.experts else [self.source]
+        )
 
     def to_gguf(self, values: torch.Tensor) -> torch.Tensor:
         """The checkpoint's values [N, ...] as llama.cpp wants them."""
@@ -91,11 +100,15 @@ class Tensor:
         return a, self._rows_to_gguf(b)
 
     def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a tensor that has `shape` in the checkpoint."""
+        """Of a tensor whose sources have `shape` in the checkpoint."""
+        if self.experts:
+            return (self.experts, *shape)
         return (shape[0], shape[2]) if self.kernel else (shape[0] // self.part[1], *shape[1:])
 
     def shape_in_checkpoint(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a tensor that has `shape` in the file."""
+        """Of each source of a tensor that has `shape` in the file."""
+        if self.experts:
+            return shape[1:]
         return (shape[0], 1, *shape[1:]) if self.kernel else shape
 
     def from_gguf(self, values: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from transformers import PretrainedConfig
 
@@ -53,7 +54,7 @@ def plan_file(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]], meth
     """
     tensors = tensors_to_write(config, list(shapes))
     mix = Mix(mix_of(method), config, [tensor.name for tensor in tensors])
-    found = [(tensor, tensor.shape_in_file(shapes[tensor.source])) for tensor in tensors]
+    found = [(tensor, tensor.shape_in_file(shapes[tensor.sources[0]])) for tensor in tensors]
     return [Entry(tensor, shape, mix.type_of(tensor.name, shape)) for tensor, shape in found]
 
 
@@ -105,13 +106,16 @@ def write_files(
             writer.write_tensor_data(values.numpy())
         writers[method] = writer
     for entries in zip(*plans.values()):
-        tensor = entries[0].tensor
-        # what training left alone comes as stored: an embedding in float32 would be twice as large
-        values = tensor.to_gguf(source.read(tensor.source, device, None))
-        if not all_finite(values):
-            raise ExportError(f"{tensor.source} has a value that is not finite: training diverged")
-        for writer, entry in zip(writers.values(), entries):
-            writer.write_tensor_data(encode(values, entry.type))
+        tensor, encoded = entries[0].tensor, [[] for _ in entries]
+        for name in tensor.sources:
+            # what training left alone comes as stored: an embedding in float32 would be twice as large
+            values = tensor.to_gguf(source.read(name, device, None))
+            if not all_finite(values):
+                raise ExportError(f"{name} has a value that is not finite: training diverged")
+            for parts, entry in zip(encoded, entries):
+                parts.append(encode(values, entry.type))
+        for writer, parts in zip(writers.values(), encoded):
+            writer.write_tensor_data(np.stack(parts) if tensor.experts else parts[0])
     for writer in writers.values():
         writer.close()
     return vocabulary
@@ -126,7 +130,8 @@ def write_adapter_file(
         path: the file.
         config: the base's config.
         alpha: llama.cpp adds alpha / r * B A to each weight.
-        pairs: a [r, K] and b [N, r] of every adapted weight, float32, by their names in the file.
+        pairs: a [r, K] and b [N, r] of every adapted weight, [E, r, K] and [E, N, r] of experts, float32, by their names in
+            the file.
         kind: type of the factors; float16 where their rows do not fill its blocks.
         name: the adapter's name, for people.
     """

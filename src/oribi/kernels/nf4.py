@@ -17,6 +17,8 @@ import torch
 from oribi.errors import ModelError
 from oribi.kernels.dispatch import jit, launch, tl, use_triton
 
+# values that share one scale in the weights that oribi packs
+BLOCK = 64
 # weights that one launch can read; q|k|v is the largest group of a decoder layer
 _GROUP = 3
 # 4-byte words (8 codes) of a program of 4 warps: 4 independent loads per thread hide the latency of the scales
@@ -62,7 +64,7 @@ def dequantize(
 
 
 def quantize(
-    weight: torch.Tensor, *, blocksize: int = 64, double_quant: bool = True
+    weight: torch.Tensor, *, blocksize: int = BLOCK, double_quant: bool = True
 ) -> tuple[torch.Tensor, object]:
     """Packed codes ([N * K / 2, 1] uint8) and bitsandbytes' QuantState of a dense weight, on the weight's device.
 

@@ -301,7 +301,7 @@ def _check_same(model: PeftModel, settings: dict[str, Any]) -> None:
         a, b = getattr(wanted, name), getattr(present, name)
         if name == "target_modules" and wanted.target_modules == "all-linear":
             continue  # PEFT replaced the word by the names it found
-        if name in ("target_modules", "modules_to_save", "layers_to_transform"):
+        if name in ("target_modules", "modules_to_save", "layers_to_transform", "target_parameters"):
             a, b = (set(x) if isinstance(x, list | tuple | set) else x for x in (a, b))
         if (a or None) != (b or None):
             different.append(f"{name} is {b!r}, asked for {a!r}")

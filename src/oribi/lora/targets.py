@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from oribi.config import PROJECTIONS
 from oribi.errors import ConfigError
 from oribi.families import FAMILIES, Family
+from oribi.models.experts import Experts
 from oribi.models.mixers import MIXERS
 from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
 from oribi.models.unwrap import bare_module
@@ -95,7 +96,7 @@ def resolve_targets(
         target_modules = target_modules.strip()
         leaves = {name.rpartition(".")[2] for name in names}
         linear = target_modules.lower() == "all-linear"
-        if linear and (layers is not None or _has_more_linear_layers(model, leaves)):
+        if linear and (layers is not None or _has_experts(model) or _has_more_linear_layers(model, leaves)):
             target_modules = layer_projections(model, True, True)  # PEFT takes no word together with layers
         elif linear and len(names) < len(every):
             target_modules = list(PROJECTIONS)
@@ -113,6 +114,8 @@ def resolve_targets(
         targets.remove("embed_tokens")
         saved.append("embed_tokens")
         notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
+    if _has_experts(model):
+        targets = _without_experts(targets, notes)
     leaves = {name.rpartition(".")[2] for name in names}
     row = FAMILIES.get(model.config.model_type)
     held = _FUSED if row is None else row.projections()
@@ -151,6 +154,35 @@ def resolve_targets(
     if tied and "embed_tokens" in saved and "lm_head" in found:
         found.remove("lm_head")
     return found, list(dict.fromkeys(saved)) or None
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether layers of oribi's decoder have experts."""
+    return any(isinstance(module, Experts) for module in model.modules())
+
+
+def _without_experts(targets: list[str], notes: list[str]) -> list[str]:
+    """Targets without the projections of an MLP, which experts are not layers of.
+
+    PEFT reads these names as the experts' stacks where transformers' older classes had layers of these names.
+
+    Raises:
+        ConfigError: nothing else is named.
+    """
+    of_mlp = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+    left = [target for target in targets if target.rpartition(".")[2] not in of_mlp]
+    if len(left) == len(targets):
+        return targets
+    how = "target_parameters = [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
+    if not left:
+        raise ConfigError(
+            f"target_modules: {', '.join(targets)} are no layers of this model, whose experts are stacks of matrices; name "
+            f"{how}, and the layers of attention here"
+        )
+    notes.append(
+        f"target_modules: the experts, which are no layers, stay frozen, and so does any MLP beside them; {how} adapts the experts"
+    )
+    return left
 
 
 def _has_more_linear_layers(model: nn.Module, leaves: set[str]) -> bool:

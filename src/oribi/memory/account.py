@@ -15,11 +15,13 @@ from torch import nn
 from oribi.kernels.adamw import FLAT_OPTIMIZERS
 from oribi.kernels.adamw_step import BLOCK
 from oribi.kernels.cross_entropy import logits_shape
+from oribi.memory.experts_shape import multiplied, packable
 from oribi.memory.layer_shape import LayerShape
 from oribi.models.core import Keep
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.decoding.session import bucket_for
 from oribi.models.decoding.state import SLOT_STEP, row_bytes
+from oribi.models.experts import Experts, ExpertsMLP
 from oribi.models.fused_layer import LAYER_INPUT, policy
 from oribi.models.half import MLP_TOKENS
 
@@ -104,8 +106,9 @@ class LayerAccount:
 
     @property
     def product_flop(self) -> int:
-        """Arithmetic of the linear layers' forward."""
-        return self.tokens * sum(map(self.shape.product_flop, self.shape.groups))
+        """Arithmetic of the forward of linear layers and experts."""
+        experts = 0 if self.shape.experts is None else self.shape.experts.flop()
+        return self.tokens * (sum(map(self.shape.product_flop, self.shape.groups)) + experts)
 
     @property
     def core_flop(self) -> float:
@@ -117,9 +120,15 @@ class LayerAccount:
         """Device bytes from forward to backward of what later layers read."""
         return self.tokens * self.shape.lent * self.shape.width
 
+    @property
+    def always(self) -> int:
+        """Device bytes from forward to backward, whatever is kept."""
+        experts = self.shape.experts
+        return self.lent + (0 if experts is None else experts.routing_bytes(self.tokens))
+
     def kept(self, keep: Keep) -> int:
         """Device bytes from forward to backward, without dequantised weights."""
-        return self.lent + sum(
+        return self.always + sum(
             one.bytes * (keep[one.name] == "keep") + one.beside * (keep[one.name] != "recompute")
             for one in self.results.values()
         )
@@ -133,6 +142,9 @@ class LayerAccount:
         s, tokens, portion = self.shape, self.tokens, min(self.tokens, MLP_TOKENS)
         size = tokens * s.hidden * s.width  # dy
         for core in s.cores:
+            if isinstance(core, ExpertsMLP):
+                size += s.experts.backward_bytes(tokens, keep["gate_up"] != "keep")
+                continue
             used = {core.input: keep[core.input], core.output: keep[core.output_result or core.output]}
             if core.row_wise:  # of a portion: its input, the gradient of its output, and h
                 terms = [
@@ -148,6 +160,8 @@ class LayerAccount:
                 size += sum(map(s.weight_buffer, needed))
         for one in self.results.values():
             place = keep[one.name]
+            if one.name == "gate_up" and s.experts is not None:
+                continue  # among the experts' own
             if place != "keep":  # made there, or back from the host
                 in_portions = one.row_wise and place == "recompute"
                 size += one.bytes * portion // tokens if in_portions else one.bytes
@@ -174,10 +188,11 @@ class LayerAccount:
             mask_bytes: of an element of a dropout's mask, 1 on a GPU.
         """
         s = self.shape
-        _, inner, _ = s.groups["down"]
-        adapted = [(s.groups[group], len(ranks)) for group, ranks in s.ranks.items()]
+        _, inner, _ = s.groups.get("down", (0, 0, 0))
+        adapted = [(s.groups[group], len(ranks)) for group, ranks in s.ranks.items() if group in s.groups]
         # inputs of the norms, what the mixer needs, gate and up
         numbers = 2 * s.hidden + s.mixer.autograd_columns() + 2 * inner + sum(map(sum, s.ranks.values()))
+        numbers += 0 if s.experts is None else s.experts.autograd_columns()
         numbers += s.hidden * sum(post is not None for _, _, post in s.layer.parts())
         if dropout:
             dropped = sum(k * count for (_, k, _), count in adapted)
@@ -273,7 +288,7 @@ class StepAccount:
     @property
     def always(self) -> int:
         """Bytes that stay from forward to backward whatever layers keep."""
-        return self.beside + sum(layer.lent for layer in self.layers)
+        return self.beside + sum(layer.always for layer in self.layers)
 
     @cached_property
     def loss(self) -> int:
@@ -302,10 +317,7 @@ class StepAccount:
         kept = self.beside + sum(
             self.input_bytes + layer.lent if checkpointed else ones[layer] for layer in self.layers
         )
-        work = max(
-            one * (2 if checkpointed else 1) + layer.shape.weight_buffer(layer.shape.cores[1].input)
-            for layer, one in ones.items()
-        )
+        work = max(one * (2 if checkpointed else 1) + layer.shape.mlp_buffer for layer, one in ones.items())
         moments = {"the loss": self.loss, "a layer's backward": work}
         return [Moment(name, kept, working) for name, working in moments.items()]
 
@@ -354,8 +366,15 @@ def generation_bytes(decoder: DecoderForCausalLM, rows: int, length: int) -> int
 
 
 def linear_weights(model: nn.Module) -> int:
-    """Weights of a model's linear layers, packed ones counted as they are dequantised, and LoRA factors included."""
-    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+    """Weights that a token is multiplied with: of linear layers, packed ones counted as they are dequantised, LoRA factors
+    included, and of the experts that it takes."""
+    return int(sum(weights for _, _, weights, _ in multiplied(model)))
+
+
+def packable_weights(model: nn.Module) -> int:
+    """Weights that NF4 packs: of a model's linear layers and of all its experts."""
+    linear = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+    return linear + sum(packable(m) for m in model.modules() if isinstance(m, Experts))
 
 
 def needed_flop_per_token(decoder: DecoderForCausalLM, trained_share: float, document_length: float) -> float:
@@ -371,10 +390,9 @@ def needed_flop_per_token(decoder: DecoderForCausalLM, trained_share: float, doc
     """
     total = 3 * sum(layer.mixer.core_flop(document_length) for layer in decoder.model.layers)
     in_head = {id(module) for module in decoder.get_output_embeddings().modules()}
-    for name, module in decoder.named_modules():
+    for name, module, weights, trained in multiplied(decoder):
         # PEFT keeps the original of a module that it trains in full
-        if isinstance(module, nn.Linear) and "original_module" not in name:
+        if "original_module" not in name:
             share = trained_share if id(module) in in_head else 1.0
-            passes = 3 if module.weight.requires_grad else 2
-            total += share * passes * 2 * module.in_features * module.out_features
+            total += share * (3 if trained else 2) * 2 * weights
     return total

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
 from oribi.kernels.nf4 import nf4_bytes
-from oribi.memory.account import linear_weights
+from oribi.memory.account import linear_weights, packable_weights
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.files import HubOptions, Location
 from oribi.models.open import open_model
@@ -49,8 +49,13 @@ class Architecture:
 
     @cached_property
     def linear_weights(self) -> int:
-        """Weights of the layers' linear layers."""
+        """Weights of the layers that one token is multiplied with."""
         return linear_weights(self.decoder.model)
+
+    @cached_property
+    def packable_weights(self) -> int:
+        """Weights of the layers that NF4 packs."""
+        return packable_weights(self.decoder.model)
 
     @property
     def tied(self) -> bool:
@@ -80,11 +85,11 @@ class Architecture:
     def weight_bytes(self, load_in_4bit: bool, keep_in_16bit: Sequence[str] = ()) -> int:
         """Device memory of the loaded weights, of which some linear layers are not packed."""
         width = self.decoder.dtype.itemsize
-        packed = self.linear_weights * load_in_4bit
+        packed = self.packable_weights * load_in_4bit
         if packed and keep_in_16bit:
             kept = Quantization(asked=tuple(keep_in_16bit)).kept(self.decoder)
             packed -= sum(
-                self.decoder.get_submodule(name).weight.numel() for name in kept if name != "lm_head"
+                packable_weights(self.decoder.get_submodule(name)) for name in kept if name != "lm_head"
             )
         return (nf4_bytes(packed) if packed else 0) + (self.parameters - packed) * width
 

@@ -30,6 +30,7 @@ from oribi.memory.gpus import Gpu
 from oribi.memory.layer_shape import LayerShape, layer_shapes
 from oribi.memory.plan import MARGIN, plan
 from oribi.models.core import Keep
+from oribi.models.experts import STACKS, Experts
 from oribi.models.fused_layer import policy
 from oribi.models.host_memory import buffer_size
 from oribi.models.layers import DecoderLayer
@@ -109,6 +110,18 @@ class Training:
                 )
         return found
 
+    @cached_property
+    def adapted_stacks(self) -> dict[str, int]:
+        """Name of each adapted stack of experts among the layers -> its LoRA parameters."""
+        wanted, found = () if self.config.full_finetuning else self.config.target_parameters, {}
+        for name, module in self.architecture.decoder.model.layers.named_modules():
+            for stack in STACKS if isinstance(module, Experts) else ():
+                full = f"{name}.{stack}"
+                if any(f".model.layers.{full}".endswith(f".{one}") for one in wanted):
+                    sizes = getattr(module, stack).shape
+                    found[full] = self.rank_of(f"model.layers.{full}") * sizes[0] * (sizes[1] + sizes[2])
+        return found
+
     def _left_out(self, name: str) -> bool:
         """Whether a linear layer gets no adapter although its kind does; `name` begins with its layer's number."""
         chosen, layer = self.config.layers_to_transform, int(name.partition(".")[0])
@@ -150,7 +163,7 @@ class Training:
         a, c = self.architecture, self.config
         if c.full_finetuning:
             return a.parameters
-        pairs = sum(self.adapted.values())
+        pairs = sum(self.adapted.values()) + sum(self.adapted_stacks.values())
         if "lm_head" in c.target_modules and not self.trains_head:  # LoRA on the head
             pairs += self.rank_of("lm_head") * sum(a.decoder.lm_head.weight.shape)
         rows = len({*c.new_tokens, *c.trainable_tokens})
@@ -243,7 +256,7 @@ class Training:
         names = {module: name for name, module in decoder.model.layers.named_modules()}
 
         def ranks(layer: DecoderLayer) -> dict[str, list[int]]:
-            return {
+            found = {
                 group: [
                     self.rank_of(f"model.layers.{names[module]}")
                     for module in modules
@@ -252,6 +265,13 @@ class Training:
                 for core, _, _ in layer.parts()
                 for group, modules in core.groups().items()
             }
+            stacks = [
+                f"{names[m]}.{stack}" for m in layer.modules() if isinstance(m, Experts) for stack in STACKS
+            ]
+            adapted = {
+                one: [self.rank_of(f"model.layers.{one}")] for one in stacks if one in self.adapted_stacks
+            }
+            return found | {one.rpartition(".")[2]: rank for one, rank in adapted.items()}
 
         return layer_shapes(decoder, ranks, torch.device("cuda"))
 

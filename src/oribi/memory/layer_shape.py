@@ -11,8 +11,10 @@ from functools import cached_property
 import torch
 
 from oribi.kernels.lora import padded_columns
+from oribi.memory.experts_shape import ExpertsShape, experts_of, experts_shape
 from oribi.models.core import Core, Mixer
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.experts import ExpertsMLP
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import read
 
@@ -24,7 +26,7 @@ class LayerShape:
     Args:
         layers: with or without weights. They may differ in what their mixers see.
         width: bytes of a number.
-        ranks: group -> ranks of the adapted linear layers in it.
+        ranks: group -> ranks of the adapted linear layers in it, and stack of experts -> the rank of its pairs.
         device: that they train on.
     """
 
@@ -66,6 +68,12 @@ class LayerShape:
             for name, modules in core.groups().items()
         }
 
+    @cached_property
+    def experts(self) -> ExpertsShape | None:
+        """Sizes of the experts that the layer has in place of an MLP."""
+        found = (experts_shape(core, self.ranks, self.width) for core in self.cores)
+        return next((one for one in found if one is not None), None)
+
     @property
     def hidden(self) -> int:
         """D."""
@@ -74,6 +82,8 @@ class LayerShape:
     def columns(self, terms: Sequence[str]) -> int:
         """Numbers per token, in the words of `models.half.Result`."""
         sizes = {"hidden": self.hidden, **self.mixer.columns}
+        if self.experts is not None:
+            sizes |= self.experts.columns()
         for name, (n, k, p) in self.groups.items():
             sizes |= {f"{name}.out": n, f"{name}.in": k, f"{name}.lora": p}
         return sum(sizes[term] for term in terms)
@@ -84,12 +94,29 @@ class LayerShape:
         return (n + p) * (k + p) * self.width
 
     @property
+    def mlp_buffer(self) -> int:
+        """Bytes of the dequantised weights of gate|up, or of the experts."""
+        return self.weight_buffer(self.cores[1].input) if self.experts is None else self.experts.buffers
+
+    @property
+    def mlp_terms(self) -> list[str]:
+        """The numbers per token that the MLP's or the experts' element-wise passes move, as `columns` takes them."""
+        return 3 * ["down.in"] if self.experts is None else 3 * ["experts_gate_up"]
+
+    @property
+    def experts_traffic(self) -> float:
+        """Bytes that forward and backward move to dequantise the experts, which are never kept so."""
+        return 0.0 if self.experts is None else self.experts.traffic
+
+    @property
     def dequantised_traffic(self) -> float:
-        """Bytes that forward and backward move to dequantise the weights: half a byte of codes read, a number written."""
+        """Bytes that forward and backward move to dequantise the linear layers: half a byte of codes read, a number written."""
         return 2 * (0.5 + self.width) * sum(n * k for n, k, _ in self.groups.values())
 
     def product_flop(self, group: str) -> int:
-        """Arithmetic of a group's forward for one token: S = x A^T, and [x, S] [W, sB]^T."""
+        """Arithmetic of a group's forward for one token: S = x A^T, and [x, S] [W, sB]^T; of "experts", that of gate|up."""
+        if group == "experts":
+            return self.experts.flop(["gate_up_proj"])
         n, k, p = self.groups[group]
         return 2 * (k * p + n * (k + p))
 
@@ -119,6 +146,11 @@ def layer_shapes(
             for name, modules in core.groups().items()
             for module in modules
         ]
+        sizes += [
+            tuple(experts_of(core).gate_up_proj.shape)
+            for core, _, _ in layer.parts()
+            if isinstance(core, ExpertsMLP)
+        ]
         of_layer = (ranks or attached_ranks)(layer)
         gives = getattr(layer.mixer, "gives", None)
         key = type(layer.mixer), gives, *sizes, *((name, *found) for name, found in of_layer.items())
@@ -130,9 +162,13 @@ def layer_shapes(
 
 
 def attached_ranks(layer: DecoderLayer) -> dict[str, list[int]]:
-    """Group -> ranks of the adapter that is attached to a layer."""
-    return {
+    """Group, or stack of experts, -> ranks of the adapter that is attached to a layer."""
+    found = {
         name: [p.a.shape[0] for p in map(read, modules) if p is not None and p.a is not None]
         for core, _, _ in layer.parts()
         for name, modules in core.groups().items()
     }
+    for core, _, _ in layer.parts():
+        if isinstance(core, ExpertsMLP):
+            found |= {name: [one.rank] for name, one in (core.stacks() or {}).items() if one.rank}
+    return found

@@ -78,15 +78,14 @@ def step_time(training: Training, estimate: Estimate, gpu: Gpu) -> StepTime:
     attention = 3.5 * sum(layer.core_flop for layer in layers)
     flop = linear / (FP8_SPEED if config.fp8 else 1) + head + attention + _recomputed(training, estimate)
     moved = width * sum(
-        8 * shape.hidden + shape.columns(2 * [f"{shape.mixer.input}.out"] + 3 * ["down.in"])
+        8 * shape.hidden + shape.columns(2 * [f"{shape.mixer.input}.out"] + shape.mlp_terms)
         for shape in (layer.shape for layer in layers)
     )
     traffic = ELEMENTWISE_PASSES * moved * tokens + LOSS_PASSES * c.vocab_size * tokens * width
     if config.load_in_4bit and not config.full_finetuning:
         traffic += sum(
-            layer.shape.dequantised_traffic
+            layer.shape.dequantised_traffic * (keep["weights"] != "keep") + layer.shape.experts_traffic
             for layer, keep in zip(layers, estimate.keeps)
-            if keep["weights"] != "keep"
         )
     bandwidth = gpu.bandwidth_gbs * 1e9 * BANDWIDTH_SHARE
     micro = config.gradient_accumulation_steps

@@ -20,6 +20,8 @@ from torch import nn
 
 from oribi.errors import ModelError
 from oribi.models.core import Keep, Result
+from oribi.models.experts import ExpertsMLP
+from oribi.models.experts_half import experts_half
 from oribi.models.half import Half, Kept, LayerPass
 from oribi.models.linear_layers import RMSNorm, any_module_hooked, hooked
 from oribi.models.mixers.attention import Attention
@@ -56,7 +58,12 @@ def fusible_halves(layer: "DecoderLayer") -> list[Half] | None:
         return None
     if any(parameter.requires_grad for parameter in _beside_linear_layers(layer)):
         return None
-    halves = [Half(module, pre, post, layer.residual_scale) for module, pre, post in parts]
+    halves = [
+        (experts_half if isinstance(module, ExpertsMLP) else Half)(module, pre, post, layer.residual_scale)
+        for module, pre, post in parts
+    ]
+    if None in halves:
+        return None
     projections = [p for half in halves for group in half.groups.values() for p in group]
     return halves if all(p is not None and p.fusible for p in projections) else None
 

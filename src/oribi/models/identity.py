@@ -167,6 +167,10 @@ def weight_sums(weight: torch.Tensor) -> WeightSums | None:
     """The sums of a weight's bits; None of one that is sharded or has no storage."""
     if type(weight).__name__ == "DTensor" or weight.is_meta or getattr(weight, "is_sharded", False):
         return None
+    packed = getattr(weight, "packed", None)
+    if packed is not None:  # the experts of a layer
+        sums = [_row_sums(tensor).sum() for tensor in (packed.codes, packed.absmax)]
+        return WeightSums(weight.dtype, (sums[0] * 31 + sums[1])[None].cpu())
     rows = _row_sums(weight.detach())
     state = getattr(weight, "quant_state", None)
     if state is not None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from oribi.errors import TrainingError
+from oribi.models.experts import Experts
 from oribi.models.layers import DecoderLayer
 from oribi.models.peer_memory import peer_memory
 
@@ -54,6 +55,11 @@ class LayerShards:
         group: dist.ProcessGroup,
         lockstep: bool = False,
     ) -> None:
+        if any(isinstance(module, Experts) for layer in layers for module in layer.modules()):
+            raise TrainingError(
+                "fsdp: stacks of experts are not sharded, and are most of this model: leave out fsdp, and give each process a GPU "
+                "that holds the model"
+            )
         self._group, self.device = group, device
         self.processes, self._rank = dist.get_world_size(group), dist.get_rank(group)
         self._layers = list(layers)

@@ -20,6 +20,7 @@ from oribi.kernels.fp8 import RoundedWeights
 from oribi.kernels.gated_delta_chunks import Chunks
 from oribi.kernels.rope import Angles
 from oribi.models.core import Keep, Mixer, Result
+from oribi.models.experts import ExpertsMLP
 from oribi.models.fused_layer import fused_layer, fusible_halves, policy
 from oribi.models.host_memory import HostMemory
 from oribi.models.linear_layers import NamedParts, RMSNorm
@@ -100,7 +101,8 @@ class DecoderLayer(NamedParts):
         mixer = mixer_of(config, family, index)
         self.mixer_name = mixer.attribute  # as the checkpoint has it
         self.add_module(self.mixer_name, mixer)
-        self.add_part("mlp", MLP(config, family, index))
+        has_experts = family.experts is not None and family.experts.in_layer(config, index)
+        self.add_part("mlp", ExpertsMLP(config, family) if has_experts else MLP(config, family, index))
         for role in family.layer_norms():
             self.add_part(
                 role, RMSNorm(config.hidden_size, getattr(config, family.norm_eps), family.norm_offset)

@@ -14,6 +14,9 @@ from torch import nn
 
 from oribi.errors import ConfigError, ModelError
 from oribi.kernels import nf4
+from oribi.kernels.nf4 import BLOCK
+from oribi.models.expert_tensors import pack_stack, read_stack, stored_shapes, unstacked
+from oribi.models.experts import STACKS, Experts
 from oribi.models.host_memory import to_pinned_memory
 from oribi.models.layers import DecoderLayer
 from oribi.models.load_together import LoadTogether, Packed
@@ -22,7 +25,6 @@ from oribi.tensors import TensorSource, problems_in_words
 from oribi.text import gibibytes, nearest
 
 _HEADS = ("lm_head", "score", "classifier")  # of language models and of classifiers
-BLOCK = 64  # values that share one scale
 _CPU = torch.device("cpu")
 _NF4_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _NF4_KEY)
@@ -56,7 +58,7 @@ class Quantization:
         Raises:
             ConfigError: a name stands for none.
         """
-        linear = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+        linear = [name for name, layer in model.named_modules() if type(layer) in (nn.Linear, Experts)]
         for part in self.asked:
             if not any(_is_within(part, name) for name in linear):
                 leaves = sorted({name.rpartition(".")[2] for name in linear} - {*_HEADS})
@@ -107,6 +109,7 @@ def fill(
     Raises:
         ModelError: tensors are missing, unexpected or misshapen.
     """
+    source = unstacked(source, model)
     stored = source.shapes()
     packed = {name.removesuffix(f".{_NF4_KEY}") for name in stored if name.endswith(_NF4_KEY)}
     quantization.kept(model)
@@ -123,6 +126,8 @@ def fill(
     for prefix, module in list(model.named_modules()):
         for group in _packed_groups(module):
             reader.fill_packed(prefix, module, group)
+        if isinstance(module, Experts):
+            reader.fill_experts(prefix, module, quantization, trainable)
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{prefix}.{name}" if prefix else name
             if parameter.is_meta and full not in tied:
@@ -167,7 +172,7 @@ def _tied(model: nn.Module) -> bool:
 
 def _check(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: set[str]) -> list[str]:
     """Compares names and shapes with the model's; returns notes, raises over anything that does not fit."""
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = stored_shapes(model)
     notes, unread = [], set()
     for prefix, module in model.named_modules():
         expected |= {
@@ -238,6 +243,20 @@ def _replace_linears(
     ]
 
 
+def packs_experts(
+    experts: Experts, stack: str, name: str, packed: set[str], quantization: Quantization
+) -> bool:
+    """Whether a layer's stack is to be packed: its rows are whole blocks, and the checkpoint or the settings say so.
+
+    Args:
+        experts: the module. stack: which of `STACKS`. name: of its first matrix. packed: names that the checkpoint holds packed.
+    """
+    fits = getattr(experts, stack).shape[2] % BLOCK == 0
+    if not fits and name in packed:
+        raise ModelError(f"{name} has rows that are no multiple of {BLOCK} values, and is packed in NF4")
+    return fits and quantization.enabled and (name in packed if packed else quantization.covers(name))
+
+
 def _packed_groups(module: nn.Module) -> list[list[str]]:
     """Names of the children to be packed; those of one group lie together, so that one launch can dequantise them."""
     left = {child: name for name, child in module.named_children() if isinstance(child, bnb.nn.Linear4bit)}
@@ -304,6 +323,28 @@ class _Reader:
             state.absmax = scales_of_layer.copy_(state.absmax)
             layer.weight = _parameter(codes_of_layer.copy_(packed), state, layer)
             layer.quant_state = state
+
+    def fill_experts(
+        self, prefix: str, experts: Experts, quantization: Quantization, trainable: bool
+    ) -> None:
+        """Gives the experts of a layer their weights, packed where `packs_experts` says so."""
+        for stack in STACKS:
+            first = f"{prefix}.{next(one.name for one in experts.matrices() if one.stack == stack)}"
+            if packs_experts(experts, stack, first, self.packed, quantization):
+                double = f"{first}.nested_absmax" in self.shapes if self.packed else self.double
+                pack_stack(
+                    experts,
+                    stack,
+                    lambda name: self._read_packed(f"{prefix}.{name}"),
+                    double,
+                    self.device,
+                    self.dtype,
+                )
+            else:
+                value = read_stack(
+                    experts, stack, lambda name: self._read_dense(f"{prefix}.{name}"), self.device, self.dtype
+                )
+                setattr(experts, stack, nn.Parameter(value, requires_grad=trainable))
 
     def _room(
         self, names: list[str], layers: list[nn.Linear]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from oribi.errors import ExportError, ModelError
 from oribi.gguf.source import GGUFSource
+from oribi.kernels.expert_stack import dequantize_stack
 from oribi.models.files import Location, weight_files
 from oribi.models.plain_peft import quiet_libraries
 from oribi.models.quantize import rounded_to_nf4
@@ -142,9 +143,12 @@ def plain_base(
 def _round_as_trained(model: PeftModel, outside: nn.Module, names: Any) -> None:
     weights = dict(outside.named_parameters())
     for name, slot in slots_of(model).items():
-        state = getattr(slot.tensor, "quant_state", None)
-        if state is None:
+        state, packed = (getattr(slot.tensor, key, None) for key in ("quant_state", "packed"))
+        if state is None and packed is None:
             continue
         outer = name if names is None else names.outer(name)
         weight = weights[outer if outer in weights else name]
+        if packed is not None:  # a layer's experts, which the class stacks as the model does
+            weight.copy_(dequantize_stack(packed, weight.dtype))
+            continue
         weight.copy_(rounded_to_nf4(weight.data, state.nested))

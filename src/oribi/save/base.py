@@ -15,6 +15,7 @@ from torch import nn
 from oribi.errors import ConfigError, ExportError, ModelError
 from oribi.models.adapter_files import base_tables
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.expert_tensors import unstacked
 from oribi.models.files import HubOptions, Location, locate, open_weights, weight_files
 from oribi.models.quantize import rounded_to_nf4
 from oribi.models.unwrap import base_model, source_of
@@ -90,6 +91,7 @@ def open_base(model: nn.Module, base: str) -> TensorSource | None:
     location, options = locate_here(model, base_name(model) if base == "original" else base)
     try:
         weights = open_weights(location, options, renaming(getattr(source, "names", None)))
+        weights = unstacked(weights, base_model(model))
     except ModelError as error:
         raise ExportError(f"{base!r} cannot serve as base of a merge: {error}") from error
     if any(".quant_state." in name for name in weights.shapes()):
@@ -109,7 +111,8 @@ def open_as_loaded(model: nn.Module) -> TensorSource:
     """
     source = model.oribi
     location, options = locate_here(model, source.name_or_path)
-    return Nf4Source(open_weights(location, options, renaming(source.names)))
+    weights = open_weights(location, options, renaming(source.names))
+    return Nf4Source(unstacked(weights, base_model(model)))
 
 
 def locate_here(model: nn.Module, name: str) -> tuple[Location, HubOptions]:

@@ -318,13 +318,14 @@ def _belongs_to(model: nn.Module) -> list[str]:
 
 
 def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """alpha, and a [r, K] and b [N, r] of every adapted weight by their names in the file."""
+    """alpha, and a [r, K] and b [N, r] of every adapted weight by their names in the file; of experts, one behind the other."""
     changes = changes_of(model)
     if not changes:
         raise ExportError("the model has no active adapter to write")
     places: dict[str, list[Tensor]] = {}
     for tensor in tensors_to_write(config, list(LoadedModel(model).shapes())):
-        places.setdefault(tensor.source, []).append(tensor)
+        for source in tensor.sources:
+            places.setdefault(source, []).append(tensor)
     alpha, pairs = None, {}
     if unread := [name for name in WITHOUT_ADAPTER if name in changes]:
         raise ExportError(
@@ -347,9 +348,11 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
         alpha = update.scale * rank if alpha is None else alpha
         for place in places[name]:
             a, b = place.adapter_to_gguf(update.a, update.b)
-            pairs[f"{place.name}.lora_a"] = a
-            pairs[f"{place.name}.lora_b"] = b * (update.scale * rank / alpha)
-    return alpha, pairs
+            b = b * (update.scale * rank / alpha)
+            for key, factor in ((f"{place.name}.lora_a", a), (f"{place.name}.lora_b", b)):
+                pairs.setdefault(key, []).append(factor)
+    # PEFT adapts the experts of a layer together, and names them in their order
+    return alpha, {key: torch.stack(found) if len(found) > 1 else found[0] for key, found in pairs.items()}
 
 
 def _check_pairs(name: str, path: Path, alpha: float, pairs: dict[str, torch.Tensor], type: Type) -> Check:

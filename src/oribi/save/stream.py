@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from oribi.models.decoder import DecoderForCausalLM, build
+from oribi.models.expert_tensors import read_stack
+from oribi.models.experts import Experts
 from oribi.models.quantize import stored_buffers
 from oribi.tensors import TensorSource
 
@@ -58,11 +60,16 @@ def _loaded_by_need(
     stored = source.shapes()
 
     def load(prefix: str, part: nn.Module, source: TensorSource = source) -> None:
-        for name, _ in list(part.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            value = source.read(f"{prefix}.{name}", device, dtype)
-            setattr(part.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
         for owner, module in part.named_modules(prefix=prefix):
+            for leaf in list(module._parameters):
+                if isinstance(module, Experts):
+                    read = partial(_read_matrix, source, owner, device, dtype)
+                    value = read_stack(module, leaf, read, device, dtype)
+                elif module._parameters[leaf] is not None:
+                    value = source.read(f"{owner}.{leaf}", device, dtype)
+                else:
+                    continue
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
             for leaf in stored_buffers(module):
                 setattr(module, leaf, source.read(f"{owner}.{leaf}", device, dtype))
 
@@ -96,6 +103,13 @@ def _loaded_by_need(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _read_matrix(
+    source: TensorSource, prefix: str, device: torch.device, dtype: torch.dtype, name: str
+) -> torch.Tensor:
+    """A matrix of experts, by the name of their module and its own from there on."""
+    return source.read(f"{prefix}.{name}", device, dtype)
 
 
 def _hidden(found: object) -> torch.Tensor:

@@ -1,40 +1,43 @@
 """The trained tensors as a `TensorSource`: a loaded model under its checkpoint names, and what training changed.
 
-Adapters, fully trained modules and new tokens are read from PEFT's wrappers and added in float32. A weight W [N, K] becomes,
-one active adapter after the other,
-
-    W' + s B A             LoRA and rsLoRA: s = alpha / r, alpha / sqrt(r)
-    g (W' + s B A)         DoRA: g = m / norm(W + s B A), of each row
-
-which is PEFT's forward written as one weight. The sum is float32 and the caller rounds it once.
+Adapters, fully trained modules and new tokens are read from PEFT's wrappers and added in float32, as `save.change` says.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from oribi.errors import ExportError
+from oribi.kernels.expert_linear import factors_by_expert
+from oribi.kernels.expert_stack import dequantize_matrix
 from oribi.kernels.nf4 import dequantize
+from oribi.models.expert_tensors import matrix_shape
+from oribi.models.experts import Experts, StoredMatrix
 from oribi.models.unwrap import base_model
+from oribi.save.change import Change, LowRank
 from oribi.tensors import TensorSource
 
-_ROWS_AT_ONCE = 8192  # of an embedding: bounds the float32 copy at 8192 * hidden_size * 4 bytes
 Wrapper = BaseTunerLayer | AuxiliaryTrainingWrapper | TrainableTokensLayer
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a loaded model: the module that holds it, and PEFT's wrappers around that module, outermost first."""
+    """One tensor of a loaded model: the module that holds it, and PEFT's wrappers around that module, outermost first.
+
+    `matrix` is the part of it that a checkpoint holds by itself, where the tensor is a stack of experts.
+    """
 
     module: nn.Module
     leaf: str
     wrappers: tuple[Wrapper, ...] = ()
+    matrix: StoredMatrix | None = None
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -49,6 +52,20 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
     """
     inner = base_model(model)
     return dict(_walk(inner, "", ()))
+
+
+def stored_slots(model: nn.Module) -> dict[str, Slot]:
+    """`slots_of` with each matrix of a stack of experts by itself, as the family's checkpoints hold them."""
+    found = {}
+    for name, slot in slots_of(model).items():
+        if not isinstance(slot.module, Experts):
+            found[name] = slot
+            continue
+        prefix = name.removesuffix(slot.leaf)
+        for matrix in slot.module.matrices():
+            if matrix.stack == slot.leaf:
+                found[prefix + matrix.name] = replace(slot, matrix=matrix)
+    return found
 
 
 def _walk(module: nn.Module, prefix: str, wrappers: tuple[Wrapper, ...]) -> Iterator[tuple[str, Slot]]:
@@ -75,19 +92,21 @@ class LoadedModel:
     """The loaded model's own tensors without adapters, as a `TensorSource`: what the adapter was trained on."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._slots = slots_of(model)
+        self._slots = stored_slots(model)
         if getattr(model.config, "tie_word_embeddings", False):
             self._slots.pop("lm_head.weight", None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         states = {name: getattr(slot.tensor, "quant_state", None) for name, slot in self._slots.items()}
         return {
-            name: tuple(slot.tensor.shape if states[name] is None else states[name].shape)
+            name: matrix_shape(slot.module, slot.matrix)
+            if slot.matrix is not None
+            else tuple(slot.tensor.shape if states[name] is None else states[name].shape)
             for name, slot in self._slots.items()
         }
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-        return plain_tensor(name, self._slots[name].tensor).to(device=device, dtype=dtype)
+        return _values(name, self._slots[name]).to(device=device, dtype=dtype)
 
     def close(self) -> None:
         pass
@@ -116,6 +135,16 @@ def plain_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach()
 
 
+def _values(name: str, slot: Slot) -> torch.Tensor:
+    """`plain_tensor` of a slot's tensor, or of the matrix of it that is meant."""
+    if slot.matrix is None:
+        return plain_tensor(name, slot.tensor)
+    packed = getattr(slot.tensor, "packed", None)
+    if packed is not None:
+        return dequantize_matrix(packed, slot.matrix.place, torch.float32)
+    return plain_tensor(name, slot.tensor)[slot.matrix.expert, slot.matrix.rows]
+
+
 def first_non_finite(model: nn.Module) -> str | None:
     """Name of the first trained parameter that holds a nan or an infinity; None if all are finite."""
     for name, parameter in model.named_parameters():
@@ -138,65 +167,6 @@ def require_finite(model: nn.Module) -> None:
         )
 
 
-@dataclass
-class LowRank:
-    """One adapter's update of one weight, all on the CPU in float32: a [r, K], b [N, r], magnitude [N] for DoRA.
-
-    `columns` marks an embedding or a transposed weight, whose DoRA norms are taken over its columns.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    magnitude: torch.Tensor | None = None
-    columns: bool = False
-
-
-@dataclass
-class Change:
-    """How training changed one tensor: replaced, then rows replaced, then low-rank updates and offsets added."""
-
-    replacement: Callable[[], torch.Tensor] | None = None
-    rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    updates: list[LowRank] = field(default_factory=list)
-    offsets: list[torch.Tensor] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.replacement or self.rows or self.updates or self.offsets)
-
-    def apply(self, base: torch.Tensor | None) -> torch.Tensor:
-        """The trained tensor, in float32 unless it was replaced as a whole; `base` [N, K] float32 is not kept."""
-        if self.replacement is not None:
-            base = self.replacement()
-        if not (self.rows or self.updates or self.offsets):
-            return base
-        merged = base.to(torch.float32, copy=True)
-        for ids, values in self.rows:
-            merged.index_copy_(0, ids.to(merged.device), values.to(merged.device))
-        if any(update.magnitude is not None for update in self.updates):
-            _add_weight_decomposed(merged, self.updates)
-        else:
-            for update in self.updates:
-                for start in range(0, len(merged), _ROWS_AT_ONCE):
-                    part = slice(start, start + _ROWS_AT_ONCE)
-                    merged[part].addmm_(update.b[part].to(merged), update.a.to(merged), alpha=update.scale)
-        for offset in self.offsets:
-            merged += offset.to(merged)
-        return merged
-
-
-def _add_weight_decomposed(merged: torch.Tensor, updates: list[LowRank]) -> None:
-    base = merged.clone()
-    for update in updates:
-        delta = (update.b.to(base) @ update.a.to(base)) * update.scale
-        if update.magnitude is None:
-            merged += delta
-            continue
-        dim = 0 if update.columns else 1
-        gain = (update.magnitude.to(base) / torch.linalg.norm(base + delta, dim=dim)).unsqueeze(dim)
-        merged.add_(delta).mul_(gain)
-
-
 def changes_of(model: nn.Module) -> dict[str, Change]:
     """What training changed, under checkpoint names; a tensor that is absent is the base's own.
 
@@ -210,14 +180,14 @@ def changes_of(model: nn.Module) -> dict[str, Change]:
     require_finite(model)
     adapted = hasattr(model, "peft_config")
     changes = {}
-    for name, slot in slots_of(model).items():
+    for name, slot in stored_slots(model).items():
         change = Change()
         for wrapper in slot.wrappers:
             _read_wrapper(name, slot, wrapper, change)
         tensor = slot.tensor
         trained_in_place = tensor.requires_grad and change.replacement is None
         if adapted and trained_in_place:  # bias="all", or a parameter that the caller unfroze
-            change.replacement = lambda name=name, tensor=tensor: plain_tensor(name, tensor)
+            change.replacement = lambda name=name, slot=slot: _values(name, slot)
         if change:
             changes[name] = change
     return changes
@@ -267,6 +237,19 @@ def _read_lora(name: str, slot: Slot, layer: LoraLayer, adapter: str, change: Ch
             f"{name}: PEFT's {variant} fits in no single weight that oribi can write; "
             "save the adapter alone with save_method='lora'"
         )
+    if isinstance(layer, ParamWrapper):
+        if adapter in layer.lora_A and slot.leaf == layer.parameter_name:
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            if slot.matrix is not None:
+                of_each = factors_by_expert(a, b, layer.num_experts)
+                a, b = (factor[slot.matrix.expert] for factor in of_each)
+                b = b[slot.matrix.rows]
+            elif slot.tensor.dim() > 2:
+                raise ExportError(
+                    f"{name}: oribi cannot merge an adapter of a tensor of {slot.tensor.dim()} dimensions"
+                )
+            change.updates.append(LowRank(_host(a), _host(b), layer.scaling[adapter]))
+        return
     magnitude = None
     if variant not in plain:
         magnitude = _host(layer.lora_magnitude_vector[adapter].weight)

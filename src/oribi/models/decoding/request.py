@@ -13,8 +13,10 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteria,
 )
 
+from oribi.kernels.expert_linear import StackProjection
 from oribi.kernels.lora import Projection
 from oribi.models.decoding.sampling import Choice, read_choice
+from oribi.models.experts import ExpertsMLP
 from oribi.models.linear_layers import any_module_hooked, every_module, hooked, read
 from oribi.models.outputs import WITHOUT_EFFECT
 
@@ -58,7 +60,7 @@ class Request:
     pad: int
     criteria: tuple[StoppingCriteria, ...]
     streamer: Any
-    projections: list[Projection]
+    projections: list[Projection | StackProjection]
     outputs: Outputs | None = None
     first: int = 0
 
@@ -224,14 +226,16 @@ def _unusual_model(decoder: "DecoderForCausalLM", device: torch.device) -> str |
     return None
 
 
-def _read_projections(decoder: "DecoderForCausalLM") -> list[Projection] | str:
+def _read_projections(decoder: "DecoderForCausalLM") -> list[Projection | StackProjection] | str:
     """Weights and LoRA pairs of all layers, or which of them cannot be read."""
     projections = []
     for index, layer in enumerate(decoder.model.layers):
         for part, _, _ in layer.parts():
             projections += [read(module) for modules in part.groups().values() for module in modules]
+            if isinstance(part, ExpertsMLP):
+                projections += (part.stacks() or {"": None}).values()
         if None in projections:
-            return f"layer {index} has a linear layer that is neither plain nor one LoRA pair"
+            return f"layer {index} has a linear layer, or experts, with something else than at most one LoRA pair"
     return projections
 
 

@@ -22,6 +22,7 @@ from oribi.models.decoding.gated_delta import GatedDeltaStep
 from oribi.models.decoding.groups import PackedGroup, groups_of
 from oribi.models.decoding.sampling import Choice
 from oribi.models.decoding.state import DecodingState
+from oribi.models.experts import ExpertsMLP
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import RMSNorm, read
 from oribi.models.mixers.attention import Attention
@@ -204,6 +205,21 @@ class MLPStep:
         return self.groups["down"](gated_mlp_forward(gate, up, self.activation))
 
 
+class ExpertsStep:
+    """The experts of one token per row.
+
+    Args:
+        core: the module. state: of the rows.
+    """
+
+    def __init__(self, core: ExpertsMLP, state: DecodingState) -> None:
+        self.core, self.groups = core, {}
+
+    def __call__(self, x: torch.Tensor, angles: AnglesByKind, rings: dict[int, Ring]) -> torch.Tensor:
+        """Output [B, D] of x [B, D]."""
+        return self.core(x)
+
+
 class ShortConvStep:
     """The short convolution of one token per row.
 
@@ -247,6 +263,7 @@ STEPS: dict[type, Callable[[Any, DecodingState], Any]] = {
     SharedAttention: SharedAttentionStep,
     ShortConv: ShortConvStep,
     MLP: MLPStep,
+    ExpertsMLP: ExpertsStep,
     PerLayerInput: PerLayerInputStep,
 }
 

@@ -1,0 +1,120 @@
+"""Sizes of a layer's experts, which the account of bytes and arithmetic multiplies by tokens.
+
+E experts, of which a token takes k; a stack has weights [N, K] per expert and P columns beside them (`kernels/expert_linear.py`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from oribi.kernels.expert_linear import lora_columns
+from oribi.kernels.nf4 import BLOCK
+from oribi.models.experts import STACKS, Experts, ExpertsMLP
+from oribi.models.experts_half import MOST_ROWS
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """Sizes of the experts of one layer.
+
+    Args:
+        count: E. used: k.
+        stacks: name -> (N, K, P).
+        width: bytes of a number.
+    """
+
+    count: int
+    used: int
+    stacks: Mapping[str, tuple[int, int, int]]
+    width: int
+
+    def columns(self) -> dict[str, int]:
+        """Numbers per token of what may be kept, by the names of `models.core.Result`."""
+        n, _, p = self.stacks["gate_up_proj"]
+        return {"experts_gate_up": self.used * (n + p)}
+
+    def routing_bytes(self, tokens: int) -> int:
+        """Bytes of what was chosen, which stay from forward to backward whatever is kept: four int64 a row, int32 bounds."""
+        return 4 * 8 * self.used * tokens + 4 * self.count * -(-tokens // (MOST_ROWS // self.used))
+
+    @property
+    def buffers(self) -> int:
+        """Bytes of both stacks' dequantised weights with their LoRA factors."""
+        return self.count * self.width * sum((n + p) * (k + p) for n, k, p in self.stacks.values())
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that forward and backward move to dequantise both stacks: half a byte of codes read, a number written."""
+        return 2 * (0.5 + self.width) * self.count * sum(n * k for n, k, _ in self.stacks.values())
+
+    def flop(self, names: Sequence[str] = STACKS) -> int:
+        """Arithmetic of stacks' forward for one token."""
+        return self.used * sum(2 * (k * p + n * (k + p)) for n, k, p in map(self.stacks.get, names))
+
+    def backward_bytes(self, tokens: int, makes_gate_up: bool) -> int:
+        """Device bytes of the experts' backward beside what was kept and the gradient of the layer's output.
+
+        Args:
+            tokens: of the micro-batch. makes_gate_up: whether gate|up is computed again there.
+        """
+        (up, d, p_up), (_, i, p_down) = (self.stacks[name] for name in STACKS)
+        rows = min(tokens * self.used, MOST_ROWS)
+        # h and the gradients of h and of the output; then the rows' inputs and their gradients
+        columns = max(2 * i + p_down + d + p_down, 2 * d + p_up) + makes_gate_up * (up + p_up)
+        return rows * columns * self.width + self.buffers
+
+    def autograd_columns(self) -> int:
+        """Numbers per token that PyTorch's autograd keeps: the rows' inputs, gate|up, h and the output."""
+        (up, d, p_up), (_, i, p_down) = (self.stacks[name] for name in STACKS)
+        return self.used * (d + p_up + up + i + p_down + d)
+
+
+def experts_shape(core: object, ranks: Mapping[str, Sequence[int]], width: int) -> ExpertsShape | None:
+    """The sizes of an `ExpertsMLP`, with or without weights; None of another core.
+
+    Args:
+        ranks: of each stack's pairs, as `LayerShape` has them. width: bytes of a number.
+    """
+    if not isinstance(core, ExpertsMLP):
+        return None
+    experts = experts_of(core)
+    sizes = {name: getattr(experts, name).shape for name in STACKS}
+    stacks = {name: (n, k, lora_columns(sum(ranks.get(name, ())))) for name, (_, n, k) in sizes.items()}
+    return ExpertsShape(len(experts.down_proj), core.used, stacks, width)
+
+
+def experts_of(core: ExpertsMLP) -> Experts:
+    """The stacks inside whatever PEFT put around them."""
+    return next(module for module in core.modules() if isinstance(module, Experts))
+
+
+def packable(experts: Experts) -> int:
+    """Weights of the stacks that NF4 packs: those whose rows are whole blocks."""
+    stacks = [getattr(experts, name) for name in STACKS]
+    return sum(stack.numel() for stack in stacks if stack.shape[2] % BLOCK == 0)
+
+
+def multiplied(model: nn.Module) -> Iterator[tuple[str, nn.Module, float, bool]]:
+    """What tokens are multiplied with: linear layers, and experts of which each token takes a share.
+
+    Yields:
+        A module's name, the module, the weights in it that one token meets, and whether they are trained.
+    """
+    shares: dict[int, float] = {}  # of modules inside an `ExpertsMLP`
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertsMLP):
+            experts = experts_of(module)
+            share = module.used / len(experts.down_proj)
+            shares |= {
+                id(inner): share
+                for wrapper in module.modules()
+                if isinstance(wrapper, ParamWrapper) and wrapper.num_experts > 1
+                for inner in (*wrapper.lora_A.values(), *wrapper.lora_B.values())
+            }
+            for stack in (getattr(experts, stack) for stack in STACKS):
+                yield name, experts, share * stack.numel(), stack.requires_grad
+        elif isinstance(module, nn.Linear):
+            weights = module.in_features * module.out_features
+            yield name, module, shares.get(id(module), 1.0) * weights, module.weight.requires_grad

@@ -1,0 +1,186 @@
+"""A layer's experts in place of its MLP: the router, the stacks of weights, and the layer that autograd differentiates.
+
+    l = n W_r^T      w, e = route(l)      y_t = sum over the k experts e of t: w_te (act(n_t G_e^T) (n_t U_e^T)) D_e^T
+
+T tokens, D hidden size, E experts, I columns of an expert's gate and up. gate|up of all experts is one parameter [E, 2I, D], down
+another [E, D, I], under the names that transformers has for them, so that PEFT's `target_parameters` reach them. Where they
+are packed, the parameter has the shape, dtype and device of the weights, and codes and scales in place of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PretrainedConfig
+
+from oribi.errors import ModelError
+from oribi.families import Family, activation_of
+from oribi.kernels.expert_linear import StackProjection, expert_linear
+from oribi.kernels.gated_mlp import gated_mlp
+from oribi.kernels.routing import choose, sort_by_expert, weigh
+from oribi.models.core import Result
+from oribi.models.linear_layers import NamedParts, hooked
+
+if TYPE_CHECKING:
+    from oribi.models.layers import Batch
+
+STACKS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """One matrix of a stack, as a checkpoint that holds each by itself names it.
+
+    Args:
+        name: in the checkpoint, from the experts' module on: "3.up_proj.weight".
+        stack: the stack's attribute. expert: which. rows: of the expert's [N, K] in the stack.
+        place: among the stack's matrices.
+    """
+
+    name: str
+    stack: str
+    expert: int
+    rows: slice
+    place: int
+
+
+class Router(nn.Module):
+    """The matrix [E, D] that gives the logits; never packed, and trained only with all other weights."""
+
+    def __init__(self, config: PretrainedConfig, family: Family) -> None:
+        super().__init__()
+        rules = family.experts
+        self.kind, self.count, self.normalise = (
+            rules.router,
+            config.num_experts_per_tok,
+            rules.normalises(config),
+        )
+        self.weight = nn.Parameter(torch.empty(getattr(config, rules.count), config.hidden_size))
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The experts [T, k] int64 of each token."""
+        return choose(logits.detach(), self.count, self.kind)
+
+    def weigh(self, logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """The weights [T, k] of the chosen experts."""
+        return weigh(logits, experts, self.kind, self.normalise)
+
+
+class Experts(nn.Module):
+    """The stacks of a layer, dense or, once they are loaded so, packed (`PackedWeight`)."""
+
+    is_transposed = False  # PEFT asks: a stack is [experts, out, in]
+
+    def __init__(self, count: int, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden_size, size))
+
+    def matrices(self) -> Iterator[StoredMatrix]:
+        """Every matrix, expert by expert."""
+        size = self.down_proj.shape[2]
+        for expert in range(len(self.down_proj)):
+            for part, name in enumerate(("gate_proj", "up_proj")):
+                rows = slice(part * size, (part + 1) * size)
+                yield StoredMatrix(f"{expert}.{name}.weight", "gate_up_proj", expert, rows, 2 * expert + part)
+            whole = slice(0, self.down_proj.shape[1])
+            yield StoredMatrix(f"{expert}.down_proj.weight", "down_proj", expert, whole, expert)
+
+
+def read_experts(module: nn.Module) -> dict[str, StackProjection] | None:
+    """The stacks of an `Experts`, read through what PEFT wraps around it; None if only its own forward would be right.
+
+    Args:
+        module: the experts, or PEFT's `ParamWrapper` around them, one for each adapted stack.
+    """
+    pairs = {}
+    while isinstance(module, ParamWrapper):
+        if hooked(module):
+            return None
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if active and not (module.disable_adapters or module.merged):
+            if len(active) > 1 or module.fan_in_fan_out:
+                return None
+            a, b = module.lora_A[active[0]], module.lora_B[active[0]]
+            if hooked(a) or hooked(b):
+                return None
+            pairs[module.parameter_name] = a.weight, b.weight, float(module.scaling[active[0]])
+        module = module.base_layer
+    if isinstance(module, BaseTunerLayer) or hooked(module):
+        return None
+    return {name: StackProjection(getattr(module, name), *pairs.get(name, ())) for name in STACKS}
+
+
+def read_router(module: nn.Module) -> tuple[Router, torch.Tensor] | None:
+    """A router and its matrix [E, D], with the pair that PEFT may have put on it; None if only its own forward would be right."""
+    changes = []
+    while isinstance(module, ParamWrapper):
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if not (module.disable_adapters or module.merged):
+            changes += [
+                (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+                for name in active
+            ]
+        module = module.base_layer
+    if not isinstance(module, Router):
+        return None
+    weight = module.weight
+    for a, b, scale in changes:
+        weight = weight + ((b @ a) * scale).to(weight.dtype)
+    return module, weight
+
+
+class ExpertsMLP(NamedParts):
+    """The router and the experts of a layer."""
+
+    # of `models.experts_half.ExpertsHalf`; there are no linear layers of which groups could be made
+    output_result, row_wise = None, True
+    results = (Result("gate_up", ("experts_gate_up",), made_by="experts"),)
+
+    def __init__(self, config: PretrainedConfig, family: Family) -> None:
+        super().__init__(family)
+        rules = family.experts
+        self.add_part("router", Router(config, family))
+        experts = Experts(getattr(config, rules.count), config.hidden_size, getattr(config, rules.size))
+        self.add_part("experts", experts)
+        self.activation = activation_of(config)
+        self.used = config.num_experts_per_tok
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        """None: an adapter of the experts lies on parameters."""
+        return {}
+
+    def stacks(self) -> dict[str, StackProjection] | None:
+        """The stacks with the one active adapter; None if they cannot be read."""
+        return read_experts(self.part("experts"))
+
+    def forward(self, x: torch.Tensor, batch: "Batch | None" = None) -> torch.Tensor:
+        stacks, read = self.stacks(), read_router(self.part("router"))
+        if stacks is None or read is None:
+            raise ModelError(
+                "the experts have several active adapters, hooks, or an adapter of another kind than LoRA on parameters: activate "
+                "one adapter (set_adapter), and name the experts in target_parameters"
+            )
+        router, router_weight = read
+        flat = x.reshape(-1, x.shape[-1])
+        logits = F.linear(flat, router_weight)
+        experts = router.choose(logits)
+        weights = router.weigh(logits, experts)
+        routing = sort_by_expert(experts, len(router.weight))
+        ids = routing.of_rows(experts)
+        rows = expert_linear(flat[routing.tokens], stacks["gate_up_proj"], ids, routing.offs)
+        gate, up = rows.chunk(2, dim=1)
+        rows = expert_linear(gated_mlp(gate, up, self.activation), stacks["down_proj"], ids, routing.offs)
+        return combine(routing.of_tokens(rows), weights).view(x.shape)
+
+
+def combine(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """[T, D]: the sum of rows [T, k, D] over k, weighted by [T, k] or not, in float32, in one order, and rounded once."""
+    if weights is None:
+        weights = rows.new_ones(rows.shape[:2])
+    return torch.bmm(weights.to(rows.dtype)[:, None], rows)[:, 0]

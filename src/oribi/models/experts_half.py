@@ -1,0 +1,213 @@
+"""The experts' half of a decoder layer, differentiated by hand.
+
+    n = pre(x)      l = n W_r^T      w, e = route(l)      gu_r = n_t(r) W1_e^T      h = act(gate) up      o_r = h_r W2_e^T
+    y_t = x_t + c sum over the rows r of t: w_r o_r
+
+T tokens, k experts of a token, R = T k rows sorted by expert, D hidden size, I columns of gate and of up, P columns of LoRA
+(`kernels/expert_linear.py`). From dy, with the rows' weights applied to the gradient of h:
+
+    dh_r = c dy_t(r) W2_e      dw_r = dh_r . h_r      dgu = act'(w dh)      dn_t = sum of (dgu_r W1_e) + dl W_r
+
+What was chosen is kept, never computed again: rounding could choose other experts. gu is kept, waits in host memory or is
+computed again as `Keep` says; the gradients do not depend on it, to the bit.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from oribi.kernels.expert_linear import StackProjection, StackWeight
+from oribi.kernels.gated_mlp import gated_mlp_backward, gated_mlp_forward
+from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from oribi.kernels.routing import Routing, row_products, sort_by_expert, weigh_backward
+from oribi.models.experts import ExpertsMLP, Router, combine
+from oribi.models.half import Factors, Kept, LayerPass
+from oribi.models.linear_layers import RMSNorm
+
+# rows that are computed at a time: at Qwen3-30B-A3B's sizes gate|up, h and the output take 0.8 GB of so many
+MOST_ROWS = 65536
+
+
+def experts_half(
+    core: ExpertsMLP, pre: RMSNorm | None, post: RMSNorm | None, scale: float
+) -> "ExpertsHalf | None":
+    """The half of a layer's experts; None where PyTorch's autograd has to differentiate them."""
+    stacks, router = core.stacks(), core.part("router")
+    if post is not None or stacks is None or not isinstance(router, Router) or router.weight.requires_grad:
+        return None
+    if any(stack.weight.requires_grad for stack in stacks.values()):
+        return None
+    return ExpertsHalf(core, pre, stacks, scale)
+
+
+class ExpertsHalf:
+    """The experts with the norm before them, for one forward and backward; its methods are those of `models.half.Half`.
+
+    Args:
+        core: the module. pre: the norm. stacks: its weights and pairs. scale: c.
+    """
+
+    reads = gives = None
+
+    def __init__(
+        self, core: ExpertsMLP, pre: RMSNorm | None, stacks: dict[str, StackProjection], scale: float
+    ) -> None:
+        self.core, self.pre, self.scale = core, pre, scale
+        self.router = core.part("router")
+        self.stacks = stacks
+        self.groups: dict[str, list] = {}  # no linear layers
+        self._weights: dict[str, StackWeight] = {}
+
+    def factors(self) -> Factors:
+        """A and B of both stacks in order, as the autograd function takes them."""
+        return [factor for stack in self.stacks.values() for factor in (stack.a, stack.b)]
+
+    def forward(self, x: torch.Tensor, layer_pass: LayerPass) -> torch.Tensor:
+        """y [T, D] of x [T, D]."""
+        self.layer_pass = layer_pass
+        parts = self._portions(len(x))
+        self.kept = [Kept(layer_pass) for _ in parts]
+        self.routed = [self._route(x[rows]) for rows in parts]
+        ys = [self._output(x[rows], *one) for rows, one in zip(parts, zip(self.routed, self.kept))]
+        self._weights.clear()
+        return ys[0] if len(ys) == 1 else torch.cat(ys)
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """y [T, D] in backward, computed again from what was chosen."""
+        parts = self._portions(len(x))
+        return torch.cat([self._output(x[rows], one, None) for rows, one in zip(parts, self.routed)])
+
+    place_for_dy = staticmethod(torch.empty_like)
+
+    def backward(
+        self,
+        x: torch.Tensor,
+        dy: torch.Tensor,
+        place_for_dx: Callable[[torch.Tensor], torch.Tensor] | None,
+        needs_dx: bool = True,
+    ) -> tuple[torch.Tensor | None, Factors]:
+        """Gradients of x [T, D] and of every factor; arguments as of `Half.backward`."""
+        kept, self.kept, routed, self.routed = self.kept, [], self.routed, []
+        dx, found = None, []
+        for rows, one, routing in zip(self._portions(len(x)), kept, routed):
+            part, dy_part = x[rows], dy[rows]
+            n, rstd = self._normed(part)
+            dn, grads = self._backward(n, dy_part, routing, one, needs_dx)
+            found.append(grads)
+            if not needs_dx:
+                continue
+            if dx is None:
+                dx = torch.empty_like(x) if place_for_dx is None else place_for_dx(x)
+            self._pre_backward(dn, part, rstd, dy_part, dx[rows])
+        self._weights.clear()
+        return dx, [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*found)]
+
+    def _route(self, x: torch.Tensor) -> Routing:
+        router = self.router
+        return sort_by_expert(router.choose(self._logits(self._normed(x)[0])), len(router.weight))
+
+    def _logits(self, n: torch.Tensor) -> torch.Tensor:
+        return F.linear(n, self.router.weight)
+
+    def _output(self, x: torch.Tensor, routing: Routing, kept: Kept | None) -> torch.Tensor:
+        """y [t, D] of some rows; what is kept goes to `kept`."""
+        n, _ = self._normed(x)
+        weights = self.router.weigh(self._logits(n), routing.experts)
+        gate_up = self._gate_up(n, routing)[0]
+        h_buffer = self._h(gate_up)
+        if kept is not None:
+            kept.put("gate_up", gate_up)
+        del gate_up
+        down = self._weight("down_proj")
+        out = down.forward(h_buffer, routing.offs)[:, : down.out_features]
+        y = combine(routing.of_tokens(out), weights)
+        return x + (y if self.scale == 1.0 else y * self.scale)
+
+    def _backward(
+        self, n: torch.Tensor, dy: torch.Tensor, routing: Routing, kept: Kept, needs_dx: bool
+    ) -> tuple[torch.Tensor | None, Factors]:
+        """Gradients of n [t, D] and of the factors, of some rows."""
+        offs, router = routing.offs, self.router
+        logits = self._logits(n)
+        row_weights = routing.of_rows(router.weigh(logits, routing.experts))
+        gate_up = kept.take("gate_up")
+        if gate_up is None:
+            gate_up = self._gate_up(n, routing)[0]
+        h_buffer, down = self._h(gate_up), self._weight("down_proj")
+        down.fill_xa(h_buffer, offs)
+        dy_buffer = down.with_columns((dy if self.scale == 1.0 else dy * self.scale)[routing.tokens])
+        dh = down.backward_input(dy_buffer, offs)
+        dweights = routing.of_tokens(row_products(dh, h_buffer[:, : down.in_features]))
+        if down.rank:
+            dy_buffer *= row_weights[:, None]
+        factors = down.factor_gradients(h_buffer, dy_buffer, offs, self._pair("down_proj"))
+        del h_buffer, dy_buffer, down, self._weights["down_proj"]
+        dh *= row_weights[:, None]
+        up = self._weight("gate_up_proj")
+        gate_part, up_part = gate_up[:, : up.out_features].chunk(2, dim=1)
+        gated_mlp_backward(dh, gate_part, up_part, self.core.activation, dgate=gate_part, dup=up_part)
+        del dh, gate_part, up_part
+        dn_rows = up.backward_input(gate_up, offs) if needs_dx or up.rank else None
+        if up.rank:
+            x_buffer = self._rows(n, routing)
+            up.fill_xa(x_buffer, offs)
+            factors = up.factor_gradients(x_buffer, gate_up, offs, self._pair("gate_up_proj")) + factors
+        else:
+            factors = [None, None, *factors]
+        if not needs_dx:
+            return None, factors
+        dlogits = weigh_backward(dweights, logits, routing.experts, router.kind, router.normalise)
+        dn = combine(routing.of_tokens(dn_rows), None)
+        return dn.addmm_(dlogits.to(n.dtype), router.weight), factors
+
+    def _portions(self, tokens: int) -> list[slice]:
+        step = max(MOST_ROWS // self.router.count, 1)
+        return [slice(first, first + step) for first in range(0, max(tokens, 1), step)]
+
+    def _weight(self, name: str) -> StackWeight:
+        """A stack's weights, which stay until their last use in this pass."""
+        if name not in self._weights:
+            self._weights[name] = StackWeight(self.stacks[name], self.layer_pass.dtype)
+        return self._weights[name]
+
+    def _pair(self, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return self.stacks[name].a, self.stacks[name].b
+
+    def _rows(self, n: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """[R, D + P]: each row's token in the first D columns."""
+        return self._weight("gate_up_proj").with_columns(n[routing.tokens])
+
+    def _gate_up(self, n: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate|up in the first columns of [R, 2I + P], and the rows it was made of."""
+        rows = self._rows(n, routing)
+        return self._weight("gate_up_proj").forward(rows, routing.offs), rows
+
+    def _h(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[R, I + P]: h in the first I columns."""
+        weight, up = self._weight("down_proj"), self._weight("gate_up_proj")
+        gate_part, up_part = gate_up[:, : up.out_features].chunk(2, dim=1)
+        buffer = weight.input_buffer(len(gate_up))
+        gated_mlp_forward(gate_part, up_part, self.core.activation, out=buffer[:, : weight.in_features])
+        return buffer
+
+    def _normed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """pre(x) [t, D], and 1/rms of x [t]."""
+        if self.pre is None:
+            return x, None
+        n, _, rstd = rms_norm_forward(x, self.pre.weight, self.pre.eps, self.pre.offset)
+        return n, rstd
+
+    def _pre_backward(
+        self,
+        dn: torch.Tensor,
+        x: torch.Tensor,
+        rstd: torch.Tensor | None,
+        dresidual: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Gradient of x [t, D], which the residual stream and the experts share."""
+        if self.pre is None:
+            torch.add(dn, dresidual, out=out)
+        else:
+            rms_norm_backward(dn, x, rstd, self.pre.weight, self.pre.offset, dresidual=dresidual, out=out)
