@@ -93,10 +93,6 @@ class StackWeight:
             self._buffer[:, n : n + p.rank, :k] = a
             self._buffer[:, :n, k : k + p.rank] = b * p.scale
 
-    def input_buffer(self, rows: int) -> torch.Tensor:
-        """[R, K + P]: x goes into the first K columns."""
-        return self._buffer.new_empty(rows, self.in_features + self.lora_columns)
-
     def with_columns(self, rows: torch.Tensor) -> torch.Tensor:
         """x or dy [R, C] in the first columns of [R, C + P]; itself where P is 0."""
         if not self.lora_columns:

@@ -85,7 +85,9 @@ def attach_lora(
     task = _task(source, lora_config.pop("task_type", None))
     tied = is_tied(base) and lora_config.get("ensure_weight_tying") is not False
     layers = resolve_layers(base, layers_to_transform, finetune_last_n_layers)
-    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied, layers)
+    targets, saved = resolve_targets(
+        base, target_modules, modules_to_save, notes, tied, layers, lora_config.get("target_parameters")
+    )
     if task == TaskType.SEQ_CLS:
         saved = _with_heads(base, saved, lora_config)
     refuse_settings(base, targets, lora_config)

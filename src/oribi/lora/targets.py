@@ -80,6 +80,7 @@ def resolve_targets(
     notes: list[str],
     tied: bool,
     layers: Sequence[int] | None = None,
+    parameters: Sequence[str] | None = None,
 ) -> tuple[list[str] | str, list[str] | None]:
     """Target and whole-trained module names that this model has, those of its text decoder.
 
@@ -88,6 +89,7 @@ def resolve_targets(
         notes: takes a line on each name that is read as another.
         tied: whether embeddings and head are trained as one matrix.
         layers: the only layers that are meant; None for all.
+        parameters: those that get a pair although they are no layers.
     """
     saved = list(modules_to_save or ())
     every = [name for name, _ in model.named_modules()]
@@ -115,7 +117,7 @@ def resolve_targets(
         saved.append("embed_tokens")
         notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
     if _has_experts(model):
-        targets = _without_experts(targets, notes)
+        targets = _without_experts(targets, parameters, notes)
     leaves = {name.rpartition(".")[2] for name in names}
     row = FAMILIES.get(model.config.model_type)
     held = _FUSED if row is None else row.projections()
@@ -161,7 +163,7 @@ def _has_experts(model: nn.Module) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
-def _without_experts(targets: list[str], notes: list[str]) -> list[str]:
+def _without_experts(targets: list[str], parameters: Sequence[str] | None, notes: list[str]) -> list[str]:
     """Targets without the projections of an MLP, which experts are not layers of.
 
     PEFT reads these names as the experts' stacks where transformers' older classes had layers of these names.
@@ -174,11 +176,16 @@ def _without_experts(targets: list[str], notes: list[str]) -> list[str]:
     if len(left) == len(targets):
         return targets
     how = "target_parameters = [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
-    if not left:
+    if not left and not parameters:
         raise ConfigError(
             f"target_modules: {', '.join(targets)} are no layers of this model, whose experts are stacks of matrices; name "
             f"{how}, and the layers of attention here"
         )
+    if parameters:
+        notes.append(
+            f"target_modules: MLPs beside the experts stay frozen; {', '.join(parameters)} are adapted"
+        )
+        return left
     notes.append(
         f"target_modules: the experts, which are no layers, stay frozen, and so does any MLP beside them; {how} adapts the experts"
     )

@@ -69,14 +69,15 @@ class ExpertsHalf:
         parts = self._portions(len(x))
         self.kept = [Kept(layer_pass) for _ in parts]
         self.routed = [self._route(x[rows]) for rows in parts]
-        ys = [self._output(x[rows], *one) for rows, one in zip(parts, zip(self.routed, self.kept))]
+        alone = len(parts) == 1
+        ys = [self._output(x[rows], *one, alone) for rows, *one in zip(parts, self.routed, self.kept)]
         self._weights.clear()
         return ys[0] if len(ys) == 1 else torch.cat(ys)
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """y [T, D] in backward, computed again from what was chosen."""
         parts = self._portions(len(x))
-        return torch.cat([self._output(x[rows], one, None) for rows, one in zip(parts, self.routed)])
+        return torch.cat([self._output(x[rows], one, None, False) for rows, one in zip(parts, self.routed)])
 
     place_for_dy = staticmethod(torch.empty_like)
 
@@ -110,15 +111,17 @@ class ExpertsHalf:
     def _logits(self, n: torch.Tensor) -> torch.Tensor:
         return F.linear(n, self.router.weight)
 
-    def _output(self, x: torch.Tensor, routing: Routing, kept: Kept | None) -> torch.Tensor:
-        """y [t, D] of some rows; what is kept goes to `kept`."""
+    def _output(self, x: torch.Tensor, routing: Routing, kept: Kept | None, alone: bool) -> torch.Tensor:
+        """y [t, D] of some rows; what is kept goes to `kept`, and the weights of gate|up are freed where no rows follow."""
         n, _ = self._normed(x)
         weights = self.router.weigh(self._logits(n), routing.experts)
-        gate_up = self._gate_up(n, routing)[0]
-        h_buffer = self._h(gate_up)
+        gate_up = self._gate_up(n, routing)
         if kept is not None:
             kept.put("gate_up", gate_up)
+        h_buffer = self._h(gate_up)
         del gate_up
+        if alone:
+            del self._weights["gate_up_proj"]
         down = self._weight("down_proj")
         out = down.forward(h_buffer, routing.offs)[:, : down.out_features]
         y = combine(routing.of_tokens(out), weights)
@@ -133,7 +136,7 @@ class ExpertsHalf:
         row_weights = routing.of_rows(router.weigh(logits, routing.experts))
         gate_up = kept.take("gate_up")
         if gate_up is None:
-            gate_up = self._gate_up(n, routing)[0]
+            gate_up = self._gate_up(n, routing)
         h_buffer, down = self._h(gate_up), self._weight("down_proj")
         down.fill_xa(h_buffer, offs)
         dy_buffer = down.with_columns((dy if self.scale == 1.0 else dy * self.scale)[routing.tokens])
@@ -178,17 +181,17 @@ class ExpertsHalf:
         """[R, D + P]: each row's token in the first D columns."""
         return self._weight("gate_up_proj").with_columns(n[routing.tokens])
 
-    def _gate_up(self, n: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-        """gate|up in the first columns of [R, 2I + P], and the rows it was made of."""
-        rows = self._rows(n, routing)
-        return self._weight("gate_up_proj").forward(rows, routing.offs), rows
+    def _gate_up(self, n: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """gate|up in the first columns of [R, 2I + P]."""
+        return self._weight("gate_up_proj").forward(self._rows(n, routing), routing.offs)
 
     def _h(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[R, I + P]: h in the first I columns."""
-        weight, up = self._weight("down_proj"), self._weight("gate_up_proj")
-        gate_part, up_part = gate_up[:, : up.out_features].chunk(2, dim=1)
-        buffer = weight.input_buffer(len(gate_up))
-        gated_mlp_forward(gate_part, up_part, self.core.activation, out=buffer[:, : weight.in_features])
+        down = self.stacks["down_proj"]
+        size = down.weight.shape[2]
+        buffer = gate_up.new_empty(len(gate_up), size + down.columns)
+        gate_part, up_part = gate_up[:, : 2 * size].chunk(2, dim=1)
+        gated_mlp_forward(gate_part, up_part, self.core.activation, out=buffer[:, :size])
         return buffer
 
     def _normed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -15,6 +15,7 @@ from torch import nn
 from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
+from oribi.models.expert_tensors import expert_modules
 from oribi.models.unfused import beside_decoder
 from oribi.models.unwrap import is_classifier, source_of
 from oribi.models.wrapper import automatic
@@ -100,9 +101,14 @@ def _export_class(model: nn.Module, save_method: str) -> type["MergedExport"]:
     """What writes a merged model of this kind.
 
     Raises:
-        ConfigError: a classifier is not written this way.
+        ConfigError: a classifier, or a model with experts, is not written this way.
     """
     if not is_classifier(model):
+        if save_method == "merged_4bit" and expert_modules(model):
+            raise ConfigError(
+                "save_method = 'merged_4bit': transformers packs no stacks of experts, which are most of this model; give "
+                "'merged_16bit', which oribi packs while it loads, or write a GGUF file"
+            )
         return MergedExport
     if save_method == "merged_4bit":
         raise ConfigError(

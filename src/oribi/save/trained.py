@@ -3,7 +3,7 @@
 Adapters, fully trained modules and new tokens are read from PEFT's wrappers and added in float32, as `save.change` says.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch

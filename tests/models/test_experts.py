@@ -1,0 +1,195 @@
+"""Experts: what transformers computes at the edges of routing, and checkpoints that stack them or hold each by itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+from oribi.errors import ModelError
+from oribi.families import FAMILIES
+from oribi.kernels.expert_stack import PackedWeight, dequantize_stack
+from oribi.models import experts_half
+from oribi.models.load import load_model
+from tests.models.test_fused_layer import adapt, batch_of, gradients
+from tests.models.test_parity import TOLERANCE, errors_against_transformers, relative
+from tests.models.tiny import in_float64, tiny_config, tiny_pair
+from tests.models.tiny_checkpoint import checkpoint, edit_config, edit_tensors
+
+WITH_EXPERTS = [name for name, row in FAMILIES.items() if row.experts is not None]
+MATRIX = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
+
+
+def routers(*models: torch.nn.Module) -> list[torch.Tensor]:
+    """The routers' matrices of models of the same weights."""
+    return [p for model in models for name, p in model.named_parameters() if name.endswith(".gate.weight")]
+
+
+@pytest.mark.parametrize("model_type", WITH_EXPERTS)
+@pytest.mark.parametrize("rows", ["equal", "none for one", "all for three"])
+def test_ties_and_experts_without_tokens_equal_transformers(model_type, rows, monkeypatch):
+    pair = tiny_pair(tiny_config(model_type))
+    with torch.no_grad():
+        for weight in routers(*pair):
+            if rows == "equal":  # which of two is chosen must not differ
+                weight[1::2] = weight[::2]
+            elif rows == "none for one":
+                weight[3] = -100 * weight[0].sign()
+                weight[0] = 100 * weight[0].sign()
+            else:
+                weight[:3] *= 50
+                weight[3:] *= 0.01
+    ours, theirs = (adapt(model) for model in pair)
+    pair[1].config._experts_implementation = "eager"  # the others have no float64
+    in_float64(monkeypatch, *pair)  # sharp probabilities make much of rounding
+    batch = batch_of()
+    if rows == "equal":  # an expert's twin may be without a token
+        with torch.no_grad():
+            assert relative(ours(**batch).loss, theirs(**batch).loss) < TOLERANCE
+        return
+    for model in (ours, theirs):
+        model.zero_grad()
+        model(**batch).loss.backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            assert relative(p.grad, expected[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_one_token_and_weights_that_sum_to_one_or_not_equal_transformers(normalised):
+    pair = tiny_pair(tiny_config("qwen3_moe", norm_topk_prob=normalised))
+    assert max(errors_against_transformers(*pair).values()) < TOLERANCE
+    ids = torch.tensor([[7]])
+    with torch.no_grad():
+        assert relative(*(model.eval()(input_ids=ids).logits for model in pair)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["normalise", "interleaved"])
+def test_each_rule_switched_off_breaks_parity(rule, monkeypatch):
+    row = FAMILIES["qwen3_moe"]
+    plain = type(row.experts)()
+    changed = replace(row.experts, **{rule: getattr(plain, rule)})
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", replace(row, experts=changed))
+    config = tiny_config("qwen3_moe")
+    if rule == "interleaved":
+        with pytest.raises(RuntimeError, match="(Unexpected|Missing) key"):
+            tiny_pair(config)
+    else:
+        assert max(errors_against_transformers(*tiny_pair(config)).values()) > 1e-3
+
+
+def test_another_routers_rule_gives_other_numbers(monkeypatch):
+    row = FAMILIES["qwen3_moe"]
+    monkeypatch.setitem(
+        FAMILIES,
+        "qwen3_moe",
+        replace(row, experts=replace(row.experts, router="topk_softmax", normalise=None)),
+    )
+    pair = tiny_pair(tiny_config("qwen3_moe", norm_topk_prob=False))
+    assert max(errors_against_transformers(*pair).values()) > 1e-3
+
+
+@pytest.mark.parametrize("stacks", [["gate_up_proj"], ["down_proj"], []])
+def test_pairs_on_one_stack_or_on_none_have_transformers_gradients(stacks):
+    targets = [f"mlp.experts.{stack}" for stack in stacks] or None
+    ours, theirs = (adapt(model, target_parameters=targets) for model in tiny_pair(tiny_config("qwen3_moe")))
+    batch = batch_of()
+    mine, expected = gradients(ours, **batch), gradients(theirs, **batch)
+    assert mine.keys() == expected.keys()
+    assert all(relative(mine[name], expected[name]) < TOLERANCE for name in mine)
+
+
+def test_a_pair_on_the_router_takes_autograd_and_equals_transformers():
+    # what plain PEFT makes of "all-linear" in this family: older transformers classes had layers of these names
+    changes = {"target_modules": "all-linear", "target_parameters": None}
+    ours, theirs = (adapt(model, **changes) for model in tiny_pair(tiny_config("qwen3_moe")))
+    batch = batch_of()
+    mine, expected = gradients(ours, **batch), gradients(theirs, **batch)
+    assert any(".gate.lora_A" in name for name in mine)
+    assert all(relative(mine[name], expected[name]) < TOLERANCE for name in mine)
+
+
+def test_gradients_in_portions_of_the_rows_are_those_of_all_at_once(monkeypatch):
+    ours = adapt(tiny_pair(tiny_config("qwen3_moe"))[0])
+    batch = batch_of()
+    whole = gradients(ours, **batch)
+    monkeypatch.setattr(experts_half, "MOST_ROWS", 40)
+    parts = gradients(ours, **batch)
+    assert all(relative(parts[name], whole[name]) < TOLERANCE for name in whole)
+
+
+def stack_each(tensors: dict[str, torch.Tensor]) -> None:
+    """Replaces the experts' matrices by stacks as transformers has them in memory."""
+    for layer in sorted({name.split(".")[2] for name in tensors if ".experts." in name}):
+        each = {
+            part: [tensors.pop(MATRIX.format(layer, expert, part)) for expert in range(8)]
+            for part in ("gate", "up", "down")
+        }
+        prefix = f"model.layers.{layer}.mlp.experts"
+        gate_up = [torch.cat(pair) for pair in zip(each["gate"], each["up"])]
+        tensors |= {
+            f"{prefix}.gate_up_proj": torch.stack(gate_up),
+            f"{prefix}.down_proj": torch.stack(each["down"]),
+        }
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_every_matrix_is_packed_as_bitsandbytes_packs_it_alone(double, tmp_path):
+    theirs = checkpoint(tmp_path / "each", "qwen3_moe")
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
+    model, _ = load_model(str(tmp_path / "each"), dtype=torch.float32, quantization_config=settings)
+    for index in (0, 2):
+        found, stored = model.model.layers[index].mlp.experts, theirs.model.layers[index].mlp.experts
+        for name in ("gate_up_proj", "down_proj"):
+            packed = getattr(found, name)
+            assert isinstance(packed, PackedWeight)
+            values = dequantize_stack(packed.packed, torch.float32)
+            for expert, weight in enumerate(getattr(stored, name).detach()):
+                parts = weight.chunk(2) if name == "gate_up_proj" else [weight]
+                for part, value in zip(parts, values[expert].chunk(len(parts))):
+                    alone = quantize_4bit(
+                        part.contiguous(), blocksize=64, compress_statistics=double, quant_type="nf4"
+                    )
+                    assert torch.equal(value, dequantize_4bit(*alone))
+    # the same from stacks
+    theirs = checkpoint(tmp_path / "stacked", "qwen3_moe")
+    edit_tensors(tmp_path / "stacked", stack_each)
+    again, _ = load_model(str(tmp_path / "stacked"), dtype=torch.float32, quantization_config=settings)
+    ids = torch.randint(3, 380, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(MATRIX.format(0, 3, "up")), "1 missing: model.layers.0.mlp.experts.3.up_proj.weight"),
+        (lambda t: t.update({MATRIX.format(0, 9, "up"): torch.ones(64, 64)}), "1 unexpected: .*experts.9.up_proj"),
+        (lambda t: t.update({MATRIX.format(0, 3, "down"): torch.ones(64, 32)}), r"of another shape: .*\[64, 32\]"),
+        (lambda t: (stack_each(t), t.pop("model.layers.0.mlp.experts.down_proj")), "8 missing: .*experts.0.down_proj"),
+        (
+            lambda t: (stack_each(t), t.update({"model.layers.0.mlp.experts.gate_up_proj": torch.ones(8, 64, 128)})),
+            r"1 stacks have another shape: .*\[8, 64, 128\], expected \[8, 128, 64\]",
+        ),
+    ],
+)  # fmt: skip
+def test_experts_that_are_missing_or_misshapen_are_refused_in_one_message(change, message, tmp_path):
+    checkpoint(tmp_path, "qwen3_moe")
+    edit_tensors(tmp_path, change)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(tmp_path), dtype=torch.float32)
+
+
+def test_a_loss_that_evens_out_the_experts_use_is_left_to_transformers(tmp_path):
+    checkpoint(tmp_path, "qwen3_moe")
+    edit_config(tmp_path, output_router_logits=True)
+    model, _ = load_model(str(tmp_path), dtype=torch.float32, load_in_4bit=False)
+    assert not model.oribi.fused
+
+
+def test_experts_kept_in_16_bits_are_dense(tmp_path):
+    checkpoint(tmp_path, "qwen3_moe")
+    model, _ = load_model(str(tmp_path), dtype=torch.float32, keep_in_16bit=["experts"])
+    assert not isinstance(model.model.layers[0].mlp.experts.down_proj, PackedWeight)
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8

@@ -1,0 +1,107 @@
+"""What was trained on experts is what plain PEFT, transformers and llama.cpp compute."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from oribi import FastLanguageModel
+from oribi.errors import ConfigError
+from oribi.gguf import llama_cpp
+from oribi.gguf.file import GGUFFile
+from oribi.models.load import load_model
+from oribi.save.gguf import save_gguf_adapter
+from tests.models.test_parity import relative
+from tests.models.tiny_checkpoint import checkpoint
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TEXTS = ["the quick brown fox jumps over the lazy dog", "and then it rests in the other field"]
+# as llama.cpp reads the family: experts in every layer, no biases
+CHANGES = {"mlp_only_layers": [], "attention_bias": False, "use_sliding_window": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("experts") / "base"
+    checkpoint(folder, "qwen3_moe", num_hidden_layers=2, **CHANGES)
+    return folder
+
+
+def trained(folder: Path, targets: list[str] | None = BOTH, **options: object):
+    """A model with an adapter, none of whose factors is zero, and its tokenizer."""
+    model, tokenizer = load_model(str(folder), dtype=torch.float32, max_seq_length=None, **options)
+    model = FastLanguageModel.get_peft_model(model, r=4, target_parameters=targets)
+    torch.manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model, tokenizer
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(3, 380, (2, 14), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("targets", [BOTH, BOTH[1:], None], ids=["both", "down", "none"])
+def test_an_adapter_and_a_merged_model_compute_in_transformers_class_what_was_trained(
+    targets, folder, tmp_path
+):
+    model, tokenizer = trained(folder, targets, load_in_4bit=False)
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    model.save_pretrained_merged(str(tmp_path / "merged"), tokenizer, dtype="float32", held_out=TEXTS)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert relative(logits(plain), expected) > 1e-2
+    assert relative(logits(PeftModel.from_pretrained(plain, tmp_path / "adapter")), expected) < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative(logits(merged), expected) < 1e-5
+    again, _ = load_model(str(tmp_path / "adapter"), dtype=torch.float32, max_seq_length=None)
+    assert torch.equal(logits(again), expected)
+
+
+def test_what_was_trained_on_packed_experts_is_proved_in_plain_peft_and_merged_from_either_base(
+    folder, tmp_path
+):
+    model, tokenizer = trained(folder)
+    report = model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method="lora", held_out=TEXTS)
+    check = next(check for check in report.checks if check.name == "answers in plain PEFT")
+    assert check.figures["kl"] < 1e-6 < check.figures["kl_without_adapter"]
+    for base in ("dequantized", "original"):
+        found = model.save_pretrained_merged(
+            str(tmp_path / base), tokenizer, dtype="float32", base=base, held_out=TEXTS
+        )
+        assert found.outcome.value == "equal"
+    with pytest.raises(ConfigError, match="transformers packs no stacks of experts"):
+        model.save_pretrained_merged(str(tmp_path / "four"), tokenizer, save_method="merged_4bit")
+
+
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason="xllamacpp is not installed")
+def test_a_gguf_file_answers_in_llama_cpp_with_the_same_tokens_and_loads_again(folder, tmp_path):
+    model, tokenizer = trained(folder)
+    expected = logits(model)
+    found = model.save_pretrained_gguf(str(tmp_path), tokenizer, ["f32", "q8_0"], held_out=TEXTS)
+    answers = [check for check in found["report"].checks if "greedy answers in llama.cpp" in check.name]
+    assert [check.outcome.value for check in answers] == ["equal", "equal"]
+    assert (Path(found["gguf_directory"]) / "Modelfile").is_file()
+    again, _ = load_model(
+        found["gguf_files"][0], dtype=torch.float32, load_in_4bit=False, max_seq_length=None
+    )
+    assert relative(logits(again), expected) < 1e-5
+
+
+def test_an_adapter_as_gguf_holds_the_factors_of_all_experts_one_behind_the_other(folder, tmp_path):
+    model, _ = trained(folder)
+    found = save_gguf_adapter(model, tmp_path, "f32")
+    file = GGUFFile(Path(found["gguf_files"][0]))
+    a = file.read("blk.1.ffn_up_exps.weight.lora_a", torch.float32)
+    b = file.read("blk.1.ffn_up_exps.weight.lora_b", torch.float32)
+    assert (a.shape, b.shape) == ((8, 4, 64), (8, 64, 4))
+    wrapper = model.get_base_model().model.layers[1].mlp.experts.base_layer
+    assert wrapper.parameter_name == "gate_up_proj"
+    delta = wrapper.get_delta_weight("default")[:, 64:]
+    scale = file.value("adapter.lora.alpha") / 4
+    assert relative(torch.einsum("eor,eri->eoi", b, a) * scale, delta) < 1e-6
