@@ -26,6 +26,7 @@ def routers(*models: torch.nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("model_type", WITH_EXPERTS)
+@pytest.mark.long
 @pytest.mark.parametrize("rows", ["equal", "none for one", "all for three"])
 def test_ties_and_experts_without_tokens_equal_transformers(model_type, rows, monkeypatch):
     pair = tiny_pair(tiny_config(model_type))
@@ -56,6 +57,7 @@ def test_ties_and_experts_without_tokens_equal_transformers(model_type, rows, mo
             assert relative(p.grad, expected[name]) < TOLERANCE, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("normalised", [True, False])
 def test_one_token_and_weights_that_sum_to_one_or_not_equal_transformers(normalised):
     pair = tiny_pair(tiny_config("qwen3_moe", norm_topk_prob=normalised))
@@ -79,6 +81,7 @@ def test_each_rule_switched_off_breaks_parity(rule, monkeypatch):
         assert max(errors_against_transformers(*tiny_pair(config)).values()) > 1e-3
 
 
+@pytest.mark.long
 def test_another_routers_rule_gives_other_numbers(monkeypatch):
     row = FAMILIES["qwen3_moe"]
     monkeypatch.setitem(
@@ -100,6 +103,7 @@ def test_pairs_on_one_stack_or_on_none_have_transformers_gradients(stacks):
     assert all(relative(mine[name], expected[name]) < TOLERANCE for name in mine)
 
 
+@pytest.mark.long
 def test_a_pair_on_the_router_takes_autograd_and_equals_transformers():
     # what plain PEFT makes of "all-linear" in this family: older transformers classes had layers of these names
     changes = {"target_modules": "all-linear", "target_parameters": None}
@@ -134,7 +138,7 @@ def stack_each(tensors: dict[str, torch.Tensor]) -> None:
         }
 
 
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_every_matrix_is_packed_as_bitsandbytes_packs_it_alone(double, tmp_path):
     theirs = checkpoint(tmp_path / "each", "qwen3_moe")
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
@@ -181,6 +185,7 @@ def test_experts_that_are_missing_or_misshapen_are_refused_in_one_message(change
         load_model(str(tmp_path), dtype=torch.float32)
 
 
+@pytest.mark.long
 def test_a_loss_that_evens_out_the_experts_use_is_left_to_transformers(tmp_path):
     checkpoint(tmp_path, "qwen3_moe")
     edit_config(tmp_path, output_router_logits=True)
@@ -188,6 +193,7 @@ def test_a_loss_that_evens_out_the_experts_use_is_left_to_transformers(tmp_path)
     assert not model.oribi.fused
 
 
+@pytest.mark.long
 def test_experts_kept_in_16_bits_are_dense(tmp_path):
     checkpoint(tmp_path, "qwen3_moe")
     model, _ = load_model(str(tmp_path), dtype=torch.float32, keep_in_16bit=["experts"])

@@ -34,7 +34,7 @@ def trained(folder: Path, targets: list[str] | None = BOTH, **options: object):
     model, tokenizer = load_model(str(folder), dtype=torch.float32, max_seq_length=None, **options)
     model = FastLanguageModel.get_peft_model(model, r=4, target_parameters=targets)
     torch.manual_seed(1)
-    for name, parameter in sorted(model.named_parameters()):
+    for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)
     return model, tokenizer
@@ -46,7 +46,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("targets", [BOTH, BOTH[1:], None], ids=["both", "down", "none"])
+@pytest.mark.parametrize(
+    "targets",
+    [BOTH, pytest.param(BOTH[1:], marks=pytest.mark.long), pytest.param(None, marks=pytest.mark.long)],
+    ids=["both", "down", "none"],
+)
 def test_an_adapter_and_a_merged_model_compute_in_transformers_class_what_was_trained(
     targets, folder, tmp_path
 ):
@@ -63,6 +67,7 @@ def test_an_adapter_and_a_merged_model_compute_in_transformers_class_what_was_tr
     assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.long
 def test_what_was_trained_on_packed_experts_is_proved_in_plain_peft_and_merged_from_either_base(
     folder, tmp_path
 ):

@@ -85,14 +85,11 @@ def resolve_targets(
     """Target and whole-trained module names that this model has, those of its text decoder.
 
     Args:
-        model: the base. target_modules, modules_to_save: as asked for.
-        notes: takes a line on each name that is read as another.
-        tied: whether embeddings and head are trained as one matrix.
-        layers: the only layers that are meant; None for all.
-        parameters: those that get a pair although they are no layers.
+        model: the base. target_modules, modules_to_save: as asked for. notes: takes a line on each name that is read as another.
+        tied: whether embeddings and head are trained as one matrix. layers: the only layers that are meant; None for all.
+        parameters: target_parameters, as asked for.
     """
-    saved = list(modules_to_save or ())
-    every = [name for name, _ in model.named_modules()]
+    saved, every = list(modules_to_save or ()), [name for name, _ in model.named_modules()]
     names = _of_text(model, every)
     if isinstance(target_modules, str):
         target_modules = target_modules.strip()
@@ -116,8 +113,7 @@ def resolve_targets(
         targets.remove("embed_tokens")
         saved.append("embed_tokens")
         notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
-    if _has_experts(model):
-        targets = _without_experts(targets, parameters, notes)
+    targets = _without_experts(model, targets, parameters, notes)
     leaves = {name.rpartition(".")[2] for name in names}
     row = FAMILIES.get(model.config.model_type)
     held = _FUSED if row is None else row.projections()
@@ -163,15 +159,17 @@ def _has_experts(model: nn.Module) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
-def _without_experts(targets: list[str], parameters: Sequence[str] | None, notes: list[str]) -> list[str]:
-    """Targets without the projections of an MLP, which experts are not layers of.
+def _without_experts(
+    model: nn.Module, targets: list[str], parameters: Sequence[str] | None, notes: list[str]
+) -> list[str]:
+    """Targets, in a model with experts without the projections of an MLP, which are no layers of theirs.
 
     PEFT reads these names as the experts' stacks where transformers' older classes had layers of these names.
 
     Raises:
         ConfigError: nothing else is named.
     """
-    of_mlp = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+    of_mlp = ("gate_proj", "up_proj", "down_proj", "gate_up_proj") if _has_experts(model) else ()
     left = [target for target in targets if target.rpartition(".")[2] not in of_mlp]
     if len(left) == len(targets):
         return targets

@@ -25,6 +25,8 @@ from oribi.models.experts import ExpertsMLP, Router, combine
 from oribi.models.half import Factors, Kept, LayerPass
 from oribi.models.linear_layers import RMSNorm
 
+# gives a tensor like another
+Allocate = Callable[[torch.Tensor], torch.Tensor]
 # rows that are computed at a time: at Qwen3-30B-A3B's sizes gate|up, h and the output take 0.8 GB of so many
 MOST_ROWS = 65536
 
@@ -85,7 +87,7 @@ class ExpertsHalf:
         self,
         x: torch.Tensor,
         dy: torch.Tensor,
-        place_for_dx: Callable[[torch.Tensor], torch.Tensor] | None,
+        place_for_dx: Allocate | None,
         needs_dx: bool = True,
     ) -> tuple[torch.Tensor | None, Factors]:
         """Gradients of x [T, D] and of every factor; arguments as of `Half.backward`."""
