@@ -78,16 +78,15 @@ def attach_lora(
         )
         return model
     _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
-    _check_fields(lora_config)
+    _check_fields(lora_config, init_lora_weights)
+    stacks = lora_config.get("target_parameters")
     lora_config |= eva_settings(init_lora_weights, lora_config.pop("eva_config", None))
     start = _start_in_peft(init_lora_weights, loftq_config, source)
     on_packed = None if start == init_lora_weights else str(init_lora_weights)
     task = _task(source, lora_config.pop("task_type", None))
     tied = is_tied(base) and lora_config.get("ensure_weight_tying") is not False
     layers = resolve_layers(base, layers_to_transform, finetune_last_n_layers)
-    targets, saved = resolve_targets(
-        base, target_modules, modules_to_save, notes, tied, layers, lora_config.get("target_parameters")
-    )
+    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied, layers, stacks)
     if task == TaskType.SEQ_CLS:
         saved = _with_heads(base, saved, lora_config)
     refuse_settings(base, targets, lora_config)
@@ -243,12 +242,17 @@ def _check_range(r: int, alpha: float, dropout: float, bias: str, checkpointing:
         raise ConfigError("get_peft_model: " + "; ".join(problems))
 
 
-def _check_fields(given: dict[str, Any]) -> None:
+def _check_fields(given: dict[str, Any], start: bool | str) -> None:
     known = {f.name for f in fields(LoraConfig)} - {"peft_type", "auto_mapping", "base_model_name_or_path"}
     unknown = [name for name in given if name not in known]
     if unknown:
         hint = did_you_mean(unknown[0], known)
         raise ConfigError(f"get_peft_model: unknown argument {', '.join(unknown)}{hint}")
+    if given.get("target_parameters") and start not in (True, False, "gaussian"):
+        raise ConfigError(
+            f"init_lora_weights={start!r}: PEFT begins pairs on parameters (target_parameters), as of experts, with True, False or "
+            "'gaussian' only"
+        )
 
 
 def _loftq(how: bool | str, given: dict[str, Any] | None) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from oribi.memory.gpus import Gpu
 from oribi.memory.layer_shape import LayerShape, layer_shapes
 from oribi.memory.plan import MARGIN, plan
 from oribi.models.core import Keep
-from oribi.models.experts import STACKS, Experts
 from oribi.models.fused_layer import policy
 from oribi.models.host_memory import buffer_size
 from oribi.models.layers import DecoderLayer
@@ -113,14 +112,12 @@ class Training:
     @cached_property
     def adapted_stacks(self) -> dict[str, int]:
         """Name of each adapted stack of experts among the layers -> its LoRA parameters."""
-        wanted, found = () if self.config.full_finetuning else self.config.target_parameters, {}
-        for name, module in self.architecture.decoder.model.layers.named_modules():
-            for stack in STACKS if isinstance(module, Experts) else ():
-                full = f"{name}.{stack}"
-                if any(f".model.layers.{full}".endswith(f".{one}") for one in wanted):
-                    sizes = getattr(module, stack).shape
-                    found[full] = self.rank_of(f"model.layers.{full}") * sizes[0] * (sizes[1] + sizes[2])
-        return found
+        wanted = () if self.config.full_finetuning else self.config.target_parameters
+        return {
+            name: self.rank_of(f"model.layers.{name}") * stack.shape[0] * sum(stack.shape[1:])
+            for name, stack in self.architecture.decoder.model.layers.named_parameters()
+            if stack.dim() == 3 and any(f".{name}".endswith(f".{one}") for one in wanted)
+        }
 
     def _left_out(self, name: str) -> bool:
         """Whether a linear layer gets no adapter although its kind does; `name` begins with its layer's number."""
@@ -265,13 +262,8 @@ class Training:
                 for core, _, _ in layer.parts()
                 for group, modules in core.groups().items()
             }
-            stacks = [
-                f"{names[m]}.{stack}" for m in layer.modules() if isinstance(m, Experts) for stack in STACKS
-            ]
-            adapted = {
-                one: [self.rank_of(f"model.layers.{one}")] for one in stacks if one in self.adapted_stacks
-            }
-            return found | {one.rpartition(".")[2]: rank for one, rank in adapted.items()}
+            own = [one for one in self.adapted_stacks if one.startswith(f"{names[layer]}.")]
+            return found | {one.rpartition(".")[2]: [self.rank_of(f"model.layers.{one}")] for one in own}
 
         return layer_shapes(decoder, ranks, torch.device("cuda"))
 
