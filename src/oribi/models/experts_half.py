@@ -19,10 +19,10 @@ import torch.nn.functional as F
 
 from oribi.kernels.expert_linear import StackProjection, StackWeight
 from oribi.kernels.gated_mlp import gated_mlp_backward, gated_mlp_forward
-from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from oribi.kernels.rms_norm import rms_norm_forward
 from oribi.kernels.routing import Routing, row_products, sort_by_expert, weigh_backward
 from oribi.models.experts import ExpertsMLP, Router, combine
-from oribi.models.half import Factors, Kept, LayerPass
+from oribi.models.half import Factors, Kept, LayerPass, norm_backward
 from oribi.models.linear_layers import RMSNorm
 
 # gives a tensor like another
@@ -102,7 +102,7 @@ class ExpertsHalf:
                 continue
             if dx is None:
                 dx = torch.empty_like(x) if place_for_dx is None else place_for_dx(x)
-            self._pre_backward(dn, part, rstd, dy_part, dx[rows])
+            norm_backward(self.pre, dn, part, rstd, dy_part, dx[rows])
         self._weights.clear()
         return dx, [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*found)]
 
@@ -202,17 +202,3 @@ class ExpertsHalf:
             return x, None
         n, _, rstd = rms_norm_forward(x, self.pre.weight, self.pre.eps, self.pre.offset)
         return n, rstd
-
-    def _pre_backward(
-        self,
-        dn: torch.Tensor,
-        x: torch.Tensor,
-        rstd: torch.Tensor | None,
-        dresidual: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Gradient of x [t, D], which the residual stream and the experts share."""
-        if self.pre is None:
-            torch.add(dn, dresidual, out=out)
-        else:
-            rms_norm_backward(dn, x, rstd, self.pre.weight, self.pre.offset, dresidual=dresidual, out=out)

@@ -246,7 +246,8 @@ class Half:
                 continue
             if dx is None:
                 dx = dn if place_for_dx is None else place_for_dx(x)
-            self._pre_backward(dn, x[rows], rstd, dy[rows], dx if place_for_dx is None else dx[rows])
+            out = dx if place_for_dx is None else dx[rows]
+            norm_backward(self.pre, dn, x[rows], rstd, dy[rows], out)
             del dn
         self._weights.clear()
         return dx, [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*factors)]
@@ -322,20 +323,6 @@ class Half:
             rows[:, : weight.in_features].masked_fill_(~real[:, None], 0)
         return rows
 
-    def _pre_backward(
-        self,
-        dn: torch.Tensor,
-        x: torch.Tensor,
-        rstd: torch.Tensor | None,
-        dresidual: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Gradient of x [T, D], which the residual stream and W_in's input share."""
-        if self.pre is None:
-            torch.add(dn, dresidual, out=out)
-        else:
-            rms_norm_backward(dn, x, rstd, self.pre.weight, self.pre.offset, dresidual=dresidual, out=out)
-
     def _project_out(
         self, h: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -370,3 +357,14 @@ def portions(tokens: int) -> list[slice]:
     count = -(-tokens // MLP_TOKENS)
     size = -(-tokens // (count * 128)) * 128  # a matrix tile's rows
     return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+
+
+def norm_backward(
+    norm: RMSNorm | None, dn: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor | None, dresidual: torch.Tensor,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradient of x [T, D], which the residual stream and norm(x), whose gradient is dn, share; rstd is 1/rms of x."""
+    if norm is None:
+        torch.add(dn, dresidual, out=out)
+    else:
+        rms_norm_backward(dn, x, rstd, norm.weight, norm.offset, dresidual=dresidual, out=out)
