@@ -108,3 +108,9 @@ def test_an_unknown_name_is_an_attribute_error():
         oribi.FastLanguageModle  # noqa: B018
     assert {"FastLanguageModel", "ModelError", "__version__"} <= set(dir(oribi))
     assert len(oribi.__all__) > 15  # the tests above import each
+
+
+@pytest.mark.parametrize("line", ["from oribi import FastLanguageModel", "from oribi.trl import SFTTrainer"])
+def test_a_script_begins_without_advice_that_does_not_concern_it(line):
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")

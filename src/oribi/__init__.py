@@ -45,6 +45,13 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    from oribi.quiet import without_advice
+
+    with without_advice():
+        return _imported(name)
+
+
+def _imported(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     if not name.startswith("_"):

@@ -10,7 +10,10 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     if name.startswith("__") and name != "__version__":
         raise AttributeError(f"module 'oribi.trl' has no attribute {name!r}")
-    from oribi.compat.trl import trl_name
+    from oribi.quiet import without_advice
 
-    value = globals()[name] = trl_name(name)  # one class per name, which pickled arguments find again
+    with without_advice():
+        from oribi.compat.trl import trl_name
+
+        value = globals()[name] = trl_name(name)  # one class per name, which pickled arguments find again
     return value

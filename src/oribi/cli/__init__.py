@@ -19,6 +19,7 @@ from oribi.cli.help import SettingsCommand, keys_by_group
 from oribi.cli.output import complain, lasting_output
 from oribi.errors import EndedElsewhere, OribiError
 from oribi.launch import is_launched
+from oribi.quiet import ADVISER
 from oribi.text import LastingStream, is_first_process, printable
 
 VERBS = (
@@ -92,8 +93,7 @@ def set_up_logging() -> None:
     log.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     if not any(isinstance(handler, ToStderr) for handler in log.handlers):
         log.addHandler(ToStderr())
-    # it asks to install kernels for 4-bit layers that oribi does not run
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger(ADVISER).setLevel(logging.ERROR)
 
 
 def main() -> None:
