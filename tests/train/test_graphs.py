@@ -106,7 +106,7 @@ def test_uneven_packs_replay_a_few_graphs_and_learn_the_same(model_type, steps_o
         rows = trained_rows(batch)
         assert relative(steps(model, batch, 20, rows), loss) < 2e-6
         assert relative(gradients(optimizer), usual) < 2e-6
-    assert counts == {"eager": 1, "recorded": 2, "replayed": 8}
+    assert counts == {"eager": 2, "recorded": 2, "replayed": 7}
     assert len(steps._recorded) == 2
 
 
@@ -140,7 +140,7 @@ def test_a_larger_graph_runs_what_has_none_of_its_own(steps_of):
     optimizer = FlatAdamW([p for p in model.parameters() if p.requires_grad])
     counts = Counter()
     steps = steps_of(model, decoder, optimizer, left=lambda: 10, counts=counts)
-    for lengths in ([100, 90], [101, 90], [60, 70]):
+    for lengths in ([100, 90], [101, 90], [60, 68]):
         batch = pack(lengths)
         loss, usual = usual_step(model, optimizer, batch, 200)
         optimizer.zero_grad()

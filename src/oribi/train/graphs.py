@@ -84,7 +84,7 @@ class StepGraphs:
         self._flop_per_token = FLOP_PER_WEIGHT * linear_weights(decoder)
         self._recorded: OrderedDict[Sizes, _Recorded] = OrderedDict()
         self._seen: Counter[Sizes] = Counter()
-        self._most_tokens = 0  # of a recorded step
+        self._ran: set[Sizes] = set()  # as usual steps
         self._pool = torch.cuda.graph_pool_handle()
         self.counts = Counter() if counts is None else counts
 
@@ -127,9 +127,11 @@ class StepGraphs:
         else:
             buffers = empty_batch(inputs, sizes)
             fill_buffers(buffers, inputs, trained_rows)
-            recorded = None if used is None else self._record(buffers, sizes, targets)
+            # kernels of a shape are compiled and loaded before it is recorded
+            recorded = self._record(buffers, sizes, targets) if used and sizes in self._ran else None
             self.counts["eager" if recorded is None else "recorded"] += 1
             if recorded is None:
+                self._ran.add(sizes)
                 return self._run(buffers, targets)
         self._finish_copies()
         recorded.graph.replay()
@@ -178,10 +180,7 @@ class StepGraphs:
             self._recorded.popitem(last=False)
         targets = targets.clone()
         self._finish_copies()
-        if sizes.rows * sizes.length > self._most_tokens:
-            # the graphs' memory grows, and the cache of usual steps is not shared with it
-            torch.cuda.empty_cache()
-            self._most_tokens = sizes.rows * sizes.length
+        torch.cuda.empty_cache()  # the usual steps' cache and the graph's pool do not share memory
         try:
             graph, loss = record(lambda: self._run(inputs, targets), self._pool, targets.device)
         except RecordingFailed as failure:
