@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 from train_step import HERE, TRAINING, gpu_name, load, result_in, same_factors, trained, versions
@@ -60,17 +61,20 @@ def main() -> None:
         if not (args.models / model / "tokenizer_config.json").exists():
             subprocess.run([sys.executable, HERE / "random_model.py", model, args.models / model], check=True)
     counts = [int(count) for count in args.gpus.split(",")]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for workload in args.workload:
-            for stack in args.stack or ["oribi:auto"]:
-                for accumulation in map(int, args.accumulation.split(",")):
-                    for mode in args.mode or ["ddp"]:
-                        rows += compare(args, Path(folder), counts, workload, stack, mode, accumulation)
-    name = next((row["gpu"] for row in rows if "gpu" in row), "cpu")
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{name}_many_gpus.json"
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    rows, path = [], args.output
+    shapes = product(
+        args.workload,
+        args.stack or ["oribi:auto"],
+        map(int, args.accumulation.split(",")),
+        args.mode or ["ddp"],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for workload, stack, accumulation, mode in shapes:
+            rows += compare(args, Path(folder), counts, workload, stack, mode, accumulation)
+            name = next((row["gpu"] for row in rows if "gpu" in row), "cpu")
+            path = args.output / f"{name}_many_gpus.json"
+            path.write_text(json.dumps(rows, indent=1) + "\n")  # what is measured stays, whatever comes next
     print("\n" + table(rows) + f"\n{path}")
 
 

@@ -57,16 +57,18 @@ def main() -> None:
     for model in args.model:
         if not (args.models / model / "tokenizer_config.json").exists():
             subprocess.run([sys.executable, HERE / "random_model.py", model, args.models / model], check=True)
-    rows = []
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows, path = [], args.output
     for model in args.model:
         for packing in args.packing or ("off", "on"):
             for stack in args.stack:
                 rows.append(one_run(args, model, stack, packing))
                 print(line(rows[-1]), flush=True)
-    gpu = next((row["gpu"] for row in rows if "gpu" in row), "cpu")
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{gpu}_uneven_rows.json"
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+                gpu = next((row["gpu"] for row in rows if "gpu" in row), "cpu")
+                path = args.output / f"{gpu}_uneven_rows.json"
+                path.write_text(
+                    json.dumps(rows, indent=1) + "\n"
+                )  # what is measured stays, whatever comes next
     print("\n" + table(rows) + f"\n{path}")
 
 
