@@ -45,6 +45,11 @@ def processes_here() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_on_machine() -> int:
+    """Those of them that share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes_here()))
+
+
 def count_of_gpus(asked: str | None, found: int) -> int:
     """How many GPUs a run's `gpus` means, also for another machine: `found` where it says all."""
     if asked is None:

@@ -88,7 +88,12 @@ def test_init_writes_the_gpus_and_keeps_the_effective_batch(oribi, bare_config, 
     assert done.code == 0, done.err
     config = read_run_config(path, [])[0]
     assert (config.gpus, config.fsdp) == ("2", False)
-    assert 2 * config.per_device_train_batch_size * config.gradient_accumulation_steps == 8
+    assert config.total_batch_size == 8
+    size = config.per_device_train_batch_size
+    assert [config.shared_by(n).gradient_accumulation_steps for n in (1, 2)] == [8 // size, 4 // size]
+    assert "\ngradient_accumulation_steps" not in path.read_text()
+    done = oribi("init", model, rows, "--output", path, "--gpu", "T4", "--gpus", 3, "--force")
+    assert read_run_config(path, [])[0].total_batch_size % 3 == 0, done.err
 
 
 def test_an_unknown_gpu_is_named(oribi, bare_config):

@@ -13,7 +13,7 @@ from oribi.errors import ConfigError
 from oribi.memory import estimate as memory
 from oribi.memory.architecture import Architecture, OutsideFamilyTable, architecture_of
 from oribi.memory.estimate import Estimate, Training, largest_batch, largest_context, usable
-from oribi.memory.fit import loads_in_parts, refuse_what_cannot_fit, require_fit
+from oribi.memory.fit import loads_in_parts, refuse_what_cannot_fit, require_fit, ways_to_share
 from oribi.memory.gpus import GPUS, gpu_named, recognise
 from oribi.memory.plan import spread
 from oribi.memory.speed import optimizer_steps, step_time
@@ -310,20 +310,43 @@ def test_gpus_that_share_each_row_hold_one_that_is_too_long():
         require_fit(long, card.name, card.memory_bytes)
     needed = int(str(refused.value).partition("context_parallel: ")[2][0])
     for count, fits in ((needed - 1, False), (needed, True)):
-        shared = replace(long, config=replace(long.config, context_parallel=count))
+        shared = replace(long, config=replace(long.config, context_parallel=count), processes=count)
         tokens = shared.tokens_of(1, shared.longest)
         assert tokens == 131072 // count or count % 2
         assert shared.fits(tokens, shared.longest, card.memory_bytes) == fits
 
 
+LLAMA_70B = LlamaConfig(
+    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "gpus", "tokens", "shared"),
+    [
+        ("Llama-3.1-8B", 79.1, 2, 2048, {}),
+        ("Llama-3.1-8B", 23.6, 4, 131072, {"context_parallel": 4}),
+        pytest.param("Llama-3.3-70B", 23.6, 4, 2048, {"fsdp": True}, marks=pytest.mark.long),
+        pytest.param("Llama-3.3-70B", 40, 2, 2048, {"fsdp": True}, marks=pytest.mark.long),
+        pytest.param("Llama-3.3-70B", 79.1, 8, 131072, {"fsdp": True, "context_parallel": 8}, marks=pytest.mark.long),
+    ],
+)  # fmt: skip
+def test_gpus_share_weights_before_rows_and_neither_where_one_holds_both(
+    monkeypatch, name, gib, gpus, tokens, shared
+):
+    """Host memory is one machine's: as many activations wait in it as GPUs send there."""
+    monkeypatch.setitem(MODELS, "Llama-3.3-70B", LLAMA_70B)
+    training = replace(
+        training_of(name, max_seq_length=tokens, per_device_train_batch_size=1), processes=gpus
+    )
+    assert training.host_share == training.host_bytes // gpus
+    assert ways_to_share(training, gpus, int(gib * 2**30)) == shared
+
+
 def test_gpus_that_share_the_frozen_weights_hold_what_one_cannot(monkeypatch):
     name, card = "Llama-3.3-70B", gpu_named("RTX 3090")
-    monkeypatch.setitem(
-        MODELS, name, LlamaConfig(
-            vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-            num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False,
-        ),
-    )  # fmt: skip
+    monkeypatch.setitem(MODELS, name, LLAMA_70B)
     one = training_of(name, per_device_train_batch_size=1)
     with pytest.raises(ConfigError, match=r"What fits: fsdp: true with gpus: (\d), on") as refused:
         require_fit(one, card.name, card.memory_bytes)

@@ -1,6 +1,7 @@
 """`oribi init MODEL DATASET`."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +76,9 @@ def init(
             values["chat_template"] = "chatml"
             notes.append("the model has no chat template of its own, so it is trained with chatml")
         values |= _sizes(architecture, values, gpu, gpus, notes)
-    text = commented_yaml(values, f"oribi train {output}", notes=notes, shown=SHOWN)
+    # either of them says what a step takes
+    shown = [key for key in SHOWN if key != "gradient_accumulation_steps" or "total_batch_size" not in values]
+    text = commented_yaml(values, f"oribi train {output}", notes=notes, shown=shown)
     if schema is not None:
         write_config(schema, dumps(json_schema(), indent=1) + "\n", force=True)
         text = f"# yaml-language-server: $schema={schema}\n{text}"
@@ -139,6 +142,7 @@ def _sizes(
     from oribi.environment import detect
     from oribi.errors import ConfigError
     from oribi.memory.estimate import Training, largest_batch, largest_context
+    from oribi.memory.fit import ways_to_share
     from oribi.memory.gpus import gpu_named, recognise
 
     here = detect()
@@ -150,39 +154,47 @@ def _sizes(
     if memory is None:
         notes.append("no GPU here, so the batch size is a usual one; --gpu NAME fits it to a GPU")
         rows = SETTINGS["per_device_train_batch_size"].default_of(stage)
-        return _batch(rows, gpus)
+        return _batch(rows, gpus, gpus)
     defaults = {name: setting.default_of(stage) for name, setting in SETTINGS.items()}
     config = RunConfig(
         **{**defaults, "model": values["model"], "max_seq_length": values["max_seq_length"], "stage": stage}
     )
-    training = Training(architecture, config)
-    rows, shared = largest_batch(training, memory), {}
-    if rows == 0 and gpus > 1 and stage == "sft":
-        training, shared = Training(architecture, config, shards=gpus), {"fsdp": True}
-        rows = largest_batch(training, memory)
-        notes.append("the frozen weights are shared by the GPUs, since one cannot hold them (fsdp)")
+    training = Training(architecture, config, processes=gpus)
     name = known.name if known else here.device_name
+    name = name if gpus == 1 else f"{gpus} x {name}"
+    shared = ways_to_share(training, gpus, memory)
+    if shared:
+        training = replace(training, config=replace(config, **shared), shards=gpus if "fsdp" in shared else 1)
+        notes += [_SHARED[key] for key in shared]
+    groups = gpus // training.config.context_parallel
+    rows = largest_batch(training, memory)
     if rows == 0:
         context = largest_context(training, memory)
         if not context:
             raise ConfigError(
-                f"{values['model']} does not fit on {name if gpus == 1 else f'{gpus} x {name}'} at any length; take a smaller model"
+                f"{values['model']} does not fit on {name} at any length; take a smaller model"
                 + (" or more GPUs (--gpus)" if stage == "sft" else "")
             )
         notes.append(f"{values['max_seq_length']} tokens do not fit on {name}; max_seq_length is {context}")
-        return {"max_seq_length": context, **_batch(1, gpus), **shared}
+        return {"max_seq_length": context, **_batch(1, gpus, groups), **shared}
     # two rows of 2,048 tokens keep a GPU busy, and a larger effective batch would change what is learned
     least = 2 if stage == "kto" else 1  # kto compares the rows of a batch
-    most = max(min(rows, 4096 // values["max_seq_length"], EFFECTIVE_BATCH // gpus), least)
+    most = max(min(rows, 4096 // values["max_seq_length"], EFFECTIVE_BATCH // groups), least)
     rows = max(n for n in range(1, most + 1) if EFFECTIVE_BATCH % n == 0)
-    notes.append(f"sizes fit {name if gpus == 1 else f'{gpus} x {name}'}")
-    return {**_batch(rows, gpus), **shared}
+    notes.append(f"sizes fit {name}")
+    return {**_batch(rows, gpus, groups), **shared}
 
 
-def _batch(rows: int, gpus: int) -> dict[str, Any]:
-    """Rows of a micro-batch, and how many of these make the usual effective batch on all GPUs."""
-    found: dict[str, Any] = {
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": max(EFFECTIVE_BATCH // (rows * gpus), 1),
-    }
-    return {**found, "gpus": str(gpus)} if gpus > 1 else found
+_SHARED = {
+    "fsdp": "the frozen weights are shared by the GPUs, since one cannot hold them (fsdp)",
+    "context_parallel": "GPUs share each row, which is too long for one of them (context_parallel)",
+}
+
+
+def _batch(rows: int, gpus: int, groups: int) -> dict[str, Any]:
+    """Rows of a micro-batch, and how many of these make the usual effective batch on GPUs that read so many batches at a time."""
+    found: dict[str, Any] = {"per_device_train_batch_size": rows}
+    steps = max(EFFECTIVE_BATCH // (rows * groups), 1)
+    if gpus == 1:
+        return {**found, "gradient_accumulation_steps": steps}
+    return {**found, "total_batch_size": steps * rows * groups, "gpus": str(gpus)}

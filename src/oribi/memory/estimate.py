@@ -80,14 +80,21 @@ class Training:
     Args:
         architecture: the model, in the run's compute dtype.
         config: the run.
-        host_bytes: host memory that activations may wait in.
+        host_bytes: host memory that activations may wait in, of all processes of a machine.
         shards: processes that share the frozen weights of the layers.
+        processes: of the machine, a GPU each.
     """
 
     architecture: Architecture
     config: RunConfig
     host_bytes: int = 64 * 2**30
     shards: int = 1
+    processes: int = 1
+
+    @property
+    def host_share(self) -> int:
+        """Host memory of one process."""
+        return self.host_bytes // self.processes
 
     @cached_property
     def adapted(self) -> dict[str, int]:
@@ -280,9 +287,9 @@ class Training:
         if choice == "balanced":
             return [policy("balanced", layer.shape.layer.results()) for layer in step.layers]
         if choice == "memory":
-            return plan(step, 0, self.host_bytes)
+            return plan(step, 0, self.host_share)
         taken = sum(self.fixed().values()) + sum(self.of_stage(step.layers[0].tokens).values())
-        return plan(step, usable(memory_bytes) - taken, self.host_bytes)
+        return plan(step, usable(memory_bytes) - taken, self.host_share)
 
     def estimate(
         self,
@@ -333,7 +340,7 @@ class Training:
     def fits(self, tokens: int, longest: int, memory_bytes: int) -> bool:
         """Whether a micro-batch trains on a device with this much memory, and with this host's."""
         found = self.estimate(tokens, longest, memory_bytes, least=True)
-        return found.peak <= usable(memory_bytes) and found.host <= HOST_LIMIT * self.host_bytes
+        return found.peak <= usable(memory_bytes) and found.host <= HOST_LIMIT * self.host_share
 
 
 def usable(memory_bytes: int) -> int:
@@ -372,8 +379,12 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return {"float16": torch.float16, "float32": torch.float32}.get(config.dtype, torch.bfloat16)
 
 
-def training_of(config: RunConfig, host_bytes: int, gpus: int = 1) -> Training:
-    """A run by its config, the host memory that activations may wait in, and the GPUs that it trains on.
+def training_of(config: RunConfig, host_bytes: int, gpus: int = 1, on_machine: int | None = None) -> Training:
+    """A run by its config, the host memory of a machine, and the GPUs that it trains on.
+
+    Args:
+        config: of the run. host_bytes: that activations of all processes of a machine may wait in.
+        gpus: that train together. on_machine: those of them in one machine; None: all.
 
     Raises:
         ModelError: there is no such model.
@@ -385,7 +396,7 @@ def training_of(config: RunConfig, host_bytes: int, gpus: int = 1) -> Training:
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    return Training(architecture, config, host_bytes, gpus if config.fsdp else 1)
+    return Training(architecture, config, host_bytes, gpus if config.fsdp else 1, on_machine or gpus)
 
 
 def estimate_run(training: Training, gpu: Gpu) -> Estimate:

@@ -1,13 +1,14 @@
 """Whether a run fits a device: refused before anything is loaded, with settings that would fit."""
 
 from dataclasses import replace
+from typing import Any
 
 import psutil
 
 from oribi.config import RunConfig
 from oribi.environment import Environment
 from oribi.errors import ConfigError
-from oribi.launch import processes_here
+from oribi.launch import processes_here, processes_on_machine
 from oribi.memory.architecture import OutsideFamilyTable
 from oribi.memory.estimate import (
     HOST_LIMIT,
@@ -32,7 +33,8 @@ def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
     if environment.device.type != "cuda":
         return
     try:
-        training = training_of(config, psutil.virtual_memory().available, processes_here())
+        free = psutil.virtual_memory().available
+        training = training_of(config, free, processes_here(), processes_on_machine())
     except OutsideFamilyTable as outside:
         require_weights_fit(outside.sizes, config, environment)
         return
@@ -86,7 +88,10 @@ def require_fit(training: Training, gpu_name: str, memory_bytes: int) -> None:
     found = training.estimate(tokens, longest, memory_bytes, least=True)
     needed, place, room = found.peak, gpu_name, usable(memory_bytes)
     if needed <= room:
-        needed, place, room = found.host, "this machine's host memory", int(HOST_LIMIT * training.host_bytes)
+        needed, room = found.host, int(HOST_LIMIT * training.host_share)
+        place = "this machine's host memory"
+        if training.processes > 1:
+            place += f", shared by {training.processes} processes,"
     proposals = _proposals(training, memory_bytes)
     raise ConfigError(
         f"{config.model} with {training.described_batch} needs about {needed / 2**30:.1f} GiB and {place} has "
@@ -129,35 +134,82 @@ def _proposals(training: Training, memory_bytes: int) -> list[str]:
         other = replace(
             config, **{name: value}, **({"load_in_4bit": True} if name == "full_finetuning" else {})
         )
-        changed = Training(training.architecture, other, training.host_bytes, training.shards)
+        changed = replace(training, config=other)
         tokens = changed.tokens_of(config.per_device_train_batch_size, changed.longest)
         if changed.fits(tokens, changed.longest, memory_bytes):
             found.append(f"{name}: {str(value).lower()}")
-    gpus = None if found else gpus_needed(training, memory_bytes)
-    return found if gpus is None else [f"fsdp: true with gpus: {gpus}, on {gpus} such GPUs"]
+    if found:
+        return found
+    gpus = gpus_needed(training, memory_bytes)
+    if gpus is not None:
+        return [f"fsdp: true with gpus: {gpus}, on {gpus} such GPUs"]
+    gpus = gpus_for_a_row(training, memory_bytes, fsdp=True)
+    if gpus is None:
+        return []
+    return [
+        f"fsdp: true and context_parallel: {gpus} with gpus: {gpus} and per_device_train_batch_size: 1, on {gpus} such GPUs"
+    ]
 
 
-def gpus_for_a_row(training: Training, memory_bytes: int) -> int | None:
-    """GPUs that share a row which one of them cannot train on; None where that cannot be, or more than MOST_GPUS."""
-    config, layers = training.config, training.architecture.decoder.model.layers
-    if config.stage != "sft" or any(layer.mixer.needs_whole_rows for layer in layers):
-        return None
-    for count in range(config.context_parallel + 1, MOST_GPUS + 1):
-        other = replace(config, context_parallel=count)
-        shared = Training(training.architecture, other, training.host_bytes, training.shards)
-        if shared.fits(shared.tokens_of(1, shared.longest), shared.longest, memory_bytes):
-            return count
-    return None
+def gpus_for_a_row(training: Training, memory_bytes: int, fsdp: bool = False) -> int | None:
+    """GPUs that share a row which one of them cannot train on; None where that cannot be, or more than MOST_GPUS.
+
+    Args:
+        training: the run. memory_bytes: of a GPU. fsdp: whether they share the frozen weights, too.
+    """
+    first = training.config.context_parallel + 1
+    counts = (n for n in range(first, MOST_GPUS + 1) if n >= training.processes)
+    return next((n for n in counts if row_fits(training, memory_bytes, n, n, fsdp)), None)
+
+
+def row_fits(training: Training, memory_bytes: int, gpus: int, context: int, fsdp: bool) -> bool:
+    """Whether GPUs of a machine, of which `context` share each row, can train on the longest row alone."""
+    config = training.config
+    if context > 1 and not can_share_rows(training) or fsdp and not can_shard(config):
+        return False
+    other = replace(config, context_parallel=context, fsdp=fsdp or config.fsdp)
+    shards = gpus if fsdp else training.shards
+    shared = replace(training, config=other, shards=shards, processes=gpus)
+    return shared.fits(shared.tokens_of(1, shared.longest), shared.longest, memory_bytes)
+
+
+def can_share_rows(training: Training) -> bool:
+    """Whether GPUs can share the rows of a run."""
+    layers = training.architecture.decoder.model.layers
+    return training.config.stage == "sft" and not any(layer.mixer.needs_whole_rows for layer in layers)
+
+
+def can_shard(config: RunConfig) -> bool:
+    """Whether GPUs can share the frozen weights of a run."""
+    return not (config.full_finetuning or config.use_dora or config.stage != "sft")
 
 
 def gpus_needed(training: Training, memory_bytes: int) -> int | None:
     """GPUs that together hold a run whose frozen weights they share; None where that cannot be, or more than MOST_GPUS."""
     config = training.config
-    if config.full_finetuning or config.use_dora or config.stage != "sft":
+    if not can_shard(config):
         return None
     tokens = training.tokens_of(config.per_device_train_batch_size, training.longest)
     for count in range(max(training.shards + 1, 2), MOST_GPUS + 1):
-        shared = Training(training.architecture, replace(config, fsdp=True), training.host_bytes, count)
+        shared = replace(training, config=replace(config, fsdp=True), shards=count, processes=count)
         if shared.fits(tokens, training.longest, memory_bytes):
             return count
     return None
+
+
+def ways_to_share(training: Training, gpus: int, memory_bytes: int) -> dict[str, Any]:
+    """The settings with which so many GPUs of a machine hold a run of one row each: none where each holds it alone.
+
+    Frozen weights are shared before rows are, and a row by as few GPUs as it takes. Where nothing suffices, what holds the longest
+    rows.
+    """
+    if training.fits(training.tokens_of(1, training.longest), training.longest, memory_bytes) or gpus == 1:
+        return {}
+    counts = [count for count in range(2, gpus + 1) if gpus % count == 0]
+    tried = [(True, 1), *((False, count) for count in counts), *((True, count) for count in counts)]
+    for fsdp, context in tried:
+        if row_fits(training, memory_bytes, gpus, context, fsdp):
+            break
+    else:
+        fsdp, context = can_shard(training.config), gpus if can_share_rows(training) else 1
+    return ({"fsdp": True} if fsdp else {}) | ({"context_parallel": context} if context > 1 else {})

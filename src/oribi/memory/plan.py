@@ -12,6 +12,7 @@ from functools import lru_cache
 import psutil
 import torch
 
+from oribi.launch import processes_on_machine
 from oribi.memory.account import KeptResult, LayerAccount, StepAccount, step_account
 from oribi.memory.layer_shape import layer_shapes
 from oribi.models.core import Keep, Place
@@ -43,13 +44,13 @@ def plan(
     Args:
         step: the account of a micro-batch.
         budget: device bytes for kept results and workspace; 0 keeps the least there is.
-        host_bytes: free host memory; None asks this machine.
+        host_bytes: free host memory; None asks this machine, whose processes share it.
         host_bytes_per_flop: of copies to host memory beside the layers' arithmetic, as `measured_host_speed` gives it.
         free: device bytes that are free where the budget is 0. If the host's link hides the copies of all results, one more
             buffer is used of them, and nothing but weights is made twice.
     """
     if host_bytes is None:
-        host_bytes = psutil.virtual_memory().available
+        host_bytes = psutil.virtual_memory().available // processes_on_machine()
     layers = len(step.layers)
     inputs, spare = layers * step.input_bytes, budget - step.workspace - step.always
     # what can be copied while the layers' forward computes
@@ -131,7 +132,7 @@ def spread(kept: int, out: int, layers: int) -> list[Place]:
 def free_device_bytes(device: torch.device) -> int:
     """Memory that training may use: what is free, on a GPU also what the allocator holds without using it."""
     if device.type != "cuda":
-        return int(HOST_SHARE * psutil.virtual_memory().available)
+        return int(HOST_SHARE * psutil.virtual_memory().available // processes_on_machine())
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     usable = free + torch.cuda.memory_reserved(device) - allocated
