@@ -24,7 +24,8 @@ from oribi.config_file import GROUPS  # noqa: E402
 from oribi.config_setting import SOURCE_KEYS, STAGES, Setting  # noqa: E402
 from oribi.families import FAMILIES, Family, family_of  # noqa: E402
 from oribi.gguf.metadata import WITH_PROJECTOR  # noqa: E402
-from oribi.memory.estimate import Training, estimate_run, largest_batch, largest_context  # noqa: E402
+from oribi.memory.estimate import Training, estimate_run  # noqa: E402
+from oribi.memory.fit import largest_batch, largest_context  # noqa: E402
 from oribi.memory.gpus import gpu_named  # noqa: E402
 from oribi.memory.speed import step_time  # noqa: E402
 from oribi.text import short_count  # noqa: E402

@@ -12,8 +12,15 @@ from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.memory import estimate as memory
 from oribi.memory.architecture import Architecture, OutsideFamilyTable, architecture_of
-from oribi.memory.estimate import Estimate, Training, largest_batch, largest_context, usable
-from oribi.memory.fit import loads_in_parts, refuse_what_cannot_fit, require_fit, ways_to_share
+from oribi.memory.estimate import Estimate, Training, usable
+from oribi.memory.fit import (
+    largest_batch,
+    largest_context,
+    loads_in_parts,
+    refuse_what_cannot_fit,
+    require_fit,
+    ways_to_share,
+)
 from oribi.memory.gpus import GPUS, gpu_named, recognise
 from oribi.memory.plan import spread
 from oribi.memory.speed import optimizer_steps, step_time

@@ -156,7 +156,8 @@ def _data_size(settings: Any) -> tuple[int | None, int | None]:
 
 
 def _figures(training: Any, gpu: Any, tokens: int | None, rows: int | None, count: int) -> dict[str, Any]:
-    from oribi.memory.estimate import estimate_run, largest_batch, largest_context, usable
+    from oribi.memory.estimate import estimate_run, usable
+    from oribi.memory.fit import largest_batch, largest_context
     from oribi.memory.speed import optimizer_steps, step_time
 
     found = estimate_run(training, gpu)

@@ -141,8 +141,8 @@ def _sizes(
     from oribi.config import SETTINGS, RunConfig
     from oribi.environment import detect
     from oribi.errors import ConfigError
-    from oribi.memory.estimate import Training, largest_batch, largest_context
-    from oribi.memory.fit import ways_to_share
+    from oribi.memory.estimate import Training
+    from oribi.memory.fit import largest_batch, largest_context, ways_to_share
     from oribi.memory.gpus import gpu_named, recognise
 
     here = detect()

@@ -6,7 +6,7 @@ The moments are the loss, when every layer's kept results are there, and each la
 above are gone. Bytes are those of `account.py`; what each layer keeps is decided by `plan.py`, as in training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -346,32 +346,6 @@ class Training:
 def usable(memory_bytes: int) -> int:
     """Bytes of a device that tensors may take."""
     return int(memory_bytes * (1 - MARGIN)) - CONTEXT
-
-
-def largest_batch(training: Training, memory_bytes: int) -> int:
-    """Most rows of max_seq_length in a micro-batch; 0 where not even one fits."""
-    longest = training.longest
-    return _largest(
-        lambda rows: training.fits(training.tokens_of(rows, longest), longest, memory_bytes), 4096
-    )
-
-
-def largest_context(training: Training, memory_bytes: int) -> int:
-    """Longest row of a micro-batch of one, in steps of 256 tokens, within the model's positions."""
-    positions = training.architecture.config.max_position_embeddings
-    steps = _largest(
-        lambda n: training.fits(training.tokens_of(1, n * 256), n * 256, memory_bytes),
-        max(positions // 256, 1),
-    )
-    return min(steps * 256, positions)
-
-
-def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    low, high = 0, limit + 1  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Whether a run fits a device: refused before anything is loaded, with settings that would fit."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,6 @@ from oribi.memory.estimate import (
     HOST_LIMIT,
     Training,
     compute_dtype,
-    largest_batch,
-    largest_context,
     training_of,
     usable,
 )
@@ -213,3 +212,29 @@ def ways_to_share(training: Training, gpus: int, memory_bytes: int) -> dict[str,
     else:
         fsdp, context = can_shard(training.config), gpus if can_share_rows(training) else 1
     return ({"fsdp": True} if fsdp else {}) | ({"context_parallel": context} if context > 1 else {})
+
+
+def largest_batch(training: Training, memory_bytes: int) -> int:
+    """Most rows of max_seq_length in a micro-batch; 0 where not even one fits."""
+    longest = training.longest
+    return _largest(
+        lambda rows: training.fits(training.tokens_of(rows, longest), longest, memory_bytes), 4096
+    )
+
+
+def largest_context(training: Training, memory_bytes: int) -> int:
+    """Longest row of a micro-batch of one, in steps of 256 tokens, within the model's positions."""
+    positions = training.architecture.config.max_position_embeddings
+    steps = _largest(
+        lambda n: training.fits(training.tokens_of(1, n * 256), n * 256, memory_bytes),
+        max(positions // 256, 1),
+    )
+    return min(steps * 256, positions)
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    low, high = 0, limit + 1  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
