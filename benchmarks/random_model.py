@@ -86,6 +86,19 @@ MODELS: dict[str, dict[str, object]] = {
         **_ENDS,
         "vocab_size": 248320,
     },  # transformers' defaults are its sizes
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        **_ENDS,
+        **_sizes(2048, 48, 32, 4, 6144, False),
+        "vocab_size": 151936,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
     "ministral-3-8b": {"model_type": "ministral3", **_ENDS, "vocab_size": 131072},  # here too
     "gemma-4-12b": {
         "model_type": "gemma4_text",
@@ -132,6 +145,21 @@ QUANTIZATION = {
 }
 
 
+def packed_matrices(key: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes [N, K] of the matrices of a tensor that is packed; of stacked experts, as checkpoints hold each."""
+    prefix, _, stack = key.rpartition(".")
+    if stack == "gate_up_proj":
+        half = (shape[1] // 2, shape[2])
+        return [
+            (f"{prefix}.{i}.{part}.weight", half)
+            for i in range(shape[0])
+            for part in ("gate_proj", "up_proj")
+        ]
+    if stack == "down_proj":
+        return [(f"{prefix}.{i}.down_proj.weight", tuple(shape[1:])) for i in range(shape[0])]
+    return [(key, tuple(shape))]
+
+
 def write(name: str, directory: Path, seed: int = 0) -> None:
     """Writes config, tokenizer and one safetensors file of the named model, quantised on the GPU if there is one."""
     from bitsandbytes.functional import quantize_4bit
@@ -153,13 +181,15 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
     for key, meant in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if key in linear:
-            x = torch.randn(*meant.shape, generator=generator, device=device).mul_(0.02).to(torch.bfloat16)
+        for name, shape in packed_matrices(key, meant.shape) if key in linear or ".experts." in key else ():
+            x = torch.randn(*shape, generator=generator, device=device).mul_(0.02).to(torch.bfloat16)
             codes, state = quantize_4bit(x, blocksize=64, compress_statistics=True, quant_type="nf4")
-            tensors[key] = codes.cpu()
+            tensors[name] = codes.cpu()
             for part, value in state.as_dict(packed=True).items():
-                tensors[f"{key}.{part}"] = value.cpu()
-        elif meant.dim() < 2 and not key.endswith("bias"):  # of norms, and decays
+                tensors[f"{name}.{part}"] = value.cpu()
+        if key in linear or ".experts." in key:
+            continue
+        if meant.dim() < 2 and not key.endswith("bias"):  # of norms, and decays
             tensors[key] = torch.ones(meant.shape, dtype=torch.bfloat16)
         else:
             x = torch.randn(*meant.shape, generator=generator, device=device).mul_(0.02)

@@ -12,6 +12,7 @@ from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_mat
 from oribi.kernels.routing import choose, sort_by_expert, weigh, weigh_backward
 from tests.kernels.truth import DEVICE, relative_error
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DTYPES = [torch.float32] if dispatch.INTERPRETED else [torch.float32, torch.bfloat16]
 COUNTS = {
     "unequal": [5, 0, 40, 1, 18],
