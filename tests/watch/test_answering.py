@@ -1,6 +1,7 @@
 """The process that answers for the page, and the rows that it measures, on a run that was trained."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,14 @@ def test_rows_are_shown_a_page_at_a_time(trained_run):
     assert any(token.kind == "trained" for token in first[0].tokens)
     assert len(rows.page(35, 20)) == 5  # the data has 40 rows
     assert rows.page(40, 5) == []
+
+
+def test_rows_of_a_data_set_with_settings_of_its_own_are_read_by_them(trained_run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"task": "the red fox", "solution": "over the hills"}\n' * 3)
+    source = {"path": str(path), "columns": {"question": "task", "answer": "solution"}, "max_rows": 2}
+    rows = RunRows(replace(read_run(trained_run), dataset=[source]))
+    assert [view.origin.rpartition(":")[2] for view in rows.page(0, 5)] == ["1", "2"]
 
 
 def test_nothing_is_loaded_while_a_watched_run_trains_or_without_a_model(trained_run, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 
 import oribi
+from oribi.config import as_source
 from oribi.config_file import as_yaml
 from oribi.save.card import fenced, for_markdown
 from oribi.text import clock, write_whole
@@ -283,7 +284,7 @@ def _render(template: str, report: dict[str, Any], **values: Any) -> str:
 def _title(report: dict[str, Any]) -> str:
     config = report["config"]
     model = Path(str(config.get("model", ""))).name or "model"
-    names = [Path(str(source)).name for source in config.get("dataset", [])]
+    names = [Path(as_source(source)["path"]).name for source in config.get("dataset", [])]
     return f"{model} on {', '.join(names)}" if names else model
 
 

@@ -24,7 +24,7 @@ def chat_tab(watched: Watched, talk: Talk, chosen: gr.Dropdown, timer: gr.Timer,
         load, unload = gr.Button("Load the run's model", variant="primary"), gr.Button("Unload it")
     with gr.Row():
         boxes = [
-            gr.Chatbot(label=name, height=380, render_markdown=False, buttons=["copy"], feedback_options=None, allow_tags=False,)
+            gr.Chatbot(label=name, height=380, elem_classes="oribi-talk", render_markdown=False, buttons=["copy"], feedback_options=None, allow_tags=False)
             for name in MODELS
         ]  # fmt: skip
     question = gr.Textbox(

@@ -16,6 +16,7 @@ SMALL = {
     "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second",
     "peak_memory_gib": "peak memory, GiB",
 }  # fmt: skip
+FROM_ZERO = ("tokens_per_second", "peak_memory_gib")  # a change in the third digit is no rise
 _COLUMNS = ("step", "value", "curve")
 
 

@@ -23,9 +23,8 @@ class RunRows:
 
     def __init__(self, config: RunConfig) -> None:
         self.stage = config.stage
-        parts = [{"path": source} for source in config.dataset]
         self._preparation = make_preparation(
-            parts, tokenizer_of(config), announce=None, **config.row_settings()
+            config.sources(), tokenizer_of(config), announce=None, **config.row_settings()
         )
         self._batches = self._preparation.encoded()
         self._read: list[tuple[str, Any]] = []

@@ -64,8 +64,15 @@ def _training_tab(watched: Watched, chosen: gr.Dropdown) -> list[Any]:
         with gr.Row():
             small += [
                 gr.LinePlot(
-                    x="step", y="value", title=title, x_title="step", y_title=title, height=230, elem_id=key
-                )
+                    x="step",
+                    y="value",
+                    title=title,
+                    x_title="step",
+                    y_title=title,
+                    height=230,
+                    elem_id=key,
+                    y_lim=[0, None] if key in curves.FROM_ZERO else None,
+                )  # fmt: skip
                 for key, title in pair
             ]
     other = gr.Dropdown([], label="Another figure of the log", interactive=True)
