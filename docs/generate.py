@@ -6,6 +6,7 @@ They are committed, so that they can be read without building the site and a rev
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import typer
@@ -30,6 +31,7 @@ from oribi.memory.gpus import gpu_named  # noqa: E402
 from oribi.memory.speed import step_time  # noqa: E402
 from oribi.text import short_count  # noqa: E402
 from tests.docs.test_settings import OTHERWISE, python_calls, shown  # noqa: E402
+from tests.models.public_configs import PUBLIC  # noqa: E402
 from tests.save.test_adapter_files import WRAPPERS  # noqa: E402
 
 MARK = "<!-- written by docs/generate.py; change what it reads, then run it -->"
@@ -130,6 +132,11 @@ def models_page() -> str:
         "Tests compare every family with transformers on small random models: logits, loss and all gradients, packed documents with",
         "each document alone, cached with uncached generation, adapters in plain PEFT, merges in transformers, and GGUF files in",
         "llama.cpp. Of published weights they load SmolLM2-135M alone.",
+        "",
+        *wrap(
+            f"The same is tested with small models whose `config.json` is modelled on those of {', '.join(PUBLIC)}.",
+            127,
+        ),
         "",
         "## Multimodal checkpoints",
         "",

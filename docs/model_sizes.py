@@ -17,6 +17,15 @@ _FIELDS = (
 )  # fmt: skip
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
+_DELTA = {"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+_GEMMA4 = _TIED | {"global_head_dim": 512}
+
+
+def _kinds(period: int, layers: int, others: str = "sliding_attention") -> dict[str, Any]:
+    """The last layer of each period sees everything."""
+    return {"layer_types": [others if (i + 1) % period else "full_attention" for i in range(layers)]}
+
+
 # width, MLP, layers, heads, key-value heads, head dimensions, vocabulary, positions; further fields
 _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "meta-llama/Llama-3.2-1B-Instruct": ("llama", (2048, 8192, 16, 32, 8, 64, 128256, 131072), _TIED),
@@ -47,6 +56,14 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "Qwen/Qwen3-8B": ("qwen3", (4096, 12288, 36, 32, 8, 128, 151936, 40960), _UNTIED),
     "Qwen/Qwen3-14B": ("qwen3", (5120, 17408, 40, 40, 8, 128, 151936, 40960), _UNTIED),
     "Qwen/Qwen3-32B": ("qwen3", (5120, 25600, 64, 64, 8, 128, 151936, 40960), _UNTIED),
+    "Qwen/Qwen3.5-9B": (
+        "qwen3_5_text", (4096, 12288, 32, 16, 4, 256, 248320, 262144),
+        _UNTIED | _DELTA | {"linear_num_value_heads": 32} | _kinds(4, 32, "linear_attention"),
+    ),
+    "Qwen/Qwen3.5-27B": (
+        "qwen3_5_text", (5120, 17408, 64, 24, 4, 256, 248320, 262144),
+        _UNTIED | _DELTA | {"linear_num_value_heads": 48} | _kinds(4, 64, "linear_attention"),
+    ),
     "google/gemma-2b-it": ("gemma", (2048, 16384, 18, 8, 1, 256, 256000, 8192), _TIED),
     "google/gemma-2-2b-it": ("gemma2", (2304, 9216, 26, 8, 4, 256, 256000, 8192), _TIED),
     "google/gemma-2-9b-it": ("gemma2", (3584, 14336, 42, 16, 8, 256, 256000, 8192), _TIED),
@@ -60,6 +77,15 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     ),
     "google/gemma-3-27b-it": (
         "gemma3_text", (5376, 21504, 62, 32, 16, 128, 262208, 131072), _TIED | {"sliding_window": 1024},
+    ),
+    "google/gemma-4-E2B-it": (
+        "gemma4_text", (1536, 6144, 35, 8, 1, 256, 262144, 131072),
+        _GEMMA4 | _kinds(5, 35) | {"sliding_window": 512, "num_kv_shared_layers": 20, "use_double_wide_mlp": True},
+    ),
+    "google/gemma-4-31B-it": (
+        "gemma4_text", (5376, 21504, 60, 32, 16, 256, 262144, 262144),
+        _GEMMA4 | _kinds(6, 60) | {"sliding_window": 1024, "attention_k_eq_v": True, "num_global_key_value_heads": 4,
+                                   "hidden_size_per_layer_input": 0},
     ),
     "microsoft/Phi-3.5-mini-instruct": (
         "phi3", (3072, 8192, 32, 32, 32, 96, 32064, 131072), _UNTIED | {"sliding_window": None},
@@ -85,6 +111,10 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "LGAI-EXAONE/EXAONE-4.0-1.2B": (
         "exaone4", (2048, 4096, 30, 32, 8, 64, 102400, 65536),
         _TIED | {"sliding_window": None, "layer_types": ["full_attention"] * 30},
+    ),
+    "LiquidAI/LFM2-1.2B": (
+        "lfm2", (2048, 12288, 16, 32, 8, 64, 65536, 128000),
+        _TIED | {"layer_types": ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)]},
     ),
     "LGAI-EXAONE/EXAONE-4.0-32B": ("exaone4", (5120, 27392, 64, 40, 8, 128, 102400, 131072), _UNTIED),
 }  # fmt: skip

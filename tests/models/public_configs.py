@@ -1,4 +1,4 @@
-"""config.json of models that people tune, with the fields and in the form that their repositories have, and small sizes.
+"""config.json of small models, modelled on those of models that people tune: their fields, in the form that they have there.
 
 Each entry is what AutoConfig reads from disk; fields that a repository leaves out are left out here.
 """

@@ -1,4 +1,4 @@
-"""Models with the config.json of public repositories: fused, equal to transformers, trained, packed, decoded, saved and exported."""
+"""Models with a config.json as public repositories have it: fused, equal to transformers, trained, packed, decoded, saved and exported."""
 
 import contextlib
 import json
