@@ -121,7 +121,8 @@ def test_an_export_replaces_an_earlier_one_of_other_shards(tmp_path):
     assert relative(reloaded(tmp_path / "merged"), logits_of(second)) < 1e-5
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert names == {
-        "notes.txt", "model.safetensors", "config.json", "generation_config.json", "README.md", "export_report.json"
+        "notes.txt", "model.safetensors", "config.json", "generation_config.json", "README.md", "export_report.json",
+        "probes.json",
     }  # fmt: skip
 
 

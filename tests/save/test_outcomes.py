@@ -172,10 +172,10 @@ def test_a_check_without_memory_is_not_run_and_a_broken_file_is_different(tmp_pa
 
         return raise_it
 
-    monkeypatch.setattr("oribi.save.merged.check_checkpoint", fail(MemoryError("no memory")))
+    monkeypatch.setattr("oribi.save.merged.Nf4Source", fail(MemoryError("no memory")))
     report = save_merged(tuned, tmp_path / "m", byte_level_tokenizer(), dtype="float32")
     assert report.verdict == "equal (1 check not run)"
-    monkeypatch.setattr("oribi.save.merged.check_checkpoint", fail(KeyError("model.norm.weight")))
+    monkeypatch.setattr("oribi.save.merged.Nf4Source", fail(KeyError("model.norm.weight")))
     with pytest.raises(
         ExportError, match="different  weights read back: it cannot be read back .*model.norm.weight"
     ):
@@ -195,7 +195,7 @@ def test_of_several_quantisations_only_those_that_differ_are_set_aside(tmp_path)
     )
     assert "q8_0:" not in says
     assert sorted(path.name for path in folder.iterdir()) == [
-        "Modelfile", "README.md", "export_report.json", "model.Q8_0.gguf",
+        "Modelfile", "README.md", "export_report.json", "model.Q8_0.gguf", "probes.json",
     ]  # fmt: skip
     assert "FROM ./model.Q8_0.gguf" in (folder / "Modelfile").read_text()
     report = json.loads((folder / "export_report.json").read_text())

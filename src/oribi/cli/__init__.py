@@ -23,7 +23,7 @@ from oribi.quiet import ADVISER
 from oribi.text import LastingStream, is_first_process, printable
 
 VERBS = (
-    "init", "convert", "inspect", "estimate", "train", "watch", "chat", "eval", "export", "doctor", "selftest", "demo",
+    "init", "convert", "inspect", "estimate", "train", "watch", "chat", "eval", "export", "verify", "doctor", "selftest", "demo",
     "help",
 )  # fmt: skip
 STOPPED = 130

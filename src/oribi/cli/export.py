@@ -125,11 +125,15 @@ def _write(
     if form == "adapter":
         if not loaded.has_adapter:
             raise ConfigError("--to adapter: this model has no adapter; export it as merged or gguf")
-        report = save_merged(loaded.model, target, loaded.tokenizer, "lora", verify=options["verify"])
+        common = {name: options[name] for name in ("held_out", "verify")}
+        report = save_merged(loaded.model, target, loaded.tokenizer, "lora", **common)
     elif form == "gguf":
         report = save_gguf(loaded.model, target, loaded.tokenizer, methods, **options)["report"]
     elif form == "gguf-adapter":
-        report = save_gguf_adapter(loaded.model, target, methods, verify=options["verify"])["report"]
+        common = {name: options[name] for name in ("held_out", "verify")}
+        report = save_gguf_adapter(loaded.model, target, methods, tokenizer=loaded.tokenizer, **common)[
+            "report"
+        ]
     else:
         report = save_merged(loaded.model, target, loaded.tokenizer, form, **options)
     return {

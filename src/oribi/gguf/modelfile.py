@@ -135,7 +135,7 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
         text = render_chat(tokenizer, messages, add_generation_prompt=prompt)
         return text.removeprefix(bos) if bos else text
 
-    if _writes_the_date(tokenizer):
+    if writes_the_date(tokenizer):
         raise NoModelfile("the chat template writes today's date, which a Modelfile cannot")
     conversation = _conversation(3, system=False)
     marks = [message["content"] for message in conversation]
@@ -174,7 +174,7 @@ def read_turns(tokenizer: Any, *, adds_bos: bool) -> Turns:
     return turns
 
 
-def _writes_the_date(tokenizer: Any) -> bool:
+def writes_the_date(tokenizer: Any) -> bool:
     """Whether a prompt has today's date in it, found by rendering it with another in its place."""
     template = tokenizer.get_chat_template()
     if "strftime_now" not in template:

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 
 import oribi
 from oribi.save.report import ExportReport
@@ -45,6 +46,12 @@ def model_card(report: ExportReport, name: str, base_model: str, usage: str) -> 
             f"## Compared with the trained model: {report.verdict}\n\nOn {for_markdown(report.checked_on)}. KL is the mean "
             "divergence of the next token's distribution, in nats.\n\n| check | outcome | finding |\n|---|---|---|\n"
             + "\n".join(checks)
+        )
+    if report.has_probes:
+        parts.append(
+            "## Check a server\n\n`probes.json` says what this model answers. Whether a server really answers so, with its weights, "
+            "chat template and stop tokens:\n\n"
+            + fenced(f"oribi verify http://localhost:8000/v1 --probes {shlex.quote(name)}")
         )
     if report.notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {for_markdown(note)}" for note in report.notes))

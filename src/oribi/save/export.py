@@ -19,10 +19,15 @@ from oribi.save.base import base_name, choose_base, open_base
 from oribi.save.card import model_card
 from oribi.save.check import Check, NotTested, Outcome
 from oribi.save.folder import finished_folder, new_rejected, reject
+from oribi.save.probe_file import PROBES_FILE, ExportedFile
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
+from oribi.save.samples import SampledSource, described_samples, stored_as
+from oribi.save.signatures import Signatures
 from oribi.save.trained import MergedModel
+from oribi.save.verify import compare
+from oribi.tensors import TensorSource
 
 # True raises where a file is different, "report" keeps it under its name, False compares nothing
 Verify = bool | str
@@ -61,6 +66,8 @@ class Export:
         self.directory, self.files, self.verify = Path(directory), files, verify
         self.report = ExportReport(str(directory), kind, "", {}, tags=tags)
         self.trained: Trained | None = None
+        self.signatures: Signatures | None = None
+        self.said: dict[str, ExportedFile] = {}  # by name: what `expect` was told of the written files
         base, folder = base_name(model), Path(os.path.abspath(directory))
         for target in [folder, *(folder / file for file in files.values())]:
             if base and os.path.exists(base) and os.path.exists(target) and os.path.samefile(base, target):
@@ -96,9 +103,46 @@ class Export:
         self.report.checks += unanswered
         if self.verify and trained is not None:
             on_other = chosen != "dequantized" and isinstance(trained.inner, DecoderForCausalLM)
-            self.trained = trained.on_base(merged) if on_other else trained
+            self.trained = trained.on_base(merged, merged.base) if on_other else trained
             self.report.checked_on = trained.rows.origin
+            self.ask_signatures(tokenizer)
         return merged
+
+    def ask_signatures(self, tokenizer: Any) -> None:
+        """What probes.json holds of the trained model; where it cannot be asked, a check says why."""
+        try:
+            self.signatures = Signatures(self.model, self.trained, tokenizer)
+        # foreign model code may raise anything, a GPU may be full: the files are written and compared nevertheless
+        except Exception as error:
+            self.report.checks.append(Check(PROBES_FILE, Outcome.NOT_RUN, in_words(error)))
+
+    def expect(self, form: str, path: Path, source: TensorSource) -> list[Check]:
+        """Compare a written file, streamed from the disk, with the trained model; and keep what it says for probes.json.
+
+        Args:
+            form: a key of `KL_TOLERANCE`.
+            path: the file, or the folder of the export.
+            source: its tensors.
+        """
+        sampled = SampledSource(source)
+        logits = self.trained.streamed(sampled)
+        samples = described_samples(sampled, self.merged.changes)
+        return self.expect_logits(form, path, logits, samples, stored_as(source))
+
+    def expect_logits(
+        self,
+        form: str,
+        path: Path,
+        logits: torch.Tensor,
+        samples: dict[str, Any] | None = None,
+        stored: str = "",
+    ) -> list[Check]:
+        """As `expect`, from the file's logits [K, V]."""
+        if self.signatures is not None:
+            name = path.name if path.is_file() else "."
+            said = self.signatures.of_file(logits)
+            self.said[name] = ExportedFile(form, said, samples or {}, stored=stored)
+        return compare(self.trained, logits, form)
 
     def run(self, size: int) -> ExportReport:
         """Write, compare, report and move the files.
@@ -119,6 +163,13 @@ class Export:
             kept, refused = self._sort_out(folder, found)
             usage = self.usage(folder, next(iter(kept.values())))
             report.files = _file_sizes(folder, self.pattern)
+            if self.signatures is not None:
+                written = {name: self.said[name] for name in kept.values() if name in self.said}
+                probes = self.signatures.describe(
+                    report.kind, base_name(self.model), self.model.config, written
+                )
+                probes.write(folder)
+                report.has_probes = True
             report.show()
             report.write(folder, model_card(report, self.directory.name, base_name(self.model), usage))
             if not report.passed and self.verify != "report":
@@ -172,13 +223,12 @@ class AskedOnce:
 
 
 def trained_answers(
-    model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | AskedOnce | None, greedy: bool = True
+    model: nn.Module, tokenizer: Any, held_out: Sequence[Any] | AskedOnce | None
 ) -> tuple[Trained | None, list[Check]]:
     """The trained model's answers on the held-out rows.
 
     Args:
         model, tokenizer, held_out: as for `save_merged`.
-        greedy: whether it answers prompts, too, token by token.
 
     Returns:
         The answers; None if they cannot be had, and a check that says why.
@@ -188,20 +238,20 @@ def trained_answers(
     """
     if isinstance(held_out, AskedOnce):
         if held_out.found is None:
-            held_out.found = trained_answers(model, tokenizer, held_out.rows, greedy)
+            held_out.found = trained_answers(model, tokenizer, held_out.rows)
         return held_out.found
     if held_out is None:
         held_out = getattr(source_of(model), "held_out", None)
     vocab_size = model.config.get_text_config().vocab_size
     rows = rows_of(tokenizer, held_out, vocab_size)
-    prompts = prompts_of(tokenizer, held_out, vocab_size) if greedy else []
+    prompts = prompts_of(tokenizer, held_out, vocab_size)
     generation = getattr(model, "generation_config", None)
     stops = stop_ids(tokenizer, getattr(generation, "eos_token_id", None))
     try:
         return Trained(model, rows, prompts, stops), []
     # foreign model code may raise anything, a GPU may be full: the trained model is written nevertheless
     except Exception as error:
-        says = f"the trained model could not be asked ({_in_words(error)})"
+        says = f"the trained model could not be asked ({in_words(error)})"
         return None, [Check("trained model's answers", Outcome.NOT_RUN, says)]
 
 
@@ -215,14 +265,15 @@ def checked(name: str, compare: Callable[..., Check | list[Check]], *arguments: 
     except NotTested as why:
         return [Check(name, Outcome.NOT_TESTED, str(why))]
     except Exception as error:
-        says = _in_words(error)
+        says = in_words(error)
         if isinstance(error, _CANNOT_RUN) or "memory" in says.lower():
             return [Check(name, Outcome.NOT_RUN, says)]
         return [Check(name, Outcome.DIFFERENT, f"it cannot be read back ({says})")]
     return found if isinstance(found, list) else [found]
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """An unexpected error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from oribi.errors import ExportError, OribiError
+from oribi.save.probe_file import PROBES_FILE
 from oribi.text import gigabytes, say
 
 # loaders read these first: they are removed before the first new file moves in, and arrive last
@@ -148,6 +149,9 @@ def move_files(partial: Path, final: Path) -> None:
     """Give every file of `partial` its final name, so that no moment shows old and new parts as one checkpoint."""
     final.mkdir(exist_ok=True)
     names = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+    (final / PROBES_FILE).unlink(
+        missing_ok=True
+    )  # of the files that are replaced; an unchecked export writes none
     for name in names:
         with open(partial / name, "rb") as file:
             os.fsync(file.fileno())

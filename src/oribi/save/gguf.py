@@ -33,12 +33,12 @@ from oribi.save.base import base_name, changed_base
 from oribi.save.card import fenced
 from oribi.save.carried import DRAFT_COUNTS, has_other_parts
 from oribi.save.check import Check, Outcome
-from oribi.save.export import Export, Verify, checked, file_name, model_name
+from oribi.save.export import Export, Verify, checked, file_name, model_name, trained_answers
 from oribi.save.folder import announce
 from oribi.save.hub import GGUF_KEYWORDS, push, read_accepted
 from oribi.save.one_writer import by_first_process
+from oribi.save.probe_file import ExportedFile
 from oribi.save.trained import LoadedModel, MergedModel, changes_of
-from oribi.save.verify import check_source
 from oribi.save.verify_gguf import check_gguf_tokenizer, check_in_llama_cpp
 
 _METADATA = 16 << 20  # bytes of a file; a vocabulary of 128k tokens and its merges takes 8 MB
@@ -89,7 +89,9 @@ def save_gguf(
     if not options.is_main_process:
         return None
     if options.save_method == "lora":
-        return save_gguf_adapter(model, directory, quantization_method, verify=verify)
+        return save_gguf_adapter(
+            model, directory, quantization_method, tokenizer=tokenizer, held_out=held_out, verify=verify
+        )
     asked = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     methods = list(dict.fromkeys(mix_of(method).name for method in asked))
     called = model_name(model) if name is None else file_name(name)
@@ -200,7 +202,7 @@ class GGUFExport(Export):
     def check(self, form: str, path: Path) -> list[Check]:
         if self.trained is None:
             return []
-        found = checked("weights read back", lambda: check_source(self.trained, GGUFSource(path), form))
+        found = checked("weights read back", lambda: self.expect(form, path, GGUFSource(path)))
         found += checked("tokenizer rebuilt from the file", check_gguf_tokenizer, self.tokenizer, path)
         if llama_cpp.is_installed():
             found += checked("llama.cpp", check_in_llama_cpp, self.trained, self.tokenizer, path, form)
@@ -233,6 +235,8 @@ def save_gguf_adapter(
     directory: str | Path,
     quantization_method: str | Sequence[str] = "f16",
     *,
+    tokenizer: Any = None,
+    held_out: Sequence[Any] | None = None,
     verify: Verify = True,
 ) -> dict[str, Any]:
     """Write the active LoRA adapter as GGUF and check that the file holds it.
@@ -241,6 +245,7 @@ def save_gguf_adapter(
         model: PEFT's model with one active adapter, LoRA or rsLoRA alone.
         directory: where the file goes; created.
         quantization_method: f32, f16, bf16 or q8_0 (where rows allow it, f16 elsewhere), or several.
+        tokenizer, held_out: for probes.json, which is written where a tokenizer is given.
         verify: as for `save_merged`.
 
     Returns:
@@ -257,7 +262,7 @@ def save_gguf_adapter(
         raise ConfigError(f"an adapter as GGUF is written as {', '.join(_ADAPTER_TYPES)}; got {unknown[0]!r}")
     files = {name.lower(): f"{model_name(model)}-lora.{name.upper()}.gguf" for name in names}
     export = GGUFAdapterExport(model, directory, "gguf-adapter", files, verify)
-    export.save()
+    export.save(tokenizer, held_out)
     return {
         "report": export.report,
         "gguf_directory": str(directory),
@@ -270,14 +275,19 @@ class GGUFAdapterExport(Export):
 
     pattern = "*.gguf"
 
-    def save(self) -> None:
-        """Write and check the files."""
+    def save(self, tokenizer: Any, held_out: Any) -> None:
+        """Write and check the files; arguments as for `save_gguf_adapter`."""
         _require_own_base(self.model)
         self.alpha, self.pairs = _pairs(self.model, self.inner.config)
         size = sum(pair.numel() * 4 for pair in self.pairs.values()) * len(self.files)
         announce(self.directory, {"adapter as GGUF": size})
         self.report.checked_on = "every factor of the adapter"
         self.report.notes += _belongs_to(self.model)
+        if self.verify and tokenizer is not None:
+            self.trained, unanswered = trained_answers(self.model, tokenizer, held_out)
+            self.report.checks += unanswered
+            if self.trained is not None:
+                self.ask_signatures(tokenizer)
         self.run(size + (1 << 20))
 
     def write(self, folder: Path) -> None:
@@ -288,6 +298,8 @@ class GGUFAdapterExport(Export):
             write_adapter_file(folder / file, self.inner.config, self.alpha, self.pairs, kind, name)
 
     def check(self, form: str, path: Path) -> list[Check]:
+        if self.signatures is not None:
+            self.said[path.name] = ExportedFile(form, self.signatures.says["trained"])
         return checked(form, _check_pairs, form, path, self.alpha, self.pairs, _ADAPTER_TYPES[form])
 
     def usage(self, folder: Path, file: str) -> str:

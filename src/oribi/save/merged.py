@@ -4,6 +4,7 @@ Adapters are added to their base in float32, rounded once and written tensor by 
 """
 
 import copy
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
+from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.expert_tensors import expert_modules
 from oribi.models.unfused import beside_decoder
 from oribi.models.unwrap import is_classifier, source_of
@@ -28,13 +30,22 @@ from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, Verify, checked, trained_answers
 from oribi.save.folder import announce
 from oribi.save.hub import MERGED_KEYWORDS, push, read_accepted, upload_folder
-from oribi.save.nf4_checkpoint import nf4_config, pack_nf4, packed_bytes, packed_names, unpacked_modules
+from oribi.save.nf4_checkpoint import (
+    Nf4Source,
+    nf4_config,
+    pack_nf4,
+    packed_bytes,
+    packed_names,
+    unpacked_modules,
+)
 from oribi.save.one_writer import by_first_process
+from oribi.save.probe_file import STRENGTH_SETTINGS, ExportedFile
 from oribi.save.report import ExportReport
+from oribi.save.samples import described_samples, sample_all
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards
 from oribi.save.trained import MergedModel
-from oribi.save.verify import check_checkpoint, check_saved_tokenizer
-from oribi.tensors import TensorSource, all_finite, read_header
+from oribi.save.verify import check_saved_tokenizer, logits_of_whole
+from oribi.tensors import SafetensorsSource, TensorSource, all_finite, read_header
 
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -247,11 +258,17 @@ class MergedExport(Export):
         if self.trained is None:
             return found
         form = "4-bit" if self.quantized else _dtype_name(self.dtype)
-        own_name = [] if self.carried is None else [self.carried.own_name]
-        found += checked("weights read back", check_checkpoint, self.trained, path, form, *own_name)
+        found += checked("weights read back", self._check_weights, form, path)
         if self.tokenizer is not None:
             found += checked("tokenizer", check_saved_tokenizer, self.tokenizer, path)
         return found
+
+    def _check_weights(self, form: str, folder: Path) -> list[Check]:
+        if not isinstance(self.inner, DecoderForCausalLM):
+            return self.expect_logits(form, folder, logits_of_whole(self.trained, folder))
+        own_name = (lambda name: name) if self.carried is None else self.carried.own_name
+        stored = SafetensorsSource(sorted(folder.glob("model*.safetensors")), own_name)
+        return self.expect(form, folder, Nf4Source(stored))
 
     def usage(self, folder: Path, file: str) -> str:
         name, kind, reader = self.directory.name, automatic(self.inner.config).__name__, "AutoTokenizer"
@@ -300,10 +317,26 @@ class AdapterExport(Export):
 
             asked = (self.model, path, self.tokenizer, self.held_out)
             return checked("scores in plain PEFT", compare_scores_in_plain_peft, *asked)
-        trained, unanswered = trained_answers(self.model, self.tokenizer, self.held_out, greedy=False)
-        if trained is None:
+        self.trained, unanswered = trained_answers(self.model, self.tokenizer, self.held_out)
+        if self.trained is None:
             return unanswered
-        return unanswered + checked("answers in plain PEFT", compare_in_plain_peft, self.model, path, trained)
+        self.ask_signatures(self.tokenizer)
+        if self.signatures is not None:
+            self.said["."] = self._as_expected(path)
+        return unanswered + checked(
+            "answers in plain PEFT", compare_in_plain_peft, self.model, path, self.trained
+        )
+
+    def _as_expected(self, folder: Path) -> ExportedFile:
+        """The adapter as probes.json describes it: it must say what the trained model says."""
+        stored = SafetensorsSource([folder / WEIGHTS], any_dtype=True)
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return ExportedFile(
+            _dtype_name(self.trained.dtype),
+            self.signatures.says["trained"],
+            described_samples(sample_all(stored), {}),
+            {name: settings.get(name) for name in STRENGTH_SETTINGS},
+        )
 
     def usage(self, folder: Path, file: str) -> str:
         code = (

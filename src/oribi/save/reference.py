@@ -20,6 +20,7 @@ from oribi.tensors import TensorSource
 
 ANSWER_TOKENS = 24
 _MAX_ANSWER_LOGITS = 100_000_000  # 400 MB of float32
+_TOP = 10  # likeliest tokens of a place that are kept of an answer
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Trained:
         floats = [p.dtype for p in self.inner.parameters() if p.is_floating_point()]
         self.dtype = next((d for d in (torch.bfloat16, torch.float16) if d in floats), torch.float32)
         self.base: TensorSource | None = None  # another than the trained one, with the adapter merged into it
+        self.bare: TensorSource | None = None  # that base without the adapter
         most = _MAX_ANSWER_LOGITS // vocab_size // ANSWER_TOKENS
         self.answers = self._generate(prompts[: max(most, 1)])
         self._set_places()
@@ -66,22 +68,21 @@ class Trained:
         self.loss = loss_of(self.logprobs, rows)
 
     def _take(self, logits: torch.Tensor) -> None:
-        """What logits [K, V] at the compared places say: `logprobs` on the rows, the answers, and `ends`, the
-        log-probabilities [V] at the last token of each.
+        """What logits [K, V] at the compared places say: `logprobs` on the rows, the answers, `said`, the likeliest tokens of
+        their places, and `ends`, the log-probabilities [V] at the last token of each.
 
         The answers are those of one pass over all of them, which is how the files are asked: at near ties, generating token
         by token may have chosen differently.
         """
-        on_rows, likeliest = self.split(logits)
-        parts = logits[self.compared :].split([len(answer.tokens) for answer in self.answers])
+        on_rows, along = self.split(logits)
+        parts = self.answer_logits(logits)
         self.logprobs = on_rows.log_softmax(-1)
-        self.answers = [
-            _as_found(answer, found, self.stops) for answer, found in zip(self.answers, likeliest)
-        ]
+        self.answers = [_as_found(answer, found, self.stops) for answer, found in zip(self.answers, along)]
         self.ends = [
             part[len(answer.tokens) - 1].float().log_softmax(-1).cpu()
             for part, answer in zip(parts, self.answers)
         ]
+        self.said = [likeliest(part[: len(answer.tokens)]) for part, answer in zip(parts, self.answers)]
         self._set_places()
 
     def _set_places(self) -> None:
@@ -100,9 +101,12 @@ class Trained:
 
     def split(self, logits: torch.Tensor) -> tuple[torch.Tensor, list[list[int]]]:
         """Logits [K, V] -> those on the rows, float32, and the likeliest tokens along every answer."""
-        count = self.compared
-        likeliest = logits[count:].argmax(-1).cpu().split([len(a.tokens) for a in self.answers])
-        return logits[:count].float(), [part.tolist() for part in likeliest]
+        along = [part.argmax(-1).tolist() for part in self.answer_logits(logits)]
+        return logits[: self.compared].float(), along
+
+    def answer_logits(self, logits: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [K, V] -> those [n, V] along every answer."""
+        return list(logits[self.compared :].split([len(answer.tokens) for answer in self.answers]))
 
     def evaluate(self, rows: Rows, keep: torch.Tensor | None = None) -> torch.Tensor:
         """The model's logits [K, V] on rows, at the places of `keep` [K] or at all."""
@@ -120,14 +124,17 @@ class Trained:
         """Logits [K, V] of weights on the disk at the same places."""
         return streamed_logits(self.config, source, self.ids, self.positions, self.dtype, self.keep)
 
-    def on_base(self, merged: TensorSource) -> "Trained":
+    def on_base(self, merged: TensorSource, bare: TensorSource) -> "Trained":
         """The same adapter on another base: what a file merged into that base must say.
 
         Its loss may not be much worse than that of the model as trained, whose `loss` is kept for comparison.
+
+        Args:
+            merged, bare: the other base with the adapter and without.
         """
         moved = copy.copy(self)
         moved._take(self.streamed(merged))
-        moved.base = merged
+        moved.base, moved.bare = merged, bare
         return moved
 
     def _generate(self, prompts: list[list[int]]) -> list[GreedyAnswer]:
@@ -164,6 +171,12 @@ def _as_found(answer: GreedyAnswer, likeliest: list[int], stops: set[int]) -> Gr
     pairs = enumerate(zip(answer.tokens, likeliest))
     end = next((i for i, (told, found) in pairs if told != found), len(likeliest) - 1)
     return GreedyAnswer(answer.prompt, likeliest[: end + 1], likeliest[end] in stops)
+
+
+def likeliest(logits: torch.Tensor) -> list[dict[int, float]]:
+    """The likeliest tokens of each place and their log-probabilities, from logits or log-probabilities [n, V]."""
+    top = logits.float().log_softmax(-1).topk(min(_TOP, logits.shape[-1]), dim=-1)
+    return [dict(zip(ids, values)) for ids, values in zip(top.indices.tolist(), top.values.tolist())]
 
 
 def logits_by_document(model: nn.Module, rows: Rows, keep: torch.Tensor | None = None) -> torch.Tensor:

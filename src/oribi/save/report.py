@@ -27,6 +27,7 @@ class ExportReport:
         checks: every comparison; empty if the caller asked for none.
         notes: what differs in special cases, and what was not written and why.
         tags: for the model card.
+        has_probes: whether probes.json lies beside the files.
     """
 
     directory: str
@@ -37,6 +38,7 @@ class ExportReport:
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tags: tuple[str, ...] = ()
+    has_probes: bool = False
 
     @property
     def passed(self) -> bool:

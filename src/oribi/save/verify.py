@@ -7,7 +7,6 @@ pass over the file compares all answers. S tokens, V vocabulary, K compared plac
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,11 @@ from transformers import AutoConfig, AutoTokenizer
 
 from oribi.chat.ends import renders
 from oribi.gguf.mixes import METHODS
-from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.unfused import require_exact_nf4
 from oribi.models.wrapper import automatic
 from oribi.save.check import Check, Outcome, percent
-from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.probes import CONVERSATIONS, rendered_ids
 from oribi.save.reference import ANSWER_TOKENS, Trained, logits_by_document, loss_of
-from oribi.tensors import SafetensorsSource, TensorSource
 
 # mean KL in nats above which a file is not the trained model, by its format
 KL_TOLERANCE = {
@@ -59,8 +55,7 @@ def compare(trained: Trained, logits: torch.Tensor, form: str) -> list[Check]:
         form: a key of `KL_TOLERANCE`.
     """
     on_rows, likeliest = trained.split(logits)
-    expected = [answer.tokens for answer in trained.answers]
-    places = logits[trained.compared :].split([len(tokens) for tokens in expected])
+    expected, places = [answer.tokens for answer in trained.answers], trained.answer_logits(logits)
     ended = [
         (tokens[-1] in trained.stops, is_near_tie(end, place[-1].cpu(), tokens[-1]))
         for answer, end, place, tokens in zip(trained.answers, trained.ends, places, likeliest)
@@ -201,26 +196,12 @@ def _advice(form: str) -> str:
     return f"{form} loses too much of this model; use {instead}"
 
 
-def check_source(trained: Trained, source: TensorSource, form: str) -> list[Check]:
-    """Compare a written checkpoint or GGUF file, streamed from the disk, with the trained model."""
-    return compare(trained, trained.streamed(source), form)
-
-
-def check_checkpoint(
-    trained: Trained, folder: Path, form: str, own_name: Callable[[str], str | None] = lambda name: name
-) -> list[Check]:
-    """Compare a written checkpoint with the trained model: streamed, or outside the family table loaded whole.
-
-    Args:
-        own_name: the trained model's name for a stored tensor, None for one that it does not have.
-    """
-    files = sorted(folder.glob("model*.safetensors"))
-    if isinstance(trained.inner, DecoderForCausalLM):
-        return check_source(trained, Nf4Source(SafetensorsSource(files, own_name)), form)
+def logits_of_whole(trained: Trained, folder: Path) -> torch.Tensor:
+    """Logits [K, V] of a written checkpoint outside the family table, which is loaded whole, at the trained model's places."""
     kind = automatic(AutoConfig.from_pretrained(folder))
     loaded = kind.from_pretrained(folder, dtype=trained.dtype).to(trained.device).eval()
     require_exact_nf4(loaded, str(folder), trained.device)
-    return compare(trained, logits_by_document(loaded, trained.pack, trained.keep), form)
+    return logits_by_document(loaded, trained.pack, trained.keep)
 
 
 def check_tokenizer(tokenizer: Any, saved: Any, name: str, *, special: bool) -> Check:
