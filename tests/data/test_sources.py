@@ -268,7 +268,7 @@ def test_another_encoding_is_named_with_its_line(tmp_path, name):
     }
     file = write(tmp_path / name, text.get(name, "one\nGrüße\n"), "latin-1")
     with pytest.raises(
-        DataError, match=f"{name}:2: not UTF-8 \\(byte 0xfc\\). .*iconv.* the line is .*Grüße"
+        DataError, match=f"{name}:2: not UTF-8 \\(byte 0xfc\\). .*iconv.* the text there is .*Grüße"
     ):
         read(file)
 

@@ -159,7 +159,7 @@ def test_the_last_layer_keeps_what_its_backward_would_make_first(monkeypatch):
 def test_with_room_for_all_nothing_is_computed_again(model, step):
     for keep in plan(step, 10**12):
         assert all(keep[name] == "keep" for name in [*step.layers[0].results, "weights"])
-    assert "again" not in apply_plan(model.get_base_model(), TOKENS, LENGTH, 10**12)
+    assert "recomputed" not in apply_plan(model.get_base_model(), TOKENS, LENGTH, 10**12)
 
 
 def test_attention_is_the_first_to_be_kept_in_long_contexts():
@@ -172,5 +172,5 @@ def test_a_plan_is_said_in_one_line(model, step):
     base, budget = model.get_base_model(), step.workspace + 700_000
     line = apply_plan(base, TOKENS, LENGTH, budget)
     assert "of 4 layers" in line
-    assert line.startswith("activations: kept on the device: x, ")
+    assert line.startswith("activations: kept on the device: layer inputs, ")
     assert [layer.keep for layer in base.model.layers] == plan(step, budget)

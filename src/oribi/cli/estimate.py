@@ -235,7 +235,12 @@ def _disk(training: Any) -> dict[str, int]:
 
     a, config = training.architecture, training.config
     adapter = training.trainable * (a.decoder.dtype.itemsize if config.full_finetuning else 4)
-    found = {"model's files": a.parameters * 2}
+    stored = a.location.file
+    found = {
+        "model's files": stored.stat().st_size
+        if stored is not None and stored.is_file()
+        else a.parameters * 2
+    }
     if not config.full_finetuning:
         found["adapter"] = adapter
     if config.save_steps:

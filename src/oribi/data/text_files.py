@@ -52,7 +52,7 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         )
         raise UnreadableText(
             f"{path}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x}). {excel}: iconv -f WINDOWS-1252 -t UTF-8 "
-            f"{path.name} > utf8-{path.name}. Read as WINDOWS-1252, the line is {_excerpt(line)!r}; if that looks wrong, give "
+            f"{path.name} > utf8-{path.name}. Read as WINDOWS-1252, the text there is {_excerpt(line)!r}; if that looks wrong, give "
             "iconv the real encoding."
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

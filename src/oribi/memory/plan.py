@@ -28,6 +28,11 @@ HOST_BYTES_PER_FLOP = 49e9 / 650e12
 # share of the host's free memory that activations may take
 HOST_SHARE = 0.4
 _WORDS = {"keep": "kept on the device:", "host": "moved to host memory:", "recompute": "recomputed:"}
+# what a reader of the log calls them; others have names that speak for themselves
+_RESULTS = {
+    "x": "layer inputs", "x_mid": "MLP inputs", "gate_up": "MLP gate and up", "qkv": "attention inputs",
+    "attention": "attention outputs", "weights": "16-bit copies of weights",
+}  # fmt: skip
 # moving a byte through device memory takes as long as this much arithmetic: 3.0 TB/s beside 650 TFLOP/s
 FLOP_PER_DEVICE_BYTE = 650e12 / 3.0e12
 
@@ -200,9 +205,9 @@ def describe(keeps: Sequence[Keep]) -> str:
     having = Counter(name for keep in keeps for name in keep)
     named = {
         place: [
-            name
+            _RESULTS.get(name, name)
             if counts[place][name] == having[name]
-            else f"{name} ({counts[place][name]} of {having[name]} layers)"
+            else f"{_RESULTS.get(name, name)} ({counts[place][name]} of {having[name]} layers)"
             for name in having
             if counts[place][name]
         ]
