@@ -1,7 +1,9 @@
 """Trackers: TensorBoard's own files are read back; the others are stood in for by modules that write down their calls."""
 
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -166,6 +168,26 @@ def test_trackio_gets_figures_settings_and_the_runs_name(trained, monkeypatch):
     (table,) = series(logged, "samples")
     assert [list(table), table.to_numpy().tolist()] == [COLUMNS, answers_of(folder)]
     assert finished == [True]
+
+
+@pytest.mark.long
+def test_trackio_itself_keeps_figures_settings_and_tables(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    folder, log = trained("trackio")
+    with closing(sqlite3.connect(next((tmp_path / "trackio").glob("*.db")))) as kept:
+        lines = [json.loads(one) for (one,) in kept.execute("select metrics from metrics order by id")]
+        ((name, config),) = kept.execute("select run_name, config from configs")
+    assert (name, json.loads(config)["learning_rate"]) == ("red-fox", 0.003)
+    for tracked, key in (
+        ("train/loss", "loss"),
+        ("eval/loss", "eval_loss"),
+        ("train/grad_norm", "grad_norm"),
+    ):
+        assert series(lines, tracked) == series(log, key)
+    (table,) = series(lines, "samples")
+    assert table["_type"] == "trackio.table"
+    assert [list(row.values()) for row in table["_value"]] == answers_of(folder)
 
 
 def test_an_unknown_tracker_is_refused_by_its_name():

@@ -1,11 +1,18 @@
-"""Answers to the same prompts while a model is trained, as the report and the page of `oribi watch` show them."""
+"""Figures and answers to the same prompts while a model is trained, as the report and the page of `oribi watch` show them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+# figures of a log that have a curve of their own beside the loss
+FIGURES = {
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+}
+
 
 class Span(NamedTuple):
-    """An answer, and the steps at which it was given: "base", "step 20" or "steps 20 to 60"."""
+    """An answer, and the model that gave it, or the steps at which it was given: "base", "step 20" or "steps 20 to 60"."""
 
     steps: str
     text: str

@@ -22,7 +22,7 @@ from oribi.save.card import fenced, for_markdown
 from oribi.text import clock, write_whole
 from oribi.train.charts import as_svg, loss_chart, rewards_charts, save_png, small_chart
 from oribi.train.measures import ANSWER_TOKENS, Measured
-from oribi.train.over_time import answers_over_time, turns_in
+from oribi.train.over_time import FIGURES, Asked, Span, answers_over_time, turns_in
 from oribi.train.samples import Answered
 
 # a general text that became this much less likely is worth a warning
@@ -79,9 +79,7 @@ def write_report(
         save_png(rewards_charts(log)[0], folder / "rewards.png")
     small = [
         *rewards,
-        small_chart(log, "learning_rate", "learning rate"),
-        small_chart(log, "grad_norm", "gradient norm"),
-        small_chart(log, "tokens_per_second", "tokens per second"),
+        *(small_chart(log, key, title) for key, title in FIGURES.items()),
     ]
     charts = [as_svg(loss_chart(log, unit)), *(as_svg(figure) for figure in small if figure is not None)]
     write_whole(folder / "report.html", as_page(report, charts))
@@ -296,22 +294,17 @@ def _subtitle(report: dict[str, Any]) -> str:
     )
 
 
-def _side_by_side(
-    report: dict[str, Any],
-) -> list[tuple[list[tuple[str, str]], str, dict[str, tuple[str, bool]]]]:
-    """Turns of the prompt, expected answer, and every model's answer with whether it ended by itself."""
+def _side_by_side(report: dict[str, Any]) -> list[Asked]:
+    """Each measured prompt with every model's answer."""
     measures = report["measures"]
-    first = next(iter(measures.values()), {"samples": []})["samples"]
+    said = {name: measured["samples"] for name, measured in measures.items()}
     return [
-        (
+        Asked(
             turns_in(sample),
             sample["expected"],
-            {
-                name: (_with_rewards(m["samples"][i]), m["samples"][i]["stopped"])
-                for name, m in measures.items()
-            },
+            [Span(name, _with_rewards(answers[i]), answers[i]["stopped"]) for name, answers in said.items()],
         )
-        for i, sample in enumerate(first)
+        for i, sample in enumerate(next(iter(said.values()), []))
     ]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pandas
 
+from oribi.train.over_time import FIGURES
 from oribi.watch.runs import WatchedRun
 
 POINTS = 400  # of one curve
@@ -12,10 +13,7 @@ EACH, SMOOTHED, HELD_OUT = "each log", "smoothed", "held out"
 # readable on light and on dark grounds, and for eyes that confuse red and green
 COLORS = {EACH: "#94a3b8", SMOOTHED: "#2f7ed8", HELD_OUT: "#e8710a"}
 PALETTE = ("#2f7ed8", "#e8710a", "#0f9d8a", "#c2459b", "#8a6fd8", "#b08800", "#d64545", "#6b8e23")
-SMALL = {
-    "learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second",
-    "peak_memory_gib": "peak memory, GiB",
-}  # fmt: skip
+SMALL = {**FIGURES, "peak_memory_gib": "peak memory, GiB"}
 FROM_ZERO = ("tokens_per_second", "peak_memory_gib")  # a change in the third digit is no rise
 _COLUMNS = ("step", "value", "curve")
 
