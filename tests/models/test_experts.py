@@ -93,6 +93,7 @@ def test_another_routers_rule_gives_other_numbers(monkeypatch):
     assert max(errors_against_transformers(*pair).values()) > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stacks", [["gate_up_proj"], ["down_proj"], []])
 def test_pairs_on_one_stack_or_on_none_have_transformers_gradients(stacks):
     targets = [f"mlp.experts.{stack}" for stack in stacks] or None
@@ -114,6 +115,7 @@ def test_a_pair_on_the_router_takes_autograd_and_equals_transformers():
     assert all(relative(mine[name], expected[name]) < TOLERANCE for name in mine)
 
 
+@pytest.mark.long
 def test_gradients_in_portions_of_the_rows_are_those_of_all_at_once(monkeypatch):
     ours = adapt(tiny_pair(tiny_config("qwen3_moe"))[0])
     batch = batch_of()

@@ -88,9 +88,9 @@ def test_what_was_trained_on_packed_experts_is_proved_in_plain_peft_and_merged_f
 def test_a_gguf_file_answers_in_llama_cpp_with_the_same_tokens_and_loads_again(folder, tmp_path):
     model, tokenizer = trained(folder)
     expected = logits(model)
-    found = model.save_pretrained_gguf(str(tmp_path), tokenizer, ["f32", "q8_0"], held_out=TEXTS)
+    found = model.save_pretrained_gguf(str(tmp_path), tokenizer, ["f32"], held_out=TEXTS)
     answers = [check for check in found["report"].checks if "greedy answers in llama.cpp" in check.name]
-    assert [check.outcome.value for check in answers] == ["equal", "equal"]
+    assert [check.outcome.value for check in answers] == ["equal"]
     assert (Path(found["gguf_directory"]) / "Modelfile").is_file()
     again, _ = load_model(
         found["gguf_files"][0], dtype=torch.float32, load_in_4bit=False, max_seq_length=None
