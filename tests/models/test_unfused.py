@@ -23,7 +23,7 @@ SIZES = {
     "intermediate_size": 64,
 }  # fmt: skip
 EXPERTS = {
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 4},
     "gpt_oss": {
         "num_local_experts": 4,
