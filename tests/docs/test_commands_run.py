@@ -9,7 +9,7 @@ from tests.docs.test_docs import commands
 pytestmark = pytest.mark.slow  # together they take 15 s
 # the least that each program's file may say
 CONFIGS = {
-    "axolotl.yml": "base_model: a/b\nadapter: qlora\nlearning_rate: 1e-4\ndatasets: [{path: train.jsonl, type: alpaca}]\n",
+    "axolotl.yml": "base_model: a/b\nadapter: qlora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\nlearning_rate: 1e-4\ndatasets: [{path: train.jsonl, type: alpaca}]\n",
     "llama3_lora_sft.yaml": "model_name_or_path: a/b\nstage: sft\nfinetuning_type: lora\ndataset: train\ntemplate: llama3\n",
     "sft.yaml": "model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: true\n",
     "dataset_info.json": '{"train": {"file_name": "train.jsonl"}}',
