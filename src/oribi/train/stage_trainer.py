@@ -73,6 +73,7 @@ class StageTrainer(OptimizerTrainer, RunTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._logged = (self._tokens(), time.monotonic())
+        self._remark_on_repeated_rows()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -80,6 +81,18 @@ class StageTrainer(OptimizerTrainer, RunTrainer):
             self._drop_reference()  # the copy goes into no file
             if isinstance(base_model(self.model), DecoderPreTrainedModel):
                 base_model(self.model).release()
+
+    def _remark_on_repeated_rows(self) -> None:
+        # accelerate fills the last batches, so that each process has as many as the others
+        at_once = self.args.per_device_train_batch_size * self.args.world_size
+        repeated = (
+            0 if self.reads_stream or self.args.dataloader_drop_last else -len(self.train_dataset) % at_once
+        )
+        if repeated and self.args.world_size > 1 and self.stage != "grpo":
+            self._say(
+                f"{len(self.train_dataset):,} rows are no multiple of the {at_once} that {self.args.world_size} processes take at once: "
+                f"at the end of each epoch {repeated} of them are read again"
+            )
 
     def _drop_reference(self) -> None:
         """Remove TRL's copy of the adapter."""
