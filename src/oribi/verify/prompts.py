@@ -116,7 +116,7 @@ def check_chat(probes: ProbeFile, file: ExportedFile, peer: Peer, *, by_ids: boo
     found = [] if by_ids else _by_count(probes, answers)
     if all(check.passed for check in found) and not probes.dated:
         found += _by_first_tokens(probes, file, answers)
-    return found + _by_ends(answers)
+    return found + _by_ends(file, answers)
 
 
 def _by_count(probes: ProbeFile, answers: Sequence[tuple[int, Probe, ChatAnswer]]) -> list[Check]:
@@ -180,12 +180,12 @@ def _by_text(answers: Sequence[tuple[int, Probe, ChatAnswer]]) -> list[Check]:
     ]
 
 
-def _by_ends(answers: Sequence[tuple[int, Probe, ChatAnswer]]) -> list[Check]:
-    """Where answers end that are the trained model's up to there."""
+def _by_ends(file: ExportedFile, answers: Sequence[tuple[int, Probe, ChatAnswer]]) -> list[Check]:
+    """Where answers end that are the trained model's up to there, of those that the file ends there too."""
     reached = [
         (answer.stopped and answer.text.strip() == probe.text.strip())
-        for _, probe, answer in answers
-        if probe.stopped and answer.text.strip().startswith(probe.text.strip())
+        for i, probe, answer in answers
+        if probe.stopped and _says(file, i, probe) and answer.text.strip().startswith(probe.text.strip())
     ]
     if not reached:
         return []
@@ -193,6 +193,12 @@ def _by_ends(answers: Sequence[tuple[int, Probe, ChatAnswer]]) -> list[Check]:
     says = f"{sum(reached)} of {len(reached)} answers in chat end where the trained model ends them"
     outcome = Outcome.EQUAL if all(reached) else Outcome.DIFFERENT
     return [Check("ends in chat", outcome, says, figures, _ADVICE[_STOPS])]
+
+
+def _says(file: ExportedFile, index: int, probe: Probe) -> bool:
+    """Whether the last token of an answer is the file's likeliest there: quantised, it may continue."""
+    place = file.says[index][-1]
+    return bool(place) and max(place, key=place.get) == probe.answer[-1]
 
 
 def check_stops(probes: ProbeFile, peer: Peer) -> list[Check]:

@@ -1,6 +1,7 @@
 """What is wrong with the weights, from what is said at the places of the probes."""
 
 import math
+from pathlib import PurePath
 
 from oribi.save.check import Check, Outcome, percent
 from oribi.save.probe_file import ExportedFile, ProbeFile, Said, mean_divergence
@@ -79,7 +80,7 @@ def _diagnosis(
             f"weights between the base and the trained model answer: another or an older adapter; {measured}"
         )
         return Check(_NAME, Outcome.DIFFERENT, says, figures, "serve the export beside probes.json")
-    named = f" {probes.base}" if probes.base else ""
+    named = f" {PurePath(probes.base).name}" if probes.base else ""
     says = (
         f"neither the trained model nor its base{named} answers (KL {others.get('base', math.nan):.2g} from that): "
         f"another base, another adapter or damaged weights; {measured}"
