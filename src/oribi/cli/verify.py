@@ -32,7 +32,10 @@ def verify(
     api_key: Annotated[str | None, typer.Option(help="The server's API key.")] = None,
     json: Json = False,
 ) -> None:
-    """Check that a file or a running server answers with the tuned weights, template and stop tokens; if not, say what is wrong."""
+    """Check that a file or a server answers as the tuned model.
+
+    It compares weights, template and stop tokens, and says what is wrong if one of them is not the tuned model's.
+    """
     with chatter_aside():
         from oribi.save.check import overall, verdict
         from oribi.verify.call import verify_target
