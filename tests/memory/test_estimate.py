@@ -452,6 +452,7 @@ def test_unknown_gpus_are_said():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["memory", "speed"])
 def test_the_estimate_is_what_a_gpu_allocates(mode, tmp_path):
+    """Over so many steps that they are recorded, as an estimate assumes: a recording has a stream and workspaces of its own."""
     from datasets import Dataset
 
     from oribi.lora.attach import attach_lora
@@ -467,12 +468,12 @@ def test_the_estimate_is_what_a_gpu_allocates(mode, tmp_path):
     chatml_tokenizer().save_pretrained(tmp_path)
     model, tokenizer = load_model(str(tmp_path), dtype="bfloat16", max_seq_length=2048)
     model = attach_lora(model, r=16, target_modules="all-linear", use_gradient_checkpointing=mode)
-    ids = torch.randint(3, 500, (12, 2048)).tolist()
+    ids = torch.randint(3, 500, (16, 2048)).tolist()
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     trainer = SFTTrainer(
         model,
         SFTConfig(
-            output_dir=str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=2,
+            output_dir=str(tmp_path / "out"), max_steps=8, per_device_train_batch_size=2,
             gradient_accumulation_steps=1, max_length=2048, save_strategy="no",
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
