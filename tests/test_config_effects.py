@@ -168,7 +168,7 @@ EFFECTS = {
     "per_device_train_batch_size": Effect(8, lambda run: len(run.logged("loss")), 3, EPOCH),
     "per_device_eval_batch_size": Effect(3, Ran.eval_batch, 3, HELD_OUT),
     "gradient_accumulation_steps": Effect(6, lambda run: len(run.logged("loss")), 2, EPOCH),
-    "total_batch_size": Effect(6, lambda run: len(run.logged("loss")), 4, EPOCH),
+    "total_batch_size": Effect(6, lambda run: len(run.logged("loss")), 4, {"max_steps": -1, "packing": False}),
     "learning_rate": Effect(1e-5, lambda run: max(run.logged("learning_rate")), 1e-5),
     "embedding_learning_rate": Effect(
         1e-6, lambda run: run.groups("initial_lr"), {1e-2, 1e-6}, {"modules_to_save": ["lm_head"]}
@@ -295,10 +295,19 @@ def ran(places, tmp_path_factory) -> Callable[..., Ran]:
         key = repr(sorted(settings.items()))
         if key not in known:
             usual = {
-                "model": "MODEL", "dataset": ["ROWS"], "output_dir": str(tmp_path_factory.mktemp("run")),
-                "max_seq_length": 128, "dtype": "float32", "lora_r": 4, "max_steps": 1, "warmup_steps": 0,
-                "learning_rate": 1e-2, "gradient_accumulation_steps": 1, "report": False,
-            }  # fmt: skip
+                "model": "MODEL",
+                "dataset": ["ROWS"],
+                "output_dir": str(tmp_path_factory.mktemp("run")),
+                "max_seq_length": 128,
+                "dtype": "float32",
+                "lora_r": 4,
+                "max_steps": 1,
+                "warmup_steps": 0,
+                "learning_rate": 1e-2,
+                "report": False,
+            }
+            if "total_batch_size" not in settings:  # it follows from that
+                usual["gradient_accumulation_steps"] = 1  # fmt: skip
             given = {name: place(value) for name, value in {**usual, **settings}.items()}
             flags = [f"--{name}={json.dumps(value)}" for name, value in given.items()]
             config, _ = read_run_config(None, flags)

@@ -119,7 +119,7 @@ def test_a_quoted_number_is_told_from_a_number(read):
         ("lora-alpha: 8", "unknown key; did you mean lora_alpha?"),
         ("epochs: 3", "unknown key; did you mean num_train_epochs?"),
         ("deepspeed: ds.json", "unknown key; several GPUs: gpus: all"),
-        ("wandb_project: p", "unknown key; report_to: wandb"),
+        ("wandb_project: p", "unknown key; report_to names the tracker"),
         ("flash_attention: true", "unknown key; chosen automatically"),
         ("datasets: [a]", "unknown key; did you mean dataset?"),
         ("colour: blue", "unknown key"),

@@ -25,8 +25,8 @@ from oribi.gguf.mixes import print_quantization_methods
 from oribi.lora.tokens import add_new_tokens
 from oribi.save.gguf import push_gguf, save_gguf
 from oribi.save.merged import push_merged, save_merged
-from oribi.train.arguments import SFTConfig
 from oribi.train.trainer import SFTTrainer
+from oribi.trl import SFTConfig
 
 __version__: str
 

@@ -260,7 +260,7 @@ MEANINGS = [
     # what each program does where its file says nothing
     ("axolotl", "", {
         "max_seq_length": 512, "overlong": "drop", "load_in_4bit": False, "packing": False, "gradient_accumulation_steps": 1,
-        "per_device_eval_batch_size": 4, "optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "weight_decay": 0.0,
+        "per_device_eval_batch_size": ABSENT, "optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "weight_decay": 0.0,
         "warmup_steps": 0.03, "seed": 42, "output_dir": "./model-out", "target_modules": ["all-linear"], "chat_template": ABSENT}),
     ("factory", "", {
         "load_in_4bit": False, "packing": False, "lora_r": 8, "lora_alpha": 16, "per_device_train_batch_size": 8,

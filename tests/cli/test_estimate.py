@@ -156,10 +156,9 @@ def test_init_gives_a_model_without_template_one(oribi, tiny_folder, data_file, 
 def test_estimate_counts_what_stays_in_16_bits(oribi, tmp_path):
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=48, vocab_size=151936, hidden_size=2048,
-                                  num_experts=128, moe_intermediate_size=768, num_attention_heads=32,
-                                  num_key_value_heads=4, head_dim=128)  # fmt: skip
-    config.architectures = ["Qwen3MoeForCausalLM"]
+    config = AutoConfig.for_model("olmoe", num_hidden_layers=48, vocab_size=151936, hidden_size=2048, num_experts=128,
+                                  intermediate_size=768, num_attention_heads=32, num_key_value_heads=4)  # fmt: skip
+    config.architectures = ["OlmoeForCausalLM"]
     config.save_pretrained(tmp_path / "m")
     (tmp_path / "c.yaml").write_text(f"model: {tmp_path / 'm'}\ndataset: rows.jsonl\n")
     done = oribi("estimate", tmp_path / "c.yaml", "--gpu", "A100-40GB", "--gpu", "H200", "--json")

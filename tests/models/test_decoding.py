@@ -344,7 +344,7 @@ def changed_models():
         return tiny(rope_parameters=ROPES["longrope"], max_position_embeddings=128)
 
     return {
-        "dora": (dora, "neither plain nor one LoRA pair"),
+        "dora": (dora, "something else than at most one LoRA pair"),
         "hook": (hook, "model.layers.1.mlp is wrapped or has a hook"),
         "replaced": (replaced, "model.norm is wrapped"),
         "wrapped": (wrapped, "the model's forward is wrapped"),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from oribi.models import layer_shards
 from oribi.selftest.subject import Subject
 from oribi.train.trainer import SFTTrainer
 from tests.trust.runs import losses_of, trainer_in
@@ -151,15 +152,19 @@ def main(path: str, folder: str) -> None:
     gradients, found["short"] = first_gradients(made)
     found["parts"] = made._smaller.parts
 
-    for where in ("forward", "backward"):
+    reads = layer_shards.peer_memory
+    for where in ("alone", "forward", "backward"):
+        if where != "alone":  # all gather each layer together
+            layer_shards.peer_memory = lambda size, device, group: None
         made = trainer(f"sharded {where}", fsdp=True)
-        run_short(made, where)
+        run_short(made, "forward" if where == "alone" else where)
         gradients, found[f"sharded {where}"] = first_gradients(made)
         torch.save(gradients, out / f"sharded {where}-{RANK}.pt")
         found[f"parts {where}"] = made._smaller.parts
     made = trainer("sharded always", fsdp=True)
     run_short(made, "always")
     ends("sharded always", made)
+    layer_shards.peer_memory = reads
 
     made = trainer("broken")
     made.step_runner = runner(broken, 1)

@@ -65,11 +65,15 @@ class TestTwoProcesses:
         for found in ran.found:
             assert found["short"] == pytest.approx(ran.one["flat"][1], rel=1e-6)
 
-    @pytest.mark.parametrize("where", ["forward", "backward"])
-    def test_a_process_that_is_short_of_memory_in_a_sharded_step_lets_all_repeat_it(self, ran, where):
+    @pytest.mark.parametrize(
+        ("where", "parts"), [("alone", [1, 2]), ("forward", [2, 2]), ("backward", [2, 2])]
+    )
+    def test_a_process_short_of_memory_in_a_sharded_step_lets_all_repeat_it_where_they_gather_layers_together(
+        self, ran, where, parts
+    ):
         gradients, losses = ran.one["flat"]
+        assert [found[f"parts {where}"] for found in ran.found] == parts
         for rank, found in enumerate(ran.found):
-            assert found[f"parts {where}"] == 2
             assert found[f"sharded {where}"] == pytest.approx(losses, rel=1e-6)
             own = torch.load(ran.folder / f"sharded {where}-{rank}.pt")
             assert all((own[name] - g).norm() <= 1e-6 * g.norm() for name, g in gradients.items())

@@ -232,7 +232,7 @@ def test_a_stage_refuses_what_it_does_not_use(stage, name):
         return
     values = {"packing": "true", "train_on_responses_only": "false", "turns": "split", "fp8": "true", "reward_funcs": "m:f",
               "max_prompt_length": "9", "neftune_noise_alpha": "5.0", "fsdp": "true", "sample_tokens": "9",
-              "context_parallel": "2"}  # fmt: skip
+              "context_parallel": "2", "label_smoothing_factor": "0.1"}  # fmt: skip
     value = values.get(name, OTHER.get(name))
     value = next(iter(value.values())) if isinstance(value, dict) else value
     needed = ["--reward_funcs", "m:f"] if stage == "grpo" else []

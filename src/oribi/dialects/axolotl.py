@@ -74,7 +74,8 @@ def _finish(found: Converted) -> None:
         total = entries["batch_size"]
         said = f"batch_size = {total} in micro-batches of {micro}"
         found.put("gradient_accumulation_steps", max(1, int(total) // int(micro)), said)
-    found.put_default("per_device_eval_batch_size", micro)
+    if values.get("eval_dataset") or values.get("eval_fraction"):
+        found.put_default("per_device_eval_batch_size", micro)
     if not values.get("full_finetuning"):
         if "target_modules" not in values:
             found.refuse("adapter", "lora_target_linear or lora_target_modules must say which layers get it")
