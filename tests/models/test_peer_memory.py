@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from oribi.models import peer_memory
 from oribi.selftest.processes import run_together
@@ -44,3 +45,19 @@ def test_processes_of_different_machines_read_nothing(monkeypatch):
     monkeypatch.setattr(peer_memory.dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(peer_memory.dist, "all_gather_object", gathered)
     assert peer_memory.peer_memory(256, torch.device("cpu"), None) is None
+
+
+@pytest.mark.parametrize("step", ["empty", "rendezvous"])
+def test_where_memory_cannot_be_shared_all_gather_together(step, tmp_path, monkeypatch):
+    import torch.distributed._symmetric_memory as symmetric
+
+    def fails(*given, **named):
+        raise RuntimeError("no such thing on this driver")
+
+    monkeypatch.setattr(symmetric, "empty", lambda size, **_: torch.zeros(size))
+    monkeypatch.setattr(symmetric, step, fails)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        assert peer_memory._of_gpus(256, torch.device("cpu"), dist.group.WORLD) is None
+    finally:
+        dist.destroy_process_group()

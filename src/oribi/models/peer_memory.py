@@ -4,13 +4,18 @@ On GPUs it is PyTorch's symmetric memory: copies go over NVLink or PCIe by the c
 records them. On a CPU it is memory that processes share.
 """
 
+import logging
 import os
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
 
 # one start of one machine, where it says so: containers on different machines can have one name
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -70,19 +75,30 @@ def _of_gpus(size: int, device: torch.device, group: dist.ProcessGroup) -> PeerM
     # private in PyTorch, with these three calls from 2.6 on
     import torch.distributed._symmetric_memory as symmetric
 
-    own = problem = None
-    try:
-        own = symmetric.empty(size, dtype=torch.uint8, device=device)
-    except (RuntimeError, NotImplementedError) as error:
-        problem = str(error)
-    found: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, problem, group=group)
-    if any(found):  # nobody may wait for one that has none
+    own = _tried(lambda: symmetric.empty(size, dtype=torch.uint8, device=device))
+    if not _all_have(own, group):  # nobody may wait for one that has none
         return None
-    handle = symmetric.rendezvous(own, group)
+    handle = _tried(lambda: symmetric.rendezvous(own, group))
+    if not _all_have(handle, group):
+        return None
     own.zero_()
     parts = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(handle.world_size)]
     return PeerMemory(parts, handle.rank, (own, handle))
+
+
+def _tried(make: Callable[[], Any]) -> Any:
+    """What is made, or None where this machine cannot: a driver, a container or a build without it."""
+    try:
+        return make()
+    except (RuntimeError, NotImplementedError) as error:
+        logger.info("GPUs do not read each other's memory: %s", str(error).partition("\n")[0])
+        return None
+
+
+def _all_have(found: Any, group: dist.ProcessGroup) -> bool:
+    every: list[bool] = [False] * dist.get_world_size(group)
+    dist.all_gather_object(every, found is not None, group=group)
+    return all(every)
 
 
 def _of_host(size: int, group: dist.ProcessGroup) -> PeerMemory:
