@@ -4,12 +4,10 @@
 """
 
 import copy
-import re
 from pathlib import Path
 
 import pytest
 
-from oribi.chat.ends import template_starts_with_bos
 from oribi.chat.masking import BARE, Masker
 from oribi.chat.rendering import ChatTemplate
 from oribi.errors import DataError
@@ -26,7 +24,7 @@ from tests.data.tokenizers_small import (
     from_messages,
     user,
 )
-from tests.gguf.test_modelfile import CONVERSATIONS, run_go
+from tests.gguf.test_modelfile import require_same_prompts_in_ollama
 
 OWN = Path(__file__).parent / "templates"
 TOKENS = [
@@ -158,15 +156,8 @@ ALIKE = ("qwen3_5_nothink", "qwen3_6", "lfm2_v2", "gemma4", "glm4moe", "granite4
 )
 def test_ollama_renders_it_as_trained(name, tokenizer):
     tokenizer.chat_template = source(name)
-    adds_bos = template_starts_with_bos(tokenizer)
-    text = modelfile("m.gguf", tokenizer, [], None, adds_bos=adds_bos)
-    template = re.search(r'TEMPLATE """(.*?)"""', text, flags=re.DOTALL)[1]
-    default = re.search(r'SYSTEM """(.*?)"""', text, flags=re.DOTALL)
-    for conversation in CONVERSATIONS:
-        messages = [{"role": role, "content": content} for role, content in conversation]
-        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        system = conversation[0][1] if conversation[0][0] == "system" else default[1] if default else ""
-        assert ("<s>" if adds_bos else "") + run_go(template, system, conversation) == expected
+    assert tokenizer.bos_token == "<s>"
+    require_same_prompts_in_ollama(tokenizer)
 
 
 def test_a_template_that_writes_the_date_has_no_modelfile(tokenizer):

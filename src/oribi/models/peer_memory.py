@@ -5,7 +5,6 @@ records them. On a CPU it is memory that processes share.
 """
 
 import logging
-import os
 import socket
 import tempfile
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from oribi.launch import processes_on_machine
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def machine_group() -> dist.ProcessGroup:
     """The processes of this machine, all of them where each machine has one or numbers differ; called by all together."""
     processes = dist.get_world_size()
     counts: list[int] = [0] * processes
-    dist.all_gather_object(counts, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    dist.all_gather_object(counts, processes_on_machine())
     here = counts[0]
     if set(counts) != {here} or not 1 < here < processes or processes % here:
         return dist.group.WORLD

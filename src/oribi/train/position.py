@@ -193,9 +193,8 @@ class PositionedTrainer(Trainer):
                 "gradient_accumulation_steps or per_device_train_batch_size, or give more rows"
             )
         if batches and self.state.global_step < self.state.max_steps:
-            if (
-                self.position.unused
-            ):  # or gradients and loss would be added to those of the next pass's first step
+            if self.position.unused:
+                # or gradients and loss would be added to those of the next pass's first step
                 self.model.zero_grad()
                 self._tr_loss.copy_(self._loss_before_step)
             if not self._told_unused:

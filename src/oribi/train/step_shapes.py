@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from oribi.kernels.dispatch import next_power_of_2
+
 # tensors of a batch that a recorded step reads; its keys' documents are those of its queries
 TENSORS = ("input_ids", "labels", "position_ids", "cu_seq_lens_q")
 KNOWN = {*TENSORS, "cu_seq_lens_k", "max_length_q", "max_length_k"}
@@ -88,7 +90,7 @@ def padded_sizes(
         same_angles: whether documents of two lengths are rotated alike where the longer is a batch's longest.
     """
     length, documents, longest = batch.length, batch.documents, batch.longest
-    step = max(_power_of_two(length) // 16, 64)
+    step = max(next_power_of_2(length) // 16, 64)
     whole = -(-length // step) * step
     if documents and not (batch.is_dense and whole == length):
         if whole != length and not (pads and "position_ids" in batch.names):
@@ -97,9 +99,9 @@ def padded_sizes(
         if documents == 1 and same_angles(longest, length):
             longest = length
         else:
-            documents = _power_of_two(documents) + 1
+            documents = next_power_of_2(documents) + 1
             least = max(longest, length - batch.length)
-            bounds = [min(_power_of_two(least), length), least]
+            bounds = [min(next_power_of_2(least), length), least]
             if documents * -(-length // TILE) <= TILES:
                 bounds.insert(0, length)
             longest = next((bound for bound in bounds if same_angles(longest, bound)), 0)
@@ -152,7 +154,3 @@ def fill_buffers(
         rows = buffers["trained_rows"]
         rows[: len(trained_rows)].copy_(trained_rows, non_blocking=True)
         rows[len(trained_rows) :].fill_(buffers["input_ids"].numel() - 1)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
