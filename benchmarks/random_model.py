@@ -62,6 +62,7 @@ MODELS: dict[str, dict[str, object]] = {
     "llama-3.1-8b": {**LLAMA, **_sizes(4096, 32, 32, 8, 14336, False)},
     # beyond its positions, for rows that its own config would cut
     "llama-3.1-8b-1m": {**LLAMA, **_sizes(4096, 32, 32, 8, 14336, False), "max_position_embeddings": 2**20},
+    "llama-3.1-70b": {**LLAMA, **_sizes(8192, 80, 64, 8, 28672, False)},
     "llama-3.2-3b": {**LLAMA, **_sizes(3072, 28, 24, 8, 8192, True)},
     "llama-3.2-1b": {**LLAMA, **_sizes(2048, 16, 32, 8, 8192, True)},
     "qwen2.5-0.5b": {**QWEN, **_sizes(896, 24, 14, 2, 4864, True)},
