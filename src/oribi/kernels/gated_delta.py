@@ -27,7 +27,6 @@ from torch.autograd.function import once_differentiable
 
 from oribi.kernels.dispatch import INTERPRETED, launch, next_power_of_2, unit_stride, use_triton, wide
 from oribi.kernels.gated_delta_chunks import CHUNK, Chunks, heads_at_a_time
-from oribi.kernels.gated_delta_fla import fla_backward, fla_forward, fla_function, use_fla
 from oribi.kernels.gated_delta_kernels import (
     gradient_kernel,
     local_kernel,
@@ -117,8 +116,6 @@ def gated_delta_forward(
     Returns:
         [T, H, E] in v's dtype; the memory [docs, H, F, E], wide, or None.
     """
-    if chunks.tokens and use_fla(q, v, _forward_and_backward):
-        return fla_forward((q, k, v, g, b), chunks, scale, initial, final)
     if use_kernels(q) and chunks.tokens:
         return _forward_by_kernels((q, k, v, g, b), chunks, scale, initial, final)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -149,9 +146,6 @@ def gated_delta_backward(
         do: [T, H, E] gradient of its result. inputs: q, k, v, g and b. chunks, scale: as there.
     """
     q, k, v, g, b = inputs
-    if chunks.tokens and use_fla(q, v, _forward_and_backward):
-        dq, dk, dv, dg, db = fla_backward(do, inputs, chunks, scale)
-        return DeltaGradients(dq, dk, dv, wide(dg), wide(db))
     if use_kernels(q) and chunks.tokens:
         return _backward_by_kernels(do, inputs, chunks, scale)
     grads = _empty_gradients(inputs)
@@ -230,8 +224,8 @@ def gated_delta_step(
 
 
 def needs_bounds(x: torch.Tensor) -> bool:
-    """Whether the rule asks the host where documents begin, in x's dtype on x's device: oribi's own kernels do not."""
-    return not use_kernels(x) or fla_function() is not None
+    """Whether the rule asks the host where documents begin, in x's dtype on x's device: its kernels do not."""
+    return not use_kernels(x)
 
 
 def use_kernels(q: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The gated delta rule in chunks by PyTorch, whose equations and letters are in `kernels/gated_delta.py`.
 
 Computed in float32 (float64 stays). All chunks are computed at once but for the states, which follow one another, those
-of all documents side by side. Other ways of computing the rule are used once they agree with it.
+of all documents side by side. The kernels are used once they agree with it.
 """
 
 import logging
