@@ -5,11 +5,11 @@
     python benchmarks/many_gpus.py --gpus 1,2 --workload llama-3.1-8b:1x131072 --mode context --accumulation 1 --steps 5 --warmup 2
     python benchmarks/many_gpus.py --gpus 1,2 --workload tiny:2x64 --steps 4 --warmup 1     on a CPU
 
-Each GPU gets the same number of rows, so that `scaling` is W t(1) / t(W): 2 at best for two GPUs. Milliseconds are medians of
-synchronised steps after warm-up, of the slowest process; `peak_gib` is the largest of all. TOKENS may be "chat": rows of uneven
-length, the same for all. Modes: ddp has whole weights on each GPU, fsdp shards them (oribi only). In mode context (oribi only) all GPUs
-share each row, so that the same rows take less time: `scaling` is t(1) / t(W) there, also 2 at best for two GPUs. One process also takes the rows
-of all GPUs by accumulation, and `gradient_difference` is the relative distance between the gradients of the first step.
+Each GPU gets the same number of rows, so that `scaling`, the tokens/s of all by those of one, is 2 at best for two GPUs. Milliseconds are
+medians of synchronised steps after warm-up, of the slowest process; `peak_gib` is the largest of all. TOKENS may be "chat": rows of
+uneven length, the same for all, whose milliseconds are means; its warm-up must be long enough for the shapes to come by. Modes: ddp has whole weights on each GPU, fsdp shards them (oribi only). In mode context (oribi only) all GPUs
+share each row, so that the same rows take less time. One process also takes the rows of all GPUs by accumulation, and
+`gradient_difference` is the relative distance between the gradients of the first step; not with --speed-only.
 Results go to benchmarks/results/<gpu>_many_gpus.json, and as a table to the terminal.
 """
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("/tmp/oribi-models"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--timeout", type=int, default=400, help="seconds per run")
+    parser.add_argument("--speed-only", action="store_true", help="gradients are not compared")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -95,8 +96,8 @@ def compare(
         one = next((row for row in rows if row["gpus"] == 1 and "ms" in row), None)
         readers = readers_of(mode, count)
         if "ms" in found and one is not None and count > 1:
-            found["scaling"] = readers * one["ms"] / found["ms"]
-        if "ms" in found and count > 1:
+            found["scaling"] = found["tokens_per_s"] / one["tokens_per_s"]
+        if "ms" in found and count > 1 and not args.speed_only:
             shape["accumulation"] *= readers
             alone = together(
                 args,
@@ -229,13 +230,15 @@ def run_one(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock]
     )
     trainer.train()
-    times = clock.times[min(args.warmup, len(clock.times) - 1) :]
-    lengths = [len(ids) for ids in data["input_ids"]]
+    first = min(args.warmup, len(clock.times) - 1)
+    times = clock.times[first:]
+    step_rows = len(data) // (args.steps + args.warmup)
+    lengths = [len(ids) for ids in data["input_ids"][first * step_rows : steps * step_rows]]
     result = {
         "stack": stack, "model": model_name, "workload": workload, "mode": mode, "accumulation": accumulation,
         "rows": rows, "seq": length, "rank": args.rank, "gpu": gpu_name() if cuda else "cpu",
-        "ms": statistics.median(times), "ms_p90": sorted(times)[len(times) * 9 // 10],
-        "tokens_per_step": statistics.mean(lengths) * rows * accumulation * readers_of(mode, count) / count,
+        "ms": (statistics.mean if length == "chat" else statistics.median)(times), "ms_p90": sorted(times)[len(times) * 9 // 10],
+        "tokens_per_step": sum(lengths) / len(times) / count,
         "peak_gib": (torch.cuda.max_memory_allocated() + beside(model)) / 2**30 if cuda else 0.0,
         "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
         "versions": versions(name),
