@@ -18,6 +18,7 @@ from oribi.kernels import (
     decode_attention,
     dispatch,
     embedding,
+    expert_rows,
     expert_stack,
     flash_attention,
     fp8,
@@ -36,6 +37,7 @@ from oribi.kernels import (
 )
 from oribi.kernels.adamw import FlatAdamW
 from oribi.kernels.gated_delta_chunks import chunks_of
+from oribi.kernels.routing import sort_by_expert
 from tests.kernels.truth import nf4_packed
 
 pytestmark = [
@@ -61,6 +63,7 @@ MODULES = (
     output_gate,
     gated_delta,
     expert_stack,
+    expert_rows,
     grouped,
 )
 # bytes of shared memory that a program may have; of 8.x, the cards with least
@@ -430,7 +433,12 @@ def test_products_of_experts_compile_at_the_sizes_of_qwen3_30b(launches, capabil
     stack = expert_stack.PackedStack.empty((experts, 2 * size, hidden), 2, True, torch.device("cpu"))
     expert_stack.dequantize_stack(stack, dtype, weight[:, : 2 * size, :hidden])
     expert_stack.dequantize_stack(stack, dtype, experts=torch.tensor([3, 1]))
-    assert len(launches) == 5
+    routing = sort_by_expert(torch.zeros(rows // 4, 4, dtype=torch.int64), experts)
+    expert_rows.take_rows(y[: rows // 4, :hidden], routing.tokens, x[:, : 2 * size])
+    with torch.no_grad():
+        expert_rows.combine(x[:, :hidden], routing, torch.empty(rows // 4, 4, dtype=dtype))
+    expert_rows.products_and_weighted(x[:, :size], y[:, :size], torch.empty(rows, dtype=dtype))
+    assert len(launches) == 8
     for launch in launches:
         kernel = compiled(launch, capability)
         assert kernel.asm["cubin"]

@@ -8,6 +8,7 @@ import torch
 
 from oribi.kernels import dispatch, grouped, nf4
 from oribi.kernels.expert_linear import StackProjection, expert_linear
+from oribi.kernels.expert_rows import combine, products_and_weighted, take_rows
 from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_matrix, dequantize_stack
 from oribi.kernels.routing import choose, sort_by_expert, weigh, weigh_backward
 from tests.kernels.truth import DEVICE, relative_error
@@ -104,6 +105,26 @@ def test_each_matrix_of_a_stack_has_bitsandbytes_bits(dtype, double):
     assert torch.equal(dequantize_stack(stack, dtype, experts=chosen).cpu(), truth[[2, 0, 2]])
     assert torch.equal(dequantize_matrix(stack, 3, dtype).cpu(), truth[1, 80:])
     assert stack.nbytes < 0.55 * 3 * 160 * 192 or not double
+
+
+@pytest.mark.parametrize("columns", [72, 1100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_rows_are_taken_combined_and_compared_in_one_pass(dtype, columns):
+    tokens, count = 9, 3
+    routing = sort_by_expert(torch.rand(tokens, 8, device=DEVICE).topk(count, dim=-1)[1], 8)
+    x = strided(tokens, columns, dtype=dtype)
+    rows = take_rows(x, routing.tokens, strided(tokens * count, columns, dtype=dtype))
+    assert torch.equal(rows, x[routing.tokens])
+    weights = torch.rand(tokens, count, device=DEVICE).to(dtype)
+    truth = x.double() * weights.double().sum(-1, keepdim=True)
+    tolerance = 1e-6 if dtype is torch.float32 else 4e-3
+    with torch.no_grad():
+        assert relative_error(combine(rows, routing, weights).cpu(), truth.cpu()) < tolerance
+        assert relative_error(combine(rows, routing, None).cpu(), count * x.double().cpu()) < tolerance
+    other, each = strided(tokens * count, columns, dtype=dtype), routing.of_rows(weights)
+    products, scaled = (rows.double() * other.double()).sum(-1), rows.double() * each.double()[:, None]
+    assert relative_error(products_and_weighted(rows, other, each).cpu(), products.cpu()) < tolerance
+    assert relative_error(rows.cpu(), scaled.cpu()) < tolerance
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="nothing of Triton's is in it")

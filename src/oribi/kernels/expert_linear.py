@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from oribi.kernels.expert_rows import take_rows
 from oribi.kernels.expert_stack import PackedStack, dequantize_stack
-from oribi.kernels.grouped import grouped_matmul, grouped_outer
+from oribi.kernels.grouped import grouped_matmul, grouped_outer, torch_is_fast
 
 _STEP = 16  # P is a multiple: rows of the buffer start at multiples of 16 bytes
 
@@ -93,12 +94,14 @@ class StackWeight:
             self._buffer[:, n : n + p.rank, :k] = a
             self._buffer[:, :n, k : k + p.rank] = b * p.scale
 
-    def with_columns(self, rows: torch.Tensor) -> torch.Tensor:
-        """x or dy [R, C] in the first columns of [R, C + P]; itself where P is 0."""
+    def with_columns(self, rows: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """x or dy [R, C], or the rows [R] int64 of it, in the first columns of [R, C + P]; x itself where P is 0."""
         if not self.lora_columns:
-            return rows
-        buffer = rows.new_empty(len(rows), rows.shape[1] + self.lora_columns)
-        buffer[:, : rows.shape[1]] = rows
+            return rows if tokens is None else rows[tokens]
+        size = len(rows) if tokens is None else len(tokens)
+        buffer = rows.new_empty(size, rows.shape[1] + self.lora_columns)
+        place = buffer[:, : rows.shape[1]]
+        place.copy_(rows) if tokens is None else take_rows(rows, tokens, place)
         return buffer
 
     def fill_xa(self, x_buffer: torch.Tensor, offs: torch.Tensor) -> None:
@@ -109,12 +112,19 @@ class StackWeight:
                 x_buffer[:, :k], self._buffer[:, n:, :k].transpose(1, 2), offs, out=x_buffer[:, k:]
             )
 
-    def forward(self, x_buffer: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-        """y in the first N columns of [R, N + P], of x in `x_buffer` [R, K + P], whose last P columns become xa."""
+    def forward(self, x_buffer: torch.Tensor, offs: torch.Tensor, with_columns: bool = True) -> torch.Tensor:
+        """y of x in `x_buffer` [R, K + P], whose last P columns become xa.
+
+        Args:
+            with_columns: whether y is to be the first N columns of [R, N + P].
+        """
         n = self.out_features
-        if not self.lora_columns:
-            return grouped_matmul(x_buffer, self._buffer.transpose(1, 2), offs)
         self.fill_xa(x_buffer, offs)
+        if not (self.lora_columns and with_columns):
+            return grouped_matmul(x_buffer, self._buffer[:, :n].transpose(1, 2), offs)
+        if torch_is_fast(x_buffer):
+            # it writes no wider rows: a product with all rows of the buffer takes less time than a copy of y
+            return grouped_matmul(x_buffer, self._buffer.transpose(1, 2), offs)
         out = x_buffer.new_empty(len(x_buffer), n + self.lora_columns)
         grouped_matmul(x_buffer, self._buffer[:, :n].transpose(1, 2), offs, out=out[:, :n])
         return out
@@ -128,17 +138,26 @@ class StackWeight:
         return grouped_matmul(dy_buffer, self._buffer[:, :, :k], offs)
 
     def factor_gradients(
-        self, x_buffer: torch.Tensor, dy_buffer: torch.Tensor, offs: torch.Tensor, like: tuple
+        self,
+        x_buffer: torch.Tensor,
+        dy_buffer: torch.Tensor,
+        offs: torch.Tensor,
+        like: tuple,
+        weights: torch.Tensor | None = None,
     ) -> list[torch.Tensor | None]:
         """Gradients of A and B in PEFT's layout, in the dtypes of `like`; None without a pair.
 
         Args:
             x_buffer: [R, K + P] that `forward` has filled. dy_buffer: [R, N + P] that `backward_input` has filled.
             like: A and B.
+            weights: [R] that dy is to be multiplied by, which changes the last P columns of both buffers.
         """
         if not self.rank:
             return [None, None]
         n, k, r = self.out_features, self.in_features, self.rank
+        if weights is not None:  # the narrow factor of each product takes them
+            dy_buffer[:, n:] *= weights[:, None]
+            x_buffer[:, k:] *= weights[:, None]
         da = grouped_outer(dy_buffer[:, n : n + r], x_buffer[:, :k], offs)
         db = grouped_outer(dy_buffer[:, :n], x_buffer[:, k : k + r], offs) * self.scale
         return [
@@ -170,7 +189,7 @@ def expert_linear(
 
 def _forward(x: torch.Tensor, weight: StackWeight, offs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     buffer = weight.with_columns(x)
-    return weight.forward(buffer, offs)[:, : weight.out_features], buffer
+    return weight.forward(buffer, offs, with_columns=False), buffer
 
 
 class _ExpertLinear(torch.autograd.Function):

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from oribi.kernels.dispatch import jit, launch, tl, use_triton, wide
+from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton, wide
 
 # rows, columns and depth of a program's tile; at 256 rows a group, as Qwen3-30B-A3B has of 4096 tokens, two tiles fill a group
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 32
@@ -39,7 +39,7 @@ def grouped_matmul(
                 a[rows] @ b[group]
             )
         return out
-    if len(a) and _torch_is_fast(a.get_device(), a.dtype):
+    if len(a) and torch_is_fast(a):
         y = F.grouped_mm(a, b, offs=offs)
         return y if out is None else out.copy_(y)
     out = a.new_empty(len(a), b.shape[2]) if out is None else out
@@ -66,7 +66,8 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor) -> torch
             torch.mm(wide(a[rows]).t(), wide(b[rows]), out=out[group])
         return out
     p, k = out.shape[1:]
-    block_p, block_k = (64 if p > 16 else 16), _COLUMNS
+    # one side is as narrow as a pair's rank
+    block_p, block_k = (64 if p > 16 else 16), min(_COLUMNS, max(next_power_of_2(k), 16))
     launch(
         _outer_kernel, len(offs) * -(-p // block_p) * -(-k // block_k), a, b, out, offs, a.stride(0), b.stride(0), p, k,
         block_p, block_k, _DEPTH, a.dtype == torch.float32, num_warps=4,
@@ -80,14 +81,18 @@ def _groups(offs: torch.Tensor) -> list[tuple[int, slice]]:
     return [(group, slice(start, end)) for group, (start, end) in enumerate(zip([0, *ends], ends))]
 
 
-@lru_cache
-def _torch_is_fast(device_index: int, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's grouped product takes a GPU's own kernel, which reads the groups' bounds on the device.
+def torch_is_fast(a: torch.Tensor) -> bool:
+    """Whether PyTorch's grouped product of a takes a GPU's own kernel, which reads the groups' bounds on the device.
 
     Source: pytorch/pytorch issues 161407 and 184334; elsewhere it copies the bounds to the host and loops.
     """
-    known = hasattr(F, "grouped_mm") and dtype == torch.bfloat16 and torch.cuda.is_available()
-    return known and torch.cuda.get_device_capability(device_index)[0] in (9, 10)
+    known = use_triton(a) and a.is_cuda and a.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+    return known and _major(a.get_device()) in (9, 10)
+
+
+@lru_cache
+def _major(device_index: int) -> int:
+    return torch.cuda.get_device_capability(device_index)[0]
 
 
 def _launch_matmul(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, out: torch.Tensor) -> None:

@@ -87,16 +87,10 @@ def weigh_backward(
 
 def sort_by_expert(experts: torch.Tensor, count: int) -> Routing:
     """The rows of tokens whose experts [T, k] were chosen among `count`."""
-    order, places = experts.reshape(-1).sort(stable=True)
+    # narrow numbers: a GPU's radix sort makes a pass for each of their bytes
+    order, places = experts.reshape(-1).to(torch.int16).sort(stable=True)
     rows = torch.empty_like(places)
     rows[places] = torch.arange(len(places), device=places.device)
-    every = torch.arange(count, device=order.device)
+    every = torch.arange(count, dtype=order.dtype, device=order.device)
     offs = torch.searchsorted(order, every, right=True, out_int32=True)
     return Routing(experts, places // experts.shape[1], places, rows, offs)
-
-
-def row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The inner products [R] of the rows of a and b [R, N], summed in float32."""
-    step = max((1 << 22) // max(a.shape[1], 1), 1)  # bounds the float32 copies to 16 MiB
-    parts = [(wide(x) * wide(y)).sum(-1) for x, y in zip(a.split(step), b.split(step))]
-    return torch.cat(parts) if len(parts) != 1 else parts[0]

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from oribi.errors import ModelError
 from oribi.families import Family, activation_of
 from oribi.kernels.expert_linear import StackProjection, expert_linear
+from oribi.kernels.expert_rows import combine
 from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.routing import choose, sort_by_expert, weigh
 from oribi.models.core import Result
@@ -176,11 +177,4 @@ class ExpertsMLP(NamedParts):
         rows = expert_linear(flat[routing.tokens], stacks["gate_up_proj"], ids, routing.offs)
         gate, up = rows.chunk(2, dim=1)
         rows = expert_linear(gated_mlp(gate, up, self.activation), stacks["down_proj"], ids, routing.offs)
-        return combine(routing.of_tokens(rows), weights).view(x.shape)
-
-
-def combine(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """[T, D]: the sum of rows [T, k, D] over k, weighted by [T, k] or not, in float32, in one order, and rounded once."""
-    if weights is None:
-        weights = rows.new_ones(rows.shape[:2])
-    return torch.bmm(weights.to(rows.dtype)[:, None], rows)[:, 0]
+        return combine(rows, routing, weights).view(x.shape)

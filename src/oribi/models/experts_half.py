@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from oribi.kernels.expert_linear import StackProjection, StackWeight
+from oribi.kernels.expert_rows import combine, products_and_weighted
 from oribi.kernels.gated_mlp import gated_mlp_backward, gated_mlp_forward
 from oribi.kernels.rms_norm import rms_norm_forward
-from oribi.kernels.routing import Routing, row_products, sort_by_expert, weigh_backward
-from oribi.models.experts import ExpertsMLP, Router, combine
+from oribi.kernels.routing import Routing, sort_by_expert, weigh_backward
+from oribi.models.experts import ExpertsMLP, Router
 from oribi.models.half import Factors, Kept, LayerPass, norm_backward
 from oribi.models.linear_layers import RMSNorm
 
@@ -124,9 +125,8 @@ class ExpertsHalf:
         del gate_up
         if alone:
             del self._weights["gate_up_proj"]
-        down = self._weight("down_proj")
-        out = down.forward(h_buffer, routing.offs)[:, : down.out_features]
-        y = combine(routing.of_tokens(out), weights)
+        out = self._weight("down_proj").forward(h_buffer, routing.offs, with_columns=False)
+        y = combine(out, routing, weights)
         return x + (y if self.scale == 1.0 else y * self.scale)
 
     def _backward(
@@ -141,14 +141,11 @@ class ExpertsHalf:
             gate_up = self._gate_up(n, routing)
         h_buffer, down = self._h(gate_up), self._weight("down_proj")
         down.fill_xa(h_buffer, offs)
-        dy_buffer = down.with_columns((dy if self.scale == 1.0 else dy * self.scale)[routing.tokens])
+        dy_buffer = down.with_columns(dy if self.scale == 1.0 else dy * self.scale, routing.tokens)
         dh = down.backward_input(dy_buffer, offs)
-        dweights = routing.of_tokens(row_products(dh, h_buffer[:, : down.in_features]))
-        if down.rank:
-            dy_buffer *= row_weights[:, None]
-        factors = down.factor_gradients(h_buffer, dy_buffer, offs, self._pair("down_proj"))
+        dweights = routing.of_tokens(products_and_weighted(dh, h_buffer[:, : down.in_features], row_weights))
+        factors = down.factor_gradients(h_buffer, dy_buffer, offs, self._pair("down_proj"), row_weights)
         del h_buffer, dy_buffer, down, self._weights["down_proj"]
-        dh *= row_weights[:, None]
         up = self._weight("gate_up_proj")
         gate_part, up_part = gate_up[:, : up.out_features].chunk(2, dim=1)
         gated_mlp_backward(dh, gate_part, up_part, self.core.activation, dgate=gate_part, dup=up_part)
@@ -163,7 +160,7 @@ class ExpertsHalf:
         if not needs_dx:
             return None, factors
         dlogits = weigh_backward(dweights, logits, routing.experts, router.kind, router.normalise)
-        dn = combine(routing.of_tokens(dn_rows), None)
+        dn = combine(dn_rows, routing, None)
         return dn.addmm_(dlogits.to(n.dtype), router.weight), factors
 
     def _portions(self, tokens: int) -> list[slice]:
@@ -181,7 +178,7 @@ class ExpertsHalf:
 
     def _rows(self, n: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[R, D + P]: each row's token in the first D columns."""
-        return self._weight("gate_up_proj").with_columns(n[routing.tokens])
+        return self._weight("gate_up_proj").with_columns(n, routing.tokens)
 
     def _gate_up(self, n: torch.Tensor, routing: Routing) -> torch.Tensor:
         """gate|up in the first columns of [R, 2I + P]."""
