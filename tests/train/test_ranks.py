@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -18,8 +19,11 @@ from oribi import FastLanguageModel, trl
 from oribi.errors import OribiError
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
+from oribi.models.load_together import LoadTogether
 from oribi.selftest.subject import Subject, write_small_model
+from oribi.train.shards import is_sharded
 from tests.compat.test_trl import PAIRS
+from tests.models.tiny_checkpoint import checkpoint
 from tests.trust import forks
 from tests.trust.runs import losses_of, trainer_in
 
@@ -63,8 +67,25 @@ CASES: dict[str, dict[str, Any]] = {
     "rectangles": {"padding_free": False, "evaluates": 5, **EPOCHS, "eval_strategy": "epoch"},
     "grouped by length, shared": {"train_sampling_strategy": "group_by_length", "shares": 2, **EPOCHS},
     "only whole batches": {"dataloader_drop_last": True, **EPOCHS},
+    "experts": {"experts": True},
+    "experts, sharded": {"experts": True, "fsdp": True},
+    "experts, loaded in parts": {"experts": True, "fsdp": True, "in_parts": True},
+    "experts in 16 bits, sharded": {"experts": True, "fsdp": True, "load_in_4bit": False},
     "a worker reads": {"dataloader_num_workers": 1, **EPOCHS, "num_train_epochs": 1},
 }  # fmt: skip
+
+
+def with_experts(path: Path, processes: int, in_parts: bool = False, **options: Any) -> tuple[Any, Any]:
+    """A model with experts, which two processes may load together, each keeping its part of the layers."""
+    together = None
+    if in_parts and processes > 1:
+        dist.init_process_group("gloo")
+        together = LoadTogether(torch.device("cpu"), True)
+    options = {"dtype": "float32", "device_map": torch.device("cpu"), "max_seq_length": 192, **options}
+    model, tokenizer = load_model(str(path), together=together, **options)
+    assert (model.model.shards is not None) == (together is not None)
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return attach_lora(model, r=4, target_parameters=stacks, use_gradient_checkpointing=False), tokenizer
 
 
 def train(path: Path, folder: Path, processes: int, given: dict[str, Any]) -> None:
@@ -72,6 +93,10 @@ def train(path: Path, folder: Path, processes: int, given: dict[str, Any]) -> No
     settings = {**USUAL, **given}
     shares = settings.pop("shares", 1) if processes > 1 else settings.pop("shares", 1) and 1
     unfused, streams = settings.pop("unfused", False), settings.pop("streams", False)
+    loaded = gpt2(path) if unfused else None
+    if settings.pop("experts", False):
+        options = {name: settings.pop(name) for name in ("in_parts", "load_in_4bit") if name in settings}
+        loaded = with_experts(folder.parent / "experts", processes, **options)
     first = settings.pop("evaluates_first", False)
     subject = Subject(str(path), "cpu")
     settings["gradient_accumulation_steps"] = 4 * shares // processes
@@ -81,10 +106,11 @@ def train(path: Path, folder: Path, processes: int, given: dict[str, Any]) -> No
         settings["rows"] = subject.rows(settings["count"], 320).to_iterable_dataset()
         held_out = settings.pop("evaluates", 0)
         settings["held_out"] = subject.rows(held_out, 320).to_iterable_dataset() if held_out else None
-    trainer = trainer_in(subject, folder / "run", loaded=gpt2(path) if unfused else None, **settings)
+    trainer = trainer_in(subject, folder / "run", loaded=loaded, **settings)
     if first:
         trainer.evaluate()
     trainer.train()
+    assert is_sharded(trainer.model) == (processes > 1 and given.get("fsdp", False))
     found = {
         "losses": losses_of(trainer),
         "evaluated": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
@@ -104,6 +130,8 @@ def found_by(run: Callable[[], None], folder: Path, processes: int) -> list[dict
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_find_what_one_does(model, tmp_path, name):
     torch.set_num_threads(1)
+    if "experts" in name:
+        checkpoint(tmp_path / "experts", "qwen3_moe")
     both: dict[int, list[dict[str, Any]]] = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)

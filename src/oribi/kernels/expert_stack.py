@@ -7,7 +7,7 @@ then up), and M = E C matrices lie one behind the other. Each is what `kernels/n
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -83,6 +83,11 @@ class PackedStack:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    def moved(self, device: torch.device, codes: torch.Tensor) -> "PackedStack":
+        """This stack with scales on a device, and with other memory for the codes."""
+        kept = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in kept.items()} | {"codes": codes})
+
     def put(self, matrix: int, codes: torch.Tensor, state: object) -> None:
         """Stores a packed matrix.
 
@@ -112,6 +117,11 @@ class PackedWeight(nn.Parameter):
         weight = torch.Tensor._make_subclass(cls, shaped, False)
         weight.packed = packed
         return weight
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales."""
+        return self.packed.nbytes
 
     def __deepcopy__(self, memo: dict) -> "PackedWeight":
         if id(self) not in memo:

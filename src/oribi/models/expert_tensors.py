@@ -4,7 +4,7 @@ Everything outside a model's memory calls a matrix by the name that the family's
 (`mlp.experts.3.up_proj.weight`). transformers keeps the experts of a layer in one tensor [E, N, K], and some checkpoints do, too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 
 import torch
 from torch import nn
@@ -110,34 +110,70 @@ def read_stack(
         device, dtype: of the result.
     """
     out = torch.empty(getattr(experts, stack).shape, dtype=dtype, device=device)
-    for matrix in _matrices(experts, stack):
+    for matrix in matrices_of(experts, stack):
         out[matrix.expert, matrix.rows] = read(matrix.name)
     return out
+
+
+def replace_stacks(
+    model: nn.Module,
+    stored: Container[str],
+    packed: Collection[str],
+    covers: Callable[[str], bool],
+    double_quant: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Puts a packed stack without values where experts will be packed, on the meta device; `pack_stack` fills it.
+
+    Args:
+        model: on the meta device.
+        stored: names of the checkpoint's tensors. packed: those that it holds packed, which then decide alone.
+        covers: whether the settings pack a layer, by its name. double_quant: whether they quantise scales.
+        dtype: that the stacks are computed in.
+
+    Raises:
+        ModelError: rows of a packed matrix are no whole blocks.
+    """
+    for prefix, experts in expert_modules(model).items():
+        for stack in STACKS:
+            name = f"{prefix}.{next(matrices_of(experts, stack)).name}"
+            fits = getattr(experts, stack).shape[2] % BLOCK == 0
+            if not fits and name in packed:
+                raise ModelError(
+                    f"{name} has rows that are no multiple of {BLOCK} values, and is packed in NF4"
+                )
+            if fits and (name in packed if packed else covers(name)):
+                double = f"{name}.nested_absmax" in stored if packed else double_quant
+                empty = _empty_stack(experts, stack, double, torch.device("meta"))
+                setattr(experts, stack, PackedWeight(empty, dtype))
+
+
+def _empty_stack(experts: Experts, stack: str, double_quant: bool, device: torch.device) -> PackedStack:
+    shape = tuple(getattr(experts, stack).shape)
+    parts = len(list(matrices_of(experts, stack))) // shape[0]
+    return PackedStack.empty(shape, parts, double_quant, device)
 
 
 def pack_stack(
     experts: Experts,
     stack: str,
     read: Callable[[str], tuple[torch.Tensor, object]],
-    double_quant: bool,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Fills a stack with packed matrices, one after the other.
+    """Fills a stack that `replace_stacks` made with packed matrices, one after the other.
 
     Args:
         experts, stack: as of `read_stack`.
         read: gives codes and state of a matrix by its name from the module on.
-        double_quant: whether the scales are quantised.
         device: where the stack lies. dtype: that it is computed in.
 
     Raises:
         ModelError: a packed matrix has another shape, other blocks or other scales than the stack.
     """
-    shape = tuple(getattr(experts, stack).shape)
-    matrices = list(_matrices(experts, stack))
-    packed = PackedStack.empty(shape, len(matrices) // shape[0], double_quant, device)
-    for matrix in matrices:
+    double_quant = getattr(experts, stack).packed.nested
+    packed = _empty_stack(experts, stack, double_quant, device)
+    for matrix in matrices_of(experts, stack):
         codes, state = read(matrix.name)
         expected = matrix_shape(experts, matrix)
         if tuple(state.shape) != expected or state.blocksize != BLOCK or state.nested != double_quant:
@@ -150,5 +186,6 @@ def pack_stack(
     setattr(experts, stack, PackedWeight(packed, dtype))
 
 
-def _matrices(experts: Experts, stack: str) -> Iterator[StoredMatrix]:
+def matrices_of(experts: Experts, stack: str) -> Iterator[StoredMatrix]:
+    """The matrices of one stack."""
     return (matrix for matrix in experts.matrices() if matrix.stack == stack)

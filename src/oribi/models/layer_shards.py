@@ -10,6 +10,7 @@ waits for another; elsewhere all of them gather each layer together, in one orde
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from oribi.errors import TrainingError
-from oribi.models.experts import Experts
+from oribi.kernels.expert_stack import PackedWeight
+from oribi.models.experts import STACKS, Experts
 from oribi.models.layers import DecoderLayer
 from oribi.models.peer_memory import peer_memory
 
@@ -55,16 +57,11 @@ class LayerShards:
         group: dist.ProcessGroup,
         lockstep: bool = False,
     ) -> None:
-        if any(isinstance(module, Experts) for layer in layers for module in layer.modules()):
-            raise TrainingError(
-                "fsdp: stacks of experts are not sharded, and are most of this model: leave out fsdp, and give each process a GPU "
-                "that holds the model"
-            )
         self._group, self.device = group, device
         self.processes, self._rank = dist.get_world_size(group), dist.get_rank(group)
         self._layers = list(layers)
         self._matrices = [list(_frozen_matrices(layer)) for layer in layers]
-        self._sizes = [self._whole_bytes(modules) for modules in self._matrices]
+        self._sizes = [self._whole_bytes(matrices) for matrices in self._matrices]
         self._buffers = [torch.zeros(max(self._sizes), dtype=torch.uint8, device=device) for _ in range(2)]
         self._gathered: list[int | None] = [None, None]
         self._pending: list[Callable[[], object] | None] = [None, None]  # makes what is computed next wait
@@ -93,16 +90,17 @@ class LayerShards:
     def keep_part(self) -> None:
         """Keeps this process's part of the next layer, which has its values; its weights are views of a buffer from now on."""
         index = self._kept
-        layer, modules = self._layers[index], self._matrices[index]
-        packed = {module.weight for module in modules}
+        layer, matrices = self._layers[index], self._matrices[index]
+        split = {id(matrix.weight) for matrix in matrices}
         for parameter in layer.parameters():  # norms and biases: a thousandth of the layer stays whole
-            if not parameter.requires_grad and parameter not in packed:
+            if not parameter.requires_grad and id(parameter) not in split:
                 parameter.data = parameter.data.to(self.device)
         whole = torch.zeros(self._sizes[index], dtype=torch.uint8, device=self.device)
         start = 0
-        for module in modules:
-            module.weight = self._moved(module.weight, whole, index, start)
-            start += _aligned(module.weight.nbytes)
+        for matrix in matrices:
+            size = matrix.nbytes
+            setattr(matrix.module, matrix.name, self._moved(matrix.weight, whole, index, start))
+            start += _aligned(size)
         self._own(index).copy_(whole.chunk(self.processes)[self._rank])
         self._kept += 1
         # the others read this part: their copies come after this sum, and the sum after all have written
@@ -206,16 +204,22 @@ class LayerShards:
         if output.requires_grad:
             output.register_hook(lambda gradient: self.gather(index, -1))
 
-    def _whole_bytes(self, modules: list[nn.Module]) -> int:
+    def _whole_bytes(self, matrices: list["_Matrix"]) -> int:
         unit = ALIGNMENT * self.processes
-        return -(-sum(_aligned(_bytes(module)) for module in modules) // unit) * unit
+        return -(-sum(_aligned(matrix.nbytes) for matrix in matrices) // unit) * unit
 
     def _moved(self, weight: nn.Parameter, whole: torch.Tensor, index: int, start: int) -> nn.Parameter:
         """A weight whose bytes go to `whole` [bytes] of a layer from `start` on, as a view of the layer's buffer."""
+        packed = weight.packed if isinstance(weight, PackedWeight) else None
         # Params4bit would quantise what is moved
-        plain = weight.detach().as_subclass(torch.Tensor).contiguous()
-        whole[start : start + weight.nbytes].copy_(plain.view(-1).view(torch.uint8))
-        view = nn.Parameter(_view(self._buffers[index % 2], start, plain), requires_grad=False)
+        plain = weight.detach().as_subclass(torch.Tensor).contiguous() if packed is None else packed.codes
+        whole[start : start + plain.nbytes].copy_(plain.view(-1).view(torch.uint8))
+        place = _view(self._buffers[index % 2], start, plain)
+        if packed is not None:
+            view = PackedWeight(packed.moved(self.device, place), weight.dtype)
+            view.is_sharded = True
+            return view
+        view = nn.Parameter(place, requires_grad=False)
         view.is_sharded = True  # exports ask
         state = getattr(weight, "quant_state", None)
         if state is not None:
@@ -251,17 +255,34 @@ def split_layers(
     return shards
 
 
-def _frozen_matrices(layer: DecoderLayer) -> Iterator[nn.Module]:
-    """The linear layers whose weight is frozen, without those of adapters, which may be trained later."""
+class _Matrix(NamedTuple):
+    """A frozen weight: a parameter of a linear layer or of experts."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.module, self.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is split, also before it has values: a 4-bit weight on the meta device has the shape of a dense one."""
+        weight = self.weight
+        if isinstance(weight, PackedWeight):
+            return weight.packed.codes.nbytes
+        in_four_bits = weight.is_meta and isinstance(self.module, bnb.nn.Linear4bit)
+        return weight.numel() // 2 if in_four_bits else weight.nbytes
+
+
+def _frozen_matrices(layer: DecoderLayer) -> Iterator[_Matrix]:
+    """Frozen weights of linear layers and of experts, without those of adapters, which may be trained later."""
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and "lora_" not in name and not module.weight.requires_grad:
-            yield module
-
-
-def _bytes(module: nn.Linear) -> int:
-    """Of a linear layer's weight, also before it has values: a 4-bit one on the meta device has the shape of a dense one."""
-    weight = module.weight
-    return weight.numel() // 2 if weight.is_meta and isinstance(module, bnb.nn.Linear4bit) else weight.nbytes
+        names = (
+            STACKS if isinstance(module, Experts) else ("weight",) if isinstance(module, nn.Linear) else ()
+        )
+        if "lora_" not in name:
+            yield from (_Matrix(module, one) for one in names if not getattr(module, one).requires_grad)
 
 
 def _aligned(size: int) -> int:

@@ -4,6 +4,7 @@ The model is built on the meta device, without storage. Names and shapes are che
 before any tensor is read. N out features, K in features of a linear layer.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,8 +15,17 @@ from torch import nn
 
 from oribi.errors import ConfigError, ModelError
 from oribi.kernels import nf4
+from oribi.kernels.expert_stack import PackedWeight
 from oribi.kernels.nf4 import BLOCK
-from oribi.models.expert_tensors import pack_stack, read_stack, stored_shapes, unstacked
+from oribi.models.expert_tensors import (
+    matrices_of,
+    matrix_shape,
+    pack_stack,
+    read_stack,
+    replace_stacks,
+    stored_shapes,
+    unstacked,
+)
 from oribi.models.experts import STACKS, Experts
 from oribi.models.host_memory import to_pinned_memory
 from oribi.models.layers import DecoderLayer
@@ -115,6 +125,8 @@ def fill(
     quantization.kept(model)
     notes = _check(model, stored, packed)
     notes += _replace_linears(model, packed, quantization, device, dtype)
+    if quantization.enabled:
+        replace_stacks(model, stored, packed, quantization.covers, quantization.double, dtype)
     reader = _Reader(source, packed, device, dtype, quantization.double)
     model.requires_grad_(trainable)
     shards = None
@@ -127,7 +139,7 @@ def fill(
         for group in _packed_groups(module):
             reader.fill_packed(prefix, module, group)
         if isinstance(module, Experts):
-            reader.fill_experts(prefix, module, quantization, trainable)
+            reader.fill_experts(prefix, module, trainable)
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{prefix}.{name}" if prefix else name
             if parameter.is_meta and full not in tied:
@@ -243,20 +255,6 @@ def _replace_linears(
     ]
 
 
-def packs_experts(
-    experts: Experts, stack: str, name: str, packed: set[str], quantization: Quantization
-) -> bool:
-    """Whether a layer's stack is to be packed: its rows are whole blocks, and the checkpoint or the settings say so.
-
-    Args:
-        experts: the module. stack: which of `STACKS`. name: of its first matrix. packed: names that the checkpoint holds packed.
-    """
-    fits = getattr(experts, stack).shape[2] % BLOCK == 0
-    if not fits and name in packed:
-        raise ModelError(f"{name} has rows that are no multiple of {BLOCK} values, and is packed in NF4")
-    return fits and quantization.enabled and (name in packed if packed else quantization.covers(name))
-
-
 def _packed_groups(module: nn.Module) -> list[list[str]]:
     """Names of the children to be packed; those of one group lie together, so that one launch can dequantise them."""
     left = {child: name for name, child in module.named_children() if isinstance(child, bnb.nn.Linear4bit)}
@@ -266,17 +264,26 @@ def _packed_groups(module: nn.Module) -> list[list[str]]:
     return groups + [[name] for name in left.values()]
 
 
-def _large(model: nn.Module, in_parts: bool) -> Iterator[tuple[str, nn.Linear, bool]]:
-    """Tensors that one process reads for all, in the order in which they are filled, and whether each is packed.
+def _large(model: nn.Module, in_parts: bool) -> Iterator[tuple[str, int, bool]]:
+    """Tensors that one process reads for all, in the order in which they are filled, their weights, and whether each is packed.
 
     Those in 16 bits are sent only where nobody keeps them whole: reading what lies in the file cache takes no longer.
     """
     layers = {id(m) for layer in model.modules() if isinstance(layer, DecoderLayer) for m in layer.modules()}
     for prefix, module in model.named_modules():
         for child in (child for group in _packed_groups(module) for child in group):
-            yield f"{prefix}.{child}.weight", getattr(module, child), True
+            yield f"{prefix}.{child}.weight", _weights(getattr(module, child)), True
+        for stack in STACKS if isinstance(module, Experts) else ():
+            is_packed = isinstance(getattr(module, stack), PackedWeight)
+            if is_packed or in_parts:
+                for matrix in matrices_of(module, stack):
+                    yield f"{prefix}.{matrix.name}", math.prod(matrix_shape(module, matrix)), is_packed
         if in_parts and type(module) is nn.Linear and id(module) in layers:
-            yield f"{prefix}.weight", module, False
+            yield f"{prefix}.weight", _weights(module), False
+
+
+def _weights(module: nn.Linear) -> int:
+    return module.in_features * module.out_features
 
 
 class _Reader:
@@ -292,8 +299,8 @@ class _Reader:
     def share_with(self, together: LoadTogether, model: nn.Module) -> None:
         """From now on read only this process's share of the large tensors, and get the others."""
         sizes, in_four_bits = {}, set()
-        for name, module, is_packed in _large(model, together.in_parts):
-            sizes[name] = module.in_features * module.out_features
+        for name, size, is_packed in _large(model, together.in_parts):
+            sizes[name] = size
             in_four_bits |= {name} if is_packed else set()
         self._sent = set(sizes)
         self._receive: Callable = together.share(
@@ -316,7 +323,7 @@ class _Reader:
         # before anything temporary: what stays would otherwise pin the memory that the temporary left
         codes, scales = self._room(names, layers)
         for name, layer, codes_of_layer, scales_of_layer in zip(names, layers, codes, scales):
-            packed, state = self._receive(name) if name in self._sent else self._read_packed(name)
+            packed, state = self._codes(name)
             if tuple(state.shape) != (layer.out_features, layer.in_features):
                 wanted = [layer.out_features, layer.in_features]
                 raise ModelError(f"{name} is packed from {list(state.shape)}; config.json says {wanted}")
@@ -324,26 +331,14 @@ class _Reader:
             layer.weight = _parameter(codes_of_layer.copy_(packed), state, layer)
             layer.quant_state = state
 
-    def fill_experts(
-        self, prefix: str, experts: Experts, quantization: Quantization, trainable: bool
-    ) -> None:
-        """Gives the experts of a layer their weights, packed where `packs_experts` says so."""
+    def fill_experts(self, prefix: str, experts: Experts, trainable: bool) -> None:
+        """Gives the experts of a layer their weights."""
+        where = self.device, self.dtype
         for stack in STACKS:
-            first = f"{prefix}.{next(one.name for one in experts.matrices() if one.stack == stack)}"
-            if packs_experts(experts, stack, first, self.packed, quantization):
-                double = f"{first}.nested_absmax" in self.shapes if self.packed else self.double
-                pack_stack(
-                    experts,
-                    stack,
-                    lambda name: self._read_packed(f"{prefix}.{name}"),
-                    double,
-                    self.device,
-                    self.dtype,
-                )
+            if isinstance(getattr(experts, stack), PackedWeight):
+                pack_stack(experts, stack, lambda name: self._codes(f"{prefix}.{name}"), *where)
             else:
-                value = read_stack(
-                    experts, stack, lambda name: self._read_dense(f"{prefix}.{name}"), self.device, self.dtype
-                )
+                value = read_stack(experts, stack, lambda name: self.dense(f"{prefix}.{name}"), *where)
                 setattr(experts, stack, nn.Parameter(value, requires_grad=trainable))
 
     def _room(
@@ -364,6 +359,10 @@ class _Reader:
             sum(blocks), dtype=torch.uint8 if double.pop() else torch.float32, device=self.device
         )
         return list(codes.split([count // 2 for count in counts])), list(scales.split(blocks))
+
+    def _codes(self, name: str) -> Packed:
+        """Codes and scales of a tensor."""
+        return self._receive(name) if name in self._sent else self._read_packed(name)
 
     def _read_packed(self, name: str) -> Packed:
         if name in self.packed:

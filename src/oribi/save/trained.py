@@ -140,7 +140,7 @@ def _values(name: str, slot: Slot) -> torch.Tensor:
     if slot.matrix is None:
         return plain_tensor(name, slot.tensor)
     packed = getattr(slot.tensor, "packed", None)
-    if packed is not None:
+    if packed is not None and not getattr(slot.tensor, "is_sharded", False):
         return dequantize_matrix(packed, slot.matrix.place, torch.float32)
     return plain_tensor(name, slot.tensor)[slot.matrix.expert, slot.matrix.rows]
 

@@ -295,6 +295,10 @@ def frozen_sums(model: nn.Module) -> Iterator[tuple[str, int]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or type(parameter).__name__ == "DTensor" or is_part(parameter):
             continue
+        packed = getattr(parameter, "packed", None)
+        if packed is not None:  # the experts of a layer
+            yield name, sum(map(_sum_of_bytes, packed.tensors()))
+            continue
         yield name, _sum_of_bytes(parameter)
         scales = getattr(getattr(parameter, "quant_state", None), "absmax", None)
         if scales is not None:
