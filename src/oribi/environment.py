@@ -10,6 +10,9 @@ import torch
 
 import oribi
 
+# bytes; more than a process's CUDA context takes
+OWN_CONTEXT = 1 << 30
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -24,6 +27,7 @@ class Environment:
         triton: whether the Triton kernels run; the PyTorch references run otherwise.
         attention: fastest attention backend: "cudnn", "flash" or "reference".
         reasons: why, one line for each of device, dtype, triton and attention.
+        others_bytes: memory of the GPU that other programs held when it was looked at.
     """
 
     device: torch.device
@@ -34,6 +38,12 @@ class Environment:
     triton: bool
     attention: str
     reasons: dict[str, str] = field(default_factory=dict)
+    others_bytes: int = 0
+
+    @property
+    def left_bytes(self) -> int:
+        """Memory of the device that other programs leave to this one."""
+        return self.memory_bytes - self.others_bytes
 
     def summary(self, dtype: torch.dtype) -> str:
         """One line for the start of a run whose model computes in `dtype`."""
@@ -49,18 +59,19 @@ def detect() -> Environment:
     """The machine this process runs on; looked at once."""
     reasons: dict[str, str] = {}
     device, reasons["device"] = _choose_device()
-    capability = None
+    capability, others = None, 0
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
         # ROCm reports a gfx version here that says nothing about CUDA features
         capability = (properties.major, properties.minor) if torch.version.hip is None else None
+        others = _others_bytes(device)
     else:
         name, memory = _cpu_name(), _host_memory_bytes()
     dtype, reasons["dtype"] = _choose_dtype(device, capability)
     triton, reasons["triton"] = _choose_triton(device, capability)
     attention, reasons["attention"] = _choose_attention(device, capability)
-    return Environment(device, name, capability, memory, dtype, triton, attention, reasons)
+    return Environment(device, name, capability, memory, dtype, triton, attention, reasons, others)
 
 
 def is_bfloat16_supported() -> bool:
@@ -125,6 +136,12 @@ def _choose_attention(device: torch.device, capability: tuple[int, int] | None) 
     if capability[0] >= 8:
         return "flash", "PyTorch's flash kernels"
     return "reference", f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+
+
+def _others_bytes(device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    held = total - free - torch.cuda.memory_reserved(device)
+    return held if held > OWN_CONTEXT else 0  # with the desktop's, which the estimate's margin covers
 
 
 def _cpu_has_amx() -> bool:

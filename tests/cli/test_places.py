@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from oribi.cli import main
 
@@ -50,6 +51,19 @@ def test_an_unexpected_error_is_one_message_and_a_file(oribi, monkeypatch):
     trace = Path(second.split()[4].rstrip(";"))
     assert "so it goes" in trace.read_text()
     trace.unlink()
+
+
+def test_a_shortage_of_memory_is_no_bug(oribi, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("oribi.run.run", fail)
+    result = oribi("train", "--model", "m", "--dataset", "d")
+    assert result.code == 1
+    assert result.err.splitlines()[-2:] == [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "End other programs on the GPU, or let `oribi estimate` show what fits",
+    ]
 
 
 def test_an_error_of_the_disk_is_no_bug(oribi, monkeypatch):

@@ -369,17 +369,19 @@ def test_gpus_that_share_the_frozen_weights_hold_what_one_cannot(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "gib", "processes", "fsdp", "in_parts"),
+    ("device", "gib", "others", "processes", "fsdp", "in_parts"),
     [
-        ("cuda", 1, 2, True, True), ("cuda", 24, 2, True, False), ("cuda", 1, 1, True, False), ("cuda", 1, 2, False, False),
-        ("cpu", 24, 2, True, True),
+        ("cuda", 1, 0, 2, True, True), ("cuda", 24, 0, 2, True, False), ("cuda", 1, 0, 1, True, False), ("cuda", 1, 0, 2, False, False),
+        ("cuda", 24, 22, 2, True, True), ("cpu", 24, 0, 2, True, True),
     ],
 )  # fmt: skip
 def test_processes_load_parts_where_one_gpu_cannot_hold_the_whole(
-    monkeypatch, device, gib, processes, fsdp, in_parts
+    monkeypatch, device, gib, others, processes, fsdp, in_parts
 ):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    card = Environment(torch.device(device), "card", None, gib * 2**30, torch.bfloat16, True, "flash", {})
+    card = Environment(
+        torch.device(device), "card", None, gib * 2**30, torch.bfloat16, True, "flash", {}, others * 2**30
+    )
     config = training_of("Llama-3.1-8B").config
     monkeypatch.setattr("oribi.memory.fit.training_of", lambda *given: training_of("Llama-3.1-8B"))
     assert loads_in_parts(replace(config, fsdp=fsdp), card) == in_parts
@@ -408,6 +410,9 @@ def test_of_a_model_outside_the_table_the_weights_are_estimated(tmp_path):
     refuse_what_cannot_fit(run, replace(environment, memory_bytes=2 * needed + 2**31))
     with pytest.raises(ConfigError, match="the weights of .* alone take"):
         refuse_what_cannot_fit(run, environment)
+    occupied = replace(environment, memory_bytes=2**34, others_bytes=2**34 - 1)
+    with pytest.raises(ConfigError, match="of which other programs hold 16.0 GiB"):
+        refuse_what_cannot_fit(run, occupied)
 
 
 def test_steps_follow_from_the_data():

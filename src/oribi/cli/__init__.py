@@ -146,6 +146,8 @@ def _let_the_cause_speak(error: OribiError) -> None:
 
 def _unexpected(error: Exception) -> str:
     """The message for an unexpected error; its traceback goes into a file."""
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported for a message
+        return f"{error}\nEnd other programs on the GPU, or let `oribi estimate` show what fits"
     what = f"this is a bug in oribi, or in a library that it calls: {type(error).__name__}: {error}"
     trace = traceback.format_exc()
     try:

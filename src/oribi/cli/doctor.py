@@ -39,7 +39,8 @@ def doctor(json: Json = False) -> None:
     found = detect()
     facts = {
         "device": f"{found.device} {found.device_name}",
-        "memory": gibibytes(found.memory_bytes),
+        "memory": gibibytes(found.memory_bytes)
+        + (f", of which other programs hold {gibibytes(found.others_bytes)}" if found.others_bytes else ""),
         "dtype": str(found.dtype).removeprefix("torch."),
         "triton": "on" if found.triton else "off",
         "attention": found.attention,

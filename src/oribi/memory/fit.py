@@ -37,12 +37,18 @@ def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
     except OutsideFamilyTable as outside:
         require_weights_fit(outside.sizes, config, environment)
         return
-    require_fit(training, environment.device_name, environment.memory_bytes)
+    require_fit(training, _named(environment), environment.left_bytes)
+
+
+def _named(environment: Environment) -> str:
+    """The GPU, with what it lacks for others' sake."""
+    held = environment.others_bytes / 2**30
+    return environment.device_name + (f", of which other programs hold {held:.1f} GiB," if held else "")
 
 
 def loads_in_parts(config: RunConfig, environment: Environment) -> bool:
-    """Whether each process keeps only its part of the layers from the beginning: where one GPU cannot hold all of them, or
-    where the processes share the memory of a host."""
+    """Whether each process keeps only its part of the layers from the beginning: where its GPU cannot hold all of them beside
+    other programs, or where the processes share the memory of a host."""
     if not config.fsdp or config.full_finetuning or processes_here() == 1:
         return False
     if environment.device.type != "cuda":
@@ -51,7 +57,7 @@ def loads_in_parts(config: RunConfig, environment: Environment) -> bool:
         whole = training_of(config, psutil.virtual_memory().available).fixed()
     except OutsideFamilyTable:
         return False
-    return sum(whole.values()) > usable(environment.memory_bytes)
+    return sum(whole.values()) > usable(environment.left_bytes)
 
 
 def require_weights_fit(sizes: UnfusedSizes | None, config: RunConfig, environment: Environment) -> None:
@@ -63,11 +69,11 @@ def require_weights_fit(sizes: UnfusedSizes | None, config: RunConfig, environme
     if sizes is None:
         return  # loading says what is wrong
     parts = sizes.parts(compute_dtype(config).itemsize, config.load_in_4bit and not config.full_finetuning)
-    needed, free = sum(parts.values()), usable(environment.memory_bytes)
+    needed, free = sum(parts.values()), usable(environment.left_bytes)
     if needed > free:
         named = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items() if size)
         raise ConfigError(
-            f"the weights of {config.model} alone take {needed / 2**30:.1f} GiB ({named}) and {environment.device_name} has "
+            f"the weights of {config.model} alone take {needed / 2**30:.1f} GiB ({named}) and {_named(environment)} has "
             f"{free / 2**30:.1f} GiB for it. Take a smaller model"
             + ("; experts stay in 16 bits under load_in_4bit" if parts["experts"] else "")
         )

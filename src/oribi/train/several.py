@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -23,7 +24,7 @@ def load_together(device: torch.device, in_parts: bool, timeout: float) -> LoadT
 
     Args:
         device: where this process computes.
-        in_parts: whether each keeps only its part of the layers.
+        in_parts: whether each keeps only its part of the layers; all do where one has to.
         timeout: seconds to wait for the other processes.
     """
     if processes_here() == 1:
@@ -31,7 +32,9 @@ def load_together(device: torch.device, in_parts: bool, timeout: float) -> LoadT
     PartialState(
         cpu=device.type == "cpu", timeout=timedelta(seconds=timeout)
     )  # transformers takes this group over
-    return LoadTogether(device, in_parts)
+    every = [in_parts] * processes_here()
+    dist.all_gather_object(every, in_parts)  # GPUs may have different programs beside this one
+    return LoadTogether(device, any(every))
 
 
 class RequireExchange(TrainerCallback):
