@@ -40,7 +40,7 @@ def linear_cross_entropy(
     """Cross-entropy of the head's logits, differentiable in rows, weight and bias.
 
     Args:
-        rows: [T, D] hidden states in 16 or 32 bit.
+        rows: [T, D] hidden states in 16 or 32 bit, or [n, D], those of `labelled` alone.
         weight: [V, D] head; cast to rows' dtype if it differs.
         targets: [T] int64 in [0, V), or -100 where nothing is trained on.
         bias: [V] or None.
@@ -126,6 +126,8 @@ def linear_cross_entropy_forward(
     if labelled is None and not every_row:
         labelled = labelled_rows(targets, vocab_size)
     everything = labelled is None or len(labelled) == len(rows)
+    if everything and len(targets) > len(rows):
+        targets = targets[labelled]
     count = len(rows) if everything else len(labelled)
     accumulator = wide(rows[:0]).dtype
     losses = torch.empty(count, dtype=accumulator, device=rows.device)

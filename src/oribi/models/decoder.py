@@ -7,6 +7,7 @@ and `save_pretrained` work on the model. What a family changes is read from its 
 
 import copy
 import inspect
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -27,7 +28,7 @@ from oribi.models.decoding.session import Sessions
 from oribi.models.generate import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory
 from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
-from oribi.models.linear_layers import RMSNorm, read
+from oribi.models.linear_layers import RMSNorm, any_module_hooked, every_module, hooked, read
 from oribi.models.outputs import LogitsWhenRead, require_growing, require_known, require_whole
 from oribi.models.per_layer import PerLayerEmbedding, entry
 from oribi.models.pretrained import DecoderPreTrainedModel
@@ -35,6 +36,8 @@ from oribi.models.rope import RotaryAngles, documents_from_positions
 
 # transformers' word for the cache, in arguments and outputs: another one from 5.24 on
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# share of the tokens up to which the last layer computes the trained ones alone, which have to be gathered for it
+MOST_ALONE = 7 / 8
 
 
 class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
@@ -79,9 +82,10 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         return_dict: bool | None = None,
         cache: Cache | None = None,
         context_chunk: int | None = None,
+        trained_rows: torch.Tensor | None = None,
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the last norm, [B, S, D]. Arguments as in `DecoderForCausalLM.forward`."""
+        """Hidden states after the last norm, [B, S, D], or [1, n, D] of trained_rows [n]; arguments are the causal model's."""
         if kwargs or self.config.output_attentions:
             require_known({"output_attentions": self.config.output_attentions, **kwargs}, MODEL_ARGUMENTS)
         if (input_ids is None) == (inputs_embeds is None):
@@ -117,10 +121,9 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
                 )
             cache = batch.cache = None
         states = [x] if output_hidden_states else None
-        for layer in islice(
-            self.layers, self.config.num_hidden_layers
-        ):  # fewer while an early exit drafts tokens
-            x = layer(x, batch)
+        count = self.config.num_hidden_layers  # fewer while an early exit drafts tokens
+        for index, layer in enumerate(islice(self.layers, count), 1):
+            x = layer(x, batch if index < count else replace(batch, trained_rows=trained_rows))
             if states is not None:
                 states.append(x)
         x = self.last_norm(x)
@@ -132,6 +135,15 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
             **{CACHE: cache if use_cache else None},
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
+
+    def computes_alone(self, rows: torch.Tensor | None, tokens: int) -> bool:
+        """Whether the last layer and norm should compute `rows` [n] of all tokens alone: it saves time, and nobody looks on."""
+        saves = rows is not None and self.training and 0 < len(rows) <= MOST_ALONE * tokens
+        if not saves or any_module_hooked():
+            return False
+        modules = every_module(self.layers[self.config.num_hidden_layers - 1])
+        del modules[: self.shards is not None]  # a hook fetches the weights that processes share
+        return not any(map(hooked, (self, self.last_norm, *modules)))
 
     def _batch(self, x, attention_mask, position_ids, cache, cu_seqlens, max_length, chunk) -> Batch:
         rows, length = x.shape[:2]
@@ -218,8 +230,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
             kwargs: shift_labels, [B, S] labels that are shifted already, in place of labels (transformers' trainer takes every
                 parameter whose name holds "label" for one that each batch has); trained_rows, [n] int64 flat positions whose
                 next token is trained, so that no label is read on the host (further positions without one may be among
-                them); and arguments that callers pass to any model
-                and that have no effect here.
+                them); and arguments that callers pass to any model and that have no effect here.
 
         Returns:
             loss (float32 scalar or None), logits ([B, S, V] or None), the cache, hidden_states.
@@ -230,13 +241,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
         shift_labels, labelled = kwargs.pop("shift_labels", None), kwargs.pop("trained_rows", None)
         if kwargs:
             require_known(kwargs, ARGUMENTS)
-        targets = None
-        trains = labels is not None or shift_labels is not None
+        targets, trains = None, labels is not None or shift_labels is not None
         if trains:
             targets = (next_tokens(labels) if shift_labels is None else shift_labels).reshape(-1)
             if labelled is None:
                 # reads the labels on the host: done before the layers are launched, nothing has to be waited for
                 labelled = labelled_rows(targets, self.config.vocab_size)
+        looked_at = output_logits is not False or output_hidden_states or self.config.output_hidden_states
+        alone = trains and not looked_at and self.model.computes_alone(labelled, len(targets))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -248,12 +260,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
             cu_seq_lens_q=cu_seq_lens_q,
             max_length_q=max_length_q,
             context_chunk=context_chunk,
+            trained_rows=labelled if alone else None,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        loss = None
-        if trains:
-            loss = self._loss(outputs.last_hidden_state, targets, labelled, num_items_in_batch)
+        hidden = outputs.last_hidden_state
+        loss = self._loss(hidden, targets, labelled, num_items_in_batch) if trains else None
         output = self._output(outputs, loss, logits_to_keep, output_logits)
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
@@ -310,7 +322,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
                 softcap=self.softcap, logit_scale=self.logit_scale, labelled=labelled,
             )  # fmt: skip
         labelled = targets != -100 if labelled is None else labelled
-        rows, targets = rows[labelled], targets[labelled]
+        rows, targets = rows if len(rows) < len(targets) else rows[labelled], targets[labelled]
         divisor = max(len(targets), 1) if divisor is None else divisor
         total = rows.sum() * 0.0
         for start in range(0, len(targets), 1024):  # an adapted head keeps the logits of 1024 rows at a time

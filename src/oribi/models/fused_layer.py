@@ -79,7 +79,9 @@ def _beside_linear_layers(module: nn.Module) -> Iterator[nn.Parameter]:
 def fused_layer(
     layer: "DecoderLayer", halves: list[Half], x: torch.Tensor, batch: "Batch", keep: Keep
 ) -> torch.Tensor:
-    """The layer's output [B, S, D] for x [B, S, D], with gradients for x and every LoRA factor."""
+    """The layer's output [B, S, D] for x [B, S, D], or [1, n, D] of the batch's trained rows alone, with gradients for x and
+    every LoRA factor."""
+    halves[0].rows = batch.trained_rows
     factors = [factor for half in halves for factor in half.factors()]
     reads = [half.reads for half in halves if half.reads]
     gives = next((half.gives for half in halves if half.gives), None)
@@ -105,7 +107,8 @@ class _FusedLayer(torch.autograd.Function):
                 y = y * layer_pass.layer.scalar
         ctx.halves, ctx.layer_pass, ctx.kept, ctx.shape = halves, layer_pass, kept, x.shape
         ctx.gives = gives
-        return y.view(x.shape), *(layer_pass.batch.shared.pop(gives) if gives else ())
+        shape = x.shape if layer_pass.batch.trained_rows is None else (1, *y.shape)
+        return y.view(shape), *(layer_pass.batch.shared.pop(gives) if gives else ())
 
     @staticmethod
     def backward(ctx, dy, *given):

@@ -126,10 +126,14 @@ class Half:
 
     Args:
         core: the module. pre, post: norms before and after it. scale: c.
+
+    Attributes:
+        rows: [n] int64, those of y that are wanted, where the core has to see all of x; None: all. y and dy are then [n, D].
     """
 
     def __init__(self, core: Core, pre: RMSNorm | None, post: RMSNorm | None, scale: float) -> None:
         self.core, self.pre, self.post, self.scale = core, pre, post, scale
+        self.rows: torch.Tensor | None = None
         self.reads, self.gives = getattr(core, "reads", None), getattr(core, "gives", None)
         self.groups = {name: [read(m) for m in modules] for name, modules in core.groups().items()}
         self._weights: dict[str, GroupWeight] = {}
@@ -163,7 +167,8 @@ class Half:
         del prepared, p
         if not core.row_wise:
             del weight, self._weights[core.input]
-        y, xa, product = self._project_out(h, x)
+        h = taken(h, self.rows)
+        y, xa, product = self._project_out(h, taken(x, self.rows))
         kept.put(f"{core.output}_xa", xa, core.output_result or core.input)
         if core.output_result:
             kept.put(core.output_result, y)
@@ -210,10 +215,12 @@ class Half:
                 normed = None
         columns, _ = group_shape(self.groups[core.input])
         prepared = core.prepare(p[:, :columns], self.layer_pass.batch, fresh)
-        h = None if core.row_wise else core.run(prepared, kept)
+        h = None if core.row_wise else taken(core.run(prepared, kept), self.rows)
         product, xa_out = kept.take(core.output), kept.take(f"{core.output}_xa")
         if wants_y or (product is None and self.post is not None):
-            y, xa_out, product = self._project_out(core.run(prepared, kept) if h is None else h, x)
+            y, xa_out, product = self._project_out(
+                core.run(prepared, kept) if h is None else h, taken(x, self.rows)
+            )
         return _Restored(p, xa, prepared, h, product, xa_out, normed), y
 
     def place_for_dy(self, like: torch.Tensor) -> torch.Tensor:
@@ -233,7 +240,7 @@ class Half:
         """Gradients of x [T, D] and of every factor, in order; empties what was kept.
 
         Args:
-            x, dy: [T, D]; dy may lie at `place_for_dy`.
+            x, dy: [T, D]; dy may lie at `place_for_dy`, and is [n, D] where only `rows` of y were wanted.
             place_for_dx: allocates dx, called once the widest buffers are free; None reuses a buffer.
             needs_dx: whether dx is wanted.
         """
@@ -247,7 +254,7 @@ class Half:
             if dx is None:
                 dx = dn if place_for_dx is None else place_for_dx(x)
             out = dx if place_for_dx is None else dx[rows]
-            norm_backward(self.pre, dn, x[rows], rstd, dy[rows], out)
+            norm_backward(self.pre, dn, x[rows], rstd, put_back(dy[rows], self.rows, len(dn)), out)
             del dn
         self._weights.clear()
         return dx, [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*factors)]
@@ -277,6 +284,7 @@ class Half:
             factors = self._factor_gradients(core.output, buffer, dyb, state.h, xa)
             del buffer, weight, self._weights[core.output]
             state.h = None
+            dh = put_back(dh, self.rows, len(x))
             core.backward(state.prepared, dh)
         del dh
         state.h = state.prepared = buffer = None
@@ -349,6 +357,18 @@ class Half:
             _, _, rstd = rms_norm_forward(product, norm.weight, norm.eps, norm.offset)
             rms_norm_backward(dy, product, rstd, norm.weight, norm.offset, out=place)
         return buffer
+
+
+def taken(of_all: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """These rows of [T, ...]; None: all."""
+    return of_all if rows is None else of_all.index_select(0, rows)
+
+
+def put_back(gradient: torch.Tensor, rows: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """The gradient [tokens, ...] of what `taken` took rows of; a row that comes more than once must have a gradient of zero."""
+    if rows is None:
+        return gradient
+    return gradient.new_zeros(tokens, *gradient.shape[1:]).index_copy_(0, rows, gradient)
 
 
 def portions(tokens: int) -> list[slice]:

@@ -22,6 +22,7 @@ from oribi.kernels.rope import Angles
 from oribi.models.core import Keep, Mixer, Result
 from oribi.models.experts import ExpertsMLP
 from oribi.models.fused_layer import fused_layer, fusible_halves, policy
+from oribi.models.half import taken
 from oribi.models.host_memory import HostMemory
 from oribi.models.linear_layers import NamedParts, RMSNorm
 from oribi.models.mixers import mixer_of
@@ -37,6 +38,8 @@ class Batch:
     Args:
         shared: what layers read beside their input, by name: keys and values that an earlier layer left, inputs of their own.
         gradients: of entries of `shared`, between the parts of one layer's hand-written backward.
+        trained_rows: [n] int64, the tokens of B * S of which the layer's output is wanted, [1, n, D]; None: all. Its mixer
+            sees all of them.
     """
 
     visibility: Visibility
@@ -45,6 +48,7 @@ class Batch:
     host_memory: HostMemory | None = None
     shared: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     gradients: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    trained_rows: torch.Tensor | None = None
     _chunks: Chunks | None = None
     _real: torch.Tensor | None = None
 
@@ -182,8 +186,10 @@ class DecoderLayer(NamedParts):
 
     def _composed(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The layer by PyTorch's autograd, for inference and for whatever `fused_layer` does not train."""
-        for module, pre, post in self.parts():
+        for index, (module, pre, post) in enumerate(self.parts()):
             h = module(x if pre is None else pre(x), batch)
+            if index == 0 and batch.trained_rows is not None:
+                x, h = (taken(t.flatten(0, 1), batch.trained_rows)[None] for t in (x, h))
             h = h if post is None else post(h)
             x = x + (h if self.residual_scale == 1.0 else h * self.residual_scale)
         return x if self.scalar is None else x * self.scalar

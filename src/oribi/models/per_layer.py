@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from oribi.families import Family, activation_of
 from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
 from oribi.models.core import Result
-from oribi.models.half import Kept
+from oribi.models.half import Kept, put_back, taken
 from oribi.models.linear_layers import RMSNorm, project
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ class PerLayerInput(nn.Module):
     def forward(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
         groups, (own,) = self.groups(), batch.shared[self.reads]
         (gate,) = project(groups["per_layer_gate"], x)
-        h = gated_mlp(gate.flatten(0, 1), own.flatten(0, 1), self.activation)
+        h = gated_mlp(gate.flatten(0, 1), taken(own.flatten(0, 1), batch.trained_rows), self.activation)
         return project(groups["per_layer_output"], h.view(gate.shape))[0]
 
     def prepare(
         self, p: torch.Tensor, batch: "Batch", fresh: bool
     ) -> tuple[torch.Tensor, torch.Tensor, "Batch"]:
         """The gate [T, N], the layer's input [T, N], and where its gradient goes."""
-        return p, batch.shared[self.reads][0].flatten(0, 1), batch
+        return p, taken(batch.shared[self.reads][0].flatten(0, 1), batch.trained_rows), batch
 
     def run(self, prepared: tuple[torch.Tensor, torch.Tensor, "Batch"], kept: Kept) -> torch.Tensor:
         """h [T, N]."""
@@ -88,7 +88,9 @@ class PerLayerInput(nn.Module):
         """Writes the gradient of the gate over it, and leaves that of the layer's input in `Batch.gradients`."""
         gate, own, batch = prepared
         _, down, _ = gated_mlp_backward(dh, gate, own, self.activation, dgate=gate)
-        batch.gradients[self.reads] = (down.view(batch.shared[self.reads][0].shape),)
+        whole = batch.shared[self.reads][0].shape
+        down = put_back(down, batch.trained_rows, whole[:-1].numel())
+        batch.gradients[self.reads] = (down.view(whole),)
 
 
 class PerLayerEmbedding(nn.Module):
