@@ -23,6 +23,12 @@ from pathlib import Path
 STARTED = time.time()
 HERE = Path(__file__).parent
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# the other linear layers of a family's layers, which oribi trains with these and other stacks have to be asked for
+FURTHER_TARGETS = {
+    "qwen3_5_text": ["in_proj_qkv", "in_proj_z", "out_proj"],
+    "gemma4_text": ["per_layer_input_gate", "per_layer_projection"],
+    "lfm2": ["in_proj", "out_proj", "w1", "w2", "w3"],
+}
 # arguments of every stack's trainer
 TRAINING = {
     "output_dir": "/tmp/oribi-bench", "gradient_accumulation_steps": 1, "learning_rate": 2e-4, "warmup_steps": 0,
@@ -194,13 +200,15 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
 
 def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
     """Model with LoRA, tokenizer, trainer class, config class, and the stack's own arguments."""
+    model_type = json.loads((path / "config.json").read_text())["model_type"]
+    targets = TARGETS + FURTHER_TARGETS.get(model_type, [])
     if name == "oribi":
         from oribi import FastLanguageModel, SFTConfig, SFTTrainer
 
         model, tokenizer = FastLanguageModel.from_pretrained(str(path), max_seq_length=length)
         extra, policy = ({"fp8": True}, "auto") if mode == "fp8" else ({}, mode)
         model = FastLanguageModel.get_peft_model(
-            model, r=rank, lora_alpha=16, target_modules=TARGETS, use_gradient_checkpointing=policy
+            model, r=rank, lora_alpha=16, target_modules=targets, use_gradient_checkpointing=policy
         )
         return model, tokenizer, SFTTrainer, SFTConfig, extra
     if name == "unsloth":
@@ -213,7 +221,7 @@ def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
             str(path), max_seq_length=length, load_in_4bit=True, use_gradient_checkpointing=checkpointing
         )
         model = FastLanguageModel.get_peft_model(
-            model, r=rank, lora_alpha=16, target_modules=TARGETS, use_gradient_checkpointing=checkpointing
+            model, r=rank, lora_alpha=16, target_modules=targets, use_gradient_checkpointing=checkpointing
         )
         extra = {} if checkpointing else {"gradient_checkpointing": False}
         return model, tokenizer, SFTTrainer, SFTConfig, extra
@@ -229,7 +237,7 @@ def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
     for module in model.modules() if exact else ():
         if hasattr(module, "compute_dtype"):  # of a 4-bit layer, as its checkpoint says
             module.compute_dtype = dtype
-    config = LoraConfig(r=rank, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     extra = {
         "gradient_checkpointing": mode != "off", "use_liger_kernel": name == "liger", "bf16": not exact,
