@@ -17,7 +17,7 @@ TREES = {
 
 # a part imports its own level's neighbours only where it is the same part, and lower levels freely
 LEVELS = {
-    "errors": 0, "text": 0, "quiet": 0, "launch": 1, "tensors": 1, "config_yaml": 1, "environment": 1, "run_record": 1, "config_setting": 2, "config": 3, "config_advice": 0, "config_checks": 4, "config_file": 5, "dialects": 6,
+    "errors": 0, "text": 0, "quiet": 0, "launch": 1, "tensors": 1, "formats": 2, "config_yaml": 1, "environment": 1, "run_record": 1, "config_setting": 2, "config": 3, "config_advice": 0, "config_checks": 4, "config_file": 5, "dialects": 6,
     "kernels": 4, "graph_capture": 4, "families": 4, "chat": 5, "gguf": 6, "models": 7, "lora": 8, "memory": 9, "save": 10, "train": 11, "run_arguments": 12, "preflight": 13, "run": 14, "compat": 15, "trl": 16, "trainer": 16, "chat_templates": 16, "dataprep": 16, "demo": 16, "selftest": 16, "watch": 16, "verify": 11, "cli": 17,
     "__main__": 18,
 }  # fmt: skip

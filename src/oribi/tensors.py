@@ -40,7 +40,10 @@ class SafetensorsSource:
         files: the shards.
         rename: the model's name for a stored name; None leaves the tensor out.
         shard_of: the shard of each stored name, as an index says; None where there is none.
-        any_dtype: whether tensors of every dtype are read, for a caller that only copies them.
+        any_dtype: whether tensors of every dtype are read, for a caller that only copies them or knows how to decode them.
+
+    Attributes:
+        dtypes: of each tensor as the format names it, such as "BF16".
 
     Raises:
         ModelError: a file is damaged, holds tensors of a dtype that is no 16- or 32-bit float, or lacks a tensor that the
@@ -56,6 +59,7 @@ class SafetensorsSource:
     ) -> None:
         self._home: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self._mapped: tuple[Path, Any] | None = None
         shard_of = shard_of or {}
         for path in files:
@@ -83,6 +87,7 @@ class SafetensorsSource:
                     )
                 self._home[name] = (path, stored)
                 self._shapes[name] = tuple(entry["shape"])
+                self.dtypes[name] = entry["dtype"]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)

@@ -12,7 +12,7 @@ from huggingface_hub import errors
 
 from oribi.errors import ModelError
 from oribi.memory.architecture import architecture_of
-from oribi.models import files as module
+from oribi.models import download as module
 from oribi.models.files import HubOptions, locate, weight_files
 from oribi.models.load import load_model
 from oribi.models.open import open_model

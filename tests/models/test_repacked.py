@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from oribi import FastLanguageModel
 from oribi.errors import ModelError
+from oribi.memory.architecture import architecture_of
 from oribi.models.original import original_of
 from oribi.save.nf4_checkpoint import pack_nf4
 from tests.models.tiny_checkpoint import checkpoint, edit_config
@@ -97,9 +98,8 @@ def test_an_adapter_keeps_the_name_that_the_user_wrote_and_serves_on_the_origina
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("tiny-FP8-Dynamic", {"quant_method": "compressed-tensors", "format": "float-quantized"}),
-        ("tiny-FP8-Block", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
         ("tiny-AWQ", {"quant_method": "awq", "bits": 4}),
+        ("tiny-GPTQ-Int4", {"quant_method": "gptq", "bits": 4, "desc_act": False}),
     ],
 )
 @pytest.mark.parametrize("card", [True, False])
@@ -112,8 +112,12 @@ def test_weights_that_cannot_be_trained_on_name_the_original(name, settings, car
     if card:
         (folder / "README.md").write_text(CARD)
     original = "meta-llama/Llama-3.2-1B-Instruct" if card else str(tmp_path / "tiny")
-    with pytest.raises(ModelError, match=f"Load the 16-bit original instead: {original}"):
-        load(folder)
+    for opens in (
+        load,
+        lambda folder: architecture_of(str(folder)),
+    ):  # as estimate, init and inspect model do
+        with pytest.raises(ModelError, match=f"Load the 16-bit original instead: {original}"):
+            opens(folder)
 
 
 def test_a_repository_of_gguf_files_without_a_file_says_how_to_name_one_and_the_original(folders, tmp_path):

@@ -235,12 +235,7 @@ def _disk(training: Any) -> dict[str, int]:
 
     a, config = training.architecture, training.config
     adapter = training.trainable * (a.decoder.dtype.itemsize if config.full_finetuning else 4)
-    stored = a.location.file
-    found = {
-        "model's files": stored.stat().st_size
-        if stored is not None and stored.is_file()
-        else a.parameters * 2
-    }
+    found = {"model's files": a.file_bytes}
     if not config.full_finetuning:
         found["adapter"] = adapter
     if config.save_steps:

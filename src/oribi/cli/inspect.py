@@ -135,7 +135,7 @@ def model(
     config, mixers = found.config, [layer.mixer for layer in found.decoder.model.layers]
     facts = {
         "model": name,
-        "stored as": found.location.kind,
+        "stored as": found.location.kind + f", {found.stored_in_words}" * bool(found.stored),
         "family": f"{config.model_type} ({FAMILIES[config.model_type].architecture})",
         "parameters": f"{found.parameters:,} ({short_count(found.parameters)})",
         "layers": config.num_hidden_layers,

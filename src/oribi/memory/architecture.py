@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
+from oribi.formats.settings import PackedFormat
 from oribi.kernels.nf4 import nf4_bytes
 from oribi.memory.account import linear_weights, packable_weights
 from oribi.models.decoder import DecoderForCausalLM, build
@@ -40,12 +41,14 @@ class Architecture:
         config: the text decoder's config.
         location: where its files lie.
         decoder: the decoder on the meta device, in the compute dtype.
+        stored: how the checkpoint's weights are quantised; None where they are not.
     """
 
     name: str
     config: PretrainedConfig
     location: Location
     decoder: DecoderForCausalLM
+    stored: dict[str, Any] | PackedFormat | None = None
 
     @cached_property
     def linear_weights(self) -> int:
@@ -70,6 +73,26 @@ class Architecture:
     def head(self) -> int:
         """Weights of the head; 0 where it is the embedding."""
         return 0 if self.tied else self.decoder.lm_head.weight.numel()
+
+    @property
+    def stored_in_words(self) -> str:
+        """How the checkpoint's weights are quantised; "" where they are not."""
+        if self.stored is None:
+            return ""
+        return str(self.stored) if isinstance(self.stored, PackedFormat) else "packed in NF4"
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """Bytes of the checkpoint's files: their size where they are on this machine, else by how their weights are stored."""
+        file, folder = self.location.file, self.location.directory
+        files = [file] if file is not None else sorted(folder.glob("*.safetensors"))
+        if files and all(path.is_file() for path in files):
+            return sum(path.stat().st_size for path in files)
+        if isinstance(self.stored, PackedFormat):
+            return (
+                self.packable_weights * self.stored.bits // 8 + (self.parameters - self.packable_weights) * 2
+            )
+        return self.weight_bytes(load_in_4bit=True) if self.stored else self.parameters * 2
 
     @cached_property
     def waiting_bytes(self) -> int:
@@ -105,18 +128,18 @@ def architecture_of(
     """A model's sizes; of a hub name only the small files are fetched.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or its weights are quantised in a way that is not read.
         OutsideFamilyTable: oribi's decoder does not cover it.
     """
     opened = open_model(name, HubOptions(token, revision, trust_remote_code=trust_remote_code))
-    location, config = opened.location, opened.config
+    location, config, stored = opened.location, opened.config, opened.stored()
     if not opened.fused:
         raise OutsideFamilyTable(
             f"{location.name}: model_type {config.model_type!r} is outside oribi's family table; it trains as transformers' "
             "class, of whose memory only the weights are estimated",
             _sizes(config, trust_remote_code),
         )
-    return Architecture(name, config, location, build(config, dtype=dtype))
+    return Architecture(name, config, location, build(config, dtype=dtype), stored)
 
 
 def _sizes(config: PretrainedConfig, trust_remote_code: bool) -> UnfusedSizes | None:

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 from oribi.errors import ModelError
 from oribi.families import MOST_LAYERS, family_of
 from oribi.families.layer_fields import config_of_layer, layer_configs
+from oribi.formats.settings import NF4_METHODS, PackedFormat, method_of, packed_format
 from oribi.models.fields import (
     BOOLEAN,
     MOST,
@@ -28,7 +29,7 @@ from oribi.models.fields import (
     number_from,
     whole_from,
 )
-from oribi.models.files import Location, read_json
+from oribi.models.files import Location, read_json, stored_settings
 from oribi.models.mixers.attention import window_of
 from oribi.models.original import load_original
 from oribi.models.rope import RotaryAngles
@@ -131,20 +132,27 @@ def _check_quantization(file: Path, quantization: Any) -> None:
         raise ModelError(f"{file}: llm_int8_skip_modules = {shown(skipped)}; it is a list of names")
 
 
-def stored_quantization(location: Location, config: PretrainedConfig) -> dict[str, Any] | None:
-    """How the checkpoint is quantised, if it is in bitsandbytes' NF4; refuses every other way."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:  # of the whole model, where config is its text decoder's
-        stored = read_json(location.directory / "config.json").get("quantization_config")
-    if stored is None:
-        return None
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    method = str(stored.get("quant_method", "bitsandbytes")).lower().rpartition(".")[2]
-    if method not in ("bitsandbytes", "bits_and_bytes") or not stored.get("load_in_4bit"):
+def stored_quantization(location: Location) -> dict[str, Any] | PackedFormat | None:
+    """How a checkpoint is quantised: settings of bitsandbytes' NF4, or a format that is dequantised while it loads.
+
+    Raises:
+        ModelError: it is quantised in another way.
+    """
+    stored = stored_settings(location.directory)
+    try:
+        packed = packed_format(stored)
+    except ModelError as error:
+        raise ModelError(
+            f"{location.name}: {error}. {load_original(location.name, location.directory)}"
+        ) from error
+    if stored is None or packed is not None:
+        return packed
+    method = method_of(stored)
+    if method not in NF4_METHODS or not stored.get("load_in_4bit"):
         what = "bitsandbytes 8-bit" if stored.get("load_in_8bit") else method
         raise ModelError(
-            f"{location.name} is quantised by {what}; oribi loads 16-bit checkpoints and bitsandbytes' NF4. "
-            f"{load_original(location.name, location.directory)}; it is quantised while it loads"
+            f"{location.name} is quantised by {what}; oribi loads 16-bit checkpoints, bitsandbytes' NF4, and weights of fp8, "
+            f"compressed-tensors and modelopt. {load_original(location.name, location.directory)}; it is quantised while it loads"
         )
     if stored.get("bnb_4bit_quant_type", "fp4") != "nf4":
         raise ModelError(

@@ -6,50 +6,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from oribi.errors import ModelError
+from oribi.formats.packed import PackedSource
+from oribi.formats.settings import packed_format
 from oribi.gguf.source import GGUFSource
+from oribi.models.download import HubOptions, download, missing_folder
 from oribi.models.original import load_original, original_of
 from oribi.run_record import newest_model
 from oribi.tensors import PickleSource, SafetensorsSource, TensorSource, open_bytes
-from oribi.text import nearest
 
-# everything about a model but its weights; original/ and onnx/ folders hold further copies
+# everything about a model but its weights
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt", "README.md"]
-_ELSEWHERE = ["original/*", "onnx/*", "coreml/*", "openvino/*", "gguf/*"]
 _LARGEST_JSON = 64 << 20  # bytes; an index of thousands of tensors has a few
 _PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    """How to ask the hub for a model.
-
-    Args:
-        token: access token. revision: branch, tag or commit. cache_dir: where downloads are kept.
-        local_files_only: whether to stay off the network. force_download: whether to download what is there already.
-        subfolder: of a repository or a directory.
-        trust_remote_code: whether code that comes with the model is downloaded and may run.
-    """
-
-    token: str | bool | None = None
-    revision: str | None = None
-    cache_dir: str | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-    subfolder: str = ""
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,21 +71,9 @@ def locate(name: str, options: HubOptions, gguf_file: str | None = None) -> Loca
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(missing_folder(name))
     patterns = [gguf_file] if gguf_file else _SMALL_FILES + ["*.py"] * options.trust_remote_code
-    directory = Path(_download(name, options, patterns)) / options.subfolder
+    directory = Path(download(name, options, patterns)) / options.subfolder
     location = _in_directory(directory, name, gguf_file)
     return replace(location, name=name)
-
-
-def missing_folder(name: str) -> str:
-    """That there is no such folder, and the one beside it that was probably meant."""
-    path = Path(name)
-    try:
-        beside = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")]
-    except OSError:
-        beside = []
-    near = nearest(path.name, beside) if path.name else None
-    hint = f"; did you mean {path.with_name(near)}?" if near and near != path.name else ""
-    return f"there is no {'file' if path.suffix == '.gguf' else 'folder'} {name}{hint}"
 
 
 def written_name(name: str) -> str:
@@ -171,17 +130,49 @@ def open_weights(
         allow_pickle: as in `weight_files`.
         any_dtype: as in `SafetensorsSource`.
 
+    Returns:
+        The tensors; weights quantised for servers are read dequantised, those in NF4 as their codes.
+
     Raises:
-        ModelError: as `weight_files`, or a file is damaged or contradicts the others.
+        ModelError: as `weight_files`, or a file is damaged or contradicts the others, or quantised weights lack a part.
     """
     if location.kind == "gguf":
         return GGUFSource(location.file)
     files = weight_files(location, options, allow_pickle)
+    packed = packed_format(stored_settings(location.directory))
     if files[0].suffix == ".bin":
+        if packed is not None:
+            raise ModelError(
+                f"{location.name}: weights quantised by {packed.name} are read from .safetensors files alone"
+            )
         return PickleSource(files, rename)
     index = _weight_map(location.directory / SAFE_WEIGHTS_INDEX_NAME) or {}
     homes = {name: location.directory / shard for name, shard in index.items()}
-    return SafetensorsSource(files, rename, homes, any_dtype)
+    if packed is None:
+        return SafetensorsSource(files, rename, homes, any_dtype)
+    try:
+        return PackedSource(
+            SafetensorsSource(files, shard_of=homes, any_dtype=True), packed, rename, any_dtype
+        )
+    except ModelError as error:
+        raise ModelError(
+            f"{location.name}: {error}. {load_original(location.name, location.directory)}"
+        ) from error
+
+
+def stored_settings(directory: Path) -> dict[str, Any] | None:
+    """quantization_config of a checkpoint's config.json, or of its text model's there; None where weights are floats."""
+    file = directory / "config.json"
+    settings = read_json(file) if file.is_file() else {}
+    text = settings.get("text_config")
+    for part in (settings, text if isinstance(text, dict) else {}):
+        for name in (
+            "quantization_config",
+            "compression_config",
+        ):  # the second is compressed-tensors' older name
+            if isinstance(part.get(name), dict):
+                return part[name]
+    return None
 
 
 def adapter_weights(location: Location, options: HubOptions, allow_pickle: bool = False) -> Path:
@@ -307,59 +298,7 @@ def _fetch(location: Location, options: HubOptions, names: list[str]) -> None:
     """Downloads files of a hub model that are not in the cache; a local directory is left as it is."""
     if Path(location.name).expanduser().exists() or all((location.directory / n).exists() for n in names):
         return
-    _download(location.name, options, names)
-
-
-def _download(name: str, options: HubOptions, patterns: list[str]) -> str:
-    if options.subfolder:
-        patterns = [f"{options.subfolder}/{pattern}" for pattern in patterns]
-    try:
-        return snapshot_download(
-            name,
-            token=options.token,
-            revision=options.revision,
-            cache_dir=options.cache_dir,
-            local_files_only=options.local_files_only,
-            force_download=options.force_download,
-            allow_patterns=patterns,
-            ignore_patterns=None if options.subfolder else _ELSEWHERE,
-        )
-    except _HUB_ERRORS as error:
-        raise ModelError(_explain(name, options, error)) from error
-
-
-_HUB_ERRORS = (HfHubHTTPError, HFValidationError, EntryNotFoundError, LocalEntryNotFoundError, OSError)
-_EXPLANATIONS: list[tuple[type[Exception], Callable[[str, HubOptions], str]]] = [
-    (
-        GatedRepoError,
-        lambda name, o: (
-            f"{name} is gated: accept its terms on its page of the hub, then log in with `hf auth login`, set HF_TOKEN, or "
-            "pass token= in Python"
-        ),
-    ),
-    (RevisionNotFoundError, lambda name, o: f"{name} has no revision {o.revision!r}"),
-    (
-        RepositoryNotFoundError,
-        lambda name, o: (
-            f"{missing_folder(name)}, and the hub has no model {name!r}, or it is private: log in with `hf auth login`, "
-            "set HF_TOKEN, or pass token= in Python"
-        ),
-    ),
-    (HFValidationError, lambda name, o: f"{name!r} is neither a directory nor a possible name on the hub"),
-    (
-        LocalEntryNotFoundError,
-        lambda name, o: (
-            f"{missing_folder(name)}, it is not in the hub's cache, and the hub could not be reached"
-        ),
-    ),
-]
-
-
-def _explain(name: str, options: HubOptions, error: Exception) -> str:
-    for kind, message in _EXPLANATIONS:
-        if isinstance(error, kind):
-            return message(name, options)
-    return f"{name!r} could not be fetched from the hub: {error}"
+    download(location.name, options, names)
 
 
 def read_json(path: Path) -> dict[str, Any]:

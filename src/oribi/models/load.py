@@ -18,9 +18,10 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from oribi.errors import ConfigError, ModelError
+from oribi.formats.packed import note_on_packed
 from oribi.models.adapter_files import RECORD_FILE, read_tensors
 from oribi.models.classifier import WithScore, build_classifier
-from oribi.models.config_file import refuse_other_sizes, stored_quantization
+from oribi.models.config_file import refuse_other_sizes
 from oribi.models.decoder import build
 from oribi.models.files import HubOptions, adapter_weights, open_weights, weight_files, written_name
 from oribi.models.identity import BaseIdentity, WeightSums, identify, weight_sums
@@ -256,7 +257,7 @@ def _load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     location, config, notes = opened.location, opened.config, opened.notes
     tokenizer, template = opened.read_tokenizer()
-    stored = None if opened.gguf is not None else stored_quantization(location, opened.whole)
+    stored = opened.stored()
     dtype = choose_dtype(settings, None if opened.gguf is not None else getattr(config, "dtype", None), notes)
     quantization = choose_quantization(settings, notes, stored)
     _choose_positions(config, settings, notes)
@@ -272,6 +273,7 @@ def _load_base(
     if opened.fused:
         names = wrapper_names(opened.whole, labels is not None) if opened.is_part else None
         weights = opened.gguf or open_weights(location, opened.hub, renaming(names), settings.allow_pickle)
+        notes += note_on_packed(weights, quantization.enabled)
         refuse_other_sizes(opened.config_file, config, weights.shapes())
         if labels is not None:
             weights = WithScore(weights, config)
@@ -310,7 +312,7 @@ def _load_base(
     kind = "gguf" if opened.gguf is not None else "pickle" if pickled else "safetensors"
     model.oribi = ModelSource(
         name_or_path=location.name,
-        kind=kind if stored is None else "bnb-4bit",
+        kind="bnb-4bit" if isinstance(stored, dict) else kind,
         max_seq_length=max_seq_length,
         load_in_4bit=quantization.enabled,
         kept_in_16bit=quantization.asked,

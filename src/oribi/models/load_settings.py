@@ -97,12 +97,13 @@ def choose_quantization(
     Args:
         settings: its flags and quantization_config.
         notes: takes one line for each decision the caller might not expect.
-        stored: the checkpoint's own quantization_config if it comes packed in NF4.
+        stored: how the checkpoint is quantised, as `config_file.stored_quantization` says.
 
     Raises:
         ConfigError: another quantisation is asked for.
     """
     enabled, double, skip = settings.load_in_4bit is not False, True, ()
+    stored = stored if isinstance(stored, dict) else None  # other formats are dequantised before
     given = settings.quantization_config
     if given is not None:
         given = given if isinstance(given, dict) else given.to_dict()

@@ -14,11 +14,12 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from oribi.chat.tokenizer import OBJECTS, PROCESSOR_FILES, Repaired, load_tokenizer, repair
 from oribi.errors import ModelError
 from oribi.families import family_of
+from oribi.formats.settings import PackedFormat
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.tokenizer import SUPPRESSED, rebuild_tokenizer
 from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import AdapterRecord, read_record
-from oribi.models.config_file import check_decoder, read_config, read_generation
+from oribi.models.config_file import check_decoder, read_config, read_generation, stored_quantization
 from oribi.models.files import HubOptions, Location, locate, read_json
 from oribi.models.rope import trained_positions
 
@@ -75,6 +76,14 @@ class OpenedModel:
     def is_part(self) -> bool:
         """Whether `config` is that of the text decoder of a multimodal model."""
         return type(self.config) is not type(self.whole)
+
+    def stored(self) -> dict[str, Any] | PackedFormat | None:
+        """How the checkpoint's weights are quantised, as `stored_quantization` says; None for a GGUF file.
+
+        Raises:
+            ModelError: in a way that oribi does not read.
+        """
+        return None if self.gguf is not None else stored_quantization(self.location)
 
     @property
     def config_file(self) -> Path:

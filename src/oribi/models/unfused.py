@@ -19,13 +19,16 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from oribi.errors import ConfigError, ModelError
+from oribi.formats.packed import PackedSource, note_on_packed
+from oribi.formats.settings import packed_format
 from oribi.kernels.nf4 import nf4_bytes
-from oribi.models.files import Location
+from oribi.models.files import HubOptions, Location, open_weights, stored_settings
 from oribi.models.generate import generate_in_inference_mode
 from oribi.models.quantize import Quantization, fits_nf4
 from oribi.models.wrapper import automatic
 from oribi.tensors import problems_in_words
 
+_CPU = torch.device("cpu")
 _NAMED = 3  # kinds of tensors that a note names
 # tables that a model computes by itself and that older checkpoints store or lack
 _COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias)$")
@@ -147,9 +150,9 @@ def load_unfused(
 
     Args:
         location: a checkpoint whose weights are on disk.
-        config: its config; one that names a quantisation is loaded as it is.
+        config: its config; one that names NF4 is loaded as it is, and of formats for servers the name is taken out.
         device, dtype, quantization, trust_remote_code, allow_pickle: as in `load.Request`.
-        notes: gets a line on what stays in 16 bits, and one on tensors that the model does not use.
+        notes: gets a line on what stays in 16 bits, one on tensors that the model does not use, and one on dequantised weights.
         classifies: whether the config holds labels to tell apart. What its checkpoint lacks of the head is made anew.
 
     Returns:
@@ -159,6 +162,8 @@ def load_unfused(
         ModelError: transformers cannot load it, tensors are missing or have another shape than the config says, or its
             layers cannot be packed on this device.
     """
+    packed = packed_weights(location, config)
+    notes += note_on_packed(packed, quantization.enabled)
     try:
         expected = weightless(config, trust_remote_code=trust_remote_code, classifies=classifies)
         expected.get_input_embeddings()  # a class that finds none says so
@@ -173,19 +178,20 @@ def load_unfused(
         )  # as in models of the family table; bitsandbytes packs no weight that is tied
         kept += [name for name, module in expected.named_modules() if module is head]
         settings = _bitsandbytes(config, quantization, [*kept, *beside_decoder(expected)], dtype)
-        model, report = _auto(config, classifies).from_pretrained(
-            location.directory,
-            config=config,
-            dtype=dtype,
+        model, report = from_checkpoint(
+            _auto(config, classifies) if packed is None else type(expected),
+            location,
+            config,
+            dtype,
+            packed,
             device_map={"": device},
             quantization_config=settings,
             trust_remote_code=trust_remote_code,
             use_safetensors=not allow_pickle,
-            local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # or its error would name no tensor; `_compare_tensors` refuses them
         )
-    except (torch.OutOfMemoryError, ConfigError):
+    except (torch.OutOfMemoryError, ConfigError, ModelError):
         raise
     except Exception as error:  # a damaged file may end anywhere in the model's class
         reason = " ".join(str(error).split())[:600] or type(error).__name__
@@ -201,6 +207,43 @@ def load_unfused(
     if quantization.enabled:
         notes.append(unfused_sizes(model.named_parameters(), packed).note(dtype.itemsize))
     return model, new_modules
+
+
+def packed_weights(location: Location, config: PretrainedConfig) -> PackedSource | None:
+    """A checkpoint's tensors where its weights are in a format for servers, which `config` no longer names then.
+
+    Raises:
+        ModelError: a part of a weight is missing or unknown.
+    """
+    if location.kind != "checkpoint" or packed_format(stored_settings(location.directory)) is None:
+        return None
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
+    return open_weights(location, HubOptions(local_files_only=True))
+
+
+def from_checkpoint(
+    kind: Any,
+    location: Location,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    packed: PackedSource | None,
+    **options: Any,
+) -> Any:
+    """What transformers' `from_pretrained` returns for a checkpoint; packed weights have their values in 16 or 32 bits.
+
+    Args:
+        kind: a class of transformers, or one that chooses a class by the config.
+        location: of the files. config: of the model. dtype: of what is not quantised.
+        packed: as `packed_weights` returns it; all values are held in host memory.
+        options: of `from_pretrained`.
+    """
+    options |= {"config": config, "dtype": dtype, "local_files_only": True}
+    if packed is None:
+        return kind.from_pretrained(location.directory, **options)
+    kind = kind._model_mapping[type(config)] if hasattr(kind, "_model_mapping") else kind
+    state = {name: packed.read(name, _CPU, dtype) for name in packed.shapes()}
+    return kind.from_pretrained(None, state_dict=state, **options)
 
 
 def _bitsandbytes(

@@ -17,6 +17,7 @@ from oribi.kernels.expert_stack import dequantize_stack
 from oribi.models.files import Location, weight_files
 from oribi.models.plain_peft import quiet_libraries
 from oribi.models.quantize import rounded_to_nf4
+from oribi.models.unfused import from_checkpoint, packed_weights
 from oribi.models.unwrap import base_model, is_classifier, source_of
 from oribi.models.wrapper import classes_of
 from oribi.save.base import locate_here
@@ -129,7 +130,7 @@ def plain_base(
     else:
         automatic = not is_classifier(model) and type(config) in AutoModelForCausalLM._model_mapping
         kind = AutoModelForCausalLM if automatic else kinds[0]
-        outside = kind.from_pretrained(location.directory, config=config, local_files_only=True, **options)
+        outside = from_checkpoint(kind, location, config, packed=packed_weights(location, config), **options)
     outside = outside.to(device).eval()
     rows = len(base_model(model).get_input_embeddings().weight)
     if rows != len(outside.get_input_embeddings().weight):

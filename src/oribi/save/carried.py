@@ -41,7 +41,6 @@ _BESIDE_WEIGHTS = (
 _DRAFTS = ("mtp.", "model.mtp.")
 # the numbers of drafting layers in config.json, which programs look for in the files
 DRAFT_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
-_PACKED_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Carried:
     beside: list[str] = field(default_factory=list)
 
     def read(self, name: str) -> torch.Tensor:
-        """One of `others` in the dtype that the files have; NF4 weights in float32."""
+        """One of `others` in the dtype that the files have; quantised weights in float32."""
         return self.source.read(name, _CPU, None)
 
     def write_config(
@@ -151,7 +150,7 @@ class Carried:
 def _same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
     if expected.dtype != found.dtype and not expected.is_floating_point():
         return False
-    expected = expected.to(found.dtype)  # NF4 weights are written in the merge's dtype
+    expected = expected.to(found.dtype)  # quantised weights are written in the merge's dtype
     return expected.shape == found.shape and torch.equal(
         expected.reshape(-1).view(torch.uint8), found.reshape(-1).view(torch.uint8)
     )
@@ -216,9 +215,6 @@ def find_carried(model: nn.Module, shapes: Mapping[str, Any], base: str, tied: b
             why = f"the files hold no {missing[0]}"
             continue
         found = Carried(location, settings, weights, text, others, of_class)
-        if any(found.read(name).dtype in _PACKED_FLOATS for name in others):
-            why = "its other parts are quantised to 8 bits"
-            continue
         found.beside = (
             beside_decoder(skeleton(classes_of(source.config)[0], source.config)) if composite else []
         )

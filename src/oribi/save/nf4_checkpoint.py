@@ -76,13 +76,20 @@ def pack_nf4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class Nf4Source:
-    """A checkpoint whose packed weights are read dequantised; dense ones are read as they are."""
+    """A checkpoint whose weights in NF4 are read dequantised; others are read as its source reads them.
+
+    Args:
+        source: of its files.
+
+    Attributes:
+        packed: names of the quantised weights, those that the source dequantises among them.
+        stored_as: how most weights are stored; "floats" where they are not quantised.
+    """
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
         stored = source.shapes()
         self._states: dict[str, QuantState] = {}
-        self.packed = self._states.keys()
         for key in stored:
             name, found, _ = key.partition(".quant_state.")
             if found:
@@ -91,6 +98,8 @@ class Nf4Source:
                 state = QuantState.from_dict(tensors, device=torch.device("cpu"))
                 state.dtype = torch.float32  # the reader asks for its own dtype, and rounds to it once
                 self._states[name] = state
+        self.packed = self._states.keys() | getattr(source, "packed", set())
+        self.stored_as = "nf4" if self._states else getattr(source, "stored_as", "floats")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         dense = {

@@ -58,14 +58,14 @@ def sample_all(source: TensorSource) -> SampledSource:
 
 
 def stored_as(source: TensorSource) -> str:
-    """How most of a source's values are stored: a quantised type of GGUF, "nf4", or "floats"."""
+    """How most of a source's values are stored: a quantised type of GGUF, a format as its source calls it, or "floats"."""
     if isinstance(source, GGUFSource):
         sizes: Counter[str] = Counter()
         for tensor in source.file.tensors.values():
             sizes[tensor.kind.name] += math.prod(tensor.shape)
         kind = sizes.most_common(1)[0][0]
         return "floats" if kind in ("F32", "F16", "BF16") else kind
-    return "nf4" if getattr(source, "packed", ()) else "floats"
+    return getattr(source, "stored_as", "floats")
 
 
 def described_samples(sampled: SampledSource, changes: dict[str, Change]) -> dict[str, Any]:

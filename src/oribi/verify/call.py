@@ -7,7 +7,7 @@ from pathlib import Path
 from oribi.errors import ConfigError, ExportError
 from oribi.gguf import llama_cpp
 from oribi.gguf.source import GGUFSource
-from oribi.models.files import read_json
+from oribi.models.files import HubOptions, Location, open_weights, read_json
 from oribi.save.check import Check, Outcome
 from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.probe_file import PROBES_FILE, STRENGTH_SETTINGS, ExportedFile, ProbeFile, read_probes
@@ -116,8 +116,9 @@ def _stored_tensors(folder: Path) -> TensorSource | None:
     adapter = sorted(folder.glob("adapter_model*.safetensors"))
     if adapter:
         return SafetensorsSource(adapter, any_dtype=True)
-    files = sorted(folder.glob("model*.safetensors"))
-    return Nf4Source(SafetensorsSource(files)) if files else None
+    if not any(folder.glob("model*.safetensors")):
+        return None
+    return Nf4Source(open_weights(Location("checkpoint", folder, str(folder)), HubOptions()))
 
 
 def _sampled(expected: ExportedFile, source: TensorSource) -> list[Check]:

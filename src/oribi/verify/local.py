@@ -14,10 +14,10 @@ from oribi.errors import ExportError, ModelError
 from oribi.gguf.llama_cpp import LlamaCpp
 from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_files import read_record
-from oribi.models.files import HubOptions, locate
+from oribi.models.files import HubOptions, Location, locate
 from oribi.models.plain_peft import quiet_libraries
 from oribi.models.quantize import Quantization, fits_nf4, rounded_to_nf4
-from oribi.models.unfused import require_exact_nf4
+from oribi.models.unfused import from_checkpoint, packed_weights, require_exact_nf4
 from oribi.models.wrapper import automatic
 from oribi.save.probe_file import Messages, Place, Probe, ProbeFile, Said
 from oribi.save.probes import pack_rows, rendered_ids
@@ -109,8 +109,10 @@ class InTransformers:
         self.vocabulary = self._model.get_input_embeddings().weight.shape[0]
 
     def _load(self, folder: Path) -> Any:
-        kind = automatic(AutoConfig.from_pretrained(folder))
-        loaded = kind.from_pretrained(folder, dtype="auto").to(self._device).eval()
+        """A checkpoint; weights that are quantised for servers have their values, without what rounds activations there."""
+        config, location = AutoConfig.from_pretrained(folder), Location("checkpoint", folder, str(folder))
+        packed, dtype = packed_weights(location, config), config.dtype or torch.float32
+        loaded = from_checkpoint(automatic(config), location, config, dtype, packed).to(self._device).eval()
         require_exact_nf4(loaded, str(folder), self._device)
         return loaded
 
