@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from oribi.config_file import read_run_config
 from oribi.errors import ConfigError, TrainingError
 from oribi.run import load_run, run, state_of
 from oribi.run_record import checkpoints
-from oribi.train.stage_trainer import StageTrainer
 from oribi.train.stages import RunData, stage_arguments
 from tests.train.conftest import WORDS
 
@@ -446,21 +444,3 @@ def test_a_reward_run_is_exported_merged_and_refused_where_nothing_reads_scores(
         ConfigError, match="it scores labels, and stage = dpo trains models that continue texts"
     ):
         run(config)
-
-
-@pytest.mark.parametrize(
-    ("rows", "processes", "stage", "repeated"),
-    [(13, 2, "dpo", 3), (12, 2, "dpo", 0), (13, 1, "dpo", 0), (13, 2, "grpo", 0)],
-)
-def test_rows_that_several_processes_read_again_at_the_end_of_an_epoch_are_counted(
-    rows, processes, stage, repeated
-):
-    said = []
-    args = SimpleNamespace(per_device_train_batch_size=2, world_size=processes, dataloader_drop_last=False)
-    trainer = SimpleNamespace(
-        args=args, stage=stage, train_dataset=range(rows), reads_stream=False, _say=said.append
-    )
-    StageTrainer._remark_on_repeated_rows(trainer)
-    assert said == [
-        "13 rows are no multiple of the 4 that 2 processes take at once: at the end of each epoch 3 of them are read again"
-    ] * bool(repeated)

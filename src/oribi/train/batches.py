@@ -232,7 +232,12 @@ def labels_of(batch: Any) -> torch.Tensor | None:
 
 
 def rank_loader(
-    accelerator: Accelerator, rounds: int, context: int, is_training: bool, loader: DataLoader
+    accelerator: Accelerator,
+    rounds: int,
+    context: int,
+    is_training: bool,
+    loader: DataLoader,
+    by_cost: bool = True,
 ) -> DataLoader:
     """A process's loader: the rows and order of `loader`, dealt out as this file says, on this process's device.
 
@@ -242,6 +247,7 @@ def rank_loader(
         context: processes that share each row, which read the same rows.
         is_training: whether the end of a stream that fills no step is left out.
         loader: of one process.
+        by_cost: whether the rows of a step are dealt out so that all compute about as long; otherwise its batches are.
     """
     processes, (process, rank) = (
         accelerator.num_processes // context,
@@ -257,8 +263,9 @@ def rank_loader(
         dealt = DataLoader(rows, batch_size=loader.batch_size, drop_last=loader.drop_last, **settings)
     else:
         batches = RankBatches(
-            loader.batch_sampler, processes, process, len(loader.dataset), row_costs(loader.dataset), rounds
-        )
+            loader.batch_sampler, processes, process, len(loader.dataset),
+            row_costs(loader.dataset) if by_cost else None, rounds,
+        )  # fmt: skip
         dealt = DataLoader(FilledRows(loader.dataset), batch_sampler=batches, **settings)
     return prepare_data_loader(
         dealt,

@@ -198,7 +198,27 @@ def _batches(rows: Dataset) -> Iterator[list[dict[str, list[int]]]]:
         yield batch
 
 
-class PredictingTrainer(ProcessesTrainer):
+class EvaluatingTrainer(ProcessesTrainer):
+    """transformers' `Trainer` whose evaluation loss is a mean over all that its batches counted, in all processes.
+
+    Attributes:
+        _evaluated: of each batch of an evaluation, the sum of its losses and what it counted [2].
+    """
+
+    _evaluated: list[torch.Tensor]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._evaluated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        forget_preparation(self.model)
+        if self._evaluated:
+            # a mean of the batches' means would overweight batches that count little
+            total, counted = self.accelerator.reduce(torch.stack(self._evaluated).sum(0), "sum").tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(counted, 1.0)
+        return output
+
+
+class PredictingTrainer(EvaluatingTrainer):
     """transformers' `Trainer` whose evaluations call losses as its training does."""
 
     own_loss: bool
@@ -263,16 +283,6 @@ class PredictingTrainer(ProcessesTrainer):
         sampler = super()._get_eval_sampler(eval_dataset)
         # evaluated in order, whatever the order of training
         return SequentialSampler(eval_dataset) if isinstance(sampler, LengthGroupedSampler) else sampler
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self._evaluated: list[torch.Tensor] = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        forget_preparation(self.model)
-        if self._evaluated:
-            # over all targets: a mean of the batches' means would overweight batches with few of them
-            total, targets = self.accelerator.reduce(torch.stack(self._evaluated).sum(0), "sum").tolist()
-            output.metrics[f"{metric_key_prefix}_loss"] = total / max(targets, 1.0)
-        return output
 
 
 def logits_of(outputs: Any) -> torch.Tensor:

@@ -24,6 +24,7 @@ from oribi.train.optimizer import OptimizerTrainer
 from oribi.train.resume import Resumed
 from oribi.train.run_trainer import RunTrainer
 from oribi.train.setup import temporarily
+from oribi.train.stage_rows import RowsOnceTrainer
 
 REFERENCE = "ref"  # TRL's name of the adapter that it copies for the reference
 # device bytes that TRL's loss takes beside the layers: tiles of logits and of their gradients
@@ -73,7 +74,6 @@ class StageTrainer(OptimizerTrainer, RunTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._logged = (self._tokens(), time.monotonic())
-        self._remark_on_repeated_rows()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -81,18 +81,6 @@ class StageTrainer(OptimizerTrainer, RunTrainer):
             self._drop_reference()  # the copy goes into no file
             if isinstance(base_model(self.model), DecoderPreTrainedModel):
                 base_model(self.model).release()
-
-    def _remark_on_repeated_rows(self) -> None:
-        # accelerate fills the last batches, so that each process has as many as the others
-        at_once = self.args.per_device_train_batch_size * self.args.world_size
-        repeated = (
-            0 if self.reads_stream or self.args.dataloader_drop_last else -len(self.train_dataset) % at_once
-        )
-        if repeated and self.args.world_size > 1 and self.stage != "grpo":
-            self._say(
-                f"{len(self.train_dataset):,} rows are no multiple of the {at_once} that {self.args.world_size} processes take at once: "
-                f"at the end of each epoch {repeated} of them are read again"
-            )
 
     def _drop_reference(self) -> None:
         """Remove TRL's copy of the adapter."""
@@ -171,7 +159,7 @@ class StageTrainer(OptimizerTrainer, RunTrainer):
         """Nothing: the run's report and the card of what is saved say more."""
 
 
-class PairTrainer(StageTrainer):
+class PairTrainer(RowsOnceTrainer, StageTrainer):
     """dpo: rows come as tokens, and the reference of a new adapter is the model without it."""
 
     sequences_per_row = 2
@@ -182,7 +170,7 @@ class PairTrainer(StageTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, name)
 
 
-class OddsRatioTrainer(StageTrainer):
+class OddsRatioTrainer(RowsOnceTrainer, StageTrainer):
     """orpo: the rows' tokens in the columns of TRL's ORPOTrainer, which forms all logits at once."""
 
     sequences_per_row = 2
@@ -211,10 +199,13 @@ class OddsRatioTrainer(StageTrainer):
         return LOSS_BYTES + LOGITS_BYTES * tokens * base_model(self.model).config.vocab_size
 
 
-class JudgedTrainer(StageTrainer):
-    """kto: rows come as tokens, in an order that mixes good and bad ones."""
+class JudgedTrainer(RowsOnceTrainer, StageTrainer):
+    """kto: rows come as tokens, in an order that mixes good and bad ones.
 
-    sequences_per_row = 1
+    How far the model has moved is measured over the rows that all processes compute at once.
+    """
+
+    compares_processes = True
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         if "completion_ids" not in dataset.column_names:
@@ -224,10 +215,26 @@ class JudgedTrainer(StageTrainer):
             dataset = dataset.shuffle(seed=args.seed).flatten_indices()
         if not self.calculate_KL:
             return dataset
-        size = args.per_device_train_batch_size
+        # within the rows that are compared with each other
+        size = args.per_device_eval_batch_size
+        if name == "train":
+            size = args.per_device_train_batch_size * args.world_size
         return dataset.map(
             mismatched, batched=True, batch_size=size, desc="Pairing prompts with other answers"
         )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "ref_KL_logps" in inputs:
+            inputs = {**inputs, "ref_KL_logps": self._mean_of_rows(inputs["ref_KL_logps"])}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_kl_logps(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
+        logps = super()._compute_kl_logps(model, batch)
+        return None if logps is None else self._mean_of_rows(logps)
+
+    def _mean_of_rows(self, logps: torch.Tensor) -> torch.Tensor:
+        # TRL takes the mean of the processes' means, in which a row of a smaller batch would count more
+        return torch.full_like(logps, self._gather(logps).mean()) if self._is_uneven() else logps
 
 
 def mismatched(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -236,7 +243,7 @@ def mismatched(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
 
 
-class RewardModelTrainer(StageTrainer):
+class RewardModelTrainer(RowsOnceTrainer, StageTrainer):
     """reward: a head of one label scores whole conversations."""
 
     sequences_per_row = 2
@@ -244,6 +251,34 @@ class RewardModelTrainer(StageTrainer):
 
 class PolicyTrainer(StageTrainer):
     """grpo: the model answers prompts, and functions score the answers."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.reads_stream:
+            self._remark_on_left_prompts()
+        return super().train(*args, **kwargs)
+
+    def _remark_on_left_prompts(self) -> None:
+        """TRL takes whole groups of answers at once, and in evaluation equally many in each process."""
+        at_once = self.args.generation_batch_size // self.num_generations
+        prompts = len(self.train_dataset)
+        if prompts < at_once:
+            raise ConfigError(
+                f"{prompts} prompts, and stage = grpo answers {at_once} different ones at once ({self.num_generations} times each): "
+                "lower per_device_train_batch_size or gradient_accumulation_steps, raise num_generations, or give more prompts"
+            )
+        if prompts % at_once:
+            self._say(
+                f"{prompts:,} prompts are no multiple of the {at_once} that are answered at once: each pass leaves out "
+                f"{prompts % at_once}, mostly others each time"
+            )
+        held_out = len(self.eval_dataset) if isinstance(self.eval_dataset, datasets.Dataset) else 0
+        size = self.args.per_device_eval_batch_size * self.args.world_size
+        repeated = -held_out * self.num_generations_eval % size
+        if repeated and self.args.world_size > 1:
+            self._say(
+                f"the {held_out * self.num_generations_eval:,} answers of an evaluation are no multiple of the {size} that "
+                f"{self.args.world_size} processes give at once: {repeated} answers to its first prompts count twice"
+            )
 
     def _longest(self) -> int:
         longest = (
