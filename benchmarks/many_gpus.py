@@ -7,7 +7,8 @@
 
 Each GPU gets the same number of rows, so that `scaling`, the tokens/s of all by those of one, is 2 at best for two GPUs. Milliseconds are
 medians of synchronised steps after warm-up, of the slowest process; `peak_gib` is the largest of all. TOKENS may be "chat": rows of
-uneven length, the same for all, whose milliseconds are means; its warm-up must be long enough for the shapes to come by. Modes: ddp has whole weights on each GPU, fsdp shards them (oribi only). In mode context (oribi only) all GPUs
+uneven length, the same for all: milliseconds are means there, of steps below three times the median, because one that compiles a
+kernel takes seconds; its warm-up must be long enough for the shapes to come by. Modes: ddp has whole weights on each GPU, fsdp shards them (oribi only). In mode context (oribi only) all GPUs
 share each row, so that the same rows take less time. One process also takes the rows of all GPUs by accumulation, and
 `gradient_difference` is the relative distance between the gradients of the first step; not with --speed-only.
 Results go to benchmarks/results/<gpu>_many_gpus.json, and as a table to the terminal.
@@ -231,9 +232,15 @@ def run_one(
     )
     trainer.train()
     first = min(args.warmup, len(clock.times) - 1)
-    times = clock.times[first:]
+    limit = 3 * statistics.median(clock.times[first:])
+    counted = [step for step in range(first, len(clock.times)) if clock.times[step] <= limit]
+    times = [clock.times[step] for step in counted]
     step_rows = len(data) // (args.steps + args.warmup)
-    lengths = [len(ids) for ids in data["input_ids"][first * step_rows : steps * step_rows]]
+    lengths = [
+        len(data[row]["input_ids"])
+        for step in counted
+        for row in range(step * step_rows, (step + 1) * step_rows)
+    ]
     result = {
         "stack": stack, "model": model_name, "workload": workload, "mode": mode, "accumulation": accumulation,
         "rows": rows, "seq": length, "rank": args.rank, "gpu": gpu_name() if cuda else "cpu",

@@ -31,7 +31,8 @@ FURTHER_TARGETS = {
 }
 # arguments of every stack's trainer
 TRAINING = {
-    "output_dir": "/tmp/oribi-bench", "gradient_accumulation_steps": 1, "learning_rate": 2e-4, "warmup_steps": 0,
+    "output_dir": f"/tmp/oribi-bench-{os.getppid()}",  # of all processes of a run, and of no other benchmark
+    "gradient_accumulation_steps": 1, "learning_rate": 2e-4, "warmup_steps": 0,
     "lr_scheduler_type": "constant", "optim": "adamw_8bit", "logging_steps": 1, "report_to": "none",
     "save_strategy": "no", "seed": 0, "bf16": True, "packing": False,
     "dataset_kwargs": {"skip_prepare_dataset": True},
