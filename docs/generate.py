@@ -29,6 +29,7 @@ from oribi.memory.estimate import Training, estimate_run  # noqa: E402
 from oribi.memory.fit import largest_batch, largest_context  # noqa: E402
 from oribi.memory.gpus import gpu_named  # noqa: E402
 from oribi.memory.speed import step_time  # noqa: E402
+from oribi.models.open import decoder_config  # noqa: E402
 from oribi.text import short_count  # noqa: E402
 from tests.docs.test_settings import OTHERWISE, python_calls, shown  # noqa: E402
 from tests.models.public_configs import PUBLIC  # noqa: E402
@@ -54,14 +55,17 @@ DESCRIBED = (
     "multipliers", "without_rope", "attention_scale", "attention_scale_power", "rope_by_layer_type", "names", "mixers",
     "norm_eps", "activation", "adjusts_mlp", "config_fields", "output_bias", "qk_norm_after_rope", "interleaved_rope",
     "query_scale_by_position", "rope_alpha", "kv_sharing", "wide_mlp", "keys_as_values", "value_norm", "layer_scalar",
-    "per_layer_inputs", "output_gate",
+    "per_layer_inputs", "output_gate", "last_norm_offset", "centred_norms", "output_norm_eps", "qk_norm_weights", "query_factor",
+    "embedding_norm", "logit_scale",
 )  # fmt: skip
 
 
 def properties(family: Family) -> str:
     """What sets a family apart, in words."""
     found = {
-        f"{family.norms} norms": family.norms != "pre",
+        f"{family.norms} norms": family.norms not in ("pre", "parallel"),
+        "attention and MLP side by side": family.norms == "parallel",
+        "norms around the mean": family.centred_norms,
         f"q and k normalised per {family.qk_norm}{' after RoPE' * family.qk_norm_after_rope}": family.qk_norm,
         "sliding windows where the config has them": family.windows,
         "gated delta rule in some layers": "gated_delta" in family.mixers.values(),
@@ -73,6 +77,8 @@ def properties(family: Family) -> str:
         "neighbouring dimensions rotated": family.interleaved_rope,
         "queries scaled by position": family.query_scale_by_position,
         "scaled embeddings": family.embedding_scale,
+        "normalised embeddings": family.embedding_norm,
+        "scaled logits": family.logit_scale is not None,
         "multipliers": family.multipliers,
         "layers without RoPE": family.without_rope is not None,
         "RoPE stretched for good": family.rope_alpha,
@@ -90,8 +96,8 @@ def multimodal() -> list[list[str]]:
     """A row for each multimodal type whose merges are tested: its decoder, what runs it, and where its projector comes from."""
     rows = []
     for kind, settings in WRAPPERS.items():
-        text = AutoConfig.for_model(kind, **settings).get_text_config()
-        fused = family_of(text) is not None
+        config = AutoConfig.for_model(kind, **settings)
+        text, fused = config.get_text_config(), family_of(decoder_config(config, [])) is not None
         made = "`convert_hf_to_gguf.py --mmproj`" if kind in WITH_PROJECTOR else "-"
         gguf = made if fused and FAMILIES[text.model_type].gguf else "no GGUF"
         rows.append([f"`{kind}`", f"`{text.model_type}`", "fused" if fused else "unfused", gguf])

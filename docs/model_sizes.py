@@ -116,6 +116,9 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         "lfm2", (2048, 12288, 16, 32, 8, 64, 65536, 128000),
         _TIED | {"layer_types": ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)]},
     ),
+    "meta-models/Muse-Glimmer-30B": ("muse_glimmer_text", (6656, 19968, 52, 32, 2, 128, 202048, 131072), _UNTIED),
+    "CohereLabs/c4ai-command-r7b-12-2024": ("cohere2", (4096, 14336, 32, 32, 8, 128, 256000, 132096), _TIED),
+    "CohereLabs/c4ai-command-a-03-2025": ("cohere2", (12288, 36864, 64, 96, 8, 128, 256000, 131072), _TIED),
     "LGAI-EXAONE/EXAONE-4.0-32B": ("exaone4", (5120, 27392, 64, 40, 8, 128, 102400, 131072), _UNTIED),
 }  # fmt: skip
 NAMES = tuple(_MODELS)

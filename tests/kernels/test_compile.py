@@ -141,6 +141,9 @@ def test_norm_rope_and_gated_mlp_compile_with_16_byte_loads_and_stores(launches,
     rstd = torch.ones(3)
     rms_norm.rms_norm_backward(x, x, rstd, weight, dresidual=x)
     rms_norm.rms_norm_backward(x, x, rstd, weight, weight_grad=True)
+    rms_norm.rms_norm_forward(x, None, 1e-5)
+    rms_norm.rms_norm_forward(x, weight, 1e-5, centred=True)
+    rms_norm.rms_norm_backward(x, x, rstd, weight, centred=True, dresidual=x)
     qkv = torch.randn(3, 48 * 128).to(dtype)
     q, k = qkv[:, :4096].view(3, 32, 128), qkv[:, 4096 : 40 * 128].view(3, 8, 128)
     rms_norm.rms_norm_forward(q, weight[:128], 1e-6)
@@ -151,7 +154,7 @@ def test_norm_rope_and_gated_mlp_compile_with_16_byte_loads_and_stores(launches,
     for activation in gated_mlp.ACTIVATIONS:
         h = gated_mlp.gated_mlp_forward(gate, up, activation)
         gated_mlp.gated_mlp_backward(h, gate, up, activation, dgate=gate, dup=up, h=h)
-    assert len(launches) == 13
+    assert len(launches) == 16
     for launch in launches:
         kernel = compiled(launch, capability)
         assert kernel.asm["cubin"]

@@ -48,6 +48,8 @@ def test_rms_norm_gradcheck_in_every_layout():
     assert gradcheck(lambda x, w: rms_norm.rms_norm(x, w, 1e-3, 1.0), (normal(4, 5), weight))
     assert gradcheck(lambda x, w: rms_norm.rms_norm(x[:, :10].view(3, 2, 5), w, 1e-3), (wide, weight))
     assert gradcheck(lambda x, w: rms_norm.rms_norm(x.t(), w, 1e-3), (normal(5, 4), weight))
+    assert gradcheck(lambda x, w: rms_norm.rms_norm(x, w, 1e-3, centred=True), (normal(4, 5), weight))
+    assert gradcheck(lambda x: rms_norm.rms_norm(x, None, 1e-3), (normal(4, 5),))
 
 
 def test_rms_norm_of_a_sum_and_its_gradient_are_those_of_the_separate_operations():

@@ -16,6 +16,7 @@ from tests.kernels.truth import (
     needs_kernels,
     nf4_packed,
     plain_gated_mlp,
+    plain_layer_norm,
     plain_loss,
     plain_rms_norm,
     plain_rope,
@@ -62,6 +63,24 @@ def test_rms_norm_and_its_gradients(dtype, shape, offset):
         lambda x, w: rms_norm.rms_norm(x, w, eps, offset),
         lambda x, w: plain_rms_norm(x, w, eps, offset),
         [x, weight],
+        [torch.randn(shape, device=DEVICE)],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 896)])
+def test_norms_without_weights_or_around_the_mean_and_their_gradients(dtype, centred, weighted, shape):
+    def plain(x, w):
+        if centred:
+            return plain_layer_norm(x, w if weighted else None, 1e-5)
+        return plain_rms_norm(x, w if weighted else torch.ones_like(w), 1e-5, 0.0)
+
+    assert_twice_as_good(
+        lambda x, w: rms_norm.rms_norm(x + 0.5, w if weighted else None, 1e-5, 0.0, centred) + 0 * w.sum(),
+        lambda x, w: plain(x + 0.5, w) + 0 * w.sum(),
+        [normal(*shape, dtype=dtype), normal(shape[1], dtype=dtype)],
         [torch.randn(shape, device=DEVICE)],
     )
 

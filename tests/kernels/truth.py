@@ -87,6 +87,14 @@ def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: fl
     return normed * (weight + offset)
 
 
+def plain_layer_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """As Cohere's eager layers write it: no bias, one rounding."""
+    wide = x if x.dtype is torch.float64 else x.float()
+    wide = wide - wide.mean(-1, keepdim=True)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed if weight is None else weight.to(wide.dtype) * normed).to(x.dtype)
+
+
 def plain_rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
     """As transformers' eager layers write it, cos and sin in q's dtype."""
     cos, sin = (torch.cat([x, x], -1)[:, None].to(q.dtype) for x in (cos, sin))

@@ -11,6 +11,7 @@ from oribi import FastLanguageModel, FastModel, SFTConfig, SFTTrainer
 from oribi.compat.language_model import FastVisionModel
 from oribi.errors import ConfigError
 from oribi.families import family_of
+from oribi.models.open import decoder_config
 from oribi.models.unfused import beside_decoder
 from oribi.models.wrapper import class_named
 from tests.save.test_adapter_files import WRAPPERS, logits, move, write_wrapper
@@ -40,8 +41,8 @@ def test_it_is_trained_and_merged_as_a_text_model(kind, load_in_4bit, tmp_path, 
     model, tokenizer = FastModel.from_pretrained(str(tmp_path / "base"), load_in_4bit=load_in_4bit, **LOAD)
     said = [note for note in model.oribi.notes if "image" in note]
     assert len(said) == 1
-    text = AutoConfig.from_pretrained(tmp_path / "base").get_text_config()
-    assert model.oribi.fused is (family_of(text) is not None)
+    decoder = decoder_config(AutoConfig.from_pretrained(tmp_path / "base"), [])
+    assert model.oribi.fused is (family_of(decoder) is not None)
     if not load_in_4bit:
         whole = class_named(AutoConfig.from_pretrained(tmp_path / "base"))
         theirs = whole.from_pretrained(tmp_path / "base", dtype=torch.float32)

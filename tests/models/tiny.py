@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from oribi.families import FAMILIES
 from oribi.models.decoder import DecoderForCausalLM, build
@@ -156,6 +162,19 @@ VARIANTS: dict[str, dict] = {
         "attention_dropout": 0.0,
         "residual_dropout": 0.0,
     },
+    "muse_glimmer_text": {
+        "head_dim": 32,
+        "attention_bias": True,
+        "sliding_window": 5,
+        "layer_types": MIXED,
+        "layer_rope_theta": [1e4, 0, 0, 1e4],
+        "final_logit_softcapping": 3.0,
+        "qk_scale_factor": 2.0,
+        "output_multiplier": 0.5,
+        "post_norm_eps": 0.1,
+    },
+    "cohere": {"attention_bias": True, "logit_scale": 0.5},
+    "cohere2": {"attention_bias": True, "logit_scale": 0.5, "sliding_window": 5, "layer_types": MIXED},
     "exaone4": {"attention_bias": True, "sliding_window": 5, "layer_types": MIXED},
     "smollm3": {
         "attention_bias": True,
@@ -226,7 +245,7 @@ def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
 # families that are another one's row with other names, sizes or a flag that tests of their own cover
 _LIKE_ANOTHER = {
     "mistral", "gemma", "ministral", "granitemoehybrid", "glm4", "ernie4_5", "helium", "seed_oss", "exaone4", "olmo3",
-    "hunyuan_v1_dense", "gemma4_unified_text",
+    "hunyuan_v1_dense", "gemma4_unified_text", "cohere",
 }  # fmt: skip
 # for tests of what all families share: every kind of layer at once, and the other rows in `make test-all`
 KINDS = [pytest.param(name, marks=pytest.mark.long) if name in _LIKE_ANOTHER else name for name in FAMILIES]
@@ -256,10 +275,32 @@ def in_float64(monkeypatch: Any, ours: DecoderForCausalLM, theirs: PreTrainedMod
     ours.double(), theirs.double()
 
 
+def reference_model(config: PretrainedConfig) -> PreTrainedModel:
+    """transformers' model of a text decoder's config; where it has none, that of pictures with the decoder in place of all."""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    tower = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    whole = AutoConfig.for_model(
+        config.model_type.removesuffix("_text"), text_config=config.to_dict(), vision_config=tower,
+        out_hidden_size=128, projector_hidden_size=32,
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_config(whole, attn_implementation="eager")
+    model.model = model.model.language_model
+    kind = type(model.model)
+
+    def forward(self: PreTrainedModel, **arguments: Any) -> Any:
+        output = kind.forward(self, **{name: one for name, one in arguments.items() if one is not None})
+        output.image_outputs = output.video_outputs = None
+        return output
+
+    model.model.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": forward})
+    return model
+
+
 def tiny_pair(config: PretrainedConfig, seed: int = 0) -> tuple[DecoderForCausalLM, PreTrainedModel]:
     """oribi's and transformers' model with the same weights, none of them at its initial value, float32, training."""
     torch.manual_seed(seed)
-    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    theirs = reference_model(config)
     with torch.no_grad():
         kept = theirs.state_dict()
         buffers = [buffer for name, buffer in theirs.named_buffers() if name in kept]

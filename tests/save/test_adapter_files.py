@@ -90,6 +90,10 @@ WRAPPERS = {
         "text_config": {**TEXT, **SLIDING, "global_head_dim": 16, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
         "vision_config": {"mm_embed_dim": 64, "mm_posemb_size": 8, "patch_size": 8, "pooling_kernel_size": 1, "output_proj_dims": 64},
     },
+    "muse_glimmer": {
+        "text_config": {**TEXT, **SLIDING, "layer_rope_theta": [1e4, 0]}, "out_hidden_size": 256, "projector_hidden_size": 32,
+        "vision_config": {**VISION, "pos_emb_height": 2, "pos_emb_width": 2},
+    },
     "qwen3_5": {
         "text_config": {**TEXT, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
                         "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16},

@@ -52,6 +52,14 @@ FAMILY_CHANGES: dict[str, dict] = {
     "glm4": {},
     "ernie4_5": {"use_bias": False},
     "seed_oss": {"mlp_bias": False},
+    "muse_glimmer_text": {
+        "attention_bias": False,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "layer_rope_theta": [1e4, 1e4, 1e4, 0],
+        "post_norm_eps": 1e-8,
+    },
+    "cohere": {"attention_bias": False},
+    "cohere2": {"attention_bias": False, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
     "smollm3": {
         "attention_bias": False,

@@ -24,6 +24,7 @@ class InGGUF:
         window_tokens: windows are this long whatever a file says; 0: as it says.
         window_key_required: it loads no file without the window's key, whose value it ignores.
         one_rope_base: sliding layers rotate with the base of the others, unscaled.
+        output_norm_eps: the epsilon of the norms after attention and the MLP, whatever a config says.
         yarn_log_mul: it reads YaRN's mscale_all_dim, and takes mscale to be the same.
         no_rope_period: every `no_rope_period`-th layer has no RoPE; 0: all have.
         derived_head_dim: a head has hidden_size / num_attention_heads dimensions; the config has no field for it.
@@ -54,6 +55,7 @@ class InGGUF:
     window_tokens: int = 0
     window_key_required: bool = False
     one_rope_base: bool = False
+    output_norm_eps: float | None = None
     yarn_log_mul: bool = False
     no_rope_period: int = 0
     derived_head_dim: bool = False

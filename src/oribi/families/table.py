@@ -62,6 +62,22 @@ FAMILIES: dict[str, Family] = {
         embedding_scale=True, attention_scale="query_pre_attn_scalar", attention_scale_power=-0.5, rope_by_layer_type=True,
         gguf=InGGUF("gemma3", window_period=6, layers_of_27b=62),
     ),
+    "muse_glimmer_text": Family(
+        "MuseGlimmerTextModel", norms="sandwich", norm_offset=1.0, last_norm_offset=0.0, output_norm_eps="post_norm_eps",
+        names={"output_gate": "gate_proj"}, qk_norm="head", qk_norm_weights=False, query_factor="qk_scale_factor",
+        output_gate="output_gate", windows="layer_types", without_rope="layer_rope_theta",
+        softcaps="final", embedding_norm=True, logit_scale="output_multiplier",
+        gguf=InGGUF("muse-glimmer", interleaved_rope=True, head="separate", window_period=4, output_norm_eps=1e-8),
+    ),
+    "cohere": Family(
+        "CohereForCausalLM", norms="parallel", centred_norms=True, norm_eps="layer_norm_eps", interleaved_rope=True,
+        logit_scale="logit_scale", gguf=InGGUF("command-r", interleaved_rope=True, head="tied", derived_head_dim=True),
+    ),
+    "cohere2": Family(
+        "Cohere2ForCausalLM", norms="parallel", centred_norms=True, norm_eps="layer_norm_eps", interleaved_rope=True,
+        windows="layer_types", without_rope="full_attention", logit_scale="logit_scale",
+        gguf=InGGUF("cohere2", interleaved_rope=True, head="tied", derived_head_dim=True, window_period=4),
+    ),
     "gemma4_text": replace(_GEMMA4, per_layer_inputs=True),
     "gemma4_unified_text": replace(_GEMMA4, architecture="Gemma4UnifiedForCausalLM"),
     "phi3": Family(
@@ -150,6 +166,7 @@ def family_of(config: PretrainedConfig) -> Family | None:
         family.experts is None and getattr(config, "num_local_experts", 0),
         getattr(config, "output_router_logits", False),  # asks for a loss that evens out the experts' use
         getattr(config, "enable_moe_block", False), kinds - family.mixers.keys(),
+        family.qk_norm is None and getattr(config, "use_qk_norm", False),
         getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone
         fields_by_layer(config) - _BY_LAYER,
     )  # fmt: skip

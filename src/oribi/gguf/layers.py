@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import gguf
+import torch
 from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
@@ -15,6 +16,7 @@ from oribi.families.in_gguf import InGGUF
 from oribi.families.layer_fields import config_of_layer
 from oribi.families.sizes import head_dim_of, mlp_size
 from oribi.gguf.file import GGUFFile
+from oribi.gguf.names import NORMS_OF_HEADS
 from oribi.gguf.rope import rotary_dim
 
 _KINDS = ("sliding_attention", "full_attention")
@@ -70,6 +72,18 @@ def add_layers(writer: gguf.GGUFWriter, config: PretrainedConfig, family: Family
         writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
         writer.add_full_attention_interval(_interval(config))
         writer.add_rope_dimension_sections([*_sections(config), 0])
+
+
+def constant_norms(config: PretrainedConfig, family: Family) -> dict[str, torch.Tensor]:
+    """Weights of norms of q and k that the checkpoint has not, by their names in the file; that of q holds the factor of queries."""
+    if family.qk_norm_weights:
+        return {}
+    head_dim, factors = head_dim_of(config), (getattr(config, family.query_factor), 1.0)
+    return {
+        f"blk.{i}.{name}": torch.full((head_dim,), factor, dtype=torch.float32)
+        for i in range(config.num_hidden_layers)
+        for name, factor in zip(NORMS_OF_HEADS, factors)
+    }
 
 
 def _one_if_equal(values: list[int]) -> int | list[int]:
@@ -179,10 +193,16 @@ def _listed(file: GGUFFile, key: str, layers: int, default: int) -> list[int]:
     return value[:layers]
 
 
+def kinds_of_layers(file: GGUFFile, layers: int, period: int | None = None) -> list[str]:
+    """config.layer_types of a file that says which layers slide, by a list or by a period, or not at all (`period`)."""
+    slides = file.value("{arch}.attention.sliding_window_pattern", period)
+    slides = slides[:layers] if isinstance(slides, list) else [not full for full in every(slides, layers)]
+    return [_KINDS[0] if one else _KINDS[1] for one in slides]
+
+
 def _read_lists(file: GGUFFile, layers: int, heads: list[int]) -> dict[str, Any]:
     """As `read_layers`, of a family whose files list their layers."""
-    slides = file.value("{arch}.attention.sliding_window_pattern")
-    slides = slides[:layers] if isinstance(slides, list) else [not full for full in every(slides, layers)]
+    slides = [kind == _KINDS[0] for kind in kinds_of_layers(file, layers)]
     widths = _listed(file, "feed_forward_length", layers, 0)
     shared = file.value("{arch}.attention.shared_kv_layers", 0)
     own = range(layers - shared)

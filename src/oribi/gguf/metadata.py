@@ -3,6 +3,7 @@
 from typing import Any
 
 import gguf
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
@@ -11,14 +12,14 @@ from oribi.families import FAMILIES, MOST_LAYERS, Family, family_of
 from oribi.families.in_gguf import InGGUF
 from oribi.families.sizes import head_dim_of, rope_base
 from oribi.gguf.file import GGUFFile
-from oribi.gguf.layers import add_layers, every, layer_refusals, read_layers
-from oribi.gguf.names import MODEL_TYPES, family_in_gguf
+from oribi.gguf.layers import add_layers, every, kinds_of_layers, layer_refusals, read_layers
+from oribi.gguf.names import MODEL_TYPES, NORMS_OF_HEADS, family_in_gguf
 from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals
 
 # multimodal model types of whose towers llama.cpp's convert_hf_to_gguf.py makes a projector file
 WITH_PROJECTOR = (
-    "gemma3", "gemma4", "gemma4_unified", "idefics3", "internvl", "lfm2_vl", "llama4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
-    "qwen3_5", "smolvlm",
+    "gemma3", "gemma4", "gemma4_unified", "idefics3", "internvl", "lfm2_vl", "llama4", "mistral3", "muse_glimmer", "qwen2_vl",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm",
 )  # fmt: skip
 # a config's sizes -> keys, in the order in which they are written
 _SIZES = {
@@ -26,7 +27,6 @@ _SIZES = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
 }
-_EPS = "attention.layer_norm_rms_epsilon"
 # what metadata of wrong types or sizes turns into
 _DAMAGED = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, StrictDataclassError,
@@ -48,9 +48,15 @@ def _own_keys(family: Family, facts: InGGUF) -> dict[str, str]:
             "residual_multiplier": "residual_scale",
             "logits_scaling": "logit_scale",
         }
+    if family.logit_scale:
+        keys[family.logit_scale] = "logit_scale"
     if "short_conv" in family.mixers.values():
         keys["conv_L_cache"] = "shortconv.l_cache"
     return keys
+
+
+def _eps_key(family: Family) -> str:
+    return f"attention.layer_norm_{'' if family.centred_norms else 'rms_'}epsilon"
 
 
 def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, vocab_size: int) -> None:
@@ -71,7 +77,7 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
     add_layers(writer, config, family, facts)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(getattr(config, family.norm_eps))
+    writer.add_float32(f"{facts.architecture}.{_eps_key(family)}", getattr(config, family.norm_eps))
     writer.add_vocab_size(vocab_size)
     add_rope(writer, config, facts, head_dim)
     for field, key in _own_keys(family, facts).items():
@@ -133,7 +139,7 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_attention_heads": heads,
-        family.norm_eps: file.number(_EPS),
+        family.norm_eps: file.number(_eps_key(family)),
         "attention_bias": any(name.endswith(".attn_q.bias") for name in file.tensors),
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -153,10 +159,14 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     if facts.window_layers and layers != facts.window_layers:
         settings |= {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     elif facts.window_period:
-        period = file.value("{arch}.attention.sliding_window_pattern", facts.window_period)
-        settings["layer_types"] = [
-            "full_attention" if full else "sliding_attention" for full in every(period, layers)
-        ]
+        settings["layer_types"] = kinds_of_layers(file, layers, facts.window_period)
+    if family.without_rope == "layer_rope_theta":
+        theta = settings["rope_parameters"]["rope_theta"]
+        settings["layer_rope_theta"] = [theta * (k != "full_attention") for k in settings["layer_types"]]
+    if facts.output_norm_eps:
+        settings[family.output_norm_eps] = facts.output_norm_eps
+    if not family.qk_norm_weights:
+        settings[family.query_factor] = float(file.read(f"blk.0.{NORMS_OF_HEADS[0]}", torch.float32)[0])
     if facts.layers_of_27b:
         settings["query_pre_attn_scalar"] = _query_scalar(facts, layers, hidden_size / heads, head_dim)
     if family.rope_by_layer_type:
@@ -232,6 +242,12 @@ def _attention_refusals(config: PretrainedConfig, family: Family, facts: InGGUF)
     if family.without_rope == "position_embedding_type" and not family.rotates(config, 0):
         refused.append("every layer is rotated, whatever position_embedding_type says")
     kinds = getattr(config, "layer_types", None) or []
+    if family.without_rope == "layer_rope_theta" and any(
+        family.rotates(config, i) != (kind == "sliding_attention") for i, kind in enumerate(kinds)
+    ):
+        refused.append("sliding layers, and no others, are rotated")
+    if facts.output_norm_eps and getattr(config, family.output_norm_eps) != facts.output_norm_eps:
+        refused.append(f"{family.output_norm_eps} is {facts.output_norm_eps:g}")
     windowed = getattr(config, "sliding_window", None) is not None
     if facts.window_layers and windowed != (layers == facts.window_layers):
         refused.append(f"models of {facts.window_layers} layers have windows, and no others")

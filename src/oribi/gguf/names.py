@@ -71,6 +71,8 @@ _NORMS = {
     "ffn_norm": ("mlp_input_norm",),
     "post_ffw_norm": ("mlp_output_norm",),
 }
+# weights of the norms of q and k; where a checkpoint has none, a file has constants
+NORMS_OF_HEADS = ("attn_q_norm.weight", "attn_k_norm.weight")
 _SPLIT = ("ffn_gate", "ffn_up")  # in the order in which one gate_up_proj holds them
 # tensors of the checkpoint to which llama.cpp applies no adapter
 WITHOUT_ADAPTER = ("model.per_layer_model_projection.weight",)
@@ -108,6 +110,7 @@ def _layer_parts(family: Family, facts: InGGUF) -> dict[str, str]:
         name: roles for name, roles in _NORMS.items() if len(roles) > 1 or roles[0] in family.layer_norms()
     }
     parts = {**_LINEAR, **norms, **fused, **(_PER_LAYER_INPUT if family.per_layer_inputs else {})}
+    parts |= {"attn_gate": ("self_attn", "output_gate")} if family.output_gate == "output_gate" else {}
     parts |= _EXPERTS if family.experts is not None else {}
     for mixer in family.mixers.values():
         parts |= _MIXERS.get(mixer, {})
@@ -129,7 +132,8 @@ def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
     if ".linear_attn." in source:
         split |= _of_gated_delta(config, source)
     elif name.endswith("_norm.weight"):
-        split["shift"] = family.norm_offset
+        is_last = name.startswith(f"{facts.last_norm}.")
+        split["shift"] = family.offset_of_norm("norm") if is_last else family.norm_offset
     return Tensor(name, source, kernel=name.endswith(KERNELS), **split)
 
 
@@ -214,6 +218,8 @@ def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str,
             continue
         match = re.fullmatch(r"blk\.(\d+)\.([\w.]+)", name)
         if match and int(match[1]) >= config.num_hidden_layers:
+            continue
+        if match and match[2] in NORMS_OF_HEADS and not family.qk_norm_weights:
             continue
         stem, _, leaf = (match[2] if match else name).rpartition(".")
         if match:

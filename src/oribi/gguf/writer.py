@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from oribi.errors import ExportError
 from oribi.gguf.file import Type, stored_bytes, write_header
+from oribi.gguf.layers import constant_norms
 from oribi.gguf.metadata import add_metadata
 from oribi.gguf.mixes import Mix, mix_of
 from oribi.gguf.names import family_in_gguf, tensors_to_write
@@ -88,7 +89,8 @@ def write_files(
     """
     shapes = source.shapes()
     plans = {method: plan_file(config, shapes, method) for method in paths}
-    factors, facts = rope_tensors(config), family_in_gguf(config)[1]
+    family, facts = family_in_gguf(config)
+    constants = rope_tensors(config) | constant_norms(config, family)
     writers = {}
     for method, path in paths.items():
         writer = gguf.GGUFWriter(path, facts.architecture)
@@ -99,10 +101,10 @@ def write_files(
             writer.add_array(SUPPRESSED, never)
         writer.add_file_type(mix_of(method).file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        listed = [(factor, tuple(values.shape), Type.F32) for factor, values in factors.items()]
+        listed = [(constant, tuple(values.shape), Type.F32) for constant, values in constants.items()]
         listed += [(entry.tensor.name, entry.shape, entry.type) for entry in plans[method]]
         write_header(writer, listed)
-        for values in factors.values():
+        for values in constants.values():
             writer.write_tensor_data(values.numpy())
         writers[method] = writer
     for entries in zip(*plans.values()):

@@ -4,10 +4,12 @@
 
     ds = rstd (g - s rstd^2 mean(g s)) + dresidual,  g = dy (w + offset)      dw = sum over tokens of dy s rstd
 
-T tokens, H heads (where each head of a token is normalised alone), D normalised size. Computed in float32, rounded once
-on the store. dw is only formed for a trained weight.
+Where it is centred (a layer norm without bias), s is less its own mean before all else, and so is ds. Without a weight, y is
+s rstd. T tokens, H heads (where each head of a token is normalised alone), D normalised size. Computed in float32, rounded
+once on the store. dw is only formed for a trained weight.
 
-Source: Root Mean Square Layer Normalization, Zhang and Sennrich 2019 (arXiv:1910.07467).
+Source: Root Mean Square Layer Normalization, Zhang and Sennrich 2019 (arXiv:1910.07467); Layer Normalization, Ba et al. 2016
+(arXiv:1607.06450).
 """
 
 import torch
@@ -19,27 +21,30 @@ from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, unit_stride
 _WEIGHT_GRAD_PROGRAMS = 264
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float = 0.0, centred: bool = False
+) -> torch.Tensor:
     """RMSNorm over the last dimension, differentiable in x and weight.
 
     Args:
         x: [..., D] in 16 or 32 bit.
-        weight: [D].
+        weight: [D], or None.
         eps: added to the mean square.
         offset: added to the weight; Gemma's checkpoints hold weight - 1.
+        centred: whether the mean is taken off first.
 
     Returns:
         [..., D] in x's dtype.
     """
-    return _RMSNorm.apply(x, weight, eps, offset)
+    return _RMSNorm.apply(x, weight, eps, offset, centred)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, offset):
-        y, rows, rstd = rms_norm_forward(_as_rows(x), weight, eps, offset)
+    def forward(ctx, x, weight, eps, offset, centred):
+        y, rows, rstd = rms_norm_forward(_as_rows(x), weight, eps, offset, centred=centred)
         ctx.save_for_backward(rows, weight, rstd)
-        ctx.offset = offset
+        ctx.offset, ctx.centred = offset, centred
         return y.view(x.shape)
 
     @staticmethod
@@ -48,9 +53,9 @@ class _RMSNorm(torch.autograd.Function):
         rows, weight, rstd = ctx.saved_tensors
         dy_rows = unit_stride(dy.reshape(rows.shape))
         dx, dweight = rms_norm_backward(
-            dy_rows, rows, rstd, weight, ctx.offset, weight_grad=ctx.needs_input_grad[1]
+            dy_rows, rows, rstd, weight, ctx.offset, centred=ctx.centred, weight_grad=ctx.needs_input_grad[1]
         )
-        return dx.view(dy.shape), dweight, None, None
+        return dx.view(dy.shape), dweight, None, None, None
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -62,10 +67,11 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 
 def rms_norm_forward(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
     offset: float = 0.0,
     *,
+    centred: bool = False,
     residual: torch.Tensor | None = None,
     residual_scale: float = 1.0,
     out: torch.Tensor | None = None,
@@ -74,8 +80,8 @@ def rms_norm_forward(
 
     Args:
         x: [T, D] or [T, H, D]; rows may be strided, the last dimension contiguous.
-        weight: [D].
-        eps, offset: as in `rms_norm`.
+        weight: [D], or None.
+        eps, offset, centred: as in `rms_norm`.
         residual: [T, D], only where x is [T, D]; added before the norm.
         residual_scale: factor on x before the addition; the product and the sum are each rounded to x's dtype.
         out: where y goes, strided rows allowed; may be x where residual is None.
@@ -84,17 +90,17 @@ def rms_norm_forward(
         y in x's dtype; the normalised input (x itself without residual); rstd [T] or [T, H] float32.
     """
     if not use_triton(x):
-        return _forward_reference(x, weight, eps, offset, residual, residual_scale, out)
+        return _forward_reference(x, weight, eps, offset, centred, residual, residual_scale, out)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     size = x.shape[-1]
     block, rows = _tile(size)
     launch(
-        _forward_kernel, -(-rstd.numel() // rows), x, total if residual is None else residual, weight, y, total, rstd,
-        rstd.numel(), *_strides(x), 0 if residual is None else residual.stride(0), *_strides(y), float(eps),
+        _forward_kernel, -(-rstd.numel() // rows), x, total if residual is None else residual,
+        rstd if weight is None else weight, y, total, rstd, rstd.numel(), *_strides(x), 0 if residual is None else residual.stride(0), *_strides(y), float(eps),
         float(offset), float(residual_scale), _heads(x), size, x.dim() == 3, rows, block, residual is not None,
-        residual_scale != 1.0, num_warps=warps_for(rows * block),
+        residual_scale != 1.0, weight is not None, centred, num_warps=warps_for(rows * block),
     )  # fmt: skip
     return y, total, rstd
 
@@ -103,9 +109,10 @@ def rms_norm_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     rstd: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     offset: float = 0.0,
     *,
+    centred: bool = False,
     dresidual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     weight_grad: bool = False,
@@ -115,7 +122,7 @@ def rms_norm_backward(
     Args:
         dy: gradient of y, shaped as x, strided rows allowed.
         x: the normalised input that `rms_norm_forward` returned.
-        rstd, weight, offset: as in the forward.
+        rstd, weight, offset, centred: as in the forward.
         dresidual: gradient that reaches the sum on the residual path; added to dx.
         out: where dx goes; may be dy, x or dresidual.
         weight_grad: whether to form dweight, in an order of additions that never changes.
@@ -124,7 +131,7 @@ def rms_norm_backward(
         dx in dy's dtype; dweight [D] in the weight's dtype, or None.
     """
     if not use_triton(x):
-        return _backward_reference(dy, x, rstd, weight, offset, dresidual, out, weight_grad)
+        return _backward_reference(dy, x, rstd, weight, offset, centred, dresidual, out, weight_grad)
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if out is None else out
     size = x.shape[-1]
     block, rows = _tile(size)
@@ -134,10 +141,10 @@ def rms_norm_backward(
         programs = min(programs, _WEIGHT_GRAD_PROGRAMS)
         partials = torch.empty(programs, size, dtype=torch.float32, device=x.device)
     launch(
-        _backward_kernel, programs, dy, x, rstd, weight, dy if dresidual is None else dresidual, dx,
-        rstd if partials is None else partials, rstd.numel(), *_strides(dy), *_strides(x),
+        _backward_kernel, programs, dy, x, rstd, rstd if weight is None else weight,
+        dy if dresidual is None else dresidual, dx, rstd if partials is None else partials, rstd.numel(), *_strides(dy), *_strides(x),
         *_strides(dy if dresidual is None else dresidual), *_strides(dx), float(offset), _heads(x), size,
-        x.dim() == 3, rows, block, dresidual is not None, weight_grad,
+        x.dim() == 3, rows, block, dresidual is not None, weight_grad, weight is not None, centred,
         num_warps=warps_for(rows * block),
     )  # fmt: skip
     return dx, None if partials is None else partials.sum(0).to(weight.dtype)
@@ -169,12 +176,11 @@ def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
     rows, x_stride, x_head, residual_stride, y_stride, y_head, eps, offset, residual_scale, heads,
     D: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+    RESIDUAL: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (col < D)[None, :]
-    weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32) + offset
     x = tl.load(
         x_ptr + _row_offsets(row, x_stride, x_head, heads, NESTED)[:, None] + col[None, :],
         mask=inside,
@@ -189,9 +195,13 @@ def _forward_kernel(
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row.to(tl.int64)[:, None] * D + col[None, :], rounded, mask=inside)
         x = rounded.to(tl.float32)
+    if CENTRED:
+        x = tl.where(inside, x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = x * rstd[:, None] * weight[None, :]
+    y = x * rstd[:, None]
+    if WEIGHTED:
+        y *= (tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32) + offset)[None, :]
     at = _row_offsets(row, y_stride, y_head, heads, NESTED)[:, None] + col[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -201,11 +211,13 @@ def _backward_kernel(
     dy_ptr, x_ptr, rstd_ptr, weight_ptr, dresidual_ptr, dx_ptr, partial_ptr,
     rows, dy_stride, dy_head, x_stride, x_head, dresidual_stride, dresidual_head, dx_stride, dx_head, offset, heads,
     D: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    RESIDUAL: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
+    RESIDUAL: tl.constexpr, WEIGHT_GRAD: tl.constexpr, WEIGHTED: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
     col = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32) + offset
+    weight = tl.full([BLOCK], 1.0, dtype=tl.float32)
+    if WEIGHTED:
+        weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32) + offset
     partial = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     # once around, except where few programs share all rows to sum dweight
     for block in range(first, tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -216,11 +228,15 @@ def _backward_kernel(
         at = _row_offsets(row, x_stride, x_head, heads, NESTED)[:, None] + col[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        if CENTRED:
+            x = tl.where(inside, x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
         normed = x * rstd[:, None]
         if WEIGHT_GRAD:
             partial += dy * normed
         g = dy * weight[None, :]
         dx = rstd[:, None] * (g - normed * (tl.sum(g * normed, axis=1) / D)[:, None])
+        if CENTRED:
+            dx -= (tl.sum(dx, axis=1) / D)[:, None]
         if RESIDUAL:
             at = _row_offsets(row, dresidual_stride, dresidual_head, heads, NESTED)[:, None] + col[None, :]
             dx += tl.load(dresidual_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -230,23 +246,28 @@ def _backward_kernel(
         tl.store(partial_ptr + first.to(tl.int64) * D + col, tl.sum(partial, axis=0), mask=col < D)
 
 
-def _forward_reference(x, weight, eps, offset, residual, residual_scale, out):
+def _forward_reference(x, weight, eps, offset, centred, residual, residual_scale, out):
     total = x
     if residual is not None:
         total = residual + (x if residual_scale == 1.0 else x * residual_scale)
-    s = wide(total)
+    s = _centred(wide(total), centred)
     rstd = torch.rsqrt(s.square().mean(-1) + eps)
-    y = s * rstd[..., None] * (wide(weight) + offset)
+    y = s * rstd[..., None]
+    y = y if weight is None else y * (wide(weight) + offset)
     y = y.to(x.dtype) if out is None else out.copy_(y)
     return y, total, rstd
 
 
-def _backward_reference(dy, x, rstd, weight, offset, dresidual, out, weight_grad):
-    s, g = wide(x), wide(dy)
+def _backward_reference(dy, x, rstd, weight, offset, centred, dresidual, out, weight_grad):
+    s, g = _centred(wide(x), centred), wide(dy)
     normed = s * rstd[..., None]
     dweight = (g * normed).flatten(0, -2).sum(0).to(weight.dtype) if weight_grad else None
-    g = g * (wide(weight) + offset)
-    dx = rstd[..., None] * (g - normed * (g * normed).mean(-1, keepdim=True))
+    g = g if weight is None else g * (wide(weight) + offset)
+    dx = _centred(rstd[..., None] * (g - normed * (g * normed).mean(-1, keepdim=True)), centred)
     if dresidual is not None:
         dx = dx + wide(dresidual)
     return dx.to(dy.dtype) if out is None else out.copy_(dx), dweight
+
+
+def _centred(x: torch.Tensor, wanted: bool) -> torch.Tensor:
+    return x - x.mean(-1, keepdim=True) if wanted else x

@@ -240,10 +240,12 @@ def _check_heads(config: PretrainedConfig) -> list[str]:
 
 def _check_numbers(config: PretrainedConfig) -> list[str]:
     family = family_of(config)
-    positive = [family.norm_eps] + [family.attention_scale] * isinstance(family.attention_scale, str)
+    positive = [family.norm_eps, *filter(None, (family.output_norm_eps, family.query_factor))]
+    positive += [family.attention_scale] * isinstance(family.attention_scale, str)
     optional = ["attn_logit_softcapping"] * (family.softcaps is True)
     optional += ["final_logit_softcapping"] * bool(family.softcaps)
     nonzero = ["embedding_multiplier", "residual_multiplier", "logits_scaling"] * family.multipliers
+    nonzero += [family.logit_scale] * bool(family.logit_scale)
     found = [
         f"{name} = {shown(getattr(config, name))}: must be a number above 0"
         for name in [*positive, *optional]
@@ -259,6 +261,10 @@ def _check_numbers(config: PretrainedConfig) -> list[str]:
     if window is not None and not is_whole(window, 1, MOST):  # caches read it in every family
         found.append(f"sliding_window = {shown(window)}: must be a whole number above 0, or null")
     return found
+
+
+# fields that mark the layers without RoPE by 0 -> types, and what each layer has
+_MARKS = {"no_rope_layers": ((int, bool), "0 or 1"), "layer_rope_theta": ((int, float), "a base, or 0")}
 
 
 def _check_lists(config: PretrainedConfig) -> list[str]:
@@ -285,9 +291,10 @@ def _check_lists(config: PretrainedConfig) -> list[str]:
                 f"num_kv_shared_layers = {shown(config.num_kv_shared_layers)}: a layer of each type before the last so many "
                 "must have keys and values of its own"
             )
-    rotated = getattr(config, "no_rope_layers", None)
-    if family.without_rope == "no_rope_layers" and not (are(rotated, int, bool) and len(rotated) == layers):
-        found.append(f"no_rope_layers: must be 0 or 1 for each of {layers} layers")
+    kinds, what = _MARKS.get(family.without_rope, ((), ""))
+    marks = getattr(config, family.without_rope, None) if what else None
+    if what and not (are(marks, *kinds) and len(marks) == layers):
+        found.append(f"{family.without_rope}: must be {what} for each of {layers} layers")
     return found
 
 

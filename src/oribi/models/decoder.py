@@ -50,8 +50,9 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id, scale)
         self.layers = nn.ModuleList(DecoderLayer(config, family, i) for i in range(config.num_hidden_layers))
         self.norm_name = family.attribute("norm")
-        norm = RMSNorm(config.hidden_size, getattr(config, family.norm_eps), family.norm_offset)
-        self.add_module(self.norm_name, norm)
+        self.add_module(self.norm_name, RMSNorm.of(config, family, "norm", config.hidden_size))
+        eps = getattr(config, family.norm_eps)
+        self.embedding_norm = RMSNorm(None, eps) if family.embedding_norm else None
         self.add_per_layer_inputs(config, family)
         self.rotary = {kind: RotaryAngles(config, kind) for kind in family.rope_kinds(config)}
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
@@ -90,8 +91,11 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
             require_known({"output_attentions": self.config.output_attentions, **kwargs}, MODEL_ARGUMENTS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = x.to(self.last_norm.weight.dtype)  # embeddings that are trained whole are float32
+        x = (
+            self.embedded(input_ids)
+            if inputs_embeds is None
+            else inputs_embeds.to(self.last_norm.weight.dtype)
+        )
         if self.embedding_multiplier != 1.0:
             x = x * self.embedding_multiplier
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
@@ -135,6 +139,12 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
             **{CACHE: cache if use_cache else None},
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """[..., D] of ids [...]: what callers may give as `inputs_embeds`."""
+        # embeddings that are trained whole are float32
+        x = self.embed_tokens(ids).to(self.last_norm.weight.dtype)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def computes_alone(self, rows: torch.Tensor | None, tokens: int) -> bool:
         """Whether the last layer and norm should compute `rows` [n] of all tokens alone: it saves time, and nobody looks on."""
@@ -186,7 +196,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
         self.model = DecoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.softcap = config.final_logit_softcapping if family.softcaps else None
-        self.logit_scale = 1.0 / config.logits_scaling if family.multipliers else 1.0
+        self.logit_scale = getattr(config, family.logit_scale) if family.logit_scale else 1.0
+        self.logit_scale /= config.logits_scaling if family.multipliers else 1.0
         self.post_init()
 
     def forward(
@@ -362,17 +373,11 @@ def build(
         ModelError: the table has no row for this config.
     """
     family = require_family(config)
+    members = {"config_class": type(config), "__module__": __name__}
+    # generation that goes back to an earlier token is refused where a mixer's memory cannot
+    members["_is_stateful"] = "gated_delta" in family.mixers.values()
     # saved configs name the class, and transformers must find its own class by that name
-    architecture = type(
-        name or family.architecture,
-        (kind,),
-        # generation that goes back to an earlier token is refused where a mixer's memory cannot
-        {
-            "config_class": type(config),
-            "__module__": __name__,
-            "_is_stateful": "gated_delta" in family.mixers.values(),
-        },
-    )
+    architecture = type(name or family.architecture, (kind,), members)
     config.dtype = dtype
     config = follow_windows(config, family)
     if getattr(config, "_experts_implementation", None):  # left there by a transformers model of this config

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from oribi.kernels.expert_linear import StackProjection, StackWeight
 from oribi.kernels.expert_rows import combine, products_and_weighted
 from oribi.kernels.gated_mlp import gated_mlp_backward, gated_mlp_forward
-from oribi.kernels.rms_norm import rms_norm_forward
 from oribi.kernels.routing import Routing, sort_by_expert, weigh_backward
 from oribi.models.experts import ExpertsMLP, Router
 from oribi.models.half import Factors, Kept, LayerPass, norm_backward
@@ -197,5 +196,5 @@ class ExpertsHalf:
         """pre(x) [t, D], and 1/rms of x [t]."""
         if self.pre is None:
             return x, None
-        n, _, rstd = rms_norm_forward(x, self.pre.weight, self.pre.eps, self.pre.offset)
+        n, _, rstd = self.pre.compute(x)
         return n, rstd

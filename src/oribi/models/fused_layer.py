@@ -1,6 +1,6 @@
 """One decoder layer differentiated by hand: a mixer half and an MLP half, one after the other on the residual stream.
 
-    x_mid = x + mixer(norm(x))      y = x_mid + mlp(norm(x_mid))
+    x_mid = x + mixer(norm(x))      y = x_mid + mlp(norm(x_mid))      (or x_mid + mlp(norm(x)), in parallel)
 
 T tokens (rows flattened), D hidden size. `models/half.py` says how a half runs and what it keeps; this file drives the
 halves. Each group of weights is dequantised once in forward and once in backward, where recomputation and the gradient
@@ -22,7 +22,7 @@ from oribi.errors import ModelError
 from oribi.models.core import Keep, Result
 from oribi.models.experts import ExpertsMLP
 from oribi.models.experts_half import experts_half
-from oribi.models.half import Half, Kept, LayerPass
+from oribi.models.half import Factors, Half, Kept, LayerPass, taken
 from oribi.models.linear_layers import RMSNorm, any_module_hooked, hooked
 from oribi.models.mixers.attention import Attention
 from oribi.models.mlp import MLP
@@ -101,8 +101,12 @@ class _FusedLayer(torch.autograd.Function):
         kept = Kept(layer_pass)
         with torch.autocast(x.device.type, enabled=False):
             kept.put("x", y)
-            for half in halves:
-                y = half.forward(y, layer_pass)
+            if layer_pass.layer.parallel:
+                mixer, mlp = halves
+                y = mlp.forward(taken(y, mixer.rows), layer_pass, residual=mixer.forward(y, layer_pass))
+            else:
+                for half in halves:
+                    y = half.forward(y, layer_pass)
             if layer_pass.layer.scalar is not None:
                 y = y * layer_pass.layer.scalar
         ctx.halves, ctx.layer_pass, ctx.kept, ctx.shape = halves, layer_pass, kept, x.shape
@@ -125,17 +129,36 @@ class _FusedLayer(torch.autograd.Function):
         if ctx.gives:
             batch.gradients[ctx.gives] = given
         with torch.autocast(dy.device.type, enabled=False):
-            if ctx.layer_pass.layer.scalar is not None:
-                dy = dy * ctx.layer_pass.layer.scalar
-            inputs = [ctx.kept.take("x")]
-            for half in halves[:-1]:
-                inputs.append(half.restore(inputs[-1]))
-            factors = []
-            for index in reversed(range(len(halves))):
-                first = index == 0
-                place = None if first else halves[index - 1].place_for_dy
-                dy, found = halves[index].backward(inputs.pop(), dy, place, needs_dx or not first)
-                factors = found + factors
+            layer = ctx.layer_pass.layer
+            differentiate = _parallel_backward if layer.parallel else _backward_one_by_one
+            scaled = dy if layer.scalar is None else dy * layer.scalar
+            dy, factors = differentiate(halves, ctx.kept.take("x"), scaled, needs_dx)
         beside = [grad for name in reads for grad in batch.gradients.pop(name)]
         found = [grad if want else None for grad, want in zip([*beside, *factors], wanted)]
         return (None if dy is None else dy.view(ctx.shape), None, None, None, *found)
+
+
+def _backward_one_by_one(
+    halves: list[Half], x: torch.Tensor, dy: torch.Tensor, needs_dx: bool
+) -> tuple[torch.Tensor | None, Factors]:
+    """Gradients of x [T, D] and of all factors, where each half reads what the one before made."""
+    inputs = [x]
+    for half in halves[:-1]:
+        inputs.append(half.restore(inputs[-1]))
+    factors: Factors = []
+    for index in reversed(range(len(halves))):
+        first = index == 0
+        place = None if first else halves[index - 1].place_for_dy
+        dy, found = halves[index].backward(inputs.pop(), dy, place, needs_dx or not first)
+        factors = found + factors
+    return dy, factors
+
+
+def _parallel_backward(
+    halves: list[Half], x: torch.Tensor, dy: torch.Tensor, needs_dx: bool
+) -> tuple[torch.Tensor | None, Factors]:
+    """The same, where both read x and their outputs are added to it."""
+    mixer, mlp = halves
+    dx, factors = mlp.backward(taken(x, mixer.rows), dy, torch.empty_like, needs_dx)
+    dx, found = mixer.backward(x, dy, None, needs_dx, dx)
+    return dx, found + factors

@@ -19,7 +19,6 @@ import torch
 
 from oribi.kernels import fp8
 from oribi.kernels.lora import GroupWeight, Projection, augmented_weight, backward_factors, group_shape
-from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from oribi.models.core import Core, Keep
 from oribi.models.host_memory import Parcel
 from oribi.models.linear_layers import RMSNorm, read
@@ -144,16 +143,18 @@ class Half:
         """A and B of every projection in order, as the autograd function takes them."""
         return [t for group in self.groups.values() for p in group for t in (p.a, p.b)]
 
-    def forward(self, x: torch.Tensor, layer_pass: LayerPass) -> torch.Tensor:
-        """y [T, D] of x [T, D]."""
-        self.layer_pass = layer_pass
+    def forward(
+        self, x: torch.Tensor, layer_pass: LayerPass, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y [T, D] of x [T, D], to which x is added, or another residual [T, D]."""
+        self.layer_pass, residual = layer_pass, x if residual is None else residual
         parts = self._portions(len(x))
         self.kept = [Kept(layer_pass) for _ in parts]
-        ys = [self._forward(x[rows], kept) for rows, kept in zip(parts, self.kept)]
+        ys = [self._forward(x[rows], residual[rows], kept) for rows, kept in zip(parts, self.kept)]
         self._weights.clear()
         return ys[0] if len(ys) == 1 else torch.cat(ys)
 
-    def _forward(self, x: torch.Tensor, kept: Kept) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, residual: torch.Tensor, kept: Kept) -> torch.Tensor:
         core = self.core
         weight = self._weight(core.input)
         x_buffer, _ = self._normed(x, weight)
@@ -167,8 +168,7 @@ class Half:
         del prepared, p
         if not core.row_wise:
             del weight, self._weights[core.input]
-        h = taken(h, self.rows)
-        y, xa, product = self._project_out(h, taken(x, self.rows))
+        y, xa, product = self._project_out(taken(h, self.rows), taken(residual, self.rows))
         kept.put(f"{core.output}_xa", xa, core.output_result or core.input)
         if core.output_result:
             kept.put(core.output_result, y)
@@ -236,6 +236,7 @@ class Half:
         dy: torch.Tensor,
         place_for_dx: Callable[[torch.Tensor], torch.Tensor] | None,
         needs_dx: bool = True,
+        dresidual: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, Factors]:
         """Gradients of x [T, D] and of every factor, in order; empties what was kept.
 
@@ -243,7 +244,9 @@ class Half:
             x, dy: [T, D]; dy may lie at `place_for_dy`, and is [n, D] where only `rows` of y were wanted.
             place_for_dx: allocates dx, called once the widest buffers are free; None reuses a buffer.
             needs_dx: whether dx is wanted.
+            dresidual: [T, D], the gradient of x as residual, where it is not dy.
         """
+        dresidual = dy if dresidual is None else dresidual
         parts, kept, self.kept = self._portions(len(x)), self.kept, []
         dx, factors = None, []
         for rows, one in zip(parts, kept):
@@ -254,7 +257,7 @@ class Half:
             if dx is None:
                 dx = dn if place_for_dx is None else place_for_dx(x)
             out = dx if place_for_dx is None else dx[rows]
-            norm_backward(self.pre, dn, x[rows], rstd, put_back(dy[rows], self.rows, len(dn)), out)
+            norm_backward(self.pre, dn, x[rows], rstd, put_back(dresidual[rows], self.rows, len(dn)), out)
             del dn
         self._weights.clear()
         return dx, [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*factors)]
@@ -321,7 +324,7 @@ class Half:
         if self.pre is None:
             place.copy_(x)
         else:
-            rstd = rms_norm_forward(x, self.pre.weight, self.pre.eps, self.pre.offset, out=place)[2]
+            rstd = self.pre.compute(x, out=place)[2]
         return self._masked(x_buffer, weight), rstd
 
     def _masked(self, rows: torch.Tensor, weight: GroupWeight) -> torch.Tensor:
@@ -339,7 +342,7 @@ class Half:
         if norm is None and self.scale == 1.0:
             return *weight.forward_onto(h, residual), None
         product, xa = weight.forward_onto(h, None)
-        y = product if norm is None else rms_norm_forward(product, norm.weight, norm.eps, norm.offset)[0]
+        y = product if norm is None else norm.compute(product)[0]
         y = residual + (y * self.scale if self.scale != 1.0 else y)
         return y, xa, None if norm is None else product
 
@@ -354,8 +357,7 @@ class Half:
         if norm is None:
             place.copy_(dy)
         else:
-            _, _, rstd = rms_norm_forward(product, norm.weight, norm.eps, norm.offset)
-            rms_norm_backward(dy, product, rstd, norm.weight, norm.offset, out=place)
+            norm.backward(dy, product, norm.compute(product)[2], out=place)
         return buffer
 
 
@@ -387,4 +389,4 @@ def norm_backward(
     if norm is None:
         torch.add(dn, dresidual, out=out)
     else:
-        rms_norm_backward(dn, x, rstd, norm.weight, norm.offset, dresidual=dresidual, out=out)
+        norm.backward(dn, x, rstd, dresidual=dresidual, out=out)

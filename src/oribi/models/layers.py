@@ -108,14 +108,13 @@ class DecoderLayer(NamedParts):
         has_experts = family.experts is not None and family.experts.in_layer(config, index)
         self.add_part("mlp", ExpertsMLP(config, family) if has_experts else MLP(config, family, index))
         for role in family.layer_norms():
-            self.add_part(
-                role, RMSNorm(config.hidden_size, getattr(config, family.norm_eps), family.norm_offset)
-            )
+            self.add_part(role, RMSNorm.of(config, family, role, config.hidden_size))
         # not a module of the layer's, whose attributes its parts are
         own = has_per_layer_inputs(config, family)
         self.per_layer_input = (PerLayerInput(self, config, family, index),) if own else ()
         if family.layer_scalar:
             self.register_buffer("layer_scalar", torch.ones(1))
+        self.parallel = family.norms == "parallel"  # the MLP reads what the mixer reads
         self.residual_scale = float(config.residual_multiplier) if family.multipliers else 1.0
         self.gradient_checkpointing = False  # set by transformers' gradient_checkpointing_enable
         self.keep = policy(
@@ -135,9 +134,14 @@ class DecoderLayer(NamedParts):
         """The mixer, the MLP and what adds the layer's own input, each with the norms before and after it."""
         norms = self.family.layer_norms()
         norms = {role: getattr(self, attribute) for role, attribute in norms.items()}
+        first = norms.get("mixer_input_norm")
         return (
-            (self.mixer, norms.get("mixer_input_norm"), norms.get("mixer_output_norm")),
-            (self.part("mlp"), norms.get("mlp_input_norm"), norms.get("mlp_output_norm")),
+            (self.mixer, first, norms.get("mixer_output_norm")),
+            (
+                self.part("mlp"),
+                first if self.parallel else norms.get("mlp_input_norm"),
+                norms.get("mlp_output_norm"),
+            ),
             *((one, None, self.part("post_per_layer_input_norm")) for one in self.per_layer_input),
         )
 
@@ -186,10 +190,12 @@ class DecoderLayer(NamedParts):
 
     def _composed(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The layer by PyTorch's autograd, for inference and for whatever `fused_layer` does not train."""
+        read = x
         for index, (module, pre, post) in enumerate(self.parts()):
-            h = module(x if pre is None else pre(x), batch)
+            read = read if self.parallel else x
+            h = module(read if pre is None else pre(read), batch)
             if index == 0 and batch.trained_rows is not None:
-                x, h = (taken(t.flatten(0, 1), batch.trained_rows)[None] for t in (x, h))
+                x, h, read = (taken(t.flatten(0, 1), batch.trained_rows)[None] for t in (x, h, read))
             h = h if post is None else post(h)
             x = x + (h if self.residual_scale == 1.0 else h * self.residual_scale)
         return x if self.scalar is None else x * self.scalar

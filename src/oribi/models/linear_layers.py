@@ -6,14 +6,16 @@ own forward, so a result never depends on which path was taken.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from oribi.families import Family
 from oribi.kernels.lora import Projection
 from oribi.kernels.lora_linear import lora_linear
-from oribi.kernels.rms_norm import rms_norm
+from oribi.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 
 
 def project(modules: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
@@ -114,12 +116,34 @@ class NamedParts(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension; the weight's dtype is the model's, and offset is added to it."""
+    """RMSNorm over the last dimension; the weight's dtype is the model's, and offset is added to it.
 
-    def __init__(self, size: int, eps: float, offset: float) -> None:
+    Args:
+        size: D; None: it has no weight. eps, offset, centred: as `kernels.rms_norm` takes them.
+    """
+
+    def __init__(self, size: int | None, eps: float, offset: float = 0.0, centred: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
-        self.eps, self.offset = eps, offset
+        self.weight = None if size is None else nn.Parameter(torch.full((size,), 1.0 - offset))
+        self.eps, self.offset, self.centred = eps, offset, centred
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, self.offset)
+        return rms_norm(x, self.weight, self.eps, self.offset, self.centred)
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, family: Family, role: str, size: int | None) -> "RMSNorm":
+        """A family's norm.
+
+        Args:
+            role: as in `Family.names`. size: D, or None.
+        """
+        eps, offset = getattr(config, family.eps_of_norm(role)), family.offset_of_norm(role)
+        return cls(size, eps, offset, family.centred_norms)
+
+    def compute(self, x: torch.Tensor, **how: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `rms_norm_forward`, with its other arguments in `how`."""
+        return rms_norm_forward(x, self.weight, self.eps, self.offset, centred=self.centred, **how)
+
+    def backward(self, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, **how: Any) -> torch.Tensor:
+        """dx, as `rms_norm_backward`, with its other arguments in `how`."""
+        return rms_norm_backward(dy, x, rstd, self.weight, self.offset, centred=self.centred, **how)[0]

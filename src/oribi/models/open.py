@@ -196,7 +196,7 @@ def open_model(name: str, hub: HubOptions | None = None, gguf_file: str | None =
         check_decoder(location.file, whole, notes)
     else:
         whole = read_config(location, trust_remote_code=hub.trust_remote_code, notes=notes)
-    config = _decoder_config(whole, notes)
+    config = decoder_config(whole, notes)
     generation = read_generation(location.directory) if gguf is None else None
     if generation is None:
         generation = GenerationConfig.from_model_config(config)
@@ -207,15 +207,25 @@ def open_model(name: str, hub: HubOptions | None = None, gguf_file: str | None =
     return OpenedModel(location, hub, whole, config, generation, gguf, adapter, notes)
 
 
-def _decoder_config(whole: PretrainedConfig, notes: list[str]) -> PretrainedConfig:
-    """A copy of the config of what is loaded from a checkpoint."""
+# multimodal classes of transformers 5.24 that leave out their text decoder's logit_scale: what is trained on a decoder with it
+# would not be what they compute
+_WITHOUT_LOGIT_SCALE = ("aya_vision", "cohere2_vision")
+
+
+def decoder_config(whole: PretrainedConfig, notes: list[str]) -> PretrainedConfig:
+    """A copy of the config of what is loaded from a checkpoint.
+
+    Args:
+        whole: of the checkpoint. notes: gets a line where it is of a part.
+    """
     config = copy.deepcopy(whole)
     text = getattr(config, "text_config", None)
     if family_of(config) is not None:
         config.__dict__.pop(
             "quantization_config", None
         )  # read from `whole`; the decoder's linear layers have their own
-    if text is None or family_of(config) is not None or family_of(text) is None:
+    not_apart = family_of(config) is not None or config.model_type in _WITHOUT_LOGIT_SCALE
+    if text is None or not_apart or family_of(text) is None:
         return config
     text.__dict__.pop("quantization_config", None)
     notes.append(f"{config.model_type}: the text decoder is loaded; images and sound are not supported")

@@ -54,8 +54,8 @@ class PerLayerInput(nn.Module):
         size, hidden = config.hidden_size_per_layer_input, config.hidden_size
         layer.add_part("per_layer_input_gate", nn.Linear(hidden, size, bias=False))
         layer.add_part("per_layer_projection", nn.Linear(size, hidden, bias=False))
-        norm = RMSNorm(hidden, getattr(config, family.norm_eps), family.norm_offset)
-        layer.add_part("post_per_layer_input_norm", norm)
+        role = "post_per_layer_input_norm"
+        layer.add_part(role, RMSNorm.of(config, family, role, hidden))
         self._layer = (layer,)  # which owns the parts: no second name for them
         self.activation, self.index, self.reads = activation_of(config), index, entry(index)
 
@@ -111,7 +111,7 @@ class PerLayerEmbedding(nn.Module):
         # it is read a row per token, and as large as all layers in 4 bits
         self.embed_tokens_per_layer.waits_in_host_memory = True
         self.per_layer_model_projection = nn.Linear(config.hidden_size, columns, bias=False)
-        self.per_layer_projection_norm = RMSNorm(size, getattr(config, family.norm_eps), family.norm_offset)
+        self.per_layer_projection_norm = RMSNorm.of(config, family, "per_layer_projection_norm", size)
 
     def per_layer_inputs(self, ids: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """P_i [..., N] of every layer.

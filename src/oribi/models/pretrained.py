@@ -33,7 +33,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
             module.weight.data.normal_(0.0, std)
             if getattr(module, "bias", None) is not None:
                 module.bias.data.zero_()
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, RMSNorm) and module.weight is not None:
             module.weight.data.fill_(1.0 - module.offset)
 
     def set_recompute_policy(self, wanted: str | list[Keep]) -> None:
@@ -110,7 +110,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """Where the layers compute; an embedding may lie in host memory."""
-        return next(module for module in self.modules() if isinstance(module, RMSNorm)).weight.device
+        norms = (module.weight for module in self.modules() if isinstance(module, RMSNorm))
+        return next(weight.device for weight in norms if weight is not None)
 
     def offload_embedding(self) -> int:
         """Moves a frozen embedding that no head shares to pinned host memory.

@@ -7,7 +7,6 @@ import torch
 from oribi.kernels.causal_conv import causal_conv_step
 from oribi.kernels.gated_delta import gated_delta_step
 from oribi.kernels.gated_mlp import gated_mlp_forward
-from oribi.kernels.rms_norm import rms_norm_forward
 from oribi.models.decoding.groups import groups_of
 from oribi.models.decoding.state import DecodingState
 from oribi.models.mixers.gated_delta import GatedDelta
@@ -32,5 +31,5 @@ class GatedDeltaStep:
         q, k, v = mixer.heads(causal_conv_step(qkv, held["window"], self._weight, silu=True))
         q, k = mixer.unit_rows(q)[0], mixer.unit_rows(k)[0]
         o = gated_delta_step(q, k, v, mixer.decays(a), torch.sigmoid(b), held["state"], mixer.scale)
-        normed = rms_norm_forward(o, mixer.norm.weight, mixer.norm.eps)[0].flatten(1)
+        normed = mixer.norm.compute(o)[0].flatten(1)
         return self.groups["delta_out"](gated_mlp_forward(z, normed, "silu"))

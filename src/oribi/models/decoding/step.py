@@ -16,7 +16,6 @@ from oribi.kernels.dispatch import use_triton
 from oribi.kernels.gated_mlp import gated_mlp_forward
 from oribi.kernels.lora_unpacked import few_rows_linear
 from oribi.kernels.output_gate import output_gate_forward
-from oribi.kernels.rms_norm import rms_norm_forward
 from oribi.kernels.rope import Angles, rope_forward
 from oribi.models.decoding.gated_delta import GatedDeltaStep
 from oribi.models.decoding.groups import PackedGroup, groups_of
@@ -99,8 +98,8 @@ class AttentionStep:
         a, state, norms = self.attention, self.state, {}
         if a.qk_norm == "projection":
             for norm, part in zip(self._norms, qkv.split(a.widths, dim=1)):
-                rms_norm_forward(part, norm.weight, norm.eps, norm.offset, out=part)
-        elif a.qk_norm == "head":
+                norm.compute(part, out=part)
+        elif a.qk_norm == "head" and self._norms[0].weight is not None:
             q_norm, k_norm = self._norms
             norms = {
                 "q_norm": q_norm.weight,
@@ -109,21 +108,24 @@ class AttentionStep:
                 "offset": q_norm.offset,
             }
         of_kind = angles[a.rope_kind] if a.rotates else None
-        # the kernel norms, then rotates halves by cos and sin; it has no other way
-        if of_kind and (a.norms_after_rope or not of_kind.plain):
-            q, k = heads = a.split(qkv)[:2]
-            if a.qk_norm == "head" and not a.norms_after_rope:
-                for norm, t in zip(self._norms, heads):
-                    rms_norm_forward(t, norm.weight, norm.eps, norm.offset, out=t)
-                norms = {}
-            rope_forward(q, k, *of_kind, out=heads)
+        q, k, _, gate = a.split(qkv)
+        # the kernel norms by weights, then rotates halves by cos and sin; it has no other way
+        rotates_apart = of_kind is not None and (a.norms_after_rope or not of_kind.plain)
+        if a.qk_norm == "head" and not a.norms_after_rope and (rotates_apart or not norms):
+            for norm, t in zip(self._norms, (q, k)):
+                norm.compute(t, out=t)
+            norms = {}
+        if rotates_apart:
+            rope_forward(q, k, *of_kind, out=(q, k))
             of_kind = None
         cos, sin = of_kind[:2] if of_kind else (None, None)
-        q = store_token(qkv, keys, values, state.length, state.row, cos, sin, gated=a.gated, **norms)
+        of_heads = qkv[:, : qkv.shape[1] - a.gate_columns]
+        q = store_token(
+            of_heads, keys, values, state.length, state.row, cos, sin, gated=a.gates_each_head, **norms
+        )
         out = decode_attention(
             q, keys, values, state.length, state.row, state.counters, scale=a.scale, softcap=a.softcap
         )
-        gate = a.split(qkv)[3]
         return out if gate is None else output_gate_forward(out.view(gate.shape), gate).flatten(1)
 
 
@@ -309,7 +311,7 @@ class DecodingStep:
             used: as `Ring` takes it; None where the step is recorded, and nothing may depend on the host.
         """
         state, model = self.state, self.decoder.model
-        x = model.embed_tokens(state.token).to(state.dtype)
+        x = model.embedded(state.token).to(state.dtype)
         if model.embedding_multiplier != 1.0:
             x = x * model.embedding_multiplier
         if model.per_layer_size:
@@ -337,25 +339,30 @@ class DecodingStep:
 
 class _LayerStep:
     def __init__(self, layer: DecoderLayer, state: DecodingState) -> None:
-        self.scale, self.scalar = layer.residual_scale, layer.scalar
+        self.scale, self.scalar, self.parallel = layer.residual_scale, layer.scalar, layer.parallel
         self.parts = [(STEPS[type(module)](module, state), pre, post) for module, pre, post in layer.parts()]
 
     def __call__(self, x, branch, angles, rings):
         """The residual stream and the branch that is to be added to it, [B, D] each, of those of the layer below."""
-        for part, pre, post in self.parts:
-            if pre is not None:
-                h, x = _norm_of_sum(pre, x, branch, self.scale)
+        for index, (part, pre, post) in enumerate(self.parts):
+            if self.parallel and index > 0:  # which reads what the part before read
+                x = self._sum(x, branch)
+            elif pre is not None:
+                n, x = _norm_of_sum(pre, x, branch, self.scale)
             else:
-                h = x = x if branch is None else x + (branch if self.scale == 1.0 else branch * self.scale)
-            h = part(h, angles, rings)
+                n = x = x if branch is None else self._sum(x, branch)
+            h = part(n, angles, rings)
             branch = h if post is None else _norm(post, h)
         if self.scalar is None:
             return x, branch
-        return (x + (branch if self.scale == 1.0 else branch * self.scale)) * self.scalar, None
+        return self._sum(x, branch) * self.scalar, None
+
+    def _sum(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        return x + (branch if self.scale == 1.0 else branch * self.scale)
 
 
 def _norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm_forward(x, norm.weight, norm.eps, norm.offset)[0]
+    return norm.compute(x)[0]
 
 
 def _norm_of_sum(
@@ -364,7 +371,7 @@ def _norm_of_sum(
     """norm(x + scale branch) and the sum."""
     if branch is None:
         return _norm(norm, x), x
-    return rms_norm_forward(branch, norm.weight, norm.eps, norm.offset, residual=x, residual_scale=scale)[:2]
+    return norm.compute(branch, residual=x, residual_scale=scale)[:2]
 
 
 def last_logits(decoder: "DecoderForCausalLM", hidden: torch.Tensor) -> torch.Tensor:

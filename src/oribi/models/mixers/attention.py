@@ -24,7 +24,6 @@ from oribi.kernels.attention import (
 )
 from oribi.kernels.context_attention import exchange_bytes
 from oribi.kernels.output_gate import output_gate, output_gate_backward, output_gate_forward
-from oribi.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from oribi.kernels.rope import Angles, rope, rope_forward
 from oribi.models.core import Held, Result
 from oribi.models.half import Kept
@@ -39,7 +38,8 @@ class Attending:
     """q, k, v as attention reads them, [B, S, heads, E], and what backward needs beside them.
 
     Args:
-        p: q|k|v [T, (H + 2K) E], with a gate behind each query head where the family has one, of which q, k and v are views where nothing normed them.
+        p: q|k|v [T, (H + 2K) E], with a gate behind each query head or behind v where the family has one, of which q, k and v
+            are views where nothing normed them.
         how: the attention that is computed.
         angles: of each token; None where nothing rotates.
         gate: of the output [T, H, E], a view of p; None without one.
@@ -62,6 +62,19 @@ class Attending:
     batch: "Batch | None" = None
 
 
+_RESULTS = (
+    Result("qkv", ("qkv.out", "qkv.lora"), made_by="qkv"),
+    Result("qkv_xa", ("qkv.lora",), follows="qkv"),
+    Result("attention", ("o.in",), made_by="core", balanced="keep"),
+    Result("attention_saved", ("heads",), follows="attention", itemsize=4),  # the scores' log-sum-exp
+    Result("x_mid", ("o.out",), made_by="o"),
+    Result("o_xa", ("o.lora",), follows="x_mid"),
+    Result("o", ("o.out",), made_by="o", before_norm=True),
+)
+# where the sum of the layer's input and attention's output is nobody's input
+_WITHOUT_SUM = (*_RESULTS[:4], Result("o_xa", ("o.lora",), follows="qkv"), _RESULTS[6])
+
+
 class Attention(NamedParts):
     # `models.half.Core` says what these are
     attribute, input, output, output_result, row_wise = "self_attn", "qkv", "o", "x_mid", False
@@ -71,15 +84,7 @@ class Attention(NamedParts):
     # its arithmetic takes as long as this much of a matrix product: 582 and 514 TFLOP/s in forward and backward of 32,768
     # tokens on an H100
     core_by_products = 1.22
-    results = (
-        Result("qkv", ("qkv.out", "qkv.lora"), made_by="qkv"),
-        Result("qkv_xa", ("qkv.lora",), follows="qkv"),
-        Result("attention", ("o.in",), made_by="core", balanced="keep"),
-        Result("attention_saved", ("heads",), follows="attention", itemsize=4),  # the scores' log-sum-exp
-        Result("x_mid", ("o.out",), made_by="o"),
-        Result("o_xa", ("o.lora",), follows="x_mid"),
-        Result("o", ("o.out",), made_by="o", before_norm=True),
-    )
+    results = _RESULTS
 
     def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
         super().__init__(family)
@@ -88,9 +93,11 @@ class Attention(NamedParts):
         self.index = index
         self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]
         self.columns = {"heads": heads}
-        self.gated = family.output_gate == "q_proj"
-        # columns of the projections, where those of q hold a gate behind each head
-        self.widths = [self.sizes[0] * (2 if self.gated else 1), *self.sizes[1:]]
+        self.gated = family.output_gate is not None
+        self.gates_each_head = family.output_gate == "q_proj"
+        # columns of the projections: those of q hold a gate behind each head, or a projection of its own gives it
+        self.gate_columns = self.sizes[0] if self.gated and not self.gates_each_head else 0
+        self.widths = [self.sizes[0] * (2 if self.gates_each_head else 1), *self.sizes[1:]]
         configured = family.attention_bias == "config"
         qkv_bias = family.attention_bias == "qkv" or (
             configured and bool(family.value(config, "attention_bias"))
@@ -99,28 +106,38 @@ class Attention(NamedParts):
         inputs = dict(zip(("q_proj", "k_proj", "v_proj"), self.widths))
         if "qkv" in family.fused_projections:
             inputs = {"qkv_proj": sum(self.widths)}
-        self._inputs = tuple(inputs)
         for role, size in inputs.items():
             self.add_part(role, nn.Linear(config.hidden_size, size, bias=qkv_bias))
+        if self.gate_columns:
+            inputs["output_gate"] = self.gate_columns
+            self.widths.append(self.gate_columns)
+            self.add_part("output_gate", nn.Linear(config.hidden_size, self.gate_columns, bias=False))
+        self._inputs = tuple(inputs)
         self.add_part("o_proj", nn.Linear(self.sizes[0], config.hidden_size, bias=output_bias))
         self.qk_norm = family.qk_norm
         self.norms_after_rope = family.qk_norm_after_rope
         if self.qk_norm:
             q_size, k_size = (self.head_dim, self.head_dim) if self.qk_norm == "head" else self.sizes[:2]
             for role, size in (("q_norm", q_size), ("k_norm", k_size)):
-                self.add_part(role, RMSNorm(size, getattr(config, family.norm_eps), family.norm_offset))
+                self.add_part(
+                    role, RMSNorm.of(config, family, role, size if family.qk_norm_weights else None)
+                )
         self.scale = self.head_dim**-0.5
         if isinstance(family.attention_scale, str):
             self.scale = float(getattr(config, family.attention_scale)) ** family.attention_scale_power
         elif family.attention_scale is not None:
             self.scale = family.attention_scale
+        if family.query_factor:
+            self.scale *= getattr(config, family.query_factor)
+        if family.norms == "parallel":  # nothing reads the sum of x and the output
+            self.output_result, self.results = None, _WITHOUT_SUM
         self.softcap = config.attn_logit_softcapping if family.softcaps is True else None
         self.window = window_of(config, family, index)
         self.rope_kind = config.layer_types[index] if family.rope_by_layer_type else None
         self.rotates = family.rotates(config, index)
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        """The linear layers that share an input: q, k, v (or the one layer that holds them all), and o."""
+        """The linear layers that share an input: q, k, v (or the one layer that holds them all) and a gate of its own; and o."""
         return {"qkv": [self.part(role) for role in self._inputs], "o": [self.part("o_proj")]}
 
     def qk_norms(self) -> tuple[RMSNorm, ...]:
@@ -157,19 +174,23 @@ class Attention(NamedParts):
 
     def split(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """q [..., H, E], k and v [..., K, E], and the gate [..., H, E] or None, views of p."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in p.split(self.widths, dim=-1))
-        return (q[..., ::2, :], k, v, q[..., 1::2, :]) if self.gated else (q, k, v, None)
+        q, k, v, *gate = (part.unflatten(-1, (-1, self.head_dim)) for part in p.split(self.widths, dim=-1))
+        if self.gates_each_head:
+            return q[..., ::2, :], k, v, q[..., 1::2, :]
+        return q, k, v, gate[0] if gate else None
 
     def forward(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
         rows, length = x.shape[:2]
         groups = self.groups()
         outputs = project(groups["qkv"], x)
-        q, k, v = outputs[0].split(self.widths, dim=-1) if len(outputs) == 1 else outputs
+        q, k, v, *gate = outputs[0].split(self.widths, dim=-1) if len(outputs) == 1 else outputs
         norms = self.qk_norms()
         if self.qk_norm == "projection":
             q, k = (norm(t) for norm, t in zip(norms, (q, k)))
         q, k, v = (t.reshape(rows * length, -1, self.head_dim) for t in (q, k, v))
-        q, gate = (q[:, ::2], q[:, 1::2]) if self.gated else (q, None)
+        gate = gate[0].reshape(q.shape) if gate else None
+        if self.gates_each_head:
+            q, gate = q[:, ::2], q[:, 1::2]
         if self.qk_norm == "head" and not self.norms_after_rope:
             q, k = (norm(t) for norm, t in zip(norms, (q, k)))
         if self.rotates:
@@ -194,7 +215,7 @@ class Attention(NamedParts):
             rope_forward(q, k, *angles, out=(q, k))
         if self.qk_norm:
             raw = tuple(t if self.qk_norm == "head" else t.flatten(1) for t in (q, k))
-            normed = [rms_norm_forward(t, n.weight, n.eps, n.offset) for t, n in zip(raw, self.qk_norms())]
+            normed = [norm.compute(t) for t, norm in zip(raw, self.qk_norms())]
             q, k = (y.reshape(len(p), -1, self.head_dim) for y, _, _ in normed)
             rstd = tuple(r for _, _, r in normed)
         if angles and not self._rotates_in_place:
@@ -241,7 +262,7 @@ class Attention(NamedParts):
                 rope_forward(dq, dk, *angles, inverse=True, out=(dq, dk))
             both = zip((dq, dk), prepared.raw, prepared.rstd, self.qk_norms())
             for d, x, rstd, norm in both:
-                rms_norm_backward(d.reshape(x.shape), x, rstd, norm.weight, norm.offset, out=x)
+                norm.backward(d.reshape(x.shape), x, rstd, out=x)
             if angles and self._rotates_in_place:
                 rope_forward(q, k, *angles, inverse=True, out=(q, k))
         elif angles:

@@ -210,7 +210,7 @@ class GatedDelta(nn.Module):
             out = gated_delta_forward(*inputs, chunks, self.scale)[0].flatten(1)
             kept.put("delta", out)
         prepared.out = out.unflatten(1, (self.value_heads, -1))
-        normed, _, prepared.normed_rstd = rms_norm_forward(prepared.out, self.norm.weight, self.norm.eps)
+        normed, _, prepared.normed_rstd = self.norm.compute(prepared.out)
         prepared.normed = normed.flatten(1)
         return gated_mlp_forward(prepared.p.split(self.widths, dim=1)[1], prepared.normed, "silu")
 
@@ -220,7 +220,7 @@ class GatedDelta(nn.Module):
         out, normed = prepared.out, prepared.normed
         gated_mlp_backward(dh, z, normed, "silu", dgate=z, dup=normed)
         do = normed.view(out.shape)
-        rms_norm_backward(do, out, prepared.normed_rstd, self.norm.weight, out=do)
+        self.norm.backward(do, out, prepared.normed_rstd, out=do)
         prepared.out = prepared.normed = None
         inputs = prepared.q, prepared.k, prepared.v, prepared.g, prepared.beta
         grads = gated_delta_backward(do, inputs, prepared.batch.delta_chunks(qkv.device), self.scale)

@@ -17,7 +17,6 @@ from oribi.families import Family
 from oribi.families.layer_fields import config_of_layer
 from oribi.kernels.attention import attention, attention_backward, decide
 from oribi.kernels.blocked_attention import blocked_backward_bytes
-from oribi.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from oribi.kernels.rope import rope, rope_forward
 from oribi.models.core import Held
 from oribi.models.linear_layers import RMSNorm, project
@@ -45,7 +44,7 @@ class SharedAttention(Attention):
 
     def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
         super().__init__(config_of_layer(config, index), family, index)
-        self.norms_values, self.eps = family.value_norm, getattr(config, family.norm_eps)
+        self.v_norm = RMSNorm(None, getattr(config, family.norm_eps)) if family.value_norm else None
         self.donor, lends = donor_of(config, index) if family.kv_sharing else (index, False)
         kind = config.layer_types[index]
         self.reads, self.gives = kind if self.donor != index else None, kind if lends else None
@@ -103,9 +102,7 @@ class SharedAttention(Attention):
             q, _ = rope(q, q[:, :0], *angles)
             k, v = batch.shared[self.reads]
         else:
-            v = outputs[-1]
-            if self.norms_values:
-                v = rms_norm(v, v.new_ones(self.head_dim), self.eps)
+            v = outputs[-1] if self.v_norm is None else self.v_norm(outputs[-1])
             q, k = rope(q, norms[1](outputs[1]), *angles)
             k, v = (t.view(rows, length, -1, self.head_dim) for t in (k, v))
             if batch.cache is not None:
@@ -119,7 +116,7 @@ class SharedAttention(Attention):
 
     def normed_and_rotated(self, p: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple:
         """q, k and v [T, heads, E] of p [T, N], without gradients; k and v are None where they are shared."""
-        (q, k, v), _ = zip(*(self._normed(t, norm) for t, norm in zip(self.split(p), self._weights(p))))
+        (q, k, v), _ = zip(*(_normed(t, norm) for t, norm in zip(self.split(p), self._norms())))
         self._rotate(q, k, angles)
         return q, k, v
 
@@ -128,7 +125,7 @@ class SharedAttention(Attention):
         angles = batch.angles[self.rope_kind]
         shape = batch.visibility.batch, batch.visibility.length
         raw = self.split(p)
-        normed = [self._normed(t, norm) for t, norm in zip(raw, self._weights(p))]
+        normed = [_normed(t, norm) for t, norm in zip(raw, self._norms())]
         (q, k, v), rstd = zip(*normed)
         self._rotate(q, k, angles)
         q = q.unflatten(0, shape)
@@ -145,52 +142,44 @@ class SharedAttention(Attention):
             dh.view(shape), prepared.q, prepared.k, prepared.v, prepared.out.view(shape), prepared.saved, prepared.how
         )  # fmt: skip
         prepared.out, prepared.saved = None, ()
-        raw, rstd, weights = prepared.raw, prepared.rstd, self._weights(prepared.p)
+        raw, rstd, (q_norm, k_norm, v_norm) = prepared.raw, prepared.rstd, self._norms()
         dq = dq.flatten(0, 1)
         if self.reads:
             batch.gradients[self.reads] = dk, dv
             self._rotate(dq, None, angles, inverse=True)
-            self._norm_backward(dq, raw[0], rstd[0], weights[0])
+            q_norm.backward(dq, raw[0], rstd[0], out=raw[0])
             return
         if self.gives:  # those of the layers that read them
             dk, dv = (mine + theirs for mine, theirs in zip((dk, dv), batch.gradients.pop(self.gives)))
         dk, dv = dk.flatten(0, 1), dv.flatten(0, 1)
         self._rotate(dq, dk, angles, inverse=True)
-        self._norm_backward(dq, raw[0], rstd[0], weights[0])
+        q_norm.backward(dq, raw[0], rstd[0], out=raw[0])
         if self.keys_are_values:
-            through_v = dv
-            if self.norms_values:
-                through_v = rms_norm_backward(dv, raw[2], rstd[2], weights[2][0], weights[2][1])[0]
-            self._norm_backward(dk, raw[1], rstd[1], weights[1], dresidual=through_v)
+            through_v = dv if v_norm is None else v_norm.backward(dv, raw[2], rstd[2])
+            k_norm.backward(dk, raw[1], rstd[1], dresidual=through_v, out=raw[1])
+            return
+        k_norm.backward(dk, raw[1], rstd[1], out=raw[1])
+        if v_norm is None:
+            raw[2].copy_(dv)
         else:
-            self._norm_backward(dk, raw[1], rstd[1], weights[1])
-            self._norm_backward(dv, raw[2], rstd[2], weights[2])
+            v_norm.backward(dv, raw[2], rstd[2], out=raw[2])
 
     def _rotate(self, q: torch.Tensor, k: torch.Tensor | None, angles, inverse: bool = False) -> None:
         both = q, q[:, :0] if k is None else k
         rope_forward(*both, *angles, inverse=inverse, out=both)
 
-    def _weights(self, like: torch.Tensor) -> tuple[tuple[torch.Tensor, float] | None, ...]:
-        """Weight and offset of the norms of q, k and v; None where nothing is normed."""
-        norms = [(norm.weight, norm.offset) for norm in self.qk_norms()]
-        norms += [None] * (2 - len(norms))
-        return *norms, (like.new_ones(self.head_dim), 0.0) if self.norms_values else None
+    def _norms(self) -> tuple[RMSNorm | None, ...]:
+        """Those of q, k and v; None where nothing is normed."""
+        q_norm, k_norm = (*self.qk_norms(), None)[:2]
+        return q_norm, k_norm, self.v_norm
 
-    def _normed(
-        self, x: torch.Tensor | None, norm: tuple[torch.Tensor, float] | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """norm(x) in memory of its own, and 1/rms."""
-        if x is None or norm is None:
-            return x, None
-        y, _, rstd = rms_norm_forward(x, norm[0], self.eps, norm[1])
-        return y, rstd
 
-    def _norm_backward(self, dy, x, rstd, norm, dresidual=None) -> None:
-        """Writes the gradient of x over it."""
-        if norm is None:
-            x.copy_(dy)
-        else:
-            rms_norm_backward(dy, x, rstd, norm[0], norm[1], dresidual=dresidual, out=x)
+def _normed(x: torch.Tensor | None, norm: RMSNorm | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """norm(x) in memory of its own, and 1/rms."""
+    if x is None or norm is None:
+        return x, None
+    y, _, rstd = norm.compute(x)
+    return y, rstd
 
 
 def donor_of(config: PretrainedConfig, index: int) -> tuple[int, bool]:
