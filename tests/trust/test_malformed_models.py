@@ -70,7 +70,7 @@ def use(folder: Path) -> None:
 def models(tmp_path_factory) -> Path:
     """A folder with a tiny model of some families, and an adapter of one of them."""
     root = tmp_path_factory.mktemp("models")
-    for family in ("llama", "gemma3_text", "smollm3"):
+    for family in ("llama", "gemma3_text", "smollm3", "muse_glimmer_text", "cohere2"):
         checkpoint(root / family, family)
     model, tokenizer = load(root / "llama")
     model = FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj", "v_proj"])
@@ -169,6 +169,8 @@ def test_a_json_file_with_a_byte_order_mark_is_read(models, tmp_path):
         ("llama", {"model_type": "lama"}, "did you mean llama?"),
         ("gemma3_text", {"layer_types": ["full_attention"]}, "layer_types"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: must be 0 or 1 for each of 4 layers"),
+        ("muse_glimmer_text", {"layer_rope_theta": [1e4]}, "layer_rope_theta: must be a base, or 0 for each of 4 layers"),
+        ("cohere2", {"logit_scale": 0.0}, "logit_scale = 0.0: must be a number other than 0"),
     ],
 )  # fmt: skip
 def test_a_config_that_no_network_can_have_is_refused_before_it_is_built(

@@ -242,8 +242,8 @@ def _check_numbers(config: PretrainedConfig) -> list[str]:
     family = family_of(config)
     positive = [family.norm_eps, *filter(None, (family.output_norm_eps, family.query_factor))]
     positive += [family.attention_scale] * isinstance(family.attention_scale, str)
-    optional = ["attn_logit_softcapping"] * (family.softcaps is True)
-    optional += ["final_logit_softcapping"] * bool(family.softcaps)
+    caps = {True: ["attn_logit_softcapping", "final_logit_softcapping"], "final": ["final_logit_softcapping"]}
+    optional = caps.get(family.softcaps, [])
     nonzero = ["embedding_multiplier", "residual_multiplier", "logits_scaling"] * family.multipliers
     nonzero += [family.logit_scale] * bool(family.logit_scale)
     found = [
@@ -263,8 +263,7 @@ def _check_numbers(config: PretrainedConfig) -> list[str]:
     return found
 
 
-# fields that mark the layers without RoPE by 0 -> types, and what each layer has
-_MARKS = {"no_rope_layers": ((int, bool), "0 or 1"), "layer_rope_theta": ((int, float), "a base, or 0")}
+_MARKS = {"no_rope_layers": "0 or 1", "layer_rope_theta": "a base, or 0"}  # 0 of a layer without RoPE
 
 
 def _check_lists(config: PretrainedConfig) -> list[str]:
@@ -291,9 +290,8 @@ def _check_lists(config: PretrainedConfig) -> list[str]:
                 f"num_kv_shared_layers = {shown(config.num_kv_shared_layers)}: a layer of each type before the last so many "
                 "must have keys and values of its own"
             )
-    kinds, what = _MARKS.get(family.without_rope, ((), ""))
-    marks = getattr(config, family.without_rope, None) if what else None
-    if what and not (are(marks, *kinds) and len(marks) == layers):
+    what, marks = _MARKS.get(family.without_rope), getattr(config, family.without_rope or "", None)
+    if what and not (are(marks, int, bool, float) and len(marks) == layers):
         found.append(f"{family.without_rope}: must be {what} for each of {layers} layers")
     return found
 
