@@ -330,16 +330,39 @@ def test_embedding_rows_compile(capability, dtype):
     assert stores > 0
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [t for t in TARGETS if t[0] >= 80])
+@pytest.mark.parametrize(
+    ("capability", "shared", "dtype"),
+    [
+        (80, SHARED[80], torch.bfloat16),
+        (90, SHARED[90], torch.bfloat16),
+        *(
+            pytest.param(*one, marks=pytest.mark.long)
+            for one in (
+                (80, 166912, torch.bfloat16),
+                (86, SHARED[80], torch.bfloat16),
+                (89, SHARED[80], torch.float16),
+                (90, SHARED[90], torch.float16),
+                (100, SHARED[90], torch.bfloat16),
+                (120, SHARED[80], torch.bfloat16),
+            )
+        ),
+    ],
+)
 @pytest.mark.parametrize("width", [64, 128, 256])
-def test_attention_compiles_within_shared_memory(launches, capability, dtype, width):
+def test_attention_compiles_within_shared_memory_and_on_tensor_cores(
+    launches, monkeypatch, capability, shared, dtype, width
+):
+    monkeypatch.setattr(flash_attention, "shared_bytes", lambda device: shared)
     q, k = torch.randn(200, 4, width).to(dtype), torch.randn(200, 2, width).to(dtype)
     offsets = torch.tensor([0, 150, 200], dtype=torch.int32)
     out, lse = flash_attention.flash_attention_forward(q, k, k, offsets, 150, 0.1, 64, 50.0)
     flash_attention.flash_attention_backward(out, q, k, k, out, lse, offsets, 150, 0.1, None, 50.0)
     assert len(launches) == 3
     for launch in launches:
-        assert compiled(launch, capability).metadata.shared <= SHARED[capability]
+        kernel = compiled(launch, capability)
+        assert kernel.metadata.shared <= shared
+        products = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
+        assert products in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oribi.kernels import dispatch
+from oribi.kernels import dispatch, flash_attention
 from oribi.kernels.flash_attention import flash_attention_backward, flash_attention_forward
 from tests.kernels.test_attention import SCALE, inputs, truth
 from tests.kernels.truth import DEVICE, DTYPES, assert_twice_as_good, cases, needs_kernels, relative_error
@@ -45,6 +45,22 @@ def test_attention_and_its_gradients(dtype, heads, kv_heads, width, lengths, win
     assert_twice_as_good(
         lambda q, k, v: Attention.apply(q, k, v, *shape),
         lambda q, k, v: truth(q[None], k[None], v[None], lengths, window, softcap)[0],
+        [x.detach().requires_grad_() for x in (q, k, v)],
+        [torch.randn(q.shape, device=DEVICE)],
+    )
+
+
+@pytest.mark.parametrize("shared", [needed for needed, _ in flash_attention.WIDE_TILES])
+def test_tiles_of_every_gpu_give_the_same(monkeypatch, shared):
+    if DEVICE == "cuda" and flash_attention.shared_bytes(torch.device("cuda", 0)) < shared:
+        pytest.skip("this GPU has not so much shared memory")
+    monkeypatch.setattr(flash_attention, "shared_bytes", lambda device: shared)
+    lengths, window, dtype = [130, 9, 101], 70, HALVES_AND_INTERPRETED[0]
+    q, k, v = (x[0] for x in inputs(1, sum(lengths), 2, 1, 200, dtype))
+    shape = (offsets(lengths), max(lengths), SCALE, window, 5.0)
+    assert_twice_as_good(
+        lambda q, k, v: Attention.apply(q, k, v, *shape),
+        lambda q, k, v: truth(q[None], k[None], v[None], lengths, window, 5.0)[0],
         [x.detach().requires_grad_() for x in (q, k, v)],
         [torch.randn(q.shape, device=DEVICE)],
     )

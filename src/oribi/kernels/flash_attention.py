@@ -10,9 +10,50 @@ owns rows of dq and one that owns rows of dk and dv, so that nothing is added at
 Source: FlashAttention-2, Dao 2023 (arXiv:2307.08691).
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 
 from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl
+
+
+class Tiles(NamedTuple):
+    """Queries and keys that a program multiplies at a time, its warps, and tiles that are on their way at once."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# bytes of shared memory that a program may have -> tiles of the forward, of dq, and of dk and dv, for heads of 129 to 256 numbers.
+# Found by compiling: none spills registers in its loop but the first row's dk and dv (33 of 1,120 instructions). The first row has
+# 64 rows for each four warps, without which Hopper's wide products are not used; in the last, two tiles fit.
+WIDE_TILES = (
+    (232448, (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2))),
+    (166912, (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2))),
+    (0, (Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(32, 32, 8, 2))),
+)
+
+
+def tiles_for(width: int, device: torch.device) -> tuple[Tiles, Tiles, Tiles]:
+    """Tiles of the forward, of dq, and of dk and dv.
+
+    Args:
+        width: E. device: that the kernels run on.
+    """
+    if width <= 128:
+        return Tiles(128, 64, 8 if width > 64 else 4, 2), *[Tiles(64, 64, 4, 2)] * 2
+    return next(tiles for needed, tiles in WIDE_TILES if needed <= shared_bytes(device))
+
+
+@lru_cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have on a GPU; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def flash_attention_forward(
@@ -40,13 +81,13 @@ def flash_attention_forward(
     tokens, heads, width = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    tile = 128 if width <= 128 else 64
+    tile, _, _ = tiles_for(width, q.device)
     cu_keys = cu_seqlens if keys is None else keys[0]
     launch(
-        _forward_kernel, _programs(cu_seqlens, max_length, tile) * heads, q, k, v, out, lse, cu_seqlens, cu_keys,
-        -(-max_length // tile), tokens, *_shape(q, k, v), scale, softcap, window or 0,
-        width, next_power_of_2(width), tile, 64 if width <= 128 else 32, window is not None,
-        num_warps=8 if width > 64 else 4, num_stages=2,
+        _forward_kernel, _programs(cu_seqlens, max_length, tile.queries) * heads, q, k, v, out, lse, cu_seqlens, cu_keys,
+        -(-max_length // tile.queries), tokens, *_shape(q, k, v), scale, softcap, window or 0,
+        width, next_power_of_2(width), tile.queries, tile.keys, window is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse
 
@@ -70,20 +111,19 @@ def flash_attention_backward(
     dout, out = dout.contiguous(), out.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)  # sum of dout * out of each query: the softmax's gradient subtracts it
-    tile = 64 if width <= 128 else 32
+    _, tile, key_tile = tiles_for(width, q.device)
     cu_keys, most_keys = (cu_seqlens, max_length) if keys is None else keys
-    shared = (
-        tokens, *_shape(q, k, v), scale, softcap, window or 0,
-        width, next_power_of_2(width), tile, tile, window is not None,
-    )  # fmt: skip
-    options = {"num_warps": 4, "num_stages": 2 if width <= 128 else 1}
+    shared = tokens, *_shape(q, k, v), scale, softcap, window or 0, width, next_power_of_2(width)
     launch(
-        _dq_kernel, _programs(cu_seqlens, max_length, tile) * heads, q, k, v, dout, out, dq, lse, delta, cu_seqlens, cu_keys,
-        -(-max_length // tile), *shared, **options,
+        _dq_kernel, _programs(cu_seqlens, max_length, tile.queries) * heads, q, k, v, dout, out, dq, lse, delta,
+        cu_seqlens, cu_keys, -(-max_length // tile.queries), *shared, tile.queries, tile.keys, window is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    tile = key_tile
     launch(
-        _dkv_kernel, _programs(cu_keys, most_keys, tile) * k.shape[1], q, k, v, dout, dk, dv, lse, delta, cu_seqlens, cu_keys,
-        -(-most_keys // tile), *shared, **options,
+        _dkv_kernel, _programs(cu_keys, most_keys, tile.keys) * k.shape[1], q, k, v, dout, dk, dv, lse, delta,
+        cu_seqlens, cu_keys, -(-most_keys // tile.keys), *shared, tile.queries, tile.keys, window is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -111,18 +151,28 @@ def _place(cu_seqlens, cu_keys, blocks, heads):
 
 
 @jit
-def _tile(x, start, rows, length, token_stride, columns, WIDTH: tl.constexpr):
-    """[rows, columns] of one head, zero outside the document."""
-    at = (start + rows).to(tl.int64)[:, None] * token_stride + columns[None, :]
-    return tl.load(x + at, mask=(rows < length)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+def _tile(x, start, first, rows, length, token_stride, columns, WIDTH: tl.constexpr):
+    """[rows, columns] of one head from a document's token `first` on, zero outside the document."""
+    # the base is one number, and what each thread adds to it stays the same from tile to tile
+    base = x + (start + first).to(tl.int64) * token_stride
+    at = rows[:, None] * token_stride + columns[None, :]
+    return tl.load(base + at, mask=_inside(first + rows < length, columns, WIDTH), other=0.0)
 
 
 @jit
-def _store_tile(x, values, start, rows, length, token_stride, columns, WIDTH: tl.constexpr):
-    at = (start + rows).to(tl.int64)[:, None] * token_stride + columns[None, :]
-    tl.store(
-        x + at, values.to(x.dtype.element_ty), mask=(rows < length)[:, None] & (columns < WIDTH)[None, :]
-    )
+def _store_tile(x, values, start, first, rows, length, token_stride, columns, WIDTH: tl.constexpr):
+    base = x + (start + first).to(tl.int64) * token_stride
+    at = rows[:, None] * token_stride + columns[None, :]
+    inside = _inside(first + rows < length, columns, WIDTH)
+    tl.store(base + at, values.to(x.dtype.element_ty), mask=inside)
+
+
+@jit
+def _inside(rows, columns, WIDTH: tl.constexpr):
+    inside = rows[:, None]
+    if columns.shape[0] != WIDTH:
+        inside = inside & (columns < WIDTH)[None, :]
+    return inside
 
 
 @jit
@@ -165,15 +215,18 @@ def _forward_kernel(
     first = block * QUERIES
     if first >= length:
         return
-    queries, columns = first + tl.arange(0, QUERIES), tl.arange(0, COLUMNS)
-    q_tile = _tile(q + head * q_head, start, queries, length, q_token, columns, WIDTH)
+    columns, rows, key_rows = tl.arange(0, COLUMNS), tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    queries = first + rows
+    q_tile = _tile(q + head * q_head, start, first, rows, length, q_token, columns, WIDTH)
     top = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     sums = tl.zeros([QUERIES, COLUMNS], tl.float32)
     last = before + tl.minimum(first + QUERIES, length)
     for at in range(_first_key(before + first, window, KEYS, WINDOWED), last, KEYS):
-        keys = at + tl.arange(0, KEYS)
-        k_tile = _tile(k + head // group * k_head, first_key, keys, before + length, k_token, columns, WIDTH)
+        keys = at + key_rows
+        k_tile = _tile(
+            k + head // group * k_head, first_key, at, key_rows, before + length, k_token, columns, WIDTH
+        )
         scores, _ = _scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap)
         scores = tl.where(
             _seen(queries[:, None], keys[None, :], length, before, window, WINDOWED), scores, -float("inf")
@@ -183,13 +236,15 @@ def _forward_kernel(
         p = _exp(scores - base[:, None])
         shrink = _exp(top - base)
         total = total * shrink + tl.sum(p, 1)
-        v_tile = _tile(v + head // group * v_head, first_key, keys, before + length, v_token, columns, WIDTH)
+        v_tile = _tile(
+            v + head // group * v_head, first_key, at, key_rows, before + length, v_token, columns, WIDTH
+        )
         sums = sums * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile)
         top = new_top
     inside = queries < length
     total = tl.where(inside, total, 1.0)
     _store_tile(
-        out + head * WIDTH, sums / total[:, None], start, queries, length, heads * WIDTH, columns, WIDTH
+        out + head * WIDTH, sums / total[:, None], start, first, rows, length, heads * WIDTH, columns, WIDTH
     )
     tl.store(lse + head.to(tl.int64) * tokens + start + queries, top + tl.log(total), mask=inside)
 
@@ -205,10 +260,11 @@ def _dq_kernel(
     first = block * QUERIES
     if first >= length:
         return
-    queries, columns = first + tl.arange(0, QUERIES), tl.arange(0, COLUMNS)
-    q_tile = _tile(q + head * q_head, start, queries, length, q_token, columns, WIDTH)
-    d_tile = _tile(dout + head * WIDTH, start, queries, length, heads * WIDTH, columns, WIDTH)
-    o_tile = _tile(out + head * WIDTH, start, queries, length, heads * WIDTH, columns, WIDTH)
+    columns, rows, key_rows = tl.arange(0, COLUMNS), tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    queries = first + rows
+    q_tile = _tile(q + head * q_head, start, first, rows, length, q_token, columns, WIDTH)
+    d_tile = _tile(dout + head * WIDTH, start, first, rows, length, heads * WIDTH, columns, WIDTH)
+    o_tile = _tile(out + head * WIDTH, start, first, rows, length, heads * WIDTH, columns, WIDTH)
     at_row = head.to(tl.int64) * tokens + start + queries
     row_delta = tl.sum(d_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     tl.store(delta + at_row, row_delta, mask=queries < length)
@@ -216,16 +272,20 @@ def _dq_kernel(
     sums = tl.zeros([QUERIES, COLUMNS], tl.float32)
     last = before + tl.minimum(first + QUERIES, length)
     for at in range(_first_key(before + first, window, KEYS, WINDOWED), last, KEYS):
-        keys = at + tl.arange(0, KEYS)
-        k_tile = _tile(k + head // group * k_head, first_key, keys, before + length, k_token, columns, WIDTH)
-        v_tile = _tile(v + head // group * v_head, first_key, keys, before + length, v_token, columns, WIDTH)
+        keys = at + key_rows
+        k_tile = _tile(
+            k + head // group * k_head, first_key, at, key_rows, before + length, k_token, columns, WIDTH
+        )
+        v_tile = _tile(
+            v + head // group * v_head, first_key, at, key_rows, before + length, v_token, columns, WIDTH
+        )
         scores, slope = _scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap)
         seen = _seen(queries[:, None], keys[None, :], length, before, window, WINDOWED)
         p = tl.where(seen, _exp(scores - row_lse[:, None]), 0.0)
         dp = tl.dot(d_tile, tl.trans(v_tile))
         ds = p * (dp - row_delta[:, None]) * slope * scale
         sums += tl.dot(ds.to(k_tile.dtype), k_tile)
-    _store_tile(dq + head * WIDTH, sums, start, queries, length, heads * WIDTH, columns, WIDTH)
+    _store_tile(dq + head * WIDTH, sums, start, first, rows, length, heads * WIDTH, columns, WIDTH)
 
 
 @jit
@@ -240,9 +300,10 @@ def _dkv_kernel(
     first = block * KEYS
     if first >= before + length:
         return
-    keys, columns = first + tl.arange(0, KEYS), tl.arange(0, COLUMNS)
-    k_tile = _tile(k + kv_head * k_head, first_key, keys, before + length, k_token, columns, WIDTH)
-    v_tile = _tile(v + kv_head * v_head, first_key, keys, before + length, v_token, columns, WIDTH)
+    columns, rows, query_rows = tl.arange(0, COLUMNS), tl.arange(0, KEYS), tl.arange(0, QUERIES)
+    keys = first + rows
+    k_tile = _tile(k + kv_head * k_head, first_key, first, rows, before + length, k_token, columns, WIDTH)
+    v_tile = _tile(v + kv_head * v_head, first_key, first, rows, before + length, v_token, columns, WIDTH)
     k_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
     v_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
     highest = length
@@ -252,13 +313,13 @@ def _dkv_kernel(
     for member in range(group):
         head = kv_head * group + member
         for at in range(lowest, highest, QUERIES):
-            queries = at + tl.arange(0, QUERIES)
+            queries = at + query_rows
             inside = queries < length
             at_row = head.to(tl.int64) * tokens + start + queries
             row_lse = tl.load(lse + at_row, mask=inside, other=0.0)
             row_delta = tl.load(delta + at_row, mask=inside, other=0.0)
-            q_tile = _tile(q + head * q_head, start, queries, length, q_token, columns, WIDTH)
-            d_tile = _tile(dout + head * WIDTH, start, queries, length, heads * WIDTH, columns, WIDTH)
+            q_tile = _tile(q + head * q_head, start, at, query_rows, length, q_token, columns, WIDTH)
+            d_tile = _tile(dout + head * WIDTH, start, at, query_rows, length, heads * WIDTH, columns, WIDTH)
             scores, slope = _scores(tl.dot(k_tile, tl.trans(q_tile)), scale, softcap)
             seen = _seen(queries[None, :], keys[:, None], length, before, window, WINDOWED)
             p = tl.where(seen, _exp(scores - row_lse[None, :]), 0.0)
@@ -267,8 +328,24 @@ def _dkv_kernel(
             ds = p * (dp - row_delta[None, :]) * slope * scale
             k_sums += tl.dot(ds.to(q_tile.dtype), q_tile)
     _store_tile(
-        dk + kv_head * WIDTH, k_sums, first_key, keys, before + length, kv_heads * WIDTH, columns, WIDTH
+        dk + kv_head * WIDTH,
+        k_sums,
+        first_key,
+        first,
+        rows,
+        before + length,
+        kv_heads * WIDTH,
+        columns,
+        WIDTH,
     )
     _store_tile(
-        dv + kv_head * WIDTH, v_sums, first_key, keys, before + length, kv_heads * WIDTH, columns, WIDTH
+        dv + kv_head * WIDTH,
+        v_sums,
+        first_key,
+        first,
+        rows,
+        before + length,
+        kv_heads * WIDTH,
+        columns,
+        WIDTH,
     )
