@@ -90,11 +90,14 @@ class LayerPass:
         """A group's weights, dequantised, with their LoRA pairs."""
         keeps = self.keep["weights"] == "keep"
         if not (keeps or self.layer.fp8):
+            self.layer.fetch()
             return augmented_weight(projections, self.dtype, self.device)
         # what the weights were made of: a loaded, merged or moved weight is another one
         source = (self.dtype, *((p.weight.data_ptr(), p.weight._version) for p in projections))
         known = self.layer.dequantized.get(name)
         earlier = known[1] if known is not None and known[0] == source else None
+        if earlier is None or self.layer.fp8:  # its copies are made when they are first multiplied with
+            self.layer.fetch(again=self.layer.fp8)
         if self.layer.fp8:
             rounded = earlier or fp8.rounded_weights(projections)
             self.layer.dequantized[name] = (source, rounded)

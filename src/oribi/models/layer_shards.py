@@ -20,6 +20,7 @@ from torch import nn
 from oribi.errors import TrainingError
 from oribi.kernels.expert_stack import PackedWeight
 from oribi.models.experts import STACKS, Experts
+from oribi.models.fused_layer import fusible_halves
 from oribi.models.layers import DecoderLayer
 from oribi.models.peer_memory import peer_memory
 
@@ -75,6 +76,10 @@ class LayerShards:
             else self._peers.own
         )
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # of each layer on the way forward and backward, whether its codes were read there when it last came by
+        self._is_read = [[True, True] for _ in layers]
+        self._ways = [0] * len(layers)
+        self._covered: dict[int, bool] = {}
         self._kept = 0  # layers of which this process has its part
         self._damaged: list[str] = []
         self._calls = 0  # of `gather` in the forward and backward that runs
@@ -107,6 +112,7 @@ class LayerShards:
         dist.all_reduce(torch.zeros(1, device=self.device), group=self._group)
         if not self._is_gathered_as(index, whole):
             self._damaged.append(str(index))
+        layer.fetch = partial(self._fetch, index)
         layer.register_forward_pre_hook(partial(self._before_forward, index))
         layer.register_forward_hook(partial(self._after_forward, index))
 
@@ -197,12 +203,43 @@ class LayerShards:
         return lambda: torch.cuda.current_stream(self.device).wait_event(arrived)
 
     def _before_forward(self, index: int, *_: object) -> None:
-        self.gather(index)
+        self._prepare(index, 1)
 
     def _after_forward(self, index: int, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
         """output [B, S, D]: its gradient arrives before the layer's backward needs the weights again."""
         if output.requires_grad:
-            output.register_hook(lambda gradient: self.gather(index, -1))
+            output.register_hook(lambda gradient: self._prepare(index, -1))
+
+    def _prepare(self, index: int, step: int) -> None:
+        """Before a layer computes: gathers it and starts on the next, each unless it has 16-bit copies of all of its weights."""
+        if self.lockstep:
+            self.gather(index, step)
+            return
+        self._ways[index] = way = int(step < 0)
+        if self._is_needed(index, way):
+            self._start(index)
+            self._wait(index % 2)
+        self._is_read[index][way] = False
+        if self._is_needed(index + step, way):
+            self._start(index + step)
+
+    def _is_needed(self, index: int, way: int) -> bool:
+        return 0 <= index < self._kept and (self._is_read[index][way] or not self._is_covered(index))
+
+    def _is_covered(self, index: int) -> bool:
+        """Whether all of a layer's matrices are read by what calls `fetch` before; others may be read at any time."""
+        if index not in self._covered:
+            halves = fusible_halves(self._layers[index]) or ()
+            groups = [group for half in halves for group in half.groups.values()]
+            fetched = {id(projection.weight) for group in groups for projection in group}
+            self._covered[index] = all(id(matrix.weight) in fetched for matrix in self._matrices[index])
+        return self._covered[index]
+
+    def _fetch(self, index: int, again: bool = True) -> None:
+        """Makes a layer's weights whole where they are read. again: whether they will be read at this place of the next pass."""
+        self._start(index)
+        self._wait(index % 2)
+        self._is_read[index][self._ways[index]] |= again
 
     def _whole_bytes(self, matrices: list["_Matrix"]) -> int:
         unit = ALIGNMENT * self.processes
@@ -232,7 +269,7 @@ class LayerShards:
     def _is_gathered_as(self, index: int, whole: torch.Tensor) -> bool:
         """Whether all processes find the layer they had in what is gathered."""
         self._gathered[index % 2] = None
-        self.gather(index)
+        self._fetch(index)
         same = torch.tensor(
             int(torch.equal(self._buffers[index % 2][: len(whole)], whole)), device=self.device
         )

@@ -5,7 +5,7 @@ runs as `fused_layer` describes; otherwise by PyTorch's autograd.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -99,6 +99,10 @@ class Embedding(nn.Embedding):
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
+def _all_here(again: bool = True) -> None:
+    """A layer whose frozen matrices this process holds."""
+
+
 class DecoderLayer(NamedParts):
     def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
         super().__init__(family)
@@ -124,6 +128,8 @@ class DecoderLayer(NamedParts):
         self.fp8 = False  # set by `use_fp8`
         # group -> what it was made of, and the weights
         self.dequantized: dict[str, tuple[tuple, torch.Tensor | RoundedWeights]] = {}
+        # called before frozen matrices are read, which processes may share: `LayerShards`
+        self.fetch: Callable[..., None] = _all_here
 
     @property
     def mixer(self) -> Mixer:
@@ -190,6 +196,7 @@ class DecoderLayer(NamedParts):
 
     def _composed(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The layer by PyTorch's autograd, for inference and for whatever `fused_layer` does not train."""
+        self.fetch()
         read = x
         for index, (module, pre, post) in enumerate(self.parts()):
             read = read if self.parallel else x
