@@ -24,6 +24,7 @@ from oribi.memory.fit import loads_in_parts
 from oribi.models.adapter_files import read_record
 from oribi.models.files import missing_folder
 from oribi.models.load import load_model
+from oribi.models.unwrap import is_sharded
 from oribi.preflight import (
     check_before_loading,
     evaluation_sources,
@@ -45,6 +46,7 @@ from oribi.run_record import (
 )
 from oribi.save import save_gguf, save_merged
 from oribi.save.four_bits import kept_by_auto
+from oribi.save.whole import whole_model
 from oribi.text import gibibytes, is_first_process, say_notes, write_whole
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
 from oribi.train.determinism import fix_order_of_cublas
@@ -55,11 +57,9 @@ from oribi.train.rewards import load_reward_functions
 from oribi.train.run_trainer import RunTrainer
 from oribi.train.samples import SampleAnswers, read_samples, sample_prompts
 from oribi.train.several import load_together
-from oribi.train.shards import is_sharded
 from oribi.train.stage_measures import texts_of
 from oribi.train.stages import RunData, make_stage_trainer
 from oribi.train.trainer import SFTTrainer
-from oribi.train.whole import whole_again
 
 
 def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
@@ -109,7 +109,7 @@ def run(config: RunConfig, overwrite: bool = False) -> dict[str, Path]:
         trainer.train(resume_from_checkpoint=start.resumes, resume_weights_only=start.weights_only)  # 6
         kept = checkpoint_trained(trainer)
         if is_main and is_sharded(trainer.model):
-            trainer.model = model = whole_again(trainer)
+            trainer.model = model = whole_model(trainer.model)
             look = partial(_measure, config, model, tokenizer, data)
         saved, failures = _save(config, trainer, tokenizer) if is_main else ({}, {})  # 7
         if is_main and kept is not None and not failures:

@@ -48,10 +48,9 @@ def write_tiny_model(folder: Path, **changes: object) -> Path:
     config = tiny_config(
         "llama",
         vocab_size=VOCABULARY,
-        num_hidden_layers=2,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **changes,
+        **{"num_hidden_layers": 2, **changes},
     )
     tiny_pair(config)[1].save_pretrained(folder)
     tokenizer.save_pretrained(folder)

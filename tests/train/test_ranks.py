@@ -18,12 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from oribi import FastLanguageModel, trl
 from oribi.errors import OribiError
 from oribi.lora.attach import attach_lora
+from oribi.models import layer_shards
 from oribi.models.load import load_model
 from oribi.models.load_together import LoadTogether
+from oribi.models.unwrap import is_sharded
 from oribi.selftest.subject import Subject, write_small_model
-from oribi.train.shards import is_sharded
 from tests.compat.test_trl import PAIRS
 from tests.models.tiny_checkpoint import checkpoint
+from tests.train.conftest import write_tiny_model
 from tests.trust import forks
 from tests.trust.runs import losses_of, trainer_in
 
@@ -217,3 +219,52 @@ def test_a_script_whose_processes_all_save_has_each_file_written_once(tiny_folde
     assert first == second
     assert (tmp_path / "first" / "adapter_model.safetensors").is_file()
     assert "oribi" not in (tmp_path / "1" / "out").read_text()
+
+
+def test_a_script_saves_and_predicts_the_same_while_processes_share_the_weights(tmp_path, monkeypatch):
+    """Also in the first process alone, and where all of them gather each layer together."""
+    torch.set_num_threads(1)
+    base = write_tiny_model(tmp_path / "tiny", num_hidden_layers=4)  # more layers than are whole at a time
+
+    def run(settings: dict[str, Any]) -> None:
+        monkeypatch.setattr(layer_shards, "peer_memory", lambda size, device, group: None)
+        options = {"max_seq_length": 64, "dtype": torch.float32, "load_in_4bit": True}
+        model, tokenizer = FastLanguageModel.from_pretrained(str(base), **options)
+        model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=4)
+        rows = Dataset.from_list([{"text": row["prompt"]} for row in PAIRS])
+        args = trl.SFTConfig(
+            output_dir="out", max_steps=2, save_steps=1, report_to="none", dataset_text_field="text", use_cpu=True,
+            per_device_train_batch_size=1, **settings,
+        )  # fmt: skip
+        held_out = rows.select(range(3))
+        trainer = trl.SFTTrainer(
+            model, args=args, train_dataset=rows, eval_dataset=held_out, tokenizer=tokenizer
+        )
+        trainer.train()
+        assert is_sharded(model) == bool(settings)
+        trainer.save_model("final")
+        losses = [trainer.evaluate()["eval_loss"], trainer.predict(held_out).metrics["test_loss"]]
+        model.save_pretrained_merged("merged", tokenizer)
+        if trainer.is_world_process_zero():
+            model.save_pretrained_merged("alone", tokenizer, save_method="merged_4bit")
+            model.save_pretrained_merged("lora", tokenizer, save_method="lora")
+            model.save_pretrained_gguf("model", tokenizer, quantization_method="q8_0")
+            model.save_pretrained_gguf("adapter", tokenizer, save_method="lora")
+        model.save_pretrained("last")
+        args.max_steps = 3
+        trainer.train(resume_from_checkpoint=True)
+        Path(f"{os.environ[RANK]}.json").write_text(
+            json.dumps({"losses": losses, "later": losses_of(trainer)})
+        )
+
+    files: dict[str, dict[Path, bytes]] = {}
+    for name, settings in (("whole", {}), ("shared", {"fsdp": True})):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        found_by(lambda: run(settings), folder, 2)  # noqa: B023
+        written = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf")]
+        files[name] = {path.relative_to(folder): path.read_bytes() for path in written}
+        files[name] |= {Path(f"{rank}.json"): (folder / f"{rank}.json").read_bytes() for rank in range(2)}
+    assert len(files["whole"]) > 10
+    assert files["whole"] == files["shared"]

@@ -1,4 +1,4 @@
-"""Kill one of two processes of `oribi train` at random moments: python -m tests.trust.kills_of_ranks CONFIG FOLDER KILLS [SHARDED].
+"""Kill one of two processes of `oribi train` at random moments: python -m tests.trust.kills_of_ranks CONFIG FOLDER KILLS [FLAG VALUE].
 
 The launcher is the real one; its processes are forks of this one, which has everything imported. A run that ends before it is
 killed makes place for the next one. Prints one line of JSON with what was found.

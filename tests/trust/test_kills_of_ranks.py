@@ -20,6 +20,7 @@ SAVE_STEPS = 2
         pytest.param(3, (), marks=pytest.mark.long),
         pytest.param(10, (), marks=pytest.mark.long),
         pytest.param(10, ("--fsdp", "true"), marks=pytest.mark.long),
+        pytest.param(10, ("--context_parallel", "2"), marks=pytest.mark.long),
     ],
 )
 def test_a_run_survives_kills_of_one_process_and_ends_as_if_there_were_none(tmp_path, kills, words):

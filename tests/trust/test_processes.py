@@ -15,12 +15,12 @@ from transformers import LlamaConfig
 
 from oribi.errors import ConfigError
 from oribi.models.decoder import build
+from oribi.models.unwrap import is_sharded
 from oribi.selftest.processes import run_together
 from oribi.selftest.subject import Subject, write_small_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.evaluate import without_repeats
 from oribi.train.setup import fit_arguments
-from oribi.train.shards import is_sharded
 from oribi.train.trainer import SFTTrainer
 from tests.trust.runs import losses_of, trainer_in
 
@@ -49,7 +49,8 @@ from oribi.lora.attach import attach_lora
 from oribi.save import save_merged
 from oribi.selftest.subject import Subject
 from oribi.train.guard import LossGuard
-from oribi.train.shards import is_sharded, shard
+from oribi.models.unwrap import is_sharded
+from oribi.train.shards import shard
 
 def load(kind, keeps):
     model, _ = load_model(

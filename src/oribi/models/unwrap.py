@@ -29,6 +29,11 @@ def is_classifier(model: nn.Module) -> bool:
     return type(base_model(model)).__name__.endswith("ForSequenceClassification")
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold only parts of the model's frozen weights."""
+    return getattr(getattr(base_model(model), "model", None), "shards", None) is not None
+
+
 def bare_module(module: nn.Module) -> nn.Module:
     """The module that PEFT put its wrappers around."""
     for name in _INNER:

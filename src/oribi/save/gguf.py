@@ -40,6 +40,7 @@ from oribi.save.one_writer import by_first_process
 from oribi.save.probe_file import ExportedFile
 from oribi.save.trained import LoadedModel, MergedModel, changes_of
 from oribi.save.verify_gguf import check_gguf_tokenizer, check_in_llama_cpp
+from oribi.save.whole import whole_model
 
 _METADATA = 16 << 20  # bytes of a file; a vocabulary of 128k tokens and its merges takes 8 MB
 _ADAPTER_TYPES = {"auto": Type.F16, "f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
@@ -92,6 +93,7 @@ def save_gguf(
         return save_gguf_adapter(
             model, directory, quantization_method, tokenizer=tokenizer, held_out=held_out, verify=verify
         )
+    model = whole_model(model)
     asked = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     methods = list(dict.fromkeys(mix_of(method).name for method in asked))
     called = model_name(model) if name is None else file_name(name)
@@ -260,6 +262,8 @@ def save_gguf_adapter(
     unknown = [name for name in names if name.lower() not in _ADAPTER_TYPES]
     if unknown:
         raise ConfigError(f"an adapter as GGUF is written as {', '.join(_ADAPTER_TYPES)}; got {unknown[0]!r}")
+    if verify and tokenizer is not None:  # which asks the model, in this process alone
+        model = whole_model(model)
     files = {name.lower(): f"{model_name(model)}-lora.{name.upper()}.gguf" for name in names}
     export = GGUFAdapterExport(model, directory, "gguf-adapter", files, verify)
     export.save(tokenizer, held_out)

@@ -45,6 +45,7 @@ from oribi.save.samples import described_samples, sample_all
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards
 from oribi.save.trained import MergedModel
 from oribi.save.verify import check_saved_tokenizer, logits_of_whole
+from oribi.save.whole import whole_model
 from oribi.tensors import SafetensorsSource, TensorSource, all_finite, read_header
 
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
@@ -96,6 +97,8 @@ def save_merged(
     if not options.is_main_process:
         return None
     save_method = save_method.removesuffix("_forced")
+    if save_method != "lora" or verify:  # which asks the model, in this process alone
+        model = whole_model(model)
     common = (model, directory, save_method, {save_method: "."}, verify, options.tags)
     if save_method == "lora":
         report = AdapterExport(*common).save(tokenizer, held_out)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PredictionOutput
 
 from oribi.chat.ends import turn_end_id
 from oribi.data.collate import PackCollator, PaddedCollator
@@ -125,15 +126,18 @@ class RowsTrainer(Trainer):
         self._signature_columns = ["input_ids", "labels", "seq_lengths"]
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        def prepared(rows: Any, name: str) -> Any:
-            return self._prepare_dataset(rows, self.processing_class, self.args, name)
+        return super().evaluate(self._evaluation_rows(eval_dataset, "eval"), *args, **kwargs)
 
-        if prepares_data(self.args) and eval_dataset is not None and not isinstance(eval_dataset, str):
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: prepared(rows, name) for name, rows in eval_dataset.items()}
-            else:
-                eval_dataset = prepared(eval_dataset, "eval")
-        return super().evaluate(eval_dataset, *args, **kwargs)
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        return super().predict(self._evaluation_rows(test_dataset, "test"), *args, **kwargs)
+
+    def _evaluation_rows(self, dataset: Any, name: str) -> Any:
+        """Rows that a call brings, prepared; a name of an evaluation set is kept."""
+        if not prepares_data(self.args) or dataset is None or isinstance(dataset, str):
+            return dataset
+        if isinstance(dataset, dict):
+            return {one: self._evaluation_rows(rows, one) for one, rows in dataset.items()}
+        return self._prepare_dataset(dataset, self.processing_class, self.args, name)
 
     def _get_dataloader(
         self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any

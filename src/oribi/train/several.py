@@ -13,10 +13,10 @@ from transformers import Trainer, TrainerCallback
 from oribi.errors import TrainingError
 from oribi.launch import processes_here
 from oribi.models.load_together import LoadTogether
+from oribi.models.unwrap import is_sharded
 from oribi.train.checkpoints import StopOnSignal, any_process
 from oribi.train.exchange import Exchange
 from oribi.train.setup import temporarily
-from oribi.train.shards import is_sharded
 
 
 def load_together(device: torch.device, in_parts: bool, timeout: float) -> LoadTogether | None:

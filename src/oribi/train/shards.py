@@ -22,7 +22,7 @@ from oribi.models.layer_shards import split_layers
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import read
 from oribi.models.peer_memory import machine_group
-from oribi.models.unwrap import base_model
+from oribi.models.unwrap import base_model, is_sharded
 from oribi.train.arguments import SFTConfig
 
 logger = logging.getLogger(__name__)
@@ -93,11 +93,6 @@ def _problems(args: SFTConfig, base: DecoderForCausalLM) -> Iterator[str]:
                 "LoRA, load with load_in_4bit=False, or leave out fsdp"
             )
             return
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold only parts of the model's frozen weights."""
-    return getattr(getattr(base_model(model), "model", None), "shards", None) is not None
 
 
 def in_lockstep(model: nn.Module) -> bool:
