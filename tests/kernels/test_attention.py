@@ -1,11 +1,13 @@
 """Attention: every backend that this machine has, against float64, dense, packed, windowed and grouped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oribi.kernels import attention as op
-from oribi.kernels import flash_attention_3
+from oribi.kernels import attention_reference, flash_attention_3
 from oribi.kernels.attention import Visibility, attention, attention_backward, attention_forward, decide
 from tests.kernels.truth import DEVICE, relative_error
 
@@ -13,7 +15,7 @@ SCALE = 0.3
 gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
 
 
-def truth(q, k, v, lengths: list[int], window: int | None, softcap: float | None) -> torch.Tensor:
+def truth(q, k, v, lengths: list[int], window: int | None, softcap: float | None, sinks=None) -> torch.Tensor:
     """Softmax attention by its definition, one document and one head at a time."""
     out = torch.zeros_like(q)
     groups = q.shape[2] // k.shape[2]
@@ -28,7 +30,10 @@ def truth(q, k, v, lengths: list[int], window: int | None, softcap: float | None
                     scores = softcap * torch.tanh(scores / softcap)
                 back = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
                 hidden = back < 0 if window is None else (back < 0) | (back >= window)
-                out[row, at, h] = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[row, at, h // groups]
+                scores = scores.masked_fill(hidden, -torch.inf)
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[h].expand(n, 1)], dim=1)
+                out[row, at, h] = scores.softmax(-1)[:, :n] @ v[row, at, h // groups]
     return out
 
 
@@ -46,17 +51,17 @@ def pack_of(lengths: list[int]) -> Visibility:
     return Visibility(1, sum(lengths), cu_seqlens=bounds, max_length=max(lengths))
 
 
-def errors(visibility, lengths, q, k, v, window=None, softcap=None) -> list[float]:
+def errors(visibility, lengths, q, k, v, window=None, softcap=None, sinks=None) -> list[float]:
     """Relative errors of out, dq, dk, dv against float64."""
     dout = torch.randn(q.shape, device=DEVICE).to(q.dtype)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = truth(*exact, lengths, window, softcap)
+    expected = truth(*exact, lengths, window, softcap, None if sinks is None else sinks.double())
     expected = [expected, *torch.autograd.grad(expected, exact, dout.double())]
-    how = decide(q, visibility, SCALE, window, softcap)
+    how = decide(q, visibility, SCALE, window, softcap, sinks=sinks)
     out, saved = attention_forward(q, k, v, how)
     found = [out, *attention_backward(dout, q, k, v, out, saved, how)]
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    autograd = attention(*leaves, visibility, SCALE, window, softcap)
+    autograd = attention(*leaves, visibility, SCALE, window, softcap, sinks)
     assert relative_error(autograd, out) < 1e-2
     by_autograd = torch.autograd.grad(autograd, leaves, dout)
     for a, b in zip(by_autograd, found[1:]):
@@ -71,6 +76,51 @@ def test_float32_reference_equals_the_definition(lengths, window, softcap):
     q, k, v = inputs(1, sum(lengths), 4, 2, 16, torch.float32)
     visibility = pack_of(lengths) if len(lengths) > 1 else Visibility(1, lengths[0])
     assert max(errors(visibility, lengths, q, k, v, window, softcap)) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_sinks_take_their_share_of_every_softmax(window, softcap):
+    q, k, v = inputs(1, 13, 4, 2, 16, torch.float32)
+    sinks = torch.randn(4, device=DEVICE)
+    assert max(errors(pack_of([5, 1, 7]), [5, 1, 7], q, k, v, window, softcap, sinks)) < 1e-5
+
+
+def sink_gradient(how: op.Attend, dout, q, k, v) -> list[torch.Tensor]:
+    """out and the gradients of q, k, v and of the sinks, by the backend that `how` names."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, how.sinks)]
+    out = op._Attention.apply(*leaves[:3], replace(how, sinks=leaves[3]), leaves[3])
+    return [out, *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_are_joined_to_a_backend_that_knows_none_of_them(window):
+    q, k, v = inputs(1, 13, 4, 2, 16, torch.float32)
+    visibility, dout = pack_of([5, 1, 7]), torch.randn(1, 13, 4, 16, device=DEVICE)
+    sinks = torch.randn(4, device=DEVICE)
+    how = replace(decide(q, visibility, SCALE, window, sinks=sinks), backend="blocked")
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
+    expected = truth(*exact[:3], [5, 1, 7], window, None, exact[3])
+    expected = [expected, *torch.autograd.grad(expected, exact, dout.double())]
+    for found, wanted in zip(sink_gradient(how, dout, q, k, v), expected):
+        assert relative_error(found, wanted) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("lengths", "window"), [([130], None), ([130], 17), ([63, 1, 100, 7], None), ([63, 1, 100, 7], 20)]
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_sinks_on_the_gpu_equal_the_definition(lengths, window, head_dim):
+    q, k, v = inputs(1, sum(lengths), 8, 2, head_dim, torch.bfloat16)
+    visibility = pack_of(lengths) if len(lengths) > 1 else Visibility(1, lengths[0])
+    sinks, dout = torch.randn(8, device=DEVICE), torch.randn(q.shape, device=DEVICE).bfloat16()
+    assert max(errors(visibility, lengths, q, k, v, window, None, sinks)) < 1e-2
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
+    expected = torch.autograd.grad(truth(*exact[:3], lengths, window, None, exact[3]), exact, dout.double())
+    found = sink_gradient(decide(q, visibility, SCALE, window, sinks=sinks), dout, q, k, v)[1:]
+    assert all(relative_error(one, wanted) < 1e-2 for one, wanted in zip(found, expected))
 
 
 @pytest.mark.gpu
@@ -93,13 +143,13 @@ def test_keys_are_repeated_where_only_plain_products_would_take_groups(monkeypat
     expected = attention(q, k, v, Visibility(2, 24, real=real), SCALE)
     product, asked = torch.nn.functional.scaled_dot_product_attention, []
     monkeypatch.setattr(
-        op.F,
+        attention_reference.F,
         "scaled_dot_product_attention",
         lambda q, k, v, *given, **named: (
             asked.append((named["enable_gqa"], k.shape[1])) or product(q, k, v, *given, **named)
         ),
     )
-    monkeypatch.setattr(op, "takes_groups", lambda q, mask: False)
+    monkeypatch.setattr(attention_reference, "takes_groups", lambda q, mask: False)
     assert relative_error(attention(q, k, v, Visibility(2, 24, real=real), SCALE), expected) < 1e-6
     assert asked == [(False, 4)]
 

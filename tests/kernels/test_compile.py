@@ -28,6 +28,7 @@ from oribi.kernels import (
     lora,
     lora_expand,
     lora_pack,
+    mxfp4,
     nf4,
     nf4_linear,
     nf4_lookup,
@@ -65,6 +66,7 @@ MODULES = (
     expert_stack,
     expert_rows,
     grouped,
+    mxfp4,
 )
 # bytes of shared memory that a program may have; of 8.x, the cards with least
 SHARED = {80: 101376, 90: 232448}
@@ -154,7 +156,7 @@ def test_norm_rope_and_gated_mlp_compile_with_16_byte_loads_and_stores(launches,
     for activation in gated_mlp.ACTIVATIONS:
         h = gated_mlp.gated_mlp_forward(gate, up, activation)
         gated_mlp.gated_mlp_backward(h, gate, up, activation, dgate=gate, dup=up, h=h)
-    assert len(launches) == 16
+    assert len(launches) == 10 + 2 * len(gated_mlp.ACTIVATIONS)
     for launch in launches:
         kernel = compiled(launch, capability)
         assert kernel.asm["cubin"]
@@ -459,12 +461,18 @@ def test_products_of_experts_compile_at_the_sizes_of_qwen3_30b(launches, capabil
     stack = expert_stack.PackedStack.empty((experts, 2 * size, hidden), 2, True, torch.device("cpu"))
     expert_stack.dequantize_stack(stack, dtype, weight[:, : 2 * size, :hidden])
     expert_stack.dequantize_stack(stack, dtype, experts=torch.tensor([3, 1]))
+    codes = torch.empty(experts, 2 * size, hidden // 2, dtype=torch.uint8)
+    in_mxfp4 = mxfp4.MXFP4Stack(
+        (experts, 2 * size, hidden), 2, codes, codes[..., : hidden // 32].contiguous()
+    )
+    expert_stack.dequantize_stack(in_mxfp4, dtype, weight[:, : 2 * size, :hidden])
+    expert_stack.dequantize_stack(in_mxfp4, dtype, experts=torch.tensor([3, 1]))
     routing = sort_by_expert(torch.zeros(rows // 4, 4, dtype=torch.int64), experts)
     expert_rows.take_rows(y[: rows // 4, :hidden], routing.tokens, x[:, : 2 * size])
     with torch.no_grad():
         expert_rows.combine(x[:, :hidden], routing, torch.empty(rows // 4, 4, dtype=dtype))
     expert_rows.products_and_weighted(x[:, :size], y[:, :size], torch.empty(rows, dtype=dtype))
-    assert len(launches) == 8
+    assert len(launches) == 10
     for launch in launches:
         kernel = compiled(launch, capability)
         assert kernel.asm["cubin"]

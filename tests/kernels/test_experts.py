@@ -1,4 +1,4 @@
-"""Products of rows sorted by expert, and stacks packed as NF4: kernels against float64 truths and bitsandbytes.
+"""Products of rows sorted by expert, and stacks packed as NF4 and MXFP4: kernels against float64 truths and their own libraries.
 
 On a GPU, or in Triton's interpreter when test_interpreted.py runs this file; references on any machine.
 """
@@ -9,7 +9,8 @@ import torch
 from oribi.kernels import dispatch, grouped, nf4
 from oribi.kernels.expert_linear import StackProjection, expert_linear
 from oribi.kernels.expert_rows import combine, products_and_weighted, take_rows
-from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_matrix, dequantize_stack
+from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_stack
+from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.kernels.routing import choose, sort_by_expert, weigh, weigh_backward
 from tests.kernels.truth import DEVICE, relative_error
 
@@ -103,7 +104,7 @@ def test_each_matrix_of_a_stack_has_bitsandbytes_bits(dtype, double):
     assert out[:, 160:].isnan().all()
     chosen = torch.tensor([2, 0, 2], device=DEVICE)
     assert torch.equal(dequantize_stack(stack, dtype, experts=chosen).cpu(), truth[[2, 0, 2]])
-    assert torch.equal(dequantize_matrix(stack, 3, dtype).cpu(), truth[1, 80:])
+    assert torch.equal(stack.matrix(3, dtype).cpu(), truth[1, 80:])
     assert stack.nbytes < 0.55 * 3 * 160 * 192 or not double
 
 
@@ -125,6 +126,47 @@ def test_grouped_rows_are_taken_combined_and_compared_in_one_pass(dtype, columns
     products, scaled = (rows.double() * other.double()).sum(-1), rows.double() * each.double()[:, None]
     assert relative_error(products_and_weighted(rows, other, each).cpu(), products.cpu()) < tolerance
     assert relative_error(rows.cpu(), scaled.cpu()) < tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mxfp4_weights_have_the_bits_of_transformers(dtype):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    codes = torch.randint(0, 256, (3, 160, 6, 16), dtype=torch.uint8, device=DEVICE)
+    scales = torch.randint(1, 255, (3, 160, 6), dtype=torch.uint8, device=DEVICE)
+    scales[scales > 250] = 0  # 2^-127 is no normal number
+    truth = convert_moe_packed_tensors(codes, scales, dtype=dtype).mT  # it makes them [in, out]
+    stack = MXFP4Stack((3, 160, 192), 2, codes.flatten(2), scales)
+    out = torch.full((3, 176, 208), float("nan"), dtype=dtype, device=DEVICE)
+    dequantize_stack(stack, dtype, out[:, :160, :192])
+    assert torch.equal(out[:, :160, :192], truth)
+    assert out[:, 160:].isnan().all()
+    chosen = torch.tensor([2, 0, 2], device=DEVICE)
+    assert torch.equal(dequantize_stack(stack, dtype, experts=chosen), truth[[2, 0, 2]])
+    assert torch.equal(stack.matrix(3, dtype), truth[1, 80:])
+    assert stack.nbytes == 3 * 160 * 192 * 17 // 32
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="nothing of Triton's is in it")
+@pytest.mark.parametrize("packed", [True, False])
+def test_biases_and_alternating_rows_of_b_are_those_of_the_plain_formula(packed):
+    stack, _ = packed_stack(experts=4)
+    dense = dequantize_stack(stack, torch.float32)
+    a, b = torch.randn(4 * 5, 192, device=DEVICE), torch.randn(160, 5 * 4, device=DEVICE)
+    bias = torch.randn(4, 160, device=DEVICE)
+    x, offs = torch.randn(64, 192, device=DEVICE), bounds([5, 0, 41, 18])
+    ids = torch.arange(4, device=DEVICE).repeat_interleave(torch.tensor([5, 0, 41, 18], device=DEVICE))
+    leaves = [t.requires_grad_() for t in (x, a, b, bias)]
+    weight = PackedWeight(stack, torch.float32) if packed else dense
+    y = expert_linear(x, StackProjection(weight, a, b, 0.5, bias, alternating=True), ids, offs)
+    by_expert = b.view(160, 5, 4).permute(2, 0, 1)  # rows g0, u0, g1, ...
+    by_expert = torch.cat([by_expert[:, ::2], by_expert[:, 1::2]], dim=1)
+    every = dense + 0.5 * by_expert @ a.view(4, 5, 192)
+    expected = torch.einsum("rk,rnk->rn", x, every[ids]) + bias[ids]
+    assert relative_error(y, expected) < 1e-5
+    dy = torch.randn_like(y)
+    for found, wanted in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy)):
+        assert relative_error(found, wanted) < 1e-5
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="nothing of Triton's is in it")

@@ -112,6 +112,9 @@ def plain_gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> to
     """act(gate) * up by PyTorch's own activations."""
     if activation == "silu":
         return F.silu(gate) * up
+    if activation == "swiglu_clamped":  # as transformers' GptOssExperts writes it
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 
 

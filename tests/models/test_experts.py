@@ -5,16 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from transformers import AutoModelForCausalLM
 
 from oribi.errors import ModelError
 from oribi.families import FAMILIES
-from oribi.kernels.expert_stack import PackedWeight, dequantize_stack
+from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_stack
+from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.models import experts_half
+from oribi.models.expert_tensors import loaded_stack
 from oribi.models.load import load_model
 from tests.models.test_fused_layer import adapt, batch_of, gradients
 from tests.models.test_parity import TOLERANCE, errors_against_transformers, relative
-from tests.models.tiny import in_float64, tiny_config, tiny_pair
-from tests.models.tiny_checkpoint import checkpoint, edit_config, edit_tensors
+from tests.models.tiny import MIXED, in_float64, tiny_config, tiny_pair
+from tests.models.tiny_checkpoint import checkpoint, edit_config, edit_tensors, mxfp4_checkpoint
 
 WITH_EXPERTS = [name for name, row in FAMILIES.items() if row.experts is not None]
 MATRIX = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
@@ -22,7 +25,8 @@ MATRIX = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
 
 def routers(*models: torch.nn.Module) -> list[torch.Tensor]:
     """The routers' matrices of models of the same weights."""
-    return [p for model in models for name, p in model.named_parameters() if name.endswith(".gate.weight")]
+    ends = (".gate.weight", ".router.weight")
+    return [p for model in models for name, p in model.named_parameters() if name.endswith(ends)]
 
 
 @pytest.mark.parametrize("model_type", WITH_EXPERTS)
@@ -67,15 +71,28 @@ def test_one_token_and_weights_that_sum_to_one_or_not_equal_transformers(normali
         assert relative(*(model.eval()(input_ids=ids).logits for model in pair)) < TOLERANCE
 
 
-@pytest.mark.parametrize("rule", ["normalise", "interleaved"])
-def test_each_rule_switched_off_breaks_parity(rule, monkeypatch):
-    row = FAMILIES["qwen3_moe"]
+@pytest.mark.parametrize(
+    ("model_type", "rule"),
+    [("qwen3_moe", "normalise"), ("qwen3_moe", "interleaved")]
+    + [("gpt_oss", rule) for rule in ("router", "count", "size", "stored", "alternating", "biases")],
+)
+def test_each_rule_switched_off_breaks_parity(model_type, rule, monkeypatch):
+    row = FAMILIES[model_type]
     plain = type(row.experts)()
     changed = replace(row.experts, **{rule: getattr(plain, rule)})
-    monkeypatch.setitem(FAMILIES, "qwen3_moe", replace(row, experts=changed))
-    config = tiny_config("qwen3_moe")
-    if rule == "interleaved":
-        with pytest.raises(RuntimeError, match="(Unexpected|Missing) key"):
+    monkeypatch.setitem(FAMILIES, model_type, replace(row, experts=changed))
+    config = tiny_config(model_type)
+    fails = {
+        "interleaved": (RuntimeError, "(Unexpected|Missing) key"),
+        "biases": (RuntimeError, "Unexpected key"),
+        "stored": (RuntimeError, "size mismatch"),
+        "size": (AttributeError, "moe_intermediate_size"),
+    }
+    if rule == "count":  # transformers knows this one by both names
+        assert max(errors_against_transformers(*tiny_pair(config)).values()) < TOLERANCE
+    elif rule in fails:
+        error, message = fails[rule]
+        with pytest.raises(error, match=message):
             tiny_pair(config)
     else:
         assert max(errors_against_transformers(*tiny_pair(config)).values()) > 1e-3
@@ -185,6 +202,67 @@ def test_experts_that_are_missing_or_misshapen_are_refused_in_one_message(change
     edit_tensors(tmp_path, change)
     with pytest.raises(ModelError, match=message):
         load_model(str(tmp_path), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("in_4_bits", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_mxfp4_experts_are_kept_as_they_are_and_have_transformers_values(in_4_bits, tmp_path):
+    mxfp4_checkpoint(tmp_path, num_hidden_layers=2, layer_types=MIXED[:2])
+    model, _ = load_model(str(tmp_path), dtype=torch.float32, load_in_4bit=in_4_bits, max_seq_length=None)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert any("stay in MXFP4" in note for note in model.oribi.notes) == in_4_bits
+    for ours, layer in zip(model.model.layers, theirs.model.layers):
+        experts = ours.mlp.experts
+        assert (ours.self_attn.q_proj.weight.dtype == torch.uint8) == in_4_bits
+        for stack in ("gate_up_proj", "down_proj"):
+            weight = getattr(experts, stack)
+            assert isinstance(weight, PackedWeight) == in_4_bits
+            if in_4_bits:
+                assert isinstance(weight.packed, MXFP4Stack)
+                weight = dequantize_stack(weight.packed, torch.float32)
+            assert torch.equal(weight, loaded_stack(experts, stack, getattr(layer.mlp.experts, stack)))
+    if not in_4_bits:
+        ids = torch.randint(3, 380, (2, 12))
+        with torch.no_grad():
+            assert relative(*(one.eval()(input_ids=ids).logits for one in (model, theirs))) < TOLERANCE
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stored", ["float", "mxfp4"])
+def test_gpt_oss_experts_in_float_are_packed_as_nf4_and_mxfp4_in_full_are_trained(stored, tmp_path):
+    if stored == "float":
+        checkpoint(tmp_path, "gpt_oss", num_hidden_layers=2, layer_types=MIXED[:2])
+        model, _ = load_model(str(tmp_path), dtype=torch.float32, max_seq_length=None)
+        packed = model.model.layers[0].mlp.experts.gate_up_proj.packed
+        assert isinstance(packed, PackedStack)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        up = theirs.model.layers[0].mlp.experts.gate_up_proj[3, :, 1::2].T.contiguous()
+        alone = quantize_4bit(up.detach(), blocksize=64, compress_statistics=True, quant_type="nf4")
+        assert torch.equal(packed.matrix(7, torch.float32), dequantize_4bit(*alone))
+        return
+    mxfp4_checkpoint(tmp_path, num_hidden_layers=2, layer_types=MIXED[:2])
+    model, _ = load_model(str(tmp_path), dtype=torch.float32, full_finetuning=True, max_seq_length=None)
+    ids = torch.randint(3, 380, (2, 12))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.0.mlp.experts.down_proj_scales"), "1 stacks .*down_proj_scales: missing"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.down_proj_blocks": torch.zeros(8, 64, 4, 8, dtype=torch.uint8)}),
+            r"down_proj_blocks: \[8, 64, 4, 8\], expected \[8, 64, 4, 16\]",
+        ),
+        (lambda t: t.pop("model.layers.1.mlp.experts.down_proj_bias"), "8 missing: .*experts.0.down_proj.bias"),
+        (lambda t: t.pop("model.layers.1.self_attn.sinks"), "1 missing: model.layers.1.self_attn.sinks"),
+    ],
+)  # fmt: skip
+def test_parts_of_mxfp4_experts_that_are_missing_or_misshapen_are_refused(change, message, tmp_path):
+    mxfp4_checkpoint(tmp_path, num_hidden_layers=2, layer_types=MIXED[:2])
+    edit_tensors(tmp_path, change)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(tmp_path), dtype=torch.float32, max_seq_length=None)
 
 
 @pytest.mark.long

@@ -25,10 +25,12 @@ SIZES = {
 EXPERTS = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 4},
+    # a clamp that no kernel has
     "gpt_oss": {
         "num_local_experts": 4,
         "head_dim": 16,
         "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 5.0,
     },
 }
 

@@ -15,6 +15,7 @@ from transformers import (
 
 from oribi.families import FAMILIES
 from oribi.models.decoder import DecoderForCausalLM, build
+from oribi.models.expert_tensors import expert_modules, loaded_stack
 
 SIZES = {
     "vocab_size": 128,
@@ -67,6 +68,20 @@ VARIANTS: dict[str, dict] = {
             "mrope_section": [3, 3, 2],
         },
         "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "gpt_oss": {
+        "head_dim": 32,
+        "sliding_window": 5,
+        "layer_types": MIXED,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 1e4,
+            "truncate": False,
+        },
     },
     "gemma": {"head_dim": 32},
     "gemma2": {
@@ -234,6 +249,7 @@ ADAPTED: dict[str, dict] = {
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     }
 }
+ADAPTED["gpt_oss"] = ADAPTED["qwen3_moe"]
 
 
 def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
@@ -297,6 +313,19 @@ def reference_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def as_ours(ours: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of transformers' class, or gradients of them, in the order in which oribi's model has their values."""
+    stacks = {
+        f"{prefix}.{stack}": (experts, stack)
+        for prefix, experts in expert_modules(ours).items()
+        for stack in experts.stacks
+    }
+    return {
+        name: loaded_stack(*stacks[name], tensor) if name in stacks else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def tiny_pair(config: PretrainedConfig, seed: int = 0) -> tuple[DecoderForCausalLM, PreTrainedModel]:
     """oribi's and transformers' model with the same weights, none of them at its initial value, float32, training."""
     torch.manual_seed(seed)
@@ -306,12 +335,14 @@ def tiny_pair(config: PretrainedConfig, seed: int = 0) -> tuple[DecoderForCausal
         buffers = [buffer for name, buffer in theirs.named_buffers() if name in kept]
         for tensor in (*theirs.parameters(), *buffers):
             tensor.add_(torch.randn_like(tensor) * 0.2)
-        if config.model_type.startswith("gemma4"):  # no scale makes their scores small: the norms' weights do
-            for name, parameter in theirs.named_parameters():
-                if name.endswith(("q_norm.weight", "k_norm.weight")):
-                    parameter.mul_(0.4)
+        for name, parameter in theirs.named_parameters():
+            # no scale makes the scores of Gemma 4 small: the norms' weights do
+            if config.model_type.startswith("gemma4") and name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.mul_(0.4)
+            if name.endswith("gate_up_proj_bias"):  # of gates that are clamped: some have to be
+                parameter.mul_(20)
     ours = build(config, device="cpu")
-    missing = ours.load_state_dict(theirs.state_dict(), strict=True)
+    missing = ours.load_state_dict(as_ours(ours, theirs.state_dict()), strict=True)
     assert not missing.missing_keys
     ours.tie_weights()
     return ours.train(), theirs.train()

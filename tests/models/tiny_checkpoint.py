@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -20,6 +21,23 @@ def checkpoint(
     saved.save_pretrained(directory, max_shard_size=shard_size)
     byte_level_tokenizer().save_pretrained(directory)
     return theirs.float()
+
+
+def mxfp4_checkpoint(directory: Path, **changes: object) -> None:
+    """Writes a random gpt-oss model in the layout of its releases: experts in MXFP4, whatever else in bfloat16."""
+    checkpoint(directory, "gpt_oss", dtype=torch.bfloat16, **changes)
+    torch.manual_seed(3)
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith((".gate_up_proj", "experts.down_proj"))]:
+            experts, columns, rows = tensors.pop(name).shape
+            blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+            tensors[f"{name}_blocks"] = blocks
+            tensors[f"{name}_scales"] = torch.randint(120, 126, blocks.shape[:3], dtype=torch.uint8)
+
+    edit_tensors(directory, pack)
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    edit_config(directory, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": kept})
 
 
 def edit_config(directory: Path, **changes: object) -> None:

@@ -14,7 +14,8 @@ from oribi.gguf.file import GGUFFile
 from oribi.models.load import load_model
 from oribi.save.gguf import save_gguf_adapter
 from tests.models.test_parity import relative
-from tests.models.tiny_checkpoint import checkpoint
+from tests.models.tiny import MIXED
+from tests.models.tiny_checkpoint import checkpoint, mxfp4_checkpoint
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TEXTS = ["the quick brown fox jumps over the lazy dog", "and then it rests in the other field"]
@@ -22,10 +23,13 @@ TEXTS = ["the quick brown fox jumps over the lazy dog", "and then it rests in th
 CHANGES = {"mlp_only_layers": [], "attention_bias": False, "use_sliding_window": False}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
+def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("experts") / "base"
-    checkpoint(folder, "qwen3_moe", num_hidden_layers=2, **CHANGES)
+    if request.param == "gpt_oss":  # in its releases' layout
+        mxfp4_checkpoint(folder, num_hidden_layers=2, layer_types=MIXED[:2])
+    else:
+        checkpoint(folder, request.param, num_hidden_layers=2, **CHANGES)
     return folder
 
 
@@ -104,9 +108,12 @@ def test_an_adapter_as_gguf_holds_the_factors_of_all_experts_one_behind_the_othe
     file = GGUFFile(Path(found["gguf_files"][0]))
     a = file.read("blk.1.ffn_up_exps.weight.lora_a", torch.float32)
     b = file.read("blk.1.ffn_up_exps.weight.lora_b", torch.float32)
-    assert (a.shape, b.shape) == ((8, 4, 64), (8, 64, 4))
     wrapper = model.get_base_model().model.layers[1].mlp.experts.base_layer
     assert wrapper.parameter_name == "gate_up_proj"
-    delta = wrapper.get_delta_weight("default")[:, 64:]
+    delta = wrapper.get_delta_weight("default")
+    # of gpt-oss in the checkpoint's order, in which gate and up alternate
+    alternating = wrapper.get_base_layer().rules.alternating
+    delta = delta[:, 1::2] if alternating else delta[:, delta.shape[1] // 2 :]
+    assert (a.shape, b.shape) == ((8, 4, 64), (8, delta.shape[1], 4))
     scale = file.value("adapter.lora.alpha") / 4
     assert relative(torch.einsum("eor,eri->eoi", b, a) * scale, delta) < 1e-6

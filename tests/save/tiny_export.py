@@ -29,6 +29,14 @@ FAMILY_CHANGES: dict[str, dict] = {
     "qwen2": {"use_sliding_window": False, "layer_types": None},
     "qwen3": {"use_sliding_window": False, "layer_types": None},
     "qwen3_moe": {"use_sliding_window": False, "mlp_only_layers": [], "attention_bias": False},
+    "gpt_oss": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 1e4,
+        }
+    },
     "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
     "gemma3_text": {

@@ -18,7 +18,9 @@ class ExpertRules:
         size: the config's field for the columns of an expert's gate and up.
         interleaved: whether config.mlp_only_layers and config.decoder_sparse_step are read: some layers have an MLP instead.
         stored: "each": a checkpoint holds gate_proj, up_proj and down_proj of each expert; "stacked": gate_up_proj and
-            down_proj of all experts in one tensor.
+            down_proj of all experts in one tensor, each matrix transposed: [experts, in, out].
+        alternating: whether the rows of gate and up alternate in a checkpoint's gate_up_proj, and in what an adapter adds to it.
+        biases: whether the router and all matrices of experts have biases.
     """
 
     router: Literal["softmax", "topk_softmax"] = "softmax"
@@ -27,6 +29,8 @@ class ExpertRules:
     size: str = "moe_intermediate_size"
     interleaved: bool = False
     stored: Literal["each", "stacked"] = "each"
+    alternating: bool = False
+    biases: bool = False
 
     def in_layer(self, config: PretrainedConfig, index: int) -> bool:
         """Whether a layer has experts, and no MLP."""

@@ -71,6 +71,7 @@ class Family:
         output_bias: the config's field for the bias of o where attention_bias is "config"; None: it has none.
         mlp_bias: whether config.mlp_bias is read.
         windows: which layers slide: none, all (config.sliding_window), or by config.layer_types.
+        sinks: attention's softmax has one more logit per head, which has no value.
         attention_scale: the scale, or the name of the config field that gives it; None is head_dim ** -0.5.
         attention_scale_power: the scale is that field to this power.
         query_factor: config field that queries are multiplied by, beside the scale.
@@ -106,7 +107,7 @@ class Family:
     config_fields: Mapping[str, str] = field(default_factory=dict)
     norm_eps: str = "rms_norm_eps"
     output_norm_eps: str | None = None
-    activation: Literal["silu"] | None = None
+    activation: Literal["silu", "swiglu_clamped"] | None = None
     adjusts_mlp: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     qk_norm_weights: bool = True
@@ -117,6 +118,7 @@ class Family:
     output_bias: str | None = "attention_bias"
     mlp_bias: bool = False
     windows: Literal["all", "layer_types"] | None = None
+    sinks: bool = False
     attention_scale: str | float | None = None
     attention_scale_power: float = 1.0
     query_factor: str | None = None

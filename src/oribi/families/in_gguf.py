@@ -26,6 +26,7 @@ class InGGUF:
         one_rope_base: sliding layers rotate with the base of the others, unscaled.
         output_norm_eps: the epsilon of the norms after attention and the MLP, whatever a config says.
         yarn_log_mul: it reads YaRN's mscale_all_dim, and takes mscale to be the same.
+        truncates_yarn: it rounds the range of YaRN's dimensions to whole ones, where a config of the family says not to.
         no_rope_period: every `no_rope_period`-th layer has no RoPE; 0: all have.
         derived_head_dim: a head has hidden_size / num_attention_heads dimensions; the config has no field for it.
         original_context_field: the config has original_max_position_embeddings outside `rope_parameters`.
@@ -57,6 +58,7 @@ class InGGUF:
     one_rope_base: bool = False
     output_norm_eps: float | None = None
     yarn_log_mul: bool = False
+    truncates_yarn: bool = False
     no_rope_period: int = 0
     derived_head_dim: bool = False
     original_context_field: bool = False

@@ -44,6 +44,16 @@ FAMILIES: dict[str, Family] = {
         "Qwen3MoeForCausalLM", names={"router": "gate"}, qk_norm="head", windows="all",
         experts=ExpertRules(normalise="norm_topk_prob", interleaved=True), gguf=InGGUF("qwen3moe"),
     ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM", windows="layer_types", sinks=True, activation="swiglu_clamped",
+        experts=ExpertRules(
+            router="topk_softmax", count="num_local_experts", size="intermediate_size", stored="stacked", alternating=True,
+            biases=True,
+        ),
+        gguf=InGGUF(
+            "gpt-oss", names={"mlp_input_norm": "post_attention_norm"}, biases="all", window_period=2, truncates_yarn=True
+        ),
+    ),
     "qwen3_5_text": Family(
         "Qwen3_5ForCausalLM", mixers={"linear_attention": "gated_delta"}, norm_offset=1.0, qk_norm="head",
         output_gate="q_proj",
@@ -165,6 +175,7 @@ def family_of(config: PretrainedConfig) -> Family | None:
     refused = (
         family.experts is None and getattr(config, "num_local_experts", 0),
         getattr(config, "output_router_logits", False),  # asks for a loss that evens out the experts' use
+        family.activation == "swiglu_clamped" and _clamped_otherwise(config),
         getattr(config, "enable_moe_block", False), kinds - family.mixers.keys(),
         family.qk_norm is None and getattr(config, "use_qk_norm", False),
         getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone
@@ -173,11 +184,16 @@ def family_of(config: PretrainedConfig) -> Family | None:
     return None if any(refused) else family
 
 
+def _clamped_otherwise(config: PretrainedConfig) -> bool:
+    """Whether a clamped gate has other constants than `kernels/gated_mlp.py`."""
+    return (config.swiglu_alpha, config.swiglu_limit) != (1.702, 7.0)
+
+
 # what may differ from layer to layer
 _BY_LAYER = {"head_dim", "num_key_value_heads"}
 
 
-def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gelu"] | None:
+def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"] | None:
     """The gated MLP's activation in the kernels' words, or None if no kernel computes it."""
     family = FAMILIES.get(config.model_type)
     if family is not None and family.activation is not None:

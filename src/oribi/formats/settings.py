@@ -7,6 +7,7 @@ from typing import Any
 from oribi.errors import ModelError
 
 NF4_METHODS = ("bitsandbytes", "bits_and_bytes")
+MXFP4_METHOD = "mxfp4"  # of stacks of experts, whose codes oribi keeps
 # quant_method -> how messages call its checkpoints
 _METHODS = {
     "fp8": "FP8",

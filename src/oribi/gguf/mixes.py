@@ -18,6 +18,8 @@ from oribi.gguf.file import Type
 from oribi.gguf.names import KERNELS, family_in_gguf
 from oribi.text import one_of
 
+_MXFP4 = "mxfp4_moe"  # whose type is that of the experts' weights alone
+
 
 @dataclass(frozen=True)
 class Method:
@@ -38,7 +40,7 @@ class Method:
     @property
     def default(self) -> Type:
         """The type that most tensors get."""
-        return Type[re.sub("_[SML]$", "", self.name.upper())]
+        return Type.Q8_0 if self.name == _MXFP4 else Type[re.sub("_[SML]$", "", self.name.upper())]
 
     @property
     def file_type(self) -> int:
@@ -62,6 +64,7 @@ METHODS: dict[str, Method] = {
         Method("q3_k_m", "3.9 bits, loses quality", 0.5, "q4_k_m, q5_k_m or q8_0"),
         Method("q3_k_s", "3.5 bits, loses quality", 0.5, "q4_k_m, q5_k_m or q8_0"),
         Method("q2_k", "3.2 bits, loses much quality", 0.5, "q4_k_m, q5_k_m or q8_0"),
+        Method(_MXFP4, "4.25 bits for experts, as gpt-oss is released, and q8_0 for the rest", 0.3, "q8_0"),
         Method("q5_1", "6 bits, an older type", 0.15, "q6_k or q8_0"),
         Method("q5_0", "5.5 bits, an older type", 0.2, "q6_k or q8_0"),
         Method("q4_1", "5 bits, an older type", 0.3, "q5_k_m or q8_0"),
@@ -72,6 +75,7 @@ ALIASES = {
     "q4_k": "q4_k_m",
     "q5_k": "q5_k_m",
     "q3_k": "q3_k_m",
+    "mxfp4": _MXFP4,
     "fast_quantized": "q8_0",
     "quantized": "q4_k_m",
 }
@@ -126,11 +130,13 @@ class Mix:
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> Type:
         """The type of the tensor `name` of `shape` [N, K] or [N]."""
-        if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight", *KERNELS)):
+        if len(shape) < 2 or name.endswith((".bias", "_norm.weight", "ffn_gate_inp.weight", *KERNELS)):
             return Type.F32
         default = self.method.default
         if default in _FLOATS:
             return default
+        if self.method.name == _MXFP4 and name.endswith("_exps.weight"):
+            return _fitting(Type.MXFP4, shape[-1])
         if name == "per_layer_model_proj.weight":  # which llama-quantize leaves as the 16-bit file has it
             return Type.F16
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?([\w.]+)\.weight", name)

@@ -62,6 +62,7 @@ _WITHOUT_MODULE = {
     "ssm_a": "linear_attn.A_log",
     "ssm_dt.bias": "linear_attn.dt_bias",
     "layer_output_scale.weight": "layer_scalar",
+    "attn_sinks.weight": "self_attn.sinks",
 }
 _NORMS = {
     "attn_q_norm": ("self_attn", "q_norm"),
@@ -199,7 +200,7 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
 
 
 def _reads_bias(facts: InGGUF, part: str) -> bool:
-    return part in (("attn_q", "attn_k", "attn_v") if facts.biases == "qkv" else _LINEAR)
+    return part in (("attn_q", "attn_k", "attn_v") if facts.biases == "qkv" else {**_LINEAR, **_EXPERTS})
 
 
 def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str, Tensor]:

@@ -75,6 +75,16 @@ def _q8_0(x: torch.Tensor) -> list[torch.Tensor]:
     return [_half(scale)[0], (x * _inverse(scale)[:, None]).round_().to(torch.int8).view(torch.uint8)]
 
 
+def _mxfp4(x: torch.Tensor) -> list[torch.Tensor]:
+    """The scale under which a block's largest value is 4 to 8, as llama.cpp takes it: values that come from MXFP4 stay the same."""
+    exponent = torch.frexp(x.abs().amax(1))[1] - 3
+    scale = torch.where(x.any(1), exponent + 127, 0).clamp_(0, 254)
+    between = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=x.device)
+    codes = torch.bucketize(torch.ldexp(x.abs(), 127 - scale[:, None]), between).to(torch.uint8)
+    codes |= (x < 0).to(torch.uint8) << 3
+    return [scale.to(torch.uint8)[:, None], codes[:, :16] | codes[:, 16:] << 4]
+
+
 def _legacy_symmetric(x: torch.Tensor, bits: int) -> list[torch.Tensor]:
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     columns = _columns(x, 32)
@@ -194,6 +204,7 @@ _STEPS_AFFINE = {
 
 _PACKERS: dict[Type, Callable[[torch.Tensor], list[torch.Tensor]]] = {
     Type.Q8_0: _q8_0,
+    Type.MXFP4: _mxfp4,
     Type.Q4_0: partial(_legacy_symmetric, bits=4),
     Type.Q5_0: partial(_legacy_symmetric, bits=5),
     Type.Q4_1: partial(_legacy_affine, bits=4),

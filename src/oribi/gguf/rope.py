@@ -122,7 +122,8 @@ def rope_refusals(config: PretrainedConfig, facts: InGGUF) -> list[str]:
     mscales = {rope.get(name) or None for name in ("mscale", "mscale_all_dim")}
     # one of them alone is not read; with both the same, cos and sin have no factor: what llama.cpp makes of them is told by a key
     has_key = facts.yarn_log_mul and len(mscales) == 1 and rope.get("attention_factor") is None
-    if kind == "yarn" and ((None not in mscales and not has_key) or not rope.get("truncate", True)):
+    truncates = rope.get("truncate", True) or facts.truncates_yarn
+    if kind == "yarn" and ((None not in mscales and not has_key) or not truncates):
         refused.append("YaRN without mscale and truncate=false")
     partial = rope.get("partial_rotary_factor", 1.0)
     if partial != 1.0 and kind != _PROPORTIONAL and not facts.partial_rope:
@@ -152,6 +153,8 @@ def read_rope(file: GGUFFile, head_dim: int, facts: InGGUF) -> dict[str, Any]:
         rope |= {"rope_type": kind, "factor": float(file.value("{arch}.rope.scaling.factor", 1.0))}
         if original:
             rope["original_max_position_embeddings"] = original
+        if kind == "yarn" and facts.truncates_yarn:
+            rope["truncate"] = False
         if mscale := file.value("{arch}.rope.scaling.yarn_log_multiplier"):
             rope |= {"mscale": float(mscale), "mscale_all_dim": float(mscale)}
     if beta := file.value("{arch}.attention.temperature_scale"):

@@ -35,7 +35,8 @@ class GGUFSource:
         self._tensors: dict[str, tuple[Tensor, int | None]] = {}
         for tensor in tensors_to_read(self.config, self.file.tensors).values():
             found = self.file.tensors[tensor.name].shape
-            if tensor.experts and (len(found) != 3 or found[0] != tensor.experts):
+            dims = 2 if tensor.name.endswith(".bias") else 3
+            if tensor.experts and (len(found) != dims or found[0] != tensor.experts):
                 raise ModelError(
                     f"{path}: {tensor.name} has shape {list(found)}, and the model {tensor.experts} experts in each layer"
                 )

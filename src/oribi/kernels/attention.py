@@ -1,4 +1,4 @@
-"""Causal attention with documents, padding, sliding windows and soft caps, on the fastest backend that can do it.
+"""Causal attention with documents, padding, sliding windows, soft caps and sinks, on the fastest backend that can do it.
 
 B rows, S queries and C keys per row, H query heads, K key/value heads, E head_dim. q [B, S, H, E]; k, v [B, C, K, E].
 `out[b, s, h] = softmax(scale * q[b, s, h] @ k[b, :, h // (H/K)]^T + mask) @ v`, mask from `Visibility`.
@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from oribi.kernels import flash_attention_3
+from oribi.kernels.attention_reference import attention_reference
+from oribi.kernels.attention_sinks import heads_last, join_sinks, sink_gradient
 from oribi.kernels.blocked_attention import blocked_attention_backward, blocked_attention_forward
 from oribi.kernels.context_attention import shared_attention_backward, shared_attention_forward
 from oribi.kernels.cudnn_attention import cudnn_attention_backward, cudnn_attention_forward
-from oribi.kernels.dispatch import use_triton, wide
+from oribi.kernels.dispatch import use_triton
 from oribi.kernels.flash_attention import flash_attention_backward, flash_attention_forward
 from oribi.kernels.visibility import Visibility
 
-# keys up to which the reference lays documents side by side and keeps their scores: one call per document costs more
-SHORT = 512
 # tokens from which on FlashAttention 3 is faster than cuDNN
 LONG_ROWS = 8192
 # queries of all heads that keep a GPU busy through attention's backward: more are taken in portions of the heads
@@ -40,6 +39,7 @@ class Attend:
 
     Args:
         chunks: of a row that processes share, how each of this process's chunks is attended; `backend` is then "shared".
+        sinks: [H], or None.
     """
 
     backend: str
@@ -48,6 +48,7 @@ class Attend:
     softcap: float | None
     visibility: Visibility
     chunks: "tuple[Attend, ...]" = ()
+    sinks: torch.Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -62,6 +63,7 @@ def decide(
     window: int | None = None,
     softcap: float | None = None,
     keys: int = 0,
+    sinks: torch.Tensor | None = None,
 ) -> Attend:
     """How one attention is computed: on the fastest backend that computes it exactly.
 
@@ -70,6 +72,7 @@ def decide(
         visibility: causality, documents and padding.
         scale: factor on the scores. window: keys a query may look back over, itself included. softcap: scores become
             softcap * tanh(score / softcap). keys: length of the key rows where they are longer than the queries.
+        sinks: [H] a logit beside the scores of each head, or None.
     """
     if visibility.uniform and not visibility.past:  # packs of equally long documents are dense rows
         visibility = Visibility(len(visibility.cu_seqlens) - 1, visibility.max_length)
@@ -77,9 +80,12 @@ def decide(
     if window is not None and window >= longest:
         window = None
     if visibility.shared is not None:
-        chunks = tuple(decide(q, one.visibility, scale, window, softcap) for one in visibility.shared.chunks)
+        chunks = tuple(
+            decide(q, one.visibility, scale, window, softcap, sinks=sinks) for one in visibility.shared.chunks
+        )
         return Attend("shared", scale, window, softcap, visibility, chunks)
-    return Attend(choose_backend(q, visibility, window, softcap), scale, window, softcap, visibility)
+    backend = choose_backend(q, visibility, window, softcap)
+    return Attend(backend, scale, window, softcap, visibility, sinks=sinks)
 
 
 def attention(
@@ -90,20 +96,21 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q over k and v, differentiable in all three.
+    """Attention of q over k and v, differentiable in all three and in the sinks.
 
     Args:
         q: [B, S, H, E]; k, v: [B, C, K, E], last dimension contiguous, C >= S where keys are cached.
-        visibility, scale, window, softcap: as in `decide`.
+        visibility, scale, window, softcap, sinks: as in `decide`.
 
     Returns:
         [B, S, H, E] in q's dtype.
     """
-    how = decide(q, visibility, scale, window, softcap, k.shape[1])
+    how = decide(q, visibility, scale, window, softcap, k.shape[1], sinks)
     if how.backend == "reference":
-        return _reference(*(_laid_out(x, how) for x in (q, k, v)), how).reshape(q.shape)
-    return _Attention.apply(q, k, v, how)
+        return attention_reference(*(_laid_out(x, how) for x in (q, k, v)), how).reshape(q.shape)
+    return _Attention.apply(q, k, v, how, sinks)
 
 
 def choose_backend(q: torch.Tensor, visibility: Visibility, window: int | None, softcap: float | None) -> str:
@@ -138,10 +145,20 @@ def attention_forward(
     """out, shaped as q, and what `attention_backward` needs besides q, k, v and out (nothing for "reference")."""
     if how.chunks:
         return shared_attention_forward(q, k, v, how.visibility.shared, how.chunks, attention_forward)
+    out, saved = _forward(q, k, v, how)
+    if how.sinks is not None and saved:  # the reference has them in its softmax
+        join_sinks(out, heads_last(saved[0], how.backend), how.sinks)
+    return out, saved
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Attend
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """`attention_forward` without sinks, except by the reference."""
     shape = q.shape
     q, k, v = (_laid_out(x, how) for x in (q, k, v))
     if how.backend == "reference":
-        return _reference(q, k, v, how).reshape(shape), ()
+        return attention_reference(q, k, v, how).reshape(shape), ()
     if how.backend == "cudnn":
         out, saved = cudnn_attention_forward(q, k, v, how.scale)
         return out.reshape(shape), saved
@@ -212,7 +229,7 @@ def _backward(
     if how.backend == "reference":
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            return torch.autograd.grad(_reference(*inputs, how), inputs, dout)
+            return torch.autograd.grad(attention_reference(*inputs, how), inputs, dout)
     if how.backend == "triton":
         return flash_attention_backward(dout, q, k, v, out, *saved, *_triton_extent(q, how))
     if how.backend == "blocked":
@@ -275,7 +292,7 @@ def _flash3_extent(q: torch.Tensor, k: torch.Tensor, how: Attend) -> dict[str, o
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, how):
+    def forward(ctx, q, k, v, how, sinks):
         out, saved = attention_forward(q, k, v, how)
         ctx.save_for_backward(q, k, v, out, *saved)
         ctx.how = how
@@ -284,93 +301,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, *saved = ctx.saved_tensors
-        return (*attention_backward(dout, q, k, v, out, tuple(saved), ctx.how), None)
-
-
-def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Attend) -> torch.Tensor:
-    visibility = how.visibility
-    if not how.packed:
-        return _dense(q, k, v, visibility, how)
-    documents, longest = len(visibility.cu_seqlens) - 1, visibility.max_length
-    past = visibility.past
-    if not past and longest <= SHORT and documents * longest <= 2 * visibility.length:
-        return _side_by_side(q, k, v, documents, longest, how)
-    bounds = visibility.bounds()
-    parts = []
-    for start, end in zip(bounds[:-1], bounds[1:]):
-        if start < end:
-            one = Visibility(1, end - start, 0 if start else past)
-            keys = slice(start + past if start else 0, end + past)
-            parts.append(_dense(q[:, start:end], k[:, keys], v[:, keys], one, how))
-    return torch.cat(parts, dim=1)
-
-
-def _side_by_side(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: int, longest: int, how: Attend
-) -> torch.Tensor:
-    """Each document as a row, padded at its end, where causal queries do not look."""
-    slots = how.visibility.slots()
-
-    def rows(x: torch.Tensor) -> torch.Tensor:
-        padded = x.new_zeros(documents * longest, *x.shape[2:]).index_copy(0, slots, x[0])
-        return padded.view(documents, longest, *x.shape[2:])
-
-    if how.visibility._rows is None:
-        how.visibility._rows = Visibility(documents, longest)  # its masks serve all layers
-    out = _dense(rows(q), rows(k), rows(v), how.visibility._rows, how)
-    return out.flatten(0, 1).index_select(0, slots)[None]
-
-
-def _dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibility, how: Attend
-) -> torch.Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    window = how.window if how.window is not None and how.window < k.shape[2] else None
-    simple = visibility.real is None and window is None and visibility.length == k.shape[2]
-    mask = None if simple and how.softcap is None else visibility.mask(k.shape[2], window, q.device)
-    if mask is None and q.device.type == "cpu" and k.shape[2] <= SHORT and torch.is_grad_enabled():
-        return _causal(q, k, v, visibility, how.scale).transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and (how.softcap is not None or not takes_groups(q, mask)):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        grouped = False
-    if how.softcap is None:
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=how.scale, enable_gqa=grouped
-        )
-        return out.transpose(1, 2)
-    scores = how.softcap * torch.tanh(how.scale / how.softcap * (q @ k.transpose(-1, -2)))
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide(q[:0]).dtype).to(q.dtype)
-    return (weights @ v).transpose(1, 2)
-
-
-def takes_groups(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether PyTorch runs grouped query heads without forming all scores.
-
-    On a GPU only its flash kernels do. Its memory-efficient one takes masks, float32 and older GPUs, but a key per query head.
-
-    Args:
-        q: [B, H, S, E]. mask: of the scores, or None for causal ones.
-    """
-    if not q.is_cuda:
-        return True
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return mask is None and half and torch.cuda.get_device_capability(q.device)[0] >= 8
-
-
-def _causal(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visibility: Visibility, scale: float
-) -> torch.Tensor:
-    """Plain causal attention in float32, its scores kept: PyTorch's CPU kernel takes 3 times as long with its backward.
-
-    q [B, H, S, E]; k, v [B, K, S, E]. Measured on a Xeon with AMX, bfloat16, 40 documents of 50 tokens.
-    """
-    rows, heads, length, width = q.shape
-    kv_heads = k.shape[1]
-    qf, kf, vf = (wide(x) for x in (q, k, v))
-    # the query heads of one key head are rows of one product
-    scores = (qf * scale).reshape(rows, kv_heads, -1, width) @ kf.transpose(-1, -2)
-    unseen = ~visibility.mask(length, None, q.device)[:, :, None]
-    scores = scores.view(rows, kv_heads, heads // kv_heads, length, length).masked_fill(unseen, -torch.inf)
-    weights = scores.softmax(-1).view(rows, kv_heads, -1, length)
-    return (weights @ vf).view(rows, heads, length, width).to(q.dtype)
+        dsinks = None
+        if ctx.needs_input_grad[4]:
+            dsinks = sink_gradient(dout, out, heads_last(saved[0], ctx.how.backend), ctx.how.sinks)
+        return (*attention_backward(dout, q, k, v, out, tuple(saved), ctx.how), None, dsinks)

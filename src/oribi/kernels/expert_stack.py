@@ -1,4 +1,6 @@
-"""The weights of all experts of a layer, packed as NF4: one stack of matrices, each quantised alone as bitsandbytes does.
+"""The weights of all experts of a layer, packed: what codes of any kind have in common, and those of NF4.
+
+NF4: one stack of matrices, each quantised alone as bitsandbytes does. MXFP4 is in `kernels/mxfp4.py`.
 
 A stack is [E, N, K]: E experts, N rows and K columns of each. An expert holds C matrices of N / C rows one below the other (gate,
 then up), and M = E C matrices lie one behind the other. Each is what `kernels/nf4.py` makes of it: codes, scales of blocks of
@@ -8,6 +10,7 @@ then up), and M = E C matrices lie one behind the other. Each is what `kernels/n
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,6 +20,38 @@ from oribi.kernels.nf4 import BLOCK, decode
 
 # 4-byte words (8 codes) of a program, as in `nf4`
 _WORDS = 512
+
+
+class StackCodes(Protocol):
+    """Codes of a stack's frozen weights.
+
+    Args:
+        shape: (E, N, K). parts: matrices that lie one below the other in each expert, whose places are counted through all experts.
+        codes: uint8, most of its bytes.
+    """
+
+    shape: tuple[int, int, int]
+    parts: int
+    codes: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+
+    def moved(self, device: torch.device, codes: torch.Tensor) -> "StackCodes":
+        """This stack with scales on a device, and with other memory for the codes."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it holds: codes, scales, and whatever else."""
+
+    def write(self, out: torch.Tensor, experts: torch.Tensor | None = None) -> None:
+        """Writes the dense weights of some experts [L] int64, or of all in their order, into out [L, N, K].
+
+        Rows and experts of `out` may be strided. An expert may be wanted any number of times.
+        """
+
+    def matrix(self, place: int, dtype: torch.dtype) -> torch.Tensor:
+        """One of the matrices [N / parts, K], dense."""
 
 
 @dataclass
@@ -102,18 +137,41 @@ class PackedStack:
             self.offset[matrix] = state.offset
             self.code2.copy_(state.state2.code)
 
+    def write(self, out: torch.Tensor, experts: torch.Tensor | None = None) -> None:
+        """As of `StackCodes`, with bitsandbytes' bits."""
+        if use_triton(self.codes):
+            _launch(self, out, experts)
+            return
+        matrices = slice(None)
+        if experts is not None:
+            parts = torch.arange(self.parts, device=experts.device)
+            matrices = (experts[:, None] * self.parts + parts).view(-1)
+        out.copy_(self._dense(matrices, out.dtype).view(out.shape))
+
+    def matrix(self, place: int, dtype: torch.dtype) -> torch.Tensor:
+        """As of `StackCodes`."""
+        return self._dense(slice(place, place + 1), dtype).view(-1, self.shape[2])
+
+    def _dense(self, matrices: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The values of some matrices, block by block."""
+        scales, codes = _scales(self, matrices).contiguous(), self.codes[matrices].contiguous()
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            codes.view(-1), scales.view(-1), BLOCK, "nf4", (scales.numel(), BLOCK), dtype
+        )
+
 
 class PackedWeight(nn.Parameter):
     """The parameter of a packed stack: it has the weights' shape, dtype and device, and no storage for them.
 
     Args:
-        packed: codes and scales. dtype: of the weights.
+        packed: its codes. dtype: of the weights.
     """
 
-    packed: PackedStack
+    packed: StackCodes
 
-    def __new__(cls, packed: PackedStack, dtype: torch.dtype) -> "PackedWeight":
-        shaped = torch.empty(1, dtype=dtype, device=packed.codes.device).expand(packed.shape)
+    def __new__(cls, packed: StackCodes, dtype: torch.dtype) -> "PackedWeight":
+        device = next(packed.tensors()).device
+        shaped = torch.empty(1, dtype=dtype, device=device).expand(packed.shape)
         weight = torch.Tensor._make_subclass(cls, shaped, False)
         weight.packed = packed
         return weight
@@ -130,12 +188,12 @@ class PackedWeight(nn.Parameter):
 
 
 def dequantize_stack(
-    stack: PackedStack,
+    stack: StackCodes,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
     experts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The dense weights of some experts or of all, with bitsandbytes' bits.
+    """The dense weights of some experts or of all.
 
     Args:
         stack: of E experts.
@@ -146,36 +204,12 @@ def dequantize_stack(
     Returns:
         [L, N, K].
     """
-    _, rows, columns = stack.shape
-    count = stack.shape[0] if experts is None else len(experts)
     if out is None:
-        out = torch.empty(count, rows, columns, dtype=dtype, device=stack.codes.device)
-    if count == 0:
-        return out
-    if use_triton(stack.codes):
-        _launch(stack, out, experts)
-        return out
-    matrices = slice(None)
-    if experts is not None:
-        matrices = (experts[:, None] * stack.parts + torch.arange(stack.parts, device=experts.device)).view(
-            -1
-        )
-    scales = _scales(stack, matrices).contiguous()
-    codes = stack.codes[matrices].contiguous()
-    blocks = (scales.numel(), BLOCK)
-    flat = torch.ops.bitsandbytes.dequantize_4bit(
-        codes.view(-1), scales.view(-1), BLOCK, "nf4", blocks, dtype
-    )
-    return out.copy_(flat.view(count, rows, columns))
-
-
-def dequantize_matrix(stack: PackedStack, matrix: int, dtype: torch.dtype) -> torch.Tensor:
-    """One of the M matrices [N / C, K]."""
-    _, rows, columns = stack.shape
-    codes, scales = stack.codes[matrix].contiguous(), _scales(stack, slice(matrix, matrix + 1)).view(-1)
-    blocks = (scales.numel(), BLOCK)
-    flat = torch.ops.bitsandbytes.dequantize_4bit(codes, scales.contiguous(), BLOCK, "nf4", blocks, dtype)
-    return flat.view(rows // stack.parts, columns)
+        count = stack.shape[0] if experts is None else len(experts)
+        out = torch.empty(count, *stack.shape[1:], dtype=dtype, device=next(stack.tensors()).device)
+    if len(out):
+        stack.write(out, experts)
+    return out
 
 
 def _scales(stack: PackedStack, matrices: slice | torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,15 @@
 Every activation is gate times a gate probability p, which keeps one formula for all:
 
     act(g) = g p(g)      p = sigmoid(z),  z = g (silu)  or  2 sqrt(2/pi) (g + 0.044715 g^3) (gelu_tanh)
-                         p = (1 + erf(g / sqrt 2)) / 2 (gelu)
+                         p = (1 + erf(g / sqrt 2)) / 2 (gelu),  p = sigmoid(1.702 g) (swiglu_clamped)
     h = g p up      dup = dh g p      dgate = dh up (p + g p')      p' = p (1 - p) z'  or  exp(-g^2 / 2) / sqrt(2 pi)
+
+swiglu_clamped takes min(gate, 7) for g and 1 + min(max(up, -7), 7) for up, and gives what lies beyond no gradient.
 
 T tokens, I intermediate size. Computed in float32, rounded once on the store.
 
-Source: GLU Variants Improve Transformer, Shazeer 2020 (arXiv:2002.05202); GELU, arXiv:1606.08415.
+Source: GLU Variants Improve Transformer, Shazeer 2020 (arXiv:2002.05202); GELU, arXiv:1606.08415; gpt-oss' model card,
+arXiv:2508.10925, for swiglu_clamped.
 """
 
 import math
@@ -19,7 +22,9 @@ from torch.autograd.function import once_differentiable
 from oribi.errors import ModelError
 from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, unit_stride, use_triton, wide
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "swiglu_clamped")
+# of swiglu_clamped: the gate's slope in the sigmoid, and the largest gate and up
+CLAMPED_ALPHA, CLAMPED_LIMIT = 1.702, 7.0
 _CUBIC = 0.044715
 _TWICE_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
 
@@ -29,7 +34,7 @@ def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Te
 
     Args:
         gate, up: [T, I] in 16 or 32 bit; rows may be strided.
-        activation: "silu", "gelu_tanh" or "gelu".
+        activation: one of `ACTIVATIONS`.
 
     Returns:
         [T, I] in gate's dtype.
@@ -71,8 +76,8 @@ def gated_mlp_forward(
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     if not use_triton(gate):
         for rows in _row_blocks(gate):
-            g = wide(gate[rows])
-            out[rows] = g * _probability(g, activation) * wide(up[rows])
+            g, u, _, _ = _clamped(wide(gate[rows]), wide(up[rows]), activation)
+            out[rows] = g * _probability(g, activation) * u
         return out
     gate, up = unit_stride(gate), unit_stride(up)
     tokens, size = gate.shape
@@ -140,6 +145,9 @@ def _forward_kernel(
     col = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate_ptr + row * gate_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + row * up_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
+    if ACTIVATION == "swiglu_clamped":
+        g = tl.minimum(g, 7.0)
+        u = tl.minimum(tl.maximum(u, -7.0), 7.0) + 1.0
     p, _ = probability_and_slope(g, ACTIVATION)
     h = g * p * u
     tl.store(h_ptr + row * h_stride + col, h.to(h_ptr.dtype.element_ty), mask=col < SIZE)
@@ -157,9 +165,16 @@ def _backward_kernel(
     d = tl.load(dh_ptr + row * dh_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
     g = tl.load(gate_ptr + row * gate_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + row * up_stride + col, mask=col < SIZE, other=0.0).to(tl.float32)
+    raw_g, raw_u = g, u
+    if ACTIVATION == "swiglu_clamped":
+        g = tl.minimum(g, 7.0)
+        u = tl.minimum(tl.maximum(u, -7.0), 7.0) + 1.0
     p, slope = probability_and_slope(g, ACTIVATION)
     dgate = d * u * (p + g * slope)
     dup = d * (g * p)
+    if ACTIVATION == "swiglu_clamped":
+        dgate = tl.where(raw_g > 7.0, 0.0, dgate)
+        dup = tl.where(tl.abs(raw_u) > 7.0, 0.0, dup)
     if REBUILD:
         h = g * p * u
         tl.store(h_ptr + row * h_stride + col, h.to(h_ptr.dtype.element_ty), mask=col < SIZE)
@@ -173,6 +188,9 @@ def probability_and_slope(g, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         p = tl.sigmoid(g)
         slope = p * (1 - p)
+    elif ACTIVATION == "swiglu_clamped":
+        p = tl.sigmoid(1.702 * g)
+        slope = p * (1 - p) * 1.702
     elif ACTIVATION == "gelu_tanh":
         p = tl.sigmoid(1.5957691216057308 * g * (1 + 0.044715 * g * g))
         slope = p * (1 - p) * (1.5957691216057308 * (1 + 0.134145 * g * g))
@@ -199,16 +217,32 @@ def _backward_reference(
     h: torch.Tensor | None,
 ) -> None:
     """Writes some rows of the gradients, and of h where it is given."""
-    g, u, d = wide(gate[rows]), wide(up[rows]), wide(dh[rows])
+    g, u, no_gate, no_up = _clamped(wide(gate[rows]), wide(up[rows]), activation)
+    d = wide(dh[rows])
     p = _probability(g, activation)
     gate_gradient = d * u * (p + g * _probability_slope(g, p, activation))
     up_gradient = d * (g * p)
+    if no_gate is not None:
+        gate_gradient.masked_fill_(no_gate, 0.0)
+        up_gradient.masked_fill_(no_up, 0.0)
     if h is not None:
         h[rows] = g * p * u
     dgate[rows], dup[rows] = gate_gradient, up_gradient  # after all is read: they may be the inputs
 
 
+def _clamped(
+    g: torch.Tensor, u: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """g and up as the formula takes them, and where gate and up get no gradient; None: nowhere."""
+    if activation != "swiglu_clamped":
+        return g, u, None, None
+    limit = CLAMPED_LIMIT
+    return g.clamp(max=limit), u.clamp(-limit, limit) + 1, g > limit, u.abs() > limit
+
+
 def _probability(g: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "swiglu_clamped":
+        return torch.sigmoid(CLAMPED_ALPHA * g)
     if activation == "silu":
         return torch.sigmoid(g)
     if activation == "gelu_tanh":
@@ -219,6 +253,8 @@ def _probability(g: torch.Tensor, activation: str) -> torch.Tensor:
 def _probability_slope(g: torch.Tensor, p: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "silu":
         return p * (1 - p)
+    if activation == "swiglu_clamped":
+        return CLAMPED_ALPHA * p * (1 - p)
     if activation == "gelu_tanh":
         return p * (1 - p) * (_TWICE_SQRT_2_OVER_PI * (1 + 3 * _CUBIC * g * g))
     return torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)

@@ -15,7 +15,7 @@ from oribi.memory.account import linear_weights, packable_weights
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.files import HubOptions, Location
 from oribi.models.open import open_model
-from oribi.models.quantize import Quantization
+from oribi.models.quantization import Quantization
 from oribi.models.unfused import UnfusedSizes, sizes_of_config
 
 

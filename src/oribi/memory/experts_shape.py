@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from oribi.kernels.expert_linear import lora_columns
+from oribi.kernels.expert_linear import columns_beside
 from oribi.kernels.nf4 import BLOCK
 from oribi.models.experts import STACKS, Experts, ExpertsMLP
 from oribi.models.experts_half import MOST_ROWS
@@ -81,7 +81,10 @@ def experts_shape(core: object, ranks: Mapping[str, Sequence[int]], width: int) 
         return None
     experts = experts_of(core)
     sizes = {name: getattr(experts, name).shape for name in STACKS}
-    stacks = {name: (n, k, lora_columns(sum(ranks.get(name, ())))) for name, (_, n, k) in sizes.items()}
+    biases = experts.rules.biases
+    stacks = {
+        name: (n, k, columns_beside(sum(ranks.get(name, ())), biases)) for name, (_, n, k) in sizes.items()
+    }
     return ExpertsShape(len(experts.down_proj), core.used, stacks, width)
 
 

@@ -151,7 +151,7 @@ def stored_quantization(location: Location) -> dict[str, Any] | PackedFormat | N
     if method not in NF4_METHODS or not stored.get("load_in_4bit"):
         what = "bitsandbytes 8-bit" if stored.get("load_in_8bit") else method
         raise ModelError(
-            f"{location.name} is quantised by {what}; oribi loads 16-bit checkpoints, bitsandbytes' NF4, and weights of fp8, "
+            f"{location.name} is quantised by {what}; oribi loads 16-bit checkpoints, bitsandbytes' NF4, gpt-oss' MXFP4, and weights of fp8, "
             f"compressed-tensors and modelopt. {load_original(location.name, location.directory)}; it is quantised while it loads"
         )
     if stored.get("bnb_4bit_quant_type", "fp4") != "nf4":

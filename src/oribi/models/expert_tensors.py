@@ -11,19 +11,36 @@ from torch import nn
 
 from oribi.errors import ModelError
 from oribi.kernels.expert_stack import PackedStack, PackedWeight
+from oribi.kernels.mxfp4 import MX_BLOCK, MXFP4Stack, decode_mxfp4
 from oribi.kernels.nf4 import BLOCK
 from oribi.models.experts import STACKS, Experts, StoredMatrix
+from oribi.models.unwrap import bare_name
 from oribi.tensors import TensorSource
 
 
 def expert_modules(model: nn.Module) -> dict[str, Experts]:
     """The experts of each layer by the module's name, without what PEFT put around them."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    return {bare_name(name): module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
 def matrix_shape(experts: Experts, matrix: StoredMatrix) -> tuple[int, int]:
-    """[N, K] of a matrix."""
-    return matrix.rows.stop - matrix.rows.start, getattr(experts, matrix.stack).shape[2]
+    """[N, K] of a matrix, [N] of a vector of biases."""
+    return matrix.rows.stop - matrix.rows.start, *getattr(experts, matrix.stack).shape[2:]
+
+
+def stored_stack(experts: Experts, stack: str, values: torch.Tensor) -> torch.Tensor:
+    """A stack [E, N, K], or biases [E, N], of the model as a checkpoint of stacks, and transformers' class, have it."""
+    if experts.rules.alternating and stack.startswith("gate_up_proj"):
+        values = values.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return values.mT if experts.rules.stored == "stacked" and values.dim() > 2 else values
+
+
+def loaded_stack(experts: Experts, stack: str, stored: torch.Tensor) -> torch.Tensor:
+    """What `stored_stack` made, as the model has it."""
+    values = stored.mT if experts.rules.stored == "stacked" and stored.dim() > 2 else stored
+    if experts.rules.alternating and stack.startswith("gate_up_proj"):
+        values = values.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return values
 
 
 class Unstacked:
@@ -33,26 +50,26 @@ class Unstacked:
         source: of a checkpoint.
         experts: of the model, by the names of their modules.
 
+    Attributes:
+        in_mxfp4: names of the stacks whose tensors are codes and scales.
+
     Raises:
         ModelError: a stack has another shape than the model's.
     """
 
     def __init__(self, source: TensorSource, experts: dict[str, Experts]) -> None:
-        self._source = source
+        self._source, self._experts = source, experts
         self._shapes = source.shapes()
-        self._places: dict[str, tuple[str, StoredMatrix]] = {}
-        self._read: tuple[str, torch.Tensor] | None = None  # the stack that was read last
-        wrong = []
+        self._places: dict[str, tuple[str, str, StoredMatrix]] = {}
+        self.in_mxfp4: set[str] = set()
+        self._read: tuple[str, tuple[torch.Tensor, ...]] | None = None  # the stack that was read last
+        wrong: list[str] = []
         for prefix, module in experts.items():
-            stacks = {name: f"{prefix}.{name}" for name in STACKS if f"{prefix}.{name}" in self._shapes}
-            for name, full in stacks.items():
-                found, expected = self._shapes.pop(full), tuple(getattr(module, name).shape)
-                if found != expected:
-                    wrong.append(f"{full}: {list(found)}, expected {list(expected)}")
-            for matrix in module.matrices() if stacks else ():
-                if matrix.stack in stacks:
+            found = {stack for stack in module.stacks if self._take(prefix, stack, module, wrong)}
+            for matrix in module.matrices() if found else ():
+                if matrix.stack in found:
                     full = f"{prefix}.{matrix.name}"
-                    self._places[full] = stacks[matrix.stack], matrix
+                    self._places[full] = prefix, matrix.stack, matrix
                     self._shapes[full] = matrix_shape(module, matrix)
         if wrong:
             raise ModelError(
@@ -60,36 +77,131 @@ class Unstacked:
                 + ", ".join(wrong[:3])
             )
 
+    def _take(self, prefix: str, stack: str, module: Experts, wrong: list[str]) -> bool:
+        """Whether the checkpoint has a stack, whose tensors are its matrices from now on; `wrong` takes those of another shape."""
+        full, shape = f"{prefix}.{stack}", tuple(getattr(module, stack).shape)
+        expected = {full: tuple(stored_stack(module, stack, torch.empty(shape, device="meta")).shape)}
+        if any(f"{full}{ending}" in self._shapes for ending in _MXFP4):
+            self.in_mxfp4.add(full)
+            groups = (*shape[:2], shape[2] // MX_BLOCK)
+            expected = {f"{full}_blocks": (*groups, MX_BLOCK // 2), f"{full}_scales": groups}
+        elif full not in self._shapes:
+            return False
+        for name, wanted in expected.items():
+            found = self._shapes.pop(name, None)
+            if found != wanted:
+                lies = "missing" if found is None else list(found)
+                wrong.append(f"{name}: {lies}, expected {list(wanted)}")
+        return True
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
+
+    def mxfp4(self, prefix: str, stack: str, device: torch.device) -> MXFP4Stack:
+        """The codes of a stack that is in MXFP4, in the model's order."""
+        module = self._experts[prefix]
+        codes, scales = (tensor.flatten(2) for tensor in self._stack(f"{prefix}.{stack}"))
+        if module.rules.alternating and stack == "gate_up_proj":
+            codes, scales = (t.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) for t in (codes, scales))
+        shape, parts = tuple(getattr(module, stack).shape), _parts(module, stack)
+        return MXFP4Stack(shape, parts, codes.contiguous().to(device), scales.contiguous().to(device))
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         if name not in self._places:
             return self._source.read(name, device, dtype)
-        full, matrix = self._places[name]
+        prefix, stack, matrix = self._places[name]
+        found = [one[matrix.expert] for one in self._stack(f"{prefix}.{stack}")]
+        if len(found) == 2:
+            codes, scales = (one[matrix.stored_rows] for one in found)
+            values = decode_mxfp4(codes.flatten(1), scales)
+            dtype = dtype or torch.bfloat16  # what transformers makes of them, too
+        else:
+            transposed = self._experts[prefix].rules.stored == "stacked"
+            values = (found[0].t() if transposed else found[0])[matrix.stored_rows]
+        return values.to(device=device, dtype=dtype, copy=True)
+
+    def _stack(self, full: str) -> tuple[torch.Tensor, ...]:
+        """The tensor of a stack as it is stored, or its blocks and scales."""
         if self._read is None or self._read[0] != full:
             self._read = None  # two stacks at once would be twice the memory
-            self._read = full, self._source.read(full, torch.device("cpu"), None)
-        return self._read[1][matrix.expert, matrix.rows].to(device=device, dtype=dtype, copy=True)
+            names = [f"{full}{ending}" for ending in _MXFP4] if full in self.in_mxfp4 else [full]
+            cpu = torch.device("cpu")
+            self._read = full, tuple(self._source.read(name, cpu, None) for name in names)
+        return self._read[1]
 
     def close(self) -> None:
         self._read = None
         self._source.close()
 
 
+# how the names of a stack's codes end in a checkpoint in MXFP4
+_MXFP4 = ("_blocks", "_scales")
+
+
 def unstacked(source: TensorSource, model: nn.Module) -> TensorSource:
     """A source that has each matrix of a model's experts by itself; the source itself where it has already."""
     experts, stored = expert_modules(model), source.shapes()
-    if any(f"{prefix}.{name}" in stored for prefix in experts for name in STACKS):
+    stacks = (f"{prefix}.{stack}" for prefix, one in experts.items() for stack in one.stacks)
+    if any(f"{stack}{ending}" in stored for stack in stacks for ending in ("", *_MXFP4)):
         return Unstacked(source, experts)
     return source
+
+
+class Stacked:
+    """A source whose matrices of experts are read as the stacks in which the family's checkpoints hold them.
+
+    Args:
+        source: of all matrices. experts: of the model, by the names of their modules.
+    """
+
+    def __init__(self, source: TensorSource, experts: dict[str, Experts]) -> None:
+        self._source, self._shapes = source, {}
+        self._stacks = {
+            f"{prefix}.{stack}": (prefix, module, stack)
+            for prefix, module in experts.items()
+            for stack in module.stacks
+        }
+        stack_of = {
+            f"{prefix}.{one.name}": f"{prefix}.{one.stack}"
+            for prefix, module in experts.items()
+            for one in module.matrices()
+        }
+        for name, shape in source.shapes().items():
+            if name in stack_of:
+                name = stack_of[name]
+                _, module, stack = self._stacks[name]
+                values = torch.empty(getattr(module, stack).shape, device="meta")
+                shape = tuple(stored_stack(module, stack, values).shape)
+            self._shapes[name] = shape
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        if name not in self._stacks:
+            return self._source.read(name, device, dtype)
+        prefix, module, stack = self._stacks[name]
+        dtype = dtype or torch.float32
+        values = read_stack(
+            module, stack, lambda own: self._source.read(f"{prefix}.{own}", device, dtype), device, dtype
+        )
+        return stored_stack(module, stack, values).contiguous()
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def stacked(source: TensorSource, model: nn.Module) -> TensorSource:
+    """A source of matrices as the family's checkpoints hold them; the source itself where that is each by itself."""
+    experts = {name: one for name, one in expert_modules(model).items() if one.rules.stored == "stacked"}
+    return Stacked(source, experts) if experts else source
 
 
 def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's parameters as its checkpoints hold them."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for prefix, experts in expert_modules(model).items():
-        for name in STACKS:
+        for name in experts.stacks:
             shapes.pop(f"{prefix}.{name}")
         shapes |= {f"{prefix}.{one.name}": matrix_shape(experts, one) for one in experts.matrices()}
     return shapes
@@ -122,21 +234,32 @@ def replace_stacks(
     covers: Callable[[str], bool],
     double_quant: bool,
     dtype: torch.dtype,
-) -> None:
-    """Puts a packed stack without values where experts will be packed, on the meta device; `pack_stack` fills it.
+    in_mxfp4: Container[str] = (),
+) -> list[str]:
+    """Puts a packed stack without values where experts will be packed, on the meta device; whoever reads the checkpoint fills it.
 
     Args:
         model: on the meta device.
         stored: names of the checkpoint's tensors. packed: those that it holds packed, which then decide alone.
         covers: whether the settings pack a layer, by its name. double_quant: whether they quantise scales.
         dtype: that the stacks are computed in.
+        in_mxfp4: names of the stacks that the checkpoint has in MXFP4, and whose codes are kept.
+
+    Returns:
+        Notes for the user, one line each.
 
     Raises:
         ModelError: rows of a packed matrix are no whole blocks.
     """
+    kept = 0
     for prefix, experts in expert_modules(model).items():
         for stack in STACKS:
             name = f"{prefix}.{next(matrices_of(experts, stack)).name}"
+            if f"{prefix}.{stack}" in in_mxfp4 and covers(name):
+                empty = MXFP4Stack.empty(tuple(getattr(experts, stack).shape), _parts(experts, stack))
+                setattr(experts, stack, PackedWeight(empty, dtype))
+                kept += 1
+                continue
             fits = getattr(experts, stack).shape[2] % BLOCK == 0
             if not fits and name in packed:
                 raise ModelError(
@@ -146,12 +269,17 @@ def replace_stacks(
                 double = f"{name}.nested_absmax" in stored if packed else double_quant
                 empty = _empty_stack(experts, stack, double, torch.device("meta"))
                 setattr(experts, stack, PackedWeight(empty, dtype))
+    return [f"{kept} stacks of experts stay in MXFP4, as the checkpoint has them"] * bool(kept)
 
 
 def _empty_stack(experts: Experts, stack: str, double_quant: bool, device: torch.device) -> PackedStack:
     shape = tuple(getattr(experts, stack).shape)
-    parts = len(list(matrices_of(experts, stack))) // shape[0]
-    return PackedStack.empty(shape, parts, double_quant, device)
+    return PackedStack.empty(shape, _parts(experts, stack), double_quant, device)
+
+
+def _parts(experts: Experts, stack: str) -> int:
+    """Matrices of each expert in a stack."""
+    return len(list(matrices_of(experts, stack))) // len(getattr(experts, stack))
 
 
 def pack_stack(

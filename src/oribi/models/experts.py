@@ -2,9 +2,10 @@
 
     l = n W_r^T      w, e = route(l)      y_t = sum over the k experts e of t: w_te (act(n_t G_e^T) (n_t U_e^T)) D_e^T
 
-T tokens, D hidden size, E experts, I columns of an expert's gate and up. gate|up of all experts is one parameter [E, 2I, D], down
+and biases in the families that have them. T tokens, D hidden size, E experts, I columns of an expert's gate and up. gate|up of all experts is one parameter [E, 2I, D], down
 another [E, D, I], under the names that transformers has for them, so that PEFT's `target_parameters` reach them. Where they
-are packed, the parameter has the shape, dtype and device of the weights, and codes and scales in place of them.
+are packed, the parameter has the shape, dtype and device of the weights, and codes and scales in place of them. Gate lies before up,
+whatever a checkpoint's stacks have; only the rows of LoRA's B are the checkpoint's, since PEFT saves them as they are.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
 from oribi.families import Family, activation_of
+from oribi.families.expert_rules import ExpertRules
 from oribi.kernels.expert_linear import StackProjection, expert_linear
 from oribi.kernels.expert_rows import combine
 from oribi.kernels.gated_mlp import gated_mlp
@@ -35,12 +37,13 @@ STACKS = ("gate_up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """One matrix of a stack, as a checkpoint that holds each by itself names it.
+    """One matrix of a stack, or one vector of biases, as a checkpoint that holds each by itself names it.
 
     Args:
         name: in the checkpoint, from the experts' module on: "3.up_proj.weight".
         stack: the stack's attribute. expert: which. rows: of the expert's [N, K] in the stack.
         place: among the stack's matrices.
+        stored_rows: of the expert's [N, K] in a checkpoint's stack, and of LoRA's B.
     """
 
     name: str
@@ -48,10 +51,11 @@ class StoredMatrix:
     expert: int
     rows: slice
     place: int
+    stored_rows: slice
 
 
 class Router(nn.Module):
-    """The matrix [E, D] that gives the logits; never packed, and trained only with all other weights."""
+    """The matrix [E, D] that gives the logits, and its bias; never packed, and trained only with all other weights."""
 
     def __init__(self, config: PretrainedConfig, family: Family) -> None:
         super().__init__()
@@ -62,6 +66,7 @@ class Router(nn.Module):
             rules.normalises(config),
         )
         self.weight = nn.Parameter(torch.empty(getattr(config, rules.count), config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(len(self.weight))) if rules.biases else None
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The experts [T, k] int64 of each token."""
@@ -77,20 +82,37 @@ class Experts(nn.Module):
 
     is_transposed = False  # PEFT asks: a stack is [experts, out, in]
 
-    def __init__(self, count: int, hidden_size: int, size: int) -> None:
+    def __init__(self, count: int, hidden_size: int, size: int, rules: ExpertRules) -> None:
         super().__init__()
+        self.rules = rules
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, size))
+        if rules.biases:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(count, 2 * size))
+            self.down_proj_bias = nn.Parameter(torch.empty(count, hidden_size))
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of all stacks, those of the biases after those of the weights."""
+        return (*STACKS, *(f"{name}_bias" for name in STACKS if f"{name}_bias" in self._parameters))
 
     def matrices(self) -> Iterator[StoredMatrix]:
-        """Every matrix, expert by expert."""
-        size = self.down_proj.shape[2]
+        """Every matrix, expert by expert, and every vector of biases."""
+        size, hidden = self.down_proj.shape[2], self.down_proj.shape[1]
+        leaves = {"weight": "", "bias": "_bias"} if self.rules.biases else {"weight": ""}
         for expert in range(len(self.down_proj)):
-            for part, name in enumerate(("gate_proj", "up_proj")):
-                rows = slice(part * size, (part + 1) * size)
-                yield StoredMatrix(f"{expert}.{name}.weight", "gate_up_proj", expert, rows, 2 * expert + part)
-            whole = slice(0, self.down_proj.shape[1])
-            yield StoredMatrix(f"{expert}.down_proj.weight", "down_proj", expert, whole, expert)
+            for leaf, suffix in leaves.items():
+                for part, name in enumerate(("gate_proj", "up_proj")):
+                    rows = slice(part * size, (part + 1) * size)
+                    stored = slice(part, 2 * size, 2) if self.rules.alternating else rows
+                    place = 2 * expert + part
+                    yield StoredMatrix(
+                        f"{expert}.{name}.{leaf}", f"gate_up_proj{suffix}", expert, rows, place, stored
+                    )
+                whole = slice(0, hidden)
+                yield StoredMatrix(
+                    f"{expert}.down_proj.{leaf}", f"down_proj{suffix}", expert, whole, expert, whole
+                )
 
 
 def read_experts(module: nn.Module) -> dict[str, StackProjection] | None:
@@ -114,7 +136,15 @@ def read_experts(module: nn.Module) -> dict[str, StackProjection] | None:
         module = module.base_layer
     if isinstance(module, BaseTunerLayer) or hooked(module):
         return None
-    return {name: StackProjection(getattr(module, name), *pairs.get(name, ())) for name in STACKS}
+    return {
+        name: StackProjection(
+            getattr(module, name),
+            *pairs.get(name, ()),
+            bias=getattr(module, f"{name}_bias", None),
+            alternating=module.rules.alternating and name == "gate_up_proj",
+        )
+        for name in STACKS
+    }
 
 
 def read_router(module: nn.Module) -> tuple[Router, torch.Tensor] | None:
@@ -147,7 +177,9 @@ class ExpertsMLP(NamedParts):
         super().__init__(family)
         rules = family.experts
         self.add_part("router", Router(config, family))
-        experts = Experts(getattr(config, rules.count), config.hidden_size, getattr(config, rules.size))
+        experts = Experts(
+            getattr(config, rules.count), config.hidden_size, getattr(config, rules.size), rules
+        )
         self.add_part("experts", experts)
         self.activation = activation_of(config)
         self.used = config.num_experts_per_tok
@@ -169,7 +201,7 @@ class ExpertsMLP(NamedParts):
             )
         router, router_weight = read
         flat = x.reshape(-1, x.shape[-1])
-        logits = F.linear(flat, router_weight)
+        logits = F.linear(flat, router_weight, router.bias)
         experts = router.choose(logits)
         weights = router.weigh(logits, experts)
         routing = sort_by_expert(experts, len(router.weight))

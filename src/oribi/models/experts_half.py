@@ -1,12 +1,13 @@
 """The experts' half of a decoder layer, differentiated by hand.
 
-    n = pre(x)      l = n W_r^T      w, e = route(l)      gu_r = n_t(r) W1_e^T      h = act(gate) up      o_r = h_r W2_e^T
+    n = pre(x)      l = n W_r^T      w, e = route(l)      gu_r = n_t(r) W1_e^T + b1_e      h = act(gate) up
+    o_r = h_r W2_e^T + b2_e
     y_t = x_t + c sum over the rows r of t: w_r o_r
 
-T tokens, k experts of a token, R = T k rows sorted by expert, D hidden size, I columns of gate and of up, P columns of LoRA
+where only some families have biases. T tokens, k experts of a token, R = T k rows sorted by expert, D hidden size, I columns of gate and of up, P columns of LoRA
 (`kernels/expert_linear.py`). From dy, with the rows' weights applied to the gradient of h:
 
-    dh_r = c dy_t(r) W2_e      dw_r = dh_r . h_r      dgu = act'(w dh)      dn_t = sum of (dgu_r W1_e) + dl W_r
+    dh_r = c dy_t(r) W2_e      dw_r = dh_r . h_r + c dy_t(r) . b2_e      dgu = act'(w dh)      dn_t = sum of (dgu_r W1_e) + dl W_r
 
 What was chosen is kept, never computed again: rounding could choose other experts. gu is kept, waits in host memory or is
 computed again as `Keep` says; the gradients do not depend on it, to the bit.
@@ -36,9 +37,10 @@ def experts_half(
 ) -> "ExpertsHalf | None":
     """The half of a layer's experts; None where PyTorch's autograd has to differentiate them."""
     stacks, router = core.stacks(), core.part("router")
-    if post is not None or stacks is None or not isinstance(router, Router) or router.weight.requires_grad:
+    if post is not None or stacks is None or not isinstance(router, Router):
         return None
-    if any(stack.weight.requires_grad for stack in stacks.values()):
+    frozen = [*router.parameters(), *(t for one in stacks.values() for t in (one.weight, one.bias))]
+    if any(parameter is not None and parameter.requires_grad for parameter in frozen):
         return None
     return ExpertsHalf(core, pre, stacks, scale)
 
@@ -111,7 +113,7 @@ class ExpertsHalf:
         return sort_by_expert(router.choose(self._logits(self._normed(x)[0])), len(router.weight))
 
     def _logits(self, n: torch.Tensor) -> torch.Tensor:
-        return F.linear(n, self.router.weight)
+        return F.linear(n, self.router.weight, self.router.bias)
 
     def _output(self, x: torch.Tensor, routing: Routing, kept: Kept | None, alone: bool) -> torch.Tensor:
         """y [t, D] of some rows; what is kept goes to `kept`, and the weights of gate|up are freed where no rows follow."""
@@ -142,7 +144,10 @@ class ExpertsHalf:
         down.fill_xa(h_buffer, offs)
         dy_buffer = down.with_columns(dy if self.scale == 1.0 else dy * self.scale, routing.tokens)
         dh = down.backward_input(dy_buffer, offs)
-        dweights = routing.of_tokens(products_and_weighted(dh, h_buffer[:, : down.in_features], row_weights))
+        of_rows = products_and_weighted(dh, h_buffer[:, : down.in_features], row_weights)
+        if down.has_bias:  # a row's output has it, too
+            of_rows += dy_buffer[:, down.out_features + down.rank]
+        dweights = routing.of_tokens(of_rows)
         factors = down.factor_gradients(h_buffer, dy_buffer, offs, self._pair("down_proj"), row_weights)
         del h_buffer, dy_buffer, down, self._weights["down_proj"]
         up = self._weight("gate_up_proj")

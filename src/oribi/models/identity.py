@@ -169,8 +169,8 @@ def weight_sums(weight: torch.Tensor) -> WeightSums | None:
         return None
     packed = getattr(weight, "packed", None)
     if packed is not None:  # the experts of a layer
-        sums = [_row_sums(tensor).sum() for tensor in (packed.codes, packed.absmax)]
-        return WeightSums(weight.dtype, (sums[0] * 31 + sums[1])[None].cpu())
+        codes, scales = (_row_sums(tensor).sum() for tensor in [*packed.tensors()][:2])
+        return WeightSums(weight.dtype, (codes * 31 + scales)[None].cpu())
     rows = _row_sums(weight.detach())
     state = getattr(weight, "quant_state", None)
     if state is not None:

@@ -38,7 +38,8 @@ from oribi.models.load_settings import (
 from oribi.models.load_together import LoadTogether
 from oribi.models.open import OpenedAdapter, OpenedModel, open_model
 from oribi.models.pretrained import DecoderPreTrainedModel
-from oribi.models.quantize import Quantization, fill
+from oribi.models.quantization import Quantization
+from oribi.models.quantize import fill
 from oribi.models.rope import extend_context, override_rope, trained_positions
 from oribi.models.unfused import load_unfused
 from oribi.models.unwrap import bare_name

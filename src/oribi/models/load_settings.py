@@ -12,7 +12,7 @@ from oribi.errors import ConfigError
 from oribi.models.identity import BaseIdentity
 from oribi.models.labels import Labels
 from oribi.models.load_together import LoadTogether
-from oribi.models.quantize import Quantization
+from oribi.models.quantization import Quantization
 
 _DTYPES = {
     **dict.fromkeys(("float16", "fp16", "half"), torch.float16),

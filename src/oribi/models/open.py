@@ -14,13 +14,13 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from oribi.chat.tokenizer import OBJECTS, PROCESSOR_FILES, Repaired, load_tokenizer, repair
 from oribi.errors import ModelError
 from oribi.families import family_of
-from oribi.formats.settings import PackedFormat
+from oribi.formats.settings import MXFP4_METHOD, PackedFormat, method_of
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.tokenizer import SUPPRESSED, rebuild_tokenizer
 from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import AdapterRecord, read_record
 from oribi.models.config_file import check_decoder, read_config, read_generation, stored_quantization
-from oribi.models.files import HubOptions, Location, locate, read_json
+from oribi.models.files import HubOptions, Location, locate, read_json, stored_settings
 from oribi.models.rope import trained_positions
 
 
@@ -80,10 +80,15 @@ class OpenedModel:
     def stored(self) -> dict[str, Any] | PackedFormat | None:
         """How the checkpoint's weights are quantised, as `stored_quantization` says; None for a GGUF file.
 
+        None also stands for MXFP4 in a model that oribi's decoder runs: the tensors of its experts tell, and are kept as they are.
+
         Raises:
             ModelError: in a way that oribi does not read.
         """
-        return None if self.gguf is not None else stored_quantization(self.location)
+        settings = None if self.gguf is not None else stored_settings(self.location.directory)
+        if settings is None or (self.fused and method_of(settings) == MXFP4_METHOD):
+            return None
+        return stored_quantization(self.location)
 
     @property
     def config_file(self) -> Path:

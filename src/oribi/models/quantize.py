@@ -6,16 +6,16 @@ before any tensor is read. N out features, K in features of a linear layer.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from torch import nn
 
-from oribi.errors import ConfigError, ModelError
+from oribi.errors import ModelError
 from oribi.kernels import nf4
 from oribi.kernels.expert_stack import PackedWeight
+from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.kernels.nf4 import BLOCK
 from oribi.models.expert_tensors import (
     matrices_of,
@@ -30,60 +30,13 @@ from oribi.models.experts import STACKS, Experts
 from oribi.models.host_memory import to_pinned_memory
 from oribi.models.layers import DecoderLayer
 from oribi.models.load_together import LoadTogether, Packed
-from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
+from oribi.models.quantization import Quantization
 from oribi.tensors import TensorSource, problems_in_words
-from oribi.text import gibibytes, nearest
+from oribi.text import gibibytes
 
-_HEADS = ("lm_head", "score", "classifier")  # of language models and of classifiers
 _CPU = torch.device("cpu")
 _NF4_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _NF4_KEY)
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How frozen linear layers are stored.
-
-    Args:
-        enabled: 4-bit NF4; otherwise every weight stays in the compute dtype.
-        double: the scales of blocks are quantised too.
-        skip: module names, or parts of them, that stay in the compute dtype besides the head, of whichever kind.
-        asked: those of `skip` that the user named, each of which has to be there.
-    """
-
-    enabled: bool = True
-    double: bool = True
-    skip: tuple[str, ...] = ()
-    asked: tuple[str, ...] = ()
-
-    def covers(self, name: str) -> bool:
-        """Whether the linear layer called `name` is to be quantised."""
-        return self.enabled and not any(
-            _is_within(part, name) for part in (*self.skip, *_HEADS, *DECAY_PROJECTIONS)
-        )
-
-    def kept(self, model: nn.Module) -> list[str]:
-        """Names of a model's linear layers that the user keeps in the compute dtype.
-
-        Raises:
-            ConfigError: a name stands for none.
-        """
-        linear = [name for name, layer in model.named_modules() if type(layer) in (nn.Linear, Experts)]
-        for part in self.asked:
-            if not any(_is_within(part, name) for name in linear):
-                leaves = sorted({name.rpartition(".")[2] for name in linear} - {*_HEADS})
-                near = nearest(part, leaves)
-                raise ConfigError(
-                    f"keep_in_16bit: the model has no linear layer {part!r}"
-                    + (f"; did you mean {near}?" if near else ".")
-                    + f" It has {', '.join(leaves)}; a layer is named layers.0, a part of it layers.0.mlp"
-                )
-        return [name for name in linear if any(_is_within(part, name) for part in self.asked)]
-
-
-def _is_within(part: str, name: str) -> bool:
-    """Whether a module's name holds another name between its dots."""
-    return f".{part}." in f".{name}."
 
 
 def fits_nf4(layer: nn.Linear, device: torch.device) -> bool:
@@ -126,7 +79,8 @@ def fill(
     notes = _check(model, stored, packed)
     notes += _replace_linears(model, packed, quantization, device, dtype)
     if quantization.enabled:
-        replace_stacks(model, stored, packed, quantization.covers, quantization.double, dtype)
+        settings = quantization.covers, quantization.double, dtype
+        notes += replace_stacks(model, stored, packed, *settings, getattr(source, "in_mxfp4", ()))
     reader = _Reader(source, packed, device, dtype, quantization.double)
     model.requires_grad_(trainable)
     shards = None
@@ -274,8 +228,9 @@ def _large(model: nn.Module, in_parts: bool) -> Iterator[tuple[str, int, bool]]:
         for child in (child for group in _packed_groups(module) for child in group):
             yield f"{prefix}.{child}.weight", _weights(getattr(module, child)), True
         for stack in STACKS if isinstance(module, Experts) else ():
-            is_packed = isinstance(getattr(module, stack), PackedWeight)
-            if is_packed or in_parts:
+            codes = getattr(getattr(module, stack), "packed", None)
+            is_packed = codes is not None
+            if (is_packed or in_parts) and not isinstance(codes, MXFP4Stack):  # which is read as it is
                 for matrix in matrices_of(module, stack):
                     yield f"{prefix}.{matrix.name}", math.prod(matrix_shape(module, matrix)), is_packed
         if in_parts and type(module) is nn.Linear and id(module) in layers:
@@ -332,10 +287,15 @@ class _Reader:
             layer.quant_state = state
 
     def fill_experts(self, prefix: str, experts: Experts, trainable: bool) -> None:
-        """Gives the experts of a layer their weights."""
+        """Gives the experts of a layer their weights and biases."""
         where = self.device, self.dtype
-        for stack in STACKS:
-            if isinstance(getattr(experts, stack), PackedWeight):
+        for stack in experts.stacks:
+            codes = getattr(getattr(experts, stack), "packed", None)
+            if isinstance(codes, MXFP4Stack):
+                setattr(
+                    experts, stack, PackedWeight(self.source.mxfp4(prefix, stack, self.device), self.dtype)
+                )
+            elif codes is not None:
                 pack_stack(experts, stack, lambda name: self._codes(f"{prefix}.{name}"), *where)
             else:
                 value = read_stack(experts, stack, lambda name: self.dense(f"{prefix}.{name}"), *where)

@@ -24,7 +24,8 @@ from oribi.formats.settings import packed_format
 from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.files import HubOptions, Location, open_weights, stored_settings
 from oribi.models.generate import generate_in_inference_mode
-from oribi.models.quantize import Quantization, fits_nf4
+from oribi.models.quantization import Quantization
+from oribi.models.quantize import fits_nf4
 from oribi.models.wrapper import automatic
 from oribi.tensors import problems_in_words
 

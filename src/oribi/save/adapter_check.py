@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from oribi.errors import ExportError, ModelError
 from oribi.gguf.source import GGUFSource
 from oribi.kernels.expert_stack import dequantize_stack
+from oribi.models.expert_tensors import stored_stack
 from oribi.models.files import Location, weight_files
 from oribi.models.plain_peft import quiet_libraries
 from oribi.models.quantize import rounded_to_nf4
@@ -149,7 +150,7 @@ def _round_as_trained(model: PeftModel, outside: nn.Module, names: Any) -> None:
             continue
         outer = name if names is None else names.outer(name)
         weight = weights[outer if outer in weights else name]
-        if packed is not None:  # a layer's experts, which the class stacks as the model does
-            weight.copy_(dequantize_stack(packed, weight.dtype))
+        if packed is not None:  # a layer's experts
+            weight.copy_(stored_stack(slot.module, slot.leaf, dequantize_stack(packed, weight.dtype)))
             continue
         weight.copy_(rounded_to_nf4(weight.data, state.nested))

@@ -18,7 +18,8 @@ from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.decoder import build
 from oribi.models.files import open_weights
 from oribi.models.open import OpenedModel
-from oribi.models.quantize import Quantization, fits_nf4, rounded_to_nf4
+from oribi.models.quantization import Quantization
+from oribi.models.quantize import fits_nf4, rounded_to_nf4
 from oribi.models.wrapper import renaming, wrapper_names
 from oribi.save.check import percent
 from oribi.save.probes import rows_of

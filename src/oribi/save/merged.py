@@ -17,7 +17,7 @@ from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.expert_tensors import expert_modules
+from oribi.models.expert_tensors import expert_modules, stacked, unstacked
 from oribi.models.unfused import beside_decoder
 from oribi.models.unwrap import is_classifier, source_of
 from oribi.models.wrapper import automatic
@@ -188,6 +188,8 @@ class MergedExport(Export):
             self.report.notes.append(
                 f"{len(found.others)} tensors that {kind} has beside the text model are carried over as they are"
             )
+        if self.carried is None:
+            shapes = stacked(merged, self.inner).shapes()
         text = dict.fromkeys(shapes) if self.carried is None else self.carried.text
         plans = [
             TensorPlan(name, shapes[own], self.dtype, packed_bytes(shapes[own]) if own in packed else 0)
@@ -204,7 +206,7 @@ class MergedExport(Export):
 
     def _read(self, name: str) -> torch.Tensor:
         if self.carried is None:
-            return read_finite(self.merged, name, self.dtype)
+            return read_finite(stacked(self.merged, self.inner), name, self.dtype)
         if name in self.carried.text:
             return read_finite(self.merged, self.carried.text[name], self.dtype)
         return self._read_carried(name)
@@ -271,7 +273,7 @@ class MergedExport(Export):
             return self.expect_logits(form, folder, logits_of_whole(self.trained, folder))
         own_name = (lambda name: name) if self.carried is None else self.carried.own_name
         stored = SafetensorsSource(sorted(folder.glob("model*.safetensors")), own_name)
-        return self.expect(form, folder, Nf4Source(stored))
+        return self.expect(form, folder, Nf4Source(unstacked(stored, self.inner)))
 
     def usage(self, folder: Path, file: str) -> str:
         name, kind, reader = self.directory.name, automatic(self.inner.config).__name__, "AutoTokenizer"

@@ -16,7 +16,6 @@ from torch import nn
 
 from oribi.errors import ExportError
 from oribi.kernels.expert_linear import factors_by_expert
-from oribi.kernels.expert_stack import dequantize_matrix
 from oribi.kernels.nf4 import dequantize
 from oribi.models.expert_tensors import matrix_shape
 from oribi.models.experts import Experts, StoredMatrix
@@ -141,7 +140,7 @@ def _values(name: str, slot: Slot) -> torch.Tensor:
         return plain_tensor(name, slot.tensor)
     packed = getattr(slot.tensor, "packed", None)
     if packed is not None and not getattr(slot.tensor, "is_sharded", False):
-        return dequantize_matrix(packed, slot.matrix.place, torch.float32)
+        return packed.matrix(slot.matrix.place, torch.float32)
     return plain_tensor(name, slot.tensor)[slot.matrix.expert, slot.matrix.rows]
 
 
@@ -241,7 +240,8 @@ def _read_lora(name: str, slot: Slot, layer: LoraLayer, adapter: str, change: Ch
         if adapter in layer.lora_A and slot.leaf == layer.parameter_name:
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             if slot.matrix is not None:
-                of_each = factors_by_expert(a, b, layer.num_experts)
+                alternating = slot.module.rules.alternating and slot.leaf == "gate_up_proj"
+                of_each = factors_by_expert(a, b, layer.num_experts, alternating)
                 a, b = (factor[slot.matrix.expert] for factor in of_each)
                 b = b[slot.matrix.rows]
             elif slot.tensor.dim() > 2:

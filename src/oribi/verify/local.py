@@ -16,7 +16,8 @@ from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_files import read_record
 from oribi.models.files import HubOptions, Location, locate
 from oribi.models.plain_peft import quiet_libraries
-from oribi.models.quantize import Quantization, fits_nf4, rounded_to_nf4
+from oribi.models.quantization import Quantization
+from oribi.models.quantize import fits_nf4, rounded_to_nf4
 from oribi.models.unfused import from_checkpoint, packed_weights, require_exact_nf4
 from oribi.models.wrapper import automatic
 from oribi.save.probe_file import Messages, Place, Probe, ProbeFile, Said

@@ -88,7 +88,8 @@ class AttentionStep:
         ring = rings[state.slots[a.index]]
         ring.write(keys, k)
         ring.write(values, v)
-        out = attend(q, keys[:, :, : ring.used], values[:, :, : ring.used], ring.mask, a.scale, a.softcap)
+        cached = keys[:, :, : ring.used], values[:, :, : ring.used]
+        out = attend(q, *cached, ring.mask, a.scale, a.softcap, a.sink_logits)
         return self.groups["o"]((out if gate is None else output_gate_forward(out, gate)).flatten(1))
 
     def _by_kernels(
@@ -124,8 +125,9 @@ class AttentionStep:
             of_heads, keys, values, state.length, state.row, cos, sin, gated=a.gates_each_head, **norms
         )
         out = decode_attention(
-            q, keys, values, state.length, state.row, state.counters, scale=a.scale, softcap=a.softcap
-        )
+            q, keys, values, state.length, state.row, state.counters, scale=a.scale, softcap=a.softcap,
+            sinks=a.sink_logits,
+        )  # fmt: skip
         return out if gate is None else output_gate_forward(out.view(gate.shape), gate).flatten(1)
 
 
@@ -141,23 +143,31 @@ def attend(
     mask: torch.Tensor,
     scale: float,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query per row and head.
 
     Args:
         q: [B, H, E]. keys, values: [B, K, C, E]. mask: [B, 1, 1, C] bool, True at filled slots.
-        scale, softcap: as in `kernels.attention.decide`.
+        scale, softcap, sinks: as in `kernels.attention.decide`.
 
     Returns:
         [B, H, E].
     """
     # the query heads of a key head are its queries: no key is repeated
     grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
-    if softcap is None:
+    if softcap is None and sinks is None:
         out = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=scale)
     else:
-        scores = softcap * torch.tanh(scale / softcap * (grouped @ keys.transpose(-1, -2)))
-        out = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ values
+        scores = grouped @ keys.transpose(-1, -2)
+        scores = (
+            scale * scores if softcap is None else softcap * torch.tanh(scale / softcap * scores)
+        ).masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            own = sinks.to(scores.dtype).view(keys.shape[1], -1, 1).expand(len(q), -1, -1, 1)
+            scores = torch.cat([scores, own], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        out = weights[..., : keys.shape[2]] @ values
     return out.reshape(q.shape)
 
 

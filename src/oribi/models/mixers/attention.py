@@ -133,12 +133,19 @@ class Attention(NamedParts):
             self.output_result, self.results = None, _WITHOUT_SUM
         self.softcap = config.attn_logit_softcapping if family.softcaps is True else None
         self.window = window_of(config, family, index)
+        if family.sinks:
+            self.sinks = nn.Parameter(torch.empty(heads))
         self.rope_kind = config.layer_types[index] if family.rope_by_layer_type else None
         self.rotates = family.rotates(config, index)
 
     def groups(self) -> dict[str, list[nn.Module]]:
         """The linear layers that share an input: q, k, v (or the one layer that holds them all) and a gate of its own; and o."""
         return {"qkv": [self.part(role) for role in self._inputs], "o": [self.part("o_proj")]}
+
+    @property
+    def sink_logits(self) -> torch.Tensor | None:
+        """[H] a logit beside the scores of each head; None without sinks."""
+        return self._parameters.get("sinks")
 
     def qk_norms(self) -> tuple[RMSNorm, ...]:
         """The norms of q and k; none without them."""
@@ -201,7 +208,9 @@ class Attention(NamedParts):
         if batch.cache is not None:
             k, v = batch.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.index)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        out = attention(q, k, v, batch.visibility, self.scale, self.window, self.softcap)
+        out = attention(
+            q, k, v, batch.visibility, self.scale, self.window, self.softcap, sinks=self.sink_logits
+        )
         if gate is not None:
             out = output_gate(out.flatten(0, 1), gate)
         return project(groups["o"], out.reshape(rows, length, -1))[0]
@@ -222,7 +231,7 @@ class Attention(NamedParts):
             rope_forward(q, k, *angles, out=(q, k))
         shape = batch.visibility.batch, batch.visibility.length
         q, k, v = (t.unflatten(0, shape) for t in (q, k, v))
-        how = decide(q, batch.visibility, self.scale, self.window, self.softcap)
+        how = decide(q, batch.visibility, self.scale, self.window, self.softcap, sinks=self.sink_logits)
         return Attending(p, q, k, v, how, angles, gate, raw, rstd)
 
     @property
