@@ -20,12 +20,15 @@ def pretend_cuda(monkeypatch, major: int, minor: int, count: int = 1, hip: str |
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.version, "hip", hip)
 
 
-def pretend_cpu(monkeypatch, amx: bool) -> None:
+def pretend_cpu(monkeypatch, features: tuple[str, ...], amd: bool = False) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(environment, "_cpu_has_amx", lambda: amx)
+    monkeypatch.setattr(environment, "_cpu_has", lambda feature: feature in features)
+    monkeypatch.setattr(environment, "_cpu_is_amd", lambda: amd)
 
 
 def test_this_machine_is_described_with_reasons():
@@ -82,9 +85,17 @@ def test_every_process_of_torchrun_has_its_own_device(monkeypatch, rank, index):
     assert ("4 CUDA devices" in found.reasons["device"]) == (rank == "5")
 
 
-@pytest.mark.parametrize(("amx", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_cpu_computes_in_bfloat16_only_where_that_is_fast(monkeypatch, amx, dtype):
-    pretend_cpu(monkeypatch, amx)
+@pytest.mark.parametrize(
+    ("features", "amd", "dtype"),
+    [
+        (("amx_bf16", "avx512_bf16"), False, torch.bfloat16),
+        (("avx512_bf16",), True, torch.bfloat16),
+        (("avx512_bf16",), False, torch.float32),  # Intel's multiplies bfloat16 more slowly than float32
+        ((), True, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_only_where_that_is_fast(monkeypatch, features, amd, dtype):
+    pretend_cpu(monkeypatch, features, amd)
     found = environment.detect()
     assert (found.device.type, found.dtype, found.triton, found.attention) == (
         "cpu",
@@ -92,7 +103,7 @@ def test_a_cpu_computes_in_bfloat16_only_where_that_is_fast(monkeypatch, amx, dt
         False,
         "reference",
     )
-    assert "AMX" in found.reasons["dtype"]
+    assert "bfloat16" in found.reasons["dtype"]
 
 
 def test_a_missing_triton_is_the_reason(monkeypatch):

@@ -5,6 +5,7 @@ import os
 import platform
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -109,10 +110,13 @@ def _choose_dtype(device: torch.device, capability: tuple[int, int] | None) -> t
             torch.float16,
             f"compute capability {capability[0]}.{capability[1]} has no bfloat16; float16 needs loss scaling",
         )
-    if _cpu_has_amx():
+    if _cpu_has("amx_bf16"):
         # SmolLM2-135M, 512 tokens, one core: 2.2 s a step against 3.7 s in float32
         return torch.bfloat16, "the CPU multiplies bfloat16 matrices in hardware (AMX)"
-    return torch.float32, "the CPU has no fast bfloat16 (AMX)"
+    if _cpu_has("avx512_bf16") and _cpu_is_amd():
+        # products of this model, one core of an EPYC: 200 GFLOP/s against 95 in float32; of a Xeon: 90 against 140
+        return torch.bfloat16, "the CPU multiplies bfloat16 twice as fast as float32 (AVX512-BF16 of AMD)"
+    return torch.float32, "the CPU has no fast bfloat16 (AMX, or AVX512-BF16 of AMD)"
 
 
 def _choose_triton(device: torch.device, capability: tuple[int, int] | None) -> tuple[bool, str]:
@@ -144,10 +148,19 @@ def _others_bytes(device: torch.device) -> int:
     return held if held > OWN_CONTEXT else 0  # with the desktop's, which the estimate's margin covers
 
 
-def _cpu_has_amx() -> bool:
+def _cpu_has(feature: str) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-    return torch.cpu._is_amx_tile_supported()  # torch 2.11 and 2.12 have no public name for it
+        return bool(torch.cpu.get_capabilities().get(feature, False))
+    # torch 2.11 and 2.12 have no public names for them
+    ask = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}[feature]
+    return getattr(torch.cpu, ask)()
+
+
+def _cpu_is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux: Windows names the maker here
+        return "AuthenticAMD" in platform.processor()
 
 
 def _cpu_name() -> str:

@@ -153,6 +153,26 @@ def test_equal_prompts_are_computed_once(ours, theirs, monkeypatch):
     assert seen == [(1, 14)]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "olmo2", "gemma3_text"])
+def test_what_all_prompts_begin_with_is_read_once(model_type, ours, theirs, monkeypatch):
+    model, seen = with_lora(tiny(model_type)), []
+    decoder = model.get_base_model().model
+    forward = decoder.forward
+    beginning = some_prompts(1, 40, seed=2)[0] + list(range(20, 60))
+    endings = some_prompts(5, seed=3)
+    prompts = padded([beginning + ending for ending in [*endings, endings[0]]])
+    expected = theirs(model, **prompts, **GREEDY)
+    monkeypatch.setattr(
+        type(decoder), "forward", lambda self, **k: seen.append(k["input_ids"].shape) or forward(**k)
+    )
+    assert same_tokens(model, prompts, ours(model, **prompts, **GREEDY), expected)
+    longest = max(map(len, endings))
+    if model_type == "gemma3_text":  # a layer with a window does not hold the beginning
+        assert seen[0] == (1, len(endings) * len(beginning) + sum(map(len, endings)))
+    else:
+        assert seen[:2] == [(1, len(beginning)), (len(endings), longest)]
+
+
 def test_rows_end_at_their_own_end_tokens(ours, theirs):
     model, prompts = tiny("qwen3"), padded(some_prompts(8))
     free = theirs(model, **prompts, **{**GREEDY, "max_new_tokens": 30})

@@ -256,6 +256,20 @@ def test_kept_weights_follow_the_weights_they_were_made_of():
     assert not any(layer.dequantized for layer in decoder.model.layers)
 
 
+def test_a_pass_without_the_adapter_between_forward_and_backward_leaves_gradients_alone():
+    model, batch = adapt(tiny_pair(tiny_config("llama"))[0]), batch_of()
+    model.get_base_model().set_recompute_policy([Keep(weights="keep")] * 4)
+    expected = gradients(model, **batch)
+    model.zero_grad()
+    loss = model(**batch).loss
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.equal(model(**batch).loss, loss)  # written beside the same kept weights
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, expected[name]), name
+
+
 def test_unknown_policies_are_refused():
     model = tiny_pair(tiny_config("llama"))[0]
     with pytest.raises(ModelError, match="'balanced'"):

@@ -77,7 +77,7 @@ def gated_mlp_forward(
     if not use_triton(gate):
         for rows in _row_blocks(gate):
             g, u, _, _ = _clamped(wide(gate[rows]), wide(up[rows]), activation)
-            out[rows] = g * _probability(g, activation) * u
+            torch.mul(_probability(g, activation).mul_(g), u, out=out[rows])
         return out
     gate, up = unit_stride(gate), unit_stride(up)
     tokens, size = gate.shape
@@ -220,13 +220,14 @@ def _backward_reference(
     g, u, no_gate, no_up = _clamped(wide(gate[rows]), wide(up[rows]), activation)
     d = wide(dh[rows])
     p = _probability(g, activation)
-    gate_gradient = d * u * (p + g * _probability_slope(g, p, activation))
-    up_gradient = d * (g * p)
+    gate_gradient = _probability_slope(g, p, activation).mul_(g).add_(p).mul_(d * u)
+    activated = p.mul_(g)
+    up_gradient = d * activated
     if no_gate is not None:
         gate_gradient.masked_fill_(no_gate, 0.0)
         up_gradient.masked_fill_(no_up, 0.0)
     if h is not None:
-        h[rows] = g * p * u
+        torch.mul(activated, u, out=h[rows])
     dgate[rows], dup[rows] = gate_gradient, up_gradient  # after all is read: they may be the inputs
 
 
@@ -252,9 +253,9 @@ def _probability(g: torch.Tensor, activation: str) -> torch.Tensor:
 
 def _probability_slope(g: torch.Tensor, p: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "silu":
-        return p * (1 - p)
+        return (1 - p).mul_(p)
     if activation == "swiglu_clamped":
         return CLAMPED_ALPHA * p * (1 - p)
     if activation == "gelu_tanh":
-        return p * (1 - p) * (_TWICE_SQRT_2_OVER_PI * (1 + 3 * _CUBIC * g * g))
+        return (1 - p).mul_(p) * (_TWICE_SQRT_2_OVER_PI * (1 + 3 * _CUBIC * g * g))
     return torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)

@@ -109,7 +109,7 @@ class GroupWeight(ABC):
 
     def _buffer(self, tokens: int, columns: int) -> torch.Tensor:
         buffer = self.a.new_empty(tokens, columns + self.lora_columns)
-        if not buffer.is_cuda:
+        if not buffer.is_cuda and buffer.itemsize == 2:
             # oneDNN's 16-bit products read behind a row's last column and count that as 0 times what lies there: a nan stays one
             buffer[:, columns:] = 0
         return buffer
@@ -213,6 +213,7 @@ def augmented_weight(
     dtype: torch.dtype,
     device: torch.device,
     dequantized: torch.Tensor | None = None,
+    packed: bool = False,
 ) -> AugmentedWeight:
     """Dequantises a group's weights and packs its LoRA pairs and biases beside them.
 
@@ -220,6 +221,7 @@ def augmented_weight(
         projections: the group.
         dtype, device: of the buffer.
         dequantized: an earlier buffer of the same weights; only its LoRA pairs are written again.
+        packed: whether its LoRA pairs are already those of now.
     """
     n, k = group_shape(projections)
     pad, bias_column = lora_layout(projections, device)
@@ -228,7 +230,8 @@ def augmented_weight(
         buffer = torch.empty(n + pad, k + pad, dtype=dtype, device=device)
         _dequantize_group(projections, buffer[:n, :k])
     group = AugmentedWeight(buffer[n:, :k], buffer[:n, k:], bias_column, buffer)
-    pack_factors(projections, group)
+    if not (packed and buffer is dequantized):
+        pack_factors(projections, group)
     return group
 
 

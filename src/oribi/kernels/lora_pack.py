@@ -6,6 +6,8 @@ T tokens, K in features, N out features and P LoRA columns of the group; `lora` 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton
 
 if TYPE_CHECKING:
@@ -19,19 +21,22 @@ def pack_factors(projections: Sequence["Projection"], group: "GroupWeight") -> N
     if use_triton(group.a) and len(projections) <= 3:
         _pack_factors_triton(projections, group)
         return
-    group.a.zero_()
-    group.scaled_b.zero_()
     row = column = 0
     for p in projections:
-        n = p.shape[0]
+        n, rank = p.shape[0], 0 if p.a is None else p.a.shape[0]
+        rows = group.scaled_b[row : row + n]
+        # columns are strided, and writing them takes longer than it should: zeros only where no factor lies
+        for others in (rows[:, :column], rows[:, column + rank :]):
+            if others.shape[1]:
+                others.zero_()
         if p.a is not None:
-            rank = p.a.shape[0]
             group.a[column : column + rank] = p.a.detach()
-            group.scaled_b[row : row + n, column : column + rank] = p.b.detach() * p.scale
+            torch.mul(p.b.detach(), p.scale, out=rows[:, column : column + rank])
             column += rank
         if p.bias is not None:
-            group.scaled_b[row : row + n, group.bias_column] = p.bias.detach()
+            rows[:, group.bias_column] = p.bias.detach()
         row += n
+    group.a[column:].zero_()
 
 
 def _pack_factors_triton(projections: Sequence["Projection"], group: "GroupWeight") -> None:

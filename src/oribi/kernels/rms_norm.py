@@ -251,9 +251,10 @@ def _forward_reference(x, weight, eps, offset, centred, residual, residual_scale
     if residual is not None:
         total = residual + (x if residual_scale == 1.0 else x * residual_scale)
     s = _centred(wide(total), centred)
-    rstd = torch.rsqrt(s.square().mean(-1) + eps)
+    rstd = torch.rsqrt((s * s).mean(-1) + eps)
     y = s * rstd[..., None]
-    y = y if weight is None else y * (wide(weight) + offset)
+    if weight is not None:
+        y.mul_(wide(weight) + offset)
     y = y.to(x.dtype) if out is None else out.copy_(y)
     return y, total, rstd
 
@@ -263,9 +264,10 @@ def _backward_reference(dy, x, rstd, weight, offset, centred, dresidual, out, we
     normed = s * rstd[..., None]
     dweight = (g * normed).flatten(0, -2).sum(0).to(weight.dtype) if weight_grad else None
     g = g if weight is None else g * (wide(weight) + offset)
-    dx = _centred(rstd[..., None] * (g - normed * (g * normed).mean(-1, keepdim=True)), centred)
+    along = normed.mul_((g * normed).mean(-1, keepdim=True))
+    dx = _centred((g - along).mul_(rstd[..., None]), centred)
     if dresidual is not None:
-        dx = dx + wide(dresidual)
+        dx.add_(wide(dresidual))
     return dx.to(dy.dtype) if out is None else out.copy_(dx), dweight
 
 

@@ -12,7 +12,7 @@ computed again. The gradients do not depend on it, to the bit.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +78,7 @@ class LayerPass:
     Args:
         layer, batch, keep: the layer, what all layers of the forward share, and where results wait.
         dtype, device: of the activations.
+        identity: of this pass; between its forward and its backward no factor changes.
     """
 
     layer: "DecoderLayer"
@@ -85,6 +86,7 @@ class LayerPass:
     keep: Keep
     dtype: torch.dtype
     device: torch.device
+    identity: object = field(default_factory=object)
 
     def weight(self, name: str, projections: Sequence[Projection]) -> GroupWeight:
         """A group's weights, dequantised, with their LoRA pairs."""
@@ -105,8 +107,10 @@ class LayerPass:
             return fp8.fp8_weight(
                 projections, rounded if keeps else replace(rounded), self.dtype, self.device
             )
-        group = augmented_weight(projections, self.dtype, self.device, earlier)
+        packed = self.layer.packed_in.get(name) is self.identity
+        group = augmented_weight(projections, self.dtype, self.device, earlier, packed)
         self.layer.dequantized[name] = (source, group.augmented)
+        self.layer.packed_in[name] = self.identity
         return group
 
 

@@ -130,6 +130,8 @@ class DecoderLayer(NamedParts):
         self.dequantized: dict[str, tuple[tuple, torch.Tensor | RoundedWeights]] = {}
         # called before frozen matrices are read, which processes may share: `LayerShards`
         self.fetch: Callable[..., None] = _all_here
+        # group -> identity of the pass that wrote the LoRA pairs beside them
+        self.packed_in: dict[str, object] = {}
 
     @property
     def mixer(self) -> Mixer:
