@@ -19,7 +19,7 @@ from tests.save.test_adapter_files import adapted, load, logits, write_wrapper
 IMAGE = 10  # id of the token that a picture's places have
 HELD_OUT = ["the red fox runs over old hills"]
 QUICK = ("gemma3", "qwen3_5", "gemma4")
-KINDS = ("gemma3", "mistral3", "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma4")
+KINDS = ("gemma3", "mistral3", "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma4", "muse_glimmer")
 
 
 def write(kind: str, folder) -> None:
@@ -33,7 +33,7 @@ def write(kind: str, folder) -> None:
 def picture(kind: str) -> dict[str, torch.Tensor]:
     """What a processor makes of one picture for the tiny model."""
     generator = torch.Generator().manual_seed(3)
-    if kind.startswith("qwen"):  # 2 x 2 patches of 8 x 8, two frames each, merged into one place
+    if kind.startswith(("qwen", "muse")):  # 2 x 2 patches of 8 x 8, two frames each, merged into one place
         flat = torch.randn(4, 3 * 2 * 8 * 8, generator=generator)
         return {"pixel_values": flat, "image_grid_thw": torch.tensor([[1, 2, 2]])}
     if kind == "gemma4":
