@@ -111,3 +111,16 @@ def test_arguments_out_of_range_are_refused(arguments, words, tmp_path):
     with pytest.raises(ConfigError, match="must come before get_peft_model"):
         add_new_tokens(attach_lora(model, r=4), tokenizer, NEW)
     assert len(tokenizer) == 267
+
+
+def test_single_rows_of_a_table_with_a_norm_behind_it_are_refused_as_peft_would_leave_it_out(tmp_path):
+    checkpoint(tmp_path, "muse_glimmer_text")
+    model, tokenizer = load(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"leaves out the norm .* modules_to_save = \[embed_tokens, lm_head\]"
+    ):
+        attach_lora(model, r=4, trainable_token_indices=[5])
+    add_new_tokens(model, tokenizer, NEW)
+    with pytest.raises(ConfigError, match="leaves out the norm"):
+        attach_lora(model, r=4)
+    attach_lora(model, r=4, modules_to_save=["embed_tokens", "lm_head"])

@@ -233,9 +233,17 @@ IMPOSSIBLE = {
 } | {(name, windows) for name in ("exaone4", "ministral") for windows in ("unset", "chunks")}
 
 
-@pytest.mark.parametrize(
-    ("model_type", "windows"), [pair for pair in product(VARIANTS, WINDOWS) if pair not in IMPOSSIBLE]
-)
+# of families that never slide, llama's are in every run of the tests
+CASES = [
+    pytest.param(
+        *pair, marks=pytest.mark.long if FAMILIES[pair[0]].windows is None and pair[0] != "llama" else ()
+    )
+    for pair in product(VARIANTS, WINDOWS)
+    if pair not in IMPOSSIBLE
+]
+
+
+@pytest.mark.parametrize(("model_type", "windows"), CASES)
 def test_a_cache_keeps_what_each_layer_sees_whatever_a_config_says_of_windows(model_type, windows, tmp_path):
     config = tiny_config(model_type, **WINDOWS[windows])
     family = FAMILIES[model_type]

@@ -19,7 +19,9 @@ def checkpoint(
     theirs = tiny_pair(config)[1].eval()
     saved = theirs if dtype is None else theirs.to(dtype)
     saved.save_pretrained(directory, max_shard_size=shard_size)
-    if type(theirs.config) is not type(config):  # a text decoder that transformers has within a larger model alone
+    if type(theirs.config) is not type(
+        config
+    ):  # a text decoder that transformers has within a larger model alone
         config.save_pretrained(directory)
     byte_level_tokenizer().save_pretrained(directory)
     return theirs.float()

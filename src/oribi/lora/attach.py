@@ -161,6 +161,13 @@ def _train_tables(base: PreTrainedModel, settings: dict[str, Any], notes: list[s
             notes.append(
                 f"the rows of the {len(new_tokens)} added tokens are trained and saved with the adapter"
             )
+    rows, family = settings.get("trainable_token_indices"), family_of(base.config)
+    if rows and (not isinstance(rows, dict) or "embed_tokens" in rows) and family and family.embedding_norm:
+        raise ConfigError(
+            f"trainable_token_indices: PEFT leaves out the norm that {base.config.model_type} has behind its embeddings as soon as "
+            "single rows are trained, so the adapter would act differently there. Train the whole tables: modules_to_save = "
+            "[embed_tokens, lm_head]"
+        )
 
 
 def _attach(
