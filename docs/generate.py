@@ -51,7 +51,7 @@ def table(heads: list[str], rows: list[list[Any]]) -> list[str]:
 
 # fields of a row that `properties` puts into words, and some that only say where the checkpoint differs in names
 DESCRIBED = (
-    "norms", "norm_offset", "qk_norm", "windows", "softcaps", "fused_projections", "attention_bias", "mlp_bias", "embedding_scale",
+    "norms", "norm_offset", "qk_norm", "qk_norm_field", "unread", "windows", "softcaps", "fused_projections", "attention_bias", "mlp_bias", "embedding_scale",
     "multipliers", "without_rope", "attention_scale", "attention_scale_power", "rope_by_layer_type", "names", "mixers",
     "norm_eps", "activation", "adjusts_mlp", "config_fields", "output_bias", "qk_norm_after_rope", "interleaved_rope",
     "query_scale_by_position", "rope_alpha", "kv_sharing", "wide_mlp", "keys_as_values", "value_norm", "layer_scalar",

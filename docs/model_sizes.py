@@ -64,6 +64,18 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         "qwen3_5_text", (5120, 17408, 64, 24, 4, 256, 248320, 262144),
         _UNTIED | _DELTA | {"linear_num_value_heads": 48} | _kinds(4, 64, "linear_attention"),
     ),
+    "Qwen/Qwen3-30B-A3B": (
+        "qwen3_moe", (2048, 6144, 48, 32, 4, 128, 151936, 40960),
+        _UNTIED | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    ),
+    "baidu/ERNIE-4.5-21B-A3B-PT": (
+        "ernie4_5_moe", (2560, 12288, 28, 20, 4, 128, 103424, 131072),
+        _TIED | {"moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536, "moe_num_shared_experts": 2},
+    ),
+    "zai-org/GLM-4.5-Air": (
+        "glm4_moe", (4096, 10944, 46, 96, 8, 128, 151552, 131072),
+        _UNTIED | {"n_routed_experts": 128, "moe_intermediate_size": 1408, "first_k_dense_replace": 1},
+    ),
     "google/gemma-2b-it": ("gemma", (2048, 16384, 18, 8, 1, 256, 256000, 8192), _TIED),
     "google/gemma-2-2b-it": ("gemma2", (2304, 9216, 26, 8, 4, 256, 256000, 8192), _TIED),
     "google/gemma-2-9b-it": ("gemma2", (3584, 14336, 42, 16, 8, 256, 256000, 8192), _TIED),

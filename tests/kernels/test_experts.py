@@ -11,7 +11,7 @@ from oribi.kernels.expert_linear import StackProjection, expert_linear
 from oribi.kernels.expert_rows import combine, products_and_weighted, take_rows
 from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_stack
 from oribi.kernels.mxfp4 import MXFP4Stack
-from oribi.kernels.routing import choose, sort_by_expert, weigh, weigh_backward
+from oribi.kernels.routing import RouterRule, choose, sort_by_expert, weigh, weigh_backward
 from tests.kernels.truth import DEVICE, relative_error
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -170,15 +170,21 @@ def test_biases_and_alternating_rows_of_b_are_those_of_the_plain_formula(packed)
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="nothing of Triton's is in it")
-@pytest.mark.parametrize("router", ["softmax", "topk_softmax"])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_a_routers_gradient_equals_autograds(router, normalise):
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "topk_softmax"])
+@pytest.mark.parametrize(
+    "rule",
+    [{}, {"normalise": True}, {"normalise": True, "added": 0.1, "least": 0.7, "scale": 1.7}, {"scale": 0.5}],
+    ids=["", "normalised", "bounded", "scaled"],
+)
+def test_a_routers_gradient_equals_autograds(kind, rule):
     logits = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
-    experts = choose(logits.detach(), 3, router)
-    weights = weigh(logits, experts, router, normalise)
+    rule = RouterRule(kind, 3, groups=4, kept_groups=2, **rule)
+    experts = choose(logits.detach(), rule, torch.randn(8))
+    assert all(len({one // 2 for one in of_token}) <= 2 for of_token in experts.tolist())
+    weights = weigh(logits, experts, rule)
     dweights = torch.randn_like(weights)
     (expected,) = torch.autograd.grad(weights, logits, dweights)
-    found = weigh_backward(dweights, logits.detach(), experts, router, normalise)
+    found = weigh_backward(dweights, logits.detach(), experts, rule)
     assert relative_error(found, expected) < 1e-12
 
 

@@ -1,6 +1,6 @@
 """Experts: what transformers computes at the edges of routing, and checkpoints that stack them or hold each by itself."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from oribi.errors import ModelError
 from oribi.families import FAMILIES
+from oribi.families.expert_rules import ExpertRules
 from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_stack
 from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.models import experts_half
@@ -71,28 +72,34 @@ def test_one_token_and_weights_that_sum_to_one_or_not_equal_transformers(normali
         assert relative(*(model.eval()(input_ids=ids).logits for model in pair)) < TOLERANCE
 
 
+# of every family the rules that are no default
+RULES = [
+    (name, rule.name)
+    for name in WITH_EXPERTS
+    for rule in fields(ExpertRules)
+    if getattr(FAMILIES[name].experts, rule.name) != rule.default
+    # which float32 does not show, and what only files have
+    and rule.name not in ("in_float32", "added", "renamed")
+]
+OTHER_SIZES = ("count", "size", "layers", "shared", "correction", "biases", "stored")
+
+
 @pytest.mark.parametrize(
     ("model_type", "rule"),
-    [("qwen3_moe", "normalise"), ("qwen3_moe", "interleaved")]
-    + [("gpt_oss", rule) for rule in ("router", "count", "size", "stored", "alternating", "biases")],
+    [one if "qwen3_moe" in one else pytest.param(*one, marks=pytest.mark.long) for one in RULES],
 )
 def test_each_rule_switched_off_breaks_parity(model_type, rule, monkeypatch):
     row = FAMILIES[model_type]
-    plain = type(row.experts)()
-    changed = replace(row.experts, **{rule: getattr(plain, rule)})
+    changed = replace(row.experts, **{rule: getattr(ExpertRules(), rule)})
     monkeypatch.setitem(FAMILIES, model_type, replace(row, experts=changed))
     config = tiny_config(model_type)
-    fails = {
-        "interleaved": (RuntimeError, "(Unexpected|Missing) key"),
-        "biases": (RuntimeError, "Unexpected key"),
-        "stored": (RuntimeError, "size mismatch"),
-        "size": (AttributeError, "moe_intermediate_size"),
-    }
-    if rule == "count":  # transformers knows this one by both names
+    if (model_type, rule) == ("gpt_oss", "count"):  # transformers knows this one by both names
         assert max(errors_against_transformers(*tiny_pair(config)).values()) < TOLERANCE
-    elif rule in fails:
-        error, message = fails[rule]
-        with pytest.raises(error, match=message):
+    elif rule in OTHER_SIZES:
+        with pytest.raises(
+            (RuntimeError, AttributeError),
+            match="(Unexpected|Missing) key|num_experts|size mismatch|moe_intermediate_size",
+        ):
             tiny_pair(config)
     else:
         assert max(errors_against_transformers(*tiny_pair(config)).values()) > 1e-3

@@ -78,17 +78,20 @@ FAILS = {
             "config_fields",
             *PARTS,
             "output_gate",
+            "qk_norm_field",
+            "unread",
         ],
         OTHER_TENSORS,
     ),
     "rope_by_layer_type": (KeyError, "rope_type"),
     "mixers": ((RuntimeError, ModelError), OTHER_TENSORS[1] + "|outside oribi's family table"),
-    "experts": (ModelError, "outside oribi's family table"),
+    "experts": ((RuntimeError, ModelError), OTHER_TENSORS[1] + "|outside oribi's family table"),
     "norm_eps": (AttributeError, "rms_norm_eps"),
     ("lfm2", "activation"): (AttributeError, "hidden_act"),
     "sinks": OTHER_TENSORS,
     "adjusts_mlp": (RuntimeError, "size mismatch"),
 }
+WHERE_IT_MATTERS = {"qk_norm_field": {"use_qk_norm": False}, "unread": {"use_bias": True}}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,7 @@ FAILS = {
 def test_each_family_flag_switched_off_breaks_parity(model_type, flag, monkeypatch):
     row = FAMILIES[model_type]
     monkeypatch.setitem(table.FAMILIES, model_type, replace(row, **{flag: row.flags()[flag]}))
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, **WHERE_IT_MATTERS.get(flag, {}))
     fails = FAILS.get((model_type, flag)) or FAILS.get(flag)
     if fails and (flag != "qk_norm" or row.qk_norm_weights):
         error, message = fails

@@ -169,6 +169,31 @@ VARIANTS: dict[str, dict] = {
     },
     "glm4": {"head_dim": 32},
     "ernie4_5": {"head_dim": 32, "use_bias": True},
+    "ernie4_5_moe": {
+        "head_dim": 32,
+        "attention_bias": True,  # there are none, whatever a config says
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "moe_intermediate_size": 64,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 0.6,  # above what some tokens' weights sum to
+    },
+    "glm4_moe": {
+        "head_dim": 32,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+    },
     "helium": {"head_dim": 16, "attention_bias": True, "mlp_bias": True},
     "seed_oss": {
         "head_dim": 32,
@@ -243,13 +268,13 @@ ROPES: dict[str, dict] = {
 
 
 # where "all-linear" would reach the router, which PEFT adapts as transformers' older classes had it
-ADAPTED: dict[str, dict] = {
-    "qwen3_moe": {
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    }
+_ATTENTION_AND_EXPERTS = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
-ADAPTED["gpt_oss"] = ADAPTED["qwen3_moe"]
+ADAPTED: dict[str, dict] = dict.fromkeys(
+    ("qwen3_moe", "gpt_oss", "ernie4_5_moe", "glm4_moe"), _ATTENTION_AND_EXPERTS
+)
 
 
 def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
@@ -261,7 +286,7 @@ def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
 # families that are another one's row with other names, sizes or a flag that tests of their own cover
 _LIKE_ANOTHER = {
     "mistral", "gemma", "ministral", "granitemoehybrid", "glm4", "ernie4_5", "helium", "seed_oss", "exaone4", "olmo3",
-    "hunyuan_v1_dense", "gemma4_unified_text", "cohere",
+    "hunyuan_v1_dense", "gemma4_unified_text", "cohere", "ernie4_5_moe", "glm4_moe",
 }  # fmt: skip
 # for tests of what all families share: every kind of layer at once, and the other rows in `make test-all`
 KINDS = [pytest.param(name, marks=pytest.mark.long) if name in _LIKE_ANOTHER else name for name in FAMILIES]

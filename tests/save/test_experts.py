@@ -5,17 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from oribi import FastLanguageModel
 from oribi.errors import ConfigError
 from oribi.gguf import llama_cpp
 from oribi.gguf.file import GGUFFile
+from oribi.kernels.expert_stack import PackedWeight
+from oribi.models.experts import Experts
 from oribi.models.load import load_model
 from oribi.save.gguf import save_gguf_adapter
 from tests.models.test_parity import relative
 from tests.models.tiny import MIXED
-from tests.models.tiny_checkpoint import checkpoint, mxfp4_checkpoint
+from tests.models.tiny_checkpoint import checkpoint, edit_tensors, mxfp4_checkpoint
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TEXTS = ["the quick brown fox jumps over the lazy dog", "and then it rests in the other field"]
@@ -69,6 +72,41 @@ def test_an_adapter_and_a_merged_model_compute_in_transformers_class_what_was_tr
     assert relative(logits(merged), expected) < 1e-5
     again, _ = load_model(str(tmp_path / "adapter"), dtype=torch.float32, max_seq_length=None)
     assert torch.equal(logits(again), expected)
+
+
+# another family's row: first layers without experts, an MLP beside them, corrections, layers that draft
+OTHERS = ["ernie4_5_moe", "glm4_moe"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_families_load_in_four_bits_train_act_in_plain_peft_and_merge(model_type, tmp_path):
+    base = tmp_path / "base"
+    checkpoint(base, model_type, num_hidden_layers=3, num_nextn_predict_layers=1)
+    drafts = "model.mtp_block.0.x" if model_type == "ernie4_5_moe" else "model.layers.3.eh_proj.weight"
+    edit_tensors(base, lambda tensors: tensors.update({drafts: torch.ones(3, 3)}))
+    stored = load_file(base / "model.safetensors")
+    (correction,) = {name for name in stored if "correction_bias" in name and ".1." in name}
+    model, tokenizer = trained(base)
+    assert any("predict further tokens" in note for note in model.oribi.notes)
+    router = model.get_base_model().model.layers[1].mlp.gate
+    assert torch.equal(router.correction, stored[correction].view(-1))
+    packed = [m for m in model.modules() if isinstance(m, Experts)]
+    assert len(packed) == 2
+    assert all(isinstance(m.gate_up_proj, PackedWeight) for m in packed)
+    report = model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method="lora", held_out=TEXTS)
+    check = next(check for check in report.checks if check.name == "answers in plain PEFT")
+    assert check.figures["kl"] < 1e-6 < check.figures["kl_without_adapter"]
+    expected = logits(model)
+    for base in ("dequantized", "original"):
+        found = model.save_pretrained_merged(
+            str(tmp_path / base), tokenizer, dtype="float32", base=base, held_out=TEXTS
+        )
+        assert found.outcome.value == "equal"
+    written = load_file(tmp_path / "dequantized" / "model.safetensors")
+    assert written.keys() == stored.keys()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "dequantized", dtype=torch.float32)
+    assert relative(logits(merged), expected) < 1e-5
 
 
 @pytest.mark.long

@@ -11,33 +11,63 @@ class ExpertRules:
     """The experts of a family's layers, each a gated MLP, of which every token takes a few.
 
     Args:
-        router: "softmax" takes the largest of all experts' probabilities; "topk_softmax" takes the largest logits, of which it
-            makes probabilities.
-        normalise: the config's field that says whether the chosen probabilities are divided by their sum; None: they are not.
+        router: what scores are made of logits, in the words of `kernels.routing.RouterRule`.
+        normalise: the config's field that says whether the chosen weights are divided by their sum; True: they are; None: they
+            are not.
+        added: to that sum. least: the config's field for the smallest number that the sum is taken for.
+        scale: the config's field for a factor of the weights.
+        groups: whether config.n_group and config.topk_group are read: experts are chosen from some of several groups.
+        correction: where a number per expert lies that is added to the scores before the choice alone: in the router, or in
+            its part "moe_statics".
+        in_float32: whether the router's matrix is kept, and its logits are computed, in float32.
         count: the config's field for the number of experts.
         size: the config's field for the columns of an expert's gate and up.
-        interleaved: whether config.mlp_only_layers and config.decoder_sparse_step are read: some layers have an MLP instead.
+        layers: which layers have experts, and no MLP: "all"; by config.mlp_only_layers and config.decoder_sparse_step; all after
+            the first config.first_k_dense_replace; by config.moe_layer_start_index, moe_layer_end_index and
+            moe_layer_interval.
+        shared: the config's field for how many experts' width an MLP has that every token takes beside the experts; None: there
+            is none.
         stored: "each": a checkpoint holds gate_proj, up_proj and down_proj of each expert; "stacked": gate_up_proj and
             down_proj of all experts in one tensor, each matrix transposed: [experts, in, out].
         alternating: whether the rows of gate and up alternate in a checkpoint's gate_up_proj, and in what an adapter adds to it.
         biases: whether the router and all matrices of experts have biases.
+        renamed: part of the names of some tensors, and what checkpoints have there instead.
     """
 
-    router: Literal["softmax", "topk_softmax"] = "softmax"
-    normalise: str | None = None
+    router: Literal["softmax", "sigmoid", "topk_softmax"] = "softmax"
+    normalise: str | Literal[True] | None = None
+    added: float = 0.0
+    least: str | None = None
+    scale: str | None = None
+    groups: bool = False
+    correction: Literal["router", "moe_statics"] | None = None
+    in_float32: bool = False
     count: str = "num_experts"
     size: str = "moe_intermediate_size"
-    interleaved: bool = False
+    layers: Literal["all", "sparse_step", "after_first", "interval"] = "all"
+    shared: str | None = None
     stored: Literal["each", "stacked"] = "each"
     alternating: bool = False
     biases: bool = False
+    renamed: tuple[str, str] | None = None
 
     def in_layer(self, config: PretrainedConfig, index: int) -> bool:
         """Whether a layer has experts, and no MLP."""
-        if not self.interleaved:
-            return True
-        return index not in (config.mlp_only_layers or ()) and (index + 1) % config.decoder_sparse_step == 0
+        if self.layers == "sparse_step":
+            return (
+                index not in (config.mlp_only_layers or ()) and (index + 1) % config.decoder_sparse_step == 0
+            )
+        if self.layers == "after_first":
+            return index >= config.first_k_dense_replace
+        if self.layers == "interval":
+            inside = config.moe_layer_start_index <= index <= config.moe_layer_end_index
+            return inside and (index + 1) % config.moe_layer_interval == 0
+        return True
 
     def normalises(self, config: PretrainedConfig) -> bool:
-        """Whether the weights of a token's experts sum to 1."""
-        return self.normalise is not None and bool(getattr(config, self.normalise))
+        """Whether the weights of a token's experts sum to 1, or to their scale."""
+        return bool(getattr(config, self.normalise) if isinstance(self.normalise, str) else self.normalise)
+
+    def shared_size(self, config: PretrainedConfig) -> int:
+        """Columns of the gate of the MLP beside the experts; 0 where there is none."""
+        return getattr(config, self.size) * (getattr(config, self.shared) or 0) if self.shared else 0

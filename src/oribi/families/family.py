@@ -63,6 +63,7 @@ class Family:
         adjusts_mlp: the MLP's size is config.intermediate_size adjusted as config.block_auto_adjust_ff_dim says.
         qk_norm: RMSNorm of q and k: over each head, over the whole projection, or none.
         qk_norm_weights: whether these norms have weights.
+        qk_norm_field: the config's field that says whether q and k are normed; None: they are.
         qk_norm_after_rope: q and k are normed after their rotation, not before it.
         output_gate: attention's output is gated by numbers that "q_proj" has behind each head's query, or that a projection
             of its own, "output_gate", gives; None without a gate.
@@ -87,6 +88,7 @@ class Family:
         without_rope: which layers are not rotated: those for which config.no_rope_layers or config.layer_rope_theta has 0,
             those that see everything beside sliding ones ("full_attention"), or all unless config.position_embedding_type
             is "rope".
+        unread: fields of the config for which oribi has no layers: a model that sets one is outside the table.
         experts: how experts are chosen and stored in layers that have them in place of an MLP; None: none has.
         gguf: how it is stored in a GGUF file; None where oribi reads and writes none.
     """
@@ -111,6 +113,7 @@ class Family:
     adjusts_mlp: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     qk_norm_weights: bool = True
+    qk_norm_field: str | None = None
     qk_norm_after_rope: bool = False
     output_gate: Literal["q_proj", "output_gate"] | None = None
     fused_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
@@ -134,6 +137,7 @@ class Family:
     without_rope: (
         Literal["no_rope_layers", "layer_rope_theta", "full_attention", "position_embedding_type"] | None
     ) = None
+    unread: tuple[str, ...] = ()
     experts: ExpertRules | None = None
     gguf: InGGUF | None = None
 

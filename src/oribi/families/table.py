@@ -42,7 +42,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", windows="layer_types", gguf=InGGUF("qwen3")),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", names={"router": "gate"}, qk_norm="head", windows="all",
-        experts=ExpertRules(normalise="norm_topk_prob", interleaved=True), gguf=InGGUF("qwen3moe"),
+        experts=ExpertRules(normalise="norm_topk_prob", layers="sparse_step"), gguf=InGGUF("qwen3moe"),
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM", windows="layer_types", sinks=True, activation="swiglu_clamped",
@@ -121,6 +121,20 @@ FAMILIES: dict[str, Family] = {
         "Ernie4_5ForCausalLM", config_fields={"attention_bias": "use_bias", "mlp_bias": "use_bias"}, output_bias="use_bias",
         mlp_bias=True, interleaved_rope=True, gguf=InGGUF("ernie4_5", interleaved_rope=True),
     ),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_MoeForCausalLM", names={"router": "gate"}, attention_bias=None, interleaved_rope=True, unread=("use_bias",),
+        experts=ExpertRules(
+            normalise=True, least="moe_norm_min", correction="moe_statics", in_float32=True, layers="interval",
+            shared="moe_num_shared_experts", renamed=(".mlp.gate.moe_statics.", ".mlp.moe_statics."),
+        ),
+    ),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM", names={"router": "gate"}, output_bias=None, qk_norm="head", qk_norm_field="use_qk_norm",
+        experts=ExpertRules(
+            router="sigmoid", normalise="norm_topk_prob", added=1e-20, scale="routed_scaling_factor", groups=True,
+            correction="router", in_float32=True, count="n_routed_experts", layers="after_first", shared="n_shared_experts",
+        ),
+    ),
     "helium": Family("HeliumForCausalLM", output_bias=None, mlp_bias=True, interleaved_rope=True),
     "seed_oss": Family(
         "SeedOssForCausalLM", output_bias="attention_out_bias", mlp_bias=True,
@@ -176,6 +190,7 @@ def family_of(config: PretrainedConfig) -> Family | None:
         family.experts is None and getattr(config, "num_local_experts", 0),
         getattr(config, "output_router_logits", False),  # asks for a loss that evens out the experts' use
         family.activation == "swiglu_clamped" and _clamped_otherwise(config),
+        any(getattr(config, name) for name in family.unread),
         getattr(config, "enable_moe_block", False), kinds - family.mixers.keys(),
         family.qk_norm is None and getattr(config, "use_qk_norm", False),
         getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone

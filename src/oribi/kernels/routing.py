@@ -1,15 +1,18 @@
 """Which experts a token takes, and its rows in the experts' order.
 
-T tokens, E experts, k experts of a token, R = T k rows, D hidden size. The router's logits l [T, E] give
+T tokens, E experts, k experts of a token, R = T k rows, D hidden size. The router's logits l [T, E] give scores p and weights
 
-    softmax        p = softmax(l), v = the k largest p, w = v or v / sum(v)
-    topk_softmax   v = the k largest l, w = softmax(v)
+    softmax        p = softmax(l)      v = the k largest p      w = c v or c v / sum(v)
+    sigmoid        p = sigmoid(l)      likewise
+    topk_softmax   p = l               v = the k largest l      w = softmax(v)
 
-in float32, rounded to the logits' dtype. Rows are sorted by expert, those of one expert in the order of the tokens, so that
-whatever is added over them is added in one order. Shapes do not depend on what was chosen.
+in float32, rounded to the logits' dtype. Where there is a correction b [E], which no gradient trains, the k are the largest of
+p + b, and their weights are made of p all the same. Rows are sorted by expert, those of one expert in the order of the tokens,
+so that whatever is added over them is added in one order. Shapes do not depend on what was chosen.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -43,46 +46,94 @@ class Routing:
         return rows[self.rows].unflatten(0, self.experts.shape)
 
 
-def choose(logits: torch.Tensor, count: int, router: str) -> torch.Tensor:
-    """The experts [T, count] int64 of each token, by its logits [T, E]."""
-    scores = wide(logits)
-    if router == "softmax":
-        scores = scores.softmax(-1)
-    return scores.topk(count, dim=-1)[1]
+@dataclass(frozen=True)
+class RouterRule:
+    """How experts are chosen and weighed.
+
+    Args:
+        kind: "softmax", "sigmoid" or "topk_softmax", as above.
+        count: k.
+        normalise: whether the weights are divided by their sum v, which is taken to be v + `added`, and at least `least`.
+        scale: c.
+        groups, kept_groups: the experts lie in so many groups, and a token takes experts from so many of them alone: those
+            whose best two have the highest scores together.
+    """
+
+    kind: Literal["softmax", "sigmoid", "topk_softmax"]
+    count: int
+    normalise: bool = False
+    added: float = 0.0
+    least: float = 0.0
+    scale: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """p [T, E] float32."""
+        logits = wide(logits)
+        if self.kind == "topk_softmax":
+            return logits
+        return logits.softmax(-1) if self.kind == "softmax" else logits.sigmoid()
 
 
-def weigh(logits: torch.Tensor, experts: torch.Tensor, router: str, normalise: bool) -> torch.Tensor:
+def choose(logits: torch.Tensor, rule: RouterRule, correction: torch.Tensor | None = None) -> torch.Tensor:
+    """The experts [T, k] int64 of each token, by its logits [T, E] and the correction [E]."""
+    scores = rule.scores(logits)
+    if correction is not None:
+        scores = scores + correction.to(scores.dtype)
+    if rule.groups > 1:
+        grouped = scores.unflatten(-1, (rule.groups, -1))
+        best = grouped.topk(2, dim=-1)[0].sum(-1).topk(rule.kept_groups, dim=-1)[1]
+        left = torch.ones_like(grouped, dtype=torch.bool).scatter(
+            1, best[..., None].expand(-1, -1, grouped.shape[-1]), False
+        )
+        scores = grouped.masked_fill(left, -torch.inf).flatten(1)
+    return scores.topk(rule.count, dim=-1)[1]
+
+
+def weigh(logits: torch.Tensor, experts: torch.Tensor, rule: RouterRule) -> torch.Tensor:
     """The weights [T, k] of the chosen experts, in the logits' dtype; differentiable in them.
 
     Args:
         logits: [T, E]. experts: [T, k] int64.
-        router: "softmax" or "topk_softmax". normalise: whether softmax's are divided by their sum.
     """
-    scores = wide(logits)
-    if router == "topk_softmax":
-        return scores.gather(-1, experts).softmax(-1).to(logits.dtype)
-    chosen = scores.softmax(-1).gather(-1, experts)
-    return (chosen / chosen.sum(-1, keepdim=True) if normalise else chosen).to(logits.dtype)
+    chosen = rule.scores(logits).gather(-1, experts)
+    if rule.kind == "topk_softmax":
+        return chosen.softmax(-1).to(logits.dtype)
+    if rule.normalise:
+        chosen = chosen / _total(chosen, rule)
+    return (chosen * rule.scale if rule.scale != 1.0 else chosen).to(logits.dtype)
+
+
+def _total(chosen: torch.Tensor, rule: RouterRule) -> torch.Tensor:
+    total = chosen.sum(-1, keepdim=True)
+    total = total + rule.added if rule.added else total
+    return total.clamp(min=rule.least) if rule.least else total
 
 
 def weigh_backward(
-    dweights: torch.Tensor, logits: torch.Tensor, experts: torch.Tensor, router: str, normalise: bool
+    dweights: torch.Tensor, logits: torch.Tensor, experts: torch.Tensor, rule: RouterRule
 ) -> torch.Tensor:
     """Gradient [T, E] of the logits, float32, from that of the weights [T, k]."""
-    scores, dweights = wide(logits), wide(dweights)
-    dlogits = torch.zeros_like(scores)
-    if router == "topk_softmax":
-        weights = scores.gather(-1, experts).softmax(-1)
+    scores, dweights = rule.scores(logits), wide(dweights)
+    dlogits, chosen = torch.zeros_like(scores), scores.gather(-1, experts)
+    if rule.kind == "topk_softmax":
+        weights = chosen.softmax(-1)
         return dlogits.scatter_(
             -1, experts, weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
         )
-    probabilities = scores.softmax(-1)
-    chosen = probabilities.gather(-1, experts)
-    if normalise:
-        total = chosen.sum(-1, keepdim=True)
-        dweights = (dweights - (chosen * dweights).sum(-1, keepdim=True) / total) / total
+    if rule.scale != 1.0:
+        dweights = dweights * rule.scale
+    if rule.normalise:
+        total = _total(chosen, rule)
+        of_total = (chosen * dweights).sum(-1, keepdim=True) / total
+        if rule.least:
+            of_total = of_total * (total > rule.least)
+        dweights = (dweights - of_total) / total
+    if rule.kind == "sigmoid":
+        return dlogits.scatter_(-1, experts, dweights * chosen * (1 - chosen))
     dlogits.scatter_(-1, experts, dweights)
-    return probabilities * (dlogits - (chosen * dweights).sum(-1, keepdim=True))
+    return scores * (dlogits - (chosen * dweights).sum(-1, keepdim=True))
 
 
 def sort_by_expert(experts: torch.Tensor, count: int) -> Routing:

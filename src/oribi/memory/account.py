@@ -188,7 +188,7 @@ class LayerAccount:
             mask_bytes: of an element of a dropout's mask, 1 on a GPU.
         """
         s = self.shape
-        _, inner, _ = s.groups.get("down", (0, 0, 0))
+        inner = sum(s.groups[group][1] for group in ("down", "shared_down") if group in s.groups)
         adapted = [(s.groups[group], len(ranks)) for group, ranks in s.ranks.items() if group in s.groups]
         # inputs of the norms, what the mixer needs, gate and up
         numbers = 2 * s.hidden + s.mixer.autograd_columns() + 2 * inner + sum(map(sum, s.ranks.values()))

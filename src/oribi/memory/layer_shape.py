@@ -52,8 +52,10 @@ class LayerShape:
 
     @cached_property
     def cores(self) -> list[Core]:
-        """The mixer and the MLP."""
-        return [core for core, _, _ in self.layer.parts()]
+        """The mixer, the MLP or the experts, and the MLP beside them."""
+        found = [core for core, _, _ in self.layer.parts()]
+        beside = (core.shared for core in found if isinstance(core, ExpertsMLP))
+        return [*found, *(core for core in beside if core is not None)]
 
     @cached_property
     def groups(self) -> dict[str, tuple[int, int, int]]:
@@ -96,12 +98,16 @@ class LayerShape:
     @property
     def mlp_buffer(self) -> int:
         """Bytes of the dequantised weights of gate|up, or of the experts."""
-        return self.weight_buffer(self.cores[1].input) if self.experts is None else self.experts.buffers
+        if self.experts is None:
+            return self.weight_buffer(self.cores[1].input)
+        return self.experts.buffers + sum(self.weight_buffer(core.input) for core in self.cores[2:])
 
     @property
     def mlp_terms(self) -> list[str]:
         """The numbers per token that the MLP's or the experts' element-wise passes move, as `columns` takes them."""
-        return 3 * ["down.in"] if self.experts is None else 3 * ["experts_gate_up"]
+        if self.experts is None:
+            return 3 * ["down.in"]
+        return 3 * ["experts_gate_up", *(f"{core.output}.in" for core in self.cores[2:])]
 
     @property
     def experts_traffic(self) -> float:

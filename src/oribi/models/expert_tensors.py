@@ -138,9 +138,35 @@ class Unstacked:
 _MXFP4 = ("_blocks", "_scales")
 
 
+class Renamed:
+    """A source whose tensors have other names.
+
+    Args:
+        source: of tensors. before, after: part of some names, and what stands there instead.
+    """
+
+    def __init__(self, source: TensorSource, before: str, after: str) -> None:
+        self._source = source
+        self._names = {name.replace(before, after): name for name in source.shapes()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = self._source.shapes()
+        return {name: shapes[other] for name, other in self._names.items()}
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        return self._source.read(self._names[name], device, dtype)
+
+    def close(self) -> None:
+        self._source.close()
+
+
 def unstacked(source: TensorSource, model: nn.Module) -> TensorSource:
-    """A source that has each matrix of a model's experts by itself; the source itself where it has already."""
-    experts, stored = expert_modules(model), source.shapes()
+    """What `stacked` gave, with each matrix of a model's experts by itself; the source itself where it is so already."""
+    experts = expert_modules(model)
+    renamed = _renamed(experts)
+    if renamed is not None:
+        source = Renamed(source, *reversed(renamed))
+    stored = source.shapes()
     stacks = (f"{prefix}.{stack}" for prefix, one in experts.items() for stack in one.stacks)
     if any(f"{stack}{ending}" in stored for stack in stacks for ending in ("", *_MXFP4)):
         return Unstacked(source, experts)
@@ -192,9 +218,16 @@ class Stacked:
 
 
 def stacked(source: TensorSource, model: nn.Module) -> TensorSource:
-    """A source of matrices as the family's checkpoints hold them; the source itself where that is each by itself."""
-    experts = {name: one for name, one in expert_modules(model).items() if one.rules.stored == "stacked"}
-    return Stacked(source, experts) if experts else source
+    """A model's tensors as its family's checkpoints hold them; the source itself where they do already."""
+    experts = expert_modules(model)
+    in_stacks = {name: one for name, one in experts.items() if one.rules.stored == "stacked"}
+    source, renamed = Stacked(source, in_stacks) if in_stacks else source, _renamed(experts)
+    return source if renamed is None else Renamed(source, *renamed)
+
+
+def _renamed(experts: dict[str, Experts]) -> tuple[str, str] | None:
+    """Part of the model's names, and what the family's checkpoints have there."""
+    return next((one.rules.renamed for one in experts.values()), None)
 
 
 def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -22,17 +22,20 @@ from transformers import PretrainedConfig
 from oribi.errors import ModelError
 from oribi.families import Family, activation_of
 from oribi.families.expert_rules import ExpertRules
+from oribi.kernels.dispatch import wide
 from oribi.kernels.expert_linear import StackProjection, expert_linear
 from oribi.kernels.expert_rows import combine
 from oribi.kernels.gated_mlp import gated_mlp
-from oribi.kernels.routing import choose, sort_by_expert, weigh
+from oribi.kernels.routing import RouterRule, choose, sort_by_expert, weigh
 from oribi.models.core import Result
 from oribi.models.linear_layers import NamedParts, hooked
+from oribi.models.mlp import SharedMLP
 
 if TYPE_CHECKING:
     from oribi.models.layers import Batch
 
 STACKS = ("gate_up_proj", "down_proj")
+CORRECTION = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -55,26 +58,62 @@ class StoredMatrix:
 
 
 class Router(nn.Module):
-    """The matrix [E, D] that gives the logits, and its bias; never packed, and trained only with all other weights."""
+    """The matrix [E, D] that gives the logits, and its bias; never packed, and trained only with all other weights.
+
+    Attributes:
+        stay_in_float32: names of what is float32 whatever the model is: a cast would choose other experts.
+    """
 
     def __init__(self, config: PretrainedConfig, family: Family) -> None:
         super().__init__()
-        rules = family.experts
-        self.kind, self.count, self.normalise = (
+        rules, count = family.experts, getattr(config, family.experts.count)
+        self.rule = RouterRule(
             rules.router,
             config.num_experts_per_tok,
             rules.normalises(config),
+            rules.added,
+            getattr(config, rules.least) if rules.least else 0.0,
+            float(getattr(config, rules.scale)) if rules.scale else 1.0,
+            *((config.n_group, config.topk_group) if rules.groups else ()),
         )
-        self.weight = nn.Parameter(torch.empty(getattr(config, rules.count), config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(len(self.weight))) if rules.biases else None
+        self.weight = nn.Parameter(torch.empty(count, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(count)) if rules.biases else None
+        self.stay_in_float32 = ("weight",) if rules.in_float32 else ()
+        if rules.correction == "router":
+            self.register_buffer(CORRECTION, torch.zeros(count))
+            self.stay_in_float32 += (CORRECTION,)
+        elif rules.correction is not None:
+            self.add_module(rules.correction, Correction(count))
+
+    @property
+    def correction(self) -> torch.Tensor | None:
+        """[E] float32, added to the scores by which experts are chosen."""
+        own = self._buffers.get(CORRECTION)
+        return next((part.e_score_correction_bias[0] for part in self.children()), own)
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[T, E] of x [T, D]; `weight` is the router's own, with what an adapter adds."""
+        if not self.stay_in_float32:
+            return F.linear(x, weight, self.bias)
+        return F.linear(wide(x), weight.to(wide(x).dtype), self.bias)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The experts [T, k] int64 of each token."""
-        return choose(logits.detach(), self.count, self.kind)
+        return choose(logits.detach(), self.rule, self.correction)
 
     def weigh(self, logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """The weights [T, k] of the chosen experts."""
-        return weigh(logits, experts, self.kind, self.normalise)
+        return weigh(logits, experts, self.rule)
+
+
+class Correction(nn.Module):
+    """A router's correction [1, E], where checkpoints have it in a part of the router's."""
+
+    stay_in_float32 = (CORRECTION,)
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.register_buffer(CORRECTION, torch.zeros(1, count))
 
 
 class Experts(nn.Module):
@@ -167,13 +206,13 @@ def read_router(module: nn.Module) -> tuple[Router, torch.Tensor] | None:
 
 
 class ExpertsMLP(NamedParts):
-    """The router and the experts of a layer."""
+    """The router and the experts of a layer, and the MLP beside them that every token takes."""
 
-    # of `models.experts_half.ExpertsHalf`; there are no linear layers of which groups could be made
+    # of `models.experts_half.ExpertsHalf`
     output_result, row_wise = None, True
     results = (Result("gate_up", ("experts_gate_up",), made_by="experts"),)
 
-    def __init__(self, config: PretrainedConfig, family: Family) -> None:
+    def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
         super().__init__(family)
         rules = family.experts
         self.add_part("router", Router(config, family))
@@ -183,10 +222,18 @@ class ExpertsMLP(NamedParts):
         self.add_part("experts", experts)
         self.activation = activation_of(config)
         self.used = config.num_experts_per_tok
+        if rules.shared_size(config):
+            self.add_part("shared_experts", SharedMLP(config, family, index, rules.shared_size(config)))
+            self.results = (*self.results, *self.shared.results)
+
+    @property
+    def shared(self) -> SharedMLP | None:
+        """The MLP beside the experts."""
+        return self._modules.get(self.family.attribute("shared_experts"))
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        """None: an adapter of the experts lies on parameters."""
-        return {}
+        """Those of the MLP beside the experts: an adapter of the experts lies on parameters."""
+        return {} if self.shared is None else self.shared.groups()
 
     def stacks(self) -> dict[str, StackProjection] | None:
         """The stacks with the one active adapter; None if they cannot be read."""
@@ -201,7 +248,7 @@ class ExpertsMLP(NamedParts):
             )
         router, router_weight = read
         flat = x.reshape(-1, x.shape[-1])
-        logits = F.linear(flat, router_weight, router.bias)
+        logits = router.logits(flat, router_weight)
         experts = router.choose(logits)
         weights = router.weigh(logits, experts)
         routing = sort_by_expert(experts, len(router.weight))
@@ -209,4 +256,5 @@ class ExpertsMLP(NamedParts):
         rows = expert_linear(flat[routing.tokens], stacks["gate_up_proj"], ids, routing.offs)
         gate, up = rows.chunk(2, dim=1)
         rows = expert_linear(gated_mlp(gate, up, self.activation), stacks["down_proj"], ids, routing.offs)
-        return combine(rows, routing, weights).view(x.shape)
+        y = combine(rows, routing, weights).view(x.shape)
+        return y if self.shared is None else y + self.shared(x)

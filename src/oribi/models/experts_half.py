@@ -2,9 +2,10 @@
 
     n = pre(x)      l = n W_r^T      w, e = route(l)      gu_r = n_t(r) W1_e^T + b1_e      h = act(gate) up
     o_r = h_r W2_e^T + b2_e
-    y_t = x_t + c sum over the rows r of t: w_r o_r
+    y_t = x_t + c (sum over the rows r of t: w_r o_r + m(n_t))
 
-where only some families have biases. T tokens, k experts of a token, R = T k rows sorted by expert, D hidden size, I columns of gate and of up, P columns of LoRA
+where only some families have biases, and only some an MLP m beside the experts: a half of its own with which both passes begin.
+T tokens, k experts of a token, R = T k rows sorted by expert, D hidden size, I columns of gate and of up, P columns of LoRA
 (`kernels/expert_linear.py`). From dy, with the rows' weights applied to the gradient of h:
 
     dh_r = c dy_t(r) W2_e      dw_r = dh_r . h_r + c dy_t(r) . b2_e      dgu = act'(w dh)      dn_t = sum of (dgu_r W1_e) + dl W_r
@@ -16,14 +17,13 @@ computed again as `Keep` says; the gradients do not depend on it, to the bit.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from oribi.kernels.expert_linear import StackProjection, StackWeight
 from oribi.kernels.expert_rows import combine, products_and_weighted
 from oribi.kernels.gated_mlp import gated_mlp_backward, gated_mlp_forward
 from oribi.kernels.routing import Routing, sort_by_expert, weigh_backward
 from oribi.models.experts import ExpertsMLP, Router
-from oribi.models.half import Factors, Kept, LayerPass, norm_backward
+from oribi.models.half import Factors, Half, Kept, LayerPass, norm_backward
 from oribi.models.linear_layers import RMSNorm
 
 # gives a tensor like another
@@ -60,12 +60,15 @@ class ExpertsHalf:
         self.core, self.pre, self.scale = core, pre, scale
         self.router = core.part("router")
         self.stacks = stacks
-        self.groups: dict[str, list] = {}  # no linear layers
+        self.shared = None if core.shared is None else Half(core.shared, pre, None, scale)
+        # linear layers, which only the MLP beside the experts has
+        self.groups: dict[str, list] = {} if self.shared is None else self.shared.groups
         self._weights: dict[str, StackWeight] = {}
 
     def factors(self) -> Factors:
-        """A and B of both stacks in order, as the autograd function takes them."""
-        return [factor for stack in self.stacks.values() for factor in (stack.a, stack.b)]
+        """A and B of both stacks, and of the MLP beside the experts, in order, as the autograd function takes them."""
+        own = [factor for stack in self.stacks.values() for factor in (stack.a, stack.b)]
+        return own + ([] if self.shared is None else self.shared.factors())
 
     def forward(self, x: torch.Tensor, layer_pass: LayerPass) -> torch.Tensor:
         """y [T, D] of x [T, D]."""
@@ -74,14 +77,21 @@ class ExpertsHalf:
         self.kept = [Kept(layer_pass) for _ in parts]
         self.routed = [self._route(x[rows]) for rows in parts]
         alone = len(parts) == 1
-        ys = [self._output(x[rows], *one, alone) for rows, *one in zip(parts, self.routed, self.kept)]
+        onto = x if self.shared is None else self.shared.forward(x, layer_pass)
+        ys = [
+            self._output(x[rows], onto[rows], *one, alone)
+            for rows, *one in zip(parts, self.routed, self.kept)
+        ]
         self._weights.clear()
         return ys[0] if len(ys) == 1 else torch.cat(ys)
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """y [T, D] in backward, computed again from what was chosen."""
         parts = self._portions(len(x))
-        return torch.cat([self._output(x[rows], one, None, False) for rows, one in zip(parts, self.routed)])
+        onto = x if self.shared is None else self.shared.restore(x)
+        return torch.cat(
+            [self._output(x[rows], onto[rows], one, None, False) for rows, one in zip(parts, self.routed)]
+        )
 
     place_for_dy = staticmethod(torch.empty_like)
 
@@ -94,7 +104,10 @@ class ExpertsHalf:
     ) -> tuple[torch.Tensor | None, Factors]:
         """Gradients of x [T, D] and of every factor; arguments as of `Half.backward`."""
         kept, self.kept, routed, self.routed = self.kept, [], self.routed, []
-        dx, found = None, []
+        dx, found, others = None, [], []
+        dresidual = dy
+        if self.shared is not None:
+            dresidual, others = self.shared.backward(x, dy, None, needs_dx)
         for rows, one, routing in zip(self._portions(len(x)), kept, routed):
             part, dy_part = x[rows], dy[rows]
             n, rstd = self._normed(part)
@@ -104,19 +117,22 @@ class ExpertsHalf:
                 continue
             if dx is None:
                 dx = torch.empty_like(x) if place_for_dx is None else place_for_dx(x)
-            norm_backward(self.pre, dn, part, rstd, dy_part, dx[rows])
+            norm_backward(self.pre, dn, part, rstd, dresidual[rows], dx[rows])
         self._weights.clear()
-        return dx, [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*found)]
+        factors = [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*found)]
+        return dx, factors + others
 
     def _route(self, x: torch.Tensor) -> Routing:
         router = self.router
         return sort_by_expert(router.choose(self._logits(self._normed(x)[0])), len(router.weight))
 
     def _logits(self, n: torch.Tensor) -> torch.Tensor:
-        return F.linear(n, self.router.weight, self.router.bias)
+        return self.router.logits(n, self.router.weight)
 
-    def _output(self, x: torch.Tensor, routing: Routing, kept: Kept | None, alone: bool) -> torch.Tensor:
-        """y [t, D] of some rows; what is kept goes to `kept`, and the weights of gate|up are freed where no rows follow."""
+    def _output(
+        self, x: torch.Tensor, onto: torch.Tensor, routing: Routing, kept: Kept | None, alone: bool
+    ) -> torch.Tensor:
+        """y [t, D] of some rows x, added to `onto`; what is kept goes to `kept`, and the weights of gate|up are freed where no rows follow."""
         n, _ = self._normed(x)
         weights = self.router.weigh(self._logits(n), routing.experts)
         gate_up = self._gate_up(n, routing)
@@ -128,7 +144,7 @@ class ExpertsHalf:
             del self._weights["gate_up_proj"]
         out = self._weight("down_proj").forward(h_buffer, routing.offs, with_columns=False)
         y = combine(out, routing, weights)
-        return x + (y if self.scale == 1.0 else y * self.scale)
+        return onto + (y if self.scale == 1.0 else y * self.scale)
 
     def _backward(
         self, n: torch.Tensor, dy: torch.Tensor, routing: Routing, kept: Kept, needs_dx: bool
@@ -163,12 +179,12 @@ class ExpertsHalf:
             factors = [None, None, *factors]
         if not needs_dx:
             return None, factors
-        dlogits = weigh_backward(dweights, logits, routing.experts, router.kind, router.normalise)
+        dlogits = weigh_backward(dweights, logits, routing.experts, router.rule)
         dn = combine(dn_rows, routing, None)
-        return dn.addmm_(dlogits.to(n.dtype), router.weight), factors
+        return dn.addmm_(dlogits.to(n.dtype), router.weight.to(n.dtype)), factors
 
     def _portions(self, tokens: int) -> list[slice]:
-        step = max(MOST_ROWS // self.router.count, 1)
+        step = max(MOST_ROWS // self.router.rule.count, 1)
         return [slice(first, first + step) for first in range(0, max(tokens, 1), step)]
 
     def _weight(self, name: str) -> StackWeight:

@@ -110,7 +110,7 @@ class DecoderLayer(NamedParts):
         self.mixer_name = mixer.attribute  # as the checkpoint has it
         self.add_module(self.mixer_name, mixer)
         has_experts = family.experts is not None and family.experts.in_layer(config, index)
-        self.add_part("mlp", ExpertsMLP(config, family) if has_experts else MLP(config, family, index))
+        self.add_part("mlp", (ExpertsMLP if has_experts else MLP)(config, family, index))
         for role in family.layer_norms():
             self.add_part(role, RMSNorm.of(config, family, role, config.hidden_size))
         # not a module of the layer's, whose attributes its parts are

@@ -32,6 +32,12 @@ _BEFORE_ANOTHER_PART = (
 
 
 class MLP(NamedParts):
+    """See the file's docstring.
+
+    Args:
+        config: of the model. family: its row. index: of the layer. inner: I; None: as the config says for this layer.
+    """
+
     # `models.half.Core` says what these are
     input, output, output_result, row_wise, masks_padding = "gate_up", "down", None, True, False
     results = (
@@ -41,11 +47,15 @@ class MLP(NamedParts):
         Result("down", ("down.out",), made_by="down", before_norm=True),
     )
 
-    def __init__(self, config: PretrainedConfig, family: Family, index: int) -> None:
+    def __init__(
+        self, config: PretrainedConfig, family: Family, index: int, inner: int | None = None
+    ) -> None:
         super().__init__(family)
-        size, inner = config.hidden_size, mlp_size(config)
-        if family.wide_mlp and config.use_double_wide_mlp and is_shared(config, index):
-            inner *= 2
+        size = config.hidden_size
+        if inner is None:
+            inner = mlp_size(config)
+            if family.wide_mlp and config.use_double_wide_mlp and is_shared(config, index):
+                inner *= 2
         if family.per_layer_inputs and config.hidden_size_per_layer_input:
             self.output_result, self.results = "x_mlp", (*self.results[:2], *_BEFORE_ANOTHER_PART)
         bias = family.mlp_bias and bool(family.value(config, "mlp_bias"))
@@ -59,14 +69,14 @@ class MLP(NamedParts):
 
     def groups(self) -> dict[str, list[nn.Module]]:
         """The linear layers that share an input: gate and up (or the one layer that holds both), and down."""
-        return {"gate_up": [self.part(role) for role in self._inputs], "down": [self.part("down_proj")]}
+        return {self.input: [self.part(role) for role in self._inputs], self.output: [self.part("down_proj")]}
 
     def forward(self, x: torch.Tensor, batch: "Batch | None" = None) -> torch.Tensor:
         groups = self.groups()
-        outputs = project(groups["gate_up"], x)
+        outputs = project(groups[self.input], x)
         gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
         flat = gated_mlp(gate.flatten(0, -2), up.flatten(0, -2), self.activation)
-        return project(groups["down"], flat.view(*x.shape[:-1], -1))[0]
+        return project(groups[self.output], flat.view(*x.shape[:-1], -1))[0]
 
     def prepare(self, p: torch.Tensor, batch: "Batch", fresh: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """gate and up [T, I], views of p."""
@@ -80,3 +90,15 @@ class MLP(NamedParts):
         """Writes the gradient of gate|up over it, and h over dh: at 8B and 4096 tokens that saves 350 MB."""
         gate, up = prepared
         gated_mlp_backward(dh, gate, up, self.activation, dgate=gate, dup=up, h=dh)
+
+
+class SharedMLP(MLP):
+    """An MLP beside a layer's experts, whose results have names of their own."""
+
+    input, output = "shared_gate_up", "shared_down"
+    results = (
+        Result("shared_gate_up", ("shared_gate_up.out", "shared_gate_up.lora"), made_by="shared_gate_up"),
+        Result("shared_gate_up_xa", ("shared_gate_up.lora",), follows="shared_gate_up"),
+        Result("shared_down_xa", ("shared_down.lora",), follows="shared_gate_up"),
+        Result("shared_down", ("shared_down.out",), made_by="shared_down", before_norm=True),
+    )

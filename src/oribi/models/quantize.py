@@ -17,13 +17,13 @@ from oribi.kernels import nf4
 from oribi.kernels.expert_stack import PackedWeight
 from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.kernels.nf4 import BLOCK
+from oribi.models.checkpoint_tensors import NF4_KEY, STATE_KEYS, check_tensors, stored_buffers, ties_head
 from oribi.models.expert_tensors import (
     matrices_of,
     matrix_shape,
     pack_stack,
     read_stack,
     replace_stacks,
-    stored_shapes,
     unstacked,
 )
 from oribi.models.experts import STACKS, Experts
@@ -31,12 +31,10 @@ from oribi.models.host_memory import to_pinned_memory
 from oribi.models.layers import DecoderLayer
 from oribi.models.load_together import LoadTogether, Packed
 from oribi.models.quantization import Quantization
-from oribi.tensors import TensorSource, problems_in_words
+from oribi.tensors import TensorSource
 from oribi.text import gibibytes
 
 _CPU = torch.device("cpu")
-_NF4_KEY = "quant_state.bitsandbytes__nf4"
-_STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _NF4_KEY)
 
 
 def fits_nf4(layer: nn.Linear, device: torch.device) -> bool:
@@ -74,9 +72,9 @@ def fill(
     """
     source = unstacked(source, model)
     stored = source.shapes()
-    packed = {name.removesuffix(f".{_NF4_KEY}") for name in stored if name.endswith(_NF4_KEY)}
+    packed = {name.removesuffix(f".{NF4_KEY}") for name in stored if name.endswith(NF4_KEY)}
     quantization.kept(model)
-    notes = _check(model, stored, packed)
+    notes = check_tensors(model, stored, packed)
     notes += _replace_linears(model, packed, quantization, device, dtype)
     if quantization.enabled:
         settings = quantization.covers, quantization.double, dtype
@@ -88,7 +86,7 @@ def fill(
         shards = together.split(model)
         reader.share_with(together, model)
     ends = {} if shards is None else _last_modules(model)
-    tied = {"lm_head.weight"} if _tied(model) else set()
+    tied = {"lm_head.weight"} if ties_head(model) else set()
     for prefix, module in list(model.named_modules()):
         for group in _packed_groups(module):
             reader.fill_packed(prefix, module, group)
@@ -100,12 +98,12 @@ def fill(
                 waits = (
                     not trainable and device.type == "cuda" and getattr(module, "waits_in_host_memory", False)
                 )
-                value = reader.dense(full, _CPU if waits else None)
+                value = reader.dense(full, _CPU if waits else None, name in stay_in_float32(module))
                 setattr(module, name, nn.Parameter(value, requires_grad=trainable))
                 if waits:
                     to_pinned_memory(getattr(module, name))
         for name in stored_buffers(module):
-            setattr(module, name, reader.dense(f"{prefix}.{name}"))
+            setattr(module, name, reader.dense(f"{prefix}.{name}", wide=name in stay_in_float32(module)))
         if prefix in ends:
             shards.keep_part()
     if shards is not None:
@@ -120,9 +118,9 @@ def fill(
     return notes
 
 
-def stored_buffers(module: nn.Module) -> list[str]:
-    """Names of a module's own buffers that a checkpoint holds."""
-    return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+def stay_in_float32(module: nn.Module) -> tuple[str, ...]:
+    """Names of a module's own tensors that are float32 whatever the model is."""
+    return getattr(module, "stay_in_float32", ())
 
 
 def _last_modules(model: nn.Module) -> set[str]:
@@ -130,45 +128,6 @@ def _last_modules(model: nn.Module) -> set[str]:
     names = [name for name, _ in model.named_modules()]
     layers = [name for name, module in model.named_modules() if isinstance(module, DecoderLayer)]
     return {[name for name in names if name.startswith(f"{layer}.")][-1] for layer in layers}
-
-
-def _tied(model: nn.Module) -> bool:
-    return bool(getattr(model.config, "tie_word_embeddings", False))
-
-
-def _check(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: set[str]) -> list[str]:
-    """Compares names and shapes with the model's; returns notes, raises over anything that does not fit."""
-    expected = stored_shapes(model)
-    notes, unread = [], set()
-    for prefix, module in model.named_modules():
-        expected |= {
-            f"{prefix}.{name}": tuple(module._buffers[name].shape) for name in stored_buffers(module)
-        }
-        unread |= {f"{prefix}.{name}" for name in getattr(module, "leftovers", ())} & set(stored)
-    if unread:
-        notes.append(
-            f"{len(unread)} tensors of the checkpoint, {min(unread)} the first, are not used: these layers read the keys and "
-            "values of earlier ones"
-        )
-    if _tied(model):
-        expected.pop("lm_head.weight", None)
-        if "lm_head.weight" in stored:
-            notes.append("the checkpoint's lm_head.weight is not used: config.json ties it to the embeddings")
-            stored.pop("lm_head.weight")
-    known = set(expected) | unread | {f"{name}.{key}" for name in packed for key in _STATE_KEYS}
-    missing = [name for name in expected if name not in stored]
-    unexpected = [name for name in stored if name not in known]
-    wrong = [
-        f"{name}: {list(stored[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in stored and name not in packed and stored[name] != shape
-    ]
-    problems = problems_in_words({"missing": missing, "unexpected": unexpected, "of another shape": wrong})
-    if problems:
-        raise ModelError(
-            f"the checkpoint's tensors are not those of {type(model).__name__} with this config.json; {problems}"
-        )
-    return notes
 
 
 def _replace_linears(
@@ -262,8 +221,10 @@ class _Reader:
             sizes, lambda name: self._read_packed(name) if name in in_four_bits else self._read_dense(name)
         )
 
-    def dense(self, name: str, device: torch.device | None = None) -> torch.Tensor:
-        """A tensor in the compute dtype, on the model's device if not told; a packed one is dequantised."""
+    def dense(self, name: str, device: torch.device | None = None, wide: bool = False) -> torch.Tensor:
+        """A tensor in the compute dtype, or in float32, on the model's device if not told; a packed one is dequantised."""
+        if wide:
+            return self.source.read(name, device or self.device, torch.float32)
         return self._receive(name) if name in self._sent else self._read_dense(name, device)
 
     def _read_dense(self, name: str, device: torch.device | None = None) -> torch.Tensor:
@@ -334,7 +295,7 @@ class _Reader:
         def read(key: str) -> torch.Tensor:
             return self.source.read(key, self.device, None)
 
-        entries = {key: read(f"{name}.{key}") for key in _STATE_KEYS if f"{name}.{key}" in self.shapes}
+        entries = {key: read(f"{name}.{key}") for key in STATE_KEYS if f"{name}.{key}" in self.shapes}
         state = QuantState.from_dict(entries, device=self.device)
         state.dtype = self.dtype  # what the layer computes in, whatever it was packed from
         # FSDP-friendly checkpoints store the bytes as 16-bit values

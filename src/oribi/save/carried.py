@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from oribi.errors import ExportError, ModelError
+from oribi.models.checkpoint_tensors import DRAFTS, is_draft
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.files import Location, open_weights, read_json
 from oribi.models.unfused import beside_decoder
@@ -38,7 +39,6 @@ _BESIDE_WEIGHTS = (
     "video_preprocessor_config.json",
     "*.py",
 )
-_DRAFTS = ("mtp.", "model.mtp.")
 # the numbers of drafting layers in config.json, which programs look for in the files
 DRAFT_COUNTS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 
@@ -117,7 +117,7 @@ class Carried:
 
     def _has_drafts(self, layers: int) -> bool:
         numbers = [int(found[1]) for name in self.others if (found := re.search(r"\blayers\.(\d+)\.", name))]
-        return any(name.startswith(_DRAFTS) for name in self.others) or max(numbers, default=0) >= layers
+        return any(name.startswith(DRAFTS) for name in self.others) or max(numbers, default=0) >= layers
 
     def class_name(self, name: str) -> str:
         """What the checkpoint's class calls a module of the trained model."""
@@ -207,7 +207,7 @@ def find_carried(model: nn.Module, shapes: Mapping[str, Any], base: str, tied: b
         text, others = _sorted_out(weights, renaming(names), shapes, None if in_files else names, tied)
         of_class = names if in_files else None
         if not composite:
-            others = [name for name in others if name.startswith(_DRAFTS)]
+            others = [name for name in others if is_draft(name, source.config)]
             if not others:
                 return None
         missing = [name for name in shapes if name not in text.values() and name != _HEAD]

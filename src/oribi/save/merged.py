@@ -173,7 +173,8 @@ class MergedExport(Export):
     def _plan(self, base: str) -> list[TensorPlan]:
         """What is written: the trained tensors and, under the checkpoint's own names, what it holds beside them."""
         merged = MergedModel(self.model)
-        shapes, packed = merged.shapes(), packed_names(self.model) if self.quantized else set()
+        shapes = stacked(merged, self.inner).shapes()
+        packed = packed_names(self.model) if self.quantized else set()
         self.unpacked = unpacked_modules(self.model, packed) if self.quantized else []
         self.carried = None
         found = find_carried(self.model, shapes, base, merged.tied)
@@ -188,8 +189,6 @@ class MergedExport(Export):
             self.report.notes.append(
                 f"{len(found.others)} tensors that {kind} has beside the text model are carried over as they are"
             )
-        if self.carried is None:
-            shapes = stacked(merged, self.inner).shapes()
         text = dict.fromkeys(shapes) if self.carried is None else self.carried.text
         plans = [
             TensorPlan(name, shapes[own], self.dtype, packed_bytes(shapes[own]) if own in packed else 0)
@@ -208,7 +207,7 @@ class MergedExport(Export):
         if self.carried is None:
             return read_finite(stacked(self.merged, self.inner), name, self.dtype)
         if name in self.carried.text:
-            return read_finite(self.merged, self.carried.text[name], self.dtype)
+            return read_finite(stacked(self.merged, self.inner), self.carried.text[name], self.dtype)
         return self._read_carried(name)
 
     def write(self, folder: Path) -> None:

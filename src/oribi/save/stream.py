@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from oribi.models.checkpoint_tensors import stored_buffers
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.expert_tensors import read_stack
 from oribi.models.experts import Experts
-from oribi.models.quantize import stored_buffers
 from oribi.tensors import TensorSource
 
 # other tensors than the model's, and what is told of each layer: index, output with the others on the same input, output

@@ -114,7 +114,8 @@ class Attention(NamedParts):
             self.add_part("output_gate", nn.Linear(config.hidden_size, self.gate_columns, bias=False))
         self._inputs = tuple(inputs)
         self.add_part("o_proj", nn.Linear(self.sizes[0], config.hidden_size, bias=output_bias))
-        self.qk_norm = family.qk_norm
+        norms_qk = family.qk_norm_field is None or getattr(config, family.qk_norm_field)
+        self.qk_norm = family.qk_norm if norms_qk else None
         self.norms_after_rope = family.qk_norm_after_rope
         if self.qk_norm:
             q_size, k_size = (self.head_dim, self.head_dim) if self.qk_norm == "head" else self.sizes[:2]
