@@ -242,6 +242,27 @@ def test_more_memory_keeps_more_and_never_passes_the_device():
     assert peaks[0] < peaks[-1]
 
 
+def test_the_least_memory_knows_which_cards_link_hides_all_copies():
+    training = training_of(
+        "Llama-3.1-8B", max_seq_length=2048, per_device_train_batch_size=2, gradient_checkpointing="memory"
+    )
+    found = {
+        name: memory.estimate_run(training, gpu_named(name)) for name in ("H100", "RTX 4090", "L4", "T4")
+    }
+    places = {name: {keep["gate_up"] for keep in one.keeps[:-1]} for name, one in found.items()}
+    assert places == {"H100": {"recompute"}, "RTX 4090": {"host"}, "L4": {"host"}, "T4": {"host"}}
+    gate_up = 4096 * 2 * 14336 * 2
+    for name in ("RTX 4090", "L4", "T4"):
+        assert 0 < found[name].peak - found["H100"].peak <= 2 * gate_up
+        # a run takes the buffers where they are free: it fits without them
+        assert (
+            training.estimate(4096, 2048, gpu_named(name).memory_bytes, least=True).peak == found["H100"].peak
+        )
+    full = int((found["H100"].peak + gate_up // 2 + memory.CONTEXT) / (1 - memory.MARGIN))
+    card = replace(gpu_named("RTX 4090"), memory_gib=full / GIB)
+    assert {keep["gate_up"] for keep in memory.estimate_run(training, card).keeps[:-1]} == {"recompute"}
+
+
 def test_answers_of_a_stage_and_of_evaluations_are_counted(tmp_path):
     plain = training_of("Llama-3.2-1B", max_seq_length=512, per_device_train_batch_size=1)
     (tmp_path / "prompts.txt").write_text("Why?\n" * 64)

@@ -28,7 +28,7 @@ from oribi.memory.account import (
 from oribi.memory.architecture import Architecture, architecture_of
 from oribi.memory.gpus import Gpu
 from oribi.memory.layer_shape import LayerShape, layer_shapes
-from oribi.memory.plan import MARGIN, plan
+from oribi.memory.plan import HOST_BYTES_PER_FLOP, MARGIN, plan
 from oribi.models.core import Keep
 from oribi.models.fused_layer import policy
 from oribi.models.host_memory import buffer_size
@@ -279,17 +279,16 @@ class Training:
         shared = self.config.context_parallel
         return step_account(self.architecture.decoder, self.shapes, tokens, longest, shared, self.trains_head)
 
-    def keeps(self, step: StepAccount, memory_bytes: int) -> list[Keep]:
-        """What each layer keeps on a device with this much memory, as training decides it."""
+    def keeps(self, step: StepAccount, memory_bytes: int, least: bool, host_speed: float) -> list[Keep]:
+        """What each layer keeps, as training decides it; arguments are those of `estimate`."""
         choice = self.config.gradient_checkpointing
         if choice in ("off", "speed"):
             return [Keep()] * len(step.layers)
         if choice == "balanced":
             return [policy("balanced", layer.shape.layer.results()) for layer in step.layers]
-        if choice == "memory":
-            return plan(step, 0, self.host_share)
         taken = sum(self.fixed().values()) + sum(self.of_stage(step.layers[0].tokens).values())
-        return plan(step, usable(memory_bytes) - taken, self.host_share)
+        free = 0 if least else max(usable(memory_bytes) - taken, 0)
+        return plan(step, 0 if choice == "memory" else free, self.host_share, host_speed, free)
 
     def estimate(
         self,
@@ -298,6 +297,7 @@ class Training:
         memory_bytes: int,
         least: bool = False,
         keeps: Sequence[Keep] | None = None,
+        host_speed: float = HOST_BYTES_PER_FLOP,
     ) -> Estimate:
         """The peak for a micro-batch.
 
@@ -306,6 +306,7 @@ class Training:
             memory_bytes: of the device.
             least: with as little kept as the setting allows, to see whether it fits at all.
             keeps: what each layer keeps; None takes what training would choose.
+            host_speed: bytes that the device copies to the host in the time of one operation, as `Gpu.host_bytes_per_flop`.
         """
         fixed, step = self.fixed(), self.step(tokens, longest)
         if not self.by_hand:
@@ -314,8 +315,7 @@ class Training:
                 self.checkpointed, bool(self.config.lora_dropout), self.config.use_dora
             )
         else:
-            automatic = self.config.gradient_checkpointing == "auto"
-            keeps = keeps or self.keeps(step, 0 if least and automatic else memory_bytes)
+            keeps = keeps or self.keeps(step, memory_bytes, least, host_speed)
             moments = step.moments(keeps)
             fixed["weights"] += sum(
                 layer.weight_bytes for layer, keep in zip(step.layers, keeps) if keep["weights"] == "keep"
@@ -377,4 +377,4 @@ def estimate_run(training: Training, gpu: Gpu) -> Estimate:
     """The peak of a run's micro-batch on a GPU of the table."""
     longest = training.longest
     tokens = training.tokens_of(training.config.per_device_train_batch_size, longest)
-    return training.estimate(tokens, longest, gpu.memory_bytes)
+    return training.estimate(tokens, longest, gpu.memory_bytes, host_speed=gpu.host_bytes_per_flop)

@@ -27,10 +27,10 @@ from torch import nn
 from oribi.environment import detect
 from oribi.memory.account import needed_flop_per_token
 from oribi.memory.estimate import Estimate, Training
-from oribi.memory.gpus import Gpu, recognise
+from oribi.memory.gpus import PRODUCT_SHARE, Gpu, recognise
 from oribi.models.decoder import DecoderForCausalLM
 
-PRODUCT_SHARE, BANDWIDTH_SHARE = 650 / 989, 3.0 / 3.35
+BANDWIDTH_SHARE = 3.0 / 3.35
 # rounding counted, products of frozen weights in fp8 take this fraction of the time: Llama-3.1-8B 2 x 2048, 178 and 237 ms per step
 FP8_SPEED = 1.5
 SECONDS_PER_LAYER = 0.48e-3
