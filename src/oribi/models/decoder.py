@@ -52,7 +52,7 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         self.norm_name = family.attribute("norm")
         self.add_module(self.norm_name, RMSNorm.of(config, family, "norm", config.hidden_size))
         eps = getattr(config, family.norm_eps)
-        self.embedding_norm = RMSNorm(None, eps) if family.embedding_norm else None
+        self.norm_of_embeddings = RMSNorm(None, eps) if family.embedding_norm else None
         self.add_per_layer_inputs(config, family)
         self.rotary = {kind: RotaryAngles(config, kind) for kind in family.rope_kinds(config)}
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
@@ -144,7 +144,7 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         """[..., D] of ids [...]: what callers may give as `inputs_embeds`."""
         # embeddings that are trained whole are float32
         x = self.embed_tokens(ids).to(self.last_norm.weight.dtype)
-        return x if self.embedding_norm is None else self.embedding_norm(x)
+        return x if self.norm_of_embeddings is None else self.norm_of_embeddings(x)
 
     def computes_alone(self, rows: torch.Tensor | None, tokens: int) -> bool:
         """Whether the last layer and norm should compute `rows` [n] of all tokens alone: it saves time, and nobody looks on."""
