@@ -1,5 +1,7 @@
 """Writes a random model of public dimensions as a bitsandbytes 4-bit checkpoint, so that all stacks load equal codes.
 
+gpt-oss is written as it is released: experts in MXFP4, everything else in bfloat16.
+
     python benchmarks/random_model.py llama-3.2-1b /tmp/llama-3.2-1b
 
 Speed and memory do not depend on the weights' values. N: out features, K: in features.
@@ -100,6 +102,21 @@ MODELS: dict[str, dict[str, object]] = {
         "moe_intermediate_size": 768,
         "norm_topk_prob": True,
     },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        **_ENDS,
+        "num_hidden_layers": 24,
+        "num_local_experts": 32,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },  # of the rest, transformers' defaults are its sizes
     "ministral-3-8b": {"model_type": "ministral3", **_ENDS, "vocab_size": 131072},  # here too
     "gemma-4-12b": {
         "model_type": "gemma4_text",
@@ -146,6 +163,30 @@ QUANTIZATION = {
 }
 
 
+MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+
+
+def mxfp4_tensors(
+    key: str, shape: tuple[int, ...], generator: torch.Generator, device: str
+) -> dict[str, torch.Tensor]:
+    """Random blocks and scales of a stack of experts [E, in, out]; values have a deviation of about 0.02."""
+    experts, columns, rows = shape
+    sizes = (experts, rows, columns // 32)
+    whole = {"dtype": torch.uint8, "generator": generator, "device": device}
+    return {
+        f"{key}_blocks": torch.randint(0, 256, (*sizes, 16), **whole).cpu(),
+        f"{key}_scales": torch.randint(119, 121, sizes, **whole).cpu(),
+    }
+
+
 def packed_matrices(key: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes [N, K] of the matrices of a tensor that is packed; of stacked experts, as checkpoints hold each."""
     prefix, _, stack = key.rpartition(".")
@@ -173,22 +214,27 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
     with torch.device("meta"):
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    in_mxfp4 = config.model_type == "gpt_oss"
     linear = {
         f"{path}.weight"
         for path, module in model.named_modules()
-        if type(module) is nn.Linear and path != "lm_head"
+        if type(module) is nn.Linear and path != "lm_head" and not in_mxfp4
     }
     tensors: dict[str, torch.Tensor] = {}
     for key, meant in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        for name, shape in packed_matrices(key, meant.shape) if key in linear or ".experts." in key else ():
+        if in_mxfp4 and key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors |= mxfp4_tensors(key, tuple(meant.shape), generator, device)
+            continue
+        is_packed = key in linear or (".experts." in key and not in_mxfp4)
+        for name, shape in packed_matrices(key, meant.shape) if is_packed else ():
             x = torch.randn(*shape, generator=generator, device=device).mul_(0.02).to(torch.bfloat16)
             codes, state = quantize_4bit(x, blocksize=64, compress_statistics=True, quant_type="nf4")
             tensors[name] = codes.cpu()
             for part, value in state.as_dict(packed=True).items():
                 tensors[f"{name}.{part}"] = value.cpu()
-        if key in linear or ".experts." in key:
+        if is_packed:
             continue
         if meant.dim() < 2 and not key.endswith("bias"):  # of norms, and decays
             tensors[key] = torch.ones(meant.shape, dtype=torch.bfloat16)
@@ -200,7 +246,7 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
         **config.to_dict(),
         "architectures": [type(model).__name__],
         "dtype": "bfloat16",
-        "quantization_config": QUANTIZATION,
+        "quantization_config": MXFP4 if in_mxfp4 else QUANTIZATION,
     }
     (directory / "config.json").write_text(json.dumps(whole, indent=1))
     _tokenizer().save_pretrained(directory)

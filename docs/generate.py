@@ -56,7 +56,7 @@ DESCRIBED = (
     "norm_eps", "activation", "adjusts_mlp", "config_fields", "output_bias", "qk_norm_after_rope", "interleaved_rope",
     "query_scale_by_position", "rope_alpha", "kv_sharing", "wide_mlp", "keys_as_values", "value_norm", "layer_scalar",
     "per_layer_inputs", "output_gate", "last_norm_offset", "centred_norms", "output_norm_eps", "qk_norm_weights", "query_factor",
-    "embedding_norm", "logit_scale",
+    "embedding_norm", "logit_scale", "sinks",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def properties(family: Family) -> str:
         "norms around the mean": family.centred_norms,
         f"q and k normalised per {family.qk_norm}{' after RoPE' * family.qk_norm_after_rope}": family.qk_norm,
         "sliding windows where the config has them": family.windows,
+        "attention sinks": family.sinks,
         "gated delta rule in some layers": "gated_delta" in family.mixers.values(),
         "gated attention": family.output_gate,
         "soft caps": family.softcaps is True,

@@ -12,6 +12,7 @@ from oribi.families import FAMILIES
 from oribi.families.expert_rules import ExpertRules
 from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_stack
 from oribi.kernels.mxfp4 import MXFP4Stack
+from oribi.memory.architecture import architecture_of
 from oribi.models import experts_half
 from oribi.models.expert_tensors import loaded_stack
 from oribi.models.load import load_model
@@ -217,6 +218,12 @@ def test_mxfp4_experts_are_kept_as_they_are_and_have_transformers_values(in_4_bi
     model, _ = load_model(str(tmp_path), dtype=torch.float32, load_in_4bit=in_4_bits, max_seq_length=None)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert any("stay in MXFP4" in note for note in model.oribi.notes) == in_4_bits
+    held = sum(
+        one.nbytes + getattr(getattr(one, "quant_state", None), "absmax", one[:0]).nbytes
+        for one in model.parameters()
+    )
+    estimated = architecture_of(str(tmp_path), dtype=torch.float32).weight_bytes(load_in_4bit=in_4_bits)
+    assert abs(estimated - held) < 0.01 * held
     for ours, layer in zip(model.model.layers, theirs.model.layers):
         experts = ours.mlp.experts
         assert (ours.self_attn.q_proj.weight.dtype == torch.uint8) == in_4_bits

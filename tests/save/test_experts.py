@@ -11,14 +11,15 @@ from transformers import AutoModelForCausalLM
 from oribi import FastLanguageModel
 from oribi.errors import ConfigError
 from oribi.gguf import llama_cpp
-from oribi.gguf.file import GGUFFile
+from oribi.gguf.file import GGUFFile, Type
 from oribi.kernels.expert_stack import PackedWeight
 from oribi.models.experts import Experts
 from oribi.models.load import load_model
-from oribi.save.gguf import save_gguf_adapter
+from oribi.save.gguf import save_gguf, save_gguf_adapter
 from tests.models.test_parity import relative
 from tests.models.tiny import MIXED
 from tests.models.tiny_checkpoint import checkpoint, edit_tensors, mxfp4_checkpoint
+from tests.save.tiny_export import distance_from_llama_cpp
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TEXTS = ["the quick brown fox jumps over the lazy dog", "and then it rests in the other field"]
@@ -138,6 +139,30 @@ def test_a_gguf_file_answers_in_llama_cpp_with_the_same_tokens_and_loads_again(f
         found["gguf_files"][0], dtype=torch.float32, load_in_4bit=False, max_seq_length=None
     )
     assert relative(logits(again), expected) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason="xllamacpp is not installed")
+def test_an_adapter_on_mxfp4_experts_acts_in_llama_cpp_and_their_codes_stay(tmp_path):
+    # rounded as llama.cpp rounds YaRN's range
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+    mxfp4_checkpoint(tmp_path / "base", num_hidden_layers=2, layer_types=MIXED[:2], rope_parameters=rope)
+    base, tokenizer = load_model(
+        str(tmp_path / "base"), dtype=torch.float32, load_in_4bit=False, max_seq_length=None
+    )
+    files = save_gguf(base.eval(), tmp_path / "gguf", tokenizer, ["f32", "mxfp4"], verify=False)["gguf_files"]
+    in_mxfp4 = GGUFFile(Path(files[1]))
+    for name, stored in in_mxfp4.tensors.items():
+        assert (stored.kind == Type.MXFP4) == name.endswith("_exps.weight"), name
+    gate = base.model.layers[1].mlp.experts.gate_up_proj[:, :128]
+    assert torch.equal(in_mxfp4.read("blk.1.ffn_gate_exps.weight", torch.float32), gate)
+    model, _ = trained(tmp_path / "base", load_in_4bit=False)
+    adapter = save_gguf_adapter(model, tmp_path / "lora", "f32")["gguf_files"][0]
+    prompt = list(range(20, 60))
+    found = distance_from_llama_cpp(model.eval(), files[0], prompt, adapter=adapter)
+    assert found.agreeing == 1.0
+    assert found.worst < 2e-3
+    assert distance_from_llama_cpp(model.eval(), files[0], prompt).worst > 0.1
 
 
 def test_an_adapter_as_gguf_holds_the_factors_of_all_experts_one_behind_the_other(folder, tmp_path):

@@ -10,9 +10,12 @@ from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
 from oribi.formats.settings import PackedFormat
+from oribi.kernels.mxfp4 import mxfp4_bytes
 from oribi.kernels.nf4 import nf4_bytes
 from oribi.memory.account import linear_weights, packable_weights
+from oribi.memory.experts_shape import packable
 from oribi.models.decoder import DecoderForCausalLM, build
+from oribi.models.experts import Experts
 from oribi.models.files import HubOptions, Location
 from oribi.models.open import open_model
 from oribi.models.quantization import Quantization
@@ -42,6 +45,7 @@ class Architecture:
         location: where its files lie.
         decoder: the decoder on the meta device, in the compute dtype.
         stored: how the checkpoint's weights are quantised; None where they are not.
+        in_mxfp4: whether its experts are in MXFP4, and stay so under load_in_4bit.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Architecture:
     location: Location
     decoder: DecoderForCausalLM
     stored: dict[str, Any] | PackedFormat | None = None
+    in_mxfp4: bool = False
 
     @cached_property
     def linear_weights(self) -> int:
@@ -78,7 +83,7 @@ class Architecture:
     def stored_in_words(self) -> str:
         """How the checkpoint's weights are quantised; "" where they are not."""
         if self.stored is None:
-            return ""
+            return "experts in MXFP4" * self.in_mxfp4
         return str(self.stored) if isinstance(self.stored, PackedFormat) else "packed in NF4"
 
     @cached_property
@@ -92,7 +97,15 @@ class Architecture:
             return (
                 self.packable_weights * self.stored.bits // 8 + (self.parameters - self.packable_weights) * 2
             )
+        if self.in_mxfp4:
+            experts = sum(map(packable, self._experts()))
+            return mxfp4_bytes(experts) + (self.parameters - experts) * 2
         return self.weight_bytes(load_in_4bit=True) if self.stored else self.parameters * 2
+
+    def _experts(self, *parts: str) -> list[Experts]:
+        """The experts of all layers, or those within parts of the decoder."""
+        modules = [self.decoder.get_submodule(part) for part in parts] or [self.decoder]
+        return [one for module in modules for one in module.modules() if isinstance(one, Experts)]
 
     @cached_property
     def waiting_bytes(self) -> int:
@@ -109,12 +122,15 @@ class Architecture:
         """Device memory of the loaded weights, of which some linear layers are not packed."""
         width = self.decoder.dtype.itemsize
         packed = self.packable_weights * load_in_4bit
+        experts = sum(map(packable, self._experts())) if packed and self.in_mxfp4 else 0
         if packed and keep_in_16bit:
             kept = Quantization(asked=tuple(keep_in_16bit)).kept(self.decoder)
             packed -= sum(
                 packable_weights(self.decoder.get_submodule(name)) for name in kept if name != "lm_head"
             )
-        return (nf4_bytes(packed) if packed else 0) + (self.parameters - packed) * width
+            experts -= sum(map(packable, self._experts(*kept))) if experts and kept else 0
+        in_4_bits = mxfp4_bytes(experts) + (nf4_bytes(packed - experts) if packed else 0)
+        return in_4_bits + (self.parameters - packed) * width
 
 
 def architecture_of(
@@ -139,7 +155,7 @@ def architecture_of(
             "class, of whose memory only the weights are estimated",
             _sizes(config, trust_remote_code),
         )
-    return Architecture(name, config, location, build(config, dtype=dtype), stored)
+    return Architecture(name, config, location, build(config, dtype=dtype), stored, opened.keeps_mxfp4)
 
 
 def _sizes(config: PretrainedConfig, trust_remote_code: bool) -> UnfusedSizes | None:

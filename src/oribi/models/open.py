@@ -80,15 +80,18 @@ class OpenedModel:
     def stored(self) -> dict[str, Any] | PackedFormat | None:
         """How the checkpoint's weights are quantised, as `stored_quantization` says; None for a GGUF file.
 
-        None also stands for MXFP4 in a model that oribi's decoder runs: the tensors of its experts tell, and are kept as they are.
+        None also stands for experts in MXFP4 (`keeps_mxfp4`), which are told by their tensors.
 
         Raises:
             ModelError: in a way that oribi does not read.
         """
+        return None if self.gguf is not None or self.keeps_mxfp4 else stored_quantization(self.location)
+
+    @property
+    def keeps_mxfp4(self) -> bool:
+        """Whether the checkpoint has stacks of experts in MXFP4, whose codes oribi's decoder keeps."""
         settings = None if self.gguf is not None else stored_settings(self.location.directory)
-        if settings is None or (self.fused and method_of(settings) == MXFP4_METHOD):
-            return None
-        return stored_quantization(self.location)
+        return settings is not None and self.fused and method_of(settings) == MXFP4_METHOD
 
     @property
     def config_file(self) -> Path:
