@@ -27,6 +27,11 @@ SAVING_SECONDS = 300
 # exit codes after which another attempt would end alike: wrong arguments, and a run that was stopped
 FINAL_CODES = (2, 130, 143, 129)
 LAUNCHED = "ORIBI_LAUNCHED"
+# how accelerate's launcher asks its processes to be connected, by the variable that says it
+OTHER_CONNECTIONS = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}  # fmt: skip
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
@@ -38,6 +43,23 @@ def is_launched() -> bool:
 def launcher_spoke() -> bool:
     """Whether `start_together` started this process, and said what there is to say about the settings."""
     return LAUNCHED in os.environ
+
+
+def require_own_connection() -> None:
+    """Before anything is loaded: that no launcher asks for another connection between the processes of a run.
+
+    Raises:
+        ConfigError: accelerate's launcher, or the config file that it read, does.
+    """
+    asked = [
+        what for name, what in OTHER_CONNECTIONS.items() if os.environ.get(name, "").lower() in ("true", "1")
+    ]
+    if asked:
+        raise ConfigError(
+            f"accelerate's launcher, or its config file, asks for {' and '.join(asked)}, and a run connects its processes itself: "
+            "start it with `oribi train FILE --gpus all`, torchrun or `accelerate launch --multi_gpu`; fsdp: true in the run file "
+            "splits the weights"
+        )
 
 
 def processes_here() -> int:

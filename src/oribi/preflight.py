@@ -14,7 +14,7 @@ from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.gguf.metadata import check_config
 from oribi.gguf.mixes import mix_of
-from oribi.launch import processes_here, require_groups
+from oribi.launch import processes_here, require_groups, require_own_connection
 from oribi.memory.fit import refuse_what_cannot_fit
 from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
@@ -87,6 +87,7 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         ModelError: there is no such model.
         ExportError: llama.cpp cannot hold the model, and GGUF files are asked for.
     """
+    require_own_connection()
     check_settings(config)
     require_trackers(config.report_to)
     require_optimizer(config)

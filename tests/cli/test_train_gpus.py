@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import oribi.cli.train
 from oribi.cli import build_command
 from oribi.errors import ConfigError
-from oribi.launch import chosen_gpus, free_port, start_together
+from oribi.launch import OTHER_CONNECTIONS, chosen_gpus, free_port, start_together
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
@@ -175,3 +175,13 @@ sys.exit(start_on_machines(["-c", {WORKER!r}, {str(tmp_path)!r}, {act!r}], [0], 
         for agent in agents:
             agent.kill()
     assert sorted((tmp_path / f"0-{rank}").read_text() for rank in range(2)) == ["2 0 0", "2 0 0"]
+
+
+@pytest.mark.parametrize("name", OTHER_CONNECTIONS)
+def test_another_connection_that_accelerates_launcher_asks_for_is_refused_before_anything_loads(
+    name, oribi, monkeypatch
+):
+    monkeypatch.setenv(name, "true")
+    done = oribi("train", "--model", "missing", "--dataset", "missing")
+    assert done.code == 1
+    assert f"asks for {OTHER_CONNECTIONS[name]}, and a run connects its processes itself" in done.err

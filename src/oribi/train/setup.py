@@ -24,6 +24,8 @@ from oribi.train.shards import require_shardable
 
 logger = logging.getLogger(__name__)
 
+# dtypes by the names of accelerate's launcher
+_LAUNCHED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_COMPILED = "oribi's layers run kernels and backward passes of their own, which torch.compile cannot trace"
 # fields of TRL's SFTConfig that oribi does not honour: their value when unset, and what to do instead
 NOT_HONOURED = {
@@ -171,6 +173,13 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
                 f"{flag} = True, but the model was loaded in {str(other).removeprefix('torch.')}; load it with "
                 f"dtype={asked} or leave out {flag}: the model's dtype decides"
             )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched in ("bf16", "fp16", "fp8") and _LAUNCHED_DTYPES.get(launched) is not base.config.dtype:
+        say_notes(
+            [
+                f"accelerate's launcher asks for {launched}: the model's dtype decides, which is {base.config.dtype}"
+            ]
+        )
     args.mixed_precision = "fp16" if base.config.dtype is torch.float16 else "no"
 
 

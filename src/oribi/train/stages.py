@@ -172,8 +172,8 @@ def make_stage_trainer(config: RunConfig, model: Any, tokenizer: Any, data: RunD
             "reward trains such a model"
         )
     arguments = stage_arguments(config, data.held_out is not None)
-    if base_model(model).config.dtype is torch.float16:
-        arguments.mixed_precision = "fp16"  # the gradient scaler, as in supervised training
+    # float16's gradient scaler, as in supervised training; accelerate's launcher may say otherwise
+    arguments.mixed_precision = "fp16" if base_model(model).config.dtype is torch.float16 else "no"
     arguments.reward_sources = [one.fingerprint for one in data.rewards] or None
     keywords = {"reward_funcs": list(data.rewards)} if config.stage == "grpo" else {}
     try:
