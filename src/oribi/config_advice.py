@@ -104,7 +104,7 @@ WHEN_TO_CHANGE: dict[str, str] = {
     "epsilon": "Lower it if training is unstable.",
     "scale_rewards": "`none` if easy and hard prompts should count alike.",
     "mask_truncated_completions": "`true` if many answers reach the longest length.",
-    "save_method": "`merged_16bit` for vLLM and other programs that read whole models.",
+    "save_method": "`merged_16bit` for programs that read whole models, `fp8` or `w4a16` for vLLM and SGLang in half or a quarter of the memory.",
     "quantization_method": "`[q4_k_m]` for llama.cpp, Ollama and LM Studio.",
     "report": "`false` saves the time that measuring takes.",
 }

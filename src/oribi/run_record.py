@@ -36,7 +36,9 @@ SAMPLES_FILE = "samples.jsonl"
 VERSION = 1
 EARLIER = "_earlier"  # a leading underscore: uploads of the output folder leave such names out
 # form of the model -> its folder within the run's
-FORM_FOLDERS = {"lora": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit", "gguf": "gguf"}
+FORM_FOLDERS = {
+    "lora": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit", "fp8": "fp8", "w4a16": "w4a16", "gguf": "gguf",
+}  # fmt: skip
 # the other files that a run writes into its folder
 _OWN_FILES = (
     RECORD_FILE, CONFIG_FILE, LOG_FILE, SAMPLES_FILE, "report.html", "report.md", "report.json", "loss.png", "rewards.png",

@@ -241,6 +241,11 @@ def _disk(training: Any) -> dict[str, int]:
     if config.save_steps:
         found["each checkpoint"] = int(adapter + training.fixed()["optimizer"])
     merged = {"merged_16bit": a.parameters * 2, "merged_4bit": a.weight_bytes(load_in_4bit=True)}
+    dense = (a.parameters - a.packable_weights) * 2
+    merged |= {
+        "fp8": dense + a.packable_weights,
+        "w4a16": dense + a.packable_weights * 33 // 64,
+    }  # with scales of groups
     forms = ["merged_16bit"] if config.full_finetuning else config.save_method
     found |= {form: merged[form] for form in forms if form in merged}
     shapes = {

@@ -13,7 +13,7 @@ from oribi.text import gibibytes, nearest
 # name after --to -> form of the model
 FORMS = {
     "adapter": "adapter", "lora": "adapter", "merged": "merged_16bit", "merged_16bit": "merged_16bit",
-    "merged_4bit": "merged_4bit", "gguf": "gguf", "gguf-adapter": "gguf-adapter",
+    "merged_4bit": "merged_4bit", "fp8": "fp8", "fp8_dynamic": "fp8", "w4a16": "w4a16", "gguf": "gguf", "gguf-adapter": "gguf-adapter",
 }  # fmt: skip
 
 
@@ -21,7 +21,9 @@ def export(
     run: Annotated[str, typer.Argument(help="Run, adapter or model folder.")],
     to: Annotated[
         str,
-        typer.Option(help="Comma-separated forms: adapter, merged, merged_4bit, gguf:METHOD, gguf-adapter."),
+        typer.Option(
+            help="Comma-separated forms: adapter, merged, merged_4bit, fp8, w4a16, gguf:METHOD, gguf-adapter."
+        ),
     ],
     output: Annotated[Path | None, typer.Option(help="Folder to write to (default: the run's own).")] = None,
     base: Annotated[

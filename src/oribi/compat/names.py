@@ -78,7 +78,7 @@ NAMES = {
 
 # method of a loaded model or tokenizer -> why it is refused
 REFUSED_METHODS = {
-    "save_pretrained_torchao": "there is no torchao export; save_pretrained_gguf writes quantised files",
+    "save_pretrained_torchao": "there is no torchao export; save_pretrained_merged with save_method='fp8' or 'w4a16' writes quantised checkpoints for servers, and save_pretrained_gguf GGUF files",
     "save_pretrained_ggml": "call save_pretrained_gguf with save_method='lora', or oribi export --to gguf-adapter",
     "push_to_hub_ggml": "call push_to_hub_gguf",
 }

@@ -70,7 +70,7 @@ class Carried:
         return self.source.read(name, _CPU, None)
 
     def write_config(
-        self, folder: Path, model: nn.Module, tied: bool, dtype: torch.dtype, packed: Any
+        self, folder: Path, model: nn.Module, tied: bool, dtype: torch.dtype, packed: dict[str, Any] | None
     ) -> None:
         """Write the checkpoint's config.json with what training changed.
 
@@ -79,7 +79,7 @@ class Carried:
             model: the trained model's base.
             tied: whether head and embeddings of the merge are one.
             dtype: of its tensors.
-            packed: quantization_config of the merge, None in 16 bits.
+            packed: quantization_config of the merge; None where nothing is quantised.
         """
         settings, config = copy.deepcopy(self.settings), source_of(model).config
         settings.pop("quantization_config", None)
@@ -111,7 +111,7 @@ class Carried:
             for part in parts:
                 part |= dict.fromkeys((name for name in DRAFT_COUNTS if part.get(name)), 0)
         if packed is not None:
-            settings["quantization_config"] = packed.to_dict()
+            settings["quantization_config"] = packed
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -4,9 +4,8 @@ Adapters are added to their base in float32, rounded once and written tensor by 
 """
 
 import copy
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,16 @@ from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.expert_tensors import expert_modules, stacked, unstacked
+from oribi.models.files import HubOptions, Location, open_weights
 from oribi.models.unfused import beside_decoder
 from oribi.models.unwrap import is_classifier, source_of
 from oribi.models.wrapper import automatic
-from oribi.save.adapter_check import compare_in_plain_peft
-from oribi.save.adapter_files import WEIGHTS, write_adapter
+from oribi.save.adapter import AdapterExport
 from oribi.save.base import base_name, locate_here
 from oribi.save.card import fenced
 from oribi.save.carried import DRAFT_COUNTS, copy_beside_weights, find_carried, has_other_parts
-from oribi.save.check import Check, Outcome
-from oribi.save.export import Export, Verify, checked, trained_answers
+from oribi.save.check import Check
+from oribi.save.export import Export, Verify, checked
 from oribi.save.folder import announce
 from oribi.save.hub import MERGED_KEYWORDS, push, read_accepted, upload_folder
 from oribi.save.nf4_checkpoint import (
@@ -39,16 +38,15 @@ from oribi.save.nf4_checkpoint import (
     unpacked_modules,
 )
 from oribi.save.one_writer import by_first_process
-from oribi.save.probe_file import STRENGTH_SETTINGS, ExportedFile
 from oribi.save.report import ExportReport
-from oribi.save.samples import described_samples, sample_all
 from oribi.save.shards import TensorPlan, shard_bytes, write_shards
 from oribi.save.trained import MergedModel
 from oribi.save.verify import check_saved_tokenizer, logits_of_whole
 from oribi.save.whole import whole_model
-from oribi.tensors import SafetensorsSource, TensorSource, all_finite, read_header
+from oribi.tensors import TensorSource, all_finite
 
-METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
+COMPRESSED = ("fp8", "w4a16")
+METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", *COMPRESSED, "lora")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU = torch.device("cpu")
 
@@ -73,9 +71,10 @@ def save_merged(
         model: the trained model, PEFT's or plain.
         directory: created; files of an earlier export in it are replaced at once when this one is complete.
         tokenizer: saved with the model; None saves none.
-        save_method: "merged_16bit", "merged_4bit" (the merge quantised to NF4 again), or "lora".
+        save_method: "merged_16bit", "merged_4bit" (the merge quantised to NF4 again), "fp8" or "w4a16" (quantised for vLLM and
+            SGLang, see `save.compressed`), or "lora".
         base: "dequantized" (the trained function exactly), "original", "auto", or a folder; see `save.base`.
-        dtype: dtype of "merged_16bit"; None takes bfloat16 or float16 of the model, and bfloat16 for float32.
+        dtype: of what is not quantised; None takes bfloat16 or float16 of the model, and bfloat16 for float32.
         max_shard_size: a shard ends before it would pass this size.
         held_out: texts, lists of messages, or rows of a dataset on which the written model is compared with the trained
             one; None takes `model.oribi.held_out` if the trainer left one, else a few texts of oribi's own.
@@ -118,15 +117,19 @@ def _export_class(model: nn.Module, save_method: str) -> type["MergedExport"]:
         ConfigError: a classifier, or a model with experts, is not written this way.
     """
     if not is_classifier(model):
+        if save_method in COMPRESSED:
+            from oribi.save.compressed import CompressedExport
+
+            return CompressedExport
         if save_method == "merged_4bit" and expert_modules(model):
             raise ConfigError(
                 "save_method = 'merged_4bit': transformers packs no stacks of experts, which are most of this model; give "
                 "'merged_16bit', which oribi packs while it loads, or write a GGUF file"
             )
         return MergedExport
-    if save_method == "merged_4bit":
+    if save_method != "merged_16bit":
         raise ConfigError(
-            "save_method = 'merged_4bit': a sequence classifier is written as 'merged_16bit' or 'lora'"
+            f"save_method = {save_method!r}: a sequence classifier is written as 'merged_16bit' or 'lora'"
         )
     from oribi.save.classifier import ClassifierExport
 
@@ -174,8 +177,8 @@ class MergedExport(Export):
         """What is written: the trained tensors and, under the checkpoint's own names, what it holds beside them."""
         merged = MergedModel(self.model)
         shapes = stacked(merged, self.inner).shapes()
-        packed = packed_names(self.model) if self.quantized else set()
-        self.unpacked = unpacked_modules(self.model, packed) if self.quantized else []
+        packed = self.names_to_pack(shapes)
+        self.unpacked = unpacked_modules(self.model, packed) if packed else []
         self.carried = None
         found = find_carried(self.model, shapes, base, merged.tied)
         kind = getattr(getattr(source_of(self.model), "config", None), "model_type", "")
@@ -190,35 +193,62 @@ class MergedExport(Export):
                 f"{len(found.others)} tensors that {kind} has beside the text model are carried over as they are"
             )
         text = dict.fromkeys(shapes) if self.carried is None else self.carried.text
-        plans = [
-            TensorPlan(name, shapes[own], self.dtype, packed_bytes(shapes[own]) if own in packed else 0)
-            for name, own in ((name, text[name] or name) for name in text)
-        ]
+        plans = []
+        for name, own in ((name, text[name] or name) for name in text):
+            packs = own in packed
+            plans += (
+                self.packed_plans(name, shapes[own]) if packs else [TensorPlan(name, shapes[own], self.dtype)]
+            )
         for name in self.carried.others if self.carried is not None else ():
             tensor = self._read_carried(name)
             plans.append(TensorPlan(name, tuple(tensor.shape), tensor.dtype))
         return plans
 
+    def names_to_pack(self, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """Names of the trained tensors that are quantised."""
+        return packed_names(self.model) if self.quantized else set()
+
+    def packed_plans(self, name: str, shape: tuple[int, ...]) -> list[TensorPlan]:
+        """What a quantised tensor is written as."""
+        return [TensorPlan(name, shape, self.dtype, packed_bytes(shape))]
+
+    def quantization_settings(self, unpacked: list[str], beside: list[str]) -> dict[str, Any] | None:
+        """quantization_config of config.json; None where nothing is quantised.
+
+        Args:
+            unpacked: modules of the text decoder that stay as they are. beside: parts of the class beside it, which do too.
+        """
+        return nf4_config(self.dtype, [*beside, *unpacked]).to_dict() if self.quantized else None
+
+    @property
+    def form(self) -> str:
+        """What the tensors are, a key of `KL_TOLERANCE`."""
+        return "4-bit" if self.quantized else _dtype_name(self.dtype)
+
     def _read_carried(self, name: str) -> torch.Tensor:
         tensor = self.carried.read(name)
         return tensor.to(self.dtype) if name in self.carried.source.packed else tensor
 
-    def _read(self, name: str) -> torch.Tensor:
-        if self.carried is None:
-            return read_finite(stacked(self.merged, self.inner), name, self.dtype)
-        if name in self.carried.text:
-            return read_finite(stacked(self.merged, self.inner), self.carried.text[name], self.dtype)
+    def read_trained(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A trained tensor by its name in the export."""
+        own = name if self.carried is None else self.carried.text[name]
+        return read_finite(stacked(self.merged, self.inner), own, dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the export before it is packed."""
+        if self.carried is None or name in self.carried.text:
+            return self.read_trained(name, self.dtype)
         return self._read_carried(name)
 
     def write(self, folder: Path) -> None:
-        write_shards(folder, self.plans, self._read, pack_nf4, self.max_shard_bytes)
+        write_shards(folder, self.plans, self.read, pack_nf4, self.max_shard_bytes)
         if self.carried is None:
             self._write_config(folder)
             self._copy_processor(folder)
         else:
-            kept = [*self.carried.beside, *map(self.carried.class_name, self.unpacked)]
-            beside = nf4_config(self.dtype, kept) if self.quantized else None
-            self.carried.write_config(folder, self.inner, self.merged.tied, self.dtype, beside)
+            unpacked = list(map(self.carried.class_name, self.unpacked))
+            settings = self.quantization_settings(unpacked, self.carried.beside)
+            self.carried.write_config(folder, self.inner, self.merged.tied, self.dtype, settings)
             copy_beside_weights(self.carried.location.directory, folder)
         generation = copy.deepcopy(getattr(self.inner, "generation_config", None))
         if generation is not None and not is_classifier(self.model):
@@ -243,8 +273,9 @@ class MergedExport(Export):
         config = copy.deepcopy(self.inner.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        if self.quantized:
-            config.quantization_config = nf4_config(self.dtype, [*beside_decoder(self.inner), *self.unpacked])
+        settings = self.quantization_settings(self.unpacked, beside_decoder(self.inner))
+        if settings is not None:
+            config.quantization_config = settings
         family = family_of(config)
         as_family = family is not None and not is_classifier(self.model)
         config.architectures = [family.architecture if as_family else type(self.inner).__name__]
@@ -261,8 +292,7 @@ class MergedExport(Export):
         found = [] if self.carried is None else checked("what was not trained", self.carried.check, path)
         if self.trained is None:
             return found
-        form = "4-bit" if self.quantized else _dtype_name(self.dtype)
-        found += checked("weights read back", self._check_weights, form, path)
+        found += checked("weights read back", self._check_weights, self.form, path)
         if self.tokenizer is not None:
             found += checked("tokenizer", check_saved_tokenizer, self.tokenizer, path)
         return found
@@ -271,7 +301,7 @@ class MergedExport(Export):
         if not isinstance(self.inner, DecoderForCausalLM):
             return self.expect_logits(form, folder, logits_of_whole(self.trained, folder))
         own_name = (lambda name: name) if self.carried is None else self.carried.own_name
-        stored = SafetensorsSource(sorted(folder.glob("model*.safetensors")), own_name)
+        stored = open_weights(Location("checkpoint", folder, str(folder)), HubOptions(), own_name)
         return self.expect(form, folder, Nf4Source(unstacked(stored, self.inner)))
 
     def usage(self, folder: Path, file: str) -> str:
@@ -284,73 +314,6 @@ class MergedExport(Export):
             f"{reader.removeprefix('Auto').lower()} = {reader}.from_pretrained({name!r})",
             "python",
         )
-
-
-class AdapterExport(Export):
-    """The adapter in PEFT's files."""
-
-    def save(self, tokenizer: Any, held_out: Any) -> ExportReport:
-        """Write and check it; arguments as for `save_merged`."""
-        self.tokenizer, self.held_out = tokenizer, held_out
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        announce(self.directory, {"adapter": size})
-        return self.run(size)
-
-    def write(self, folder: Path) -> None:
-        template = getattr(self.tokenizer, "chat_template", None)
-        untested = write_adapter(self.model, folder, chat_template=template)
-        self.report.notes += [f"not tested: {line}" for line in untested]
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form of blanks
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-
-    def check(self, form: str, path: Path) -> list[Check]:
-        """What `write_adapter` has compared already, and what the files say in plain PEFT."""
-        self.report.checked_on = "every weight of the adapter"
-        count = sum(len(read_header(file)) for file in path.glob(f"**/{WEIGHTS}"))
-        says = f"{count} of {count} tensors are the same bit by bit, and plain PEFT has a place for each"
-        found = [Check("adapter read back", Outcome.EQUAL, says, {"same": count, "of": count})]
-        found += self._check_in_plain_peft(path)
-        if self.tokenizer is not None:
-            found += checked("tokenizer", check_saved_tokenizer, self.tokenizer, path)
-        return found
-
-    def _check_in_plain_peft(self, path: Path) -> list[Check]:
-        if is_classifier(self.model):
-            from oribi.save.classifier import compare_scores_in_plain_peft
-
-            asked = (self.model, path, self.tokenizer, self.held_out)
-            return checked("scores in plain PEFT", compare_scores_in_plain_peft, *asked)
-        self.trained, unanswered = trained_answers(self.model, self.tokenizer, self.held_out)
-        if self.trained is None:
-            return unanswered
-        self.ask_signatures(self.tokenizer)
-        if self.signatures is not None:
-            self.said["."] = self._as_expected(path)
-        return unanswered + checked(
-            "answers in plain PEFT", compare_in_plain_peft, self.model, path, self.trained
-        )
-
-    def _as_expected(self, folder: Path) -> ExportedFile:
-        """The adapter as probes.json describes it: it must say what the trained model says."""
-        stored = SafetensorsSource([folder / WEIGHTS], any_dtype=True)
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return ExportedFile(
-            _dtype_name(self.trained.dtype),
-            self.signatures.says["trained"],
-            described_samples(sample_all(stored), {}),
-            {name: settings.get(name) for name in STRENGTH_SETTINGS},
-        )
-
-    def usage(self, folder: Path, file: str) -> str:
-        code = (
-            "from oribi import FastLanguageModel\n\n"
-            f"model, tokenizer = FastLanguageModel.from_pretrained({self.directory.name!r})"
-        )
-        other = "`peft.AutoPeftModelForCausalLM`"
-        if is_classifier(self.model):  # PEFT takes 2 labels where it is not told
-            other = f"`peft.AutoPeftModelForSequenceClassification` with `num_labels={self.inner.config.num_labels}`"
-        return fenced(code, "python") + f"\n\nor {other}."
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

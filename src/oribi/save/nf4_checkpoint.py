@@ -9,10 +9,10 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from oribi.models.quantize import BLOCK
+from oribi.models.quantize import BLOCK, Quantization
 from oribi.models.unfused import beside_decoder
 from oribi.models.unwrap import base_model, source_of
-from oribi.save.trained import slots_of
+from oribi.save.trained import stored_slots
 from oribi.tensors import TensorSource
 
 # bytes of what a packed weight has beside codes and scales: two tables of values and a description in JSON
@@ -35,30 +35,35 @@ def nf4_config(dtype: torch.dtype, kept: Sequence[str] = ()) -> BitsAndBytesConf
     )
 
 
-def packed_names(model: nn.Module) -> set[str]:
-    """Names of the weights that are packed: of the text decoder's linear layers whose rows are whole blocks, without those
-    that a model in NF4 keeps in 16 bits."""
+def packed_names(model: nn.Module, block: int = BLOCK) -> set[str]:
+    """Names of the weights that an export quantises: of the text decoder's linear layers and experts, whose rows are whole
+    blocks, without those that a model in NF4 keeps in 16 bits."""
     loaded = getattr(source_of(model), "load_in_4bit", False)
     others = tuple(f"{name}." for name in beside_decoder(base_model(model)))
-    return {
-        name
-        for name, slot in slots_of(model).items()
-        if slot.leaf == "weight"
-        and isinstance(slot.module, bnb.nn.Linear4bit if loaded else nn.Linear)
-        and name != "lm_head.weight"
-        and not name.startswith(others)
-        and slot.module.in_features % BLOCK == 0
-    }
+    found = set()
+    for name, slot in stored_slots(model).items():
+        if slot.matrix is not None:
+            packs = hasattr(slot.tensor, "packed") or not loaded
+            columns = slot.tensor.shape[2]
+        else:
+            packs = slot.leaf == "weight" and isinstance(
+                slot.module, bnb.nn.Linear4bit if loaded else nn.Linear
+            )
+            columns = slot.module.in_features if packs else 0
+        if packs and columns % block == 0 and Quantization().covers(name) and not name.startswith(others):
+            found.add(name)
+    return found
 
 
 def unpacked_modules(model: nn.Module, packed: set[str]) -> list[str]:
-    """Linear layers of the text decoder whose weights are not among the packed ones; the head is left out."""
+    """Modules of the text decoder, the head left out, that multiply by a weight which is not among the packed ones; routers of
+    experts are among them, which some programs take for linear layers."""
     others = tuple(f"{name}." for name in beside_decoder(base_model(model)))
     return [
         name.removesuffix(".weight")
-        for name, slot in slots_of(model).items()
-        if slot.leaf == "weight" and isinstance(slot.module, nn.Linear) and name not in packed
-        and name != "lm_head.weight" and not name.startswith(others)
+        for name, slot in stored_slots(model).items()
+        if slot.leaf == "weight" and slot.tensor.dim() == 2 and not isinstance(slot.module, nn.Embedding)
+        and name not in packed and name != "lm_head.weight" and not name.startswith(others)
     ]  # fmt: skip
 
 

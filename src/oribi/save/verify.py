@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from oribi.chat.ends import renders
 from oribi.gguf.mixes import METHODS
-from oribi.models.unfused import require_exact_nf4
+from oribi.models.files import Location
+from oribi.models.unfused import from_checkpoint, packed_weights, require_exact_nf4
 from oribi.models.wrapper import automatic
 from oribi.save.check import Check, Outcome, percent
 from oribi.save.probes import CONVERSATIONS, rendered_ids
@@ -24,9 +25,14 @@ from oribi.save.reference import ANSWER_TOKENS, Trained, logits_by_document, los
 
 # mean KL in nats above which a file is not the trained model, by its format
 KL_TOLERANCE = {
-    "float32": 0.002, "float16": 0.005, "bfloat16": 0.02, "4-bit": 0.3,
+    "float32": 0.002, "float16": 0.005, "bfloat16": 0.02, "fp8": 0.1, "4-bit": 0.3, "w4a16": 0.3,
     **{method.name: method.kl for method in METHODS.values()},
 }  # fmt: skip
+_INSTEAD = {
+    "4-bit": "merged_16bit, or load the merged_16bit export in 4 bits",
+    "fp8": "merged_16bit",
+    "w4a16": "fp8 or merged_16bit",
+}
 SIXTEEN_BIT = 0.01  # added where the trained model itself computes in 16 bit
 _WORSE = 1.05  # a base other than the trained one may raise the loss by this factor, and by 0.05
 EQUAL_KL, EQUAL_PLACES = 0.01, 0.99  # nats, and share of places with the same likeliest token
@@ -188,9 +194,7 @@ def _precision(trained: Trained) -> str:
 
 def _advice(form: str) -> str:
     method = METHODS.get(form)
-    instead = method.instead if method is not None else ""
-    if form == "4-bit":
-        instead = "merged_16bit, or load the merged_16bit export in 4 bits"
+    instead = method.instead if method is not None else _INSTEAD.get(form, "")
     if not instead:
         return "the written weights are not those that were trained"
     return f"{form} loses too much of this model; use {instead}"
@@ -198,8 +202,11 @@ def _advice(form: str) -> str:
 
 def logits_of_whole(trained: Trained, folder: Path) -> torch.Tensor:
     """Logits [K, V] of a written checkpoint outside the family table, which is loaded whole, at the trained model's places."""
-    kind = automatic(AutoConfig.from_pretrained(folder))
-    loaded = kind.from_pretrained(folder, dtype=trained.dtype).to(trained.device).eval()
+    config, location = AutoConfig.from_pretrained(folder), Location("checkpoint", folder, str(folder))
+    packed = packed_weights(location, config)
+    loaded = (
+        from_checkpoint(automatic(config), location, config, trained.dtype, packed).to(trained.device).eval()
+    )
     require_exact_nf4(loaded, str(folder), trained.device)
     return logits_by_document(loaded, trained.pack, trained.keep)
 
