@@ -13,6 +13,7 @@ from oribi.models.unwrap import base_model
 from oribi.save.trained import LoadedModel
 from tests.formats.quantised import FORMATS, quantised_checkpoint
 from tests.models.tiny_checkpoint import edit_config, edit_tensors
+from tests.save.test_adapter_files import write_wrapper
 
 CPU = torch.device("cpu")
 NORMS = [
@@ -104,6 +105,31 @@ def test_an_adapter_names_its_quantised_base_and_is_proved_and_loaded_on_it(tmp_
     ids = torch.arange(3, 43)[None]
     with torch.no_grad():
         assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.long
+def test_a_text_decoder_in_fp8_within_an_image_text_checkpoint_is_merged_in_16_bits(tmp_path):
+    """As Ministral 3 comes: the text model has one scale per weight, the tower and the projector have 16 bits."""
+    write_wrapper("mistral3", tmp_path / "base")
+    file, values = tmp_path / "base/model.safetensors", {}
+    stored = load_file(file)
+    for name in [
+        name for name in stored if name.startswith("language_model.") and name.endswith("_proj.weight")
+    ]:
+        parts, values[name] = FORMATS["fp8 tensor"][1](stored.pop(name))
+        stored |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+    assert values
+    save_file(stored, file, metadata={"format": "pt"})
+    edit_config(tmp_path / "base", quantization_config=FORMATS["fp8 tensor"][0])
+    model, tokenizer = load(tmp_path / "base", load_in_4bit=False)
+    report = model.save_pretrained_merged(str(tmp_path / "merged"), tokenizer, dtype="float32")
+    assert [str(c.outcome) for c in report.checks if c.name == "what was not trained"] == ["equal"]
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert merged.keys() == {
+        name for name in stored if not name.endswith("scale") and "_scale_inv" not in name
+    }
+    assert [name for name, value in values.items() if not torch.equal(merged[name], value)] == []
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
 
 
 @pytest.mark.long
