@@ -68,6 +68,9 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         "qwen3_moe", (2048, 6144, 48, 32, 4, 128, 151936, 40960),
         _UNTIED | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
     ),
+    "openai/gpt-oss-20b": (
+        "gpt_oss", (2880, 2880, 24, 64, 8, 64, 201088, 131072), _UNTIED | {"num_local_experts": 32, "num_experts_per_tok": 4},
+    ),
     "baidu/ERNIE-4.5-21B-A3B-PT": (
         "ernie4_5_moe", (2560, 12288, 28, 20, 4, 128, 103424, 131072),
         _TIED | {"moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536, "moe_num_shared_experts": 2},
@@ -149,4 +152,5 @@ def config_of(name: str) -> PretrainedConfig:
 def architecture(name: str) -> Architecture:
     """A model's sizes as the estimate takes them, without its files."""
     config = config_of(name)
-    return Architecture(name, config, None, build(config, dtype=torch.bfloat16))  # type: ignore[arg-type]
+    decoder = build(config, dtype=torch.bfloat16)
+    return Architecture(name, config, None, decoder, in_mxfp4=config.model_type == "gpt_oss")  # type: ignore[arg-type]

@@ -247,6 +247,37 @@ def test_named_templates_render_as_the_models_own_do(file, family_tokenizer_with
         )
 
 
+@pytest.mark.parametrize("field", ["thinking", "reasoning_content"])
+def test_the_own_template_of_gpt_oss_trains_its_channels(field, family_tokenizer_without_bos):
+    source = resources.files("trl").joinpath("chat_templates", "gptoss.jinja")
+    if not source.is_file():
+        pytest.skip("this version of trl has no gptoss.jinja")
+    tokenizer = family_tokenizer_without_bos
+    tokenizer.chat_template = source.read_text(encoding="utf-8")
+    messages = [
+        {"role": "developer", "content": "Be kind."},
+        user("What?"),
+        {**assistant("It is this."), field: "First thought"},
+        user("And now?"),
+        {**assistant("It is that."), field: "Second thought"},
+    ]
+    masker = Masker(ChatTemplate(tokenizer, kwargs={"reasoning_effort": "high"}))
+    plain = [{key: value for key, value in one.items() if key != field} for one in messages]
+    of_last = "<|channel|>analysis<|message|>Second thought<|end|><|start|>assistant<|channel|>final<|message|>It is that.<|return|>"
+    # an earlier answer whose thought the template drops is not trained: the model says none without a thought
+    both = [
+        "<|channel|>final<|message|>It is this.<|end|>",
+        "<|channel|>final<|message|>It is that.<|return|>",
+    ]
+    for conversation, runs in ((messages, [of_last]), (plain, both)):
+        encoded = Encoder(tokenizer).encode([masker.mark(from_messages(conversation))], [False])[0]
+        text = tokenizer.decode(encoded.ids)
+        assert "# Instructions\n\nBe kind." in text
+        assert "Reasoning: high" in text
+        assert "First thought" not in text
+        assert trained_runs(tokenizer, encoded) == runs
+
+
 def test_the_end_of_a_turn_becomes_eos_and_the_vocabulary_stays(family_tokenizer, capsys):
     before = dict(family_tokenizer.get_vocab())
     tokenizer = get_chat_template(family_tokenizer, "chatml")
