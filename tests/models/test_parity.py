@@ -88,6 +88,7 @@ FAILS = {
     "experts": ((RuntimeError, ModelError), OTHER_TENSORS[1] + "|outside oribi's family table"),
     "norm_eps": (AttributeError, "rms_norm_eps"),
     ("lfm2", "activation"): (AttributeError, "hidden_act"),
+    ("glm4_moe", "qk_norm"): (ModelError, "outside oribi's family table"),
     "sinks": OTHER_TENSORS,
     "adjusts_mlp": (RuntimeError, "size mismatch"),
 }
