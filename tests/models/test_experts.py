@@ -81,6 +81,7 @@ RULES = [
     if getattr(FAMILIES[name].experts, rule.name) != rule.default
     # which float32 does not show, and what only files have
     and rule.name not in ("in_float32", "added", "renamed")
+    and getattr(FAMILIES[name].experts, rule.name) != "stacked"
 ]
 OTHER_SIZES = ("count", "size", "layers", "shared", "correction", "biases", "stored")
 

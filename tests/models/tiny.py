@@ -181,6 +181,15 @@ VARIANTS: dict[str, dict] = {
         "moe_layer_interval": 1,
         "moe_norm_min": 0.6,  # above what some tokens' weights sum to
     },
+    "granitemoe": {
+        "attention_bias": True,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+    },
     "glm4_moe": {
         "head_dim": 32,
         "attention_bias": True,
@@ -275,6 +284,10 @@ _ATTENTION_AND_EXPERTS = {
 ADAPTED: dict[str, dict] = dict.fromkeys(
     ("qwen3_moe", "gpt_oss", "ernie4_5_moe", "glm4_moe"), _ATTENTION_AND_EXPERTS
 )
+ADAPTED["granitemoe"] = {
+    **_ATTENTION_AND_EXPERTS,
+    "target_parameters": ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"],
+}
 
 
 def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
@@ -286,7 +299,7 @@ def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
 # families that are another one's row with other names, sizes or a flag that tests of their own cover
 _LIKE_ANOTHER = {
     "mistral", "gemma", "ministral", "granitemoehybrid", "glm4", "ernie4_5", "helium", "seed_oss", "exaone4", "olmo3",
-    "hunyuan_v1_dense", "gemma4_unified_text", "cohere", "ernie4_5_moe", "glm4_moe",
+    "hunyuan_v1_dense", "gemma4_unified_text", "cohere", "ernie4_5_moe", "glm4_moe", "granitemoe",
 }  # fmt: skip
 # for tests of what all families share: every kind of layer at once, and the other rows in `make test-all`
 KINDS = [pytest.param(name, marks=pytest.mark.long) if name in _LIKE_ANOTHER else name for name in FAMILIES]

@@ -80,6 +80,27 @@ OTHERS = ["ernie4_5_moe", "glm4_moe"]
 
 
 @pytest.mark.long
+def test_stacks_with_names_of_their_own_load_train_act_in_plain_peft_and_merge(tmp_path):
+    base = tmp_path / "base"
+    checkpoint(base, "granitemoe", num_hidden_layers=2)
+    stored = load_file(base / "model.safetensors")
+    assert stored["model.layers.1.block_sparse_moe.input_linear.weight"].shape == (8, 256, 64)
+    targets = [f"block_sparse_moe.experts.{stack}" for stack in ("gate_up_proj", "down_proj")]
+    model, tokenizer = trained(base, targets)
+    stacks = [m.gate_up_proj for m in model.modules() if isinstance(m, Experts)]
+    assert len(stacks) == 2
+    assert all(isinstance(stack, PackedWeight) for stack in stacks)
+    report = model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method="lora", held_out=TEXTS)
+    check = next(check for check in report.checks if check.name == "answers in plain PEFT")
+    assert check.figures["kl"] < 1e-6 < check.figures["kl_without_adapter"]
+    found = model.save_pretrained_merged(str(tmp_path / "m"), tokenizer, dtype="float32", held_out=TEXTS)
+    assert found.outcome.value == "equal"
+    assert load_file(tmp_path / "m" / "model.safetensors").keys() == stored.keys()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    assert relative(logits(merged), logits(model)) < 1e-5
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_other_families_load_in_four_bits_train_act_in_plain_peft_and_merge(model_type, tmp_path):
     base = tmp_path / "base"

@@ -28,10 +28,10 @@ class ExpertRules:
         shared: the config's field for how many experts' width an MLP has that every token takes beside the experts; None: there
             is none.
         stored: "each": a checkpoint holds gate_proj, up_proj and down_proj of each expert; "stacked": gate_up_proj and
-            down_proj of all experts in one tensor, each matrix transposed: [experts, in, out].
+            down_proj of all experts in one tensor; "transposed": likewise, with matrices [in, out].
         alternating: whether the rows of gate and up alternate in a checkpoint's gate_up_proj, and in what an adapter adds to it.
         biases: whether the router and all matrices of experts have biases.
-        renamed: part of the names of some tensors, and what checkpoints have there instead.
+        renamed: parts of the names of some tensors, each with what checkpoints have there instead.
     """
 
     router: Literal["softmax", "sigmoid", "topk_softmax"] = "softmax"
@@ -46,10 +46,10 @@ class ExpertRules:
     size: str = "moe_intermediate_size"
     layers: Literal["all", "sparse_step", "after_first", "interval"] = "all"
     shared: str | None = None
-    stored: Literal["each", "stacked"] = "each"
+    stored: Literal["each", "stacked", "transposed"] = "each"
     alternating: bool = False
     biases: bool = False
-    renamed: tuple[str, str] | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def in_layer(self, config: PretrainedConfig, index: int) -> bool:
         """Whether a layer has experts, and no MLP."""

@@ -47,7 +47,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(
         "GptOssForCausalLM", windows="layer_types", sinks=True, activation="swiglu_clamped",
         experts=ExpertRules(
-            router="topk_softmax", count="num_local_experts", size="intermediate_size", stored="stacked", alternating=True,
+            router="topk_softmax", count="num_local_experts", size="intermediate_size", stored="transposed", alternating=True,
             biases=True,
         ),
         gguf=InGGUF(
@@ -125,7 +125,18 @@ FAMILIES: dict[str, Family] = {
         "Ernie4_5_MoeForCausalLM", names={"router": "gate"}, attention_bias=None, interleaved_rope=True, unread=("use_bias",),
         experts=ExpertRules(
             normalise=True, least="moe_norm_min", correction="moe_statics", in_float32=True, layers="interval",
-            shared="moe_num_shared_experts", renamed=(".mlp.gate.moe_statics.", ".mlp.moe_statics."),
+            shared="moe_num_shared_experts", renamed=((".mlp.gate.moe_statics.", ".mlp.moe_statics."),),
+        ),
+    ),
+    "granitemoe": Family(
+        "GraniteMoeForCausalLM", names={"mlp": "block_sparse_moe"}, attention_scale="attention_multiplier", multipliers=True,
+        experts=ExpertRules(
+            router="topk_softmax", count="num_local_experts", size="intermediate_size", stored="stacked",
+            renamed=(
+                (".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),
+                (".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),
+                (".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),
+            ),
         ),
     ),
     "glm4_moe": Family(

@@ -173,7 +173,8 @@ def _without_experts(
     left = [target for target in targets if target.rpartition(".")[2] not in of_mlp]
     if len(left) == len(targets):
         return targets
-    how = "target_parameters = [mlp.experts.gate_up_proj, mlp.experts.down_proj]"
+    mlp = FAMILIES[model.config.model_type].attribute("mlp")
+    how = f"target_parameters = [{mlp}.experts.gate_up_proj, {mlp}.experts.down_proj]"
     if not left and not parameters:
         raise ConfigError(
             f"target_modules: {', '.join(targets)} are no layers of this model, whose experts are stacks of matrices; name "

@@ -4,7 +4,7 @@ Everything outside a model's memory calls a matrix by the name that the family's
 (`mlp.experts.3.up_proj.weight`). transformers keeps the experts of a layer in one tensor [E, N, K], and some checkpoints do, too.
 """
 
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -32,12 +32,12 @@ def stored_stack(experts: Experts, stack: str, values: torch.Tensor) -> torch.Te
     """A stack [E, N, K], or biases [E, N], of the model as a checkpoint of stacks, and transformers' class, have it."""
     if experts.rules.alternating and stack.startswith("gate_up_proj"):
         values = values.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    return values.mT if experts.rules.stored == "stacked" and values.dim() > 2 else values
+    return values.mT if experts.rules.stored == "transposed" and values.dim() > 2 else values
 
 
 def loaded_stack(experts: Experts, stack: str, stored: torch.Tensor) -> torch.Tensor:
     """What `stored_stack` made, as the model has it."""
-    values = stored.mT if experts.rules.stored == "stacked" and stored.dim() > 2 else stored
+    values = stored.mT if experts.rules.stored == "transposed" and stored.dim() > 2 else stored
     if experts.rules.alternating and stack.startswith("gate_up_proj"):
         values = values.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
     return values
@@ -116,7 +116,7 @@ class Unstacked:
             values = decode_mxfp4(codes.flatten(1), scales)
             dtype = dtype or torch.bfloat16  # what transformers makes of them, too
         else:
-            transposed = self._experts[prefix].rules.stored == "stacked"
+            transposed = self._experts[prefix].rules.stored == "transposed"
             values = (found[0].t() if transposed else found[0])[matrix.stored_rows]
         return values.to(device=device, dtype=dtype, copy=True)
 
@@ -142,12 +142,14 @@ class Renamed:
     """A source whose tensors have other names.
 
     Args:
-        source: of tensors. before, after: part of some names, and what stands there instead.
+        source: of tensors. parts: of some names, each with what stands there instead.
     """
 
-    def __init__(self, source: TensorSource, before: str, after: str) -> None:
+    def __init__(self, source: TensorSource, parts: Iterable[tuple[str, str]]) -> None:
         self._source = source
-        self._names = {name.replace(before, after): name for name in source.shapes()}
+        self._names = {name: name for name in source.shapes()}
+        for before, after in parts:
+            self._names = {name.replace(before, after): own for name, own in self._names.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = self._source.shapes()
@@ -163,9 +165,8 @@ class Renamed:
 def unstacked(source: TensorSource, model: nn.Module) -> TensorSource:
     """What `stacked` gave, with each matrix of a model's experts by itself; the source itself where it is so already."""
     experts = expert_modules(model)
-    renamed = _renamed(experts)
-    if renamed is not None:
-        source = Renamed(source, *reversed(renamed))
+    if renamed := _renamed(experts):
+        source = Renamed(source, [(stored, own) for own, stored in renamed])
     stored = source.shapes()
     stacks = (f"{prefix}.{stack}" for prefix, one in experts.items() for stack in one.stacks)
     if any(f"{stack}{ending}" in stored for stack in stacks for ending in ("", *_MXFP4)):
@@ -220,14 +221,14 @@ class Stacked:
 def stacked(source: TensorSource, model: nn.Module) -> TensorSource:
     """A model's tensors as its family's checkpoints hold them; the source itself where they do already."""
     experts = expert_modules(model)
-    in_stacks = {name: one for name, one in experts.items() if one.rules.stored == "stacked"}
+    in_stacks = {name: one for name, one in experts.items() if one.rules.stored != "each"}
     source, renamed = Stacked(source, in_stacks) if in_stacks else source, _renamed(experts)
-    return source if renamed is None else Renamed(source, *renamed)
+    return Renamed(source, renamed) if renamed else source
 
 
-def _renamed(experts: dict[str, Experts]) -> tuple[str, str] | None:
-    """Part of the model's names, and what the family's checkpoints have there."""
-    return next((one.rules.renamed for one in experts.values()), None)
+def _renamed(experts: dict[str, Experts]) -> tuple[tuple[str, str], ...]:
+    """Parts of the model's names, each with what the family's checkpoints have there."""
+    return next((one.rules.renamed for one in experts.values()), ())
 
 
 def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
