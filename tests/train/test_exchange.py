@@ -35,7 +35,10 @@ class Ran:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Ran:
     """All in one start of two processes."""
-    model, folder = str(write_small_model(tmp_path_factory.mktemp("small"))), tmp_path_factory.mktemp("two")
+    small, folder = tmp_path_factory.mktemp("small"), tmp_path_factory.mktemp("two")
+    model = str(
+        write_small_model(small, num_hidden_layers=3)
+    )  # two are whole at a time where processes share them
     run_together(["-m", "tests.train.several_processes", model, str(folder)], threads=1)
     one = {
         name: first_gradients(
