@@ -22,7 +22,7 @@ from oribi.families import FAMILIES
 from oribi.models.classifier import build_classifier
 from oribi.models.labels import Labels, read_labels
 from oribi.models.load import load_model
-from tests.models.tiny import precise, tiny_config, tiny_pair
+from tests.models.tiny import as_ours, precise, tiny_config, tiny_pair
 from tests.models.tiny_checkpoint import checkpoint
 
 LABELS = Labels(("no", "maybe", "yes"))
@@ -39,7 +39,7 @@ def classifier_pair(model_type: str, labels: Labels = LABELS, **changes):
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     ours = build_classifier(config, device="cpu")
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(as_ours(ours, theirs.state_dict()))
     return ours.eval(), theirs.eval()
 
 
@@ -65,9 +65,9 @@ def test_scores_and_gradients_are_those_of_transformers(model_type, side, pad, m
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
     found.loss.backward()
     expected.loss.backward()
-    gradients = dict(theirs.named_parameters())
+    gradients = as_ours(ours, {name: parameter.grad for name, parameter in theirs.named_parameters()})
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
