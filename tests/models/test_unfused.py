@@ -90,6 +90,52 @@ def test_any_class_of_transformers_trains_in_4_bits(model_type, tmp_path):
     assert any(p.detach().abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 
+_STATES = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+STATE_SPACES = {
+    "granitemoehybrid": {**_STATES, "num_local_experts": 0, "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"]},
+    "falcon_h1": {**_STATES, "mamba_d_ssm": 128},
+    "nemotron_h": {
+        "num_hidden_layers": None, "layers_block_type": ["mamba", "mlp", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=pytest.mark.long if name != "granitemoehybrid" else ())
+        for name in STATE_SPACES
+    ],
+)
+def test_a_weight_that_kernels_read_by_themselves_is_neither_packed_nor_adapted(model_type, tmp_path):
+    settings = {**SIZES, **STATE_SPACES[model_type]}
+    config = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), dtype=torch.float32, max_seq_length=64)
+    packed = {
+        name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)
+    }
+    assert {"in_proj", "q_proj"} <= packed
+    assert "out_proj" not in packed
+    sizes = sizes_of_config(config)
+    assert sizes.packed == sum(
+        m.weight.quant_state.shape.numel() for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)
+    )
+    adapted = attach_lora(model, r=4, target_modules="all-linear")
+    on = {
+        name.split(".lora_A")[0].rpartition(".")[2]
+        for name, _ in adapted.named_parameters()
+        if "lora_A" in name
+    }
+    assert on == packed
+    model, _ = load_model(str(tmp_path), dtype=torch.float32, max_seq_length=64)
+    adapted = attach_lora(model, r=4, target_modules=["q_proj", "in_proj", "out_proj"])
+    assert not any("out_proj.lora" in name for name, _ in adapted.named_parameters())
+    assert any(note.startswith("out_proj stays as it is") for note in adapted.oribi.notes)
+
+
 def test_a_longest_text_is_asked_for_where_a_model_names_none(tmp_path):
     config = AutoConfig.for_model("bloom", hidden_size=64, n_layer=1, n_head=4, vocab_size=384)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from oribi.families import FAMILIES, Family
 from oribi.models.experts import Experts
 from oribi.models.mixers import MIXERS
 from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
-from oribi.models.unwrap import bare_module
+from oribi.models.unwrap import bare_module, read_by_kernels
 from oribi.text import nearest
 
 # what models outside the family table with fused projections call them
@@ -34,8 +34,6 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 # parts of a module's name by which transformers' classes keep apart attention and MLP; whatever else mixes tokens is attention
 _MLP_PARTS = re.compile(r"mlp|per_layer|feed_forward|ffn|moe|expert|fc\d|dense_h|dense_4h|w[123]$")
-# PEFT refuses out_proj of these: their kernels read its weight past LoRA
-_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 # choose experts, and are not trained as projections are
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
@@ -49,8 +47,7 @@ def layer_projections(model: PreTrainedModel, attention: bool, mlp: bool) -> lis
     """
     inside = set(_of_text(model, [name for name, _ in model.named_modules()]))
     head, without = model.get_output_embeddings(), {*_ROUTERS, *DECAY_PROJECTIONS}
-    if model.config.model_type in _MAMBA:
-        without |= {"out_proj"}
+    without |= {name.rpartition(".")[2] for name in read_by_kernels(model)}
     found: dict[str, bool] = {}
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
@@ -113,7 +110,7 @@ def resolve_targets(
         targets.remove("embed_tokens")
         saved.append("embed_tokens")
         notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
-    targets = _without_experts(model, targets, parameters, notes)
+    targets = _without_read_by_kernels(model, _without_experts(model, targets, parameters, notes), notes)
     leaves = {name.rpartition(".")[2] for name in names}
     row = FAMILIES.get(model.config.model_type)
     held = _FUSED if row is None else row.projections()
@@ -191,9 +188,22 @@ def _without_experts(
     return left
 
 
+def _without_read_by_kernels(model: nn.Module, targets: list[str], notes: list[str]) -> list[str]:
+    """Targets without the layers whose weight kernels take as it lies, unless nothing else is named."""
+    left = [target for target in targets if target != "out_proj"]
+    if not left or len(left) == len(targets) or not read_by_kernels(model):
+        return targets
+    notes.append("out_proj stays as it is: kernels that mix tokens in this model read its weight past LoRA")
+    return left
+
+
 def _has_more_linear_layers(model: nn.Module, leaves: set[str]) -> bool:
-    """Whether oribi's decoder has linear layers that get an adapter by name only: what makes the layers' own inputs, decays."""
-    return bool(getattr(getattr(model, "model", None), "per_layer_size", 0) or leaves & {*DECAY_PROJECTIONS})
+    """Whether oribi's decoder has linear layers that get an adapter by name only, or none."""
+    return bool(
+        getattr(getattr(model, "model", None), "per_layer_size", 0)
+        or leaves & {*DECAY_PROJECTIONS}
+        or read_by_kernels(model)
+    )
 
 
 def _of_mixers(row: Family, leaves: set[str], notes: list[str]) -> list[str]:

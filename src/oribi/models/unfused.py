@@ -26,6 +26,7 @@ from oribi.models.files import HubOptions, Location, open_weights, stored_settin
 from oribi.models.generate import generate_in_inference_mode
 from oribi.models.quantization import Quantization
 from oribi.models.quantize import fits_nf4
+from oribi.models.unwrap import read_by_kernels
 from oribi.models.wrapper import automatic
 from oribi.tensors import problems_in_words
 
@@ -124,7 +125,8 @@ def beside_decoder(model: PreTrainedModel) -> list[str]:
 def sizes_of_config(config: PretrainedConfig, *, trust_remote_code: bool = False) -> UnfusedSizes:
     """Sizes of the model that transformers makes of a config."""
     model = weightless(config, trust_remote_code=trust_remote_code)
-    head, others = model.get_output_embeddings(), tuple(f"{name}." for name in beside_decoder(model))
+    head = model.get_output_embeddings()
+    others = tuple(f"{name}." for name in (*beside_decoder(model), *read_by_kernels(model)))
     linear = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -173,7 +175,7 @@ def load_unfused(
         kept = [
             name for name, _ in expected.named_modules() if classifies and name and _is_head(expected, name)
         ]
-        kept += quantization.kept(expected)
+        kept += [*quantization.kept(expected), *read_by_kernels(expected)]
         head = (
             expected.get_output_embeddings()
         )  # as in models of the family table; bitsandbytes packs no weight that is tied

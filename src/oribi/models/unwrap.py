@@ -47,3 +47,16 @@ def bare_name(name: str) -> str:
     for inner in _INNER:
         name = name.replace(f".{inner}", "")
     return name
+
+
+def read_by_kernels(model: nn.Module) -> list[str]:
+    """Names of the linear layers whose weight a kernel takes as it lies, past NF4 and LoRA: the outputs of state-space mixers.
+
+    transformers' classes give `mamba_ssm` the weight itself while they train; without the package they call the layer.
+    """
+    mixers = (
+        (name, module)
+        for name, module in model.named_modules()
+        if all(hasattr(module, part) for part in ("A_log", "D", "out_proj"))
+    )
+    return [f"{name}.out_proj" for name, _ in mixers]
