@@ -24,6 +24,7 @@ from oribi.kernels import (
     fp8,
     gated_delta,
     gated_mlp,
+    ggml_blocks,
     grouped,
     lora,
     lora_expand,
@@ -67,6 +68,7 @@ MODULES = (
     expert_rows,
     grouped,
     mxfp4,
+    ggml_blocks,
 )
 # bytes of shared memory that a program may have; of 8.x, the cards with least
 SHARED = {80: 101376, 90: 232448}
@@ -445,6 +447,19 @@ def test_the_layers_of_one_row_compile_with_one_element_a_thread(launches, monke
         assert "convert_layout" not in kernel.asm["ttgir"]
         assert kernel.metadata.shared == 0  # all is the kernel's own: the table and the sums
         assert "ld.global.nc.L1::no_allocate.v4.b32" in kernel.asm["ptx"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ggml_blocks.BLOCK_TYPES)
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_ggml_blocks_compile_with_16_byte_stores(launches, capability, dtype, kind):
+    rows, columns = 4, 4096
+    codes = ggml_blocks.BlockCodes.empty((rows, columns), kind).codes
+    out = torch.empty(rows + 16, columns + 64, dtype=dtype)[:rows, :columns]
+    ggml_blocks.BlockCodes((rows, columns), kind, torch.zeros_like(codes, device="cpu")).write(out)
+    kernel = compiled(launches[0], capability)
+    assert kernel.asm["cubin"]
+    assert vectors(kernel.asm["ptx"])[1] > 0
 
 
 @pytest.mark.long

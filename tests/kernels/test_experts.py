@@ -9,8 +9,9 @@ import torch
 from oribi.kernels import dispatch, grouped, nf4
 from oribi.kernels.expert_linear import StackProjection, expert_linear
 from oribi.kernels.expert_rows import combine, products_and_weighted, take_rows
-from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_stack
+from oribi.kernels.expert_stack import PackedStack, dequantize_stack
 from oribi.kernels.mxfp4 import MXFP4Stack
+from oribi.kernels.packed_weight import PackedWeight
 from oribi.kernels.routing import RouterRule, choose, sort_by_expert, weigh, weigh_backward
 from tests.kernels.truth import DEVICE, relative_error
 

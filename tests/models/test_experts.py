@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from oribi.errors import ModelError
 from oribi.families import FAMILIES
 from oribi.families.expert_rules import ExpertRules
-from oribi.kernels.expert_stack import PackedStack, PackedWeight, dequantize_stack
+from oribi.kernels.expert_stack import PackedStack, dequantize_stack
 from oribi.kernels.mxfp4 import MXFP4Stack
+from oribi.kernels.packed_weight import PackedWeight
 from oribi.memory.architecture import architecture_of
 from oribi.models import experts_half
 from oribi.models.expert_tensors import loaded_stack

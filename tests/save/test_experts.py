@@ -12,7 +12,7 @@ from oribi import FastLanguageModel
 from oribi.errors import ConfigError
 from oribi.gguf import llama_cpp
 from oribi.gguf.file import GGUFFile, Type
-from oribi.kernels.expert_stack import PackedWeight
+from oribi.kernels.packed_weight import PackedWeight
 from oribi.models.experts import Experts
 from oribi.models.load import load_model
 from oribi.save.gguf import save_gguf, save_gguf_adapter

@@ -139,6 +139,15 @@ class GGUFFile:
                 part.copy_(torch.from_numpy(dequantize(packed, stored.kind)) - offset)
         return out
 
+    def read_codes(self, name: str) -> torch.Tensor:
+        """The bytes of a matrix's rows as they are stored, [N, bytes of a row] uint8 on the host."""
+        stored = self.tensors[name]
+        with open_bytes(self.path) as file:
+            file.seek(stored.offset)
+            return torch.from_numpy(np.fromfile(file, dtype=np.uint8, count=stored.nbytes)).view(
+                stored.shape[0], -1
+            )
+
     def _read_header(self, file: BinaryIO) -> int:
         """Fills metadata and tensors; returns the byte where the last tensor ends."""
         version = _scalar(file, "I")

@@ -12,6 +12,7 @@ from oribi.gguf.file import GGUFFile
 from oribi.gguf.metadata import config_of_file
 from oribi.gguf.names import tensors_to_read
 from oribi.gguf.tensor import Tensor
+from oribi.kernels.ggml_blocks import BLOCK_TYPES, BlockCodes
 
 
 class GGUFSource:
@@ -54,6 +55,23 @@ class GGUFSource:
         read_as = torch.float32 if tensor.decay or dtype is None else dtype
         values = self.file.read(tensor.name, read_as, offset=tensor.shift, index=index)
         return tensor.from_gguf(values).to(device, dtype or torch.float32)
+
+    def block_type(self, name: str) -> str | None:
+        """The type in `kernels.ggml_blocks.BLOCK_TYPES` whose blocks a matrix's rows are made of; None where its codes cannot be kept."""
+        if name not in self._tensors:
+            return None
+        tensor, _ = self._tensors[name]
+        stored = self.file.tensors[tensor.name]
+        kept = tensor.keeps_rows_whole and len(stored.shape) == 2
+        return stored.kind.name if kept and stored.kind.name in BLOCK_TYPES else None
+
+    def read_blocks(self, name: str, device: torch.device) -> BlockCodes:
+        """A matrix of a `block_type` in the file's codes, its rows in the checkpoint's order."""
+        tensor, _ = self._tensors[name]
+        stored = self.file.tensors[tensor.name]
+        # a row is whole blocks, so that rows change places without their codes being read
+        codes = tensor.from_gguf(self.file.read_codes(tensor.name)).contiguous()
+        return BlockCodes(stored.shape, stored.kind.name, codes.to(device))
 
     def close(self) -> None:
         pass  # nothing stays open

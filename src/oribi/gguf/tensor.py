@@ -132,6 +132,12 @@ class Tensor:
             )
         return values.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).reshape(values.shape)
 
+    @property
+    def keeps_rows_whole(self) -> bool:
+        """Whether a checkpoint's rows are rows of the file, in whatever order: what a row's values are coded in can stay."""
+        of_columns = self.value_heads is not None and self.value_heads.columns
+        return not (of_columns or self.kernel or self.decay or self.shift or self.experts)
+
     def _rows_to_gguf(self, values: torch.Tensor) -> torch.Tensor:
         """[N, ...]: the file's rows, in its order."""
         index, count = self.part

@@ -7,42 +7,29 @@ then up), and M = E C matrices lie one behind the other. Each is what `kernels/n
 64 values, and, per matrix, an offset and scales of 256 scales, so that a matrix has the bits of its own tensor in a checkpoint.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from oribi.kernels.dispatch import jit, launch, tl, use_triton
 from oribi.kernels.nf4 import BLOCK, decode
+from oribi.kernels.packed_weight import Codes
 
 # 4-byte words (8 codes) of a program, as in `nf4`
 _WORDS = 512
 
 
-class StackCodes(Protocol):
+class StackCodes(Codes, Protocol):
     """Codes of a stack's frozen weights.
 
     Args:
         shape: (E, N, K). parts: matrices that lie one below the other in each expert, whose places are counted through all experts.
-        codes: uint8, most of its bytes.
     """
 
     shape: tuple[int, int, int]
     parts: int
-    codes: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-
-    def moved(self, device: torch.device, codes: torch.Tensor) -> "StackCodes":
-        """This stack with scales on a device, and with other memory for the codes."""
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """All that it holds: codes, scales, and whatever else."""
 
     def write(self, out: torch.Tensor, experts: torch.Tensor | None = None) -> None:
         """Writes the dense weights of some experts [L] int64, or of all in their order, into out [L, N, K].
@@ -158,33 +145,6 @@ class PackedStack:
         return torch.ops.bitsandbytes.dequantize_4bit(
             codes.view(-1), scales.view(-1), BLOCK, "nf4", (scales.numel(), BLOCK), dtype
         )
-
-
-class PackedWeight(nn.Parameter):
-    """The parameter of a packed stack: it has the weights' shape, dtype and device, and no storage for them.
-
-    Args:
-        packed: its codes. dtype: of the weights.
-    """
-
-    packed: StackCodes
-
-    def __new__(cls, packed: StackCodes, dtype: torch.dtype) -> "PackedWeight":
-        device = next(packed.tensors()).device
-        shaped = torch.empty(1, dtype=dtype, device=device).expand(packed.shape)
-        weight = torch.Tensor._make_subclass(cls, shaped, False)
-        weight.packed = packed
-        return weight
-
-    @property
-    def nbytes(self) -> int:
-        """Of codes and scales."""
-        return self.packed.nbytes
-
-    def __deepcopy__(self, memo: dict) -> "PackedWeight":
-        if id(self) not in memo:
-            memo[id(self)] = PackedWeight(copy.deepcopy(self.packed, memo), self.dtype)
-        return memo[id(self)]
 
 
 def dequantize_stack(

@@ -21,6 +21,7 @@ from oribi.kernels.dispatch import jit, launch, next_power_of_2, tl, use_triton
 from oribi.kernels.lora import GroupWeight, Projection, group_shape, lora_layout
 from oribi.kernels.lora_expand import expand
 from oribi.kernels.lora_pack import pack_factors
+from oribi.kernels.packed_weight import dense_weight, weight_shape
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -64,7 +65,7 @@ def quantize_rows(x: torch.Tensor, codes: torch.Tensor | None = None) -> tuple[t
 def group_scale(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """The one scale [1] float32 of a group of weights, packed or dense; stays on their device."""
     largest = [
-        (nf4.block_scales(w) if hasattr(w, "quant_state") else w.detach()).abs().max().float()
+        (nf4.block_scales(w) if hasattr(w, "quant_state") else dense_weight(w, w.dtype)).abs().max().float()
         for w in weights
     ]
     return _scale(torch.stack(largest).max().view(1))
@@ -83,7 +84,7 @@ def dequantize_e4m3(
     """e4m3 of weights below each other times `inverse`, product and value rounded to float32 before.
 
     Args:
-        weights: [N_i, K] each: bitsandbytes' Params4bit, or dense.
+        weights: [N_i, K] each, packed or dense.
         inverse: [1] float32, 1 / `group_scale`.
         transposed: whether the result is [K, N].
         out: contiguous, for the result; in another dtype than e4m3 it takes the products, not yet rounded to e4m3.
@@ -91,8 +92,8 @@ def dequantize_e4m3(
     Returns:
         [N, K] or [K, N], contiguous.
     """
-    rows = [getattr(w, "quant_state", w).shape[0] for w in weights]
-    n, k = sum(rows), getattr(weights[0], "quant_state", weights[0]).shape[1]
+    rows = [weight_shape(w)[0] for w in weights]
+    n, k = sum(rows), weight_shape(weights[0])[1]
     if out is None:
         out = torch.empty((k, n) if transposed else (n, k), dtype=E4M3, device=inverse.device)
     packed = all(hasattr(w, "quant_state") for w in weights)
@@ -108,12 +109,7 @@ def dequantize_e4m3(
         )  # fmt: skip
         return out
     for weight, part in zip(weights, (out.t() if transposed else out).split(rows)):
-        dense = (
-            nf4.dequantize([weight], torch.float32)
-            if hasattr(weight, "quant_state")
-            else weight.detach().float()
-        )
-        part.copy_(dense * inverse)
+        part.copy_(dense_weight(weight, torch.float32) * inverse)
     return out
 
 

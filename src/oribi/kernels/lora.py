@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import torch
 
-from oribi.kernels import nf4
 from oribi.kernels.lora_expand import expand
 from oribi.kernels.lora_pack import pack_factors
+from oribi.kernels.packed_weight import weight_shape, write_dense
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Projection:
     """One linear layer and the LoRA pair on it.
 
     Args:
-        weight: [N, K] in 16 or 32 bit, or bitsandbytes' packed Params4bit.
+        weight: [N, K] in 16 or 32 bit, or packed (`kernels.packed_weight`).
         bias: [N] or None.
         a, b: LoRA factors [r, K] and [N, r], or None without an adapter.
         scale: alpha / r (or alpha / sqrt(r)).
@@ -52,8 +52,7 @@ class Projection:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K), of the packed weight too."""
-        state = getattr(self.weight, "quant_state", None)
-        return tuple(self.weight.shape if state is None else state.shape)
+        return weight_shape(self.weight)
 
     @property
     def frozen(self) -> bool:
@@ -228,7 +227,7 @@ def augmented_weight(
     buffer = dequantized
     if buffer is None or buffer.shape != (n + pad, k + pad):
         buffer = torch.empty(n + pad, k + pad, dtype=dtype, device=device)
-        _dequantize_group(projections, buffer[:n, :k])
+        write_dense([p.weight for p in projections], buffer[:n, :k])
     group = AugmentedWeight(buffer[n:, :k], buffer[:n, k:], bias_column, buffer)
     if not (packed and buffer is dequantized):
         pack_factors(projections, group)
@@ -251,17 +250,6 @@ def padded_columns(columns: int, device: torch.device) -> int:
     """P for so many columns of factors and biases."""
     step = 64 if device.type == "cuda" else 16  # rows of a multiple of 128 bytes keep the fast matrix kernels
     return -(-columns // step) * step
-
-
-def _dequantize_group(projections: Sequence[Projection], out: torch.Tensor) -> None:
-    if all(hasattr(p.weight, "quant_state") for p in projections):
-        nf4.dequantize([p.weight for p in projections], out.dtype, out=out)
-        return
-    for p, part in zip(projections, out.split([p.shape[0] for p in projections])):
-        if hasattr(p.weight, "quant_state"):
-            nf4.dequantize([p.weight], out.dtype, out=part)
-        else:
-            part.copy_(p.weight.detach())
 
 
 def backward_factors(

@@ -15,13 +15,14 @@ from oribi.kernels.dispatch import use_triton, wide
 from oribi.kernels.lora import AugmentedWeight, Projection, group_shape, lora_layout
 from oribi.kernels.lora_expand import expand
 from oribi.kernels.lora_pack import pack_factors
+from oribi.kernels.packed_weight import is_packed
 
 _FEW = 64  # rows up to which a CPU's product is that of a token's step
 
 
 def unpacked(projections: Sequence[Projection], dtype: torch.dtype) -> bool:
     """Whether a group's weights can be read as they are for inputs of this dtype."""
-    return all(not hasattr(p.weight, "quant_state") and p.weight.dtype == dtype for p in projections)
+    return all(not is_packed(p.weight) and p.weight.dtype == dtype for p in projections)
 
 
 class UnpackedWeight:

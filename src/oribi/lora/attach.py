@@ -16,6 +16,7 @@ from oribi.lora.eva import PENDING, eva_settings
 from oribi.lora.settings import refuse_settings
 from oribi.lora.starts import packed_settings, start_on_packed
 from oribi.lora.targets import has_head, is_tied, resolve_layers, resolve_targets
+from oribi.models.identity import AS_IN_FILE
 from oribi.models.labels import HEADS
 from oribi.models.load_adapter import train_in_float32, without_word_on_ties
 from oribi.models.unwrap import base_model
@@ -78,7 +79,7 @@ def attach_lora(
         )
         return model
     _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
-    _check_fields(lora_config, init_lora_weights)
+    _check_fields(lora_config, init_lora_weights, source)
     stacks = lora_config.get("target_parameters")
     lora_config |= eva_settings(init_lora_weights, lora_config.pop("eva_config", None))
     start = _start_in_peft(init_lora_weights, loftq_config, source)
@@ -249,7 +250,8 @@ def _check_range(r: int, alpha: float, dropout: float, bias: str, checkpointing:
         raise ConfigError("get_peft_model: " + "; ".join(problems))
 
 
-def _check_fields(given: dict[str, Any], start: bool | str) -> None:
+def _check_fields(given: dict[str, Any], start: bool | str, source: Any) -> None:
+    _refuse_on_codes(source, start, given)
     known = {f.name for f in fields(LoraConfig)} - {"peft_type", "auto_mapping", "base_model_name_or_path"}
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -265,6 +267,20 @@ def _check_fields(given: dict[str, Any], start: bool | str) -> None:
 def _loftq(how: bool | str, given: dict[str, Any] | None) -> dict[str, Any]:
     """LoftQ's settings, each with PEFT's default where it is not given."""
     return {**asdict(LoftQConfig()), **(given or {})} if how == "loftq" else {}
+
+
+def _refuse_on_codes(source: Any, how: bool | str, lora_config: dict[str, Any]) -> None:
+    """Raise over settings under which PEFT would read the weights of a GGUF file, which are codes in memory."""
+    if source.identity.weights != AS_IN_FILE:
+        return
+    asked = ["use_dora=True"] * bool(lora_config.get("use_dora")) + ["init_lora_weights='loftq'"] * (
+        how == "loftq"
+    )
+    if asked:
+        raise ConfigError(
+            f"{' and '.join(asked)}: the base keeps the codes of its GGUF file, which PEFT does not read; load it with "
+            "load_in_4bit=False, or take plain LoRA (LoftQ has nothing to make up for: no weight is rounded)"
+        )
 
 
 def _start_in_peft(how: bool | str, loftq_config: dict[str, Any] | None, source: Any) -> bool | str:

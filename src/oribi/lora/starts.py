@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from oribi.errors import ConfigError, ModelError
-from oribi.kernels.nf4 import dequantize
+from oribi.kernels.packed_weight import dense_weight, is_packed
 from oribi.models.files import HubOptions, locate, open_weights
 from oribi.models.unwrap import bare_name, source_of
 from oribi.models.wrapper import renaming
@@ -138,7 +138,7 @@ def _whole_weights(
 
 
 def _is_packed(layer: LoraLayer) -> bool:
-    return hasattr(layer.get_base_layer().weight, "quant_state")
+    return is_packed(layer.get_base_layer().weight)
 
 
 def _weight(layer: LoraLayer, name: str, weights: TensorSource | None) -> torch.Tensor:
@@ -146,7 +146,7 @@ def _weight(layer: LoraLayer, name: str, weights: TensorSource | None) -> torch.
     if not _is_packed(layer):
         return held.detach().float()
     if weights is None:
-        return dequantize([held], torch.float32)
+        return dense_weight(held, torch.float32)
     return weights.read(f"{name}.weight", held.device, torch.float32)
 
 
@@ -172,7 +172,7 @@ def _start_principal(layer: LoraLayer, adapter: str, whole: torch.Tensor, passes
 def _start_rounded(layer: LoraLayer, adapter: str, whole: torch.Tensor) -> tuple[float, float]:
     """Sets one pair; the squared error of the layer's weight without and with it."""
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # [r, K], [N, r]
-    error = whole - dequantize([layer.get_base_layer().weight], torch.float32)
+    error = whole - dense_weight(layer.get_base_layer().weight, torch.float32)
     rank, most = a.shape[0], min(error.shape)
     u, s, v = torch.svd_lowrank(error, q=min(rank + _OVERSAMPLING, most), niter=_PASSES)
     root = s[:rank].sqrt()

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from oribi.errors import ModelError
-from oribi.kernels.expert_stack import PackedStack, PackedWeight
+from oribi.kernels.expert_stack import PackedStack
 from oribi.kernels.mxfp4 import MX_BLOCK, MXFP4Stack, decode_mxfp4
 from oribi.kernels.nf4 import BLOCK
+from oribi.kernels.packed_weight import PackedWeight
 from oribi.models.experts import STACKS, Experts, StoredMatrix
 from oribi.models.unwrap import bare_name
 from oribi.tensors import TensorSource

@@ -1,5 +1,6 @@
 """Generation in the middle of training, and answers to conversations and texts, one at a time or together."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from oribi.chat.ends import stop_ids
 from oribi.chat.template import render_chat
 from oribi.errors import ModelError
 from oribi.kernels.lora_linear import weights_kept
+from oribi.kernels.packed_weight import is_packed, weight_shape
 from oribi.models.linear_layers import every_module
 from oribi.text import printable
 
@@ -83,10 +85,10 @@ def _growing_cache(model: nn.Module, kwargs: dict[str, Any]) -> None:
 def _copy_fits(model: nn.Module) -> bool:
     """Whether a 16-bit copy of the packed weights, if there are any, fits in half of the free memory."""
     weights = (module._parameters.get("weight") for module in every_module(model))
-    packed = [weight for weight in weights if hasattr(weight, "quant_state")]
+    packed = [weight for weight in weights if weight is not None and is_packed(weight)]
     if not packed:
         return True
-    needed = 2 * sum(p.quant_state.shape.numel() for p in packed)
+    needed = 2 * sum(math.prod(weight_shape(weight)) for weight in packed)
     if packed[0].is_cuda:
         free = torch.cuda.mem_get_info(packed[0].device)[0]
     else:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from oribi.errors import ModelError
+from oribi.kernels.ggml_blocks import BlockCodes
 
+AS_IN_FILE = "gguf"  # weights that lie in memory in the codes of their GGUF file
 _WHOLE_BYTES = 4 << 20  # files up to this size are hashed whole
 _HEAD_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
@@ -31,7 +33,7 @@ class BaseIdentity:
         revision: the revision asked for, or the commit of the hub's snapshot; None for a local model.
         files: file name -> {"bytes": size, "sample_sha256": hash}, of the weights and config.json; see `fingerprint`.
         weights: how the frozen weights lay in memory: "nf4" (its scales quantised, too), "nf4, single" (they are not),
-            "float16", "bfloat16" or "float32".
+            "gguf" (the file's own codes), "float16", "bfloat16" or "float32".
         chat_template_sha256: of the tokenizer's chat template; None if it has none.
     """
 
@@ -120,6 +122,8 @@ def _in_memory(model: nn.Module) -> str:
         state = getattr(parameter, "quant_state", None)  # of a part, too, which is no Params4bit
         if state is not None:
             return "nf4" if state.nested else "nf4, single"
+        if isinstance(getattr(parameter, "packed", None), BlockCodes):
+            return AS_IN_FILE
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -168,9 +172,11 @@ def weight_sums(weight: torch.Tensor) -> WeightSums | None:
     if type(weight).__name__ == "DTensor" or weight.is_meta or getattr(weight, "is_sharded", False):
         return None
     packed = getattr(weight, "packed", None)
-    if packed is not None:  # the experts of a layer
-        codes, scales = (_row_sums(tensor).sum() for tensor in [*packed.tensors()][:2])
-        return WeightSums(weight.dtype, (codes * 31 + scales)[None].cpu())
+    if packed is not None:
+        total = torch.zeros((), dtype=torch.int64, device=weight.device)
+        for tensor in [*packed.tensors()][:2]:  # codes and their scales
+            total = total * 31 + _row_sums(tensor).sum()
+        return WeightSums(weight.dtype, total[None].cpu())
     rows = _row_sums(weight.detach())
     state = getattr(weight, "quant_state", None)
     if state is not None:

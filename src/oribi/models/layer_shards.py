@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from oribi.errors import TrainingError
-from oribi.kernels.expert_stack import PackedWeight
+from oribi.kernels.packed_weight import PackedWeight
 from oribi.models.experts import STACKS, Experts
 from oribi.models.fused_layer import fusible_halves
 from oribi.models.layers import DecoderLayer

@@ -24,7 +24,7 @@ from oribi.models.classifier import WithScore, build_classifier
 from oribi.models.config_file import refuse_other_sizes
 from oribi.models.decoder import build
 from oribi.models.files import HubOptions, adapter_weights, open_weights, weight_files, written_name
-from oribi.models.identity import BaseIdentity, WeightSums, identify, weight_sums
+from oribi.models.identity import AS_IN_FILE, BaseIdentity, WeightSums, identify, weight_sums
 from oribi.models.labels import HEADS, Labels, read_labels, stored_labels
 from oribi.models.load_adapter import attach_from, compare_with_record, train_in_float32
 from oribi.models.load_settings import (
@@ -54,7 +54,7 @@ class ModelSource:
         name_or_path: as given to the loader.
         kind: how the weights were stored.
         max_seq_length: longest training example in tokens.
-        load_in_4bit: whether linear layers are NF4.
+        load_in_4bit: whether linear layers are quantised: in NF4, or in the codes of a GGUF file.
         kept_in_16bit: names of linear layers that are not nevertheless.
         full_finetuning: whether every weight is trained.
         fused: whether oribi's decoder runs it; False is transformers' own class.
@@ -152,8 +152,8 @@ def load_model(
             attached, trainable), training run, or hub name.
         max_seq_length: longest example in tokens; beyond the model's positions RoPE is stretched. None: the model's.
         dtype: compute dtype, or its name; None takes the machine's (`environment.detect`), "auto" the checkpoint's.
-        load_in_4bit: frozen linear layers in NF4; False, or load_in_16bit, in the compute dtype. None: NF4, and an adapter's
-            base as it was trained on.
+        load_in_4bit: frozen linear layers in NF4, or of a GGUF file in its own codes; False, or load_in_16bit, in the compute
+            dtype. None: True, and an adapter's base as it was trained on.
         load_in_8bit: refused.
         full_finetuning: every weight is trained, none quantised.
         token, revision: for the hub; an adapter's base has the revision that its settings name.
@@ -211,7 +211,8 @@ def _load_with_adapter(
     base, tokenizer = _load_base(opened, settings)
     source = base.oribi
     if record is None:
-        how = "in NF4" if source.load_in_4bit else "in 16 bit"
+        how = "in NF4" if source.identity.in_nf4 else "in 16 bit"
+        how = "in the file's own codes" if source.identity.weights == AS_IN_FILE else how
         source.notes.append(
             f"{location.name} has no {RECORD_FILE}: the weights it was trained on are unknown; they are loaded {how}"
         )
@@ -260,7 +261,7 @@ def _load_base(
     tokenizer, template = opened.read_tokenizer()
     stored = opened.stored()
     dtype = choose_dtype(settings, None if opened.gguf is not None else getattr(config, "dtype", None), notes)
-    quantization = choose_quantization(settings, notes, stored)
+    quantization = choose_quantization(settings, notes, stored, opened.gguf is not None)
     _choose_positions(config, settings, notes)
     files = weight_files(location, opened.hub, settings.allow_pickle)
     pickled, names, new_modules = files[0].suffix == ".bin", None, ()
@@ -296,7 +297,7 @@ def _load_base(
         notes.append(f"{', '.join(new_modules)}: not in the checkpoint, so random values are trained from")
     model.config._name_or_path = model.name_or_path = written_name(location.name)
     model.generation_config = opened.generation
-    if opened.fused and quantization.enabled:
+    if opened.fused and quantization.enabled and not quantization.as_in_file:
         mark_quantized(model, quantization)
     sums = {} if settings.full_finetuning else _sums(model)
     rows = _resize(model, len(tokenizer), opened, settings.resize_model_vocab)

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from oribi.environment import detect
 from oribi.errors import ConfigError
-from oribi.models.identity import BaseIdentity
+from oribi.models.identity import AS_IN_FILE, BaseIdentity
 from oribi.models.labels import Labels
 from oribi.models.load_together import LoadTogether
 from oribi.models.quantization import Quantization
@@ -81,16 +81,19 @@ class LoadSettings:
         """
         if self.keep_in_16bit is None:
             self = replace(self, keep_in_16bit=kept)
-        if self.load_in_4bit is not None or self.quantization_config is not None:
-            return replace(self, positions=positions)
-        config = None
-        if base.weights == "nf4, single":
-            config = {"load_in_4bit": True, "bnb_4bit_use_double_quant": False}
-        return replace(self, load_in_4bit=base.in_nf4, quantization_config=config, positions=positions)
+        config, wanted = self.quantization_config, self.load_in_4bit
+        if wanted is None:
+            wanted = base.in_nf4 or base.weights == AS_IN_FILE
+        if config is None and wanted and base.in_nf4:  # of a GGUF file too, whose codes are kept otherwise
+            config = {"load_in_4bit": True, "bnb_4bit_use_double_quant": base.weights == "nf4"}
+        return replace(self, load_in_4bit=wanted, quantization_config=config, positions=positions)
 
 
 def choose_quantization(
-    settings: LoadSettings, notes: list[str], stored: dict[str, Any] | None = None
+    settings: LoadSettings,
+    notes: list[str],
+    stored: dict[str, Any] | None = None,
+    from_gguf: bool = False,
 ) -> Quantization:
     """How linear layers are stored.
 
@@ -98,6 +101,7 @@ def choose_quantization(
         settings: its flags and quantization_config.
         notes: takes one line for each decision the caller might not expect.
         stored: how the checkpoint is quantised, as `config_file.stored_quantization` says.
+        from_gguf: it is a GGUF file, whose codes are kept unless NF4 is asked for by quantization_config.
 
     Raises:
         ConfigError: another quantisation is asked for.
@@ -134,7 +138,8 @@ def choose_quantization(
                 "the checkpoint is packed in NF4 and load_in_4bit is off: its weights are dequantised"
             )
     skip = (*(name for name in skip if name != "lm_head"), *asked)
-    return Quantization(enabled, double, skip, asked if enabled else ())
+    as_in_file = from_gguf and enabled and given is None
+    return Quantization(enabled, double, skip, asked if enabled else (), as_in_file)
 
 
 def choose_dtype(settings: LoadSettings, stored: torch.dtype | None, notes: list[str]) -> torch.dtype:

@@ -18,6 +18,7 @@ class Quantization:
 
     Args:
         enabled: 4-bit NF4; otherwise every weight stays in the compute dtype.
+        as_in_file: linear layers keep the codes of the GGUF file that they are read from; experts are packed in NF4.
         double: the scales of blocks are quantised too.
         skip: module names, or parts of them, that stay in the compute dtype besides the head, of whichever kind.
         asked: those of `skip` that the user named, each of which has to be there.
@@ -27,6 +28,7 @@ class Quantization:
     double: bool = True
     skip: tuple[str, ...] = ()
     asked: tuple[str, ...] = ()
+    as_in_file: bool = False
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer called `name` is to be quantised."""

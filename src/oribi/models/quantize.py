@@ -14,9 +14,9 @@ from torch import nn
 
 from oribi.errors import ModelError
 from oribi.kernels import nf4
-from oribi.kernels.expert_stack import PackedWeight
 from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.kernels.nf4 import BLOCK
+from oribi.kernels.packed_weight import PackedWeight
 from oribi.models.checkpoint_tensors import NF4_KEY, STATE_KEYS, check_tensors, stored_buffers, ties_head
 from oribi.models.expert_tensors import (
     matrices_of,
@@ -30,6 +30,7 @@ from oribi.models.experts import STACKS, Experts
 from oribi.models.host_memory import to_pinned_memory
 from oribi.models.layers import DecoderLayer
 from oribi.models.load_together import LoadTogether, Packed
+from oribi.models.packed_linear import PackedLinear, keep_blocks
 from oribi.models.quantization import Quantization
 from oribi.tensors import TensorSource
 from oribi.text import gibibytes
@@ -70,12 +71,15 @@ def fill(
     Raises:
         ModelError: tensors are missing, unexpected or misshapen.
     """
-    source = unstacked(source, model)
+    file, source = source, unstacked(source, model)
     stored = source.shapes()
     packed = {name.removesuffix(f".{NF4_KEY}") for name in stored if name.endswith(NF4_KEY)}
     quantization.kept(model)
     notes = check_tensors(model, stored, packed)
-    notes += _replace_linears(model, packed, quantization, device, dtype)
+    if quantization.as_in_file:
+        notes += keep_blocks(model, file, quantization, dtype)
+    else:
+        notes += _replace_linears(model, packed, quantization, device, dtype)
     if quantization.enabled:
         settings = quantization.covers, quantization.double, dtype
         notes += replace_stacks(model, stored, packed, *settings, getattr(source, "in_mxfp4", ()))
@@ -92,6 +96,8 @@ def fill(
             reader.fill_packed(prefix, module, group)
         if isinstance(module, Experts):
             reader.fill_experts(prefix, module, trainable)
+        if isinstance(module, PackedLinear):
+            module.weight = PackedWeight(file.read_blocks(f"{prefix}.weight", device), dtype)
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{prefix}.{name}" if prefix else name
             if parameter.is_meta and full not in tied:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from oribi.errors import ExportError, ModelError
 from oribi.gguf.source import GGUFSource
 from oribi.kernels.expert_stack import dequantize_stack
+from oribi.kernels.ggml_blocks import BlockCodes
 from oribi.models.expert_tensors import stored_stack
 from oribi.models.files import Location, weight_files
 from oribi.models.plain_peft import quiet_libraries
@@ -150,6 +151,8 @@ def _round_as_trained(model: PeftModel, outside: nn.Module, names: Any) -> None:
             continue
         outer = name if names is None else names.outer(name)
         weight = weights[outer if outer in weights else name]
+        if isinstance(packed, BlockCodes):  # what is read of the file has its values
+            continue
         if packed is not None:  # a layer's experts
             weight.copy_(stored_stack(slot.module, slot.leaf, dequantize_stack(packed, weight.dtype)))
             continue

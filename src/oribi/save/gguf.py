@@ -27,6 +27,7 @@ from oribi.gguf.splits import CUT_BY_CASE
 from oribi.gguf.tensor import Tensor
 from oribi.gguf.tokenizer import Vocabulary
 from oribi.gguf.writer import plan_file, write_adapter_file, write_files
+from oribi.models.identity import AS_IN_FILE
 from oribi.models.unwrap import is_classifier, source_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import base_name, changed_base
@@ -325,6 +326,10 @@ def _require_own_base(model: nn.Module) -> None:
 def _belongs_to(model: nn.Module) -> list[str]:
     """What is to be known of the base that the adapter goes with."""
     identity = getattr(source_of(model), "identity", None)
+    if identity is not None and identity.weights == AS_IN_FILE:
+        return [
+            f"the adapter was trained on the codes of {identity.name}: with that file it is the trained model"
+        ]
     if identity is None or not identity.in_nf4:
         return []
     return [

@@ -9,6 +9,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from oribi.models.packed_linear import PackedLinear
 from oribi.models.quantize import BLOCK, Quantization
 from oribi.models.unfused import beside_decoder
 from oribi.models.unwrap import base_model, source_of
@@ -47,7 +48,7 @@ def packed_names(model: nn.Module, block: int = BLOCK) -> set[str]:
             columns = slot.tensor.shape[2]
         else:
             packs = slot.leaf == "weight" and isinstance(
-                slot.module, bnb.nn.Linear4bit if loaded else nn.Linear
+                slot.module, (bnb.nn.Linear4bit, PackedLinear) if loaded else nn.Linear
             )
             columns = slot.module.in_features if packs else 0
         if packs and columns % block == 0 and Quantization().covers(name) and not name.startswith(others):

@@ -16,7 +16,7 @@ from torch import nn
 
 from oribi.errors import ExportError
 from oribi.kernels.expert_linear import factors_by_expert
-from oribi.kernels.nf4 import dequantize
+from oribi.kernels.packed_weight import dense_weight, is_packed
 from oribi.models.expert_tensors import matrix_shape
 from oribi.models.experts import Experts, StoredMatrix
 from oribi.models.unwrap import base_model
@@ -112,7 +112,7 @@ class LoadedModel:
 
 
 def plain_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter's values where they lie; NF4 weights dequantised in float32.
+    """A parameter's values where they lie; packed weights dequantised in float32.
 
     Raises:
         ExportError: the weight is quantised in another way, sharded, or has no storage.
@@ -124,8 +124,8 @@ def plain_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
         )
     if tensor.device.type == "meta":
         raise ExportError(f"{name} has no values: the model is offloaded or was never loaded")
-    if getattr(tensor, "quant_state", None) is not None:
-        return dequantize([tensor], torch.float32)
+    if is_packed(tensor):
+        return dense_weight(tensor, torch.float32)
     if type(tensor).__name__ == "Int8Params":
         raise ExportError(
             f"{name} is quantised to 8 bit, which oribi does not read back. "

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from oribi.errors import ConfigError
+from oribi.kernels.packed_weight import is_packed
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.layer_shards import split_layers
 from oribi.models.layers import DecoderLayer
@@ -86,8 +87,8 @@ def _problems(args: SFTConfig, base: DecoderForCausalLM) -> Iterator[str]:
         whole = getattr(module, "original_module", None)
         if isinstance(whole, nn.Linear) and getattr(whole.weight, "is_sharded", False):
             yield f"modules_to_save trains {name} whole, of which each process loaded a part only: leave it out"
-        packed = hasattr(getattr(getattr(module, "base_layer", None), "weight", None), "quant_state")
-        if packed and read(module) is None:
+        weight = getattr(getattr(module, "base_layer", None), "weight", None)
+        if weight is not None and is_packed(weight) and read(module) is None:
             yield (
                 f"{name} has an adapter that PEFT runs, DoRA for one, and PEFT reads no sharded 4-bit weight: train plain "
                 "LoRA, load with load_in_4bit=False, or leave out fsdp"

@@ -1,0 +1,234 @@
+"""Weights in the blocks of ggml's quantised types, as GGUF files hold them: dequantised bit for bit as the gguf package does.
+
+A row of a matrix [N, K] is whole blocks, each with its own scales, so that rows can change places without their codes being touched.
+A block holds S parts of L values, S L = 32 or, of the types called _K, 256:
+
+    w[s, l] = scale[s] q[s, l] - minimum[s]
+
+d and m are float16. Scales of parts are d, or d times an integer; minima are none, -m, or m times an integer. All products are exact
+in float32, the difference is rounded once, and then once more to the output's dtype.
+
+Source: ggml's block_* structs, https://github.com/ggml-org/ggml; the gguf package's `quants`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from oribi.kernels.dispatch import jit, launch, tl, use_triton
+
+# values that the reference decodes at a time: its temporaries stay in a core's cache
+_AT_ONCE = 1 << 17
+# values of a program of 4 warps
+_VALUES = 2048
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """How a type's blocks lie.
+
+    Args:
+        nbytes: of a block.
+        parts, length: S and L.
+        bits: of a value's code.
+        quants: the byte where the low 4 bits of the codes begin, or the whole codes of 8 bits.
+        high: the byte where further bits begin; 0 where there are none.
+        zero: subtracted from the codes.
+        minimum: whether m follows d.
+    """
+
+    nbytes: int
+    parts: int
+    length: int
+    bits: int
+    quants: int
+    high: int = 0
+    zero: int = 0
+    minimum: bool = False
+
+    @property
+    def values(self) -> int:
+        """Of a block."""
+        return self.parts * self.length
+
+
+BLOCK_TYPES = {
+    "Q4_0": BlockType(18, 2, 16, 4, 2, zero=8),
+    "Q4_1": BlockType(20, 2, 16, 4, 4, minimum=True),
+    "Q5_0": BlockType(22, 2, 16, 5, 6, high=2, zero=16),
+    "Q5_1": BlockType(24, 2, 16, 5, 8, high=4, minimum=True),
+    "Q8_0": BlockType(34, 2, 16, 8, 2),
+    "Q4_K": BlockType(144, 8, 32, 4, 16, minimum=True),
+    "Q5_K": BlockType(176, 8, 32, 5, 48, high=16, minimum=True),
+    "Q6_K": BlockType(210, 16, 16, 6, 0, high=128, zero=32),
+}
+
+
+@dataclass
+class BlockCodes:
+    """A matrix in blocks of a ggml type.
+
+    Args:
+        shape: (N, K), K a multiple of a block's values.
+        kind: a name in `BLOCK_TYPES`.
+        codes: [N, K / values * nbytes] uint8, as in the file.
+    """
+
+    shape: tuple[int, int]
+    kind: str
+    codes: torch.Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], kind: str) -> "BlockCodes":
+        """A matrix without values, on the meta device."""
+        size = shape[1] // BLOCK_TYPES[kind].values * BLOCK_TYPES[kind].nbytes
+        return cls(shape, kind, torch.empty(shape[0], size, dtype=torch.uint8, device="meta"))
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes
+
+    def moved(self, device: torch.device, codes: torch.Tensor) -> "BlockCodes":
+        """This matrix with other memory for its codes, which are all that it holds."""
+        return replace(self, codes=codes)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it holds."""
+        return iter((self.codes,))
+
+    def write(self, out: torch.Tensor) -> None:
+        """Writes the values into out [N, K], whose rows may be strided, rounded once to its dtype."""
+        if use_triton(self.codes):
+            self._launch(out)
+            return
+        rows = max(1, _AT_ONCE // self.shape[1])
+        for codes, part in zip(self.codes.split(rows), out.split(rows)):
+            decode_blocks(codes, self.kind, part)
+
+    def _launch(self, out: torch.Tensor) -> None:
+        kind = BLOCK_TYPES[self.kind]
+        row_blocks = self.shape[1] // kind.values
+        blocks, count = self.shape[0] * row_blocks, _VALUES // kind.values
+        launch(
+            _kernel, -(-blocks // count), out, self.codes, out.stride(0), row_blocks, blocks, kind.nbytes, kind.parts,
+            kind.length, kind.bits, kind.quants, kind.high, kind.zero, kind.minimum, count, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def decode_blocks(codes: torch.Tensor, kind: str, out: torch.Tensor) -> None:
+    """Writes the values of rows of blocks, on any device.
+
+    Args:
+        codes: [N, bytes of a row] uint8. kind: a name in `BLOCK_TYPES`.
+        out: [N, K]; rows may be strided.
+    """
+    of = BLOCK_TYPES[kind]
+    blocks = codes.view(len(codes), -1, of.nbytes)
+    scale, minimum = _scales(blocks, of)
+    values = _codes(blocks, of).float().mul_(scale[..., None])
+    if minimum is not None:
+        values.sub_(minimum[..., None])
+    out.copy_(values.view(out.shape))
+
+
+def _scales(blocks: torch.Tensor, of: BlockType) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales of the parts, float32 [N, B, S] or [N, B, 1], and minima likewise."""
+
+    def half(first: int) -> torch.Tensor:
+        return blocks[..., first : first + 2].contiguous().view(torch.float16).float()
+
+    if of.parts == 2:  # one scale for both halves
+        return half(0), -half(2) if of.minimum else None
+    if not of.minimum:
+        return half(208) * blocks[..., 192:208].contiguous().view(torch.int8), None
+    low, middle, high = (
+        blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    )  # 4 of 6 bits, 4 of 6 bits, the rest
+    scales = torch.cat([low & 63, (high & 15) | ((low >> 2) & 48)], dim=-1)
+    minima = torch.cat([middle & 63, (high >> 4) | ((middle >> 2) & 48)], dim=-1)
+    return half(0) * scales, half(2) * minima
+
+
+def _codes(blocks: torch.Tensor, of: BlockType) -> torch.Tensor:
+    """Integers [N, B, S, L], int8 or uint8."""
+    packed = blocks[..., of.quants : of.quants + (of.values if of.bits == 8 else of.values // 2)]
+    if of.bits == 8:
+        return packed.contiguous().view(torch.int8).unflatten(-1, (of.parts, of.length))
+    # the low half of a byte is a value of this part, and the high half one of the next, of one so many values further on
+    apart = {2: 16, 8: 32, 16: 64}[of.parts]
+    packed = packed.unflatten(-1, (-1, 1, apart))
+    codes = torch.cat([packed & 15, packed >> 4], dim=-2).flatten(-3)
+    if of.bits == 5:
+        codes |= _fifth_bits(blocks, of).flatten(-2) << 4
+    elif of.bits == 6:
+        pairs = blocks[..., of.high : of.high + 64].unflatten(-1, (2, 1, 32))
+        shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)[:, None]
+        codes |= (((pairs >> shifts) & 3) << 4).flatten(-3)
+    codes = codes.unflatten(-1, (of.parts, of.length))
+    return codes.view(torch.int8) - of.zero if of.zero else codes
+
+
+def _fifth_bits(blocks: torch.Tensor, of: BlockType) -> torch.Tensor:
+    """The highest bits of codes of 5, 0 or 1: [N, B, S, 32] of _K types, whose bytes hold one of each part, else [N, B, 4, 8]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    if of.parts == 8:
+        return (blocks[..., None, of.high : of.high + 32] >> shifts[:, None]) & 1
+    return (blocks[..., of.high : of.high + 4, None] >> shifts) & 1
+
+
+@jit
+def _byte(pointer, inside):
+    return tl.load(pointer, mask=inside, other=0).to(tl.int32)
+
+
+@jit
+def _half(pointer, inside):
+    bits = _byte(pointer, inside) | (_byte(pointer + 1, inside) << 8)
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@jit
+def _kernel(
+    out_ptr, codes, row_stride, row_blocks, blocks,
+    BYTES: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr, QUANTS: tl.constexpr,
+    HIGH: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None, None]
+    part, lane = tl.arange(0, PARTS)[None, :, None], tl.arange(0, LENGTH)[None, None, :]
+    inside = block < blocks
+    start = codes + block * BYTES
+    if BITS == 8:
+        byte = _byte(start + QUANTS + part * LENGTH + lane, inside)
+        q = byte - ((byte & 128) << 1)
+    elif PARTS == 16:
+        # 2 halves of 4 groups of 32 values: two parts are a group
+        half, group, place = part // 8, part // 2 % 4, part % 2 * 16 + lane
+        q = (_byte(start + QUANTS + half * 64 + group % 2 * 32 + place, inside) >> (group // 2 * 4)) & 15
+        q |= ((_byte(start + HIGH + half * 32 + place, inside) >> (group * 2)) & 3) << 4
+    else:
+        q = (_byte(start + QUANTS + part // 2 * LENGTH + lane, inside) >> (part % 2 * 4)) & 15
+        if BITS == 5:
+            if PARTS == 8:
+                q |= ((_byte(start + HIGH + lane, inside) >> part) & 1) << 4
+            else:
+                q |= ((_byte(start + HIGH + part * 2 + lane // 8, inside) >> (lane % 8)) & 1) << 4
+    value = (q - ZERO).to(tl.float32)
+    if PARTS == 2:
+        value *= _half(start, inside)
+        if MINIMUM:
+            value += _half(start + 2, inside)
+    elif PARTS == 16:
+        scale = _byte(start + 192 + part, inside)
+        value *= _half(start + 208, inside) * (scale - ((scale & 128) << 1)).to(tl.float32)
+    else:
+        low, middle = _byte(start + 4 + part % 4, inside), _byte(start + 8 + part % 4, inside)
+        high = _byte(start + 12 + part % 4, inside)
+        scale = tl.where(part < 4, low & 63, (high & 15) | ((low >> 2) & 48))
+        minimum = tl.where(part < 4, middle & 63, (high >> 4) | ((middle >> 2) & 48))
+        value = value * (_half(start, inside) * scale.to(tl.float32)) - _half(start + 2, inside) * minimum.to(
+            tl.float32
+        )
+    row = block // row_blocks
+    at = row * row_stride + (block - row * row_blocks) * (PARTS * LENGTH) + part * LENGTH + lane
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)

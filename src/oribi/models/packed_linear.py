@@ -1,0 +1,75 @@
+"""Frozen linear layers whose weights stay in the codes of the GGUF file that they came from."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from oribi.gguf.source import GGUFSource
+from oribi.kernels.ggml_blocks import BlockCodes
+from oribi.kernels.lora import Projection
+from oribi.kernels.lora_linear import lora_linear
+from oribi.kernels.packed_weight import Codes, PackedWeight, dense_weight
+from oribi.models.expert_tensors import expert_modules
+from oribi.models.quantization import Quantization
+
+
+class PackedLinear(nn.Linear):
+    """y = x W^T + b, where W is dequantised whenever it is read.
+
+    The decoder reads weight and bias as of any linear layer; PEFT's layers call `forward`.
+
+    Args:
+        codes: of W [N, K], on the meta device until a checkpoint is read.
+        dtype: of the values. bias: whether there is one.
+    """
+
+    def __init__(self, codes: Codes, dtype: torch.dtype, bias: bool) -> None:
+        rows, columns = codes.shape
+        super().__init__(columns, rows, bias=bias, device="meta", dtype=dtype)
+        self.weight = PackedWeight(codes, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lora_linear(x, [Projection(self.weight, self.bias)])[0]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Gives the values: the parameter itself has no storage, and whoever saves the model writes 16-bit weights."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = dense_weight(self.weight, self.weight.dtype)
+
+
+def keep_blocks(
+    model: nn.Module, source: GGUFSource, quantization: Quantization, dtype: torch.dtype
+) -> list[str]:
+    """Puts a layer without values where a GGUF file's blocks will lie, on the meta device.
+
+    Args:
+        model: on the meta device. source: the file.
+        quantization: which layers are covered. dtype: that they compute in.
+
+    Returns:
+        Notes for the user, on what is kept and what is not.
+    """
+    kept, dense = Counter(), []
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or not quantization.covers(name):
+            continue
+        kind, shape = source.block_type(f"{name}.weight"), (layer.out_features, layer.in_features)
+        if kind is None:
+            dense.append(name)
+            continue
+        kept[kind] += 1
+        parent, _, child = name.rpartition(".")
+        packed = PackedLinear(BlockCodes.empty(shape, kind), dtype, layer.bias is not None)
+        setattr(model.get_submodule(parent), child, packed)
+    of_kinds = ", ".join(f"{kind} {count}" for kind, count in kept.most_common())
+    notes = [f"{kept.total()} linear layers keep the codes of the GGUF file ({of_kinds})"] * bool(kept)
+    if dense:
+        notes.append(
+            f"{len(dense)} linear layers, {dense[0]} the first, are read as {str(dtype).removeprefix('torch.')}: the file has them "
+            "unquantised, or in a type or an order whose codes are not kept"
+        )
+    if expert_modules(model):
+        notes.append("the file's experts are quantised again, to NF4; load_in_4bit=False keeps their values")
+    return notes

@@ -1,0 +1,148 @@
+"""A GGUF file as a frozen base in its own codes trains and answers as its values in 32 bits do."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from oribi.errors import ConfigError
+from oribi.kernels.packed_weight import PackedWeight
+from oribi.lora.attach import attach_lora
+from oribi.models.layer_shards import split_layers
+from oribi.models.load import load_model
+from oribi.models.packed_linear import PackedLinear
+from oribi.save.check import Outcome
+from oribi.save.gguf import save_gguf_adapter
+from oribi.save.merged import save_merged
+from tests.models.test_layer_shards import passed, set_weights
+
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+
+
+@pytest.fixture
+def file(exported):
+    """q4_k_m of a llama, whose rows of q and k the file has in another order."""
+    return exported("llama", "q4_k_m", **SIZES)[1]
+
+
+def load(path, **settings):
+    settings = {"dtype": "float32", "max_seq_length": 64, "device_map": "cpu", **settings}
+    return load_model(str(path), **settings)
+
+
+def adapted(model, **settings):
+    """With LoRA on every linear layer, whose B is not zero."""
+    model = attach_lora(model, r=4, lora_alpha=8, **settings)
+    for seed, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(seed))
+    return model.train()
+
+
+def ids_of(seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def layers_of(model) -> list[PackedLinear]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
+CASES = [
+    ("llama", "q4_k_m", {"Q4_K", "Q6_K"}, SIZES),
+    pytest.param("llama", "q5_k_m", {"Q5_K", "Q6_K"}, SIZES, marks=pytest.mark.long),
+    pytest.param(
+        "llama", "q4_k_m", {"Q5_0", "Q8_0"}, {}, marks=pytest.mark.long
+    ),  # rows of no whole super-blocks
+    pytest.param("qwen2", "q8_0", {"Q8_0"}, {}, marks=pytest.mark.long),  # biases
+    pytest.param(
+        "qwen3_5_text", "q8_0", {"Q8_0"}, {}, marks=pytest.mark.long
+    ),  # value heads in another order
+]
+
+
+@pytest.mark.parametrize(("family", "method", "kinds", "sizes"), CASES)
+def test_loss_and_gradients_are_those_of_the_files_values(family, method, kinds, sizes, exported):
+    path = exported(family, method, **sizes)[1]
+    found = []
+    for in_codes in (True, False):
+        model, _ = load(path, load_in_4bit=in_codes)
+        assert {layer.weight.packed.kind for layer in layers_of(model)} == (kinds if in_codes else set())
+        assert model.oribi.identity.weights == ("gguf" if in_codes else "float32")
+        model = adapted(model)
+        set_weights(model.get_base_model(), "recompute")
+        found.append(passed(model, ids_of()))
+    for ours, expected in zip(*found):
+        assert (ours - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_the_note_counts_the_codes_and_the_memory_is_theirs(file):
+    model, _ = load(file)
+    (note,) = (note for note in model.oribi.notes if "keep the codes" in note)
+    assert "Q4_K" in note
+    weights = [layer.weight for layer in layers_of(model)]
+    assert all(isinstance(weight, PackedWeight) for weight in weights)
+    assert sum(weight.nbytes for weight in weights) < 0.75 * sum(weight.numel() for weight in weights)
+
+
+def test_nf4_is_what_quantization_config_asks_for(file):
+    model, _ = load(file, quantization_config={"load_in_4bit": True})
+    assert model.oribi.identity.weights == "nf4"
+    assert not layers_of(model)
+
+
+def test_answers_are_those_of_the_files_values_and_a_state_dict_holds_them(file):
+    ours, expected = load(file)[0].eval(), load(file, load_in_4bit=False)[0].eval()
+    how = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(ids_of()[:1], **how), expected.generate(ids_of()[:1], **how))
+    stored = ours.state_dict()
+    assert all(torch.equal(stored[name], value) for name, value in expected.state_dict().items())
+
+
+def test_adapters_are_saved_loaded_on_the_codes_and_proved(file, tmp_path):
+    model, tokenizer = load(file)
+    model = adapted(model).eval()
+    with torch.no_grad():
+        expected = model(ids_of()).logits
+    report = save_merged(model, tmp_path / "lora", tokenizer, save_method="lora")
+    assert {check.outcome for check in report.checks} <= {Outcome.EQUAL, Outcome.CLOSE}
+    again, _ = load(tmp_path / "lora")
+    assert again.get_base_model().oribi.identity.weights == "gguf"
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids_of()).logits, expected)
+    notes = save_gguf_adapter(model, tmp_path / "gguf")["report"].notes
+    assert not any("NF4" in note for note in notes)
+
+
+@pytest.mark.long
+def test_a_merged_model_is_the_trained_one(file, tmp_path):
+    model, tokenizer = load(file)
+    model = adapted(model).eval()
+    with torch.no_grad():
+        expected = model(ids_of()).logits
+    save_merged(model, tmp_path, tokenizer, dtype="float32")
+    merged, _ = load(tmp_path, load_in_4bit=False)
+    with torch.no_grad():
+        found = merged.eval()(ids_of()).logits
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.long
+def test_sharded_codes_give_the_same_bits(file, tmp_path):
+    model, _ = load(file)
+    model = adapted(model)
+    decoder = model.get_base_model()
+    set_weights(decoder, "recompute")
+    expected = passed(model, ids_of())
+    layers = decoder.model.layers
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        decoder.model.shards = split_layers(list(layers), torch.device("cpu"), dist.group.WORLD)
+        assert all(getattr(layer.weight, "is_sharded", False) for layer in layers_of(layers))
+        assert all(torch.equal(a, b) for a, b in zip(passed(model, ids_of()), expected))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "loftq"}])
+def test_what_would_read_the_codes_as_weights_is_refused(settings, file):
+    with pytest.raises(ConfigError, match="keeps the codes of its GGUF file"):
+        attach_lora(load(file)[0], r=4, **settings)
