@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from oribi.errors import ConfigError
+from oribi.gguf import llama_cpp
 from oribi.kernels.packed_weight import PackedWeight
 from oribi.lora.attach import attach_lora
 from oribi.models.layer_shards import split_layers
@@ -14,6 +15,7 @@ from oribi.save.check import Outcome
 from oribi.save.gguf import save_gguf_adapter
 from oribi.save.merged import save_merged
 from tests.models.test_layer_shards import passed, set_weights
+from tests.save.tiny_export import distance_from_llama_cpp
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 
@@ -29,12 +31,12 @@ def load(path, **settings):
     return load_model(str(path), **settings)
 
 
-def adapted(model, **settings):
+def adapted(model, scale: float = 0.05, **settings):
     """With LoRA on every linear layer, whose B is not zero."""
     model = attach_lora(model, r=4, lora_alpha=8, **settings)
     for seed, (name, parameter) in enumerate(model.named_parameters()):
         if "lora_B" in name:
-            parameter.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(seed))
+            parameter.data.normal_(0, scale, generator=torch.Generator().manual_seed(seed))
     return model.train()
 
 
@@ -146,3 +148,16 @@ def test_sharded_codes_give_the_same_bits(file, tmp_path):
 def test_what_would_read_the_codes_as_weights_is_refused(settings, file):
     with pytest.raises(ConfigError, match="keeps the codes of its GGUF file"):
         attach_lora(load(file)[0], r=4, **settings)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason="xllamacpp is not installed")
+def test_llama_cpp_answers_with_the_file_and_the_adapter_as_the_trained_model(short_smollm2_file, tmp_path):
+    base, tokenizer = load(short_smollm2_file)
+    model = adapted(base, scale=0.15).eval()
+    adapter = save_gguf_adapter(model, tmp_path, "f32")["gguf_files"][0]
+    prompt = tokenizer("Name three animals that live in the sea and say why:")["input_ids"]
+    found = distance_from_llama_cpp(model, short_smollm2_file, prompt, 8, adapter)
+    assert found.agreeing == 1
+    assert found.kl < 0.01  # llama.cpp rounds activations to 8 bits
+    assert distance_from_llama_cpp(model, short_smollm2_file, prompt, 8).kl > 5 * found.kl
