@@ -80,6 +80,7 @@ class RunConfig:
     keep_in_16bit: list[str] = setting(
         [],
         "Linear layers that are not packed in NF4, by names such as down_proj or layers.0; auto measures which to keep",
+        joined=True,
     )
     dtype: str = setting(
         "auto", "Data type of the computation", choices=("auto", "bfloat16", "float16", "float32"),
@@ -91,9 +92,9 @@ class RunConfig:
     lora_alpha: int = setting(16, "Scale of the adapter: alpha / r, with rsLoRA alpha / sqrt(r)", low=0)
     lora_dropout: float = setting(0.0, "Dropout before the adapter", low=0, below=1)
     target_modules: list[str] = setting(
-        ["all-linear"], "Layers that get an adapter, or all-linear", python=PROJECTIONS
+        ["all-linear"], "Layers that get an adapter, or all-linear", python=PROJECTIONS, joined=True
     )
-    modules_to_save: list[str] = setting([], "Modules trained in full beside the adapter")
+    modules_to_save: list[str] = setting([], "Modules trained in full beside the adapter", joined=True)
     use_rslora: bool = setting(False, "Scale by sqrt(r) instead of r")
     use_dora: bool = setting(False, "Weight-decomposed LoRA")
     rank_pattern: dict[str, int] | None = setting(
@@ -106,9 +107,13 @@ class RunConfig:
         None, "The only layers that get an adapter, by number", low=0
     )
     finetune_last_n_layers: int | None = setting(None, "Only the last so many layers get an adapter", low=1)
-    exclude_modules: list[str] = setting([], "Layers without an adapter, although target_modules names them")
+    exclude_modules: list[str] = setting(
+        [], "Layers without an adapter, although target_modules names them", joined=True
+    )
     target_parameters: list[str] = setting(
-        [], "Parameters that get an adapter although they are no layers, such as mlp.experts.gate_up_proj"
+        [],
+        "Parameters that get an adapter although they are no layers, such as mlp.experts.gate_up_proj",
+        joined=True,
     )
     init_lora_weights: str = setting(
         "true", "How pairs begin: true with B = 0; eva from your rows; loftq from what NF4 rounded off; pissa and olora from the weights",

@@ -31,7 +31,7 @@ class Setting:
         help: what it means, on one line.
         low, high: the least and the most that it may be. below: what it must stay below.
         sources: whether an item may be a data set with settings of its own, as a mapping with `SOURCE_KEYS`.
-        joined: whether one text may hold several pairs, joined by commas.
+        joined: whether one text may hold several pairs, or names of modules, joined by commas.
         choices: the words that it may be. same: other words -> the choice that they mean. pattern: of further words.
         stages: stage -> default there, where it is another one. used_by: the stages that use it.
     """
@@ -96,7 +96,10 @@ class Setting:
         if self.container is dict:
             return self._pairs(value)
         if self.container is list:
-            found = [self._item(item) for item in (value if isinstance(value, list) else [value])]
+            items = value if isinstance(value, list) else [value]
+            if self.joined:
+                items = [part for item in items for part in _names_of(item)]
+            found = [self._item(item) for item in items]
             problem = next((problem for _, problem in found if problem), None)
             return [item for item, _ in found], problem and problem.replace(
                 "one name", "a name or a list of names"
@@ -213,6 +216,12 @@ class Setting:
             limits = {name: bound for name, bound in bounds.items() if bound is not None}
             shape = {"type": _JSON_TYPES[self.kind], **limits}
         return {"anyOf": [shape, {"type": "null"}]} if self.optional else shape
+
+
+def _names_of(item: Any) -> list[Any]:
+    """Names that one text joins by commas, as flags of other tools have them; an expression with a comma stays one."""
+    joined = isinstance(item, str) and "," in item and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)*", item.strip())
+    return [part.strip() for part in item.split(",")] if joined else [item]
 
 
 def _source(given: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:

@@ -79,6 +79,15 @@ def test_a_config_with_pairs_is_read_back(read, tmp_path):
     assert read_run_config(tmp_path / "again.yaml")[0] == config
 
 
+def test_commas_join_names_of_modules_but_no_expression(read):
+    stacks = "--target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj"
+    config, _ = read("", ("--target_modules", "q_proj, k_proj", stacks))
+    assert config.target_modules == ["q_proj", "k_proj"]
+    assert config.target_parameters == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    expression = r".*\.(q|k)_proj|.*\.\d{1,2}\.mlp\..*"
+    assert read(f"target_modules: '{expression}'\n")[0].target_modules == [expression]
+
+
 def test_flags_alone_are_a_config():
     config, notes = read_run_config(None, ["--base_model", "m", "--train_file", "d", "--max_steps", "-1"])
     assert (config.model, config.dataset, config.max_steps) == ("m", ["d"], -1)
