@@ -78,9 +78,7 @@ class RunConfig:
     max_seq_length: int = setting(2048, "Longest example in tokens", low=1, high=2**24)
     load_in_4bit: bool = setting(True, "Keep frozen weights in NF4 (QLoRA)")
     keep_in_16bit: list[str] = setting(
-        [],
-        "Linear layers that are not packed in NF4, by names such as down_proj or layers.0; auto measures which to keep",
-        joined=True,
+        [], "Linear layers not packed in NF4, as down_proj or layers.0; auto measures which", joined=True
     )
     dtype: str = setting(
         "auto", "Data type of the computation", choices=("auto", "bfloat16", "float16", "float32"),
@@ -107,13 +105,9 @@ class RunConfig:
         None, "The only layers that get an adapter, by number", low=0
     )
     finetune_last_n_layers: int | None = setting(None, "Only the last so many layers get an adapter", low=1)
-    exclude_modules: list[str] = setting(
-        [], "Layers without an adapter, although target_modules names them", joined=True
-    )
+    exclude_modules: list[str] = setting([], "Named layers that get no adapter all the same", joined=True)
     target_parameters: list[str] = setting(
-        [],
-        "Parameters that get an adapter although they are no layers, such as mlp.experts.gate_up_proj",
-        joined=True,
+        [], "Parameters that get an adapter but are no layers, as mlp.experts.down_proj is", joined=True
     )
     init_lora_weights: str = setting(
         "true", "How pairs begin: true with B = 0; eva from your rows; loftq from what NF4 rounded off; pissa and olora from the weights",

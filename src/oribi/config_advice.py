@@ -22,8 +22,8 @@ WHEN_TO_CHANGE: dict[str, str] = {
     "layers_to_transform": "To train some layers only, such as those that an analysis points to.",
     "finetune_last_n_layers": "To train faster and change less; half of the layers is a usual first try.",
     "exclude_modules": "To leave out a few of many layers, such as `[lm_head]` or a tower.",
-    "target_parameters": "To train the experts of a mixture too: `[mlp.experts.gate_up_proj, mlp.experts.down_proj]`. A rank of 8 "
-    "gives Qwen3-30B-A3B 315 million parameters there.",
+    "target_parameters": "To train some stacks of experts only, such as `[mlp.experts.down_proj]`: the names of an MLP in target_modules "
+    "mean both. A rank of 8 gives Qwen3-30B-A3B 315 million parameters there.",
     "init_lora_weights": "`loftq` if `oribi inspect model NAME --four-bits` shows that NF4 changes the model much; `eva` or `pissa` to "
     "learn faster in short runs, as an experiment with an evaluation.",
     "new_tokens": "For markers that your rows use and the tokenizer cuts into pieces.",

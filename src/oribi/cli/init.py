@@ -142,7 +142,7 @@ def _sizes(
     from oribi.environment import detect
     from oribi.errors import ConfigError
     from oribi.memory.estimate import Training
-    from oribi.memory.fit import largest_batch, largest_context, ways_to_share
+    from oribi.memory.fit import FEWER_PAIRS, largest_batch, largest_context, ways_to_share
     from oribi.memory.gpus import gpu_named, recognise
 
     here = detect()
@@ -166,6 +166,12 @@ def _sizes(
     if shared:
         training = replace(training, config=replace(config, **shared), shards=gpus if "fsdp" in shared else 1)
         notes += [_SHARED[key] for key in shared]
+    adapter: dict[str, Any] = {}
+    for setting, value in FEWER_PAIRS.items() if training.adapted_stacks else ():
+        if not largest_batch(training, memory):
+            adapter[setting] = value
+            training = replace(training, config=replace(training.config, **adapter))
+            notes.append(f"{setting} leaves the experts fewer pairs, so that the run fits {name}")
     groups = gpus // training.config.context_parallel
     rows = largest_batch(training, memory)
     if rows == 0:
@@ -176,13 +182,13 @@ def _sizes(
                 + (" or more GPUs (--gpus)" if stage == "sft" else "")
             )
         notes.append(f"{values['max_seq_length']} tokens do not fit on {name}; max_seq_length is {context}")
-        return {"max_seq_length": context, **_batch(1, gpus, groups), **shared}
+        return {"max_seq_length": context, **_batch(1, gpus, groups), **shared, **adapter}
     # two rows of 2,048 tokens keep a GPU busy, and a larger effective batch would change what is learned
     least = 2 if stage == "kto" else 1  # kto compares the rows of a batch
     most = max(min(rows, 4096 // values["max_seq_length"], EFFECTIVE_BATCH // groups), least)
     rows = max(n for n in range(1, most + 1) if EFFECTIVE_BATCH % n == 0)
     notes.append(f"sizes fit {name}")
-    return {**_batch(rows, gpus, groups), **shared}
+    return {**_batch(rows, gpus, groups), **shared, **adapter}
 
 
 _SHARED = {

@@ -15,7 +15,14 @@ from oribi.families import family_of
 from oribi.lora.eva import PENDING, eva_settings
 from oribi.lora.settings import refuse_settings
 from oribi.lora.starts import packed_settings, start_on_packed
-from oribi.lora.targets import has_head, is_tied, resolve_layers, resolve_targets
+from oribi.lora.targets import (
+    has_head,
+    is_tied,
+    resolve_experts,
+    resolve_layers,
+    resolve_targets,
+    why_layers_only,
+)
 from oribi.models.identity import AS_IN_FILE
 from oribi.models.labels import HEADS
 from oribi.models.load_adapter import train_in_float32, without_word_on_ties
@@ -51,7 +58,8 @@ def attach_lora(
             if the arguments are the same.
         r: rank, at least 1.
         target_modules: names of layers, of which those that the model has are taken, a regular expression over full names,
-            "all-linear" or None (the seven projections). embed_tokens is trained whole (moved to `modules_to_save`).
+            "all-linear" or None (the seven projections). An MLP's projections are stacks in a model with experts, which get pairs by
+            target_parameters. embed_tokens is trained whole (moved to `modules_to_save`).
         lora_alpha: scale is lora_alpha / r, or / sqrt(r) with use_rslora.
         lora_dropout: probability in [0, 1).
         bias: "none", "all" or "lora_only": which biases are trained.
@@ -74,20 +82,19 @@ def attach_lora(
     """
     source, base, notes = model.oribi, base_model(model), []
     if source.full_finetuning:
-        source.notes.append(
-            "get_peft_model: the model was loaded with full_finetuning=True, so no LoRA is attached"
-        )
+        source.notes.append("get_peft_model: loaded with full_finetuning=True, so no LoRA is attached")
         return model
     _check_range(r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing)
     _check_fields(lora_config, init_lora_weights, source)
-    stacks = lora_config.get("target_parameters")
     lora_config |= eva_settings(init_lora_weights, lora_config.pop("eva_config", None))
     start = _start_in_peft(init_lora_weights, loftq_config, source)
     on_packed = None if start == init_lora_weights else str(init_lora_weights)
     task = _task(source, lora_config.pop("task_type", None))
     tied = is_tied(base) and lora_config.get("ensure_weight_tying") is not False
     layers = resolve_layers(base, layers_to_transform, finetune_last_n_layers)
-    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied, layers, stacks)
+    layers_only = why_layers_only(lora_dropout, lora_config.get("use_dora", False), init_lora_weights)
+    target_modules = resolve_experts(base, target_modules, layers, notes, layers_only, lora_config)
+    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied, layers)
     if task == TaskType.SEQ_CLS:
         saved = _with_heads(base, saved, lora_config)
     refuse_settings(base, targets, lora_config)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -34,6 +35,11 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 # parts of a module's name by which transformers' classes keep apart attention and MLP; whatever else mixes tokens is attention
 _MLP_PARTS = re.compile(r"mlp|per_layer|feed_forward|ffn|moe|expert|fc\d|dense_h|dense_4h|w[123]$")
+# an MLP's projections, and the stack of matrices that holds those of experts
+STACK_OF = {
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "gate_up_proj"),
+    "down_proj": "down_proj",
+}
 # choose experts, and are not trained as projections are
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
@@ -60,6 +66,8 @@ def layer_projections(model: PreTrainedModel, attention: bool, mlp: bool) -> lis
             and leaf not in without
         ):
             found[leaf] = _MLP_PARTS.search(name) is not None
+    if _has_experts(model):
+        found |= dict.fromkeys(STACK_OF.values(), True)
     return [leaf for leaf, is_mlp in found.items() if (mlp if is_mlp else attention)]
 
 
@@ -77,14 +85,12 @@ def resolve_targets(
     notes: list[str],
     tied: bool,
     layers: Sequence[int] | None = None,
-    parameters: Sequence[str] | None = None,
 ) -> tuple[list[str] | str, list[str] | None]:
     """Target and whole-trained module names that this model has, those of its text decoder.
 
     Args:
         model: the base. target_modules, modules_to_save: as asked for. notes: takes a line on each name that is read as another.
         tied: whether embeddings and head are trained as one matrix. layers: the only layers that are meant; None for all.
-        parameters: target_parameters, as asked for.
     """
     saved, every = list(modules_to_save or ()), [name for name, _ in model.named_modules()]
     names = _of_text(model, every)
@@ -92,7 +98,7 @@ def resolve_targets(
         target_modules = target_modules.strip()
         leaves = {name.rpartition(".")[2] for name in names}
         linear = target_modules.lower() == "all-linear"
-        if linear and (layers is not None or _has_experts(model) or _has_more_linear_layers(model, leaves)):
+        if linear and (layers is not None or _has_more_linear_layers(model, leaves)):
             target_modules = layer_projections(model, True, True)  # PEFT takes no word together with layers
         elif linear and len(names) < len(every):
             target_modules = list(PROJECTIONS)
@@ -110,7 +116,7 @@ def resolve_targets(
         targets.remove("embed_tokens")
         saved.append("embed_tokens")
         notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
-    targets = _without_read_by_kernels(model, _without_experts(model, targets, parameters, notes), notes)
+    targets = _without_read_by_kernels(model, targets, notes)
     leaves = {name.rpartition(".")[2] for name in names}
     row = FAMILIES.get(model.config.model_type)
     held = _FUSED if row is None else row.projections()
@@ -156,34 +162,89 @@ def _has_experts(model: nn.Module) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
-def _without_experts(
-    model: nn.Module, targets: list[str], parameters: Sequence[str] | None, notes: list[str]
-) -> list[str]:
-    """Targets, in a model with experts without the projections of an MLP, which are no layers of theirs.
+def why_layers_only(dropout: float, dora: bool, start: bool | str) -> str | None:
+    """Why the settings of an adapter leave out parameters that are no layers, as experts' stacks; None if they do not.
+
+    Args:
+        dropout, dora, start: lora_dropout, use_dora and init_lora_weights.
+    """
+    if dropout:
+        return f"lora_dropout = {dropout}"
+    if dora:
+        return "use_dora"
+    # PEFT begins pairs of parameters in no other way
+    return None if str(start).lower() in ("true", "false", "gaussian") else f"init_lora_weights = {start}"
+
+
+def stacks_of(names: Iterable[str], family: Family, layers: Iterable[int] | None = None) -> list[str]:
+    """The stacks of experts that names of an MLP's projections mean, as target_parameters has them.
+
+    Args:
+        names: of target modules; "all-linear" means all. family: with experts. layers: the only ones meant; None for all.
+    """
+    held = {STACK_OF.get(name.rpartition(".")[2]) for name in names} - {None}
+    if "all-linear" in names:
+        held = set(STACK_OF.values())
+    stacks = [f"{family.attribute('mlp')}.experts.{stack}" for stack in sorted(held, reverse=True)]
+    return stacks if layers is None else [f"layers.{index}.{stack}" for index in layers for stack in stacks]
+
+
+def resolve_experts(
+    model: nn.Module,
+    target_modules: Sequence[str] | str | None,
+    layers: Sequence[int] | None,
+    notes: list[str],
+    layers_only: str | None,
+    given: dict[str, Any],
+) -> Sequence[str] | str | None:
+    """Target modules without an MLP's projections in a model with experts, whose stacks these names mean; others as asked for.
 
     PEFT reads these names as the experts' stacks where transformers' older classes had layers of these names.
 
+    Args:
+        model: the base. target_modules: as asked for. layers: the only layers that are meant; None for all.
+        notes: takes a line on what is trained. layers_only: as `why_layers_only` says.
+        given: further fields of `peft.LoraConfig`; its target_parameters are set where names mean them.
+
     Raises:
-        ConfigError: nothing else is named.
+        ConfigError: nothing is left that could be trained.
     """
-    of_mlp = ("gate_proj", "up_proj", "down_proj", "gate_up_proj") if _has_experts(model) else ()
-    left = [target for target in targets if target.rpartition(".")[2] not in of_mlp]
+    if not _has_experts(model):
+        return target_modules
+    word = target_modules.strip() if isinstance(target_modules, str) else None
+    if word is not None and word.lower() == "all-linear":
+        targets = layer_projections(model, True, True)
+    elif word is None or word in STACK_OF:
+        targets = list(PROJECTIONS if target_modules is None else [word] if word else target_modules)
+    else:
+        return target_modules
+    left = [target for target in targets if target.rpartition(".")[2] not in STACK_OF]
     if len(left) == len(targets):
         return targets
-    mlp = FAMILIES[model.config.model_type].attribute("mlp")
-    how = f"target_parameters = [{mlp}.experts.gate_up_proj, {mlp}.experts.down_proj]"
-    if not left and not parameters:
-        raise ConfigError(
-            f"target_modules: {', '.join(targets)} are no layers of this model, whose experts are stacks of matrices; name "
-            f"{how}, and the layers of attention here"
-        )
-    if parameters:
-        notes.append(
-            f"target_modules: MLPs beside the experts stay frozen; {', '.join(parameters)} are adapted"
-        )
+    parameters = given.get("target_parameters")
+    if layers_only and not parameters:
+        if not left:
+            raise ConfigError(
+                f"target_modules: {', '.join(targets)} are stacks of experts in this model, which have no pairs with {layers_only}"
+            )
+        notes.append(f"target_modules: experts and MLPs beside them stay frozen, because of {layers_only}")
         return left
+    if not parameters:
+        names = [f".{name}" for name, _ in model.named_parameters()]
+        meant = stacks_of(targets, FAMILIES[model.config.model_type], layers)
+        # some layers have no experts
+        parameters = [one for one in meant if any(name.endswith(f".{one}") for name in names)]
+        if not parameters:
+            return left
+        given["target_parameters"] = parameters
+    stacks = dict.fromkeys(re.sub(r"^layers\.\d+\.", "", one) for one in parameters)
+    beside = any(
+        isinstance(module, nn.Linear) and name.rpartition(".")[2] in STACK_OF
+        for name, module in model.named_modules()
+    )
     notes.append(
-        f"target_modules: the experts, which are no layers, stay frozen, and so does any MLP beside them; {how} adapts the experts"
+        f"LoRA goes on the experts: target_parameters = {', '.join(stacks)}"
+        + ("; MLPs beside the experts stay frozen" if beside else "")
     )
     return left
 

@@ -18,6 +18,7 @@ from oribi.config import RunConfig
 from oribi.families import FAMILIES
 from oribi.kernels.context_attention import chunk_tokens
 from oribi.lora.starts import PRINCIPAL_RANKS
+from oribi.lora.targets import STACK_OF, stacks_of, why_layers_only
 from oribi.memory.account import (
     LIBRARY_BYTES,
     StepAccount,
@@ -103,12 +104,13 @@ class Training:
         if c.full_finetuning:
             return {}
         wanted, found = set(c.target_modules), {}
-        held = FAMILIES[self.architecture.config.model_type].projections()
-        wanted |= {attribute for role, attribute in held.items() if role in wanted}
+        family = FAMILIES[self.architecture.config.model_type]
+        wanted |= {attribute for role, attribute in family.projections().items() if role in wanted}
+        frozen = STACK_OF if family.experts is not None else ()  # MLPs beside experts
         for name, module in self.architecture.decoder.model.layers.named_modules():
-            if not isinstance(module, torch.nn.Linear):
-                continue
             leaf = name.rpartition(".")[2]
+            if not isinstance(module, torch.nn.Linear) or leaf in frozen:
+                continue
             every = c.target_modules == ["all-linear"] and leaf not in DECAY_PROJECTIONS
             if (every or leaf in wanted) and not self._left_out(name):
                 found[name] = self.rank_of(f"model.layers.{name}") * (
@@ -119,11 +121,18 @@ class Training:
     @cached_property
     def adapted_stacks(self) -> dict[str, int]:
         """Name of each adapted stack of experts among the layers -> its LoRA parameters."""
-        wanted = () if self.config.full_finetuning else self.config.target_parameters
+        c, family = self.config, FAMILIES[self.architecture.config.model_type]
+        if c.full_finetuning or family.experts is None:
+            return {}
+        wanted = c.target_parameters
+        if not wanted and why_layers_only(c.lora_dropout, c.use_dora, c.init_lora_weights) is None:
+            wanted = stacks_of(c.target_modules, family)
         return {
             name: self.rank_of(f"model.layers.{name}") * stack.shape[0] * sum(stack.shape[1:])
             for name, stack in self.architecture.decoder.model.layers.named_parameters()
-            if stack.dim() == 3 and any(f".{name}".endswith(f".{one}") for one in wanted)
+            if stack.dim() == 3
+            and any(f".{name}".endswith(f".{one}") for one in wanted)
+            and (c.target_parameters or not self._left_out(name))
         }
 
     def _left_out(self, name: str) -> bool:

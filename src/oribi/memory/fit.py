@@ -21,6 +21,8 @@ from oribi.memory.estimate import (
 from oribi.models.unfused import UnfusedSizes
 
 MOST_GPUS = 8  # of a machine
+# each expert has pairs of its own, 40 million numbers a rank in a model of 30B; settings with fewer, the mildest first
+FEWER_PAIRS = {"lora_r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
 def refuse_what_cannot_fit(config: RunConfig, environment: Environment) -> None:
@@ -133,6 +135,7 @@ def _proposals(training: Training, memory_bytes: int) -> list[str]:
         ("load_in_4bit", True, not config.load_in_4bit and not config.full_finetuning),
         ("full_finetuning", False, config.full_finetuning),
     ]
+    changes += [(name, value, bool(training.adapted_stacks)) for name, value in FEWER_PAIRS.items()]
     for name, value, applies in changes:
         if not applies:
             continue
@@ -142,7 +145,7 @@ def _proposals(training: Training, memory_bytes: int) -> list[str]:
         changed = replace(training, config=other)
         tokens = changed.tokens_of(config.per_device_train_batch_size, changed.longest)
         if changed.fits(tokens, changed.longest, memory_bytes):
-            found.append(f"{name}: {str(value).lower()}")
+            found.append(f"{name}: {str(value).lower().replace(chr(39), '')}")
     if found:
         return found
     gpus = gpus_needed(training, memory_bytes)
