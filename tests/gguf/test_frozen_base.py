@@ -8,6 +8,7 @@ from oribi.errors import ConfigError
 from oribi.gguf import llama_cpp
 from oribi.kernels.packed_weight import PackedWeight
 from oribi.lora.attach import attach_lora
+from oribi.memory.architecture import architecture_of
 from oribi.models.layer_shards import split_layers
 from oribi.models.load import load_model
 from oribi.models.packed_linear import PackedLinear
@@ -82,7 +83,10 @@ def test_the_note_counts_the_codes_and_the_memory_is_theirs(file):
     assert "Q4_K" in note
     weights = [layer.weight for layer in layers_of(model)]
     assert all(isinstance(weight, PackedWeight) for weight in weights)
-    assert sum(weight.nbytes for weight in weights) < 0.75 * sum(weight.numel() for weight in weights)
+    codes = sum(weight.packed.nbytes for weight in weights)
+    assert codes < 0.75 * sum(weight.numel() for weight in weights)
+    others = sum(p.nbytes for p in model.parameters() if not isinstance(p, PackedWeight))
+    assert architecture_of(str(file), dtype=torch.float32).weight_bytes(load_in_4bit=True) == codes + others
 
 
 def test_nf4_is_what_quantization_config_asks_for(file):
@@ -99,6 +103,7 @@ def test_answers_are_those_of_the_files_values_and_a_state_dict_holds_them(file)
     assert all(torch.equal(stored[name], value) for name, value in expected.state_dict().items())
 
 
+@pytest.mark.long
 def test_adapters_are_saved_loaded_on_the_codes_and_proved(file, tmp_path):
     model, tokenizer = load(file)
     model = adapted(model).eval()

@@ -1,15 +1,18 @@
 """A model's sizes from its config alone: every parameter's shape, without weights and without memory."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
 from oribi.formats.settings import PackedFormat
+from oribi.gguf.source import GGUFSource
+from oribi.kernels.ggml_blocks import BlockCodes
 from oribi.kernels.mxfp4 import mxfp4_bytes
 from oribi.kernels.nf4 import nf4_bytes
 from oribi.memory.account import linear_weights, packable_weights
@@ -46,6 +49,7 @@ class Architecture:
         decoder: the decoder on the meta device, in the compute dtype.
         stored: how the checkpoint's weights are quantised; None where they are not.
         in_mxfp4: whether its experts are in MXFP4, and stay so under load_in_4bit.
+        codes: linear layer of a GGUF file -> its bytes under load_in_4bit, which keeps the file's codes.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Architecture:
     decoder: DecoderForCausalLM
     stored: dict[str, Any] | PackedFormat | None = None
     in_mxfp4: bool = False
+    codes: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def linear_weights(self) -> int:
@@ -123,14 +128,18 @@ class Architecture:
         width = self.decoder.dtype.itemsize
         packed = self.packable_weights * load_in_4bit
         experts = sum(map(packable, self._experts())) if packed and self.in_mxfp4 else 0
+        in_file = dict(self.codes) if packed else {}
         if packed and keep_in_16bit:
             kept = Quantization(asked=tuple(keep_in_16bit)).kept(self.decoder)
             packed -= sum(
                 packable_weights(self.decoder.get_submodule(name)) for name in kept if name != "lm_head"
             )
             experts -= sum(map(packable, self._experts(*kept))) if experts and kept else 0
-        in_4_bits = mxfp4_bytes(experts) + (nf4_bytes(packed - experts) if packed else 0)
-        return in_4_bits + (self.parameters - packed) * width
+            in_file = {name: size for name, size in in_file.items() if name not in kept}
+        others = experts + sum(self.decoder.get_submodule(name).weight.numel() for name in in_file)
+        in_codes = mxfp4_bytes(experts) + sum(in_file.values())
+        in_codes += nf4_bytes(packed - others) if packed > others else 0
+        return in_codes + (self.parameters - packed) * width
 
 
 def architecture_of(
@@ -155,7 +164,21 @@ def architecture_of(
             "class, of whose memory only the weights are estimated",
             _sizes(config, trust_remote_code),
         )
-    return Architecture(name, config, location, build(config, dtype=dtype), stored, opened.keeps_mxfp4)
+    decoder = build(config, dtype=dtype)
+    return Architecture(
+        name, config, location, decoder, stored, opened.keeps_mxfp4, _codes(decoder, opened.gguf)
+    )
+
+
+def _codes(decoder: DecoderForCausalLM, file: GGUFSource | None) -> dict[str, int]:
+    """Linear layer -> bytes that it takes under load_in_4bit, if it comes from a GGUF file: those of its codes, or of its values."""
+    found = {}
+    for name, module in decoder.model.named_modules(prefix="model") if file is not None else ():
+        if type(module) is not nn.Linear or not packable_weights(module):
+            continue
+        kind, shape = file.block_type(f"{name}.weight"), (module.out_features, module.in_features)
+        found[name] = BlockCodes.empty(shape, kind).nbytes if kind else module.weight.nbytes
+    return found
 
 
 def _sizes(config: PretrainedConfig, trust_remote_code: bool) -> UnfusedSizes | None:
