@@ -240,8 +240,6 @@ def test_a_packed_checkpoint_is_dequantised_where_16_bit_is_asked_for(arguments,
     [
         ({"quant_method": "gptq", "bits": 4}, "quantised by gptq"),
         ({"quant_method": "awq", "bits": 4}, "quantised by awq"),
-        ({"quant_method": "fp8"}, "quantised by fp8"),
-        ({"quant_method": "compressed-tensors"}, "quantised by compressed-tensors"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised by bitsandbytes 8-bit"),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},

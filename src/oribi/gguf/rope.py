@@ -26,6 +26,8 @@ _SCALING = {
 _PROPORTIONAL = "proportional"
 _STANDS_STILL = 1e30  # what a frequency is divided by, so that no text is long enough to turn it
 _CPU = torch.device("cpu")
+# a key of oribi's own, of a model that rounds YaRN's range in a family whose released models do not
+_TRUNCATES = "oribi.rope.yarn_truncate"
 
 
 def global_rope(config: PretrainedConfig) -> dict[str, Any]:
@@ -55,6 +57,8 @@ def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, facts: InGGUF, h
     if kind == "yarn":
         writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
         writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
+        if facts.truncates_yarn and rope.get("truncate", True):
+            writer.add_bool(_TRUNCATES, True)
         if facts.yarn_log_mul and rope.get("mscale") and rope.get("mscale_all_dim"):
             writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
     if (beta := _query_scale(config, rope)) is not None:
@@ -153,7 +157,7 @@ def read_rope(file: GGUFFile, head_dim: int, facts: InGGUF) -> dict[str, Any]:
         rope |= {"rope_type": kind, "factor": float(file.value("{arch}.rope.scaling.factor", 1.0))}
         if original:
             rope["original_max_position_embeddings"] = original
-        if kind == "yarn" and facts.truncates_yarn:
+        if kind == "yarn" and facts.truncates_yarn and not file.value(_TRUNCATES, False):
             rope["truncate"] = False
         if mscale := file.value("{arch}.rope.scaling.yarn_log_multiplier"):
             rope |= {"mscale": float(mscale), "mscale_all_dim": float(mscale)}
