@@ -78,13 +78,17 @@ def decode_fp4(
     Raises:
         ModelError: the scales do not fit.
     """
-    signed = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=packed.device)
-    bytes_ = torch.arange(256, device=packed.device)
-    pairs = torch.stack([signed[bytes_ & 15], signed[bytes_ >> 4]], dim=1)
     scale = as_scale(scale)
     if global_scale is not None:
         scale = scale / global_scale.float().reshape(())
-    return decode_scaled(pairs[packed.int()].flatten(1), scale)
+    return decode_scaled(fp4_pairs(packed).flatten(1), scale)
+
+
+def fp4_pairs(packed: torch.Tensor) -> torch.Tensor:
+    """The two e2m1 numbers [..., 2] of each byte, float32, the one in the low bits first."""
+    signed = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=packed.device)
+    pairs = torch.stack([signed.repeat(16), signed.repeat_interleave(16)], dim=1)
+    return pairs[packed.int()]
 
 
 def decode_ints(

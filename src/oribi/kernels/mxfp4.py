@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from oribi.formats.codecs import fp4_pairs
 from oribi.kernels.dispatch import jit, launch, tl, use_triton
 
 # values that share a scale
 MX_BLOCK = 32
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # 4-byte words (8 codes) of a program, as in `nf4`
 _WORDS = 512
 # rows that the reference decodes at a time: bounds its temporaries
@@ -98,9 +98,7 @@ class MXFP4Stack:
 
 def decode_mxfp4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """float32 [..., K] of codes [..., K / 2] and scales [..., K / 32], uint8 each, on any device."""
-    table = torch.tensor(E2M1, device=codes.device)
-    pairs = torch.stack([table.repeat(16), table.repeat_interleave(16)], dim=1)  # of each byte
-    values = pairs[codes.int()].view(*scales.shape, MX_BLOCK)
+    values = fp4_pairs(codes).view(*scales.shape, MX_BLOCK)
     bits = torch.where(scales == 0, 0x400000, scales.int() << 23)  # 2^-127 is no normal number
     return (values * bits.view(torch.float32)[..., None]).flatten(-2)
 
