@@ -124,5 +124,5 @@ def test_a_gguf_needs_a_tokenizer(tuned, tmp_path):
 def test_the_methods_are_listed(capsys):
     print_quantization_methods()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 17
+    assert len(lines) == 18
     assert "q4_k_m   4.9 bits, recommended" in lines

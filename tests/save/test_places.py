@@ -43,7 +43,7 @@ def test_a_full_disk_that_a_rust_library_meets_is_the_same_error(tuned, tmp_path
     def full(*_, **__):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("oribi.save.merged.write_adapter", full)
+    monkeypatch.setattr("oribi.save.adapter.write_adapter", full)
     with pytest.raises(ExportError, match="cannot be written: No space left on device"):
         save_merged(tuned, tmp_path / "out", None, "lora")
 
