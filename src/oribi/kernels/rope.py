@@ -168,18 +168,15 @@ def _rotate(
 def _reference(x, cos, sin, interleaved, out):
     half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
-    first, second = (
+    pair = (
         (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
         if interleaved
         else (slice(half), slice(half, 2 * half))
     )
-    a, b = wide(x[..., first]), wide(x[..., second])
-    # both halves in one tensor: a cos | b cos, and what is added to it, -b sin | a sin
-    rotated, added = (a.new_empty(*x.shape[:-1], 2 * half) for _ in range(2))
-    for place, one, other, signed in ((first, a, b, -sin), (second, b, a, sin)):
-        torch.mul(one, cos, out=rotated[..., place])
-        torch.mul(other, signed, out=added[..., place])
+    a, b = (wide(x[..., one]) for one in pair)
+    first, second = a * cos - b * sin, b * cos + a * sin
     if out.data_ptr() != x.data_ptr():
         out[..., 2 * half :] = x[..., 2 * half :]
-    torch.add(rotated, added, out=out[..., : 2 * half])
+    out[..., pair[0]] = first
+    out[..., pair[1]] = second
     return out
