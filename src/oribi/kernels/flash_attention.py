@@ -297,13 +297,13 @@ def _dkv_kernel(
 ):  # fmt: skip
     kv_heads = heads // group
     block, kv_head, start, length, first_key, before = _place(cu_seqlens, cu_keys, blocks, kv_heads)
-    first = block * KEYS
-    if first >= before + length:
+    first, known = block * KEYS, before + length
+    if first >= known:
         return
     columns, rows, query_rows = tl.arange(0, COLUMNS), tl.arange(0, KEYS), tl.arange(0, QUERIES)
     keys = first + rows
-    k_tile = _tile(k + kv_head * k_head, first_key, first, rows, before + length, k_token, columns, WIDTH)
-    v_tile = _tile(v + kv_head * v_head, first_key, first, rows, before + length, v_token, columns, WIDTH)
+    k_tile = _tile(k + kv_head * k_head, first_key, first, rows, known, k_token, columns, WIDTH)
+    v_tile = _tile(v + kv_head * v_head, first_key, first, rows, known, v_token, columns, WIDTH)
     k_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
     v_sums = tl.zeros([KEYS, COLUMNS], tl.float32)
     highest = length
@@ -327,25 +327,5 @@ def _dkv_kernel(
             dp = tl.dot(v_tile, tl.trans(d_tile))
             ds = p * (dp - row_delta[None, :]) * slope * scale
             k_sums += tl.dot(ds.to(q_tile.dtype), q_tile)
-    _store_tile(
-        dk + kv_head * WIDTH,
-        k_sums,
-        first_key,
-        first,
-        rows,
-        before + length,
-        kv_heads * WIDTH,
-        columns,
-        WIDTH,
-    )
-    _store_tile(
-        dv + kv_head * WIDTH,
-        v_sums,
-        first_key,
-        first,
-        rows,
-        before + length,
-        kv_heads * WIDTH,
-        columns,
-        WIDTH,
-    )
+    _store_tile(dk + kv_head * WIDTH, k_sums, first_key, first, rows, known, kv_heads * WIDTH, columns, WIDTH)
+    _store_tile(dv + kv_head * WIDTH, v_sums, first_key, first, rows, known, kv_heads * WIDTH, columns, WIDTH)

@@ -174,7 +174,7 @@ def _codes(decoder: DecoderForCausalLM, file: GGUFSource | None) -> dict[str, in
     """Linear layer -> bytes that it takes under load_in_4bit, if it comes from a GGUF file: those of its codes, or of its values."""
     found = {}
     for name, module in decoder.model.named_modules(prefix="model") if file is not None else ():
-        if type(module) is not nn.Linear or not packable_weights(module):
+        if type(module) is not nn.Linear:
             continue
         kind, shape = file.block_type(f"{name}.weight"), (module.out_features, module.in_features)
         found[name] = BlockCodes.empty(shape, kind).nbytes if kind else module.weight.nbytes

@@ -39,9 +39,14 @@ def stored_stack(experts: Experts, stack: str, values: torch.Tensor) -> torch.Te
 def loaded_stack(experts: Experts, stack: str, stored: torch.Tensor) -> torch.Tensor:
     """What `stored_stack` made, as the model has it."""
     values = stored.mT if experts.rules.stored == "transposed" and stored.dim() > 2 else stored
+    return _gate_first(experts, stack, values)
+
+
+def _gate_first(experts: Experts, stack: str, rows: torch.Tensor) -> torch.Tensor:
+    """Rows [E, N, ...] of a stack, or its biases, in the model's order, where a checkpoint has those of gate and up by turns."""
     if experts.rules.alternating and stack.startswith("gate_up_proj"):
-        values = values.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
-    return values
+        return rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return rows
 
 
 class Unstacked:
@@ -101,9 +106,8 @@ class Unstacked:
     def mxfp4(self, prefix: str, stack: str, device: torch.device) -> MXFP4Stack:
         """The codes of a stack that is in MXFP4, in the model's order."""
         module = self._experts[prefix]
-        codes, scales = (tensor.flatten(2) for tensor in self._stack(f"{prefix}.{stack}"))
-        if module.rules.alternating and stack == "gate_up_proj":
-            codes, scales = (t.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) for t in (codes, scales))
+        stored = self._stack(f"{prefix}.{stack}")
+        codes, scales = (_gate_first(module, stack, tensor.flatten(2)) for tensor in stored)
         shape, parts = tuple(getattr(module, stack).shape), _parts(module, stack)
         return MXFP4Stack(shape, parts, codes.contiguous().to(device), scales.contiguous().to(device))
 

@@ -28,10 +28,8 @@ class CompressedExport(MergedExport):
     """A merged checkpoint whose linear layers and experts are in FP8 or in 4-bit integers."""
 
     group_size = 1  # columns that share a scale
-    _encoded: tuple[str, dict[str, torch.Tensor]] = (
-        "",
-        {},
-    )  # the tensor that was encoded last, and its parts
+    # the tensor that was encoded last, and its parts
+    _encoded: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
     @property
     def form(self) -> str:
