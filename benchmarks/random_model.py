@@ -3,6 +3,7 @@
 gpt-oss is written as it is released: experts in MXFP4, everything else in bfloat16.
 
     python benchmarks/random_model.py llama-3.2-1b /tmp/llama-3.2-1b
+    python benchmarks/random_model.py llama-3.1-8b-q4_k_m /tmp/llama-3.1-8b-q4_k_m    # a GGUF file
 
 Speed and memory do not depend on the weights' values. N: out features, K: in features.
 """
@@ -10,6 +11,7 @@ Speed and memory do not depend on the weights' values. N: out features, K: in fe
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -203,10 +205,16 @@ def packed_matrices(key: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[i
 
 
 def write(name: str, directory: Path, seed: int = 0) -> None:
-    """Writes config, tokenizer and one safetensors file of the named model, quantised on the GPU if there is one."""
+    """Writes config, tokenizer and one safetensors file of the named model, quantised on the GPU if there is one.
+
+    A name that ends with a method of GGUF, such as "-q4_k_m", writes model.gguf in place of the safetensors file.
+    """
     from bitsandbytes.functional import quantize_4bit
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if name not in MODELS:
+        write_gguf(*name.rsplit("-", 1), directory, seed)
+        return
     fields = dict(MODELS[name])
     directory.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -250,6 +258,35 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
     }
     (directory / "config.json").write_text(json.dumps(whole, indent=1))
     _tokenizer().save_pretrained(directory)
+
+
+def write_gguf(name: str, method: str, directory: Path, seed: int) -> None:
+    """Writes config, tokenizer and a GGUF file of the named model by oribi's own quantiser."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from oribi.gguf.writer import write_files
+
+    fields = dict(MODELS[name])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(device).manual_seed(seed)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        shapes = {
+            key: tuple(value.shape)
+            for key, value in AutoModelForCausalLM.from_config(config).state_dict().items()
+            if key != "lm_head.weight" or not config.tie_word_embeddings
+        }
+
+    def read(key: str, *_: object) -> torch.Tensor:
+        shape = shapes[key]
+        values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+        return values.mul_(0.02) if len(shape) > 1 else torch.ones_like(values)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    _tokenizer().save_pretrained(directory)
+    source = SimpleNamespace(shapes=lambda: shapes, read=read)
+    write_files({method: directory / "model.gguf"}, source, config, _tokenizer(), name=name, device=device)
 
 
 def _tokenizer():

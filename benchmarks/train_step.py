@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2, help="how often each stack runs")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--masked", type=float, default=0.0, help="share of each 256 tokens, its first, that is not trained"
+    )
     parser.add_argument("--models", type=Path, default=Path("/tmp/oribi-models"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--timeout", type=int, default=400, help="seconds per run")
@@ -93,7 +96,7 @@ def start(workload: str, stack: str, turn: Path, args: argparse.Namespace) -> su
     command = [
         sys.executable, __file__, "--workload", workload, "--stack", stack, "--one", f"{workload}|{stack}",
         "--steps", str(args.steps), "--warmup", str(args.warmup), "--rank", str(args.rank),
-        "--models", str(args.models), "--turn", str(turn),
+        "--masked", str(args.masked), "--models", str(args.models), "--turn", str(turn),
     ]  # fmt: skip
     return launch(command)
 
@@ -154,7 +157,9 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
     ids = torch.randint(
         3, model.config.vocab_size, (rows * (steps + args.warmup), length), generator=generator
     )
-    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    is_shown = torch.arange(length) % 256 < args.masked * 256
+    labels = ids.masked_fill(is_shown, -100)
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
     class Clock(TrainerCallback):
         times: list[float] = []
@@ -184,7 +189,7 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
     gradients = [bool(p.ne(q).any()) for p, q in zip(trained(model), same_factors.values)]
     times = clock.times[args.warmup :]
     return {
-        "stack": name, "mode": mode, "model": model_name, "batch": rows, "seq": length, "rank": args.rank,
+        "stack": name, "mode": mode, "model": model_name, "batch": rows, "seq": length, "rank": args.rank, "masked": args.masked,
         "workload": workload, "gpu": gpu_name(),
         "ms": statistics.median(times), "ms_p10": sorted(times)[len(times) // 10],
         "ms_p90": sorted(times)[len(times) * 9 // 10],
@@ -206,7 +211,10 @@ def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
     if name == "oribi":
         from oribi import FastLanguageModel, SFTConfig, SFTTrainer
 
-        model, tokenizer = FastLanguageModel.from_pretrained(str(path), max_seq_length=length)
+        file = path / "model.gguf"
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            str(file if file.exists() else path), max_seq_length=length
+        )
         extra, policy = ({"fp8": True}, "auto") if mode == "fp8" else ({}, mode)
         model = FastLanguageModel.get_peft_model(
             model, r=rank, lora_alpha=16, target_modules=targets, use_gradient_checkpointing=policy
