@@ -244,7 +244,10 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
                 tensors[f"{name}.{part}"] = value.cpu()
         if is_packed:
             continue
-        if meant.dim() < 2 and not key.endswith("bias"):  # of norms, and decays
+        if config.model_type == "gemma4_text" and key.endswith(("q_norm.weight", "k_norm.weight")):
+            # its attention scales no products: with ones, random keys would be told apart as no trained model does
+            tensors[key] = torch.full(meant.shape, len(meant) ** -0.25, dtype=torch.bfloat16)
+        elif meant.dim() < 2 and not key.endswith("bias"):  # of norms, and decays
             tensors[key] = torch.ones(meant.shape, dtype=torch.bfloat16)
         else:
             x = torch.randn(*meant.shape, generator=generator, device=device).mul_(0.02)
