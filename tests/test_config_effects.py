@@ -102,6 +102,9 @@ EFFECTS = {
     "keep_in_16bit": Effect(
         ["q_proj"], lambda run: type(run.base.model.layers[0].self_attn.q_proj.base_layer.weight).__name__, "Parameter"
     ),
+    "train_for": Effect(
+        "q8_0", lambda run: getattr(getattr(run.layer.base_layer.weight, "packed", None), "kind", None), "Q8_0"
+    ),
     "dtype": Effect("bfloat16", lambda run: run.base.model.norm.weight.dtype, torch.bfloat16),
     "full_finetuning": Effect(True, lambda run: all(p.requires_grad for p in run.model.parameters()), True),
     "lora_r": Effect(7, lambda run: run.layer.lora_A["default"].weight.shape[0], 7),

@@ -29,6 +29,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "max_seq_length": {"max_seq_length": 77},
     "load_in_4bit": {"load_in_4bit": False},
     "keep_in_16bit": {"keep_in_16bit": ["down_proj"]},
+    "train_for": {"train_for": "q4_k_m"},
     "dtype": {"dtype": "float32"},
     "full_finetuning": {"full_finetuning": True},
     "lora_r": {"lora_r": 7},

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from oribi.config_advice import OTHER_NAMES
-from oribi.config_setting import SFT_ONLY, STAGES, Setting
+from oribi.config_setting import KEPT_CODES, OTHER_CODES, SFT_ONLY, STAGES, Setting
 from oribi.errors import ConfigError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -80,6 +80,10 @@ class RunConfig:
     keep_in_16bit: list[str] = setting(
         [], "Linear layers not packed in NF4, as down_proj or layers.0; auto measures which", joined=True
     )
+    train_for: str | None = setting(
+        None, "GGUF quantisation that will be served: frozen weights are the codes that its files have",
+        choices=KEPT_CODES, same=OTHER_CODES,
+    )  # fmt: skip
     dtype: str = setting(
         "auto", "Data type of the computation", choices=("auto", "bfloat16", "float16", "float32"),
         same={"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"},
@@ -310,11 +314,10 @@ class RunConfig:
     )
     # what is saved
     save_method: list[str] = setting(
-        ["lora"], "Forms in which the model is saved", choices=("lora", "merged_16bit", "merged_4bit", "fp8", "w4a16"),
+        ["lora"], "Forms in which the model is saved", choices=("lora", "merged_16bit", "merged_4bit", "fp8", "w4a16", "gguf-adapter"),
         same={"adapter": "lora", "merged": "merged_16bit"},
     )  # fmt: skip
     quantization_method: list[str] = setting([], "GGUF files to write, e.g. q8_0 or q4_k_m")
-
     report: bool = setting(True, "Measure the model before and after, and write report.html and report.md")
 
     def sources(self) -> list[dict[str, Any]]:

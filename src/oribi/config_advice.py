@@ -8,6 +8,7 @@ WHEN_TO_CHANGE: dict[str, str] = {
     "max_seq_length": "`oribi inspect data` shows how long your rows are; longer rows cost memory and time.",
     "load_in_4bit": "`false` trains on 16-bit weights, which takes three to four times the memory for the weights.",
     "keep_in_16bit": "If `oribi inspect model NAME --four-bits` shows that NF4 changes the model much; it costs memory.",
+    "train_for": "If you will serve a GGUF file: with `q4_k_m`, the adapter learns on the weights that a q4_k_m file has.",
     "dtype": "Rarely; auto takes bfloat16 where the GPU has it.",
     "full_finetuning": "For large changes to a small model, with many rows and a learning rate ten times lower.",
     "lora_r": "Raise it to 32 or 64 for new knowledge or a new language; 8 is enough for a style or a format.",
@@ -104,7 +105,8 @@ WHEN_TO_CHANGE: dict[str, str] = {
     "epsilon": "Lower it if training is unstable.",
     "scale_rewards": "`none` if easy and hard prompts should count alike.",
     "mask_truncated_completions": "`true` if many answers reach the longest length.",
-    "save_method": "`merged_16bit` for programs that read whole models, `fp8` or `w4a16` for vLLM and SGLang in half or a quarter of the memory.",
+    "save_method": "`merged_16bit` for programs that read whole models, `fp8` or `w4a16` for vLLM and SGLang in half or a quarter of the memory; "
+    "`gguf-adapter` for llama.cpp beside the base's GGUF file.",
     "quantization_method": "`[q4_k_m]` for llama.cpp, Ollama and LM Studio.",
     "report": "`false` saves the time that measuring takes.",
 }

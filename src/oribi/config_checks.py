@@ -58,6 +58,8 @@ def contradictions(config: RunConfig, given: Mapping[str, Given]) -> list[Proble
         refuse("load_in_4bit", "4-bit weights cannot be trained; full_finetuning needs false")
     if config.keep_in_16bit and not config.load_in_4bit:
         refuse("keep_in_16bit", "without load_in_4bit every weight is in 16 bits; leave it out")
+    if config.train_for is not None:
+        _refuse_of_codes(config, refuse)
     if "auto" in config.keep_in_16bit and len(config.keep_in_16bit) > 1:
         refuse("keep_in_16bit", "auto chooses by itself; give auto or names")
     against = {
@@ -92,7 +94,7 @@ def contradictions(config: RunConfig, given: Mapping[str, Given]) -> list[Proble
         refuse("gradient_accumulation_steps", "it follows from total_batch_size; leave one of them out")
     if config.max_steps == 0:
         refuse("max_steps", "must be positive, or -1 to train num_train_epochs")
-    if config.full_finetuning and "lora" in config.save_method:
+    if config.full_finetuning and {"lora", "gguf-adapter"} & set(config.save_method):
         refuse("save_method", "full_finetuning has no adapter; use merged_16bit")
     for key, why in contradictions_of_stage(config):
         refuse(key, why)
@@ -164,6 +166,39 @@ def _refuse_of_adapter(config: RunConfig, refuse: Callable[[str, str], None]) ->
     whole = {name.rpartition(".")[2] for name in [*config.modules_to_save, *config.target_modules]}
     if config.trainable_tokens and "embed_tokens" in whole:
         refuse("trainable_tokens", "embed_tokens is trained whole already; leave one of them out")
+
+
+def _refuse_of_codes(config: RunConfig, refuse: Callable[[str, str], None]) -> None:
+    """What cannot be beside frozen weights in a GGUF file's codes."""
+    if config.full_finetuning:
+        refuse("train_for", "full_finetuning has no frozen weights; leave one of them out")
+    if config.stage == "reward":
+        refuse("train_for", "llama.cpp reads no scores, so a reward model has no GGUF file")
+    if config.fsdp:
+        refuse(
+            "train_for",
+            "with fsdp no process holds the layers whole; train on one GPU, or on several without fsdp",
+        )
+    if config.keep_in_16bit:
+        refuse("keep_in_16bit", f"train_for gives every layer the type that {config.train_for} files have")
+    if config.load_in_4bit:
+        for key, asked in {
+            "use_dora": config.use_dora,
+            "init_lora_weights": config.init_lora_weights == "loftq",
+        }.items():
+            if asked:
+                refuse(
+                    key,
+                    "PEFT does not read the codes that train_for keeps; load_in_4bit: false trains on their values",
+                )
+    if "gguf-adapter" in config.save_method:
+        whole = {
+            "new_tokens": config.new_tokens,
+            "trainable_tokens": config.trainable_tokens,
+            "modules_to_save": config.modules_to_save,
+        }
+        for key in (key for key, asked in whole.items() if asked):
+            refuse(key, "llama.cpp applies LoRA updates alone; save_method: gguf-adapter holds nothing else")
 
 
 def _refuse_of_search(config: RunConfig, evaluates: bool, refuse: Callable[[str, str], None]) -> None:

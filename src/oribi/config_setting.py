@@ -14,6 +14,9 @@ _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 # what is trained: sft on examples; the others on preferences, judged answers or rewards, with TRL's trainers
 STAGES = ("sft", "dpo", "orpo", "kto", "reward", "grpo")
 SFT_ONLY = STAGES[:1]
+# methods of GGUF files all of whose types are kept in memory as codes, and other names of them
+KEPT_CODES = ("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0")
+OTHER_CODES = {"q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 # keys of a data set that is written as a mapping
 SOURCE_KEYS = (
     "path", "name", "split", "revision", "weight", "columns", "role_aliases", "text_field", "max_rows",

@@ -16,9 +16,12 @@ from oribi.gguf.metadata import check_config
 from oribi.gguf.mixes import mix_of
 from oribi.launch import processes_here, require_groups, require_own_connection
 from oribi.memory.fit import refuse_what_cannot_fit
+from oribi.models.decoder import build
 from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
 from oribi.models.open import OpenedModel, open_model
+from oribi.models.packed_linear import planned_types
+from oribi.models.quantization import require_codable
 from oribi.run_arguments import adapter_ranks, token_ids
 from oribi.run_record import (
     FORM_FOLDERS,
@@ -108,7 +111,11 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         return start
     require_writable(config.output_dir)
     refuse_what_cannot_fit(config, environment)
-    if config.quantization_method:
+    if config.train_for is not None:
+        opened = open_run_model(config)
+        require_codable(opened, config.load_in_4bit, config.full_finetuning, config.stage == "reward")
+        planned_types(build(opened.config), config.train_for)
+    if config.quantization_method or config.train_for:
         # what llama.cpp would compute differently is told before the training, not after it
         check_config(open_run_model(config).config)
     check_data(config)

@@ -46,6 +46,7 @@ from oribi.run_record import (
 )
 from oribi.save import save_gguf, save_merged
 from oribi.save.four_bits import kept_by_auto
+from oribi.save.gguf_adapter import save_gguf_adapter
 from oribi.save.whole import whole_model
 from oribi.text import gibibytes, is_first_process, say_notes, write_whole
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
@@ -133,6 +134,7 @@ def _load(config: RunConfig, environment: Environment, resumes: bool) -> tuple[A
         dtype=dtype,
         load_in_4bit=config.load_in_4bit and not config.full_finetuning,
         keep_in_16bit=_kept_in_16bit(config, environment, resumes),
+        train_for=config.train_for,
         full_finetuning=config.full_finetuning,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
@@ -270,6 +272,9 @@ def _save(
                 written = save_gguf(trainer.model, folder / name, tokenizer, config.quantization_method)
                 asked = dict.fromkeys(mix_of(method).name for method in config.quantization_method)
                 saved |= {f"gguf {m}": Path(f) for m, f in zip(asked, written["gguf_files"])}
+            elif form == "gguf-adapter":
+                save_gguf_adapter(trainer.model, folder / name, tokenizer=tokenizer)
+                saved[form] = folder / name
             else:
                 save_merged(trainer.model, folder / name, tokenizer, form)
                 saved[form] = folder / name

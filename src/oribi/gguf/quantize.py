@@ -7,7 +7,7 @@ at least as near as those of llama.cpp's own quantiser. B blocks of n values.
 The search takes, for each block, the scale (and minimum) whose rounded values are nearest. A block x becomes s q, or
 s q - m, with integers q of a few bits. A candidate scale rounds the block; least squares then gives the best s (and m) for
 these integers; the candidate with the smallest error wins and is rounded and fitted again. Errors come from sums over the
-block, so no candidate is dequantised. A value x counts with the weight |x| + 2 rms of its block: the outputs of a layer
+block, so no candidate is dequantised; they are added in one order on every device, so that a GPU gives a CPU's bytes. A value x counts with the weight |x| + 2 rms of its block: the outputs of a layer
 depend most on its large weights. On SmolLM2 the KL divergence of Q6_K is 3 % lower than with equal weights, that of Q5_K
 11 %, for errors 1 % larger. Blocks stand as columns, [n, B]: a sum over a block is a sum of rows, which vectorises.
 
@@ -222,8 +222,17 @@ def _inverse(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x == 0, 0, 1 / x)
 
 
+def _total(x: torch.Tensor) -> torch.Tensor:
+    """Sums [1, B] of x [n, B], n a power of two: halves are added, whatever the device or the number of blocks."""
+    x = x[: len(x) // 2] + x[len(x) // 2 :]
+    while len(x) > 1:
+        half = len(x) // 2
+        x = x[:half].add_(x[half:])
+    return x
+
+
 def _weights(x: torch.Tensor) -> torch.Tensor:
-    return x.abs() + x.square().mean(0, keepdim=True).sqrt_().mul_(2)
+    return x.abs() + _total(x.square()).div_(len(x)).sqrt_().mul_(2)
 
 
 def _fit_scale(x: torch.Tensor, low: int, high: int, steps: Sequence[float]) -> torch.Tensor:
@@ -243,8 +252,8 @@ def _fit_scale(x: torch.Tensor, low: int, high: int, steps: Sequence[float]) -> 
     for step in [*steps, *[None] * _REFITS]:
         torch.mul(x, _inverse(scale) if step is None else (low - step) * unit, out=q)
         q.round_().clamp_(low, high)
-        xq = torch.mul(wx, q, out=product).sum(0, keepdim=True)
-        qq = torch.mul(w, q, out=product).mul_(q).sum(0, keepdim=True).clamp_min_(1e-30)
+        xq = _total(torch.mul(wx, q, out=product))
+        qq = _total(torch.mul(w, q, out=product).mul_(q)).clamp_min_(1e-30)
         s = xq / qq
         gain = xq * s  # what s q explains of sum(w x^2)
         better = gain > best
@@ -270,8 +279,8 @@ def _fit_affine(
     unit = _inverse(span)
     w = _weights(x)
     wx = w * x
-    n = w.sum(0, keepdim=True).clamp_min_(1e-30)  # how many values, by weight
-    sx, sxx = wx.sum(0, keepdim=True), (wx * x).sum(0, keepdim=True)
+    n = _total(w).clamp_min_(1e-30)  # how many values, by weight
+    sx, sxx = _total(wx), _total(wx * x)
     best, scale, minimum = torch.full_like(span, torch.inf), torch.zeros_like(span), -least
     q, product, above = torch.empty_like(x), torch.empty_like(x), x - least
     for step in [*steps, *[None] * _REFITS]:
@@ -280,9 +289,9 @@ def _fit_affine(
         else:
             torch.mul(above, (high + step) * unit, out=q)
         q.round_().clamp_(0, high)
-        sxq = torch.mul(wx, q, out=product).sum(0, keepdim=True)
-        sq = torch.mul(w, q, out=product).sum(0, keepdim=True)
-        sqq = product.mul_(q).sum(0, keepdim=True)
+        sxq = _total(torch.mul(wx, q, out=product))
+        sq = _total(torch.mul(w, q, out=product))
+        sqq = _total(product.mul_(q))
         s = ((n * sxq - sx * sq) / (n * sqq - sq * sq).clamp_min_(1e-30)).clamp_min_(0)
         m = (s * sq - sx) / n
         if not any_sign:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
 from oribi.formats.settings import PackedFormat
+from oribi.gguf.coded import PlannedFile
 from oribi.gguf.source import GGUFSource
 from oribi.kernels.ggml_blocks import BlockCodes
 from oribi.kernels.mxfp4 import mxfp4_bytes
@@ -21,6 +22,7 @@ from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.experts import Experts
 from oribi.models.files import HubOptions, Location
 from oribi.models.open import open_model
+from oribi.models.packed_linear import planned_types
 from oribi.models.quantization import Quantization
 from oribi.models.unfused import UnfusedSizes, sizes_of_config
 
@@ -49,7 +51,7 @@ class Architecture:
         decoder: the decoder on the meta device, in the compute dtype.
         stored: how the checkpoint's weights are quantised; None where they are not.
         in_mxfp4: whether its experts are in MXFP4, and stay so under load_in_4bit.
-        codes: linear layer of a GGUF file -> its bytes under load_in_4bit, which keeps the file's codes.
+        codes: linear layer -> its bytes under load_in_4bit, where a GGUF file's codes are kept.
     """
 
     name: str
@@ -149,8 +151,13 @@ def architecture_of(
     revision: str | None = None,
     trust_remote_code: bool = False,
     token: Any = None,
+    train_for: str | None = None,
 ) -> Architecture:
     """A model's sizes; of a hub name only the small files are fetched.
+
+    Args:
+        name, revision, trust_remote_code, token: of the model. dtype: that it computes in.
+        train_for: method of the GGUF file whose codes its linear layers get.
 
     Raises:
         ModelError: there is no such model, or its weights are quantised in a way that is not read.
@@ -165,13 +172,12 @@ def architecture_of(
             _sizes(config, trust_remote_code),
         )
     decoder = build(config, dtype=dtype)
-    return Architecture(
-        name, config, location, decoder, stored, opened.keeps_mxfp4, _codes(decoder, opened.gguf)
-    )
+    file = opened.gguf if train_for is None else planned_types(decoder, train_for)
+    return Architecture(name, config, location, decoder, stored, opened.keeps_mxfp4, _codes(decoder, file))
 
 
-def _codes(decoder: DecoderForCausalLM, file: GGUFSource | None) -> dict[str, int]:
-    """Linear layer -> bytes that it takes under load_in_4bit, if it comes from a GGUF file: those of its codes, or of its values."""
+def _codes(decoder: DecoderForCausalLM, file: GGUFSource | PlannedFile | None) -> dict[str, int]:
+    """Linear layer -> bytes that it takes under load_in_4bit in a GGUF file's codes: those of its codes, or of its values."""
     found = {}
     for name, module in decoder.model.named_modules(prefix="model") if file is not None else ():
         if type(module) is not nn.Linear:

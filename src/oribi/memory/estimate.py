@@ -378,6 +378,7 @@ def training_of(config: RunConfig, host_bytes: int, gpus: int = 1, on_machine: i
         dtype=compute_dtype(config),
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
+        train_for=config.train_for,
     )
     return Training(architecture, config, host_bytes, gpus if config.fsdp else 1, on_machine or gpus)
 

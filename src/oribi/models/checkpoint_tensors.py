@@ -36,6 +36,18 @@ def ties_head(model: nn.Module) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
+def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors that a model's checkpoint holds; a tied head is not among them."""
+    expected = stored_shapes(model)
+    for prefix, module in model.named_modules():
+        expected |= {
+            f"{prefix}.{name}": tuple(module._buffers[name].shape) for name in stored_buffers(module)
+        }
+    if ties_head(model):
+        expected.pop("lm_head.weight", None)
+    return expected
+
+
 def check_tensors(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: set[str]) -> list[str]:
     """Compares a checkpoint's names and shapes with those of a model.
 
@@ -48,12 +60,9 @@ def check_tensors(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: 
     Raises:
         ModelError: tensors are missing, unexpected or misshapen.
     """
-    expected = stored_shapes(model)
+    expected = expected_shapes(model)
     notes, unread = [], set()
     for prefix, module in model.named_modules():
-        expected |= {
-            f"{prefix}.{name}": tuple(module._buffers[name].shape) for name in stored_buffers(module)
-        }
         unread |= {f"{prefix}.{name}" for name in getattr(module, "leftovers", ())} & set(stored)
     drafts = {name for name in stored if name not in expected and is_draft(name, model.config)}
     if drafts:
@@ -65,11 +74,9 @@ def check_tensors(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: 
             f"{len(unread)} tensors of the checkpoint, {min(unread)} the first, are not used: these layers read the keys and "
             "values of earlier ones"
         )
-    if ties_head(model):
-        expected.pop("lm_head.weight", None)
-        if "lm_head.weight" in stored:
-            notes.append("the checkpoint's lm_head.weight is not used: config.json ties it to the embeddings")
-            stored.pop("lm_head.weight")
+    if ties_head(model) and "lm_head.weight" in stored:
+        notes.append("the checkpoint's lm_head.weight is not used: config.json ties it to the embeddings")
+        stored.pop("lm_head.weight")
     known = set(expected) | unread | drafts | {f"{name}.{key}" for name in packed for key in STATE_KEYS}
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in known]

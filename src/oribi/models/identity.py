@@ -20,6 +20,7 @@ _WORDS = {
     "name": "base model",
     "revision": "revision of the base",
     "weights": "the base's weights in memory",
+    "train_for": "the GGUF quantisation of the base's weights",
     "chat_template_sha256": "the base's chat template (SHA-256)",
 }
 
@@ -35,6 +36,7 @@ class BaseIdentity:
         weights: how the frozen weights lay in memory: "nf4" (its scales quantised, too), "nf4, single" (they are not),
             "gguf" (the file's own codes), "float16", "bfloat16" or "float32".
         chat_template_sha256: of the tokenizer's chat template; None if it has none.
+        train_for: method of the GGUF file of this base whose values the frozen weights had; None: the base's own.
     """
 
     name: str
@@ -42,6 +44,7 @@ class BaseIdentity:
     files: dict[str, dict[str, Any]]
     weights: str
     chat_template_sha256: str | None
+    train_for: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON keeps them."""
@@ -55,6 +58,7 @@ class BaseIdentity:
             ModelError: a field is missing or of another type.
         """
         try:
+            values = {"train_for": None, **values}  # which earlier versions did not have
             found = cls(**{field.name: values[field.name] for field in fields(cls)})
             valid = isinstance(found.name, str) and isinstance(found.weights, str)
             valid = valid and all(isinstance(entry, dict) for entry in found.files.values())
@@ -75,7 +79,7 @@ class BaseIdentity:
         A name or revision alone makes no other model: they are told only where a file differs.
         """
         lines = self.changed_files(other)
-        names = ["weights", "chat_template_sha256"]
+        names = ["weights", "train_for", "chat_template_sha256"]
         if lines:
             names = ["name", "revision", *names]
         told = [(name, getattr(self, name), getattr(other, name)) for name in names]
@@ -98,8 +102,9 @@ def _described(entry: dict[str, Any] | None) -> str:
 
 
 def identify(
-    name: str, files: Sequence[Path], model: nn.Module, revision: str | None, chat_template: Any
-) -> BaseIdentity:
+    name: str, files: Sequence[Path], model: nn.Module, revision: str | None, chat_template: Any,
+    train_for: str | None = None,
+) -> BaseIdentity:  # fmt: skip
     """The identity of a model that was just loaded.
 
     Args:
@@ -108,13 +113,14 @@ def identify(
         model: loaded from them, without adapter.
         revision: the revision asked for.
         chat_template: the tokenizer's: a text, several by name, or None.
+        train_for: method of the GGUF file whose values the weights have.
     """
     if revision is None:
         folders = (folder for folder in files[-1].parents if folder.parent.name == "snapshots")
         revision = next((folder.name for folder in folders), None)
     template = None if chat_template is None else hashlib.sha256(str(chat_template).encode()).hexdigest()
     entries = {path.name: fingerprint(path) for path in files}
-    return BaseIdentity(name, revision, entries, _in_memory(model), template)
+    return BaseIdentity(name, revision, entries, _in_memory(model), template, train_for)
 
 
 def _in_memory(model: nn.Module) -> str:

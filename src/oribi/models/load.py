@@ -38,7 +38,7 @@ from oribi.models.load_settings import (
 from oribi.models.load_together import LoadTogether
 from oribi.models.open import OpenedAdapter, OpenedModel, open_model
 from oribi.models.pretrained import DecoderPreTrainedModel
-from oribi.models.quantization import Quantization
+from oribi.models.quantization import Quantization, require_codable
 from oribi.models.quantize import fill
 from oribi.models.rope import extend_context, override_rope, trained_positions
 from oribi.models.unfused import load_unfused
@@ -265,13 +265,9 @@ def _load_base(
     _choose_positions(config, settings, notes)
     files = weight_files(location, opened.hub, settings.allow_pickle)
     pickled, names, new_modules = files[0].suffix == ".bin", None, ()
-    labels = settings.labels or stored_labels(opened.whole)
-    if labels is None and settings.classifies:
-        labels = read_labels(2)
-        notes.append("num_labels is not given: the classifier gets 2 labels, as in transformers")
-    if labels is not None:
-        for one in (opened.whole, opened.whole.get_text_config(), config):
-            labels.write(one)
+    labels = _choose_labels(opened, settings)
+    if quantization.train_for is not None:
+        require_codable(opened, quantization.enabled, settings.full_finetuning, labels is not None)
     if opened.fused:
         names = wrapper_names(opened.whole, labels is not None) if opened.is_part else None
         weights = opened.gguf or open_weights(location, opened.hub, renaming(names), settings.allow_pickle)
@@ -303,7 +299,7 @@ def _load_base(
     rows = _resize(model, len(tokenizer), opened, settings.resize_model_vocab)
     max_seq_length = settings.max_seq_length or trained_positions(config)
     seen = [location.file] if opened.gguf is not None else [opened.config_file, *files]
-    identity = identify(location.name, seen, model, opened.hub.revision, template)
+    identity = identify(location.name, seen, model, opened.hub.revision, template, quantization.train_for)
     if settings.fix_tokenizer:
         encodes = _is_encoder(model)
         if not encodes:
@@ -333,6 +329,17 @@ def _load_base(
     model.max_seq_length = max_seq_length
     model.requires_grad_(settings.full_finetuning)
     return model.train(settings.full_finetuning), tokenizer
+
+
+def _choose_labels(opened: OpenedModel, settings: LoadSettings) -> Labels | None:
+    """What a classifier tells apart, which its configs then say; None for a language model."""
+    labels = settings.labels or stored_labels(opened.whole)
+    if labels is None and settings.classifies:
+        labels = read_labels(2)
+        opened.notes.append("num_labels is not given: the classifier gets 2 labels, as in transformers")
+    for one in (opened.whole, opened.whole.get_text_config(), opened.config) if labels is not None else ():
+        labels.write(one)
+    return labels
 
 
 def _is_encoder(model: PreTrainedModel) -> bool:

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from oribi.environment import detect
 from oribi.errors import ConfigError
+from oribi.gguf.coded import kept_method
 from oribi.models.identity import AS_IN_FILE, BaseIdentity
 from oribi.models.labels import Labels
 from oribi.models.load_together import LoadTogether
@@ -27,7 +28,7 @@ HUB_OPTIONS = ("cache_dir", "local_files_only", "force_download", "subfolder")
 LABEL_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
 RARE_OPTIONS = (
     "float32_mixed_precision", "quantization_config", "fix_tokenizer", "resize_model_vocab", "use_safetensors",
-    "gguf_file", "classifies", "keep_in_16bit", *LABEL_OPTIONS, *HUB_OPTIONS,
+    "gguf_file", "classifies", "keep_in_16bit", "train_for", *LABEL_OPTIONS, *HUB_OPTIONS,
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ class LoadSettings:
         positions: RoPE's settings that an adapter was trained with, where they are not the checkpoint's.
         labels: what a sequence classifier tells apart; None loads what the checkpoint is.
         keep_in_16bit: names of linear layers, or of parts of the model, that are not packed; None: as an adapter was trained.
+        train_for: method of the GGUF file whose values the frozen weights get; None: as an adapter was trained, else their own.
         together: processes that load this model at the same time.
         classifies: a classifier is loaded whatever the checkpoint is, of two labels where nothing names them.
     """
@@ -64,6 +66,7 @@ class LoadSettings:
     together: LoadTogether | None = None
     classifies: bool = False
     keep_in_16bit: Sequence[str] | None = None
+    train_for: str | None = None
 
     @property
     def allow_pickle(self) -> bool:
@@ -81,6 +84,8 @@ class LoadSettings:
         """
         if self.keep_in_16bit is None:
             self = replace(self, keep_in_16bit=kept)
+        if self.train_for is None:
+            self = replace(self, train_for=base.train_for)
         config, wanted = self.quantization_config, self.load_in_4bit
         if wanted is None:
             wanted = base.in_nf4 or base.weights == AS_IN_FILE
@@ -138,8 +143,13 @@ def choose_quantization(
                 "the checkpoint is packed in NF4 and load_in_4bit is off: its weights are dequantised"
             )
     skip = (*(name for name in skip if name != "lm_head"), *asked)
-    as_in_file = from_gguf and enabled and given is None
-    return Quantization(enabled, double, skip, asked if enabled else (), as_in_file)
+    train_for = None if settings.train_for is None else kept_method(settings.train_for)
+    if train_for and enabled and given is not None:
+        raise ConfigError(
+            f"train_for = {train_for!r} and quantization_config contradict each other; give one of them"
+        )
+    as_in_file = (from_gguf or train_for is not None) and enabled and given is None
+    return Quantization(enabled, double, skip, asked if enabled else (), as_in_file, train_for)
 
 
 def choose_dtype(settings: LoadSettings, stored: torch.dtype | None, notes: list[str]) -> torch.dtype:

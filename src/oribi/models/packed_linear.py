@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weights stay in the codes of the GGUF file that they came from."""
+"""Frozen linear layers whose weights are the codes of a GGUF file, that they came from or that will be served."""
 
 from collections import Counter
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from oribi.gguf.coded import CodedSource, PlannedFile
 from oribi.gguf.source import GGUFSource
 from oribi.kernels.ggml_blocks import BlockCodes
 from oribi.kernels.lora import Projection
 from oribi.kernels.lora_linear import lora_linear
 from oribi.kernels.packed_weight import Codes, PackedWeight, dense_weight
+from oribi.models.checkpoint_tensors import expected_shapes
 from oribi.models.expert_tensors import expert_modules
 from oribi.models.quantization import Quantization
 
@@ -39,13 +41,25 @@ class PackedLinear(nn.Linear):
         destination[f"{prefix}weight"] = dense_weight(self.weight, self.weight.dtype)
 
 
+def planned_types(model: nn.Module, method: str) -> PlannedFile:
+    """The types that a GGUF file gives to a model's tensors.
+
+    Args:
+        model: on the meta device. method: one of `KEPT_CODES`.
+
+    Raises:
+        ConfigError, ExportError: as `PlannedFile`.
+    """
+    return PlannedFile(model.config, expected_shapes(model), method)
+
+
 def keep_blocks(
-    model: nn.Module, source: GGUFSource, quantization: Quantization, dtype: torch.dtype
+    model: nn.Module, source: GGUFSource | CodedSource, quantization: Quantization, dtype: torch.dtype
 ) -> list[str]:
     """Puts a layer without values where a GGUF file's blocks will lie, on the meta device.
 
     Args:
-        model: on the meta device. source: the file.
+        model: on the meta device. source: the file, or a checkpoint as one.
         quantization: which layers are covered. dtype: that they compute in.
 
     Returns:
@@ -64,7 +78,9 @@ def keep_blocks(
         packed = PackedLinear(BlockCodes.empty(shape, kind), dtype, layer.bias is not None)
         setattr(model.get_submodule(parent), child, packed)
     of_kinds = ", ".join(f"{kind} {count}" for kind, count in kept.most_common())
-    notes = [f"{kept.total()} linear layers keep the codes of the GGUF file ({of_kinds})"] * bool(kept)
+    whose = "have the codes of a" if quantization.train_for else "keep the codes of the"
+    method = f"{quantization.train_for} " if quantization.train_for else ""
+    notes = [f"{kept.total()} linear layers {whose} {method}GGUF file ({of_kinds})"] * bool(kept)
     if dense:
         notes.append(
             f"{len(dense)} linear layers, {dense[0]} the first, are read as {str(dtype).removeprefix('torch.')}: the file has them "

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from oribi.errors import ConfigError
+from oribi.gguf.names import family_in_gguf
 from oribi.models.experts import Experts
 from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
+from oribi.models.open import OpenedModel
 from oribi.text import nearest
 
 _HEADS = ("lm_head", "score", "classifier")  # of language models and of classifiers
@@ -18,9 +20,11 @@ class Quantization:
 
     Args:
         enabled: 4-bit NF4; otherwise every weight stays in the compute dtype.
-        as_in_file: linear layers keep the codes of the GGUF file that they are read from; experts are packed in NF4.
+        as_in_file: linear layers keep the codes of the GGUF file that they are read from, or will be written to; experts of a
+            file are packed in NF4.
         double: the scales of blocks are quantised too.
         skip: module names, or parts of them, that stay in the compute dtype besides the head, of whichever kind.
+        train_for: method of the GGUF file whose values every weight gets; None: a checkpoint's own.
         asked: those of `skip` that the user named, each of which has to be there.
     """
 
@@ -29,6 +33,7 @@ class Quantization:
     skip: tuple[str, ...] = ()
     asked: tuple[str, ...] = ()
     as_in_file: bool = False
+    train_for: str | None = None
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer called `name` is to be quantised."""
@@ -53,6 +58,39 @@ class Quantization:
                     + f" It has {', '.join(leaves)}; a layer is named layers.0, a part of it layers.0.mlp"
                 )
         return [name for name in linear if any(_is_within(part, name) for part in self.asked)]
+
+
+def require_codable(opened: OpenedModel, load_in_4bit: bool, full_finetuning: bool, classifies: bool) -> None:
+    """Raise unless `train_for` can give a model's frozen weights the values of a GGUF file.
+
+    Args:
+        opened: the model, of which only the small files are read.
+        load_in_4bit: whether its linear layers are kept as codes.
+        full_finetuning, classifies: whether every weight is trained, and whether it is a sequence classifier.
+
+    Raises:
+        ConfigError: its weights are quantised already, it has experts, none of its weights is frozen, or it classifies.
+        ExportError: it has no GGUF files.
+    """
+    name, stored = opened.location.name, opened.stored()
+    if full_finetuning:
+        raise ConfigError("train_for: full_finetuning has no frozen weights; leave one of them out")
+    if classifies:
+        raise ConfigError(
+            "train_for: llama.cpp reads no classifier's scores, so a classifier has no GGUF file"
+        )
+    if opened.gguf is not None:
+        raise ConfigError(
+            f"train_for: {name} is a GGUF file, whose own codes are trained on and served; leave train_for out"
+        )
+    if isinstance(stored, dict) or opened.keeps_mxfp4:
+        how = "NF4" if isinstance(stored, dict) else "MXFP4"
+        raise ConfigError(f"train_for: {name} is quantised already, to {how}; give the 16-bit checkpoint")
+    family, _ = family_in_gguf(opened.config)
+    if load_in_4bit and family.experts is not None and getattr(opened.config, family.experts.count, 0):
+        raise ConfigError(
+            f"train_for: the experts of {name} are not kept in a GGUF file's codes; load_in_4bit: false trains on their values"
+        )
 
 
 def _is_within(part: str, name: str) -> bool:

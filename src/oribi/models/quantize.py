@@ -13,11 +13,19 @@ from bitsandbytes.functional import QuantState
 from torch import nn
 
 from oribi.errors import ModelError
+from oribi.gguf.coded import CodedSource
 from oribi.kernels import nf4
 from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.kernels.nf4 import BLOCK
 from oribi.kernels.packed_weight import PackedWeight
-from oribi.models.checkpoint_tensors import NF4_KEY, STATE_KEYS, check_tensors, stored_buffers, ties_head
+from oribi.models.checkpoint_tensors import (
+    NF4_KEY,
+    STATE_KEYS,
+    check_tensors,
+    expected_shapes,
+    stored_buffers,
+    ties_head,
+)
 from oribi.models.expert_tensors import (
     matrices_of,
     matrix_shape,
@@ -76,6 +84,8 @@ def fill(
     packed = {name.removesuffix(f".{NF4_KEY}") for name in stored if name.endswith(NF4_KEY)}
     quantization.kept(model)
     notes = check_tensors(model, stored, packed)
+    if quantization.train_for is not None:
+        file = source = CodedSource(source, model.config, expected_shapes(model), quantization.train_for)
     if quantization.as_in_file:
         notes += keep_blocks(model, file, quantization, dtype)
     else:
@@ -85,9 +95,8 @@ def fill(
         notes += replace_stacks(model, stored, packed, *settings, getattr(source, "in_mxfp4", ()))
     reader = _Reader(source, packed, device, dtype, quantization.double)
     model.requires_grad_(trainable)
-    shards = None
+    shards = None if together is None else together.split(model)
     if together is not None:
-        shards = together.split(model)
         reader.share_with(together, model)
     ends = {} if shards is None else _last_modules(model)
     tied = {"lm_head.weight"} if ties_head(model) else set()

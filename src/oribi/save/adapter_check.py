@@ -25,7 +25,7 @@ from oribi.models.wrapper import classes_of
 from oribi.save.base import locate_here
 from oribi.save.check import Check, NotTested
 from oribi.save.reference import Trained, logits_by_document
-from oribi.save.trained import slots_of
+from oribi.save.trained import plain_tensor, slots_of
 from oribi.save.verify import compare, mean_kl
 
 MOST_ON_CPU = 4 << 30  # bytes of a base's files; a CPU would take minutes for more
@@ -144,8 +144,13 @@ def plain_base(
 
 @torch.no_grad()
 def _round_as_trained(model: PeftModel, outside: nn.Module, names: Any) -> None:
-    weights = dict(outside.named_parameters())
+    weights, trained_for = dict(outside.named_parameters()), source_of(model).identity.train_for
     for name, slot in slots_of(model).items():
+        if trained_for is not None:  # every weight has the values of a GGUF file
+            outer = name if names is None else names.outer(name)
+            if (target := weights.get(outer, weights.get(name))) is not None and slot.matrix is None:
+                target.copy_(plain_tensor(name, slot.tensor))
+            continue
         state, packed = (getattr(slot.tensor, key, None) for key in ("quant_state", "packed"))
         if state is None and packed is None:
             continue

@@ -1,8 +1,4 @@
-"""The trained model as GGUF files, any number of quantisation methods in one call, or its LoRA adapter as such files.
-
-llama.cpp applies an adapter to a GGUF file of the base: it adds alpha / r * B A to a weight, with one alpha for the file.
-Where PEFT's scale is another (rsLoRA, alphas by layer), B carries the ratio.
-"""
+"""The trained model as GGUF files, any number of quantisation methods in one call."""
 
 import os
 import shlex
@@ -10,43 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from oribi.chat.ends import renders, stop_ids
-from oribi.errors import ConfigError, ExportError
+from oribi.errors import ConfigError
 from oribi.gguf import llama_cpp
-from oribi.gguf.file import GGUFFile, Type
 from oribi.gguf.metadata import WITH_PROJECTOR, check_config
 from oribi.gguf.mixes import METHODS, mix_of
 from oribi.gguf.modelfile import NoModelfile, modelfile
-from oribi.gguf.names import WITHOUT_ADAPTER, tensors_to_write
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import CUT_BY_CASE
-from oribi.gguf.tensor import Tensor
 from oribi.gguf.tokenizer import Vocabulary
-from oribi.gguf.writer import plan_file, write_adapter_file, write_files
-from oribi.models.identity import AS_IN_FILE
-from oribi.models.unwrap import is_classifier, source_of
-from oribi.save.adapter_files import changed_tables
-from oribi.save.base import base_name, changed_base
+from oribi.gguf.writer import plan_file, write_files
+from oribi.models.unwrap import source_of
+from oribi.save.base import base_name
 from oribi.save.card import fenced
 from oribi.save.carried import DRAFT_COUNTS, has_other_parts
 from oribi.save.check import Check, Outcome
-from oribi.save.export import Export, Verify, checked, file_name, model_name, trained_answers
+from oribi.save.export import Export, Verify, checked, file_name, model_name
 from oribi.save.folder import announce
+from oribi.save.gguf_adapter import MOST_METADATA, refuse_classifier, save_gguf_adapter
 from oribi.save.hub import GGUF_KEYWORDS, push, read_accepted
 from oribi.save.one_writer import by_first_process
-from oribi.save.probe_file import ExportedFile
-from oribi.save.trained import LoadedModel, MergedModel, changes_of
+from oribi.save.trained import MergedModel
 from oribi.save.verify_gguf import check_gguf_tokenizer, check_in_llama_cpp
 from oribi.save.whole import whole_model
-
-_METADATA = 16 << 20  # bytes of a file; a vocabulary of 128k tokens and its merges takes 8 MB
-_ADAPTER_TYPES = {"auto": Type.F16, "f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
-# of the norm of a factor; float16 passes it only where a factor's values are too small for it
-_TOLERANCE = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 1e-2}
 
 
 @by_first_process
@@ -85,7 +70,7 @@ def save_gguf(
             several, the correct ones are in place nevertheless.
     """
     options = read_accepted(accepted, GGUF_KEYWORDS, "save_pretrained_gguf")
-    _refuse_classifier(model)
+    refuse_classifier(model)
     if tokenizer is None:
         raise ConfigError("GGUF files hold the tokenizer; give tokenizer=")
     if not options.is_main_process:
@@ -111,14 +96,6 @@ def save_gguf(
         "fix_bos_token": export.vocabulary.bos_removed,
         "report": export.report,
     }
-
-
-def _refuse_classifier(model: nn.Module) -> None:
-    if is_classifier(model):
-        raise ExportError(
-            "a sequence classifier is not written as GGUF: llama.cpp and Ollama run models that continue texts, and would not read "
-            "its scores. Call save_pretrained_merged, whose folder transformers' AutoModelForSequenceClassification loads"
-        )
 
 
 def _without_projector(model: nn.Module) -> list[str]:
@@ -182,7 +159,7 @@ class GGUFExport(Export):
         }
         announce(self.directory, {f"GGUF {m} ({METHODS[m].words})": size for m, size in sizes.items()})
         self.merged = self.merge(tokenizer, held_out, base)
-        self.run(sum(sizes.values()) + _METADATA * len(self.files))
+        self.run(sum(sizes.values()) + MOST_METADATA * len(self.files))
 
     def write(self, folder: Path) -> None:
         paths = {method: folder / file for method, file in self.files.items()}
@@ -230,169 +207,3 @@ class GGUFExport(Export):
         self.has_modelfile = True
         called = shlex.quote(self.name.lower())
         return f"{usage}\n\n" + fenced(f"ollama create {called} -f Modelfile\nollama run {called}")
-
-
-@by_first_process
-def save_gguf_adapter(
-    model: nn.Module,
-    directory: str | Path,
-    quantization_method: str | Sequence[str] = "f16",
-    *,
-    tokenizer: Any = None,
-    held_out: Sequence[Any] | None = None,
-    verify: Verify = True,
-) -> dict[str, Any]:
-    """Write the active LoRA adapter as GGUF and check that the file holds it.
-
-    Args:
-        model: PEFT's model with one active adapter, LoRA or rsLoRA alone.
-        directory: where the file goes; created.
-        quantization_method: f32, f16, bf16 or q8_0 (where rows allow it, f16 elsewhere), or several.
-        tokenizer, held_out: for probes.json, which is written where a tokenizer is given.
-        verify: as for `save_merged`.
-
-    Returns:
-        gguf_directory, gguf_files (paths) and report (`ExportReport`).
-
-    Raises:
-        ConfigError: an unknown type.
-        ExportError: the adapter has parts that llama.cpp cannot apply, or a file differs from it.
-    """
-    _refuse_classifier(model)
-    names = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
-    unknown = [name for name in names if name.lower() not in _ADAPTER_TYPES]
-    if unknown:
-        raise ConfigError(f"an adapter as GGUF is written as {', '.join(_ADAPTER_TYPES)}; got {unknown[0]!r}")
-    if verify and tokenizer is not None:  # which asks the model, in this process alone
-        model = whole_model(model)
-    files = {name.lower(): f"{model_name(model)}-lora.{name.upper()}.gguf" for name in names}
-    export = GGUFAdapterExport(model, directory, "gguf-adapter", files, verify)
-    export.save(tokenizer, held_out)
-    return {
-        "report": export.report,
-        "gguf_directory": str(directory),
-        "gguf_files": [str(Path(directory) / file) for file in files.values()],
-    }
-
-
-class GGUFAdapterExport(Export):
-    """GGUF files of the adapter, each in its own type."""
-
-    pattern = "*.gguf"
-
-    def save(self, tokenizer: Any, held_out: Any) -> None:
-        """Write and check the files; arguments as for `save_gguf_adapter`."""
-        _require_own_base(self.model)
-        self.alpha, self.pairs = _pairs(self.model, self.inner.config)
-        size = sum(pair.numel() * 4 for pair in self.pairs.values()) * len(self.files)
-        announce(self.directory, {"adapter as GGUF": size})
-        self.report.checked_on = "every factor of the adapter"
-        self.report.notes += _belongs_to(self.model)
-        if self.verify and tokenizer is not None:
-            self.trained, unanswered = trained_answers(self.model, tokenizer, held_out)
-            self.report.checks += unanswered
-            if self.trained is not None:
-                self.ask_signatures(tokenizer)
-        self.run(size + (1 << 20))
-
-    def write(self, folder: Path) -> None:
-        base = base_name(self.model)
-        name = f"LoRA of {base}" if base else "LoRA"
-        for form, file in self.files.items():
-            kind = _ADAPTER_TYPES[form]
-            write_adapter_file(folder / file, self.inner.config, self.alpha, self.pairs, kind, name)
-
-    def check(self, form: str, path: Path) -> list[Check]:
-        if self.signatures is not None:
-            self.said[path.name] = ExportedFile(form, self.signatures.says["trained"])
-        return checked(form, _check_pairs, form, path, self.alpha, self.pairs, _ADAPTER_TYPES[form])
-
-    def usage(self, folder: Path, file: str) -> str:
-        return fenced(f"llama-cli -m BASE.gguf --lora {shlex.quote(file)}")
-
-
-def _require_own_base(model: nn.Module) -> None:
-    """Raise if the base in memory differs from every file of the base."""
-    changed = changed_base(model)
-    adapters = model.active_adapters if hasattr(model, "peft_config") else []
-    rows = [name for adapter in adapters for name in changed_tables(model, adapter)]
-    if changed or rows:
-        raise ExportError(
-            f"the base's weights were changed after it was loaded ({(changed + rows)[0]} the first), and a GGUF adapter "
-            "holds LoRA updates alone; save merged GGUF files instead"
-        )
-
-
-def _belongs_to(model: nn.Module) -> list[str]:
-    """What is to be known of the base that the adapter goes with."""
-    identity = getattr(source_of(model), "identity", None)
-    if identity is not None and identity.weights == AS_IN_FILE:
-        return [
-            f"the adapter was trained on the codes of {identity.name}: with that file it is the trained model"
-        ]
-    if identity is None or not identity.in_nf4:
-        return []
-    return [
-        "the adapter was trained on NF4 weights; on a GGUF file of the 16-bit model it computes something else than was "
-        "trained (measured: 74 % instead of 85 % of answers right, SmolLM2-135M). Merged GGUF files hold the trained model"
-    ]
-
-
-def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """alpha, and a [r, K] and b [N, r] of every adapted weight by their names in the file; of experts, one behind the other."""
-    changes = changes_of(model)
-    if not changes:
-        raise ExportError("the model has no active adapter to write")
-    places: dict[str, list[Tensor]] = {}
-    for tensor in tensors_to_write(config, list(LoadedModel(model).shapes())):
-        for source in tensor.sources:
-            places.setdefault(source, []).append(tensor)
-    alpha, pairs = None, {}
-    if unread := [name for name in WITHOUT_ADAPTER if name in changes]:
-        raise ExportError(
-            f"llama.cpp applies no LoRA update to {unread[0]}; save merged GGUF files instead, or train without it"
-        )
-    for name, change in changes.items():
-        plain = len(change.updates) == 1 and not (change.replacement or change.rows or change.offsets)
-        if (
-            not plain
-            or change.updates[0].magnitude is not None
-            or change.updates[0].columns
-            or name not in places
-        ):
-            raise ExportError(
-                f"{name}: llama.cpp applies one LoRA update of a linear layer that the file holds, and no DoRA, bias, "
-                "new token or fully trained module; save merged GGUF files instead"
-            )
-        update = change.updates[0]
-        rank = len(update.a)
-        alpha = update.scale * rank if alpha is None else alpha
-        for place in places[name]:
-            a, b = place.adapter_to_gguf(update.a, update.b)
-            b = b * (update.scale * rank / alpha)
-            for key, factor in ((f"{place.name}.lora_a", a), (f"{place.name}.lora_b", b)):
-                pairs.setdefault(key, []).append(factor)
-    # PEFT adapts the experts of a layer together, and names them in their order
-    return alpha, {key: torch.stack(found) if len(found) > 1 else found[0] for key, found in pairs.items()}
-
-
-def _check_pairs(name: str, path: Path, alpha: float, pairs: dict[str, torch.Tensor], type: Type) -> Check:
-    """Compare a written file's factors with the adapter's."""
-    file = GGUFFile(path)
-    found = file.tensors
-    lacking = [key for key in pairs if key not in found]
-    if lacking:
-        raise ExportError(f"{path} lacks {len(lacking)} of {len(pairs)} factors, {lacking[0]} the first")
-    same_alpha = file.value("adapter.lora.alpha") == np.float32(alpha)
-    worst = 0.0 if same_alpha else np.inf
-    for key, pair in pairs.items():
-        difference = file.read(key, torch.float32) - pair
-        worst = max(worst, (difference.norm() / pair.norm().clamp_min(1e-30)).item())
-    tolerance = _TOLERANCE[type]
-    figures = {"factors": len(found), "of": len(pairs), "largest error": worst, "at most": tolerance}
-    outcome = Outcome.DIFFERENT
-    if worst <= tolerance and len(found) == len(pairs):
-        outcome = Outcome.EQUAL if not worst else Outcome.CLOSE
-    says = f"{len(found)} of {len(pairs)} factors, largest error {worst:.2g} of a factor's norm (at most {tolerance})"
-    advice = "the adapter's values do not fit this type; take f32"
-    return Check(f"{name}: adapter read back", outcome, says, figures, advice)

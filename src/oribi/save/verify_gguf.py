@@ -43,15 +43,23 @@ def check_gguf_tokenizer(tokenizer: Any, path: Path) -> Check:
     return check_tokenizer(tokenizer, saved, "tokenizer rebuilt from the file", special=False)
 
 
-def check_in_llama_cpp(trained: Trained, tokenizer: Any, path: Path, form: str) -> list[Check]:
+def check_in_llama_cpp(
+    trained: Trained,
+    tokenizer: Any,
+    path: Path,
+    form: str,
+    adapter: Path | None = None,
+    both: TensorSource | None = None,
+) -> list[Check]:
     """Ask llama.cpp about a file: token ids, probabilities and tokens of greedy answers, and where they end.
 
+    With an adapter's file, `both` is the file's weights with the adapter added.
     Where llama.cpp cannot be asked, or no longer, the checks that remain are "not run".
     """
     name = "llama.cpp"
     found: list[Check] = []
     try:
-        with LlamaCpp(path, context=_CONTEXT) as peer:
+        with LlamaCpp(path, _CONTEXT, adapter) as peer:
             found.append(_check_ids(peer, tokenizer))
             name = "end token in llama.cpp"
             found.append(_check_end_token(peer, trained, tokenizer))
@@ -63,7 +71,7 @@ def check_in_llama_cpp(trained: Trained, tokenizer: Any, path: Path, form: str) 
     except ExportError as why:
         advice = "programs built on llama.cpp will not load it either"
         return [Check("loads in llama.cpp", Outcome.DIFFERENT, str(why), {"loaded": 0, "of": 1}, advice)]
-    return [*found, *_compare_answers(trained, GGUFSource(path), asked, given, form)]
+    return [*found, *_compare_answers(trained, both or GGUFSource(path), asked, given, form)]
 
 
 def _check_ids(peer: LlamaCpp, tokenizer: Any) -> Check:

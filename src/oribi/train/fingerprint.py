@@ -29,7 +29,7 @@ FREE = "does not touch what is learned"
 
 # keys of a run's config, and the trainer's arguments beside them; an adapter's settings that are not here are FIXED
 ON_RESUME = {
-    "model": BASE, "revision": BASE, "trust_remote_code": FREE, "load_in_4bit": FIXED, "keep_in_16bit": FIXED, "dtype": FIXED,
+    "model": BASE, "revision": BASE, "trust_remote_code": FREE, "load_in_4bit": FIXED, "keep_in_16bit": FIXED, "train_for": BASE, "dtype": FIXED,
     "full_finetuning": FIXED, "max_seq_length": FIXED,
     "lora_r": FIXED, "lora_alpha": FIXED, "lora_dropout": APPLIED, "target_modules": FIXED, "modules_to_save": FIXED,
     "use_rslora": FIXED, "use_dora": FIXED, "rank_pattern": FIXED, "alpha_pattern": FIXED, "layers_to_transform": FIXED,

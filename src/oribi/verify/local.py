@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
 from oribi.errors import ExportError, ModelError
+from oribi.gguf.coded import CodedSource
 from oribi.gguf.llama_cpp import LlamaCpp
 from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_files import read_record
@@ -23,6 +24,7 @@ from oribi.models.wrapper import automatic
 from oribi.save.probe_file import Messages, Place, Probe, ProbeFile, Said
 from oribi.save.probes import pack_rows, rendered_ids
 from oribi.save.reference import likeliest, logits_by_document
+from oribi.save.trained import LoadedModel
 from oribi.verify.peers import ChatAnswer, PeerError, along_answer
 
 _CONTEXT = 1024  # tokens of a prompt and its answer, at most
@@ -122,6 +124,8 @@ class InTransformers:
         """The base, its linear layers rounded to NF4 where the adapter was trained on those values."""
         location = locate(name, HubOptions(local_files_only=True))
         model, record = self._load(location.directory), read_record(self._folder)
+        if record is not None and record.base.train_for is not None:
+            return _with_values_of_gguf(model, record.base.train_for)
         if (
             record is None
             or not record.base.weights.startswith("nf4")
@@ -171,3 +175,23 @@ class InTransformers:
 
     def close(self) -> None:
         self._model = None
+
+
+@torch.no_grad()
+def _with_values_of_gguf(model: Any, method: str) -> Any:
+    """A base with the values of its GGUF file, which an adapter of `train_for` was trained on.
+
+    Raises:
+        ModelError: its tensors have other names than those of the text decoder.
+    """
+    own = LoadedModel(model)
+    try:
+        coded = CodedSource(own, model.config.get_text_config(), own.shapes(), method)
+    except ExportError as error:
+        raise ModelError(
+            f"the base's GGUF values are not known of {type(model).__name__}: {error}"
+        ) from error
+    for name, weight in model.named_parameters():
+        if name in coded.entries:
+            weight.copy_(coded.read(name, weight.device, weight.dtype))
+    return model
