@@ -182,7 +182,9 @@ def _entry_end(name: str, entry: dict[str, Any]) -> int:
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is infinite or NaN, some rows at a time: the masks of a whole embedding are large."""
-    rows = max(1, (1 << 22) // max(tensor[0].numel(), 1)) if tensor.dim() > 1 else len(tensor)
+    if tensor.dim() < 2:
+        return bool(torch.isfinite(tensor).all())
+    rows = max(1, (1 << 22) // max(tensor[0].numel(), 1))
     return all(bool(torch.isfinite(part).all()) for part in tensor.split(rows))
 
 

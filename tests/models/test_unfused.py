@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,8 +15,10 @@ from oribi.kernels.nf4 import nf4_bytes
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
 from oribi.models.unfused import sizes_of_config
+from oribi.save.merged import save_merged
 from oribi.train.arguments import SFTConfig
 from oribi.train.trainer import SFTTrainer
+from tests.save.test_adapter_files import logits, move
 from tests.save.tiny_export import byte_level_tokenizer
 
 SIZES = {
@@ -63,23 +66,42 @@ def test_the_sizes_of_a_config_are_those_of_the_loaded_model(model_type, tmp_pat
     assert ("not experts" in note) == bool(experts) == (model_type in EXPERTS)
 
 
-OTHERS = {  # a head tied under a name of its own; a class that cannot compute its layers again; one without a longest text
-    "biogpt": {"num_key_value_heads": None},
-    "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
+_LATENT = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "topk_group": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+OTHERS = {
+    "biogpt": {"num_key_value_heads": None},  # a head tied under a name of its own
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 16},  # a class that cannot compute its layers again
+    # one without a longest text
     "xlnet": {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128, "vocab_size": 384},
+    "apertus": {},  # parameters of no dimension
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 384},  # weights that lie transposed
+    # kernels that read weights by themselves, and none of the usual names
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "num_key_value_heads": None},
+    "deepseek_v3": _LATENT,  # rows that a CPU computes wrongly in NF4
+    # experts by the usual names, which PEFT adapts as stacks; of the last with matrices [in, out]
+    "olmoe": EXPERTS["olmoe"],
+    "llama4_text": {"intermediate_size_mlp": 128, "num_local_experts": 4, "head_dim": 16},
 }
 
 
+def settings_of(model_type: str) -> dict:
+    return {name: value for name, value in {**SIZES, **OTHERS[model_type]}.items() if value is not None}
+
+
 @pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.long) for name in OTHERS])
-def test_any_class_of_transformers_trains_in_4_bits(model_type, tmp_path):
-    config = AutoConfig.for_model(model_type, **{**SIZES, **OTHERS[model_type]})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    byte_level_tokenizer().save_pretrained(tmp_path)
-    model, tokenizer = load_model(str(tmp_path), dtype=torch.float32, max_seq_length=64)
+def test_any_class_of_transformers_trains_in_4_bits_and_is_saved_as_trained(model_type, tmp_path):
+    config = AutoConfig.for_model(model_type, **settings_of(model_type))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    byte_level_tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = load_model(str(tmp_path / "base"), dtype=torch.float32, max_seq_length=64)
+    said = [note for note in model.oribi.notes if note.startswith("load_in_4bit: ")]
+    assert len(said) == 1
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     model = attach_lora(model, r=4)
     said = [note for note in model.oribi.notes if note.startswith("gradient checkpointing: ")]
-    assert bool(said) is (model_type != "biogpt")
+    assert bool(said) is (model_type in ("jetmoe", "xlnet"))
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
@@ -88,6 +110,20 @@ def test_any_class_of_transformers_trains_in_4_bits(model_type, tmp_path):
     )
     assert trainer.train().training_loss > 0
     assert any(p.detach().abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+    move(model)
+    expected = logits(model)
+    save_merged(model, tmp_path / "merged", tokenizer, dtype="float32", held_out=["a red fox"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (logits(merged) - expected).abs().max() < 1e-4
+    # the adapter, in plain PEFT on the 16-bit checkpoint
+    model, _ = load_model(str(tmp_path / "base"), dtype=torch.float32, max_seq_length=64, load_in_4bit=False)
+    before = logits(model)
+    model = attach_lora(model, r=4)
+    move(model)
+    assert ((expected := logits(model)) - before).abs().max() > 0.02
+    model.save_pretrained(str(tmp_path / "adapter"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert (logits(PeftModel.from_pretrained(plain, tmp_path / "adapter")) - expected).abs().max() < 1e-4
 
 
 _STATES = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}

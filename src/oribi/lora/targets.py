@@ -127,7 +127,8 @@ def resolve_targets(
             f"target_modules: the model has none of {', '.join(PROJECTIONS)}; LoRA goes on all its linear layers"
         )
         _present("modules_to_save", saved, names)
-        return "all-linear", saved or None
+        every_layer = layer_projections(model, True, True) if read_by_kernels(model) else "all-linear"
+        return every_layer, saved or None
     if row is not None and row.mixers and set(targets) == set(PROJECTIONS):
         # the usual names are those of attention alone; other mixers have linear layers of their own
         every_layer = layer_projections(model, True, True)

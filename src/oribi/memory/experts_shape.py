@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from oribi.kernels.expert_linear import columns_beside
-from oribi.kernels.nf4 import BLOCK
+from oribi.models.expert_tensors import fits_stack
 from oribi.models.experts import STACKS, Experts, ExpertsMLP
 from oribi.models.experts_half import MOST_ROWS
 
@@ -95,8 +95,7 @@ def experts_of(core: ExpertsMLP) -> Experts:
 
 def packable(experts: Experts) -> int:
     """Weights of the stacks that NF4 packs: those whose rows are whole blocks."""
-    stacks = [getattr(experts, name) for name in STACKS]
-    return sum(stack.numel() for stack in stacks if stack.shape[2] % BLOCK == 0)
+    return sum(getattr(experts, name).numel() for name in STACKS if fits_stack(experts, name))
 
 
 def multiplied(model: nn.Module) -> Iterator[tuple[str, nn.Module, float, bool]]:

@@ -280,7 +280,7 @@ def replace_stacks(
     Args:
         model: on the meta device.
         stored: names of the checkpoint's tensors. packed: those that it holds packed, which then decide alone.
-        covers: whether the settings pack a layer, by its name. double_quant: whether they quantise scales.
+        covers: whether the settings pack a module, by its name. double_quant: whether they quantise scales.
         dtype: that the stacks are computed in.
         in_mxfp4: names of the stacks that the checkpoint has in MXFP4, and whose codes are kept.
 
@@ -294,21 +294,26 @@ def replace_stacks(
     for prefix, experts in expert_modules(model).items():
         for stack in STACKS:
             name = f"{prefix}.{next(matrices_of(experts, stack)).name}"
-            if f"{prefix}.{stack}" in in_mxfp4 and covers(name):
+            if f"{prefix}.{stack}" in in_mxfp4 and covers(prefix):
                 empty = MXFP4Stack.empty(tuple(getattr(experts, stack).shape), _parts(experts, stack))
                 setattr(experts, stack, PackedWeight(empty, dtype))
                 kept += 1
                 continue
-            fits = getattr(experts, stack).shape[2] % BLOCK == 0
+            fits = fits_stack(experts, stack)
             if not fits and name in packed:
                 raise ModelError(
                     f"{name} has rows that are no multiple of {BLOCK} values, and is packed in NF4"
                 )
-            if fits and (name in packed if packed else covers(name)):
+            if fits and (name in packed if packed else covers(prefix)):
                 double = f"{name}.nested_absmax" in stored if packed else double_quant
                 empty = _empty_stack(experts, stack, double, torch.device("meta"))
                 setattr(experts, stack, PackedWeight(empty, dtype))
     return [f"{kept} stacks of experts stay in MXFP4, as the checkpoint has them"] * bool(kept)
+
+
+def fits_stack(experts: Experts, stack: str) -> bool:
+    """Whether a stack's rows are whole blocks, as its NF4 codes have to be."""
+    return getattr(experts, stack).shape[2] % BLOCK == 0
 
 
 def _empty_stack(experts: Experts, stack: str, double_quant: bool, device: torch.device) -> PackedStack:

@@ -175,10 +175,15 @@ def _replace_linears(
         # bitsandbytes would repack the weight in its own eval forward, and later gradients would be wrong
         empty.support_avx512bf16_for_cpu = False
         setattr(model.get_submodule(parent), child, empty)
-    if not kept:
+    return notes_on_unfitting(kept, dtype)
+
+
+def notes_on_unfitting(names: list[str], dtype: torch.dtype) -> list[str]:
+    """The line on linear layers that `fits_nf4` leaves as they are; none where there are none."""
+    if not names:
         return []
     return [
-        f"{len(kept)} linear layers, {kept[0]} the first, stay in {str(dtype).removeprefix('torch.')}: "
+        f"{len(names)} linear layers, {names[0]} the first, stay in {str(dtype).removeprefix('torch.')}: "
         f"NF4 on a CPU needs rows of a multiple of {BLOCK} values"
     ]
 

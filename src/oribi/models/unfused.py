@@ -25,7 +25,7 @@ from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.files import HubOptions, Location, open_weights, stored_settings
 from oribi.models.generate import generate_in_inference_mode
 from oribi.models.quantization import Quantization
-from oribi.models.quantize import fits_nf4
+from oribi.models.quantize import fits_nf4, notes_on_unfitting
 from oribi.models.unwrap import read_by_kernels
 from oribi.models.wrapper import automatic
 from oribi.tensors import problems_in_words
@@ -180,7 +180,10 @@ def load_unfused(
             expected.get_output_embeddings()
         )  # as in models of the family table; bitsandbytes packs no weight that is tied
         kept += [name for name, module in expected.named_modules() if module is head]
-        settings = _bitsandbytes(config, quantization, [*kept, *beside_decoder(expected)], dtype)
+        kept += beside_decoder(expected)
+        unfitting = _unfitting(expected, kept, device) if quantization.enabled else []
+        settings = _bitsandbytes(config, quantization, [*kept, *unfitting], dtype)
+        notes += notes_on_unfitting(unfitting if settings else [], dtype)
         model, report = from_checkpoint(
             _auto(config, classifies) if packed is None else type(expected),
             location,
@@ -262,6 +265,16 @@ def _bitsandbytes(
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["lm_head", *kept, *quantization.skip],
     )
+
+
+def _unfitting(model: PreTrainedModel, kept: list[str], device: torch.device) -> list[str]:
+    """Names of the linear layers, other than `kept`, that a device cannot compute in NF4."""
+    around = tuple(f"{name}." for name in kept)
+    return [
+        name
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and not f"{name}.".startswith(around) and not fits_nf4(layer, device)
+    ]
 
 
 def _outside_table(config: PretrainedConfig, model: PreTrainedModel, expected: PreTrainedModel) -> str:

@@ -24,6 +24,12 @@ def source_of(model: nn.Module) -> Any:
     return getattr(base_model(model), "oribi", None)
 
 
+def vocab_rows(model: nn.Module) -> int:
+    """Tokens that a model has logits of; some classes have more embeddings, as Llama 3.2 Vision for its pictures."""
+    head = model.get_output_embeddings()
+    return len((model.get_input_embeddings() if head is None else head).weight)
+
+
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model scores labels, oribi's or transformers', and so continues no texts."""
     return type(base_model(model)).__name__.endswith("ForSequenceClassification")

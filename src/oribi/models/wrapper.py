@@ -115,7 +115,7 @@ class WrapperNames:
         for names in candidates:
             if all(_matched(modules, names) <= {*adapted, *outer} for modules in self.modules):
                 return names
-        return outer
+        return outer | set(adapted) if self.twice else outer
 
 
 def _moved(name: str, prefixes: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ from oribi.models.checkpoint_tensors import DRAFTS, is_draft
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.files import Location, open_weights, read_json
 from oribi.models.unfused import beside_decoder
-from oribi.models.unwrap import base_model, is_classifier, source_of
+from oribi.models.unwrap import base_model, is_classifier, source_of, vocab_rows
 from oribi.models.wrapper import WrapperNames, classes_of, renaming, skeleton, wrapper_names
 from oribi.save.base import base_name, locate_here
 from oribi.save.check import Check, Outcome
@@ -93,7 +93,7 @@ class Carried:
         if not any("dtype" in key for key in settings):
             settings["dtype"] = str(dtype).removeprefix("torch.")
         changes: dict[str, Any] = {}
-        rows = len(model.get_input_embeddings().weight)
+        rows = vocab_rows(model)
         if rows != theirs.vocab_size:
             changes["vocab_size"] = rows
         if (positions := source_of(model).positions(model.config)) is not None:

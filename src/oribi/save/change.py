@@ -18,7 +18,8 @@ _ROWS_AT_ONCE = 8192  # of an embedding: bounds the float32 copy at 8192 * hidde
 class LowRank:
     """One adapter's update of one weight, all on the CPU in float32: a [r, K], b [N, r], magnitude [N] for DoRA.
 
-    `columns` marks an embedding or a transposed weight, whose DoRA norms are taken over its columns.
+    `columns` marks an embedding or a transposed weight, whose DoRA norms are taken over its columns. Of a stack of experts
+    [E, N, K] a is [E, r, K] and b [E, N, r].
     """
 
     a: torch.Tensor
@@ -53,6 +54,9 @@ class Change:
             _add_weight_decomposed(merged, self.updates)
         else:
             for update in self.updates:
+                if merged.dim() > 2:
+                    merged.baddbmm_(update.b.to(merged), update.a.to(merged), alpha=update.scale)
+                    continue
                 for start in range(0, len(merged), _ROWS_AT_ONCE):
                     part = slice(start, start + _ROWS_AT_ONCE)
                     merged[part].addmm_(update.b[part].to(merged), update.a.to(merged), alpha=update.scale)

@@ -6,7 +6,7 @@ of the next token's distribution from that of the 16-bit model, in nats. S token
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from oribi.errors import ConfigError, ModelError
+from oribi.families import FAMILIES
 from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.decoder import build
+from oribi.models.expert_tensors import expert_modules, fits_stack, matrices_of, unstacked
+from oribi.models.experts import STACKS
 from oribi.models.files import open_weights
 from oribi.models.open import OpenedModel
 from oribi.models.quantization import Quantization
@@ -30,6 +33,9 @@ from oribi.text import gibibytes
 
 AUTO_BUDGET = 0.25  # of the packed model's bytes, that `keep_in_16bit: auto` adds at most
 _WIDTH = 2  # bytes of a weight in 16 bits
+_NOTHING_IN_NF4 = (
+    "loading packs nothing in NF4, because a GGUF file's linear layers keep the codes that they have"
+)
 _WORTH = 0.1  # of the whole divergence, that a kind of layers has to save to be kept
 
 
@@ -134,12 +140,17 @@ def four_bit_loss(
         say: takes a line on progress before each of the streamed forwards.
 
     Raises:
-        ConfigError: the model is outside the family table, or no text has two tokens.
+        ConfigError: the model is outside the family table, none of it is packed, or no text has two tokens.
         ModelError: the weights cannot be read, or are packed already.
     """
-    config, source = opened.config, _weights(opened)
+    config = opened.config
+    model = build(config, dtype=dtype) if opened.fused else None
+    source = unstacked(_weights(opened), model)
     rows = rows_of(tokenizer, texts, config.vocab_size)
-    packed = _packed_kinds(build(config, dtype=dtype), device)
+    packed = _packed_kinds(model, device, opened.gguf is not None, getattr(source, "in_mxfp4", ()))
+    if not packed:
+        source.close()
+        raise ConfigError(f"{opened.location.name}: {_NOTHING_IN_NF4}")
     every = {name for names in packed.values() for name in names}
     ids, positions = rows.ids.to(device), rows.positions.to(device)
     targets = rows.targets().to(device)
@@ -205,6 +216,8 @@ def kept_by_auto(
     """
     if opened.adapter is not None and opened.adapter.record is not None:
         return opened.adapter.record.kept_in_16bit, []
+    if opened.gguf is not None and FAMILIES[opened.config.model_type].experts is None:
+        return (), [f"keep_in_16bit: auto keeps nothing: {_NOTHING_IN_NF4}"]
     found = four_bit_loss(opened, opened.tokenizer(), device=device, dtype=dtype)
     return [kind.name for kind in found.kept], [found.note(), found.note_on_kept()]
 
@@ -230,10 +243,24 @@ def _weights(opened: OpenedModel) -> TensorSource:
     return source
 
 
-def _packed_kinds(model: nn.Module, device: torch.device) -> dict[str, list[str]]:
-    """Kind of linear layers -> the names of its weights, those that loading packs."""
+def _packed_kinds(
+    model: nn.Module, device: torch.device, from_gguf: bool, in_mxfp4: Container[str]
+) -> dict[str, list[str]]:
+    """Names that `keep_in_16bit` takes -> the weights that they mean, of those that loading packs in NF4.
+
+    Args:
+        model: on the meta device. device: where it will compute.
+        from_gguf: whether its linear layers keep a GGUF file's codes.
+        in_mxfp4: names of the stacks of experts whose codes are kept.
+    """
     quantization, found = Quantization(), {}
-    for name, layer in model.named_modules():
+    experts = expert_modules(model)
+    for prefix, module in experts.items():
+        stacks = [one for one in STACKS if f"{prefix}.{one}" not in in_mxfp4 and fits_stack(module, one)]
+        weights = [f"{prefix}.{one.name}" for stack in stacks for one in matrices_of(module, stack)]
+        if weights:
+            found.setdefault("experts", []).extend(weights)
+    for name, layer in [] if from_gguf else model.named_modules():
         if isinstance(layer, nn.Linear) and quantization.covers(name) and fits_nf4(layer, device):
             found.setdefault(name.rpartition(".")[2], []).append(f"{name}.weight")
     return found

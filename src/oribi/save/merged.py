@@ -19,7 +19,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.expert_tensors import expert_modules, stacked, unstacked
 from oribi.models.files import HubOptions, Location, open_weights
 from oribi.models.unfused import beside_decoder
-from oribi.models.unwrap import is_classifier, source_of
+from oribi.models.unwrap import is_classifier, source_of, vocab_rows
 from oribi.models.wrapper import automatic
 from oribi.save.adapter import AdapterExport
 from oribi.save.base import base_name, locate_here
@@ -281,7 +281,7 @@ class MergedExport(Export):
         config.architectures = [family.architecture if as_family else type(self.inner).__name__]
         config.dtype = self.dtype
         config.tie_word_embeddings = self.merged.tied
-        config.get_text_config().vocab_size = self.inner.get_input_embeddings().weight.shape[0]
+        config.get_text_config().vocab_size = vocab_rows(self.inner)
         for part in (config, config.get_text_config()):
             for name in DRAFT_COUNTS:
                 if getattr(part, name, None):

@@ -13,6 +13,7 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from oribi.errors import ExportError
 from oribi.kernels.expert_linear import factors_by_expert
@@ -96,13 +97,7 @@ class LoadedModel:
             self._slots.pop("lm_head.weight", None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        states = {name: getattr(slot.tensor, "quant_state", None) for name, slot in self._slots.items()}
-        return {
-            name: matrix_shape(slot.module, slot.matrix)
-            if slot.matrix is not None
-            else tuple(slot.tensor.shape if states[name] is None else states[name].shape)
-            for name, slot in self._slots.items()
-        }
+        return {name: _shape(slot) for name, slot in self._slots.items()}
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         return _values(name, self._slots[name]).to(device=device, dtype=dtype)
@@ -134,14 +129,30 @@ def plain_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach()
 
 
+def _shape(slot: Slot) -> tuple[int, ...]:
+    """The shape of what `_values` returns."""
+    if slot.matrix is not None:
+        return matrix_shape(slot.module, slot.matrix)
+    state = getattr(slot.tensor, "quant_state", None)
+    shape = tuple(slot.tensor.shape if state is None else state.shape)
+    return shape[::-1] if _is_turned(slot) else shape
+
+
 def _values(name: str, slot: Slot) -> torch.Tensor:
     """`plain_tensor` of a slot's tensor, or of the matrix of it that is meant."""
     if slot.matrix is None:
-        return plain_tensor(name, slot.tensor)
+        values = plain_tensor(name, slot.tensor)
+        return values.T if _is_turned(slot) else values
     packed = getattr(slot.tensor, "packed", None)
     if packed is not None and not getattr(slot.tensor, "is_sharded", False):
         return packed.matrix(slot.matrix.place, torch.float32)
     return plain_tensor(name, slot.tensor)[slot.matrix.expert, slot.matrix.rows]
+
+
+def _is_turned(slot: Slot) -> bool:
+    """Whether a packed weight is the transpose of what its checkpoint holds: transformers packs GPT-2's layers so."""
+    packed = slot.leaf == "weight" and is_packed(slot.tensor)
+    return packed and getattr(slot.module, "source_cls", None) is Conv1D
 
 
 def first_non_finite(model: nn.Module) -> str | None:
@@ -245,9 +256,9 @@ def _read_lora(name: str, slot: Slot, layer: LoraLayer, adapter: str, change: Ch
                 a, b = (factor[slot.matrix.expert] for factor in of_each)
                 b = b[slot.matrix.rows]
             elif slot.tensor.dim() > 2:
-                raise ExportError(
-                    f"{name}: oribi cannot merge an adapter of a tensor of {slot.tensor.dim()} dimensions"
-                )
+                a, b = factors_by_expert(a, b, layer.num_experts, alternating=False)
+                if getattr(slot.module, "is_transposed", False):  # matrices [in, out], as PEFT asks, too
+                    a, b = b.mT, a.mT
             change.updates.append(LowRank(_host(a), _host(b), layer.scaling[adapter]))
         return
     magnitude = None
@@ -256,7 +267,7 @@ def _read_lora(name: str, slot: Slot, layer: LoraLayer, adapter: str, change: Ch
     if adapter in layer.lora_A:
         a, b = layer.lora_A[adapter], layer.lora_B[adapter]
         if slot.leaf == "weight":
-            turned = getattr(layer, "fan_in_fan_out", False)  # GPT-2 stores [K, N]
+            turned = getattr(layer, "fan_in_fan_out", False) or _is_turned(slot)  # GPT-2 stores [K, N]
             a, b = _host(a.weight), _host(b.weight)
             a, b = (b.T, a.T) if turned else (a, b)
             change.updates.append(LowRank(a, b, layer.scaling[adapter], magnitude, columns=turned))
