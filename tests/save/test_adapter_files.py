@@ -80,6 +80,11 @@ WRAPPERS = {
         "text_config": {**TEXT, **SLIDING, "model_type": "cohere2"},
         "vision_config": {**VISION, "model_type": "siglip_vision_model"},
     },
+    "mllama": {
+        "text_config": {**TEXT, "cross_attention_layers": [1]},
+        "vision_config": {**VISION, "num_global_layers": 1, "attention_heads": 2, "intermediate_layers_indices": [0],
+                          "supported_aspect_ratios": [[1, 1]], "vision_output_dim": 128},
+    },
     "smolvlm": {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": VISION},
     "gemma4": {
         "text_config": {**TEXT, **SLIDING, "global_head_dim": 16, "hidden_size_per_layer_input": 64,
