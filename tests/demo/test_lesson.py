@@ -16,14 +16,17 @@ def request(text: str = "at noon", expression: str = "0 12 * * *", kind: str = "
 
 
 def test_a_score_is_the_share_of_right_answers():
-    answers = [ScoredAnswer(request(), "0 12 * * *", True), ScoredAnswer(request(), "nonsense", False)]
+    answers = [
+        ScoredAnswer(request(), [], "0 12 * * *", True),
+        ScoredAnswer(request(), [], "nonsense", False),
+    ]
     assert score(answers) == 0.5
 
 
 def test_samples_show_one_request_of_a_kind_with_both_answers():
     kinds = ["every_day", "every_day", "on_weekends"]
-    before = [ScoredAnswer(request(kind=kind), "noon", False) for kind in kinds]
-    after = [ScoredAnswer(request(kind=kind), "0 12 * * *", True) for kind in kinds]
+    before = [ScoredAnswer(request(kind=kind), [], "noon", False) for kind in kinds]
+    after = [ScoredAnswer(request(kind=kind), [], "0 12 * * *", True) for kind in kinds]
     shown = samples(before, after)
     assert len(shown) == 2
     assert shown[0] == {

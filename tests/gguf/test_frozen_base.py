@@ -1,10 +1,13 @@
 """A GGUF file as a frozen base in its own codes trains and answers as its values in 32 bits do."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 
-from oribi.errors import ConfigError
+from oribi.errors import ConfigError, ModelError
 from oribi.gguf import llama_cpp
 from oribi.kernels.packed_weight import PackedWeight
 from oribi.lora.attach import attach_lora
@@ -153,6 +156,16 @@ def test_sharded_codes_give_the_same_bits(file, tmp_path):
 def test_what_would_read_the_codes_as_weights_is_refused(settings, file):
     with pytest.raises(ConfigError, match="keeps the codes of its GGUF file"):
         attach_lora(load(file)[0], r=4, **settings)
+
+
+def test_peft_is_told_why_it_cannot_read_them(file):
+    model = load(file)[0]
+    settings = {"r": 4, "target_modules": ["q_proj"]}
+    for start in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(ModelError, match="codes in memory.*load_in_4bit=False"):
+            get_peft_model(copy.deepcopy(model), LoraConfig(**settings, **start))
+    with pytest.raises(ModelError, match=r"save_merged or oribi\.save_gguf"):
+        get_peft_model(model, LoraConfig(**settings)).merge_and_unload()
 
 
 @pytest.mark.long

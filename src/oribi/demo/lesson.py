@@ -33,9 +33,10 @@ minute (0-59) hour (0-23) day-of-month (1-31) month (1-12) day-of-week (0-6, Sun
 
 @dataclass
 class ScoredAnswer:
-    """A model's answer to a request, and whether it is right."""
+    """A model's answer to a request: its tokens without the end, their text, and whether it is right."""
 
     request: CronRequest
+    ids: list[int]
     text: str
     right: bool
 
@@ -63,26 +64,8 @@ def run_demo(folder: Path, train_size: int = 4000, held_out_size: int = 200) -> 
         flush=True,
     )
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, target_modules="all-linear")
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(
-            output_dir=str(folder),
-            max_length=256,
-            per_device_train_batch_size=2,  # packs of 256 tokens: 512 per step
-            gradient_accumulation_steps=1,
-            packing=True,
-            num_train_epochs=1,
-            learning_rate=1e-3,
-            warmup_steps=0.05,
-            weight_decay=0.0,
-            optim="adamw_torch",  # 8-bit states are slower on a CPU, and this adapter is small
-            save_strategy="no",
-        ),
-        train_dataset=[{"messages": messages(request)} for request in train],
-        processing_class=tokenizer,
-    )
     train_started = time.monotonic()
-    trainer.train()
+    trainer = teach(model, tokenizer, train, folder)
     train_seconds = time.monotonic() - train_started
     dtype = str(model.dtype).removeprefix("torch.")
     after = answer_requests(model, tokenizer, held_out)
@@ -110,6 +93,41 @@ def run_demo(folder: Path, train_size: int = 4000, held_out_size: int = 200) -> 
     }
     write_whole(folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: list[CronRequest],
+    folder: Path,
+    **changes: Any,
+) -> SFTTrainer:
+    """Trains a model with an adapter on requests for one epoch; returns the trainer.
+
+    Args:
+        model, tokenizer: as loaded, the adapter attached. requests: to train on.
+        folder: for what the trainer writes. changes: of the trainer's settings.
+    """
+    settings = {
+        "max_length": 256,
+        "per_device_train_batch_size": 2,  # packs of 256 tokens: 512 per step
+        "gradient_accumulation_steps": 1,
+        "packing": True,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0.05,
+        "weight_decay": 0.0,
+        "optim": "adamw_torch",  # 8-bit states are slower on a CPU, and this adapter is small
+        "save_strategy": "no",
+    }
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(output_dir=str(folder), **{**settings, **changes}),
+        train_dataset=[{"messages": messages(request)} for request in requests],
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer
 
 
 def write_materials(folder: Path, train_size: int = 4000) -> list[Path]:
@@ -172,12 +190,37 @@ def answer_requests(
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
         for i, ids in zip(part, generate(model, tokenizer, [prompt(requests[i], explained) for i in part])):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            expression = first_expression(text)
-            right = expression is not None and same_meaning(expression, requests[i].expression)
-            found[i] = ScoredAnswer(requests[i], text.strip(), right)
+            found[i] = scored(requests[i], ids, tokenizer)
     FastLanguageModel.for_training(model)
     return [found[i] for i in range(len(requests))]
+
+
+def answer_in_llama_cpp(
+    peer: LlamaCpp, tokenizer: PreTrainedTokenizerBase, requests: list[CronRequest]
+) -> list[ScoredAnswer]:
+    """Greedy answers of llama.cpp to the same prompts, as token ids."""
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    found = []
+    for request in requests:
+        answer = peer.generate(ids_of_request(tokenizer, request), ANSWER_TOKENS).tokens
+        found.append(scored(request, [token for token in answer if token not in ends], tokenizer))
+    return found
+
+
+def ids_of_request(tokenizer: PreTrainedTokenizerBase, request: CronRequest) -> list[int]:
+    """Token ids of a request as trained, up to the answer."""
+    text = tokenizer.apply_chat_template(
+        prompt(request, explained=False), tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def scored(request: CronRequest, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> ScoredAnswer:
+    """An answer, judged by what its expression means."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    expression = first_expression(text)
+    right = expression is not None and same_meaning(expression, request.expression)
+    return ScoredAnswer(request, ids, text.strip(), right)
 
 
 def generate(
@@ -240,13 +283,7 @@ def compare_with_llama_cpp(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, requests: list[CronRequest]
 ) -> dict[str, int]:
     """How many requests llama.cpp answers with the same greedy tokens as the trained model."""
-    FastLanguageModel.for_inference(model)
-    peer, same = LlamaCpp(path), 0
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    for request in requests:
-        conversation = prompt(request, explained=False)
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        theirs = [token for token in peer.generate(ids, ANSWER_TOKENS).tokens if token not in ends]
-        same += theirs == generate(model, tokenizer, [conversation])[0]
-    return {"prompts": len(requests), "same_greedy_tokens": same}
+    with LlamaCpp(path) as peer:
+        theirs = answer_in_llama_cpp(peer, tokenizer, requests)
+    ours = answer_requests(model, tokenizer, requests, batch_size=1)
+    return {"prompts": len(requests), "same_greedy_tokens": sum(a.ids == b.ids for a, b in zip(ours, theirs))}

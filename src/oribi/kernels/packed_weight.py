@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from oribi.errors import ModelError
 from oribi.kernels import nf4
 
 
@@ -55,6 +56,22 @@ class PackedWeight(nn.Parameter):
         weight = torch.Tensor._make_subclass(cls, shaped, False)
         weight.packed = packed
         return weight
+
+    @property
+    def data(self) -> torch.Tensor:
+        """Refused: by this name PEFT reads the weights that it merges into, or that DoRA and its ways of beginning need.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "these weights are codes in memory, which PEFT can neither merge an adapter into nor read for DoRA, PiSSA, OLoRA and the like: "
+            "load the model with load_in_4bit=False. To save it merged, in 16 bits, call oribi.save_merged or oribi.save_gguf"
+        )
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, values)
 
     @property
     def nbytes(self) -> int:
