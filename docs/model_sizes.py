@@ -64,6 +64,13 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         "qwen3_5_text", (5120, 17408, 64, 24, 4, 256, 248320, 262144),
         _UNTIED | _DELTA | {"linear_num_value_heads": 48} | _kinds(4, 64, "linear_attention"),
     ),
+    "Qwen/Qwen3.5-35B-A3B": (
+        "qwen3_5_moe_text", (2048, 512, 40, 16, 2, 256, 248320, 262144),
+        _UNTIED | _DELTA | {"linear_num_value_heads": 32} | _kinds(4, 40, "linear_attention"),
+    ),
+    "Qwen/Qwen1.5-MoE-A2.7B": (
+        "qwen2_moe", (2048, 5632, 24, 16, 16, 128, 151936, 8192), _UNTIED | {"shared_expert_intermediate_size": 5632},
+    ),
     "Qwen/Qwen3-30B-A3B": (
         "qwen3_moe", (2048, 6144, 48, 32, 4, 128, 151936, 40960),
         _UNTIED | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},

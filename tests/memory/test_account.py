@@ -132,8 +132,10 @@ def test_a_layer_that_autograd_differentiates_keeps_about_as_much(model_type, ho
 
     def ranks(layer: torch.nn.Module) -> dict[str, list[int]]:
         groups = {name: group for core, _, _ in layer.parts() for name, group in core.groups().items()}
-        # an MLP beside experts has no adapter: PEFT takes the names of its layers for theirs
-        adapted = {name: how != "whole" and not name.startswith("shared_") for name in groups}
+        # PEFT may take the names of an MLP beside experts for theirs
+        rules = FAMILIES[model_type].experts
+        named = rules is not None and rules.shared_by_name
+        adapted = {name: how != "whole" and (named or not name.startswith("shared_")) for name in groups}
         return {name: [4] * len(modules) if adapted[name] else [] for name, modules in groups.items()}
 
     layers = [LayerAccount(shape, TOKENS, LENGTH) for shape in layer_shapes(base, ranks)[2:]]

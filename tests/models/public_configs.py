@@ -91,6 +91,14 @@ def _qwen3_5(tied: bool, key_heads: int, value_heads: int, **more: Any) -> dict[
     }  # fmt: skip
 
 
+def _qwen3_5_moe() -> dict[str, Any]:
+    whole = _qwen3_5(False, 2, 4, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
+                     shared_expert_intermediate_size=64, router_aux_loss_coef=0.001, model_type="qwen3_5_moe_text")  # fmt: skip
+    del whole["text_config"]["intermediate_size"]
+    whole["vision_config"] |= {"model_type": "qwen3_5_moe"}
+    return {**whole, "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
+
+
 def _gemma4(**more: Any) -> dict[str, Any]:
     text = {
         **_SIZES, "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16", "enable_moe_block": False,
@@ -188,6 +196,14 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "Qwen3.5-0.8B": _qwen3_5(True, 2, 2),
     "Qwen3.5-9B": _qwen3_5(False, 2, 4),
     "Qwen3.6-27B": _qwen3_5(False, 2, 6, output_gate_type="swish", partial_rotary_factor=0.25),
+    "Qwen3.5-35B-A3B": _qwen3_5_moe(),
+    "Qwen1.5-MoE-A2.7B": {
+        **_COMMON, "architectures": ["Qwen2MoeForCausalLM"], "decoder_sparse_step": 1, "max_window_layers": 21,
+        "model_type": "qwen2_moe", "moe_intermediate_size": 64, "norm_topk_prob": False, "num_experts": 8,
+        "num_experts_per_tok": 4, "output_router_logits": False, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 256, "sliding_window": 32768, "tie_word_embeddings": False,
+        "use_sliding_window": False,
+    },
     "Gemma-3-4B": {
         "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 370, "eoi_token_index": 371,
         "eos_token_id": [1, 106], "image_token_index": 372, "initializer_range": 0.02, "mm_tokens_per_image": 4,

@@ -92,7 +92,11 @@ FAILS = {
     "sinks": OTHER_TENSORS,
     "adjusts_mlp": (RuntimeError, "size mismatch"),
 }
-WHERE_IT_MATTERS = {"qk_norm_field": {"use_qk_norm": False}, "unread": {"use_bias": True}}
+WHERE_IT_MATTERS = {
+    "qk_norm_field": {"use_qk_norm": False},
+    "unread": {"use_bias": True},
+    ("qwen2_moe", "output_bias"): {"attention_bias": True},
+}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +105,8 @@ WHERE_IT_MATTERS = {"qk_norm_field": {"use_qk_norm": False}, "unread": {"use_bia
 def test_each_family_flag_switched_off_breaks_parity(model_type, flag, monkeypatch):
     row = FAMILIES[model_type]
     monkeypatch.setitem(table.FAMILIES, model_type, replace(row, **{flag: row.flags()[flag]}))
-    config = tiny_config(model_type, **WHERE_IT_MATTERS.get(flag, {}))
+    changes = WHERE_IT_MATTERS.get((model_type, flag)) or WHERE_IT_MATTERS.get(flag, {})
+    config = tiny_config(model_type, **changes)
     fails = FAILS.get((model_type, flag)) or FAILS.get(flag)
     if fails and (flag != "qk_norm" or row.qk_norm_weights):
         error, message = fails

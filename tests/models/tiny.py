@@ -69,6 +69,18 @@ VARIANTS: dict[str, dict] = {
         },
         "layer_types": ["linear_attention", "full_attention"] * 2,
     },
+    "qwen2_moe": {
+        "qkv_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": MIXED,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 192,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
     "gpt_oss": {
         "head_dim": 32,
         "sliding_window": 5,
@@ -249,6 +261,13 @@ _GEMMA4 = {
     "final_logit_softcapping": 3.0,
 }
 VARIANTS |= {
+    "qwen3_5_moe_text": {
+        **VARIANTS["qwen3_5_text"],
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 192,
+    },
     "gemma4_text": {**_GEMMA4, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 128},
     "gemma4_unified_text": _GEMMA4,
 }
@@ -282,8 +301,14 @@ _ATTENTION_AND_EXPERTS = {
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
 ADAPTED: dict[str, dict] = dict.fromkeys(
-    ("qwen3_moe", "gpt_oss", "ernie4_5_moe", "glm4_moe"), _ATTENTION_AND_EXPERTS
+    ("qwen3_moe", "qwen2_moe", "gpt_oss", "ernie4_5_moe", "glm4_moe"), _ATTENTION_AND_EXPERTS
 )
+ADAPTED["qwen3_5_moe_text"] = {
+    **_ATTENTION_AND_EXPERTS,
+    "target_modules": [*_ATTENTION_AND_EXPERTS["target_modules"], "in_proj_qkv", "in_proj_z", "out_proj"]
+    + [f"shared_expert.{part}_proj" for part in ("gate", "up", "down")]
+    + ["shared_expert_gate"],
+}
 ADAPTED["granitemoe"] = {
     **_ATTENTION_AND_EXPERTS,
     "target_parameters": ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"],
@@ -299,14 +324,14 @@ def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
 # families that are another one's row with other names, sizes or a flag that tests of their own cover
 _LIKE_ANOTHER = {
     "mistral", "gemma", "ministral", "granitemoehybrid", "glm4", "ernie4_5", "helium", "seed_oss", "exaone4", "olmo3",
-    "hunyuan_v1_dense", "gemma4_unified_text", "cohere", "ernie4_5_moe", "glm4_moe", "granitemoe",
+    "hunyuan_v1_dense", "gemma4_unified_text", "cohere", "ernie4_5_moe", "glm4_moe", "granitemoe", "qwen2_moe",
 }  # fmt: skip
 # for tests of what all families share: every kind of layer at once, and the other rows in `make test-all`
 KINDS = [pytest.param(name, marks=pytest.mark.long) if name in _LIKE_ANOTHER else name for name in FAMILIES]
 
 
 # families whose tiny models differ in float32 from themselves in float64 by more than 1e-5
-ROUGH_IN_FLOAT32 = ("qwen3_5_text", "ministral3")
+ROUGH_IN_FLOAT32 = ("qwen3_5_text", "qwen3_5_moe_text", "ministral3")
 
 
 def precise(monkeypatch: Any, ours: DecoderForCausalLM, theirs: PreTrainedModel) -> None:
@@ -326,6 +351,7 @@ def in_float64(monkeypatch: Any, ours: DecoderForCausalLM, theirs: PreTrainedMod
 
     monkeypatch.setattr(sys.modules[type(theirs).__module__], "torch", Wide())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    theirs.config._experts_implementation = "eager"  # the others have no float64
     ours.double(), theirs.double()
 
 

@@ -105,6 +105,11 @@ WRAPPERS = {
         "vision_config": QWEN_VISION,
     },
 }  # fmt: skip
+WRAPPERS["qwen3_5_moe"] = {
+    "text_config": {**WRAPPERS["qwen3_5"]["text_config"], "num_experts": 4, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "vision_config": QWEN_VISION,
+}  # fmt: skip
 
 
 @torch.no_grad()

@@ -19,7 +19,17 @@ from tests.save.test_adapter_files import adapted, load, logits, write_wrapper
 IMAGE = 10  # id of the token that a picture's places have
 HELD_OUT = ["the red fox runs over old hills"]
 QUICK = ("gemma3", "qwen3_5", "gemma4")
-KINDS = ("gemma3", "mistral3", "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma4", "muse_glimmer")
+KINDS = (
+    "gemma3",
+    "mistral3",
+    "llava",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "gemma4",
+    "muse_glimmer",
+)
 
 
 def write(kind: str, folder) -> None:
@@ -59,7 +69,7 @@ def answered(model, kind: str, places: int) -> torch.Tensor:
     """Logits of a prompt with a picture."""
     ids = torch.tensor([[5, 6, *[IMAGE] * places, 7, 8, 9]])
     types = {}
-    if kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma4", "gemma3"):
+    if kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "gemma4", "gemma3"):
         name = "token_type_ids" if kind == "gemma3" else "mm_token_type_ids"
         types = {name: (ids == IMAGE).int()}
     return model.eval()(input_ids=ids, **types, **picture(kind)).logits

@@ -19,6 +19,7 @@ from oribi.save.gguf import save_gguf, save_gguf_adapter
 from tests.models.test_parity import relative
 from tests.models.tiny import MIXED
 from tests.models.tiny_checkpoint import checkpoint, edit_tensors, mxfp4_checkpoint
+from tests.save.test_adapter_files import write_wrapper
 from tests.save.tiny_export import distance_from_llama_cpp
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -27,10 +28,27 @@ TEXTS = ["the quick brown fox jumps over the lazy dog", "and then it rests in th
 CHANGES = {"mlp_only_layers": [], "attention_bias": False, "use_sliding_window": False}
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
+def as_released(tensors: dict[str, torch.Tensor]) -> None:
+    """Qwen3.5's layout: experts in stacks, and a layer that drafts tokens."""
+    prefixes = sorted({name.partition(".experts.")[0] for name in tensors if ".experts." in name})
+    for prefix in (f"{one}.experts" for one in prefixes):
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{prefix}.{e}.{part}_proj.weight") for e in range(4)])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{prefix}.gate_up_proj": torch.cat([gate, up], 1), f"{prefix}.down_proj": down}
+    tensors["mtp.layers.0.mlp.experts.0.gate_proj.weight"] = torch.ones(3, 3)
+
+
+@pytest.fixture(
+    scope="module", params=["qwen3_moe", "gpt_oss", pytest.param("qwen3_5_moe", marks=pytest.mark.long)]
+)
 def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("experts") / "base"
-    if request.param == "gpt_oss":  # in its releases' layout
+    if request.param == "qwen3_5_moe":
+        write_wrapper(request.param, folder)
+        edit_tensors(folder, as_released)
+    elif request.param == "gpt_oss":  # in its releases' layout
         mxfp4_checkpoint(folder, num_hidden_layers=2, layer_types=MIXED[:2])
     else:
         checkpoint(folder, request.param, num_hidden_layers=2, **CHANGES)
@@ -71,6 +89,9 @@ def test_an_adapter_and_a_merged_model_compute_in_transformers_class_what_was_tr
     assert relative(logits(PeftModel.from_pretrained(plain, tmp_path / "adapter")), expected) < 1e-5
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert relative(logits(merged), expected) < 1e-5
+    held, written = (load_file(one / "model.safetensors") for one in (folder, tmp_path / "merged"))
+    if not any(name.endswith("_blocks") for name in held):  # a tower and layers that draft, too
+        assert {name: t.shape for name, t in written.items()} == {name: t.shape for name, t in held.items()}
     again, _ = load_model(str(tmp_path / "adapter"), dtype=torch.float32, max_seq_length=None)
     assert torch.equal(logits(again), expected)
 
@@ -198,6 +219,6 @@ def test_an_adapter_as_gguf_holds_the_factors_of_all_experts_one_behind_the_othe
     # of gpt-oss in the checkpoint's order, in which gate and up alternate
     alternating = wrapper.get_base_layer().rules.alternating
     delta = delta[:, 1::2] if alternating else delta[:, delta.shape[1] // 2 :]
-    assert (a.shape, b.shape) == ((8, 4, 64), (8, delta.shape[1], 4))
+    assert (a.shape, b.shape) == ((len(delta), 4, 64), (*delta.shape[:2], 4))
     scale = file.value("adapter.lora.alpha") / 4
     assert relative(torch.einsum("eor,eri->eoi", b, a) * scale, delta) < 1e-6

@@ -29,6 +29,12 @@ FAMILY_CHANGES: dict[str, dict] = {
     "qwen2": {"use_sliding_window": False, "layer_types": None},
     "qwen3": {"use_sliding_window": False, "layer_types": None},
     "qwen3_moe": {"use_sliding_window": False, "mlp_only_layers": [], "attention_bias": False},
+    "qwen2_moe": {
+        "use_sliding_window": False,
+        "layer_types": None,
+        "mlp_only_layers": [],
+        "norm_topk_prob": False,
+    },
     "gpt_oss": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -48,6 +54,7 @@ FAMILY_CHANGES: dict[str, dict] = {
     "gemma4_text": {"vocab_size_per_layer_input": VOCAB},
     "gemma4_unified_text": {"use_double_wide_mlp": False},
     "qwen3_5_text": {"attention_bias": False, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "qwen3_5_moe_text": {"attention_bias": False, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     "phi3": {"sliding_window": None},
     "granite": {},
     "olmo2": {"attention_bias": False},

@@ -26,9 +26,13 @@ class ExpertRules:
             the first config.first_k_dense_replace; by config.moe_layer_start_index, moe_layer_end_index and
             moe_layer_interval.
         shared: the config's field for how many experts' width an MLP has that every token takes beside the experts; None: there
-            is none.
+            is none, unless it has a field of its own.
+        shared_columns: the config's field for the columns of that MLP's gate and up.
+        shared_gate: whether that MLP's output is multiplied by the sigmoid of one number per token, which a linear layer
+            "shared_expert_gate" gives.
         stored: "each": a checkpoint holds gate_proj, up_proj and down_proj of each expert; "stacked": gate_up_proj and
-            down_proj of all experts in one tensor; "transposed": likewise, with matrices [in, out].
+            down_proj of all experts in one tensor; "transposed": likewise, with matrices [in, out]; "either": each or stacked,
+            and a merge as its base.
         alternating: whether the rows of gate and up alternate in a checkpoint's gate_up_proj, and in what an adapter adds to it.
         biases: whether the router and all matrices of experts have biases.
         renamed: parts of the names of some tensors, each with what checkpoints have there instead.
@@ -46,7 +50,9 @@ class ExpertRules:
     size: str = "moe_intermediate_size"
     layers: Literal["all", "sparse_step", "after_first", "interval"] = "all"
     shared: str | None = None
-    stored: Literal["each", "stacked", "transposed"] = "each"
+    shared_columns: str | None = None
+    shared_gate: bool = False
+    stored: Literal["each", "stacked", "transposed", "either"] = "each"
     alternating: bool = False
     biases: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
@@ -70,4 +76,17 @@ class ExpertRules:
 
     def shared_size(self, config: PretrainedConfig) -> int:
         """Columns of the gate of the MLP beside the experts; 0 where there is none."""
+        if self.shared_columns:
+            return getattr(config, self.shared_columns)
         return getattr(config, self.size) * (getattr(config, self.shared) or 0) if self.shared else 0
+
+    @property
+    def shared_by_name(self) -> bool:
+        """Whether target_modules reach the MLP beside the experts: where checkpoints hold each expert, PEFT takes the names of an
+        MLP's projections for the experts alone."""
+        return self.stored != "each"
+
+    def problems(self, config: PretrainedConfig) -> list[str]:
+        """What no experts can have, one line each; every size is a whole number."""
+        used, count = config.num_experts_per_tok, getattr(config, self.count)
+        return [f"num_experts_per_tok = {used}: the model has {count} experts"] * (used > count)

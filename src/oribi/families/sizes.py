@@ -8,6 +8,21 @@ from transformers import PretrainedConfig
 from oribi.families.layer_fields import config_of_layer
 from oribi.families.table import FAMILIES
 
+# fields of every family's configs that are whole numbers above 0
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+def size_fields(config: PretrainedConfig) -> list[str]:
+    """Those that a config of the table has to have, and the sizes of its experts; where no layer has an MLP, it may lack an MLP's."""
+    rules = FAMILIES[config.model_type].experts
+    if rules is None:
+        return [*SIZES]
+    own = filter(None, (rules.count, "num_experts_per_tok", rules.size, rules.shared_columns))
+    return [*(name for name in SIZES if name != "intermediate_size" or hasattr(config, name)), *own]
+
 
 def mlp_size(config: PretrainedConfig) -> int:
     """Columns of the MLP's gate and up.

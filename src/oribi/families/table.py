@@ -20,6 +20,12 @@ MOST_LAYERS = 4096
 # what llama.cpp reads of the Llama lineage
 _LLAMA_CPP = InGGUF("llama", interleaved_rope=True, biases="all", rope_factors=("llama3", "longrope"), layers_of_70b=80)
 
+# router and an MLP beside the experts, whose output is gated
+_QWEN_EXPERTS = {"router": "gate", "shared_experts": "shared_expert"}
+_QWEN3_5_EXPERTS = ExpertRules(
+    normalise=True, shared_columns="shared_expert_intermediate_size", shared_gate=True, stored="either"
+)
+
 _GEMMA4 = Family(
     "Gemma4ForCausalLM", kv_sharing=True, wide_mlp=True, keys_as_values=True, value_norm=True, layer_scalar=True,
     mixers={"sliding_attention": "shared_attention", "full_attention": "shared_attention"}, norms="sandwich", qk_norm="head",
@@ -44,6 +50,12 @@ FAMILIES: dict[str, Family] = {
         "Qwen3MoeForCausalLM", names={"router": "gate"}, qk_norm="head", windows="all",
         experts=ExpertRules(normalise="norm_topk_prob", layers="sparse_step"), gguf=InGGUF("qwen3moe"),
     ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM", names=_QWEN_EXPERTS, config_fields={"attention_bias": "qkv_bias"}, output_bias=None,
+        windows="layer_types",
+        experts=replace(_QWEN3_5_EXPERTS, normalise="norm_topk_prob", layers="sparse_step", stored="each"),
+        gguf=InGGUF("qwen2moe", derived_head_dim=True, normalises=False),
+    ),
     "gpt_oss": Family(
         "GptOssForCausalLM", windows="layer_types", sinks=True, activation="swiglu_clamped",
         experts=ExpertRules(
@@ -58,6 +70,11 @@ FAMILIES: dict[str, Family] = {
         "Qwen3_5ForCausalLM", mixers={"linear_attention": "gated_delta"}, norm_offset=1.0, qk_norm="head",
         output_gate="q_proj",
         gguf=InGGUF("qwen35", names={"mlp_input_norm": "post_attention_norm"}, partial_rope=True),
+    ),
+    "qwen3_5_moe_text": Family(
+        "Qwen3_5MoeForCausalLM", mixers={"linear_attention": "gated_delta"}, norm_offset=1.0, names=_QWEN_EXPERTS,
+        qk_norm="head", output_gate="q_proj", experts=_QWEN3_5_EXPERTS,
+        gguf=InGGUF("qwen35moe", names={"mlp_input_norm": "post_attention_norm"}, partial_rope=True),
     ),
     "gemma": Family(
         "GemmaForCausalLM", norm_offset=1.0, embedding_scale=True, gguf=InGGUF("gemma", head="tied")

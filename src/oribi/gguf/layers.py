@@ -47,9 +47,12 @@ def add_layers(writer: gguf.GGUFWriter, config: PretrainedConfig, family: Family
     """Write the MLPs' widths, the numbers of heads, and the keys that only some families have."""
     layers = range(config.num_hidden_layers)
     wide = _first_shared(config) if family.wide_mlp and config.use_double_wide_mlp else len(layers)
-    widths = [mlp_size(config) * (2 if i >= wide else 1) for i in layers]
-    writer.add_feed_forward_length(_one_if_equal(widths))
+    if hasattr(config, family.config_fields.get("intermediate_size", "intermediate_size")):
+        widths = [mlp_size(config) * (2 if i >= wide else 1) for i in layers]
+        writer.add_feed_forward_length(_one_if_equal(widths))
     if family.experts is not None:
+        if family.experts.shared_columns:
+            writer.add_expert_shared_feed_forward_length(family.experts.shared_size(config))
         writer.add_expert_count(getattr(config, family.experts.count))
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, family.experts.size))
@@ -122,8 +125,11 @@ def layer_refusals(config: PretrainedConfig, family: Family, facts: InGGUF) -> l
     if family.experts is not None:
         if not all(family.experts.in_layer(config, index) for index in range(layers)):
             refused.append("every layer has experts")
-        if family.experts.normalise and not family.experts.normalises(config):
-            refused.append(f"the weights of a token's experts sum to 1 ({family.experts.normalise})")
+        field = family.experts.normalise
+        if isinstance(field, str) and getattr(config, field) != facts.normalises:
+            refused.append(
+                f"the weights of a token's experts sum to {'1' if facts.normalises else 'less'} ({field})"
+            )
     if facts.lists_layers:
         for kind in _KINDS:
             sizes = {config_of_layer(config, i).head_dim for i in range(layers) if kinds[i] == kind}
@@ -144,7 +150,7 @@ def layer_refusals(config: PretrainedConfig, family: Family, facts: InGGUF) -> l
 
 
 def read_layers(file: GGUFFile, family: Family, layers: int) -> dict[str, Any]:
-    """Fields of the config that say how layers differ; "num_key_value_heads" and "intermediate_size" always.
+    """Fields of the config that say how layers differ; "num_key_value_heads" always, "intermediate_size" where a layer has an MLP.
 
     Args:
         file: of the model. family: its row. layers: how many there are.
@@ -156,16 +162,19 @@ def read_layers(file: GGUFFile, family: Family, layers: int) -> dict[str, Any]:
     heads = _listed(file, "attention.head_count_kv", layers, file.number("attention.head_count"))
     if facts.lists_layers:
         return _read_lists(file, layers, heads)
-    settings = {"num_key_value_heads": max(heads), "intermediate_size": file.number("feed_forward_length")}
-    if family.experts is not None:
-        rules = family.experts
+    rules, settings = family.experts, {"num_key_value_heads": max(heads)}
+    if rules is None or file.value("{arch}.feed_forward_length"):
+        settings["intermediate_size"] = file.number("feed_forward_length")
+    if rules is not None:
         settings |= {
             rules.count: file.number("expert_count"),
             "num_experts_per_tok": file.number("expert_used_count"),
             rules.size: file.number("expert_feed_forward_length"),
         }
-        if rules.normalise:
-            settings[rules.normalise] = True  # as llama.cpp computes
+        if rules.shared_columns:
+            settings[rules.shared_columns] = file.number("expert_shared_feed_forward_length")
+        if isinstance(rules.normalise, str):
+            settings[rules.normalise] = facts.normalises
     if facts.heads_by_layer:
         other = next(iter(family.mixers))
         settings["layer_types"] = [_KINDS[1] if number else other for number in heads]

@@ -19,7 +19,7 @@ from oribi.gguf.rope import add_rope, global_rope, read_rope, rope_refusals
 # multimodal model types of whose towers llama.cpp's convert_hf_to_gguf.py makes a projector file
 WITH_PROJECTOR = (
     "gemma3", "gemma4", "gemma4_unified", "idefics3", "internvl", "lfm2_vl", "llama4", "mistral3", "muse_glimmer", "qwen2_vl",
-    "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "smolvlm",
 )  # fmt: skip
 # a config's sizes -> keys, in the order in which they are written
 _SIZES = {

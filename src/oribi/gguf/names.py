@@ -35,6 +35,14 @@ _EXPERTS = {
     "ffn_up_exps": ("mlp", "experts", "*", "up_proj"),
     "ffn_down_exps": ("mlp", "experts", "*", "down_proj"),
 }
+_SHARED_GATE = "ffn_gate_inp_shexp"
+# of an MLP beside the experts
+_SHARED = {
+    "ffn_gate_shexp": ("mlp", "shared_experts", "gate_proj"),
+    "ffn_up_shexp": ("mlp", "shared_experts", "up_proj"),
+    "ffn_down_shexp": ("mlp", "shared_experts", "down_proj"),
+    _SHARED_GATE: ("mlp", "shared_expert_gate"),
+}
 # a mixer other than attention -> likewise
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "short_conv": {
@@ -76,7 +84,7 @@ _NORMS = {
 NORMS_OF_HEADS = ("attn_q_norm.weight", "attn_k_norm.weight")
 _SPLIT = ("ffn_gate", "ffn_up")  # in the order in which one gate_up_proj holds them
 # tensors of the checkpoint to which llama.cpp applies no adapter
-WITHOUT_ADAPTER = ("model.per_layer_model_projection.weight",)
+WITHOUT_ADAPTER = ("model.per_layer_model_projection.weight", ".shared_expert_gate.weight")
 # how the names of depthwise convolutions end
 KERNELS = ("conv.weight", "conv1d.weight")
 ROPE_FACTORS = {
@@ -112,7 +120,8 @@ def _layer_parts(family: Family, facts: InGGUF) -> dict[str, str]:
     }
     parts = {**_LINEAR, **norms, **fused, **(_PER_LAYER_INPUT if family.per_layer_inputs else {})}
     parts |= {"attn_gate": ("self_attn", "output_gate")} if family.output_gate == "output_gate" else {}
-    parts |= _EXPERTS if family.experts is not None else {}
+    if family.experts is not None:
+        parts |= {**_EXPERTS, **(_SHARED if family.experts.shared_columns else {})}
     for mixer in family.mixers.values():
         parts |= _MIXERS.get(mixer, {})
     return {
@@ -135,7 +144,7 @@ def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
     elif name.endswith("_norm.weight"):
         is_last = name.startswith(f"{facts.last_norm}.")
         split["shift"] = family.offset_of_norm("norm") if is_last else family.norm_offset
-    return Tensor(name, source, kernel=name.endswith(KERNELS), **split)
+    return Tensor(name, source, kernel=name.endswith(KERNELS), row=stem == _SHARED_GATE, **split)
 
 
 def _of_gated_delta(config: PretrainedConfig, source: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Tensor:
         kernel: it is a depthwise convolution's, [N, 1, W] in the checkpoint and [N, W] in the file.
         value_heads: whose rows or columns the file has in another order.
         decay: the checkpoint holds the logarithm of a decay, and the file minus the decay.
+        row: it is one row, [1, K] in the checkpoint and [K] in the file.
         experts: of how many experts the file holds the matrices in one tensor; `source` has a star for an expert's number.
     """
 
@@ -73,6 +74,7 @@ class Tensor:
     kernel: bool = False
     value_heads: ValueHeads | None = None
     decay: bool = False
+    row: bool = False
     experts: int = 0
 
     @property
@@ -87,8 +89,8 @@ class Tensor:
         values = self._rows_to_gguf(values)
         if self.value_heads is not None and self.value_heads.columns:
             values = self.value_heads.to_gguf(values)
-        if self.kernel:
-            values = values.squeeze(1)
+        if self.kernel or self.row:
+            values = values.squeeze(1 if self.kernel else 0)
         if self.decay:
             return -values.float().exp()
         return values.float() + self.shift if self.shift else values
@@ -103,12 +105,16 @@ class Tensor:
         """Of a tensor whose sources have `shape` in the checkpoint."""
         if self.experts:
             return (self.experts, *shape)
+        if self.row:
+            return shape[1:]
         return (shape[0], shape[2]) if self.kernel else (shape[0] // self.part[1], *shape[1:])
 
     def shape_in_checkpoint(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of each source of a tensor that has `shape` in the file."""
         if self.experts:
             return shape[1:]
+        if self.row:  # some programs write it as a matrix
+            return (1, shape[-1])
         return (shape[0], 1, *shape[1:]) if self.kernel else shape
 
     def from_gguf(self, values: torch.Tensor) -> torch.Tensor:
@@ -123,6 +129,8 @@ class Tensor:
             return (-values.float()).log()
         if self.kernel:
             return values.unsqueeze(1)
+        if self.row:
+            return values.view(1, -1)
         if not self.heads:
             return values
         if self.heads < 0 or len(values) % (2 * self.heads):
@@ -136,7 +144,7 @@ class Tensor:
     def keeps_rows_whole(self) -> bool:
         """Whether a checkpoint's rows are rows of the file, in whatever order: what a row's values are coded in can stay."""
         of_columns = self.value_heads is not None and self.value_heads.columns
-        return not (of_columns or self.kernel or self.decay or self.shift or self.experts)
+        return not (of_columns or self.kernel or self.decay or self.shift or self.row or self.experts)
 
     def _rows_to_gguf(self, values: torch.Tensor) -> torch.Tensor:
         """[N, ...]: the file's rows, in its order."""

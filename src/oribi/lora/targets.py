@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from oribi.config import PROJECTIONS
 from oribi.errors import ConfigError
 from oribi.families import FAMILIES, Family
-from oribi.models.experts import Experts
+from oribi.models.experts import SHARED_GATE, Experts
 from oribi.models.mixers import MIXERS
 from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
 from oribi.models.unwrap import bare_module, read_by_kernels
@@ -41,7 +41,7 @@ STACK_OF = {
     "down_proj": "down_proj",
 }
 # choose experts, and are not trained as projections are
-_ROUTERS = ("gate", "router", "shared_expert_gate")
+_ROUTERS = ("gate", "router", SHARED_GATE)
 
 
 def layer_projections(model: PreTrainedModel, attention: bool, mlp: bool) -> list[str]:
@@ -222,13 +222,24 @@ def resolve_experts(
     left = [target for target in targets if target.rpartition(".")[2] not in STACK_OF]
     if len(left) == len(targets):
         return targets
+    rules = FAMILIES[model.config.model_type].experts
+    beside = {
+        leaf
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (leaf := name.rpartition(".")[2]) in STACK_OF
+    }
+    if rules.shared_by_name:
+        left += [target for target in targets if target.rpartition(".")[2] in beside]
+        beside = set()
     parameters = given.get("target_parameters")
     if layers_only and not parameters:
         if not left:
             raise ConfigError(
                 f"target_modules: {', '.join(targets)} are stacks of experts in this model, which have no pairs with {layers_only}"
             )
-        notes.append(f"target_modules: experts and MLPs beside them stay frozen, because of {layers_only}")
+        notes.append(
+            f"target_modules: experts{' and MLPs beside them' if beside else ''} stay frozen, because of {layers_only}"
+        )
         return left
     if not parameters:
         names = [f".{name}" for name, _ in model.named_parameters()]
@@ -239,10 +250,6 @@ def resolve_experts(
             return left
         given["target_parameters"] = parameters
     stacks = dict.fromkeys(re.sub(r"^layers\.\d+\.", "", one) for one in parameters)
-    beside = any(
-        isinstance(module, nn.Linear) and name.rpartition(".")[2] in STACK_OF
-        for name, module in model.named_modules()
-    )
     notes.append(
         f"LoRA goes on the experts: target_parameters = {', '.join(stacks)}"
         + ("; MLPs beside the experts stay frozen" if beside else "")

@@ -192,7 +192,7 @@ class LayerAccount:
         adapted = [(s.groups[group], len(ranks)) for group, ranks in s.ranks.items() if group in s.groups]
         # inputs of the norms, what the mixer needs, gate and up
         numbers = 2 * s.hidden + s.mixer.autograd_columns() + 2 * inner + sum(map(sum, s.ranks.values()))
-        numbers += 0 if s.experts is None else s.experts.autograd_columns()
+        numbers += 0 if s.experts is None else s.experts.autograd_columns() + s.gated_columns
         numbers += s.hidden * sum(post is not None for _, _, post in s.layer.parts())
         if dropout:
             dropped = sum(k * count for (_, k, _), count in adapted)

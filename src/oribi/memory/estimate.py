@@ -31,6 +31,7 @@ from oribi.memory.gpus import Gpu
 from oribi.memory.layer_shape import LayerShape, layer_shapes
 from oribi.memory.plan import HOST_BYTES_PER_FLOP, MARGIN, plan
 from oribi.models.core import Keep
+from oribi.models.experts import SHARED_GATE
 from oribi.models.fused_layer import policy
 from oribi.models.host_memory import buffer_size
 from oribi.models.layers import DecoderLayer
@@ -106,12 +107,13 @@ class Training:
         wanted, found = set(c.target_modules), {}
         family = FAMILIES[self.architecture.config.model_type]
         wanted |= {attribute for role, attribute in family.projections().items() if role in wanted}
-        frozen = STACK_OF if family.experts is not None else ()  # MLPs beside experts
+        beside = family.experts is not None and not family.experts.shared_by_name
+        frozen = STACK_OF if beside else ()
         for name, module in self.architecture.decoder.model.layers.named_modules():
             leaf = name.rpartition(".")[2]
             if not isinstance(module, torch.nn.Linear) or leaf in frozen:
                 continue
-            every = c.target_modules == ["all-linear"] and leaf not in DECAY_PROJECTIONS
+            every = c.target_modules == ["all-linear"] and leaf not in (*DECAY_PROJECTIONS, SHARED_GATE)
             if (every or leaf in wanted) and not self._left_out(name):
                 found[name] = self.rank_of(f"model.layers.{name}") * (
                     module.in_features + module.out_features

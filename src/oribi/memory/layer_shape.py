@@ -17,6 +17,7 @@ from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.experts import ExpertsMLP
 from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import read
+from oribi.models.mlp import SharedMLP
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +63,23 @@ class LayerShape:
         """Group -> (N, K, P)."""
         return {
             name: (
-                sum(module.out_features for module in modules),
+                sum(module.out_features for module in modules) + self._rows_beside(core, name),
                 modules[0].in_features,
                 padded_columns(sum(self.ranks[name]) + any(m.bias is not None for m in modules), self.device),
             )
             for core in self.cores
             for name, modules in core.groups().items()
         }
+
+    @property
+    def gated_columns(self) -> int:
+        """Columns of h of an MLP beside experts whose output is gated."""
+        beside = [core for core in self.cores if isinstance(core, SharedMLP)]
+        return sum(core.inner for core in beside if core.rows_beside(self.device))
+
+    def _rows_beside(self, core: Core, group: str) -> int:
+        """Rows of a group that belong to no linear layer."""
+        return core.rows_beside(self.device) if isinstance(core, SharedMLP) and group == core.input else 0
 
     @cached_property
     def experts(self) -> ExpertsShape | None:

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 from oribi.errors import ModelError
 from oribi.families import MOST_LAYERS, family_of
 from oribi.families.layer_fields import config_of_layer, layer_configs
+from oribi.families.sizes import SIZES, size_fields
 from oribi.formats.settings import NF4_METHODS, PackedFormat, method_of, packed_format
 from oribi.models.fields import (
     BOOLEAN,
@@ -35,10 +36,6 @@ from oribi.models.original import load_original
 from oribi.models.rope import RotaryAngles
 from oribi.text import nearest, shown
 
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings",
-)  # fmt: skip
 # names of the number of layers in configs of models outside the family table
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 _DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")
@@ -112,11 +109,11 @@ def _refuse_impossible_sizes(file: Path, settings: Mapping[str, Any]) -> None:
     for part in (settings, settings.get("text_config")):
         if not isinstance(part, dict):
             continue
-        for name in (*_SIZES, *_LAYERS):
+        for name in (*SIZES, *_LAYERS):
             value, most = part.get(name), MOST_LAYERS if name in _LAYERS else MOST
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue
-            if value > most or (value < 1 and name in _SIZES):
+            if value > most or (value < 1 and name in SIZES):
                 raise ModelError(
                     f"{file}: {name} = {shown(value)}: must be a whole number from 1 to {most:,}"
                 )
@@ -171,7 +168,7 @@ def check_decoder(file: Path, config: PretrainedConfig, notes: list[str] | None 
     problems = [
         f"{name} = {shown(getattr(one, name))}: must be a whole number from 1 to {MOST_LAYERS if name in _LAYERS else MOST:,}"
         for one in layer_configs(config)
-        for name in _SIZES
+        for name in size_fields(config)
         if not is_whole(getattr(one, name), 1, MOST_LAYERS if name in _LAYERS else MOST)
     ]
     problems = problems or [
@@ -257,8 +254,10 @@ def _check_numbers(config: PretrainedConfig) -> list[str]:
         for name in nonzero
         if not is_number(getattr(config, name)) or getattr(config, name) == 0
     ]
+    found += [] if family.experts is None else family.experts.problems(config)
     window = getattr(config, "sliding_window", None)
-    if window is not None and not is_whole(window, 1, MOST):  # caches read it in every family
+    least = int(getattr(config, "use_sliding_window", None) is not False)  # of none, transformers makes 0
+    if window is not None and not is_whole(window, least, MOST):  # caches read it in every family
         found.append(f"sliding_window = {shown(window)}: must be a whole number above 0, or null")
     return found
 
@@ -278,7 +277,7 @@ def _check_lists(config: PretrainedConfig) -> list[str]:
         isinstance(kinds, list) and len(kinds) == layers and all(kind in allowed for kind in kinds)
     ):
         found.append(f"layer_types: must be {' or '.join(allowed)} for each of {layers} layers")
-    elif family.windows == "layer_types" and "sliding_attention" in kinds and config.sliding_window is None:
+    elif family.windows == "layer_types" and "sliding_attention" in kinds and not config.sliding_window:
         found.append(
             "layer_types: some are sliding_attention, and no sliding_window is set, or use_sliding_window = false takes it away; "
             "give the window, or full_attention for each layer"

@@ -174,9 +174,11 @@ def unstacked(source: TensorSource, model: nn.Module) -> TensorSource:
         source = Renamed(source, [(stored, own) for own, stored in renamed])
     stored = source.shapes()
     stacks = (f"{prefix}.{stack}" for prefix, one in experts.items() for stack in one.stacks)
-    if any(f"{stack}{ending}" in stored for stack in stacks for ending in ("", *_MXFP4)):
-        return Unstacked(source, experts)
-    return source
+    in_stacks = any(f"{stack}{ending}" in stored for stack in stacks for ending in ("", *_MXFP4))
+    for one in experts.values():
+        if one.rules.stored == "either":
+            one.in_stacks = in_stacks
+    return Unstacked(source, experts) if in_stacks else source
 
 
 class Stacked:
@@ -226,7 +228,7 @@ class Stacked:
 def stacked(source: TensorSource, model: nn.Module) -> TensorSource:
     """A model's tensors as its family's checkpoints hold them; the source itself where they do already."""
     experts = expert_modules(model)
-    in_stacks = {name: one for name, one in experts.items() if one.rules.stored != "each"}
+    in_stacks = {name: one for name, one in experts.items() if one.in_stacks}
     source, renamed = Stacked(source, in_stacks) if in_stacks else source, _renamed(experts)
     return Renamed(source, renamed) if renamed else source
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 STACKS = ("gate_up_proj", "down_proj")
 CORRECTION = "e_score_correction_bias"
+# a linear layer of one row, which stays in 16 bits and gets an adapter only by name
+SHARED_GATE = "shared_expert_gate"
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,17 @@ class Correction(nn.Module):
 
 
 class Experts(nn.Module):
-    """The stacks of a layer, dense or, once they are loaded so, packed (`PackedWeight`)."""
+    """The stacks of a layer, dense or, once they are loaded so, packed (`PackedWeight`).
+
+    Attributes:
+        in_stacks: whether the checkpoint has them so, and a merge will.
+    """
 
     is_transposed = False  # PEFT asks: a stack is [experts, out, in]
 
     def __init__(self, count: int, hidden_size: int, size: int, rules: ExpertRules) -> None:
         super().__init__()
-        self.rules = rules
+        self.rules, self.in_stacks = rules, rules.stored != "each"
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, size))
         if rules.biases:
@@ -223,8 +229,16 @@ class ExpertsMLP(NamedParts):
         self.activation = activation_of(config)
         self.used = config.num_experts_per_tok
         if rules.shared_size(config):
-            self.add_part("shared_experts", SharedMLP(config, family, index, rules.shared_size(config)))
+            size = rules.shared_size(config)
+            gate = self._shared_gate if rules.shared_gate else None
+            self.add_part("shared_experts", SharedMLP(config, family, index, size, gate))
             self.results = (*self.results, *self.shared.results)
+        if rules.shared_gate:
+            self.add_part(SHARED_GATE, nn.Linear(config.hidden_size, 1, bias=False))
+
+    def _shared_gate(self) -> nn.Module:
+        """The gate of the MLP beside the experts."""
+        return self._modules[SHARED_GATE]
 
     @property
     def shared(self) -> SharedMLP | None:

@@ -15,12 +15,14 @@ computed again as `Keep` says; the gradients do not depend on it, to the bit.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
 from oribi.kernels.expert_linear import StackProjection, StackWeight
 from oribi.kernels.expert_rows import combine, products_and_weighted
 from oribi.kernels.gated_mlp import gated_mlp_backward, gated_mlp_forward
+from oribi.kernels.lora import Projection
 from oribi.kernels.routing import Routing, sort_by_expert, weigh_backward
 from oribi.models.experts import ExpertsMLP, Router
 from oribi.models.half import Factors, Half, Kept, LayerPass, norm_backward
@@ -42,25 +44,41 @@ def experts_half(
     frozen = [*router.parameters(), *(t for one in stacks.values() for t in (one.weight, one.bias))]
     if any(parameter is not None and parameter.requires_grad for parameter in frozen):
         return None
-    return ExpertsHalf(core, pre, stacks, scale)
+    shared = None if core.shared is None else Half(core.shared, pre, None, scale)
+    if shared is not None and (rows := core.shared.rows_beside(router.weight.device)):
+        size, dtype = router.weight.shape[1], router.weight.dtype
+        shared.groups[core.shared.input].append(Projection(_zeros(rows, size, dtype, router.weight.device)))
+    return ExpertsHalf(core, pre, stacks, scale, shared)
+
+
+@lru_cache
+def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One for all layers."""
+    with torch.inference_mode(False):
+        return torch.zeros(rows, columns, dtype=dtype, device=device)
 
 
 class ExpertsHalf:
     """The experts with the norm before them, for one forward and backward; its methods are those of `models.half.Half`.
 
     Args:
-        core: the module. pre: the norm. stacks: its weights and pairs. scale: c.
+        core: the module. pre: the norm. stacks: its weights and pairs. scale: c. shared: the half of the MLP beside the experts.
     """
 
     reads = gives = None
 
     def __init__(
-        self, core: ExpertsMLP, pre: RMSNorm | None, stacks: dict[str, StackProjection], scale: float
+        self,
+        core: ExpertsMLP,
+        pre: RMSNorm | None,
+        stacks: dict[str, StackProjection],
+        scale: float,
+        shared: Half | None,
     ) -> None:
         self.core, self.pre, self.scale = core, pre, scale
         self.router = core.part("router")
         self.stacks = stacks
-        self.shared = None if core.shared is None else Half(core.shared, pre, None, scale)
+        self.shared = shared
         # linear layers, which only the MLP beside the experts has
         self.groups: dict[str, list] = {} if self.shared is None else self.shared.groups
         self._weights: dict[str, StackWeight] = {}

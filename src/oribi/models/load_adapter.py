@@ -92,11 +92,13 @@ def read_for(model: Any, settings: PeftConfig, path: Path) -> tuple[PeftConfig, 
     tensors = read_tensors(path)
     if names is None or not isinstance(settings, LoraConfig) or not names.are_in(tensors):
         return settings, tensors
+    inner = base_model(model)
     plain = [
         bare_name(name)
-        for name, module in base_model(model).named_modules()
+        for name, module in inner.named_modules()
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
     ]
+    plain += [bare_name(name) for name, one in inner.named_parameters() if one.dim() == 3]  # of experts
     return names.settings_inside(settings, plain), names.read(tensors)
 
 

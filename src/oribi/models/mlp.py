@@ -6,6 +6,7 @@ T tokens, D hidden size, I intermediate size. gate|up and h are the widest resul
 portions of the tokens, and makes h once more in backward.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,10 @@ from transformers import PretrainedConfig
 
 from oribi.families import Family, activation_of
 from oribi.families.sizes import mlp_size
+from oribi.kernels.dispatch import wide
+from oribi.kernels.expert_rows import products_and_weighted
 from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
+from oribi.kernels.lora import padded_columns
 from oribi.models.core import Result
 from oribi.models.half import Kept
 from oribi.models.linear_layers import NamedParts, project
@@ -74,8 +78,11 @@ class MLP(NamedParts):
     def forward(self, x: torch.Tensor, batch: "Batch | None" = None) -> torch.Tensor:
         groups = self.groups()
         outputs = project(groups[self.input], x)
-        gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
+        beside = outputs[len(self._inputs) :]  # what the gate of the output gives, where there is one
+        gate, up = outputs[0].chunk(2, dim=-1) if len(self._inputs) == 1 else outputs[:2]
         flat = gated_mlp(gate.flatten(0, -2), up.flatten(0, -2), self.activation)
+        for numbers in beside:
+            flat = flat * torch.sigmoid(numbers.flatten(0, -2))
         return project(groups[self.output], flat.view(*x.shape[:-1], -1))[0]
 
     def prepare(self, p: torch.Tensor, batch: "Batch", fresh: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +100,16 @@ class MLP(NamedParts):
 
 
 class SharedMLP(MLP):
-    """An MLP beside a layer's experts, whose results have names of their own."""
+    """An MLP beside a layer's experts, whose results have names of their own.
+
+        out = sigmoid(n w^T) (h W_down)      which is (sigmoid(n w^T) h) W_down
+
+    where the family has a gate w [1, D], a linear layer that lies beside the MLP and is computed with W_gate_up.
+
+    Args:
+        config, family, index, inner: as `MLP` takes them.
+        gate: gives the gate as it is now, for PEFT may have put a LoRA layer around it; None without one.
+    """
 
     input, output = "shared_gate_up", "shared_down"
     results = (
@@ -102,3 +118,48 @@ class SharedMLP(MLP):
         Result("shared_down_xa", ("shared_down.lora",), follows="shared_gate_up"),
         Result("shared_down", ("shared_down.out",), made_by="shared_down", before_norm=True),
     )
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        family: Family,
+        index: int,
+        inner: int,
+        gate: Callable[[], nn.Module] | None,
+    ) -> None:
+        super().__init__(config, family, index, inner)
+        self.inner, self._gate = inner, gate
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        """As of `MLP`, with the gate behind gate and up."""
+        groups = super().groups()
+        if self._gate is not None:
+            groups[self.input].append(self._gate())
+        return groups
+
+    def rows_beside(self, device: torch.device) -> int:
+        """Rows of zeros behind the gate's, with which a product's rows stay aligned as without a gate."""
+        return 0 if self._gate is None else padded_columns(1, device) - 1
+
+    def prepare(self, p: torch.Tensor, batch: "Batch", fresh: bool) -> tuple[torch.Tensor, ...]:
+        """gate and up [T, I], and what the gate gives, with zeros beside it, views of p."""
+        return p.split([self.inner, self.inner, p.shape[1] - 2 * self.inner], dim=1)
+
+    def run(self, prepared: tuple[torch.Tensor, ...], kept: Kept) -> torch.Tensor:
+        """h [T, I], gated."""
+        gate, up, numbers = prepared
+        h = gated_mlp_forward(gate, up, self.activation)
+        return h if self._gate is None else h.mul_(torch.sigmoid(numbers[:, :1]))
+
+    def backward(self, prepared: tuple[torch.Tensor, ...], dh: torch.Tensor) -> None:
+        """Writes the gradient of all of p over it, and the gated h over dh."""
+        gate, up, numbers = prepared
+        if self._gate is None:
+            super().backward((gate, up), dh)
+            return
+        share = torch.sigmoid(numbers[:, :1])
+        dshare = products_and_weighted(dh, gated_mlp_forward(gate, up, self.activation), share[:, 0])
+        super().backward((gate, up), dh)
+        dh.mul_(share)
+        numbers.zero_()
+        numbers[:, 0] = dshare * wide(share[:, 0]) * (1 - wide(share[:, 0]))

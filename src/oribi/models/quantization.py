@@ -6,7 +6,7 @@ from torch import nn
 
 from oribi.errors import ConfigError
 from oribi.gguf.names import family_in_gguf
-from oribi.models.experts import Experts
+from oribi.models.experts import SHARED_GATE, Experts
 from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
 from oribi.models.open import OpenedModel
 from oribi.text import nearest
@@ -38,7 +38,7 @@ class Quantization:
     def covers(self, name: str) -> bool:
         """Whether the linear layer called `name` is to be quantised."""
         return self.enabled and not any(
-            _is_within(part, name) for part in (*self.skip, *_HEADS, *DECAY_PROJECTIONS)
+            _is_within(part, name) for part in (*self.skip, *_HEADS, *DECAY_PROJECTIONS, SHARED_GATE)
         )
 
     def kept(self, model: nn.Module) -> list[str]:

@@ -85,10 +85,10 @@ class WrapperNames:
 
         Args:
             settings: for the decoder alone.
-            adapted: the decoder's modules that have a LoRA pair.
+            adapted: the decoder's modules, and parameters, that have a LoRA pair; the parameters are in no target_modules.
         """
         moved = _resolved(settings, adapted, _within_decoder, self.outer)
-        moved.target_modules = self._shortest(adapted)
+        moved.target_modules = self._shortest({name for name in adapted if not _is_parameter(settings, name)})
         return moved
 
     def settings_inside(self, settings: LoraConfig, modules: Iterable[str]) -> LoraConfig:
@@ -96,13 +96,15 @@ class WrapperNames:
 
         Args:
             settings: as adapter_config.json has them.
-            modules: the decoder's modules that could have a LoRA pair.
+            modules: the decoder's modules, and parameters, that could have a LoRA pair.
         """
-        adapted = {
-            self.outer(name): name for name in modules if check_target_module_exists(settings, self.outer(name))
-        }  # fmt: skip
-        moved = _resolved(settings, adapted, lambda name: _within_decoder(self.inner(name)), self.inner)
-        moved.target_modules = set(adapted.values())
+        outer = {self.outer(name): name for name in modules}
+        parameters = {name for name in outer if _is_parameter(settings, name)}
+        layers = {name: own for name, own in outer.items() if check_target_module_exists(settings, name)}
+        moved = _resolved(
+            settings, {*layers, *parameters}, lambda name: _within_decoder(self.inner(name)), self.inner
+        )
+        moved.target_modules = {own for name, own in layers.items() if name not in parameters}
         return moved
 
     def _shortest(self, adapted: Collection[str]) -> set[str]:
@@ -116,6 +118,11 @@ class WrapperNames:
             if all(_matched(modules, names) <= {*adapted, *outer} for modules in self.modules):
                 return names
         return outer | set(adapted) if self.twice else outer
+
+
+def _is_parameter(settings: LoraConfig, name: str) -> bool:
+    """Whether target_parameters name it."""
+    return any(f".{name}".endswith(f".{one}") for one in settings.target_parameters or ())
 
 
 def _moved(name: str, prefixes: dict[str, str]) -> str:
@@ -157,6 +164,8 @@ def _resolved(
         pattern = getattr(settings, field) or {}
         values = {name: pattern.get(get_pattern_key(pattern, name), default) for name in adapted}
         setattr(moved, field, {short(name): value for name, value in values.items() if value != default})
+    if moved.target_parameters:  # the end of a name is enough
+        moved.target_parameters = [short(name) for name in moved.target_parameters]
     moved.exclude_modules = moved.layers_to_transform = moved.layers_pattern = None
     if moved.modules_to_save:
         moved.modules_to_save = [whole(name) for name in moved.modules_to_save]

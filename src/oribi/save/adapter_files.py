@@ -117,10 +117,10 @@ def _complete(model: PeftModel, adapter: str, folder: Path, with_tables: str | b
 
 
 def _adapted(model: PeftModel, adapter: str) -> list[str]:
-    """The base's names of the modules that have a LoRA pair of an adapter."""
+    """The base's names of the modules and parameters that have a LoRA pair of an adapter."""
     inner = base_model(model)
     return [
-        bare_name(name)
+        ".".join(filter(None, (bare_name(name), getattr(module, "parameter_name", None))))
         for name, module in inner.named_modules()
         if isinstance(module, LoraLayer) and adapter in (*module.lora_A, *module.lora_embedding_A)
     ]

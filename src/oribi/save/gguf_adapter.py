@@ -237,7 +237,7 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
         for source in tensor.sources:
             places.setdefault(source, []).append(tensor)
     alpha, pairs = None, {}
-    if unread := [name for name in WITHOUT_ADAPTER if name in changes]:
+    if unread := [name for name in changes if name.endswith(WITHOUT_ADAPTER)]:
         raise ExportError(
             f"llama.cpp applies no LoRA update to {unread[0]}; save merged GGUF files instead, or train without it"
         )
