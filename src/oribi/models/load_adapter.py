@@ -23,6 +23,8 @@ from oribi.models.adapter_files import (
     require_exact_tensors,
     shapes_of,
 )
+from oribi.models.expert_factors import stacked_factors
+from oribi.models.expert_tensors import expert_modules
 from oribi.models.files import HubOptions, Location, adapter_weights, locate
 from oribi.models.identity import BaseIdentity
 from oribi.models.unwrap import bare_module, bare_name, base_model, source_of
@@ -71,9 +73,12 @@ def train_in_float32(model: PeftModel) -> None:
 
 @contextmanager
 def without_word_on_ties() -> Iterator[None]:
-    """Inside the block PEFT does not warn of adapters on one of two tied matrices, which every export here keeps apart."""
+    """Inside the block PEFT warns neither of adapters on one of two tied matrices, which every export here keeps apart, nor of
+    patterns for experts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        # PEFT compares patterns with modules alone, and follows those that name parameters all the same
+        warnings.filterwarnings("ignore", message=r".* keys did not match any targeted module.*\.experts\.")
         yield
 
 
@@ -89,17 +94,18 @@ def read_for(model: Any, settings: PeftConfig, path: Path) -> tuple[PeftConfig, 
         ModelError: the file is damaged, or holds values that are not finite.
     """
     names = getattr(source_of(model), "names", None)
-    tensors = read_tensors(path)
-    if names is None or not isinstance(settings, LoraConfig) or not names.are_in(tensors):
+    tensors, inner = read_tensors(path), base_model(model)
+    if not isinstance(settings, LoraConfig):
         return settings, tensors
-    inner = base_model(model)
-    plain = [
-        bare_name(name)
-        for name, module in inner.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-    ]
-    plain += [bare_name(name) for name, one in inner.named_parameters() if one.dim() == 3]  # of experts
-    return names.settings_inside(settings, plain), names.read(tensors)
+    if names is not None and names.are_in(tensors):
+        plain = [
+            bare_name(name)
+            for name, module in inner.named_modules()
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+        ]
+        plain += [bare_name(name) for name, one in inner.named_parameters() if one.dim() == 3]  # of experts
+        settings, tensors = names.settings_inside(settings, plain), names.read(tensors)
+    return stacked_factors(settings, tensors, expert_modules(inner))
 
 
 def load_into(model: PeftModel, path: Path, adapter: str) -> None:
