@@ -155,6 +155,8 @@ def test_a_family_with_tied_embeddings_has_no_output_tensor(exported):
             "read those of the last two layers that have them",
         ),
         ("olmo2", {"attention_bias": True}, "no place for model.layers.0.self_attn.o_proj.bias"),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, "every layer after the first dense ones has experts"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.1}, r"taken for at least 6.1e-05 \(moe_norm_min\)"),
     ],
 )
 def test_what_llama_cpp_would_compute_differently_is_refused(model_type, changes, words, tmp_path):

@@ -242,6 +242,17 @@ def test_a_tokenizer_json_beside_the_file_is_used_instead(exported, tmp_path):
     )
 
 
+@pytest.mark.long
+def test_experts_of_files_that_others_write(exported, tmp_path):
+    # llama.cpp's converter gives the width of Granite's experts as that of an MLP alone
+    model, file = exported("granitemoe")
+    changes = {"granitemoe.expert_feed_forward_length": None}
+    assert distance(model, rewritten(file, tmp_path / "other.gguf", changes)) < 1e-5
+    _, file = exported("glm4_moe")
+    with pytest.raises(ModelError, match=r"glm4moe.expert_gating_func = 1; .* by sigmoid \(2\)"):
+        GGUFSource(rewritten(file, tmp_path / "other.gguf", {"glm4moe.expert_gating_func": 1}))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -185,6 +185,36 @@ def test_a_gguf_file_answers_in_llama_cpp_with_the_same_tokens_and_loads_again(f
 
 @pytest.mark.long
 @pytest.mark.skipif(not llama_cpp.is_installed(), reason="xllamacpp is not installed")
+@pytest.mark.parametrize("model_type", [*OTHERS, "granitemoe"])
+def test_other_families_answer_in_llama_cpp_merged_and_with_their_adapter_beside_the_base(
+    model_type, tmp_path
+):
+    changes = {"moe_norm_min": 1e-12} if model_type == "ernie4_5_moe" else {}
+    checkpoint(tmp_path / "base", model_type, num_hidden_layers=3, **changes)
+    mlp = "block_sparse_moe" if model_type == "granitemoe" else "mlp"
+    model, tokenizer = trained(tmp_path / "base", [one.replace("mlp", mlp) for one in BOTH])
+    merged = model.save_pretrained_gguf(str(tmp_path / "merged"), tokenizer, ["f32"], held_out=TEXTS)
+    answers = [check for check in merged["report"].checks if "greedy answers in llama.cpp" in check.name]
+    assert [check.outcome.value for check in answers] == ["equal"]
+    again, _ = load_model(
+        merged["gguf_files"][0], dtype=torch.float32, load_in_4bit=False, max_seq_length=None
+    )
+    assert relative(logits(again), logits(model)) < 1e-5
+    plain, _ = load_model(
+        str(tmp_path / "base"), dtype=torch.float32, load_in_4bit=False, max_seq_length=None
+    )
+    base = save_gguf(plain.eval(), tmp_path / "gguf", tokenizer, ["f32"], verify=False)
+    model, _ = trained(tmp_path / "base", [one.replace("mlp", mlp) for one in BOTH], load_in_4bit=False)
+    adapter = save_gguf_adapter(model, tmp_path / "lora", "f32")["gguf_files"][0]
+    prompt = list(range(20, 60))
+    found = distance_from_llama_cpp(model.eval(), base["gguf_files"][0], prompt, adapter=adapter)
+    assert found.agreeing == 1.0
+    assert found.worst < 2e-3
+    assert distance_from_llama_cpp(model.eval(), base["gguf_files"][0], prompt).worst > 0.1
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason="xllamacpp is not installed")
 def test_an_adapter_on_mxfp4_experts_acts_in_llama_cpp_and_their_codes_stay(tmp_path):
     # rounded as llama.cpp rounds YaRN's range
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}

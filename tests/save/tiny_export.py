@@ -66,6 +66,9 @@ FAMILY_CHANGES: dict[str, dict] = {
     "granitemoehybrid": {"position_embedding_type": "rope"},
     "glm4": {},
     "ernie4_5": {"use_bias": False},
+    "ernie4_5_moe": {"moe_norm_min": 1e-12},
+    "granitemoe": {},
+    "glm4_moe": {},
     "seed_oss": {"mlp_bias": False},
     "muse_glimmer_text": {
         "attention_bias": False,
@@ -93,7 +96,7 @@ def pieces_of(model_type: str) -> bool | str:
 
 # families of the same layers as another's, whose files are tested among all
 EXPORTED = [
-    pytest.param(name, marks=pytest.mark.long) if name == "gemma4_unified_text" else name
+    pytest.param(name, marks=pytest.mark.long) if name in ("gemma4_unified_text", "granitemoe") else name
     for name in FAMILY_CHANGES
 ]
 

@@ -81,6 +81,11 @@ class ExpertRules:
         return getattr(config, self.size) * (getattr(config, self.shared) or 0) if self.shared else 0
 
     @property
+    def has_shared(self) -> bool:
+        """Whether models of the family can have an MLP beside the experts."""
+        return bool(self.shared or self.shared_columns)
+
+    @property
     def shared_by_name(self) -> bool:
         """Whether target_modules reach the MLP beside the experts: where checkpoints hold each expert, PEFT takes the names of an
         MLP's projections for the experts alone."""

@@ -30,7 +30,7 @@ class InGGUF:
         no_rope_period: every `no_rope_period`-th layer has no RoPE; 0: all have.
         derived_head_dim: a head has hidden_size / num_attention_heads dimensions; the config has no field for it.
         original_context_field: the config has original_max_position_embeddings outside `rope_parameters`.
-        normalises: it divides the weights of a token's experts by their sum.
+        normalises: it divides the weights of a token's experts by their sum; None: where a file says so.
         attention_softcap: it reads attn_logit_softcapping.
         stripping_names: a model whose general.name holds one of these, whatever its architecture, was trained with the
             whitespace after control tokens swallowed.
@@ -63,7 +63,7 @@ class InGGUF:
     no_rope_period: int = 0
     derived_head_dim: bool = False
     original_context_field: bool = False
-    normalises: bool = True
+    normalises: bool | None = True
     attention_softcap: bool = False
     stripping_names: tuple[str, ...] = ()
     layers_of_27b: int = 0

@@ -144,6 +144,7 @@ FAMILIES: dict[str, Family] = {
             normalise=True, least="moe_norm_min", correction="moe_statics", in_float32=True, layers="interval",
             shared="moe_num_shared_experts", renamed=((".mlp.gate.moe_statics.", ".mlp.moe_statics."),),
         ),
+        gguf=InGGUF("ernie4_5-moe", interleaved_rope=True),
     ),
     "granitemoe": Family(
         "GraniteMoeForCausalLM", names={"mlp": "block_sparse_moe"}, attention_scale="attention_multiplier", multipliers=True,
@@ -155,12 +156,16 @@ FAMILIES: dict[str, Family] = {
                 (".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),
             ),
         ),
+        gguf=replace(_LLAMA_CPP, architecture="granitemoe", layers_of_70b=0),
     ),
     "glm4_moe": Family(
         "Glm4MoeForCausalLM", names={"router": "gate"}, output_bias=None, qk_norm="head", qk_norm_field="use_qk_norm",
         experts=ExpertRules(
             router="sigmoid", normalise="norm_topk_prob", added=1e-20, scale="routed_scaling_factor", groups=True,
             correction="router", in_float32=True, count="n_routed_experts", layers="after_first", shared="n_shared_experts",
+        ),
+        gguf=InGGUF(
+            "glm4moe", names={"mlp_input_norm": "post_attention_norm"}, partial_rope=True, normalises=None
         ),
     ),
     "helium": Family("HeliumForCausalLM", output_bias=None, mlp_bias=True, interleaved_rope=True),

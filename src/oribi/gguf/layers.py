@@ -15,6 +15,7 @@ from oribi.families import Family
 from oribi.families.in_gguf import InGGUF
 from oribi.families.layer_fields import config_of_layer
 from oribi.families.sizes import head_dim_of, mlp_size
+from oribi.gguf.experts import add_experts, expert_refusals, read_expert_fields
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import NORMS_OF_HEADS
 from oribi.gguf.rope import rotary_dim
@@ -51,11 +52,7 @@ def add_layers(writer: gguf.GGUFWriter, config: PretrainedConfig, family: Family
         widths = [mlp_size(config) * (2 if i >= wide else 1) for i in layers]
         writer.add_feed_forward_length(_one_if_equal(widths))
     if family.experts is not None:
-        if family.experts.shared_columns:
-            writer.add_expert_shared_feed_forward_length(family.experts.shared_size(config))
-        writer.add_expert_count(getattr(config, family.experts.count))
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(getattr(config, family.experts.size))
+        add_experts(writer, config, family.experts, facts)
     writer.add_head_count(config.num_attention_heads)
     heads = [family.value(config_of_layer(config, i), "num_key_value_heads") for i in layers]
     if facts.heads_by_layer:
@@ -123,13 +120,7 @@ def layer_refusals(config: PretrainedConfig, family: Family, facts: InGGUF) -> l
         if sum(_sections(config)) * 2 != rotary_dim(config.rope_parameters, head_dim_of(config)):
             refused.append(f"mrope_section {list(_sections(config))} covers all rotated pairs of a head")
     if family.experts is not None:
-        if not all(family.experts.in_layer(config, index) for index in range(layers)):
-            refused.append("every layer has experts")
-        field = family.experts.normalise
-        if isinstance(field, str) and getattr(config, field) != facts.normalises:
-            refused.append(
-                f"the weights of a token's experts sum to {'1' if facts.normalises else 'less'} ({field})"
-            )
+        refused += expert_refusals(config, family.experts, facts)
     if facts.lists_layers:
         for kind in _KINDS:
             sizes = {config_of_layer(config, i).head_dim for i in range(layers) if kinds[i] == kind}
@@ -162,19 +153,11 @@ def read_layers(file: GGUFFile, family: Family, layers: int) -> dict[str, Any]:
     heads = _listed(file, "attention.head_count_kv", layers, file.number("attention.head_count"))
     if facts.lists_layers:
         return _read_lists(file, layers, heads)
-    rules, settings = family.experts, {"num_key_value_heads": max(heads)}
-    if rules is None or file.value("{arch}.feed_forward_length"):
+    settings: dict[str, Any] = {"num_key_value_heads": max(heads)}
+    if family.experts is None or file.value("{arch}.feed_forward_length"):
         settings["intermediate_size"] = file.number("feed_forward_length")
-    if rules is not None:
-        settings |= {
-            rules.count: file.number("expert_count"),
-            "num_experts_per_tok": file.number("expert_used_count"),
-            rules.size: file.number("expert_feed_forward_length"),
-        }
-        if rules.shared_columns:
-            settings[rules.shared_columns] = file.number("expert_shared_feed_forward_length")
-        if isinstance(rules.normalise, str):
-            settings[rules.normalise] = facts.normalises
+    if family.experts is not None:
+        settings |= read_expert_fields(file, family.experts, facts, layers)
     if facts.heads_by_layer:
         other = next(iter(family.mixers))
         settings["layer_types"] = [_KINDS[1] if number else other for number in heads]

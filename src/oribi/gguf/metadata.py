@@ -165,6 +165,8 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
         settings["layer_rope_theta"] = [theta * (k != "full_attention") for k in settings["layer_types"]]
     if facts.output_norm_eps:
         settings[family.output_norm_eps] = facts.output_norm_eps
+    if family.qk_norm_field:
+        settings[family.qk_norm_field] = f"blk.0.{NORMS_OF_HEADS[0]}" in file.tensors
     if not family.qk_norm_weights:
         settings[family.query_factor] = float(file.read(f"blk.0.{NORMS_OF_HEADS[0]}", torch.float32)[0])
     if facts.layers_of_27b:

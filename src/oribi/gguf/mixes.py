@@ -140,7 +140,7 @@ class Mix:
         if name == "per_layer_model_proj.weight":  # which llama-quantize leaves as the 16-bit file has it
             return Type.F16
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?([\w.]+)\.weight", name)
-        layer, part = int(match[1] or 0), match[2].removesuffix("_exps")
+        layer, part = int(match[1] or 0), re.sub("_(exps|shexp)$", "", match[2])
         if part == "output" or (part.endswith("token_embd") and self.tied):
             wanted = self._head(shape[-1])
         else:

@@ -72,6 +72,8 @@ _WITHOUT_MODULE = {
     "layer_output_scale.weight": "layer_scalar",
     "attn_sinks.weight": "self_attn.sinks",
 }
+# what is added to the scores by which experts are chosen
+_CORRECTION = "exp_probs_b.bias"
 _NORMS = {
     "attn_q_norm": ("self_attn", "q_norm"),
     "attn_k_norm": ("self_attn", "k_norm"),
@@ -121,13 +123,28 @@ def _layer_parts(family: Family, facts: InGGUF) -> dict[str, str]:
     parts = {**_LINEAR, **norms, **fused, **(_PER_LAYER_INPUT if family.per_layer_inputs else {})}
     parts |= {"attn_gate": ("self_attn", "output_gate")} if family.output_gate == "output_gate" else {}
     if family.experts is not None:
-        parts |= {**_EXPERTS, **(_SHARED if family.experts.shared_columns else {})}
+        shared = {
+            name: roles
+            for name, roles in _SHARED.items()
+            if family.experts.shared_gate or name != _SHARED_GATE
+        }
+        parts |= {**_EXPERTS, **(shared if family.experts.has_shared else {})}
     for mixer in family.mixers.values():
         parts |= _MIXERS.get(mixer, {})
     return {
         facts.names.get(roles[-1], name): ".".join(map(family.attribute, roles))
         for name, roles in parts.items()
     }
+
+
+def _without_module(family: Family) -> dict[str, str]:
+    """Tensors of a layer that are no module's weight or bias: llama.cpp's names -> the checkpoint's."""
+    correction = None if family.experts is None else family.experts.correction
+    if correction is None:
+        return _WITHOUT_MODULE
+    own = {"router": (), "moe_statics": (correction,)}[correction]
+    parts = (family.attribute("mlp"), family.attribute("router"), *own, "e_score_correction_bias")
+    return {**_WITHOUT_MODULE, _CORRECTION: ".".join(parts)}
 
 
 def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
@@ -144,7 +161,11 @@ def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
     elif name.endswith("_norm.weight"):
         is_last = name.startswith(f"{facts.last_norm}.")
         split["shift"] = family.offset_of_norm("norm") if is_last else family.norm_offset
-    return Tensor(name, source, kernel=name.endswith(KERNELS), row=stem == _SHARED_GATE, **split)
+    if name.endswith(KERNELS):
+        split["single"] = 1
+    elif stem == _SHARED_GATE or ".moe_statics." in source:
+        split["single"] = 0
+    return Tensor(name, source, **split)
 
 
 def _of_gated_delta(config: PretrainedConfig, source: str) -> dict[str, Any]:
@@ -181,7 +202,7 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
     """
     family, facts = family_in_gguf(config)
     top = {source: name for name, source in _top_parts(family, facts).items()}
-    alone = {source: name for name, source in _WITHOUT_MODULE.items()}
+    alone = {source: name for name, source in _without_module(family).items()}
     layer: dict[str, list[str]] = {}
     for name, source in _layer_parts(family, facts).items():
         layer.setdefault(source, []).append(name)
@@ -223,6 +244,7 @@ def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str,
     """
     family, facts = family_in_gguf(config)
     parts, top, found = _layer_parts(family, facts), _top_parts(family, facts), {}
+    alone = _without_module(family)
     for name in names:
         if name in ROPE_FACTORS.values():
             continue
@@ -233,7 +255,7 @@ def tensors_to_read(config: PretrainedConfig, names: Iterable[str]) -> dict[str,
             continue
         stem, _, leaf = (match[2] if match else name).rpartition(".")
         if match:
-            source = _WITHOUT_MODULE.get(match[2]) or f"{parts.get(stem, stem)}.{leaf}"
+            source = alone.get(match[2]) or f"{parts.get(stem, stem)}.{leaf}"
             source = f"model.layers.{match[1]}.{source}"
         else:
             source = f"{top.get(stem, stem)}.{leaf}"

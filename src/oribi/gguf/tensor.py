@@ -59,10 +59,9 @@ class Tensor:
         heads: how many heads share its rows, where llama.cpp wants the rows of a head in pairs; else 0.
         part: which of how many equal parts of its rows it is, where the checkpoint holds several layers as one.
         shift: added to the checkpoint's values, because the family multiplies by (shift + weight).
-        kernel: it is a depthwise convolution's, [N, 1, W] in the checkpoint and [N, W] in the file.
+        single: the dimension of size 1 that it has in the checkpoint alone: 1 of a depthwise convolution's [N, 1, W], 0 of one row [1, K].
         value_heads: whose rows or columns the file has in another order.
         decay: the checkpoint holds the logarithm of a decay, and the file minus the decay.
-        row: it is one row, [1, K] in the checkpoint and [K] in the file.
         experts: of how many experts the file holds the matrices in one tensor; `source` has a star for an expert's number.
     """
 
@@ -71,10 +70,9 @@ class Tensor:
     heads: int = 0
     part: tuple[int, int] = (0, 1)
     shift: float = 0.0
-    kernel: bool = False
+    single: int | None = None
     value_heads: ValueHeads | None = None
     decay: bool = False
-    row: bool = False
     experts: int = 0
 
     @property
@@ -89,8 +87,8 @@ class Tensor:
         values = self._rows_to_gguf(values)
         if self.value_heads is not None and self.value_heads.columns:
             values = self.value_heads.to_gguf(values)
-        if self.kernel or self.row:
-            values = values.squeeze(1 if self.kernel else 0)
+        if self.single is not None:
+            values = values.squeeze(self.single)
         if self.decay:
             return -values.float().exp()
         return values.float() + self.shift if self.shift else values
@@ -105,17 +103,17 @@ class Tensor:
         """Of a tensor whose sources have `shape` in the checkpoint."""
         if self.experts:
             return (self.experts, *shape)
-        if self.row:
-            return shape[1:]
-        return (shape[0], shape[2]) if self.kernel else (shape[0] // self.part[1], *shape[1:])
+        if self.single is not None:
+            return (*shape[: self.single], *shape[self.single + 1 :])
+        return (shape[0] // self.part[1], *shape[1:])
 
     def shape_in_checkpoint(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of each source of a tensor that has `shape` in the file."""
         if self.experts:
             return shape[1:]
-        if self.row:  # some programs write it as a matrix
+        if self.single == 0:  # some programs write it as a matrix
             return (1, shape[-1])
-        return (shape[0], 1, *shape[1:]) if self.kernel else shape
+        return shape if self.single is None else (*shape[: self.single], 1, *shape[self.single :])
 
     def from_gguf(self, values: torch.Tensor) -> torch.Tensor:
         """A file's values [N, ...] in the checkpoint's order; the shift is left to the reader.
@@ -127,10 +125,8 @@ class Tensor:
             values = self.value_heads.from_gguf(values)
         if self.decay:
             return (-values.float()).log()
-        if self.kernel:
-            return values.unsqueeze(1)
-        if self.row:
-            return values.view(1, -1)
+        if self.single is not None:
+            return values.view(1, -1) if self.single == 0 else values.unsqueeze(self.single)
         if not self.heads:
             return values
         if self.heads < 0 or len(values) % (2 * self.heads):
@@ -144,7 +140,7 @@ class Tensor:
     def keeps_rows_whole(self) -> bool:
         """Whether a checkpoint's rows are rows of the file, in whatever order: what a row's values are coded in can stay."""
         of_columns = self.value_heads is not None and self.value_heads.columns
-        return not (of_columns or self.kernel or self.decay or self.shift or self.row or self.experts)
+        return not (of_columns or self.single is not None or self.decay or self.shift or self.experts)
 
     def _rows_to_gguf(self, values: torch.Tensor) -> torch.Tensor:
         """[N, ...]: the file's rows, in its order."""
