@@ -234,7 +234,8 @@ def family_of(config: PretrainedConfig) -> Family | None:
 
 def _clamped_otherwise(config: PretrainedConfig) -> bool:
     """Whether a clamped gate has other constants than `kernels/gated_mlp.py`."""
-    return (config.swiglu_alpha, config.swiglu_limit) != (1.702, 7.0)
+    alpha, limit = 1.702, 7.0  # older releases of transformers have no field for them
+    return getattr(config, "swiglu_alpha", alpha) != alpha or getattr(config, "swiglu_limit", limit) != limit
 
 
 # what may differ from layer to layer
