@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oribi.config import LOSSES, SETTINGS, RunConfig, as_source
-from oribi.config_setting import SFT_ONLY
+from oribi.config_setting import OTHER_CODES, SFT_ONLY
 from oribi.text import one_of, shown
 
 # settings that act on an adapter alone, and came after full_finetuning refused to have one
@@ -191,6 +191,8 @@ def _refuse_of_codes(config: RunConfig, refuse: Callable[[str, str], None]) -> N
                     key,
                     "PEFT does not read the codes that train_for keeps; load_in_4bit: false trains on their values",
                 )
+    if config.train_for in (OTHER_CODES.get(one.lower(), one.lower()) for one in config.quantization_method):
+        _refuse_of_merged_codes(config, refuse)
     if "gguf-adapter" in config.save_method:
         whole = {
             "new_tokens": config.new_tokens,
@@ -199,6 +201,21 @@ def _refuse_of_codes(config: RunConfig, refuse: Callable[[str, str], None]) -> N
         }
         for key in (key for key, asked in whole.items() if asked):
             refuse(key, "llama.cpp applies LoRA updates alone; save_method: gguf-adapter holds nothing else")
+
+
+def _refuse_of_merged_codes(config: RunConfig, refuse: Callable[[str, str], None]) -> None:
+    """What cannot be beside a training for one merged file, which quantises base and adapter together."""
+    both = (
+        f"quantization_method names {config.train_for} of train_for, so the training is for one merged file"
+    )
+    against = {
+        "save_method": "gguf-adapter" in config.save_method, "quantization_method": len(config.quantization_method) > 1,
+        "load_in_4bit": not config.load_in_4bit, "fp8": config.fp8, "use_dora": config.use_dora, "stage": config.stage != "sft",
+        "new_tokens": config.new_tokens, "trainable_tokens": config.trainable_tokens, "modules_to_save": config.modules_to_save,
+        "context_parallel": config.context_parallel > 1,
+    }  # fmt: skip
+    for key in (key for key, asked in against.items() if asked):
+        refuse(key, f"{both}, which it cannot be for; leave one of them out")
 
 
 def _refuse_of_search(config: RunConfig, evaluates: bool, refuse: Callable[[str, str], None]) -> None:

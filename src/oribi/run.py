@@ -47,6 +47,7 @@ from oribi.run_record import (
 from oribi.save import save_gguf, save_merged
 from oribi.save.four_bits import kept_by_auto
 from oribi.save.gguf_adapter import save_gguf_adapter
+from oribi.save.requantised import Requantiser
 from oribi.save.whole import whole_model
 from oribi.text import gibibytes, is_first_process, say_notes, write_whole
 from oribi.train.checkpoints import checkpoint_trained, where_trained_is
@@ -341,6 +342,8 @@ def load_run(name: str | Path, *, dtype: str | None = None) -> LoadedRun:
         trust_remote_code=config.trust_remote_code,
         revision=config.revision if config.full_finetuning else None,
     )
+    if model.oribi.merges_codes:
+        Requantiser(model).quantise()
     _announce(model)
     return LoadedRun(model, tokenizer, config)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from oribi.config import RunConfig
 from oribi.errors import ConfigError
+from oribi.gguf.mixes import mix_of
 from oribi.lora.starts import packed_settings
 from oribi.lora.targets import is_tied
 from oribi.text import did_you_mean
@@ -34,6 +35,7 @@ def training_arguments(config: RunConfig, evaluates: bool) -> SFTConfig:
         eval_packing=False,
         run_name=Path(config.output_dir).name,  # in trackers
         fsdp=True if config.fsdp else None,
+        merges_codes=config.train_for in [mix_of(method).name for method in config.quantization_method],
     )
 
 

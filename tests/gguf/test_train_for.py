@@ -102,8 +102,8 @@ def test_the_base_is_written_beside_the_adapter(base, tmp_path, monkeypatch):
     report = written["report"]
     assert report.passed
     found = {check.name: check for check in written["report"].checks}
-    assert found["base read back"].outcome == Outcome.EQUAL
-    assert found["base read back"].figures["of"] == len(layers_of(model))
+    assert found["codes"].outcome == Outcome.EQUAL
+    assert found["codes"].figures["of"] == len(layers_of(model))
     file = next((tmp_path / "apart").glob("*.Q4_K_M.gguf"))
     assert f"-m {file.name} --lora" in (tmp_path / "apart" / "README.md").read_text()
     untouched, tokenizer = load(folder, load_in_4bit=False)

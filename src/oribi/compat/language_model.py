@@ -27,6 +27,7 @@ from oribi.models.load_adapter import load_adapter
 from oribi.models.open import open_model
 from oribi.models.unwrap import base_model
 from oribi.save.four_bits import kept_by_auto
+from oribi.save.requantised import Requantiser
 from oribi.text import did_you_mean, say_notes
 
 Model = PreTrainedModel | PeftModel
@@ -91,6 +92,8 @@ class FastLanguageModel:
             resize_model_vocab=resize_model_vocab,
             **options,
         )
+        if model.oribi.merges_codes:
+            Requantiser(model).quantise()
         set_checkpointing(base_model(model), use_gradient_checkpointing)
         model.oribi.notes += notes
         say_notes([detect().summary(model.dtype), *model.oribi.notes])

@@ -5,6 +5,7 @@ N rows, K columns. NF4 matrices are bitsandbytes' Params4bit with a `quant_state
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -37,6 +38,45 @@ class Codes(Protocol):
 
     def write(self, out: torch.Tensor) -> None:
         """Writes the dense weight into `out`, whose rows may be strided, rounded once to its dtype."""
+
+
+@dataclass
+class ShiftedCodes:
+    """Codes of a weight that has an update already, less that update: W = codes - B A, to which a LoRA pair adds its B A again.
+
+    Args:
+        whole: of the updated weight [N, K].
+        a, b: [r, K] and [N, r], float32, with the scale in b.
+    """
+
+    whole: Codes
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self.whole.codes
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes + self.a.nbytes + self.b.nbytes
+
+    def moved(self, device: torch.device, codes: torch.Tensor) -> "ShiftedCodes":
+        """The same on a device, with other memory for the codes."""
+        return ShiftedCodes(self.whole.moved(device, codes), self.a.to(device), self.b.to(device))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it holds."""
+        yield from (*self.whole.tensors(), self.a, self.b)
+
+    def write(self, out: torch.Tensor) -> None:
+        """Writes the values into out [N, K], whose rows may be strided."""
+        self.whole.write(out)
+        out.addmm_(self.b.to(out.dtype), self.a.to(out.dtype), alpha=-1)
 
 
 class PackedWeight(nn.Parameter):

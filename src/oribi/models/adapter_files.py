@@ -44,6 +44,7 @@ class AdapterRecord:
         positions: rope_parameters and max_position_embeddings of the config, where they were not the checkpoint's.
         labels: of a sequence classifier.
         kept_in_16bit: names of linear layers of the base that were not packed.
+        merges_codes: whether it was trained on the sum of base and adapter, quantised as the merged GGUF file is.
     """
 
     base: BaseIdentity
@@ -53,6 +54,7 @@ class AdapterRecord:
     positions: dict[str, Any] | None = None
     labels: Labels | None = None
     kept_in_16bit: tuple[str, ...] = ()
+    merges_codes: bool = False
 
     def write(self, folder: Path) -> None:
         """Write it into an adapter's folder."""
@@ -69,6 +71,8 @@ class AdapterRecord:
             values["labels"] = {"names": list(self.labels.names), "problem_type": self.labels.problem}
         if self.kept_in_16bit:
             values["kept_in_16bit"] = list(self.kept_in_16bit)
+        if self.merges_codes:
+            values["merges_codes"] = True
         write_whole(folder / RECORD_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -96,6 +100,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
             values.get("positions"),
             _labels_of(values.get("labels")),
             tuple(map(str, values.get("kept_in_16bit", ()))),
+            bool(values.get("merges_codes", False)),
         )
     except (KeyError, TypeError, ValueError, ModelError, ConfigError) as error:
         raise ModelError(

@@ -11,6 +11,7 @@ from torch import nn
 
 from oribi.errors import ModelError
 from oribi.kernels.ggml_blocks import BlockCodes
+from oribi.kernels.packed_weight import ShiftedCodes
 
 AS_IN_FILE = "gguf"  # weights that lie in memory in the codes of their GGUF file
 _WHOLE_BYTES = 4 << 20  # files up to this size are hashed whole
@@ -174,10 +175,12 @@ class WeightSums:
 
 
 def weight_sums(weight: torch.Tensor) -> WeightSums | None:
-    """The sums of a weight's bits; None of one that is sharded or has no storage."""
+    """The sums of a weight's bits; None of one that is sharded, has no storage, or follows its adapter."""
     if type(weight).__name__ == "DTensor" or weight.is_meta or getattr(weight, "is_sharded", False):
         return None
     packed = getattr(weight, "packed", None)
+    if isinstance(packed, ShiftedCodes):
+        return None
     if packed is not None:
         total = torch.zeros((), dtype=torch.int64, device=weight.device)
         for tensor in [*packed.tensors()][:2]:  # codes and their scales

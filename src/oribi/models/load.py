@@ -57,7 +57,7 @@ class ModelSource:
         load_in_4bit: whether linear layers are quantised: in NF4, or in the codes of a GGUF file.
         kept_in_16bit: names of linear layers that are not nevertheless.
         full_finetuning: whether every weight is trained.
-        fused: whether oribi's decoder runs it; False is transformers' own class.
+        fused: whether oribi's decoder runs it, not transformers' own class.
         checkpointing: what was asked of gradient checkpointing (`lora.attach.set_checkpointing`).
         new_token_ids: rows of the embeddings that `add_new_tokens` made.
         identity: the base's files and how they lie in memory.
@@ -65,12 +65,12 @@ class ModelSource:
         hub: how the hub was asked for it.
         labels: of a sequence classifier; None for a language model.
         new_modules: those of a classifier's head that its checkpoint does not hold; they are trained whole.
-        names: the decoder's names in the multimodal class that its checkpoint's config.json names; None where they are
-            the same.
+        names: the decoder's in the multimodal class that its checkpoint's config.json names; None where they are the same.
         chat_template: what the adapter's record says that it was trained with, or the trainer's.
         config: config.json as it was read, of the whole checkpoint.
         sums: of each weight as loaded, by its name in the checkpoint; they tell which were changed since.
         changed_before_lora: those that were changed when an adapter was attached; None if oribi did not attach it.
+        merges_codes: whether its adapter was trained for one merged GGUF file.
         tried: adapters' files that plain PEFT was seen to load.
         notes: what was repaired or decided, one line each.
     """
@@ -94,6 +94,7 @@ class ModelSource:
     config: PretrainedConfig | None = None
     sums: dict[str, WeightSums] = field(default_factory=dict)
     changed_before_lora: tuple[str, ...] | None = None
+    merges_codes: bool = False
     tried: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
@@ -218,7 +219,7 @@ def _load_with_adapter(
         )
     else:
         source.notes += compare_with_record(location, record, source.identity)
-        source.chat_template = record.chat_template
+        source.chat_template, source.merges_codes = record.chat_template, record.merges_codes
     try:
         model = attach_from(base, location, weights, is_trainable=True)
     except ModelError as error:

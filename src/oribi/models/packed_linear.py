@@ -11,7 +11,7 @@ from oribi.gguf.source import GGUFSource
 from oribi.kernels.ggml_blocks import BlockCodes
 from oribi.kernels.lora import Projection
 from oribi.kernels.lora_linear import lora_linear
-from oribi.kernels.packed_weight import Codes, PackedWeight, dense_weight
+from oribi.kernels.packed_weight import Codes, PackedWeight, ShiftedCodes, dense_weight
 from oribi.models.checkpoint_tensors import expected_shapes
 from oribi.models.expert_tensors import expert_modules
 from oribi.models.quantization import Quantization
@@ -39,6 +39,11 @@ class PackedLinear(nn.Linear):
         """Gives the values: the parameter itself has no storage, and whoever saves the model writes 16-bit weights."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = dense_weight(self.weight, self.weight.dtype)
+
+
+def is_requantised(model: nn.Module) -> bool:
+    """Whether a model's frozen weights are those of its merged GGUF file (`save.requantised`)."""
+    return any(isinstance(getattr(p, "packed", None), ShiftedCodes) for p in model.parameters())
 
 
 def planned_types(model: nn.Module, method: str) -> PlannedFile:

@@ -26,6 +26,7 @@ from oribi.models.adapter_files import (
 )
 from oribi.models.files import Location
 from oribi.models.load_adapter import require_adapter_fits
+from oribi.models.packed_linear import is_requantised
 from oribi.models.plain_peft import try_in_plain_peft
 from oribi.models.unwrap import bare_name, base_model, source_of
 from oribi.save.base import changed_base, table_slots
@@ -140,6 +141,7 @@ def _record(model: PeftModel, changed: list[str], chat_template: Any, folder: Pa
         positions,
         source.labels,
         source.kept_in_16bit,
+        is_requantised(model),
     )
     record.write(folder)
 

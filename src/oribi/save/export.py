@@ -14,6 +14,7 @@ from torch import nn
 from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.packed_linear import is_requantised
 from oribi.models.unwrap import base_model, source_of
 from oribi.save.base import base_name, choose_base, open_base
 from oribi.save.card import model_card
@@ -102,7 +103,9 @@ class Export:
         self.report.notes += [reason] * bool(reason)
         self.report.checks += unanswered
         if self.verify and trained is not None:
-            on_other = chosen != "dequantized" and isinstance(trained.inner, DecoderForCausalLM)
+            # what is written of requantised weights is what they were trained as
+            other = chosen != "dequantized" and not is_requantised(self.model)
+            on_other = other and isinstance(trained.inner, DecoderForCausalLM)
             self.trained = trained.on_base(merged, merged.base) if on_other else trained
             self.report.checked_on = trained.rows.origin
             self.ask_signatures(tokenizer)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from oribi.chat.ends import renders, stop_ids
+from oribi.config_setting import KEPT_CODES
 from oribi.errors import ConfigError
 from oribi.gguf import llama_cpp
 from oribi.gguf.metadata import WITH_PROJECTOR, check_config
@@ -19,6 +20,8 @@ from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import CUT_BY_CASE
 from oribi.gguf.tokenizer import Vocabulary
 from oribi.gguf.writer import plan_file, write_files
+from oribi.models.identity import AS_IN_FILE
+from oribi.models.packed_linear import is_requantised
 from oribi.models.unwrap import source_of
 from oribi.save.base import base_name
 from oribi.save.card import fenced
@@ -26,7 +29,7 @@ from oribi.save.carried import DRAFT_COUNTS, has_other_parts
 from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, Verify, checked, file_name, model_name
 from oribi.save.folder import announce
-from oribi.save.gguf_adapter import MOST_METADATA, refuse_classifier, save_gguf_adapter
+from oribi.save.gguf_adapter import MOST_METADATA, compare_codes, refuse_classifier, save_gguf_adapter
 from oribi.save.hub import GGUF_KEYWORDS, push, read_accepted
 from oribi.save.one_writer import by_first_process
 from oribi.save.trained import MergedModel
@@ -82,9 +85,11 @@ def save_gguf(
     model = whole_model(model)
     asked = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     methods = list(dict.fromkeys(mix_of(method).name for method in asked))
+    base, notes = _base_of_codes(model, methods, base)
     called = model_name(model) if name is None else file_name(name)
     files = {method: f"{called}.{method.upper()}.gguf" for method in methods}
     export = GGUFExport(model, directory, "gguf", files, verify, options.tags)
+    export.report.notes += notes
     export.save(tokenizer, held_out, base, called)
     return {
         "save_directory": str(directory),
@@ -96,6 +101,39 @@ def save_gguf(
         "fix_bos_token": export.vocabulary.bos_removed,
         "report": export.report,
     }
+
+
+def _base_of_codes(model: nn.Module, methods: Sequence[str], base: str) -> tuple[str, list[str]]:
+    """The base of a merge whose frozen weights are codes of a GGUF file, and what is to be known of it.
+
+    Codes that are rounded to codes of the same type again change little: of updates of 1 % of a Q4_K weight, 1 % is left.
+
+    Raises:
+        ConfigError: files of several methods are asked of weights that were trained for one.
+    """
+    identity = getattr(source_of(model), "identity", None)
+    if identity is None or base != "dequantized":
+        return base, []
+    if identity.train_for is None:
+        kept = identity.weights == AS_IN_FILE and any(method in KEPT_CODES for method in methods)
+        return base, [
+            "the adapter is merged into the codes of a GGUF file and rounded again, where small updates are lost: serve that file with the "
+            "adapter (gguf-adapter), or merge into 16-bit weights with base= a folder"
+        ] * kept  # fmt: skip
+    if identity.train_for not in methods:
+        return base, []
+    if is_requantised(model) and len(methods) > 1:
+        raise ConfigError(
+            f"the model was trained for one {identity.train_for} file; write {' and '.join(m for m in methods if m != identity.train_for)} "
+            "in another call, from the same weights"
+        )
+    if is_requantised(model):
+        return "original", [
+            f"base and adapter are quantised together, as they were trained for {identity.train_for}"
+        ]
+    return "original", [
+        f"the adapter is merged into the 16-bit checkpoint: rounding {identity.train_for} codes again would lose small updates"
+    ]
 
 
 def _without_projector(model: nn.Module) -> list[str]:
@@ -189,6 +227,8 @@ class GGUFExport(Export):
         else:
             says = "xllamacpp is not installed (pip install xllamacpp)"
             found.append(Check("llama.cpp", Outcome.NOT_RUN, says))
+        if is_requantised(self.model) and form == source_of(self.model).identity.train_for:
+            found += checked("codes", compare_codes, self.model, path)
         for check in found:
             check.name = f"{form}: {check.name}"
         return found

@@ -20,8 +20,9 @@ from oribi.gguf.names import WITHOUT_ADAPTER, tensors_to_write
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.tensor import Tensor
 from oribi.gguf.writer import plan_file, write_adapter_file, write_files
+from oribi.kernels.packed_weight import ShiftedCodes
 from oribi.models.identity import AS_IN_FILE
-from oribi.models.packed_linear import PackedLinear
+from oribi.models.packed_linear import PackedLinear, is_requantised
 from oribi.models.unwrap import is_classifier, source_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import base_name, changed_base, locate_here, open_base
@@ -155,7 +156,7 @@ class GGUFAdapterExport(Export):
         if base is None:
             return found
         if self.method is not None:
-            found += checked("base read back", _check_codes, self.model, base)
+            found += checked("codes", compare_codes, self.model, base)
             found += checked(
                 "tokenizer rebuilt from the base's file", check_gguf_tokenizer, self.tokenizer, base
             )
@@ -198,6 +199,11 @@ class Untouched:
 
 def _require_own_base(model: nn.Module) -> None:
     """Raise if the base in memory differs from every file of the base."""
+    if is_requantised(model):
+        raise ExportError(
+            "the adapter was trained for one merged GGUF file, in which it is quantised with its base; export that file "
+            "(gguf:METHOD), or train without it in quantization_method"
+        )
     changed = changed_base(model)
     adapters = model.active_adapters if hasattr(model, "peft_config") else []
     rows = [name for adapter in adapters for name in changed_tables(model, adapter)]
@@ -265,26 +271,23 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
     return alpha, {key: torch.stack(found) if len(found) > 1 else found[0] for key, found in pairs.items()}
 
 
-def _check_codes(model: nn.Module, path: Path) -> Check:
-    """Compare the codes of a base's file with those that are in memory, bit by bit."""
+def compare_codes(model: nn.Module, path: Path) -> Check:
+    """Compare the codes of a file with those that are in memory, bit by bit."""
     file, different, count = GGUFSource(path), [], 0
     for name, slot in slots_of(model).items():
         if isinstance(slot.module, PackedLinear) and slot.leaf == "weight":
             count += 1
             packed = slot.tensor.packed
+            packed = packed.whole if isinstance(packed, ShiftedCodes) else packed
             same = file.block_type(name) == packed.kind
             if not same or not torch.equal(file.read_blocks(name, packed.codes.device).codes, packed.codes):
                 different.append(name)
     figures = {"same": count - len(different), "of": count}
     says = f"{count - len(different)} of {count} matrices have the codes that were trained on, bit by bit"
     if not count:
-        return Check(
-            "base read back", Outcome.NOT_TESTED, "the values of the codes were trained on in 16 bits"
-        )
+        return Check("codes", Outcome.NOT_TESTED, "the values of the codes were trained on in 16 bits")
     outcome = Outcome.DIFFERENT if different else Outcome.EQUAL
-    return Check(
-        "base read back", outcome, says, figures, f"{different[:1]} differs: the checkpoint was changed"
-    )
+    return Check("codes", outcome, says, figures, f"{different[:1]} differs: the checkpoint was changed")
 
 
 def _check_pairs(name: str, path: Path, alpha: float, pairs: dict[str, torch.Tensor], type: Type) -> Check:

@@ -63,6 +63,8 @@ class SFTConfig(TrainingArguments):
         fp8: approximate: the products of frozen weights are computed in 8-bit floating point while training; evaluation
             and exports stay exact. Needs a model in bfloat16 on an NVIDIA GPU of compute capability 8.9 or higher.
         context_parallel: processes that share each row, for rows that are too long for one GPU; they divide all processes.
+        merges_codes: the model, loaded with `train_for`, is trained for one merged GGUF file: in the last quarter of the steps
+            forward sees checkpoint and adapter quantised together, anew every eight steps.
         deterministic: two runs are equal to the bit, on a GPU too, where it is slower; full_determinism is the same.
 
     The public `oribi.SFTConfig` also takes the older names of these fields (`compat/trl_keywords.py`).
@@ -126,6 +128,7 @@ class SFTConfig(TrainingArguments):
     fp8: bool = from_table("fp8")
     deterministic: bool = from_table("deterministic")
     context_parallel: int = from_table("context_parallel")
+    merges_codes: bool = field(default=False, metadata={"help": "Train for one merged GGUF file."})
 
     def __post_init__(self) -> None:
         require_trackers(self.report_to)

@@ -29,7 +29,7 @@ FREE = "does not touch what is learned"
 
 # keys of a run's config, and the trainer's arguments beside them; an adapter's settings that are not here are FIXED
 ON_RESUME = {
-    "model": BASE, "revision": BASE, "trust_remote_code": FREE, "load_in_4bit": FIXED, "keep_in_16bit": FIXED, "train_for": BASE, "dtype": FIXED,
+    "model": BASE, "revision": BASE, "trust_remote_code": FREE, "load_in_4bit": FIXED, "keep_in_16bit": FIXED, "train_for": BASE, "merges_codes": FIXED, "dtype": FIXED,
     "full_finetuning": FIXED, "max_seq_length": FIXED,
     "lora_r": FIXED, "lora_alpha": FIXED, "lora_dropout": APPLIED, "target_modules": FIXED, "modules_to_save": FIXED,
     "use_rslora": FIXED, "use_dora": FIXED, "rank_pattern": FIXED, "alpha_pattern": FIXED, "layers_to_transform": FIXED,
@@ -90,6 +90,7 @@ def settings_of(args: SFTConfig, model: nn.Module, tokenizer: Any) -> dict[str, 
     names = [name for name, kind in ON_RESUME.items() if kind in (FIXED, APPLIED)]
     found = {name: getattr(args, _ARGUMENTS.get(name, name), None) for name in names}
     found["processes"] = row_readers(args)
+    found["merges_codes"] = found["merges_codes"] or None  # which earlier versions did not have
     base = base_model(model)
     found["dtype"] = str(base.dtype).removeprefix("torch.")
     template = getattr(tokenizer, "chat_template", None)

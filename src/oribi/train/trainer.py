@@ -30,6 +30,7 @@ from oribi.train.context import join_context
 from oribi.train.determinism import fix_order_of_cublas
 from oribi.train.evaluate import PredictingTrainer
 from oribi.train.guard import require_targets
+from oribi.train.requantise import RequantisingTrainer
 from oribi.train.resume import Resumed, adapter_config_of
 from oribi.train.rows import RowsTrainer, batches_for_start, choose_collator, unpack_rectangles
 from oribi.train.run_trainer import RunTrainer
@@ -49,7 +50,7 @@ MOVED_KEYWORDS = {
 }
 
 
-class SFTTrainer(StepTrainer, RowsTrainer, PredictingTrainer, RunTrainer):
+class SFTTrainer(StepTrainer, RowsTrainer, RequantisingTrainer, PredictingTrainer, RunTrainer):
     """transformers' `Trainer` for models that `FastLanguageModel` loads; any other causal model works too, unfused.
 
     It takes what `trl.SFTTrainer` takes. Data preparation, batches, the optimizer step, checkpoints and resuming are oribi's.
