@@ -94,7 +94,7 @@ def contradictions(config: RunConfig, given: Mapping[str, Given]) -> list[Proble
         refuse("gradient_accumulation_steps", "it follows from total_batch_size; leave one of them out")
     if config.max_steps == 0:
         refuse("max_steps", "must be positive, or -1 to train num_train_epochs")
-    if config.full_finetuning and {"lora", "gguf-adapter"} & set(config.save_method):
+    if config.full_finetuning and {"lora", "lora_per_expert", "gguf-adapter"} & set(config.save_method):
         refuse("save_method", "full_finetuning has no adapter; use merged_16bit")
     for key, why in contradictions_of_stage(config):
         refuse(key, why)

@@ -37,7 +37,7 @@ VERSION = 1
 EARLIER = "_earlier"  # a leading underscore: uploads of the output folder leave such names out
 # form of the model -> its folder within the run's
 FORM_FOLDERS = {
-    "lora": "adapter", "merged_16bit": "merged", "merged_4bit": "merged_4bit", "fp8": "fp8", "w4a16": "w4a16", "gguf": "gguf", "gguf-adapter": "gguf-adapter",
+    "lora": "adapter", "lora_per_expert": "adapter_per_expert", "merged_16bit": "merged", "merged_4bit": "merged_4bit", "fp8": "fp8", "w4a16": "w4a16", "gguf": "gguf", "gguf-adapter": "gguf-adapter",
 }  # fmt: skip
 # the other files that a run writes into its folder
 _OWN_FILES = (

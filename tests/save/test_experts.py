@@ -16,6 +16,7 @@ from oribi.kernels.packed_weight import PackedWeight
 from oribi.models.experts import Experts
 from oribi.models.load import load_model
 from oribi.save.gguf import save_gguf, save_gguf_adapter
+from tests.models.test_expert_factors import write as write_each
 from tests.models.test_parity import relative
 from tests.models.tiny import MIXED
 from tests.models.tiny_checkpoint import checkpoint, edit_tensors, mxfp4_checkpoint
@@ -55,10 +56,12 @@ def folder(request, tmp_path_factory) -> Path:
     return folder
 
 
-def trained(folder: Path, targets: list[str] | None = BOTH, **options: object):
+def trained(folder: Path, targets: list[str] | None = BOTH, load_in_4bit: bool = True, **options: object):
     """A model with an adapter, none of whose factors is zero, and its tokenizer."""
-    model, tokenizer = load_model(str(folder), dtype=torch.float32, max_seq_length=None, **options)
-    model = FastLanguageModel.get_peft_model(model, r=4, target_parameters=targets)
+    model, tokenizer = load_model(
+        str(folder), dtype=torch.float32, max_seq_length=None, load_in_4bit=load_in_4bit
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4, target_parameters=targets, **options)
     torch.manual_seed(1)
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -94,6 +97,38 @@ def test_an_adapter_and_a_merged_model_compute_in_transformers_class_what_was_tr
         assert {name: t.shape for name, t in written.items()} == {name: t.shape for name, t in held.items()}
     again, _ = load_model(str(tmp_path / "adapter"), dtype=torch.float32, max_seq_length=None)
     assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("stored", ["stacks", pytest.param("each", marks=pytest.mark.long)])
+def test_an_adapter_with_a_pair_for_each_expert_acts_in_plain_peft_and_is_read_again(stored, tmp_path):
+    base = tmp_path / "base"
+    checkpoint(base, "qwen3_moe", num_hidden_layers=2, **CHANGES)
+    ranks = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 9}} if stored == "stacks" else {}
+    model, tokenizer = trained(base, **ranks)
+    if stored == "each":  # each with an A of its own
+        write_each(base, tmp_path / "own")
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            str(tmp_path / "own"), dtype="float32", device_map="cpu", max_seq_length=64
+        )
+    report = model.save_pretrained_merged(
+        str(tmp_path / "a"), tokenizer, save_method="lora_per_expert", held_out=TEXTS
+    )
+    check = next(check for check in report.checks if check.name == "answers in plain PEFT")
+    assert check.figures["kl"] < 1e-6 < check.figures["kl_without_adapter"]
+    names = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    each = "base_model.model.model.layers.1.mlp.experts.7.{}_proj.lora_A.weight"
+    assert all(names[each.format(part)].shape == (4, 64) for part in ("gate", "up", "down"))
+    assert not any("experts.lora_A" in name or "base_layer" in name for name in names)
+    again, _ = load_model(str(tmp_path / "a"), dtype=torch.float32, max_seq_length=None)
+    assert relative(logits(again), logits(model)) < 1e-6
+
+
+def test_where_no_program_reads_a_pair_for_each_expert_it_is_refused(tmp_path):
+    checkpoint(tmp_path / "base", "qwen3_moe", num_hidden_layers=2, **CHANGES)
+    model, tokenizer = trained(tmp_path / "base", BOTH[1:])
+    with pytest.raises(ConfigError, match="gate_up_proj has no pair"):
+        model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method="lora_per_expert")
+    assert not (tmp_path / "a" / "adapter_config.json").exists()
 
 
 # another family's row: first layers without experts, an MLP beside them, corrections, layers that draft

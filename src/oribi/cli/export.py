@@ -12,7 +12,7 @@ from oribi.text import gibibytes, nearest
 
 # name after --to -> form of the model
 FORMS = {
-    "adapter": "adapter", "lora": "adapter", "merged": "merged_16bit", "merged_16bit": "merged_16bit",
+    "adapter": "adapter", "lora": "adapter", "lora_per_expert": "lora_per_expert", "merged": "merged_16bit", "merged_16bit": "merged_16bit",
     "merged_4bit": "merged_4bit", "fp8": "fp8", "fp8_dynamic": "fp8", "w4a16": "w4a16", "gguf": "gguf", "gguf-adapter": "gguf-adapter",
 }  # fmt: skip
 
@@ -22,7 +22,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="Comma-separated forms: adapter, merged, merged_4bit, fp8, w4a16, gguf:METHOD, gguf-adapter."
+            help="Comma-separated forms: adapter, lora_per_expert, merged, merged_4bit, fp8, w4a16, gguf:METHOD, gguf-adapter."
         ),
     ],
     output: Annotated[Path | None, typer.Option(help="Folder to write to (default: the run's own).")] = None,

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from oribi.errors import ModelError
+from oribi.errors import ConfigError, ModelError
+from oribi.kernels.expert_linear import factors_by_expert
 from oribi.models.experts import STACKS, Experts, StoredMatrix
 from oribi.models.wrapper import PEFT_PREFIX
 
@@ -135,3 +136,56 @@ def _combined(name: str, pairs: list[_Pair], parts: int) -> _Pair:
     for part in range(parts):
         blocks[:, part, :, part] = b[:, part]
     return a.flatten(1, 2), blocks.flatten(3).flatten(1, 2)
+
+
+def separate_factors(
+    settings: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    experts: Mapping[str, Experts],
+    layers: Mapping[str, tuple[int, float]],
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Settings and tensors of an adapter with the pairs of each expert by themselves: what `stacked_factors` reads.
+
+    Args:
+        settings, tensors: of the adapter, by the decoder's names. experts: as of `stacked_factors`.
+        layers: name of each adapted linear layer -> r and alpha of its pair.
+
+    Raises:
+        ConfigError: the experts' pairs cannot be told apart in such a file, and why.
+    """
+    left, ranks, alone = dict(tensors), set(), {}
+    for prefix, module in experts.items():
+        for stack, inner in zip(STACKS, (".base_layer", "")):
+            names = [f"{PEFT_PREFIX}{prefix}{inner}.lora_{f}.weight" for f in "AB"]
+            if not set(names) <= left.keys():
+                raise ConfigError(
+                    f"save_method = 'lora_per_expert': {prefix}.{stack} has no pair, and programs that read experts by "
+                    "themselves want gate, up and down of all; train both stacks, or save 'lora'"
+                )
+            a, b = factors_by_expert(*(left.pop(name) for name in names), len(module.down_proj), False)
+            alone[prefix, stack] = a, b
+    for (prefix, stack), (a, b) in alone.items():
+        parts = 2 if stack == STACKS[0] else 1
+        rank = alone[prefix, STACKS[1]][0].shape[1]
+        apart = a.shape[1] == parts * rank > rank  # each part has an A of its own
+        ranks.add(rank if apart else a.shape[1])
+        for matrix in (one for one in experts[prefix].matrices() if one.stack == stack):
+            own = slice(None)
+            if apart:
+                own = slice(rank, None) if matrix.rows.start else slice(0, rank)
+            name = f"{PEFT_PREFIX}{prefix}.{matrix.name.removesuffix('.weight')}"
+            factor = 1 / parts if apart else 1.0
+            left[f"{name}.lora_A.weight"] = a[matrix.expert, own].clone()
+            left[f"{name}.lora_B.weight"] = b[matrix.expert, matrix.rows, own] * factor
+    if len(ranks) > 1 or settings.use_rslora:
+        raise ConfigError(
+            "save_method = 'lora_per_expert': plain PEFT reads pairs of single experts only where all have one rank, and without "
+            "use_rslora; save 'lora'"
+        )
+    moved = copy.deepcopy(settings)
+    moved.r, leaves = ranks.pop(), {name.rpartition(".")[2] for name in layers}
+    moved.target_modules = leaves | {"gate_proj", "up_proj", "down_proj"}
+    moved.rank_pattern = {name: r for name, (r, _) in layers.items() if r != moved.r}
+    moved.alpha_pattern = {name: alpha for name, (_, alpha) in layers.items() if alpha != moved.lora_alpha}
+    moved.target_parameters = moved.exclude_modules = moved.layers_to_transform = moved.layers_pattern = None
+    return moved, left

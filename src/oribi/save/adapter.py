@@ -6,7 +6,7 @@ from typing import Any
 
 from oribi.models.unwrap import is_classifier
 from oribi.save.adapter_check import compare_in_plain_peft
-from oribi.save.adapter_files import WEIGHTS, write_adapter
+from oribi.save.adapter_files import WEIGHTS, write_adapter, write_separately
 from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, checked, trained_answers
@@ -16,6 +16,9 @@ from oribi.save.report import ExportReport
 from oribi.save.samples import described_samples, sample_all
 from oribi.save.verify import check_saved_tokenizer
 from oribi.tensors import SafetensorsSource, read_header
+
+# as some servers read experts: a pair for each
+PER_EXPERT = "lora_per_expert"
 
 
 class AdapterExport(Export):
@@ -31,6 +34,8 @@ class AdapterExport(Export):
     def write(self, folder: Path) -> None:
         template = getattr(self.tokenizer, "chat_template", None)
         untested = write_adapter(self.model, folder, chat_template=template)
+        if self.report.kind == PER_EXPERT:
+            write_separately(self.model, folder)
         self.report.notes += [f"not tested: {line}" for line in untested]
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form of blanks
         if self.tokenizer is not None:

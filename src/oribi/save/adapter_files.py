@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from oribi.errors import ExportError, ModelError
+from oribi.errors import ConfigError, ExportError, ModelError
 from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import (
     AdapterRecord,
@@ -24,6 +24,8 @@ from oribi.models.adapter_files import (
     base_tables,
     read_tensors,
 )
+from oribi.models.expert_factors import separate_factors, stacked_factors
+from oribi.models.expert_tensors import expert_modules
 from oribi.models.files import Location
 from oribi.models.load_adapter import require_adapter_fits
 from oribi.models.packed_linear import is_requantised
@@ -117,6 +119,35 @@ def _complete(model: PeftModel, adapter: str, folder: Path, with_tables: str | b
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def write_separately(model: PeftModel, folder: Path) -> None:
+    """Write the pairs of each expert by themselves in place of an adapter's files, and read them back.
+
+    Raises:
+        ConfigError: there are no experts that programs read so, or their pairs cannot be told apart.
+        ExportError: what was written is not the adapter.
+    """
+    inner, (adapter, *others) = base_model(model), model.peft_config
+    experts = expert_modules(inner)
+    if others or not experts or any(one.rules.stored != "each" for one in experts.values()):
+        raise ConfigError(
+            "save_method = 'lora_per_expert': it is for models with one adapter whose checkpoints hold each expert by itself; "
+            "programs read other models' experts as 'lora' writes them"
+        )
+    layers = {
+        bare_name(name): (module.r[adapter], module.lora_alpha[adapter])
+        for name, module in inner.named_modules()
+        if isinstance(module, LoraLayer)
+        and adapter in module.lora_A
+        and not hasattr(module, "parameter_name")
+    }
+    stored = load_file(folder / WEIGHTS)
+    settings, tensors = separate_factors(model.peft_config[adapter], stored, experts, layers)
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    check_files(model, adapter, folder)
+
+
 def _adapted(model: PeftModel, adapter: str) -> list[str]:
     """The base's names of the modules and parameters that have a LoRA pair of an adapter."""
     inner = base_model(model)
@@ -193,6 +224,9 @@ def check_files(model: PeftModel, adapter: str, folder: Path) -> str | None:
     try:
         stored = read_tensors(path)
         inner = names.read(stored) if names is not None else stored
+        settings = model.peft_config[adapter]
+        if isinstance(settings, LoraConfig):  # each expert's pair by itself is one of a stack in memory
+            inner = stacked_factors(settings, inner, expert_modules(base_model(model)))[1]
         require_adapter_fits(model, path, inner, adapter)
         _require_equal(model, path, inner, adapter)
         return _try_outside(source, stored, folder)

@@ -21,7 +21,7 @@ from oribi.models.files import HubOptions, Location, open_weights
 from oribi.models.unfused import beside_decoder
 from oribi.models.unwrap import is_classifier, source_of, vocab_rows
 from oribi.models.wrapper import automatic
-from oribi.save.adapter import AdapterExport
+from oribi.save.adapter import PER_EXPERT, AdapterExport
 from oribi.save.base import base_name, locate_here
 from oribi.save.card import fenced
 from oribi.save.carried import DRAFT_COUNTS, copy_beside_weights, find_carried, has_other_parts
@@ -46,7 +46,7 @@ from oribi.save.whole import whole_model
 from oribi.tensors import TensorSource, all_finite
 
 COMPRESSED = ("fp8", "w4a16")
-METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", *COMPRESSED, "lora")
+METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", *COMPRESSED, "lora", PER_EXPERT)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU = torch.device("cpu")
 
@@ -72,7 +72,8 @@ def save_merged(
         directory: created; files of an earlier export in it are replaced at once when this one is complete.
         tokenizer: saved with the model; None saves none.
         save_method: "merged_16bit", "merged_4bit" (the merge quantised to NF4 again), "fp8" or "w4a16" (quantised for vLLM and
-            SGLang, see `save.compressed`), or "lora".
+            SGLang, see `save.compressed`), "lora", or "lora_per_expert" (the adapter with a pair for each expert by itself, as
+            vLLM reads Qwen3-MoE's).
         base: "dequantized" (the trained function exactly), "original", "auto", or a folder; see `save.base`.
         dtype: of what is not quantised; None takes bfloat16 or float16 of the model, and bfloat16 for float32.
         max_shard_size: a shard ends before it would pass this size.
@@ -96,10 +97,10 @@ def save_merged(
     if not options.is_main_process:
         return None
     save_method = save_method.removesuffix("_forced")
-    if save_method != "lora" or verify:  # which asks the model, in this process alone
+    if save_method not in ("lora", PER_EXPERT) or verify:  # which asks the model, in this process alone
         model = whole_model(model)
     common = (model, directory, save_method, {save_method: "."}, verify, options.tags)
-    if save_method == "lora":
+    if save_method in ("lora", PER_EXPERT):
         report = AdapterExport(*common).save(tokenizer, held_out)
     else:
         export = _export_class(model, save_method)(*common)

@@ -20,7 +20,7 @@ class ExportReport:
 
     Args:
         directory: the folder.
-        kind: "merged_16bit", "merged_4bit", "fp8", "w4a16", "lora", "gguf" or "gguf-adapter".
+        kind: "merged_16bit", "merged_4bit", "fp8", "w4a16", "lora", "lora_per_expert", "gguf" or "gguf-adapter".
         base: the weights under the adapter.
         files: name and bytes of each file of weights.
         checked_on: which rows.
