@@ -166,8 +166,7 @@ def answer(folder: Path, way: str, seed: int, train_size: int, held_out_size: in
     source = trained_folder(folder, way, seed)
     held_out = make_split(train_size, held_out_size)[1]
     record = json.loads((source / "answers.json").read_text())
-    loading = {"dtype": "float32", "device_map": "cpu", **settings}
-    model, tokenizer = FastLanguageModel.from_pretrained(str(source), **loading)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(source), dtype="float32", **settings)
     target = folder / "shipped" / f"{source.name}-{'apart' if apart else 'merged'}"
     if apart:
         adapter = save_gguf_adapter(model, target, "f16", tokenizer=tokenizer, verify=False)["gguf_files"][0]
@@ -175,10 +174,8 @@ def answer(folder: Path, way: str, seed: int, train_size: int, held_out_size: in
         read_back = None
     else:
         file = save_gguf(model, target, tokenizer, METHOD, name="merged", verify=False)["gguf_files"][0]
-        adapter, read_back = (
-            None,
-            FastLanguageModel.from_pretrained(str(file), load_in_4bit=False, **loading)[0],
-        )
+        adapter = None
+        read_back = FastLanguageModel.from_pretrained(str(file), load_in_4bit=False, dtype="float32")[0]
     answers = {
         dtype: [scored(*pair, tokenizer) for pair in zip(held_out, ids)]
         for dtype, ids in record["answers"].items()
@@ -225,7 +222,7 @@ def gap(model: Any, tokenizer: Any, trained: Any, other: list[int]) -> float:
         return 0.0
     ids = [*ids_of_request(tokenizer, trained.request), *trained.ids[:at]]
     with torch.no_grad():
-        last = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        last = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().log_softmax(-1)
     return float(last[pair[0][at]] - last[pair[1][at]])
 
 
