@@ -6,14 +6,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
 from oribi.formats.settings import PackedFormat
-from oribi.gguf.coded import PlannedFile
-from oribi.gguf.source import GGUFSource
-from oribi.kernels.ggml_blocks import BlockCodes
 from oribi.kernels.mxfp4 import mxfp4_bytes
 from oribi.kernels.nf4 import nf4_bytes
 from oribi.memory.account import linear_weights, packable_weights
@@ -22,7 +18,7 @@ from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.experts import Experts
 from oribi.models.files import HubOptions, Location
 from oribi.models.open import open_model
-from oribi.models.packed_linear import planned_types
+from oribi.models.packed_linear import codes_of_layers, planned_types
 from oribi.models.quantization import Quantization
 from oribi.models.unfused import UnfusedSizes, sizes_of_config
 
@@ -173,18 +169,9 @@ def architecture_of(
         )
     decoder = build(config, dtype=dtype)
     file = opened.gguf if train_for is None else planned_types(decoder, train_for)
-    return Architecture(name, config, location, decoder, stored, opened.keeps_mxfp4, _codes(decoder, file))
-
-
-def _codes(decoder: DecoderForCausalLM, file: GGUFSource | PlannedFile | None) -> dict[str, int]:
-    """Linear layer -> bytes that it takes under load_in_4bit in a GGUF file's codes: those of its codes, or of its values."""
-    found = {}
-    for name, module in decoder.model.named_modules(prefix="model") if file is not None else ():
-        if type(module) is not nn.Linear:
-            continue
-        kind, shape = file.block_type(f"{name}.weight"), (module.out_features, module.in_features)
-        found[name] = BlockCodes.empty(shape, kind).nbytes if kind else module.weight.nbytes
-    return found
+    layers = () if file is None else codes_of_layers(decoder, file, Quantization(as_in_file=True))
+    in_codes = {layer: (module.weight if codes is None else codes).nbytes for layer, module, codes in layers}
+    return Architecture(name, config, location, decoder, stored, opened.keeps_mxfp4, in_codes)
 
 
 def _sizes(config: PretrainedConfig, trust_remote_code: bool) -> UnfusedSizes | None:

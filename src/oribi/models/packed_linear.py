@@ -1,6 +1,7 @@
 """Frozen linear layers whose weights are the codes of a GGUF file, that they came from or that will be served."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ def planned_types(model: nn.Module, method: str) -> PlannedFile:
     return PlannedFile(model.config, expected_shapes(model), method)
 
 
+def codes_of_layers(
+    model: nn.Module, source: GGUFSource | PlannedFile, quantization: Quantization
+) -> Iterator[tuple[str, nn.Linear, BlockCodes | None]]:
+    """Linear layers that are covered, and the codes without values that each has in a GGUF file; None where they are not kept.
+
+    Args:
+        model: on the meta device. source: the file, or a checkpoint as one. quantization: which layers are covered.
+    """
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and quantization.covers(name):
+            kind = source.block_type(f"{name}.weight")
+            shape = layer.out_features, layer.in_features
+            yield name, layer, None if kind is None else BlockCodes.empty(shape, kind)
+
+
 def keep_blocks(
     model: nn.Module, source: GGUFSource | CodedSource, quantization: Quantization, dtype: torch.dtype
 ) -> list[str]:
@@ -71,17 +87,13 @@ def keep_blocks(
         Notes for the user, on what is kept and what is not.
     """
     kept, dense = Counter(), []
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or not quantization.covers(name):
-            continue
-        kind, shape = source.block_type(f"{name}.weight"), (layer.out_features, layer.in_features)
-        if kind is None:
+    for name, layer, codes in codes_of_layers(model, source, quantization):
+        if codes is None:
             dense.append(name)
             continue
-        kept[kind] += 1
+        kept[codes.kind] += 1
         parent, _, child = name.rpartition(".")
-        packed = PackedLinear(BlockCodes.empty(shape, kind), dtype, layer.bias is not None)
-        setattr(model.get_submodule(parent), child, packed)
+        setattr(model.get_submodule(parent), child, PackedLinear(codes, dtype, layer.bias is not None))
     of_kinds = ", ".join(f"{kind} {count}" for kind, count in kept.most_common())
     whose = "have the codes of a" if quantization.train_for else "keep the codes of the"
     method = f"{quantization.train_for} " if quantization.train_for else ""
