@@ -12,7 +12,10 @@ from oribi import FastLanguageModel
 from oribi.errors import ConfigError
 from oribi.gguf import llama_cpp
 from oribi.gguf.file import GGUFFile, Type
+from oribi.kernels.expert_stack import dequantize_stack
+from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.kernels.packed_weight import PackedWeight
+from oribi.memory.architecture import architecture_of
 from oribi.models.experts import Experts
 from oribi.models.load import load_model
 from oribi.save.gguf import save_gguf, save_gguf_adapter
@@ -287,3 +290,49 @@ def test_an_adapter_as_gguf_holds_the_factors_of_all_experts_one_behind_the_othe
     assert (a.shape, b.shape) == ((len(delta), 4, 64), (*delta.shape[:2], 4))
     scale = file.value("adapter.lora.alpha") / 4
     assert relative(torch.einsum("eor,eri->eoi", b, a) * scale, delta) < 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason="xllamacpp is not installed")
+def test_a_gguf_file_in_mxfp4_keeps_its_experts_codes_and_answers_beside_the_adapter_as_trained(tmp_path):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+    mxfp4_checkpoint(tmp_path / "base", num_hidden_layers=2, layer_types=MIXED[:2], rope_parameters=rope)
+    base, tokenizer = load_model(str(tmp_path / "base"), dtype=torch.float32, max_seq_length=None)
+    file = save_gguf(base.eval(), tmp_path / "gguf", tokenizer, "mxfp4", verify=False)["gguf_files"][0]
+    model, _ = trained(Path(file))
+    assert not any("quantised again" in note for note in model.oribi.notes)
+    of_file, of_checkpoint = ([m for m in one.modules() if isinstance(m, Experts)] for one in (model, base))
+    for ours, theirs in zip(of_file, of_checkpoint, strict=True):
+        for stack in ("gate_up_proj", "down_proj"):
+            ours_packed, theirs_packed = (getattr(one, stack).packed for one in (ours, theirs))
+            assert isinstance(ours_packed, MXFP4Stack)
+            values = (dequantize_stack(one, torch.float32) for one in (ours_packed, theirs_packed))
+            assert torch.equal(*values)
+            assert ours_packed.nbytes == theirs_packed.nbytes
+    held = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
+    estimated = architecture_of(file, dtype=torch.float32).weight_bytes(load_in_4bit=True)
+    assert abs(estimated - held) < 0.01 * held
+    saved = save_gguf_adapter(model, tmp_path / "lora", "f32")
+    assert any("with that file it is the trained model" in note for note in saved["report"].notes)
+    prompt = list(range(20, 60))
+    # llama.cpp rounds what enters its products with codes
+    found = distance_from_llama_cpp(model.eval(), file, prompt, adapter=saved["gguf_files"][0])
+    assert found.kl < 0.01
+    assert distance_from_llama_cpp(model.eval(), file, prompt).kl > 10 * found.kl
+
+
+@pytest.mark.long
+def test_a_gguf_files_experts_in_other_types_become_nf4_and_notes_say_what_that_costs(tmp_path):
+    checkpoint(tmp_path / "base", "qwen3_moe", num_hidden_layers=2, **CHANGES)
+    base, tokenizer = load_model(
+        str(tmp_path / "base"), dtype=torch.float32, load_in_4bit=False, max_seq_length=None
+    )
+    file = save_gguf(base.eval(), tmp_path / "gguf", tokenizer, "q8_0", verify=False)["gguf_files"][0]
+    model, _ = trained(Path(file))
+    (note,) = (note for note in model.oribi.notes if "quantised again" in note)
+    assert "experts (Q8_0)" in note
+    (ours, *_), (theirs, *_) = ([m for m in one.modules() if isinstance(m, Experts)] for one in (model, base))
+    changed = relative(dequantize_stack(ours.down_proj.packed, torch.float32), theirs.down_proj)
+    assert 0.08 < changed < 0.1
+    saved = save_gguf_adapter(model, tmp_path / "lora", "f32")
+    assert any("trained on experts in NF4" in note for note in saved["report"].notes)

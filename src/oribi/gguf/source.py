@@ -8,11 +8,15 @@ from pathlib import Path
 import torch
 
 from oribi.errors import ModelError
-from oribi.gguf.file import GGUFFile
+from oribi.gguf.file import GGUFFile, Type
 from oribi.gguf.metadata import config_of_file
 from oribi.gguf.names import tensors_to_read
 from oribi.gguf.tensor import Tensor
 from oribi.kernels.ggml_blocks import BLOCK_TYPES, BlockCodes
+from oribi.kernels.mxfp4 import MXFP4Stack, from_blocks
+
+# an expert's matrices -> the stack of the model that holds them, in this order
+_STACK_OF = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
 
 class GGUFSource:
@@ -72,6 +76,40 @@ class GGUFSource:
         # a row is whole blocks, so that rows change places without their codes being read
         codes = tensor.from_gguf(self.file.read_codes(tensor.name)).contiguous()
         return BlockCodes(stored.shape, stored.kind.name, codes.to(device))
+
+    @property
+    def in_mxfp4(self) -> set[str]:
+        """Names of the stacks of experts all of whose matrices are in MXFP4."""
+        return {stack for stack, kinds in self._stacks().items() if kinds == {Type.MXFP4}}
+
+    def expert_types(self) -> list[str]:
+        """The types of the experts' matrices whose codes are not kept."""
+        kinds = {kind for stack, of_stack in self._stacks().items() for kind in of_stack - {Type.MXFP4}}
+        return sorted(kind.name for kind in kinds)
+
+    def _stacks(self) -> dict[str, set[Type]]:
+        """Stacks of experts in the model, with the types that their matrices have in the file."""
+        found: dict[str, set[Type]] = {}
+        for name, (tensor, _) in self._tensors.items():
+            if tensor.experts and name.endswith(".weight"):
+                prefix, _, part = tensor.source.removesuffix(".weight").partition(".*.")
+                found.setdefault(f"{prefix}.{_STACK_OF[part]}", set()).add(
+                    self.file.tensors[tensor.name].kind
+                )
+        return found
+
+    def mxfp4(self, prefix: str, stack: str, device: torch.device) -> MXFP4Stack:
+        """The codes of a stack that is `in_mxfp4`, gate before up.
+
+        Args:
+            prefix: name of the module of experts. stack: of the stack within it.
+        """
+        parts = [part for part, whole in _STACK_OF.items() if whole == stack]
+        stored = [self._tensors[f"{prefix}.0.{part}.weight"][0].name for part in parts]
+        shape = self.file.tensors[stored[0]].shape
+        blocks = [self.file.read_codes(name).view(*shape[:2], -1) for name in stored]
+        codes, scales = (half.contiguous().to(device) for half in from_blocks(torch.cat(blocks, dim=1)))
+        return MXFP4Stack((shape[0], len(parts) * shape[1], shape[2]), len(parts), codes, scales)
 
     def close(self) -> None:
         pass  # nothing stays open

@@ -96,6 +96,20 @@ class MXFP4Stack:
         )  # fmt: skip
 
 
+def from_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [..., K / 2] and scales [..., K / 32] of rows in ggml's blocks, which have a scale first and 16 values between a byte's halves.
+
+    Args:
+        blocks: [..., K / 32 * 17] uint8.
+
+    Source: ggml's block_mxfp4, https://github.com/ggml-org/ggml.
+    """
+    blocks = blocks.unflatten(-1, (-1, 1 + MX_BLOCK // 2))
+    halves = blocks[..., 1:]
+    values = torch.cat([halves & 15, halves >> 4], dim=-1)
+    return (values[..., ::2] | values[..., 1::2] << 4).flatten(-2), blocks[..., 0]
+
+
 def decode_mxfp4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """float32 [..., K] of codes [..., K / 2] and scales [..., K / 32], uint8 each, on any device."""
     values = fp4_pairs(codes).view(*scales.shape, MX_BLOCK)

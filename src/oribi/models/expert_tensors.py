@@ -170,9 +170,10 @@ class Renamed:
 def unstacked(source: TensorSource, model: nn.Module) -> TensorSource:
     """What `stacked` gave, with each matrix of a model's experts by itself; the source itself where it is so already."""
     experts = expert_modules(model)
-    if renamed := _renamed(experts):
-        source = Renamed(source, [(stored, own) for own, stored in renamed])
-    stored = source.shapes()
+    renamed, stored = _renamed(experts), source.shapes()
+    if any(part in name for _, part in renamed for name in stored):
+        source = Renamed(source, [(part, own) for own, part in renamed])
+        stored = source.shapes()
     stacks = (f"{prefix}.{stack}" for prefix, one in experts.items() for stack in one.stacks)
     in_stacks = any(f"{stack}{ending}" in stored for stack in stacks for ending in ("", *_MXFP4))
     for one in experts.values():
@@ -310,7 +311,7 @@ def replace_stacks(
                 double = f"{name}.nested_absmax" in stored if packed else double_quant
                 empty = _empty_stack(experts, stack, double, torch.device("meta"))
                 setattr(experts, stack, PackedWeight(empty, dtype))
-    return [f"{kept} stacks of experts stay in MXFP4, as the checkpoint has them"] * bool(kept)
+    return [f"{kept} stacks of experts stay in MXFP4, as they are stored"] * bool(kept)
 
 
 def fits_stack(experts: Experts, stack: str) -> bool:

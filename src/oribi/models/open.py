@@ -90,7 +90,9 @@ class OpenedModel:
     @property
     def keeps_mxfp4(self) -> bool:
         """Whether the checkpoint has stacks of experts in MXFP4, whose codes oribi's decoder keeps."""
-        settings = None if self.gguf is not None else stored_settings(self.location.directory)
+        if self.gguf is not None:
+            return bool(self.gguf.in_mxfp4)
+        settings = stored_settings(self.location.directory)
         return settings is not None and self.fused and method_of(settings) == MXFP4_METHOD
 
     @property

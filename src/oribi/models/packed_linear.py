@@ -14,7 +14,6 @@ from oribi.kernels.lora import Projection
 from oribi.kernels.lora_linear import lora_linear
 from oribi.kernels.packed_weight import Codes, PackedWeight, ShiftedCodes, dense_weight
 from oribi.models.checkpoint_tensors import expected_shapes
-from oribi.models.expert_tensors import expert_modules
 from oribi.models.quantization import Quantization
 
 
@@ -103,6 +102,10 @@ def keep_blocks(
             f"{len(dense)} linear layers, {dense[0]} the first, are read as {str(dtype).removeprefix('torch.')}: the file has them "
             "unquantised, or in a type or an order whose codes are not kept"
         )
-    if expert_modules(model):
-        notes.append("the file's experts are quantised again, to NF4; load_in_4bit=False keeps their values")
+    types = source.expert_types() if isinstance(source, GGUFSource) else []  # other sources have none
+    if types:
+        notes.append(
+            f"the file's experts ({', '.join(types)}) are quantised again, to NF4, which changes them by about 9 % of their size, so that "
+            "the file with the adapter beside it is not quite what is trained: merge it. load_in_4bit=False keeps their values"
+        )
     return notes

@@ -20,6 +20,7 @@ from oribi.gguf.names import WITHOUT_ADAPTER, tensors_to_write
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.tensor import Tensor
 from oribi.gguf.writer import plan_file, write_adapter_file, write_files
+from oribi.kernels.expert_stack import PackedStack
 from oribi.kernels.packed_weight import ShiftedCodes
 from oribi.models.identity import AS_IN_FILE
 from oribi.models.packed_linear import PackedLinear, is_requantised
@@ -222,6 +223,13 @@ def _belongs_to(model: nn.Module) -> list[str]:
             f"the adapter was trained on the codes of the base's {identity.train_for} file, which is beside it"
         ]
     if identity is not None and identity.weights == AS_IN_FILE:
+        if any(
+            isinstance(getattr(slot.tensor, "packed", None), PackedStack) for slot in slots_of(model).values()
+        ):
+            return [
+                f"the adapter was trained on experts in NF4: beside {identity.name}, whose experts have other values, it computes "
+                "something else than was trained. Merged GGUF files hold the trained model"
+            ]
         return [
             f"the adapter was trained on the codes of {identity.name}: with that file it is the trained model"
         ]
