@@ -24,13 +24,14 @@ from typing import Any
 HERE = Path(__file__).parent
 METHOD = "q4_k_m"
 CODES = f"base.{METHOD.upper()}.gguf"
-# way -> base, how it is loaded, whether base and adapter ship apart
-WAYS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "nf4, merged": ("checkpoint", {"load_in_4bit": True}, False),
-    "q4_1 file, apart": ("base.Q4_1.gguf", {}, True),
-    f"{METHOD} file, apart": (CODES, {}, True),
-    f"train_for {METHOD}, apart": ("checkpoint", {"train_for": METHOD}, True),
-    f"train_for {METHOD}, merged": ("checkpoint", {"train_for": METHOD}, False),
+# way -> base, how it is loaded, how it is trained, whether base and adapter ship apart
+WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
+    "nf4, merged": ("checkpoint", {"load_in_4bit": True}, {}, False),
+    "q4_1 file, apart": ("base.Q4_1.gguf", {}, {}, True),
+    f"{METHOD} file, apart": (CODES, {}, {}, True),
+    f"train_for {METHOD}, apart": ("checkpoint", {"train_for": METHOD}, {}, True),
+    f"train_for {METHOD}, merged at the end": ("checkpoint", {"train_for": METHOD}, {}, False),
+    f"train_for {METHOD}, merged": ("checkpoint", {"train_for": METHOD}, {"merges_codes": True}, False),
 }
 
 
@@ -62,8 +63,8 @@ def runs(args: argparse.Namespace) -> list[tuple[str, int]]:
 
 def trained_folder(folder: Path, way: str, seed: int) -> Path:
     """Of an adapter, which ways that differ in shipping alone share."""
-    base, settings, _ = WAYS[way]
-    return folder / "trained" / "-".join([base, *settings, str(seed)])
+    base, settings, changes, _ = WAYS[way]
+    return folder / "trained" / "-".join([base, *settings, *changes, str(seed)])
 
 
 def write_bases(folder: Path, file: Path | None) -> None:
@@ -117,7 +118,7 @@ def train(folder: Path, way: str, seed: int, train_size: int, held_out_size: int
     from oribi.demo.requests import make_split
     from oribi.environment import detect
 
-    base, settings, _ = WAYS[way]
+    base, settings, changes, _ = WAYS[way]
     target = trained_folder(folder, way, seed)
     requests, held_out = make_split(train_size, held_out_size)
     loading = {"max_seq_length": 512, **settings}
@@ -126,7 +127,8 @@ def train(folder: Path, way: str, seed: int, train_size: int, held_out_size: int
         model, r=16, lora_alpha=32, target_modules="all-linear", random_state=seed
     )
     started = time.monotonic()
-    trainer = teach(model, tokenizer, requests, folder / "runs" / target.name, seed=seed, report_to="none")
+    changes = {**changes, "seed": seed, "report_to": "none"}
+    trainer = teach(model, tokenizer, requests, folder / "runs" / target.name, **changes)
     record = {
         "seconds": time.monotonic() - started,
         "steps": trainer.state.global_step,
@@ -162,7 +164,7 @@ def answer(folder: Path, way: str, seed: int, train_size: int, held_out_size: in
     from oribi.gguf.llama_cpp import LlamaCpp
     from oribi.save import save_gguf_adapter
 
-    base, settings, apart = WAYS[way]
+    base, settings, _, apart = WAYS[way]
     source = trained_folder(folder, way, seed)
     held_out = make_split(train_size, held_out_size)[1]
     record = json.loads((source / "answers.json").read_text())
@@ -238,7 +240,7 @@ def line(row: dict[str, Any]) -> str:
     lost, spread = row["became_wrong"] - row["became_right"], row["became_wrong"] + row["became_right"]
     half = 1.96 * math.sqrt(spread - lost**2 / n) / n  # of a difference between paired shares
     return (
-        f"{row['way']:32} seed {row['seed']!s:4} {row['bytes'] / 1e6:5.0f} MB  trained {row['trained_right'] / n:6.1%}  "
+        f"{row['way']:38} seed {row['seed']!s:4} {row['bytes'] / 1e6:5.0f} MB  trained {row['trained_right'] / n:6.1%}  "
         f"shipped {row['shipped_right'] / n:6.1%}  lost {lost / n:+6.1%} ± {half:.1%}  "
         f"same answers {row['same_answers'] / n:6.1%} ({low:.1%} to {high:.1%})"
     )
