@@ -2,10 +2,12 @@
 
 import copy
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
 
 from oribi.errors import ModelError
@@ -286,6 +288,16 @@ def test_damaged_files_are_named(exported, tmp_path):
         broken.write_bytes(content)
         with pytest.raises(ModelError, match=words):
             GGUFFile(broken)
+
+
+@pytest.mark.parametrize(("kind", "words"), [(250, "ggml type 250, which"), (Type.Q8_1, "stored as Q8_1")])
+def test_types_that_are_no_weights_are_named_with_their_tensor(kind, words, exported, tmp_path):
+    whole, name = bytearray(exported()[1].read_bytes()), b"blk.0.ffn_up.weight"
+    struct.pack_into("<I", whole, whole.index(name) + len(name) + 4 + 2 * 8, kind)  # behind the shape
+    broken = tmp_path / "other.gguf"
+    broken.write_bytes(whole)
+    with pytest.raises(ModelError, match=f"blk.0.ffn_up.weight.*{words}"):
+        GGUFFile(broken).read("blk.0.ffn_up.weight", torch.float32)
 
 
 def test_the_permutation_of_q_and_k_matters(monkeypatch, exported):

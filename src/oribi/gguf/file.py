@@ -27,6 +27,7 @@ _STRING, _ARRAY = 8, 9
 _AT_ONCE = 1 << 22  # values dequantised together: 16 MiB of float32
 _SMALL = 1 << 16  # bytes that are read without comparing them with the rest of the file
 _MOST_DIMENSIONS = 4
+_TYPES = frozenset(Type)
 _DEEPEST = 8  # arrays within arrays
 _DAMAGED = (struct.error, UnicodeDecodeError, KeyError, MemoryError, ValueError, TypeError, OverflowError)
 
@@ -136,8 +137,18 @@ class GGUFFile:
                 packed = np.fromfile(file, dtype=np.uint8, count=len(part) * row_bytes).reshape(
                     len(part), row_bytes
                 )
-                part.copy_(torch.from_numpy(dequantize(packed, stored.kind)) - offset)
+                part.copy_(torch.from_numpy(self._values(packed, name)) - offset)
         return out
+
+    def _values(self, packed: np.ndarray, name: str) -> np.ndarray:
+        kind = self.tensors[name].kind
+        try:
+            return dequantize(packed, kind)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} is stored as {kind.name}, which holds no weights that can be read; take the model in "
+                "another quantisation, e.g. Q4_K_M"
+            ) from error
 
     def read_codes(self, name: str) -> torch.Tensor:
         """The bytes of a matrix's rows as they are stored, [N, bytes of a row] uint8 on the host."""
@@ -163,7 +174,13 @@ class GGUFFile:
             if count > _MOST_DIMENSIONS:
                 raise ValueError(f"tensor {name!r} has {count} dimensions")
             shape = struct.unpack(f"<{count}Q", file.read(8 * count))
-            placed.append((name, shape[::-1], Type(_scalar(file, "I")), _scalar(file, "Q")))
+            kind, offset = _scalar(file, "I"), _scalar(file, "Q")
+            if kind not in _TYPES:
+                raise ModelError(
+                    f"{self.path}: tensor {name!r} has ggml type {kind}, which the gguf package does not know: update it "
+                    "(pip install -U gguf), take the model in another quantisation, e.g. Q4_K_M, or download a damaged file again"
+                )
+            placed.append((name, shape[::-1], Type(kind), offset))
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
