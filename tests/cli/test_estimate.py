@@ -38,6 +38,15 @@ def test_a_run_is_estimated_without_weights(oribi, bare_config):
     assert "T4" in plain.out
 
 
+def test_a_base_in_the_codes_of_its_file_is_estimated_with_that_file(oribi, bare_config):
+    flags = ["--gpu", "T4", "--train_for", "q8_0", "--save_method", "gguf-adapter", "--no-data"]
+    (found,) = oribi("estimate", bare_config, *flags, "--json").records
+    (plain,) = oribi("estimate", bare_config, "--gpu", "T4", "--no-data", "--json").records
+    assert found["parts"]["weights"] > plain["parts"]["weights"]  # 8.5 bits a weight, not NF4's 4.1
+    assert 0 < found["disk"]["base as gguf"] < found["disk"]["model's files"]
+    assert "on one CPU core" in oribi("estimate", bare_config, *flags).out
+
+
 def test_tokens_that_are_cut_off_are_not_subtracted_twice(monkeypatch):
     report = DataReport("rows", tokens=7680, tokens_cut=4875, examples=30)
     monkeypatch.setattr("oribi.preflight.tokenizer_of", lambda _: None)

@@ -11,6 +11,8 @@ from oribi.launch import count_of_gpus, require_groups
 from oribi.text import clock, gibibytes, short_count
 
 RIGHT = ("peak GiB", "usable GiB", "most rows", "longest row", "s/step", "tokens/s", "total time")
+# per weight on a core of a server (Q4_K; Q8_0 takes a twentieth): benchmarks of `gguf.quantize.encode` on 4 million weights
+QUANTISING_SECONDS = 64e-9
 SHOWN = ("T4", "RTX 4090", "A100-40GB", "A100-80GB", "H100", "H200")
 
 
@@ -67,6 +69,9 @@ def estimate(
             "GPUs": None
             if count == 1
             else f"{count}, {'which share the frozen weights' if settings.fsdp else 'each with all weights'}",
+            "quantising": None
+            if settings.train_for is None
+            else f"about {clock(training.architecture.packable_weights * QUANTISING_SECONDS)} on one CPU core, less on several or a GPU",
             "data": None if tokens is None else f"{rows:,} examples, {tokens:,} tokens",
         }
     )
@@ -253,7 +258,9 @@ def _disk(training: Any) -> dict[str, int]:
         for name, p in a.decoder.named_parameters()
         if not (a.tied and name == "lm_head.weight")
     }
-    for method in config.quantization_method:
-        method = mix_of(method).name
-        found[f"gguf {method}"] = sum(e.nbytes for e in plan_file(a.config, shapes, method))
+    files = {f"gguf {mix_of(method).name}": method for method in config.quantization_method}
+    if config.train_for is not None and "gguf-adapter" in config.save_method:
+        files["base as gguf"] = config.train_for
+    for name, method in files.items():
+        found[name] = sum(e.nbytes for e in plan_file(a.config, shapes, method))
     return found
