@@ -1,5 +1,7 @@
 """Names of an MLP's projections in a model with experts, and what the estimate makes of them."""
 
+from pathlib import Path
+
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -15,14 +17,17 @@ BOTH = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", pytest.param("glm4_moe", marks=pytest.mark.long)])
-def folder(request, tmp_path_factory, tiny_folder):
-    """A model whose first or second layer has no experts; GLM's others have an MLP beside them."""
-    path = tmp_path_factory.mktemp(request.param)
-    AutoModelForCausalLM.from_config(tiny_config(request.param)).save_pretrained(path)
+def written(model_type: str, path: Path, tiny_folder: Path) -> Path:
+    AutoModelForCausalLM.from_config(tiny_config(model_type)).save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).write_bytes((tiny_folder / name).read_bytes())
     return path
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", pytest.param("glm4_moe", marks=pytest.mark.long)])
+def folder(request, tmp_path_factory, tiny_folder):
+    """A model whose first or second layer has no experts; GLM's others have an MLP beside them."""
+    return written(request.param, tmp_path_factory.mktemp(request.param), tiny_folder)
 
 
 def attached(folder, **settings):
@@ -69,3 +74,18 @@ def test_a_model_without_experts_keeps_its_targets(tiny_folder):
     model = attached(tiny_folder)
     assert not model.peft_config["default"].target_parameters
     assert set(PROJECTIONS) <= set(model.peft_config["default"].target_modules)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("names", [["all-linear"], ["down_proj"]])
+def test_an_mlp_beside_experts_is_trained_where_peft_reaches_it(names, tmp_path, tiny_folder):
+    written("qwen3_5_moe_text", tmp_path, tiny_folder)
+    model = attached(tmp_path, target_modules=names[0])
+    adapted = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert any(name.endswith("mlp.shared_expert.down_proj") for name in adapted)
+    assert any(name.endswith("mlp.experts") for name in adapted)
+    assert not any(name.endswith((".gate", "shared_expert_gate")) for name in adapted)
+    config = RunConfig(model=str(tmp_path), load_in_4bit=False, target_modules=names, lora_r=4)
+    training = Training(architecture_of(str(tmp_path)), config)
+    estimated = sum(training.adapted.values()) + sum(training.adapted_stacks.values())
+    assert estimated == sum(p.numel() for p in model.parameters() if p.requires_grad)
