@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import AutoModelForCausalLM
 
-from oribi.errors import ModelError
+from oribi.errors import ConfigError, ModelError
 from oribi.families import FAMILIES
 from oribi.families.expert_rules import ExpertRules
 from oribi.kernels.expert_stack import PackedStack, dequantize_stack
@@ -296,3 +296,26 @@ def test_experts_kept_in_16_bits_are_dense(tmp_path):
     model, _ = load_model(str(tmp_path), dtype=torch.float32, keep_in_16bit=["experts"])
     assert not isinstance(model.model.layers[0].mlp.experts.down_proj, PackedWeight)
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+
+
+def test_experts_that_are_packed_as_linear_layers_are_refused_with_what_to_load_instead(tmp_path):
+    checkpoint(tmp_path, "gpt_oss", num_hidden_layers=2, layer_types=MIXED[:2])
+
+    def as_linear_layers(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".mlp.experts." in name]:
+            stack, kind = name.removesuffix("_bias"), "bias" if name.endswith("_bias") else "weight"
+            for expert, values in enumerate(tensors.pop(name)):
+                tensors[f"{stack}s.{expert}.{kind}"] = values.T.contiguous()
+        for name in [name for name in tensors if ".mlp.router." in name]:
+            tensors[name.replace(".router.", ".router.linear.")] = tensors.pop(name)
+
+    edit_tensors(tmp_path, as_linear_layers)
+    with pytest.raises(ModelError, match=r"gate_up_projs.*Load openai/gpt-oss-20b .*-BF16"):
+        load_model(str(tmp_path), dtype=torch.float32, max_seq_length=None)
+
+
+def test_gpt_oss_in_float16_is_refused_before_its_weights_are_read(tmp_path):
+    checkpoint(tmp_path, "gpt_oss", num_hidden_layers=2, layer_types=MIXED[:2])
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="float16.*gpt_oss models overflow.*dtype='bfloat16'"):
+        load_model(str(tmp_path), dtype="float16", max_seq_length=None)

@@ -13,6 +13,9 @@ from oribi.families.family import Family
 from oribi.families.in_gguf import InGGUF
 from oribi.families.layer_fields import fields_by_layer
 
+# model types of whose released weights activations grow beyond what float16 holds, and every logit to a nan
+# Source: https://github.com/microsoft/onnxruntime-genai/pull/2444, 45,344 in the last layer but one of gpt-oss-120b
+BEYOND_FLOAT16 = ("gpt_oss",)
 # the deepest models have some hundreds; each layer costs host memory before a weight is read
 MOST_LAYERS = 4096
 

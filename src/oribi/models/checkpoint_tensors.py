@@ -12,6 +12,8 @@ from oribi.tensors import problems_in_words
 NF4_KEY = "quant_state.bitsandbytes__nf4"
 # beside a packed tensor's codes
 STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4_KEY)
+# within the names of gpt-oss' experts where each is a linear layer
+_LINEAR_EXPERTS = ".mlp.experts.gate_up_projs."
 # how names begin of layers that predict further tokens
 DRAFTS = ("mtp.", "model.mtp")
 
@@ -62,6 +64,12 @@ def check_tensors(model: nn.Module, stored: dict[str, tuple[int, ...]], packed: 
     """
     expected = expected_shapes(model)
     notes, unread = [], set()
+    if each := next((name for name in stored if _LINEAR_EXPERTS in name), None):
+        raise ModelError(
+            f"the checkpoint holds each expert as a packed linear layer ({each}), as gpt-oss checkpoints in bnb-4bit do, whose blocks "
+            "fit no stack of experts without rounding again. Load openai/gpt-oss-20b or openai/gpt-oss-120b, whose experts stay in "
+            "MXFP4, or unsloth/gpt-oss-20b-BF16"
+        )
     for prefix, module in model.named_modules():
         unread |= {f"{prefix}.{name}" for name in getattr(module, "leftovers", ())} & set(stored)
     drafts = {name for name in stored if name not in expected and is_draft(name, model.config)}

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from oribi.environment import detect
 from oribi.errors import ConfigError
+from oribi.families.table import BEYOND_FLOAT16
 from oribi.gguf.coded import kept_method
 from oribi.models.identity import AS_IN_FILE, BaseIdentity
 from oribi.models.labels import Labels
@@ -152,11 +153,13 @@ def choose_quantization(
     return Quantization(enabled, double, skip, asked if enabled else (), as_in_file, train_for)
 
 
-def choose_dtype(settings: LoadSettings, stored: torch.dtype | None, notes: list[str]) -> torch.dtype:
+def choose_dtype(
+    settings: LoadSettings, stored: torch.dtype | None, notes: list[str], model_type: str = ""
+) -> torch.dtype:
     """The compute dtype: the caller's, or the checkpoint's (`stored`) for "auto", or the machine's.
 
     Raises:
-        ConfigError: the dtype is not one of the three.
+        ConfigError: the dtype is not one of the three, or the model overflows in it.
     """
     environment = detect()
     wanted: torch.dtype | str | None = settings.dtype
@@ -183,6 +186,13 @@ def choose_dtype(settings: LoadSettings, stored: torch.dtype | None, notes: list
                 "full fine-tuning keeps its weights in float32: float16 gradients cannot be unscaled"
             )
             return torch.float32
+    if wanted == torch.float16 and model_type in BEYOND_FLOAT16:
+        reason = f" ({environment.reasons['dtype']})" if environment.dtype == wanted else ""
+        raise ConfigError(
+            f"dtype is float16{reason}, in which the activations of {model_type} models overflow and every logit is a nan. Take "
+            "dtype='bfloat16' on a GPU of compute capability 8.0 or newer (A100, L4, RTX 30 series), or dtype='float32', which "
+            "is slow; on a V100 or T4 train another model"
+        )
     return wanted
 
 
