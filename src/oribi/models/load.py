@@ -261,8 +261,7 @@ def _load_base(
     location, config, notes = opened.location, opened.config, opened.notes
     tokenizer, template = opened.read_tokenizer()
     stored = opened.stored()
-    stored_dtype = None if opened.gguf is not None else getattr(config, "dtype", None)
-    dtype = choose_dtype(settings, stored_dtype, notes, config.model_type)
+    dtype = choose_dtype(settings, getattr(config, "dtype", None), notes, config.model_type)
     quantization = choose_quantization(settings, notes, stored, opened.gguf is not None)
     _choose_positions(config, settings, notes)
     files = weight_files(location, opened.hub, settings.allow_pickle)
