@@ -56,6 +56,10 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "Qwen/Qwen3-8B": ("qwen3", (4096, 12288, 36, 32, 8, 128, 151936, 40960), _UNTIED),
     "Qwen/Qwen3-14B": ("qwen3", (5120, 17408, 40, 40, 8, 128, 151936, 40960), _UNTIED),
     "Qwen/Qwen3-32B": ("qwen3", (5120, 25600, 64, 64, 8, 128, 151936, 40960), _UNTIED),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (
+        "qwen2_5_vl_text", (3584, 18944, 28, 28, 4, 128, 152064, 128000), _UNTIED,
+    ),
+    "Qwen/Qwen3-VL-8B-Instruct": ("qwen3_vl_text", (4096, 12288, 36, 32, 8, 128, 151936, 262144), _UNTIED),
     "Qwen/Qwen3.5-9B": (
         "qwen3_5_text", (4096, 12288, 32, 16, 4, 256, 248320, 262144),
         _UNTIED | _DELTA | {"linear_num_value_heads": 32} | _kinds(4, 32, "linear_attention"),
@@ -103,6 +107,14 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "google/gemma-4-E2B-it": (
         "gemma4_text", (1536, 6144, 35, 8, 1, 256, 262144, 131072),
         _GEMMA4 | _kinds(5, 35) | {"sliding_window": 512, "num_kv_shared_layers": 20, "use_double_wide_mlp": True},
+    ),
+    "google/gemma-4-E4B-it": (
+        "gemma4_text", (2560, 10240, 42, 8, 2, 256, 262144, 131072),
+        _GEMMA4 | _kinds(6, 42) | {"sliding_window": 512, "num_kv_shared_layers": 18},
+    ),
+    "google/gemma-4-12B-it": (
+        "gemma4_unified_text", (3840, 15360, 48, 16, 8, 256, 262144, 262144),
+        _GEMMA4 | _kinds(6, 48) | {"sliding_window": 1024, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     ),
     "google/gemma-4-31B-it": (
         "gemma4_text", (5376, 21504, 60, 32, 16, 256, 262144, 262144),

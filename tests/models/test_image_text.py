@@ -16,7 +16,7 @@ from oribi.models.unfused import beside_decoder
 from oribi.models.wrapper import class_named
 from tests.save.test_adapter_files import WRAPPERS, logits, move, write_wrapper
 
-QUICK = ("gemma3", "gemma4", "qwen2_5_vl")  # one of each kind in every run of the tests
+QUICK = ("gemma3", "gemma4", "paligemma")  # one of each kind in every run of the tests
 LOAD = {"dtype": torch.float32, "device_map": "cpu", "max_seq_length": 64}
 # as of llava-hf: a processor's template, which reads contents as lists of parts
 PARTS = (

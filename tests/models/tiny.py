@@ -1,6 +1,7 @@
 """Tiny random models of every family of the table, with every parameter perturbed, beside transformers' own."""
 
 import sys
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -42,6 +44,22 @@ VARIANTS: dict[str, dict] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
+    "qwen2_vl_text": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": MIXED,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    },
+    "qwen3_vl_text": {
+        "head_dim": 32,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+    },
     "qwen3_moe": {
         "head_dim": 32,
         "use_sliding_window": True,
@@ -268,6 +286,7 @@ VARIANTS |= {
         "moe_intermediate_size": 64,
         "shared_expert_intermediate_size": 192,
     },
+    "qwen2_5_vl_text": VARIANTS["qwen2_vl_text"],
     "gemma4_text": {**_GEMMA4, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 128},
     "gemma4_unified_text": _GEMMA4,
 }
@@ -324,7 +343,8 @@ def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
 # families that are another one's row with other names, sizes or a flag that tests of their own cover
 _LIKE_ANOTHER = {
     "mistral", "gemma", "ministral", "granitemoehybrid", "glm4", "ernie4_5", "helium", "seed_oss", "exaone4", "olmo3",
-    "hunyuan_v1_dense", "gemma4_unified_text", "cohere", "ernie4_5_moe", "glm4_moe", "granitemoe", "qwen2_moe",
+    "hunyuan_v1_dense", "gemma4_unified_text", "cohere", "ernie4_5_moe", "glm4_moe", "granitemoe", "qwen2_moe", "qwen2_vl_text",
+    "qwen2_5_vl_text", "qwen3_vl_text",
 }  # fmt: skip
 # for tests of what all families share: every kind of layer at once, and the other rows in `make test-all`
 KINDS = [pytest.param(name, marks=pytest.mark.long) if name in _LIKE_ANOTHER else name for name in FAMILIES]
@@ -360,6 +380,8 @@ def reference_model(config: PretrainedConfig) -> PreTrainedModel:
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     tower = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    if config.model_type.startswith("qwen"):
+        tower = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32}
     whole = AutoConfig.for_model(
         config.model_type.removesuffix("_text"), text_config=config.to_dict(), vision_config=tower,
         out_hidden_size=128, projector_hidden_size=32,
@@ -370,9 +392,11 @@ def reference_model(config: PretrainedConfig) -> PreTrainedModel:
 
     def forward(self: PreTrainedModel, **arguments: Any) -> Any:
         output = kind.forward(self, **{name: one for name, one in arguments.items() if one is not None})
-        output.image_outputs = output.video_outputs = None
+        output.image_outputs = output.video_outputs = output.rope_deltas = None
         return output
 
+    # a model of pictures asks its tower for positions
+    model.prepare_inputs_for_generation = MethodType(GenerationMixin.prepare_inputs_for_generation, model)
     model.model.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": forward})
     return model
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_measured_is_refused(llama, tmp_path):
         load(tmp_path / "packed", load_in_4bit=True, keep_in_16bit=["o_proj"])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", pytest.param("paligemma", marks=pytest.mark.slow)])
 def test_named_layers_stay_in_16_bits_in_memory_and_in_files(kind, llama, tmp_path):
     base = llama
     if kind != "llama":

@@ -28,6 +28,10 @@ FAMILY_CHANGES: dict[str, dict] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False, "layer_types": None},
     "qwen3": {"use_sliding_window": False, "layer_types": None},
+    # llama.cpp takes another epsilon than a file's: that of released models, which moves little
+    "qwen2_vl_text": {"use_sliding_window": False, "layer_types": None, "rms_norm_eps": 1e-6},
+    "qwen2_5_vl_text": {"use_sliding_window": False, "layer_types": None, "rms_norm_eps": 1e-6},
+    "qwen3_vl_text": {"attention_bias": False, "num_deepstack_layers": 2},
     "qwen3_moe": {"use_sliding_window": False, "mlp_only_layers": [], "attention_bias": False},
     "qwen2_moe": {
         "use_sliding_window": False,

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+# a decoder's field, set by oribi: layers, from the first on, to which a tower for images adds what its own layers gave
+DEEPSTACK_LAYERS = "num_deepstack_layers"
+
 
 @dataclass(frozen=True)
 class InGGUF:
@@ -18,6 +21,7 @@ class InGGUF:
         biases: the biases that it reads: of q, k and v, or of every linear layer.
         rope_factors: the kinds of RoPE that it reads from tensors of frequency factors.
         partial_rope: it rotates as many dimensions of a head as the file says; otherwise all.
+        rope_sections: the file says how many pairs of a head turn by the time, the height and the width of a picture's token.
         head: "tied": it reads no output tensor; "separate": it needs one even where the embeddings are tied.
         window_period: every `window_period`-th layer sees everything and the others slide; 0: no windows.
         window_layers: windows exist only in models with this many layers, and such models always have them; 0: in all.
@@ -51,6 +55,7 @@ class InGGUF:
     biases: Literal["qkv", "all"] = "qkv"
     rope_factors: tuple[Literal["llama3", "longrope", "proportional"], ...] = ()
     partial_rope: bool = False
+    rope_sections: bool = False
     head: Literal["tied", "separate"] | None = None
     window_period: int = 0
     window_layers: int = 0

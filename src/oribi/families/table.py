@@ -22,6 +22,7 @@ MOST_LAYERS = 4096
 # fmt: off
 # what llama.cpp reads of the Llama lineage
 _LLAMA_CPP = InGGUF("llama", interleaved_rope=True, biases="all", rope_factors=("llama3", "longrope"), layers_of_70b=80)
+_QWEN2_VL = InGGUF("qwen2vl", derived_head_dim=True, rope_sections=True, layers_of_70b=80)
 
 # router and an MLP beside the experts, whose output is gated
 _QWEN_EXPERTS = {"router": "gate", "shared_experts": "shared_expert"}
@@ -49,6 +50,10 @@ FAMILIES: dict[str, Family] = {
         gguf=InGGUF("qwen2", derived_head_dim=True, layers_of_70b=80),
     ),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", windows="layer_types", gguf=InGGUF("qwen3")),
+    # decoders within image-text models; positions of a text alone are the same in all three directions
+    "qwen2_vl_text": Family("Qwen2VLTextModel", attention_bias="qkv", windows="layer_types", gguf=_QWEN2_VL),
+    "qwen2_5_vl_text": Family("Qwen2_5_VLTextModel", attention_bias="qkv", windows="layer_types", gguf=_QWEN2_VL),
+    "qwen3_vl_text": Family("Qwen3VLTextModel", qk_norm="head", gguf=InGGUF("qwen3vl", rope_sections=True)),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", names={"router": "gate"}, qk_norm="head", windows="all",
         experts=ExpertRules(normalise="norm_topk_prob", layers="sparse_step"), gguf=InGGUF("qwen3moe"),
@@ -72,12 +77,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_text": Family(
         "Qwen3_5ForCausalLM", mixers={"linear_attention": "gated_delta"}, norm_offset=1.0, qk_norm="head",
         output_gate="q_proj",
-        gguf=InGGUF("qwen35", names={"mlp_input_norm": "post_attention_norm"}, partial_rope=True),
+        gguf=InGGUF("qwen35", names={"mlp_input_norm": "post_attention_norm"}, partial_rope=True, rope_sections=True),
     ),
     "qwen3_5_moe_text": Family(
         "Qwen3_5MoeForCausalLM", mixers={"linear_attention": "gated_delta"}, norm_offset=1.0, names=_QWEN_EXPERTS,
         qk_norm="head", output_gate="q_proj", experts=_QWEN3_5_EXPERTS,
-        gguf=InGGUF("qwen35moe", names={"mlp_input_norm": "post_attention_norm"}, partial_rope=True),
+        gguf=InGGUF("qwen35moe", names={"mlp_input_norm": "post_attention_norm"}, partial_rope=True, rope_sections=True),
     ),
     "gemma": Family(
         "GemmaForCausalLM", norm_offset=1.0, embedding_scale=True, gguf=InGGUF("gemma", head="tied")

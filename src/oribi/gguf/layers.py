@@ -71,6 +71,7 @@ def add_layers(writer: gguf.GGUFWriter, config: PretrainedConfig, family: Family
             writer.add_uint32(f"{facts.architecture}.{key}", getattr(config, field))
         writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
         writer.add_full_attention_interval(_interval(config))
+    if facts.rope_sections:
         writer.add_rope_dimension_sections([*_sections(config), 0])
 
 
@@ -117,8 +118,10 @@ def layer_refusals(config: PretrainedConfig, family: Family, facts: InGGUF) -> l
             )
         if (period := _interval(config)) and every(period, layers) != [kind == _KINDS[1] for kind in kinds]:
             refused.append(f"every {period}th layer, and no other, is full_attention")
-        if sum(_sections(config)) * 2 != rotary_dim(config.rope_parameters, head_dim_of(config)):
-            refused.append(f"mrope_section {list(_sections(config))} covers all rotated pairs of a head")
+    if facts.rope_sections and sum(_sections(config)) * 2 != rotary_dim(
+        config.rope_parameters, head_dim_of(config)
+    ):
+        refused.append(f"mrope_section {list(_sections(config))} covers all rotated pairs of a head")
     if family.experts is not None:
         refused += expert_refusals(config, family.experts, facts)
     if facts.lists_layers:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from oribi.errors import ExportError, ModelError
 from oribi.families import FAMILIES, MOST_LAYERS, Family, family_of
-from oribi.families.in_gguf import InGGUF
+from oribi.families.in_gguf import DEEPSTACK_LAYERS, InGGUF
 from oribi.families.sizes import head_dim_of, rope_base
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.layers import add_layers, every, kinds_of_layers, layer_refusals, read_layers
@@ -52,6 +52,8 @@ def _own_keys(family: Family, facts: InGGUF) -> dict[str, str]:
         keys[family.logit_scale] = "logit_scale"
     if "short_conv" in family.mixers.values():
         keys["conv_L_cache"] = "shortconv.l_cache"
+    if facts.rope_sections:  # of models that see pictures
+        keys[DEEPSTACK_LAYERS] = "n_deepstack_layers"
     return keys
 
 
@@ -85,7 +87,7 @@ def add_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str, v
         if field == "sliding_window":
             if value or facts.window_key_required:
                 writer.add_sliding_window(value or 0)
-        elif isinstance(value, int) and field == "conv_L_cache":
+        elif isinstance(value, int) and field in ("conv_L_cache", DEEPSTACK_LAYERS):
             writer.add_uint32(f"{facts.architecture}.{key}", value)
         elif value:
             writer.add_float32(f"{facts.architecture}.{key}", value)

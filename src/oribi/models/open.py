@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from oribi.chat.tokenizer import OBJECTS, PROCESSOR_FILES, Repaired, load_tokenizer, repair
 from oribi.errors import ModelError
 from oribi.families import family_of
+from oribi.families.in_gguf import DEEPSTACK_LAYERS
 from oribi.formats.settings import MXFP4_METHOD, PackedFormat, method_of
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.tokenizer import SUPPRESSED, rebuild_tokenizer
@@ -239,7 +240,12 @@ def decoder_config(whole: PretrainedConfig, notes: list[str]) -> PretrainedConfi
         return config
     text.__dict__.pop("quantization_config", None)
     notes.append(f"{config.model_type}: the text decoder is loaded; images and sound are not supported")
-    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    for part in (text, config):  # the whole's, which some parts have not
+        text.tie_word_embeddings = getattr(
+            part, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)
+        )
+    if layers := getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None):
+        setattr(text, DEEPSTACK_LAYERS, len(layers))  # what a GGUF file says of the decoder
     return text
 
 
