@@ -45,6 +45,7 @@ from oribi.run_record import (
     unfinished_words,
 )
 from oribi.save import save_gguf, save_merged
+from oribi.save.export import AskedOnce
 from oribi.save.four_bits import kept_by_auto
 from oribi.save.gguf_adapter import save_gguf_adapter
 from oribi.save.requantised import Requantiser
@@ -264,20 +265,23 @@ def _save(
     folder, saved, failures = Path(config.output_dir), {}, {}
     step, record = trainer.state.global_step, read_run_record(folder)
     there = record.saved if record else {}
+    # asked once for all forms, except where each loads a whole model, which would stay in memory
+    held_out = None if is_sharded(trainer.model) else AskedOnce(None)
     for form, name in result_folders(config).items():
         if there.get(name) == step and (folder / name).is_dir():
             saved[form] = folder / name
             continue
         try:
             if form == "gguf":
-                written = save_gguf(trainer.model, folder / name, tokenizer, config.quantization_method)
-                asked = dict.fromkeys(mix_of(method).name for method in config.quantization_method)
+                methods = config.quantization_method
+                written = save_gguf(trainer.model, folder / name, tokenizer, methods, held_out=held_out)
+                asked = dict.fromkeys(mix_of(method).name for method in methods)
                 saved |= {f"gguf {m}": Path(f) for m, f in zip(asked, written["gguf_files"])}
             elif form == "gguf-adapter":
                 save_gguf_adapter(trainer.model, folder / name, tokenizer=tokenizer)
                 saved[form] = folder / name
             else:
-                save_merged(trainer.model, folder / name, tokenizer, form)
+                save_merged(trainer.model, folder / name, tokenizer, form, held_out=held_out)
                 saved[form] = folder / name
         except (ExportError, OSError) as error:  # the other forms do not depend on it
             failures[form] = (folder / name, error)

@@ -7,7 +7,16 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from oribi.demo.cron import same_meaning
-from oribi.demo.lesson import ANSWER_TOKENS, ScoredAnswer, model_file, prompt, run_demo, samples, score
+from oribi.demo.lesson import (
+    ANSWER_TOKENS,
+    ScoredAnswer,
+    model_file,
+    prompt,
+    run_demo,
+    samples,
+    score,
+    score_interval,
+)
 from oribi.demo.requests import EXAMPLES, CronRequest, make_split
 
 
@@ -21,6 +30,12 @@ def test_a_score_is_the_share_of_right_answers():
         ScoredAnswer(request(), [], "nonsense", False),
     ]
     assert score(answers) == 0.5
+
+
+def test_the_interval_of_a_score_is_wilsons():
+    answers = [ScoredAnswer(request(), [], "", index < 160) for index in range(200)]
+    assert score_interval(answers) == pytest.approx([0.7391, 0.8496], abs=1e-4)
+    assert score_interval(answers[:1]) == pytest.approx([0.2065, 1.0], abs=1e-4)
 
 
 def test_samples_show_one_request_of_a_kind_with_both_answers():
@@ -68,7 +83,8 @@ def test_the_demo_writes_scores_exports_and_their_checks(tmp_path, capsys):
     result = run_demo(tmp_path, train_size=60, held_out_size=4)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert 0 <= result["base_score"] <= 1
-    assert 0 <= result["tuned_score"] <= 1
+    low, high = result["tuned_score_interval"]
+    assert 0 <= low <= result["tuned_score"] <= high <= 1
     assert result["train_seconds"] > 0
     assert result["peak_rss_bytes"] > 2**28
     assert re.search(r"before training: [\d.]+% of 4 right", capsys.readouterr().out)

@@ -166,11 +166,14 @@ def test_what_all_prompts_begin_with_is_read_once(model_type, ours, theirs, monk
         type(decoder), "forward", lambda self, **k: seen.append(k["input_ids"].shape) or forward(**k)
     )
     assert same_tokens(model, prompts, ours(model, **prompts, **GREEDY), expected)
-    longest = max(map(len, endings))
     if model_type == "gemma3_text":  # a layer with a window does not hold the beginning
         assert seen[0] == (1, len(endings) * len(beginning) + sum(map(len, endings)))
     else:
-        assert seen[:2] == [(1, len(beginning)), (len(endings), longest)]
+        assert seen[0] == (1, len(beginning))
+        assert sum(rows for rows, _ in seen[1:]) == len(endings)
+        # endings of about one length are read together, so that little is padding
+        tokens = sum(map(len, endings))
+        assert tokens <= sum(rows * length for rows, length in seen[1:]) <= 1.3 * tokens
 
 
 def test_rows_end_at_their_own_end_tokens(ours, theirs):

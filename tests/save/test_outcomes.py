@@ -13,6 +13,7 @@ from oribi.save.merged import save_merged
 from oribi.save.probes import prompts_of, rows_of
 from oribi.save.reference import Trained
 from oribi.save.report import ExportReport
+from oribi.save.signatures import Signatures
 from oribi.save.verify import compare, compare_answers, compare_stops, is_near_tie
 from tests.save.tiny_export import VOCAB, adapted, byte_level_tokenizer, export_config, tiny_model
 
@@ -75,17 +76,16 @@ def test_an_end_lost_at_a_near_tie_refuses_no_file():
 def test_several_exports_ask_the_trained_model_once(tmp_path, monkeypatch):
     asked = []
 
-    class Counted(Trained):
-        def __init__(self, *arguments):
-            asked.append(1)
-            super().__init__(*arguments)
+    def counted(kind):
+        return lambda *arguments: asked.append(kind.__name__) or kind(*arguments)
 
-    monkeypatch.setattr("oribi.save.export.Trained", Counted)
+    monkeypatch.setattr("oribi.save.export.Trained", counted(Trained))
+    monkeypatch.setattr("oribi.save.export.Signatures", counted(Signatures))
     tuned, rows = adapted(tiny_model(export_config("llama", num_hidden_layers=1))), AskedOnce(None)
     for name in ("a", "b"):
         report = save_merged(tuned, tmp_path / name, dtype="float32", held_out=rows)
         assert report.outcome == "equal"
-    assert len(asked) == 1
+    assert asked == ["Trained", "Signatures"]
 
 
 class Stopping:

@@ -33,9 +33,10 @@ def demo(
         mark = "" if sample["tuned_right"] else "  (wrong)"
         table.add_row(sample["request"], sample["expected"], sample["base"], sample["tuned"] + mark)
     console.print(table)
+    low, high = result["tuned_score_interval"]
     console.print(
         f"right answers to {result['held_out_requests']} held-out requests: {result['base_score']:.1%} before, "
-        f"{result['tuned_score']:.1%} after {result['train_seconds']:.0f} s of training"
+        f"{result['tuned_score']:.1%} after {result['train_seconds']:.0f} s of training (95 % interval: {low:.1%} to {high:.1%})"
     )
     for name, path in result["paths"].items():
         console.print(f"{name:<8} {path}", soft_wrap=True)

@@ -112,9 +112,12 @@ class Export:
         return merged
 
     def ask_signatures(self, tokenizer: Any) -> None:
-        """What probes.json holds of the trained model; where it cannot be asked, a check says why."""
+        """What probes.json holds of the trained model, asked once; where it cannot be asked, a check says why."""
         try:
-            self.signatures = Signatures(self.model, self.trained, tokenizer)
+            known = self.trained.signatures
+            if known is None or known.tokenizer is not tokenizer:
+                self.trained.signatures = Signatures(self.model, self.trained, tokenizer)
+            self.signatures = self.trained.signatures
         # foreign model code may raise anything, a GPU may be full: the files are written and compared nevertheless
         except Exception as error:
             self.report.checks.append(Check(PROBES_FILE, Outcome.NOT_RUN, in_words(error)))

@@ -5,6 +5,7 @@ S tokens, V vocabulary, K places whose next token is compared.
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ class Trained:
         self.dtype = next((d for d in (torch.bfloat16, torch.float16) if d in floats), torch.float32)
         self.base: TensorSource | None = None  # another than the trained one, with the adapter merged into it
         self.bare: TensorSource | None = None  # that base without the adapter
+        self.signatures: Any = None  # what the first export asked of it for probes.json
         most = _MAX_ANSWER_LOGITS // vocab_size // ANSWER_TOKENS
         self.answers = self._generate(prompts[: max(most, 1)])
         self._set_places()
@@ -134,7 +136,7 @@ class Trained:
         """
         moved = copy.copy(self)
         moved._take(self.streamed(merged))
-        moved.base, moved.bare = merged, bare
+        moved.base, moved.bare, moved.signatures = merged, bare, None
         return moved
 
     def _generate(self, prompts: list[list[int]]) -> list[GreedyAnswer]:

@@ -4,6 +4,7 @@ On a CPU what all prompts begin with, instructions or examples, is read once as 
 K key/value heads, E head_dim, C slots of a layer.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 PACK_TOKENS = 8192  # of one forward; a longer prompt is alone in its own
 SHARED_TOKENS = 32  # from so many on, what all prompts begin with is read once
+MOST_PADDED = 1.3  # the longest ending of a forward is at most so many times as long as the shortest, so that few tokens pad
 
 
 class PromptCache:
@@ -190,7 +192,7 @@ def _read_endings(
     _read_packs(decoder, state, {first: everywhere})
     hidden: list[torch.Tensor] = []
     order: list[int] = []
-    for pack in packs([prompt[beginning:] for prompt in prompts]):
+    for pack in packs([prompt[beginning:] for prompt in prompts], MOST_PADDED):
         whole = [first + ending for ending in pack]
         lengths, of_pack = [len(ending) for ending in pack], [rows[prompt] for prompt in whole]
         # causal attention does not look at what is behind a token: any token pads
@@ -207,11 +209,15 @@ def _read_endings(
     return hidden, order
 
 
-def packs(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """The prompts in portions of at most PACK_TOKENS, those of about one length together."""
+def packs(prompts: list[tuple[int, ...]], most_apart: float = math.inf) -> Iterator[list[tuple[int, ...]]]:
+    """The prompts in portions of at most PACK_TOKENS, those of about one length together.
+
+    Args:
+        prompts: token ids. most_apart: how many times as long as a portion's shortest prompt its longest may be.
+    """
     pack, tokens = [], 0
     for prompt in sorted(prompts, key=len):
-        if pack and tokens + len(prompt) > PACK_TOKENS:
+        if pack and (tokens + len(prompt) > PACK_TOKENS or len(prompt) > most_apart * len(pack[0])):
             yield pack
             pack, tokens = [], 0
         pack.append(prompt)
