@@ -278,7 +278,7 @@ def _save(
                 asked = dict.fromkeys(mix_of(method).name for method in methods)
                 saved |= {f"gguf {m}": Path(f) for m, f in zip(asked, written["gguf_files"])}
             elif form == "gguf-adapter":
-                save_gguf_adapter(trainer.model, folder / name, tokenizer=tokenizer)
+                save_gguf_adapter(trainer.model, folder / name, tokenizer=tokenizer, held_out=held_out)
                 saved[form] = folder / name
             else:
                 save_merged(trainer.model, folder / name, tokenizer, form, held_out=held_out)
