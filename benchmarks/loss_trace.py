@@ -89,7 +89,7 @@ def trace(stack: str, args: argparse.Namespace) -> dict:
         "stack": name, "mode": mode, "workload": args.workload, "optim": OPTIMIZER,
         "gpu": gpu_name(),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "unmoved": sum(not p.ne(q).any() for p, q in zip(trained(model), same_factors.values)),
+        "unmoved": sum(not p.cpu().ne(q).any() for p, q in zip(trained(model), same_factors.values)),
         "versions": versions(name),
     }  # fmt: skip
 

@@ -186,7 +186,7 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
     )
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    gradients = [bool(p.ne(q).any()) for p, q in zip(trained(model), same_factors.values)]
+    gradients = [bool(p.cpu().ne(q).any()) for p, q in zip(trained(model), same_factors.values)]
     times = clock.times[args.warmup :]
     return {
         "stack": name, "mode": mode, "model": model_name, "batch": rows, "seq": length, "rank": args.rank, "masked": args.masked,
@@ -270,7 +270,7 @@ def same_factors(model) -> None:
         generator = torch.Generator().manual_seed(seed)
         value = torch.randn(parameter.shape, generator=generator) * 0.01
         parameter.data.copy_(value)
-        same_factors.values.append(parameter.data.clone())
+        same_factors.values.append(parameter.detach().to("cpu", copy=True))  # apart from what is measured
 
 
 def gpu_name() -> str:

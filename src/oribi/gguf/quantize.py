@@ -7,9 +7,10 @@ at least as near as those of llama.cpp's own quantiser. B blocks of n values.
 The search takes, for each block, the scale (and minimum) whose rounded values are nearest. A block x becomes s q, or
 s q - m, with integers q of a few bits. A candidate scale rounds the block; least squares then gives the best s (and m) for
 these integers; the candidate with the smallest error wins and is rounded and fitted again. Errors come from sums over the
-block, so no candidate is dequantised; they are added in one order on every device, so that a GPU gives a CPU's bytes. A value x counts with the weight |x| + 2 rms of its block: the outputs of a layer
-depend most on its large weights. On SmolLM2 the KL divergence of Q6_K is 3 % lower than with equal weights, that of Q5_K
-11 %, for errors 1 % larger. Blocks stand as columns, [n, B]: a sum over a block is a sum of rows, which vectorises.
+block, so no candidate is dequantised; they are added in one order on every device. A value x counts with the weight
+|x| + 2 rms of its block: the outputs of a layer depend most on its large weights. On SmolLM2 the KL divergence of Q6_K is 3 %
+lower than with equal weights, that of Q5_K 11 %, for errors 1 % larger. Blocks stand as columns, [n, B]: a sum over a block is
+a sum of rows, which vectorises.
 
 Source: the layouts of ggml's block types; `gguf.quants.dequantize` reads them back.
 """
@@ -70,7 +71,7 @@ def _rounded(columns: torch.Tensor, scale: torch.Tensor, low: int, high: int) ->
 
 
 def _q8_0(x: torch.Tensor) -> list[torch.Tensor]:
-    scale = x.abs().amax(1) / 127
+    scale = _over(x.abs().amax(1), 127)
     # by the scale before it is stored as float16, as llama.cpp rounds: the same bytes
     return [_half(scale)[0], (x * _inverse(scale)[:, None]).round_().to(torch.int8).view(torch.uint8)]
 
@@ -128,7 +129,7 @@ def _super_affine(
     """
     columns = _columns(x, n)
     s, m = (t.view(len(x), -1) for t in _fit_affine(columns, high, steps))
-    (d, step), (dmin, mstep) = _half(s.amax(1) / levels), _half(m.amax(1) / levels)
+    (d, step), (dmin, mstep) = _half(_over(s.amax(1), levels)), _half(_over(m.amax(1), levels))
     step, mstep = step[:, None], mstep[:, None]
     scales = (s * _inverse(step)).round_().clamp_(0, levels)
     minima = (m * _inverse(mstep)).round_().clamp_(0, levels)
@@ -215,6 +216,11 @@ _PACKERS: dict[Type, Callable[[torch.Tensor], list[torch.Tensor]]] = {
     Type.Q5_K: _q5_k,
     Type.Q6_K: _q6_k,
 }
+
+
+def _over(x: torch.Tensor, n: int) -> torch.Tensor:
+    """x / n, rounded once: by a number in place of a tensor, a GPU would multiply with 1 / n."""
+    return x / x.new_full((), n)
 
 
 def _inverse(x: torch.Tensor) -> torch.Tensor:
