@@ -14,6 +14,7 @@ from oribi.gguf.source import GGUFSource
 from oribi.kernels.nf4 import dequantize
 from oribi.lora.attach import attach_lora
 from oribi.models.load import load_model
+from oribi.save.base import open_base
 from oribi.save.gguf import save_gguf, save_gguf_adapter
 from oribi.save.merged import save_merged
 from oribi.save.nf4_checkpoint import Nf4Source, packed_bytes
@@ -116,7 +117,8 @@ def test_a_merge_in_nf4_loads_as_any_prequantised_checkpoint(method, checkpoint,
     again, _ = load_model(str(tmp_path / "nf4"), dtype=torch.float32)
     assert again.oribi.kind == "bnb-4bit"
     layer = "model.layers.2.mlp.up_proj"
-    merged = MergedModel(model).read(f"{layer}.weight", torch.device("cpu"), torch.bfloat16)
+    merged = MergedModel(model, open_base(model, "original"))
+    merged = merged.read(f"{layer}.weight", torch.device("cpu"), torch.bfloat16)
     codes, state = quantize_4bit(merged, blocksize=64, compress_statistics=True, quant_type="nf4")
     assert torch.equal(again.get_submodule(layer).weight, codes)
     # read back tensor by tensor it is the model that loads
@@ -124,6 +126,35 @@ def test_a_merge_in_nf4_loads_as_any_prequantised_checkpoint(method, checkpoint,
     source = Nf4Source(SafetensorsSource(sorted((tmp_path / "nf4").glob("model*.safetensors"))))
     streamed = streamed_logits(model.config, source, rows.ids, rows.positions, torch.float32)
     assert relative(streamed, Trained(again, rows).evaluate(rows)) < 1e-4
+
+
+def test_a_small_update_outlives_a_merge_in_nf4(checkpoint, tmp_path):
+    model, tokenizer = trained(checkpoint)
+    layer = "model.layers.2.mlp.up_proj"
+    lora = model.base_model.model.get_submodule(layer)
+    before = dequantize([lora.base_layer.weight], torch.float32)
+    with torch.no_grad():
+        update = lora.scaling["default"] * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+        for _, b in ((n, p) for n, p in model.named_parameters() if "lora_B" in n):
+            b *= 0.02 * before.norm() / update.norm()
+        update = lora.scaling["default"] * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+
+    def kept(folder):
+        again, _ = load_model(str(folder), dtype=torch.float32)
+        change = dequantize([again.get_submodule(layer).weight], torch.float32) - before
+        return float((change * update).sum() / update.square().sum())
+
+    report = save_merged(model, tmp_path / "nf4", tokenizer, "merged_4bit", verify=False)
+    assert report.base == "original"
+    assert any("packed" in note for note in report.notes)
+    assert kept(tmp_path / "nf4") > 0.7
+    # without the 16-bit weights it is said that the update is lost
+    for file in checkpoint.glob("*.safetensors"):
+        file.unlink()
+    report = save_merged(model, tmp_path / "lost", tokenizer, "merged_4bit", verify=False)
+    assert report.base == "dequantized"
+    assert any("small update is lost" in note for note in report.notes)
+    assert kept(tmp_path / "lost") < 0.5
 
 
 def test_the_size_of_packed_weights_is_foretold():

@@ -53,6 +53,7 @@ class Export:
     """
 
     pattern = "*.safetensors"  # of the files that the report lists
+    makes_codes_anew = False  # whether the original weights are merged and packed as the loaded ones are
 
     def __init__(
         self, model: nn.Module, directory: str | os.PathLike, kind: str, files: dict[str, str], verify: Verify,
@@ -103,8 +104,8 @@ class Export:
         self.report.notes += [reason] * bool(reason)
         self.report.checks += unanswered
         if self.verify and trained is not None:
-            # what is written of requantised weights is what they were trained as
-            other = chosen != "dequantized" and not is_requantised(self.model)
+            # codes that are made anew stand for the trained function, whatever weights they are made of
+            other = chosen != "dequantized" and not (self.makes_codes_anew or is_requantised(self.model))
             on_other = other and isinstance(trained.inner, DecoderForCausalLM)
             self.trained = trained.on_base(merged, merged.base) if on_other else trained
             self.report.checked_on = trained.rows.origin
