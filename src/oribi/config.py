@@ -315,7 +315,7 @@ class RunConfig:
     # what is saved
     save_method: list[str] = setting(
         ["lora"], "Forms in which the model is saved", choices=("lora", "lora_per_expert", "merged_16bit", "merged_4bit", "fp8", "w4a16", "gguf-adapter"),
-        same={"adapter": "lora", "merged": "merged_16bit"},
+        same={"adapter": "lora", "merged": "merged_16bit"}, instead={"gguf": "names no GGUF file; write quantization_method: q4_k_m"},
     )  # fmt: skip
     quantization_method: list[str] = setting([], "GGUF files to write, e.g. q8_0 or q4_k_m")
     report: bool = setting(True, "Measure the model before and after, and write report.html and report.md")

@@ -36,6 +36,7 @@ class Setting:
         sources: whether an item may be a data set with settings of its own, as a mapping with `SOURCE_KEYS`.
         joined: whether one text may hold several pairs, or names of modules, joined by commas.
         choices: the words that it may be. same: other words -> the choice that they mean. pattern: of further words.
+        instead: words of other settings -> what to write.
         stages: stage -> default there, where it is another one. used_by: the stages that use it.
     """
 
@@ -51,6 +52,7 @@ class Setting:
     below: float | None = None
     choices: tuple[str, ...] = ()
     same: Mapping[str, str] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
     pattern: str = ""
     sources: bool = False
     joined: bool = False
@@ -176,7 +178,7 @@ class Setting:
                 if item not in self.choices and not re.fullmatch(self.pattern, str(item))
             ]
             if wrong:
-                return one_of(wrong[0], self.choices)
+                return self.instead.get(str(wrong[0])) or one_of(wrong[0], self.choices)
         problems = (self._outside_limits(item) for item in items)
         return next((problem for problem in problems if problem), None)
 

@@ -10,6 +10,7 @@ from oribi.memory.experts_shape import experts_shape
 from oribi.models import half, layers
 from oribi.models.core import Keep, Result
 from oribi.models.decoder import build
+from oribi.models.experts import ExpertsMLP
 from oribi.models.fused_layer import POLICY_NAMES
 from oribi.models.half import Kept
 from oribi.models.layers import Batch
@@ -114,6 +115,8 @@ def test_what_a_layer_keeps_has_the_size_that_its_entry_says(model_type, monkeyp
         for name, members in module.groups().items():
             group = [read(member) for member in members]
             n, k = group_shape(group)
+            if isinstance(module, ExpertsMLP) and module.shared is not None:
+                n += module.shared.rows_beside(torch.device("cpu")) * (name == module.shared.input)
             lora, _ = lora_layout(group, torch.device("cpu"))
             columns |= {f"{name}.out": n, f"{name}.in": k, f"{name}.lora": lora}
     found, entries = {}, {result.name: result for result in layer.results()}

@@ -185,7 +185,7 @@ class MergedExport(Export):
         if not (self.quantized and is_packed and base == "dequantized" and changes_of(self.model)):
             return base
         try:
-            open_base(self.model, "original").close()
+            MergedModel(self.model, open_base(self.model, "original"))
         except ExportError as error:
             self.report.notes.append(
                 "the merge is rounded to the NF4 codes that it came from, where most of a small update is lost: write merged_16bit, "
