@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from train_step import HERE, TRAINING, gpu_name, load, result_in, same_factors, trained, versions
+from train_step import HERE, TRAINING, gpu_name, load, moved, result_in, same_factors, trained, versions
 
 REFERENCE = "hf:float32"
 OPTIMIZER = "adamw_torch"
@@ -89,7 +89,7 @@ def trace(stack: str, args: argparse.Namespace) -> dict:
         "stack": name, "mode": mode, "workload": args.workload, "optim": OPTIMIZER,
         "gpu": gpu_name(),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "unmoved": sum(not p.cpu().ne(q).any() for p, q in zip(trained(model), same_factors.values)),
+        "unmoved": moved(model).count(False),
         "versions": versions(name),
     }  # fmt: skip
 

@@ -186,7 +186,6 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
     )
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    gradients = [bool(p.cpu().ne(q).any()) for p, q in zip(trained(model), same_factors.values)]
     times = clock.times[args.warmup :]
     return {
         "stack": name, "mode": mode, "model": model_name, "batch": rows, "seq": length, "rank": args.rank, "masked": args.masked,
@@ -198,7 +197,7 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         "losses": [round(entry["loss"], 4) for entry in history],
         "grad_norm": history[-1].get("grad_norm"),
-        "every_factor_moved": all(gradients),
+        "every_factor_moved": all(moved(model)),
         "load_s": loaded - STARTED, "first_step_s": clock.first - STARTED,
         "versions": versions(name),
     }  # fmt: skip
@@ -271,6 +270,11 @@ def same_factors(model) -> None:
         value = torch.randn(parameter.shape, generator=generator) * 0.01
         parameter.data.copy_(value)
         same_factors.values.append(parameter.detach().to("cpu", copy=True))  # apart from what is measured
+
+
+def moved(model) -> list[bool]:
+    """Of each LoRA factor, in the order of `trained`, whether it has left the value that `same_factors` gave it."""
+    return [bool(p.cpu().ne(q).any()) for p, q in zip(trained(model), same_factors.values)]
 
 
 def gpu_name() -> str:

@@ -41,6 +41,13 @@ class Change:
     def __bool__(self) -> bool:
         return bool(self.replacement or self.rows or self.updates or self.offsets)
 
+    @property
+    def plain_update(self) -> LowRank | None:
+        """The one LoRA pair that the change consists of, if it consists of one, and is no DoRA."""
+        if len(self.updates) != 1 or self.replacement or self.rows or self.offsets:
+            return None
+        return None if self.updates[0].magnitude is not None else self.updates[0]
+
     def apply(self, base: torch.Tensor | None) -> torch.Tensor:
         """The trained tensor, in float32 unless it was replaced as a whole; `base` [N, K] float32 is not kept."""
         if self.replacement is not None:

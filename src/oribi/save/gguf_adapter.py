@@ -256,18 +256,12 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
             f"llama.cpp applies no LoRA update to {unread[0]}; save merged GGUF files instead, or train without it"
         )
     for name, change in changes.items():
-        plain = len(change.updates) == 1 and not (change.replacement or change.rows or change.offsets)
-        if (
-            not plain
-            or change.updates[0].magnitude is not None
-            or change.updates[0].columns
-            or name not in places
-        ):
+        update = change.plain_update
+        if update is None or update.columns or name not in places:
             raise ExportError(
                 f"{name}: llama.cpp applies one LoRA update of a linear layer that the file holds, and no DoRA, bias, "
                 "new token or fully trained module; save merged GGUF files instead"
             )
-        update = change.updates[0]
         rank = len(update.a)
         alpha = update.scale * rank if alpha is None else alpha
         for place in places[name]:

@@ -39,12 +39,7 @@ class Requantiser:
         self.model, self._base = model, open_base(model, "original")
         slots = slots_of(model)
         for name, change in changes_of(model).items():
-            plain = len(change.updates) == 1 and not (change.replacement or change.rows or change.offsets)
-            if (
-                not plain
-                or change.updates[0].magnitude is not None
-                or not isinstance(slots[name].module, PackedLinear)
-            ):
+            if change.plain_update is None or not isinstance(slots[name].module, PackedLinear):
                 raise ConfigError(
                     f"{name}: training for one merged file takes plain LoRA on linear layers whose codes are kept; leave out what "
                     "else is trained, or save_method: gguf-adapter"
