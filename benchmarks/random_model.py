@@ -4,6 +4,7 @@ gpt-oss is written as it is released: experts in MXFP4, everything else in bfloa
 
     python benchmarks/random_model.py llama-3.2-1b /tmp/llama-3.2-1b
     python benchmarks/random_model.py llama-3.1-8b-q4_k_m /tmp/llama-3.1-8b-q4_k_m    # a GGUF file
+    python benchmarks/random_model.py qwen3-30b-a3b-12-layers-16bit /tmp/short        # bfloat16, to quantise when it is loaded
 
 Speed and memory do not depend on the weights' values. N: out features, K: in features.
 """
@@ -153,6 +154,8 @@ MODELS: dict[str, dict[str, object]] = {
     },
     "tiny": {**LLAMA, **_sizes(128, 2, 4, 2, 256, True), "vocab_size": 512},
 }
+# a quarter of the layers, which stacks that leave experts in 16 bits can hold, too
+MODELS["qwen3-30b-a3b-12-layers"] = {**MODELS["qwen3-30b-a3b"], "num_hidden_layers": 12}
 QUANTIZATION = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -207,11 +210,14 @@ def packed_matrices(key: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[i
 def write(name: str, directory: Path, seed: int = 0) -> None:
     """Writes config, tokenizer and one safetensors file of the named model, quantised on the GPU if there is one.
 
-    A name that ends with a method of GGUF, such as "-q4_k_m", writes model.gguf in place of the safetensors file.
+    A name that ends with "-16bit" leaves every tensor in bfloat16; one that ends with a method of GGUF, such as "-q4_k_m", writes
+    model.gguf in place of the safetensors file.
     """
     from bitsandbytes.functional import quantize_4bit
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    in_16_bits = name.endswith("-16bit")
+    name = name.removesuffix("-16bit")
     if name not in MODELS:
         write_gguf(*name.rsplit("-", 1), directory, seed)
         return
@@ -238,6 +244,9 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
         is_packed = key in linear or (".experts." in key and not in_mxfp4)
         for name, shape in packed_matrices(key, meant.shape) if is_packed else ():
             x = torch.randn(*shape, generator=generator, device=device).mul_(0.02).to(torch.bfloat16)
+            if in_16_bits:
+                tensors[name] = x.cpu()
+                continue
             codes, state = quantize_4bit(x, blocksize=64, compress_statistics=True, quant_type="nf4")
             tensors[name] = codes.cpu()
             for part, value in state.as_dict(packed=True).items():
@@ -257,8 +266,9 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
         **config.to_dict(),
         "architectures": [type(model).__name__],
         "dtype": "bfloat16",
-        "quantization_config": MXFP4 if in_mxfp4 else QUANTIZATION,
     }
+    if not in_16_bits:
+        whole["quantization_config"] = MXFP4 if in_mxfp4 else QUANTIZATION
     (directory / "config.json").write_text(json.dumps(whole, indent=1))
     _tokenizer().save_pretrained(directory)
 

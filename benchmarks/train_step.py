@@ -2,7 +2,8 @@
 
     python benchmarks/train_step.py --workload llama-3.1-8b:2x2048 --stack oribi:memory --stack unsloth:default --pairs 2
 
-Every stack loads the same 4-bit checkpoint (see random_model.py), attaches the same LoRA (r 16, alpha 16, seven
+Every stack loads the same checkpoint (see random_model.py; 4-bit codes, unless its name ends with "16bit": then each quantises
+what it can), attaches the same LoRA (r 16, alpha 16, seven
 projections, the same values in every LoRA matrix), and sees the same token ids with the same 8-bit AdamW. Each run is one
 process, and runs of different stacks alternate. Milliseconds are medians of synchronised steps after warm-up; memory is counted
 from the first step on. With --overlap all processes import at once and then take turns on the GPU, which saves minutes but makes
@@ -29,6 +30,8 @@ FURTHER_TARGETS = {
     "gemma4_text": ["per_layer_input_gate", "per_layer_projection"],
     "lfm2": ["in_proj", "out_proj", "w1", "w2", "w3"],
 }
+# stacks of experts [E, N, K], which PEFT trains as parameters of their module
+EXPERTS = {"qwen3_moe", "gpt_oss"}
 # arguments of every stack's trainer
 TRAINING = {
     "output_dir": f"/tmp/oribi-bench-{os.getppid()}",  # of all processes of a run, and of no other benchmark
@@ -205,7 +208,8 @@ def run_one(workload: str, stack: str, args: argparse.Namespace) -> dict:
 
 def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
     """Model with LoRA, tokenizer, trainer class, config class, and the stack's own arguments."""
-    model_type = json.loads((path / "config.json").read_text())["model_type"]
+    fields = json.loads((path / "config.json").read_text())
+    model_type = fields["model_type"]
     targets = TARGETS + FURTHER_TARGETS.get(model_type, [])
     if name == "oribi":
         from oribi import FastLanguageModel, SFTConfig, SFTTrainer
@@ -235,17 +239,29 @@ def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
         return model, tokenizer, SFTTrainer, SFTConfig, extra
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Mxfp4Config
     from trl import SFTConfig, SFTTrainer
 
     exact = mode == "float32"
     dtype = torch.float32 if exact else torch.bfloat16
     device = 0 if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, device_map={"": device})
+    codes: dict[str, object] = {}
+    if "quantization_config" not in fields:  # as QUANTIZATION of random_model.py says; experts stay in 16 bits
+        codes["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )  # fmt: skip
+    elif fields["quantization_config"]["quant_method"] == "mxfp4":  # which it cannot train
+        codes["quantization_config"] = Mxfp4Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, device_map={"": device}, **codes)
     for module in model.modules() if exact else ():
         if hasattr(module, "compute_dtype"):  # of a 4-bit layer, as its checkpoint says
             module.compute_dtype = dtype
-    config = LoraConfig(r=rank, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    experts = {}
+    if model_type in EXPERTS:
+        experts["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        targets = [name for name in targets if name not in ("gate_proj", "up_proj", "down_proj")]
+    config = LoraConfig(r=rank, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM", **experts)
     model = get_peft_model(model, config)
     extra = {
         "gradient_checkpointing": mode != "off", "use_liger_kernel": name == "liger", "bf16": not exact,
