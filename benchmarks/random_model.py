@@ -213,7 +213,7 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
     A name that ends with "-16bit" leaves every tensor in bfloat16; one that ends with a method of GGUF, such as "-q4_k_m", writes
     model.gguf in place of the safetensors file.
     """
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from transformers import AutoConfig, AutoModelForCausalLM
 
     in_16_bits = name.endswith("-16bit")
@@ -232,7 +232,7 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
     linear = {
         f"{path}.weight"
         for path, module in model.named_modules()
-        if type(module) is nn.Linear and path != "lm_head" and not in_mxfp4
+        if type(module) is nn.Linear and path != "lm_head"
     }
     tensors: dict[str, torch.Tensor] = {}
     for key, meant in model.state_dict().items():
@@ -244,10 +244,11 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
         is_packed = key in linear or (".experts." in key and not in_mxfp4)
         for name, shape in packed_matrices(key, meant.shape) if is_packed else ():
             x = torch.randn(*shape, generator=generator, device=device).mul_(0.02).to(torch.bfloat16)
-            if in_16_bits:
-                tensors[name] = x.cpu()
-                continue
             codes, state = quantize_4bit(x, blocksize=64, compress_statistics=True, quant_type="nf4")
+            if in_16_bits or in_mxfp4:
+                # so that stacks that quantise it and stacks that leave it in 16 bits train the same function
+                tensors[name] = dequantize_4bit(codes, state).cpu()
+                continue
             tensors[name] = codes.cpu()
             for part, value in state.as_dict(packed=True).items():
                 tensors[f"{name}.{part}"] = value.cpu()
