@@ -3,12 +3,12 @@
     python benchmarks/shipped.py train /tmp/shipped
     python benchmarks/shipped.py answer /tmp/shipped
 
-SmolLM2-135M learns the demo's task on different frozen weights, and ships as q4_k_m: merged, or a base file with an adapter
-beside it. `train` writes the adapters and, computed in float32 on the frozen codes, the trained model's greedy answers to the
+A model (SmolLM2-135M, or --model) learns the demo's task on different frozen weights, and ships as q4_k_m: merged, or a base file
+with an adapter beside it. `train` writes the adapters and, computed in float32 on the frozen codes, the trained model's greedy answers to the
 held-out requests. `answer` writes the files that are served, asks llama.cpp, and prints per way the score of both (an answer is
 right if its expression means what was asked for) and how many answers are the same, token for token. The two may run on
 different machines if FOLDER has the same path on both; only FOLDER/trained needs to be copied. Writes
-results/<device of training>_shipped.json.
+results/<device of training>_shipped.json, or _shipped_<model>.json.
 """
 
 import argparse
@@ -23,11 +23,12 @@ from typing import Any
 
 HERE = Path(__file__).parent
 METHOD = "q4_k_m"
+GIVEN = "base.gguf"  # as it came: SmolLM2's is Q4_1
 CODES = f"base.{METHOD.upper()}.gguf"
 # way -> base, how it is loaded, how it is trained, whether base and adapter ship apart
 WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     "nf4, merged": ("checkpoint", {"load_in_4bit": True}, {}, False),
-    "q4_1 file, apart": ("base.Q4_1.gguf", {}, {}, True),
+    "given file, apart": (GIVEN, {}, {}, True),
     f"{METHOD} file, apart": (CODES, {}, {}, True),
     f"train_for {METHOD}, apart": ("checkpoint", {"train_for": METHOD}, {}, True),
     f"train_for {METHOD}, merged at the end": ("checkpoint", {"train_for": METHOD}, {}, False),
@@ -78,9 +79,9 @@ def write_bases(folder: Path, file: Path | None) -> None:
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file or model_file(), folder / "base.Q4_1.gguf")
+    shutil.copyfile(file or model_file(), folder / GIVEN)
     loading = {"load_in_4bit": False, "dtype": "float32", "device_map": "cpu"}
-    model, tokenizer = FastLanguageModel.from_pretrained(str(folder / "base.Q4_1.gguf"), **loading)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder / GIVEN), **loading)
     save_merged(model, folder / "checkpoint", tokenizer, dtype="bfloat16", verify=False)
     model, tokenizer = FastLanguageModel.from_pretrained(str(folder / "checkpoint"), **loading)
     save_gguf(model, folder, tokenizer, METHOD, name="base", verify=False)
@@ -155,7 +156,8 @@ def answer_all(args: argparse.Namespace) -> None:
     device = rows[0]["trained_on"].split()
     name = device[1].lower() if device[0] == "NVIDIA" else "cpu"
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{name}_shipped.json").write_text(json.dumps(rows, indent=1) + "\n")
+    model = f"_{args.model.stem}" if args.model else ""
+    (args.output / f"{name}_shipped{model}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def answer(folder: Path, way: str, seed: int, train_size: int, held_out_size: int) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def load(name: str, mode: str, path: Path, length: int, rank: int) -> tuple:
     dtype = torch.float32 if exact else torch.bfloat16
     device = 0 if torch.cuda.is_available() else "cpu"
     codes: dict[str, object] = {}
-    if "quantization_config" not in fields:  # as QUANTIZATION of random_model.py says; experts stay in 16 bits
+    if "quantization_config" not in fields:  # as random_model.QUANTIZATION; experts stay in 16 bits
         codes["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
