@@ -6,15 +6,26 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from oribi.cli import build_command
 from oribi.environment import detect
 from oribi.errors import ModelError
+from oribi.kernels.expert_linear import StackWeight
 from oribi.selftest import suite
 from oribi.selftest.comparison import Comparison, failed
+from oribi.selftest.experts import WITH_EXPERTS
 from oribi.selftest.kernels import compare_kernels
-from oribi.selftest.steps import compare_documents, gradients_of, reference_step, step_error, trained_step
+from oribi.selftest.steps import (
+    compare_documents,
+    compare_ways,
+    expected_steps,
+    gradients_of,
+    reference_step,
+    step_error,
+    trained_step,
+)
 from oribi.selftest.subject import Subject, reference_of, write_small_model
 from oribi.train.trainer import SFTTrainer
 
@@ -31,11 +42,12 @@ def test_the_whole_table_holds(oribi, tmp_path):
     assert done.code == 0, done.out[-3000:] + done.err[-3000:]
     checks = json.loads(table.read_text())
     assert done.records == checks
-    # seven ops are checked in the machine's training dtype, too, where that is not float32
-    assert len(checks) >= (30 if detect().dtype is torch.float32 else 37)
+    # eleven ops are checked in the machine's training dtype, too, where that is not float32
+    assert len(checks) >= (50 if detect().dtype is torch.float32 else 61)
     assert all(check["passed"] for check in checks)
     assert {
         "kernels", "a step's gradients", "recompute policies", "documents of a pack", "sharded codes", "files",
+        "experts of qwen3_moe", "experts of gpt_oss",
     } == {check["group"] for check in checks}  # fmt: skip
 
 
@@ -54,6 +66,31 @@ def test_a_mean_of_means_is_found(subject, tmp_path, monkeypatch):
     monkeypatch.setattr(SFTTrainer, "compute_loss", each_batch_by_its_own_targets)
     error, _ = step_error(trained_step(model, tokenizer, rows, tmp_path, **sizes), expected)
     assert error > 1e-2
+
+
+@pytest.mark.parametrize("model_type", WITH_EXPERTS)
+def test_a_wrong_product_of_experts_is_found(model_type, tmp_path, monkeypatch):
+    path = write_small_model(tmp_path / "model", model_type=model_type)
+    stored = load_file(path / "model.safetensors").keys()
+    of_one = (
+        "model.layers.1.mlp.experts.gate_up_proj_scales" if model_type == "gpt_oss" else "7.up_proj.weight"
+    )
+    assert any(name.endswith(of_one) for name in stored)
+    model, tokenizer = Subject(str(path), "cpu").load()
+    assert any("experts.lora_B" in name for name, p in model.named_parameters() if p.requires_grad)
+    rows = Subject(str(path)).rows(8, 320)
+    (expected,), own = expected_steps(model, [rows])
+    assert own.passed
+    ways = {"one batch": (rows, expected, 8, 1, {})}
+    assert [check.passed for check in compare_ways(model, tokenizer, tmp_path, ways, own.limit)] == [True]
+    real = StackWeight.factor_gradients
+
+    def without_weights(self, x_buffer, dy_buffer, offs, like, weights=None):
+        return real(self, x_buffer, dy_buffer, offs, like)
+
+    monkeypatch.setattr(StackWeight, "factor_gradients", without_weights)
+    (check,) = compare_ways(model, tokenizer, tmp_path, ways, own.limit)
+    assert not check.passed
 
 
 def test_documents_that_see_each_other_are_found(subject, monkeypatch):
@@ -96,7 +133,7 @@ def test_a_failed_check_ends_the_command_with_1(monkeypatch):
     assert not bad.passed
     assert math.isnan(bad.error)
     for checks, code in (([good], 0), ([good, bad], 1)):
-        monkeypatch.setattr(suite, "_all", lambda subject, folder, checks=checks: iter(checks))
+        monkeypatch.setattr(suite, "_all", lambda *_, checks=checks, **__: iter(checks))
         result = CliRunner().invoke(build_command(), ["selftest", "--device", "cpu"])
         assert result.exit_code == code, result.output
     assert "FAILED" in result.output

@@ -16,11 +16,9 @@ from oribi.errors import ConfigError
 from oribi.models.load import load_model
 from oribi.models.unwrap import base_model
 from oribi.save import save_merged
-from oribi.save.adapter_check import plain_base
-from oribi.save.base import locate_here
 from oribi.selftest.comparison import Comparison, failed
 from oribi.selftest.steps import LIMITS, relative_error
-from oribi.selftest.subject import LONGEST, Subject
+from oribi.selftest.subject import LONGEST, Subject, plain_model
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
 from oribi.train.setup import temporarily
@@ -32,12 +30,21 @@ STEPS, STOP = 6, 3
 
 def compare_files(subject: Subject, folder: Path) -> Iterator[Comparison]:
     """Adapter, merge and resume; each loads the model anew."""
-    ways = {"adapter": _compare_adapter, "merge": _compare_merge, "resume": _compare_resumed}
-    for name, compare in ways.items():
+    yield from compare_saved(subject, folder)
+    try:
+        yield from _compare_resumed(subject, folder / "resume")
+    except Exception as error:
+        yield failed(GROUP, "resume", error)
+
+
+def compare_saved(subject: Subject, folder: Path, group: str = GROUP) -> Iterator[Comparison]:
+    """Adapter and merge; each loads the model anew."""
+    for name, compare in {"adapter": _compare_adapter, "merge": _compare_merge}.items():
         try:
-            yield from compare(subject, folder / name)
+            for comparison in compare(subject, folder / name):
+                yield replace(comparison, group=group)
         except Exception as error:
-            yield failed(GROUP, name, error)
+            yield failed(group, name, error)
 
 
 @torch.no_grad()
@@ -66,9 +73,7 @@ def _compare_adapter(subject: Subject, folder: Path) -> Iterator[Comparison]:
     ours, _ = load_model(str(folder), dtype="float32", device_map=subject.device, max_seq_length=4 * LONGEST)
     difference = (_logits(ours, rows) - expected).abs().max().item()
     yield Comparison(GROUP, "adapter loaded by oribi", difference, 0.0, "largest difference of a logit")
-    location, _ = locate_here(model, model.oribi.name_or_path)
-    theirs = plain_base(model, location, model.oribi, torch.float32, model.device)
-    error = relative_error(_logits(PeftModel.from_pretrained(theirs, folder), rows), expected)
+    error = relative_error(_logits(PeftModel.from_pretrained(plain_model(model), folder), rows), expected)
     note = "on transformers, with the base's files"
     yield Comparison(GROUP, "adapter loaded by plain peft", error, LIMITS[model.device.type], note)
 

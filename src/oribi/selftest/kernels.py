@@ -1,6 +1,6 @@
 """Each op on this machine compared with float64; it may err at most twice as much as PyTorch's own form in the same dtype.
 
-T tokens, D hidden size, N out features, V vocabulary, H heads, E head_dim.
+T tokens, D hidden size, N out features, V vocabulary, H heads, E head_dim. Each token chooses CHOSEN of EXPERTS.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,17 +15,22 @@ from oribi.kernels.adamw import FlatAdamW
 from oribi.kernels.attention import Visibility, attention
 from oribi.kernels.causal_conv import causal_conv
 from oribi.kernels.cross_entropy import linear_cross_entropy
+from oribi.kernels.expert_linear import StackProjection, expert_linear
+from oribi.kernels.expert_stack import PackedStack, dequantize_stack
 from oribi.kernels.gated_mlp import gated_mlp
 from oribi.kernels.lora import Projection
 from oribi.kernels.lora_linear import lora_linear
+from oribi.kernels.mxfp4 import MX_BLOCK, MXFP4Stack
 from oribi.kernels.output_gate import output_gate
 from oribi.kernels.rms_norm import rms_norm
 from oribi.kernels.rope import rope
+from oribi.kernels.routing import RouterRule, choose, sort_by_expert, weigh
 from oribi.selftest.comparison import Comparison, failed
 
 GROUP = "kernels"
 T, D, N, V, H, E = 67, 128, 192, 1000, 4, 32  # T is no multiple of any block
 DOCUMENTS = [5, 40, 1, 21]
+EXPERTS, CHOSEN = 6, 2
 FLOOR = 2e-6  # of the limit: a GPU's fast exp and division are exact to a few 1e-7
 
 
@@ -47,6 +52,7 @@ def compare_kernels(device: torch.device) -> Iterator[Comparison]:
                 yield failed(GROUP, label, error)
     for dtype in dtypes:
         yield _compare_nf4(normal(N, D), dtype)
+        yield from _compare_stacks(normal(EXPERTS, N, D), dtype)
     yield _compare_adamw(normal)
 
 
@@ -88,6 +94,34 @@ def _ops(normal: Callable, device: torch.device) -> Iterator[tuple]:
 
     inputs = [normal(T, H, E), normal(T, 2, E), normal(T, 2, E)]
     yield "attention of packed documents", packed, _plain_attention, inputs
+    yield from _expert_ops(normal, device)
+
+
+def _expert_ops(normal: Callable, device: torch.device) -> Iterator[tuple]:
+    """The weights of chosen experts, and the products of rows with their experts' matrices, of which one gets no row."""
+    rule = RouterRule("softmax", CHOSEN, normalise=True)
+    logits = normal(T, EXPERTS)
+    logits[:, 3] = -20
+    experts = choose(logits, rule)
+    routing = sort_by_expert(experts, EXPERTS)
+    ids = routing.of_rows(experts)
+    yield (
+        "weights of the chosen experts", lambda logits: weigh(logits, experts, rule),
+        lambda logits: F.normalize(_wide(logits).softmax(-1).gather(1, experts), p=1, dim=1).to(logits.dtype), [logits],
+    )  # fmt: skip
+    base = normal(EXPERTS, N, D) * 0.1
+
+    def ours(x, a, b):
+        projection = StackProjection(base.to(x.dtype), a, b, 2.0)
+        return expert_linear(x[routing.tokens], projection, ids, routing.offs)
+
+    def plain(x, a, b):
+        pairs = zip(base.to(x.dtype), a.chunk(EXPERTS), b.view(N, -1, EXPERTS).unbind(2))
+        parts = zip(x[routing.tokens].split(torch.bincount(ids, minlength=EXPERTS).tolist()), pairs)
+        return torch.cat([F.linear(x, w) + 2.0 * F.linear(F.linear(x, a), b) for x, (w, a, b) in parts])
+
+    factors = [normal(EXPERTS * 8, D) * 0.1, normal(N, 8 * EXPERTS) * 0.1]
+    yield "products with experts and their lora", ours, plain, [normal(T, D), *factors]
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -154,6 +188,32 @@ def _compare_nf4(weight: torch.Tensor, dtype: torch.dtype) -> Comparison:
     packed.quant_state = state
     found, expected = nf4.dequantize([packed], dtype), bnb.dequantize_4bit(packed, state)
     return Comparison(GROUP, name, (found.float() - expected.float()).abs().max().item(), 0.0, "to the bit")
+
+
+def _compare_stacks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[Comparison]:
+    """Stacks of experts in NF4, beside bitsandbytes' values of each matrix, and in MXFP4, beside the format's table."""
+    count, rows, columns = weight.shape
+    label = str(dtype).removeprefix("torch.")
+    stack = PackedStack.empty((count, rows, columns), 2, True, weight.device)
+    expected = []
+    for place, matrix in enumerate(weight.view(2 * count, -1, columns)):
+        codes, state = bnb.quantize_4bit(
+            matrix.to(dtype), blocksize=64, compress_statistics=True, quant_type="nf4"
+        )
+        stack.put(place, codes, state)
+        expected.append(bnb.dequantize_4bit(codes, state))
+    found = dequantize_stack(stack, dtype).view(2 * count, -1, columns)
+    error = (found.float() - torch.stack(expected).float()).abs().max().item()
+    yield Comparison(GROUP, f"nf4 stacks as bitsandbytes, {label}", error, 0.0, "to the bit")
+    codes = (weight * 1000).int().remainder(256)[..., ::2].to(torch.uint8)
+    scales = (weight[..., ::MX_BLOCK] * 5).int().add(125).to(torch.uint8)
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64, device=weight.device)
+    halves = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
+    powers = torch.exp2(scales.double() - 127).repeat_interleave(MX_BLOCK, -1)
+    exact = table[halves & 7] * torch.where(halves > 7, -powers, powers)
+    found = dequantize_stack(MXFP4Stack((count, rows, columns), 2, codes, scales), dtype)
+    error = (found.double() - exact.to(dtype).double()).abs().max().item()
+    yield Comparison(GROUP, f"mxfp4 stacks as the format says, {label}", error, 0.0, "to the bit")
 
 
 def _compare_adamw(normal: Callable) -> Comparison:

@@ -10,7 +10,7 @@ together.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,24 +115,47 @@ def packed_batch(rows: list[dict[str, Any]], device: torch.device) -> dict[str, 
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
+def expected_steps(
+    model: PeftModel, rows: list[Dataset], group: str = GROUP
+) -> tuple[list[Step], Comparison]:
+    """The steps that rows must give, in float64, and how far the same reference in float32 is from the first of them."""
+    reference = reference_of(model)
+    plain = reference_step(reference, rows[0])
+    reference.double()
+    found = [reference_step(reference, one) for one in rows]
+    error, note = step_error(plain, found[0])
+    limit = max(LIMITS[model.device.type], 2 * error)
+    return found, Comparison(group, "transformers and peft in float32", error, limit, note)
+
+
+# name -> rows, expected step, batch size, accumulation, other settings
+Ways = dict[str, tuple[Dataset, Step, int, int, dict[str, Any]]]
+
+
+def compare_ways(
+    model: PeftModel, tokenizer: Any, folder: Path, ways: Ways, limit: float, group: str = GROUP
+) -> Iterator[Comparison]:
+    """Each way to take one step in this process."""
+    for name, (data, expected, batch, accumulation, settings) in ways.items():
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        try:
+            error, note = step_error(
+                trained_step(model, tokenizer, data, folder, **settings, **sizes), expected
+            )
+            yield Comparison(group, name, error, limit, note)
+        except Exception as error:
+            yield failed(group, name, error)
+
+
 def compare_steps(subject: Subject, folder: Path) -> Iterator[Comparison]:
     """Every way to take one step, and every recompute policy."""
     model, tokenizer = subject.load()
-    vocabulary = base_model(model).config.vocab_size
-    limit = LIMITS[model.device.type]
-    many = subject.rows(11, vocabulary)
+    many = subject.rows(11, base_model(model).config.vocab_size)
     rows, tail = many.select(range(ROWS)), many.select(range(ROWS, 11))
-    reference = reference_of(model)
-    plain = reference_step(reference, rows)
-    reference.double()
-    whole, last = reference_step(reference, rows), reference_step(reference, tail)
-    del reference
-    error, note = step_error(plain, whole)
-    limit = max(limit, 2 * error)
-    yield Comparison(GROUP, "transformers and peft in float32", error, limit, note)
-    packs = pack(rows, 2 * LONGEST)
-    # rows, expected step, batch size, accumulation, other settings
-    ways = {
+    (whole, last), own = expected_steps(model, [rows, tail])
+    yield own
+    limit, packs = own.limit, pack(rows, 2 * LONGEST)
+    ways: Ways = {
         "batch 8, accumulation 1": (rows, whole, 8, 1, {}),
         "batch 4, accumulation 2": (rows, whole, 4, 2, {}),
         "batch 1, accumulation 8": (rows, whole, 1, 8, {}),
@@ -142,23 +165,21 @@ def compare_steps(subject: Subject, folder: Path) -> Iterator[Comparison]:
         "last, partial step: 3 of 4 rows": (many, last, 2, 2, {}),
         "optimizer of torch": (rows, whole, 2, 4, {"optim": "adamw_torch"}),
     }
-    for name, (data, expected, batch, accumulation, settings) in ways.items():
-        settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        try:
-            step = trained_step(model, tokenizer, data, folder / "steps", **settings)
-            error, note = step_error(step, expected)
-            yield Comparison(GROUP, name, error, limit, note)
-        except Exception as error:
-            yield failed(GROUP, name, error)
+    yield from compare_ways(model, tokenizer, folder / "steps", ways, limit)
     on_gpu = model.device.type == "cuda"
     yield from _compare_processes(subject, folder, rows, None if on_gpu else whole, limit)
     if on_gpu and torch.cuda.device_count() > 1:
         yield from _compare_processes(subject, folder, rows, whole, limit, on_gpus=True)
-    yield from _compare_policies(model, rows)
-    yield compare_documents(model, rows)
+    yield from compare_model(model, rows)
 
 
-def _compare_policies(model: PeftModel, rows: Dataset) -> Iterator[Comparison]:
+def compare_model(model: PeftModel, rows: Dataset, group: str | None = None) -> Iterator[Comparison]:
+    """What no step and no reference is needed for: recompute policies, and the documents of a pack."""
+    yield from _compare_policies(model, rows, group or "recompute policies")
+    yield replace(compare_documents(model, rows), **({"group": group} if group else {}))
+
+
+def _compare_policies(model: PeftModel, rows: Dataset, group: str) -> Iterator[Comparison]:
     """Gradients of every recompute policy against those of the policy that keeps everything."""
     batch = packed_batch(list(rows), model.device)
     decoder = base_model(model)
@@ -173,7 +194,7 @@ def _compare_policies(model: PeftModel, rows: Dataset) -> Iterator[Comparison]:
     kept = found.pop("speed")
     for policy, gradients in found.items():
         worst = max((gradients[name] - kept[name]).abs().max().item() for name in kept)
-        yield Comparison("recompute policies", f"{policy} as speed", worst, 0.0, "largest difference")
+        yield Comparison(group, f"{policy} as speed", worst, 0.0, "largest difference")
 
 
 @torch.no_grad()
@@ -193,7 +214,7 @@ def compare_documents(model: PeftModel, rows: Dataset) -> Comparison:
     note = "largest change of another document's logit"
     if not apart[2].max() > 0:
         error, note = float("nan"), "the logits of the changed document did not change"
-    return Comparison("documents of a pack", "isolated", error, 0.0, note)
+    return Comparison("documents of a pack", "documents of a pack are isolated", error, 0.0, note)
 
 
 # how two processes take a step: half of the rows each, the frozen weights whole or sharded; or half of one row of all documents

@@ -12,13 +12,18 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from oribi.errors import ModelError
+from oribi.gguf.file import Type
+from oribi.gguf.quantize import encode
+from oribi.kernels.mxfp4 import MX_BLOCK, from_blocks
 from oribi.lora.attach import attach_lora
 from oribi.models.decoder import DecoderForCausalLM, build
+from oribi.models.expert_tensors import stacked
 from oribi.models.load import load_model
-from oribi.models.unwrap import base_model
+from oribi.save.adapter_check import plain_base
+from oribi.save.base import locate_here
 from oribi.save.trained import LoadedModel
 
 LONGEST = 48  # tokens of a row
@@ -68,15 +73,42 @@ class Subject:
         return Dataset.from_list(rows)
 
 
+# model type -> fields of the config of its small model, beside `_SIZES`
+FAMILIES_TESTED: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 256},
+    # experts packed in NF4, each matrix by itself in the checkpoint
+    "qwen3_moe": {
+        "intermediate_size": 256, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+        "norm_topk_prob": True, "mlp_only_layers": [0],
+    },
+    # experts in MXFP4, in stacks with biases; attention with sinks
+    "gpt_oss": {
+        "intermediate_size": 128, "head_dim": 32, "sliding_window": 16, "num_local_experts": 8, "num_experts_per_tok": 3,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4, "truncate": False,
+        },
+    },
+}  # fmt: skip
+_SIZES = {
+    "vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
 def write_small_model(
-    folder: Path, dtype: torch.dtype = torch.float32, deviation: float = 0.1, **sizes: int
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    deviation: float = 0.1,
+    model_type: str = "llama",
+    **sizes: Any,
 ) -> Path:
-    """A random llama with a byte tokenizer, as a checkpoint in `folder`.
+    """A random model with a byte tokenizer, as a checkpoint in `folder` in the layout of its family's releases.
 
     Args:
         folder: created if needed.
         dtype: of the weights.
         deviation: standard deviation of the weights.
+        model_type: one of `FAMILIES_TESTED`.
         sizes: fields of the config that differ from those of the usual two-layer model.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -87,40 +119,47 @@ def write_small_model(
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
-    small = {
-        "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    }  # fmt: skip
-    config = LlamaConfig(**{**small, **sizes}, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = AutoConfig.for_model(model_type, **{**_SIZES, **FAMILIES_TESTED[model_type], **sizes})
     generator = torch.Generator().manual_seed(3)
     model = build(config, device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             center = 1.0 if "norm" in name else 0.0
             parameter.normal_(center, deviation, generator=generator)
-    model.to(dtype).save_pretrained(folder)
+    source = stacked(LoadedModel(model.to(dtype)), model)
+    tensors = {name: source.read(name, torch.device("cpu"), dtype) for name in source.shapes()}
+    if model_type == "gpt_oss":
+        tensors = _in_mxfp4(tensors)
+        config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    model.save_pretrained(folder, state_dict=tensors)
     tokenizer.save_pretrained(folder)
     return folder
 
 
+def _in_mxfp4(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors with codes and scales in place of its stacks of experts [E, K, N]."""
+    packed = {}
+    for name, tensor in tensors.items():
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            packed[name] = tensor
+            continue
+        codes, scales = from_blocks(torch.from_numpy(encode(tensor.mT.float(), Type.MXFP4)))
+        packed[f"{name}_blocks"] = codes.unflatten(-1, (-1, MX_BLOCK // 2)).contiguous()
+        packed[f"{name}_scales"] = scales.contiguous()
+    return packed
+
+
 def plain_model(model: PeftModel) -> PreTrainedModel:
-    """The model as its transformers class in float32, with the dequantised NF4 weights."""
-    config = copy.deepcopy(base_model(model).config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = torch.float32
-    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(model.device)
-    source = LoadedModel(model)
-    plain.load_state_dict(
-        {name: source.read(name, model.device, torch.float32) for name in source.shapes()}, strict=False
-    )
-    plain.tie_weights()
-    return plain
+    """The model as its transformers class in float32, with the values of its packed weights."""
+    location, _ = locate_here(model, model.oribi.name_or_path)
+    return plain_base(model, location, model.oribi, torch.float32, model.device)
 
 
 def reference_of(model: PeftModel) -> PeftModel:
     """`plain_model` with PEFT's own adapter and the same LoRA matrices, in training mode."""
     settings = copy.deepcopy(model.peft_config["default"])
-    reference = peft.get_peft_model(plain_model(model), settings)
+    plain = plain_model(model)
+    plain.config._experts_implementation = "eager"  # the others have no float64
+    reference = peft.get_peft_model(plain, settings)
     set_peft_model_state_dict(reference, get_peft_model_state_dict(model))
     return reference.train()

@@ -9,6 +9,7 @@ import torch
 from oribi.models.load_settings import choose_device
 from oribi.models.plain_peft import quiet_libraries
 from oribi.selftest.comparison import Comparison
+from oribi.selftest.experts import compare_experts
 from oribi.selftest.files import compare_files
 from oribi.selftest.gathered_codes import compare_gathered_codes
 from oribi.selftest.kernels import compare_kernels
@@ -24,7 +25,7 @@ def run_selftest(
     """Compares training, files and kernels with float32 references.
 
     Args:
-        model: anything that `load_model` takes; None takes a small random model.
+        model: anything that `load_model` takes; None takes small random models: a dense one, and some with experts.
         device: "cpu", "cuda", or None for the machine's best.
         report: called with each comparison as soon as it is made.
 
@@ -38,14 +39,16 @@ def run_selftest(
     with tempfile.TemporaryDirectory(prefix="oribi-selftest-") as name, quiet_libraries():
         folder = Path(name)
         subject = Subject(model or str(write_small_model(folder / "model")), device)
-        for comparison in _all(subject, folder):
+        for comparison in _all(subject, folder, small=model is None):
             made.append(comparison)
             report(comparison)
     return made
 
 
-def _all(subject: Subject, folder: Path) -> Iterator[Comparison]:
+def _all(subject: Subject, folder: Path, small: bool) -> Iterator[Comparison]:
     yield from compare_kernels(torch.device(choose_device(subject.device)))
     yield from compare_steps(subject, folder)
     yield from compare_gathered_codes()
     yield from compare_files(subject, folder)
+    if small:
+        yield from compare_experts(folder / "experts", subject.device)
