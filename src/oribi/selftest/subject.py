@@ -87,6 +87,7 @@ FAMILIES_TESTED: dict[str, dict[str, Any]] = {
         "rope_parameters": {
             "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4, "truncate": False,
         },
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
     },
 }  # fmt: skip
 _SIZES = {
@@ -128,9 +129,8 @@ def write_small_model(
             parameter.normal_(center, deviation, generator=generator)
     source = stacked(LoadedModel(model.to(dtype)), model)
     tensors = {name: source.read(name, torch.device("cpu"), dtype) for name in source.shapes()}
-    if model_type == "gpt_oss":
+    if hasattr(config, "quantization_config"):
         tensors = _in_mxfp4(tensors)
-        config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     model.save_pretrained(folder, state_dict=tensors)
     tokenizer.save_pretrained(folder)
     return folder
