@@ -31,6 +31,7 @@ from oribi.run_record import (
     read_run_record,
     require_writable,
 )
+from oribi.save.forms import require_form
 from oribi.text import say
 from oribi.train.arguments import require_trackers
 from oribi.train.context import require_shareable
@@ -89,6 +90,7 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         DataError: a source cannot be opened, or its first rows cannot be used.
         ModelError: there is no such model.
         ExportError: llama.cpp cannot hold the model, and GGUF files are asked for.
+        ConfigError: no program reads the model's experts in a form that is asked for.
     """
     require_own_connection()
     check_settings(config)
@@ -118,6 +120,8 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
     if config.quantization_method or config.train_for:
         # what llama.cpp would compute differently is told before the training, not after it
         check_config(open_run_model(config).config)
+    for form in config.save_method:
+        require_form(open_run_model(config).config, form)
     check_data(config)
     return start
 

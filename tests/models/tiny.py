@@ -17,7 +17,8 @@ from transformers import (
 
 from oribi.families import FAMILIES
 from oribi.models.decoder import DecoderForCausalLM, build
-from oribi.models.expert_tensors import expert_modules, loaded_stack
+from oribi.models.expert_names import expert_modules
+from oribi.models.expert_tensors import loaded_stack
 
 SIZES = {
     "vocab_size": 128,

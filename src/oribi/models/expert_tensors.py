@@ -4,7 +4,7 @@ Everything outside a model's memory calls a matrix by the name that the family's
 (`mlp.experts.3.up_proj.weight`). transformers keeps the experts of a layer in one tensor [E, N, K], and some checkpoints do, too.
 """
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 
 import torch
 from torch import nn
@@ -14,14 +14,9 @@ from oribi.kernels.expert_stack import PackedStack
 from oribi.kernels.mxfp4 import MX_BLOCK, MXFP4Stack, decode_mxfp4
 from oribi.kernels.nf4 import BLOCK
 from oribi.kernels.packed_weight import PackedWeight
+from oribi.models.expert_names import Renamed, expert_modules, joined, renamed_parts
 from oribi.models.experts import STACKS, Experts, StoredMatrix
-from oribi.models.unwrap import bare_name
 from oribi.tensors import TensorSource
-
-
-def expert_modules(model: nn.Module) -> dict[str, Experts]:
-    """The experts of each layer by the module's name, without what PEFT put around them."""
-    return {bare_name(name): module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
 def matrix_shape(experts: Experts, matrix: StoredMatrix) -> tuple[int, int]:
@@ -143,37 +138,10 @@ class Unstacked:
 _MXFP4 = ("_blocks", "_scales")
 
 
-class Renamed:
-    """A source whose tensors have other names.
-
-    Args:
-        source: of tensors. parts: of some names, each with what stands there instead.
-    """
-
-    def __init__(self, source: TensorSource, parts: Iterable[tuple[str, str]]) -> None:
-        self._source = source
-        self._names = {name: name for name in source.shapes()}
-        for before, after in parts:
-            self._names = {name.replace(before, after): own for name, own in self._names.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = self._source.shapes()
-        return {name: shapes[other] for name, other in self._names.items()}
-
-    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-        return self._source.read(self._names[name], device, dtype)
-
-    def close(self) -> None:
-        self._source.close()
-
-
 def unstacked(source: TensorSource, model: nn.Module) -> TensorSource:
     """What `stacked` gave, with each matrix of a model's experts by itself; the source itself where it is so already."""
-    experts = expert_modules(model)
-    renamed, stored = _renamed(experts), source.shapes()
-    if any(part in name for _, part in renamed for name in stored):
-        source = Renamed(source, [(part, own) for own, part in renamed])
-        stored = source.shapes()
+    experts, source = expert_modules(model), joined(source, model)
+    stored = source.shapes()
     stacks = (f"{prefix}.{stack}" for prefix, one in experts.items() for stack in one.stacks)
     in_stacks = any(f"{stack}{ending}" in stored for stack in stacks for ending in ("", *_MXFP4))
     for one in experts.values():
@@ -230,13 +198,8 @@ def stacked(source: TensorSource, model: nn.Module) -> TensorSource:
     """A model's tensors as its family's checkpoints hold them; the source itself where they do already."""
     experts = expert_modules(model)
     in_stacks = {name: one for name, one in experts.items() if one.in_stacks}
-    source, renamed = Stacked(source, in_stacks) if in_stacks else source, _renamed(experts)
+    source, renamed = Stacked(source, in_stacks) if in_stacks else source, renamed_parts(model)
     return Renamed(source, renamed) if renamed else source
-
-
-def _renamed(experts: dict[str, Experts]) -> tuple[tuple[str, str], ...]:
-    """Parts of the model's names, each with what the family's checkpoints have there."""
-    return next((one.rules.renamed for one in experts.values()), ())
 
 
 def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,7 @@ from oribi.models.adapter_files import (
     shapes_of,
 )
 from oribi.models.expert_factors import stacked_factors
-from oribi.models.expert_tensors import expert_modules
+from oribi.models.expert_names import expert_modules
 from oribi.models.files import HubOptions, Location, adapter_weights, locate
 from oribi.models.identity import BaseIdentity
 from oribi.models.unwrap import bare_module, bare_name, base_model, source_of

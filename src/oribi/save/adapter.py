@@ -11,14 +11,12 @@ from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, checked, trained_answers
 from oribi.save.folder import announce
+from oribi.save.forms import PER_EXPERT
 from oribi.save.probe_file import STRENGTH_SETTINGS, ExportedFile
 from oribi.save.report import ExportReport
 from oribi.save.samples import described_samples, sample_all
 from oribi.save.verify import check_saved_tokenizer
 from oribi.tensors import SafetensorsSource, read_header
-
-# as some servers read experts: a pair for each
-PER_EXPERT = "lora_per_expert"
 
 
 class AdapterExport(Export):

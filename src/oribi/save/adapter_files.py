@@ -25,7 +25,7 @@ from oribi.models.adapter_files import (
     read_tensors,
 )
 from oribi.models.expert_factors import separate_factors, stacked_factors
-from oribi.models.expert_tensors import expert_modules
+from oribi.models.expert_names import expert_modules
 from oribi.models.files import Location
 from oribi.models.load_adapter import require_adapter_fits
 from oribi.models.packed_linear import is_requantised

@@ -17,7 +17,8 @@ from oribi.errors import ConfigError, ModelError
 from oribi.families import FAMILIES
 from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.decoder import build
-from oribi.models.expert_tensors import expert_modules, fits_stack, matrices_of, unstacked
+from oribi.models.expert_names import expert_modules
+from oribi.models.expert_tensors import fits_stack, matrices_of, unstacked
 from oribi.models.experts import STACKS
 from oribi.models.files import open_weights
 from oribi.models.open import OpenedModel

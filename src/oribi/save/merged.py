@@ -16,18 +16,20 @@ from oribi.chat.ends import stop_ids
 from oribi.errors import ConfigError, ExportError
 from oribi.families import family_of
 from oribi.models.decoder import DecoderForCausalLM
-from oribi.models.expert_tensors import expert_modules, stacked, unstacked
+from oribi.models.expert_names import names_in_float32
+from oribi.models.expert_tensors import stacked, unstacked
 from oribi.models.files import HubOptions, Location, open_weights
 from oribi.models.unfused import beside_decoder
 from oribi.models.unwrap import is_classifier, source_of, vocab_rows
 from oribi.models.wrapper import automatic
-from oribi.save.adapter import PER_EXPERT, AdapterExport
+from oribi.save.adapter import AdapterExport
 from oribi.save.base import base_name, locate_here, open_base
 from oribi.save.card import fenced
-from oribi.save.carried import DRAFT_COUNTS, copy_beside_weights, find_carried, has_other_parts
+from oribi.save.carried import DRAFT_COUNTS, Carried, copy_beside_weights, find_carried, has_other_parts
 from oribi.save.check import Check
 from oribi.save.export import Export, Verify, checked
 from oribi.save.folder import announce
+from oribi.save.forms import COMPRESSED, PER_EXPERT, require_form
 from oribi.save.hub import MERGED_KEYWORDS, push, read_accepted, upload_folder
 from oribi.save.nf4_checkpoint import (
     Nf4Source,
@@ -45,7 +47,6 @@ from oribi.save.verify import check_saved_tokenizer, logits_of_whole
 from oribi.save.whole import whole_model
 from oribi.tensors import TensorSource, all_finite
 
-COMPRESSED = ("fp8", "w4a16")
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", *COMPRESSED, "lora", PER_EXPERT)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU = torch.device("cpu")
@@ -118,15 +119,11 @@ def _export_class(model: nn.Module, save_method: str) -> type["MergedExport"]:
         ConfigError: a classifier, or a model with experts, is not written this way.
     """
     if not is_classifier(model):
+        require_form(model.config, save_method)
         if save_method in COMPRESSED:
             from oribi.save.compressed import CompressedExport
 
             return CompressedExport
-        if save_method == "merged_4bit" and expert_modules(model):
-            raise ConfigError(
-                "save_method = 'merged_4bit': transformers packs no stacks of experts, which are most of this model; give "
-                "'merged_16bit', which oribi packs while it loads, or write a GGUF file"
-            )
         return MergedExport
     if save_method != "merged_16bit":
         raise ConfigError(
@@ -201,11 +198,12 @@ class MergedExport(Export):
     def _plan(self, base: str) -> list[TensorPlan]:
         """What is written: the trained tensors and, under the checkpoint's own names, what it holds beside them."""
         merged = MergedModel(self.model)
-        shapes = stacked(merged, self.inner).shapes()
+        shapes = self.in_files(merged).shapes()
         packed = self.names_to_pack(shapes)
         self.unpacked = unpacked_modules(self.model, packed) if packed else []
+        self.wide = names_in_float32(self.inner, self.dtype)
         self.carried = None
-        found = find_carried(self.model, shapes, base, merged.tied)
+        found = self.find_carried(merged, base)
         kind = getattr(getattr(source_of(self.model), "config", None), "model_type", "")
         if isinstance(found, str):
             if not beside_decoder(self.inner):
@@ -220,14 +218,28 @@ class MergedExport(Export):
         text = dict.fromkeys(shapes) if self.carried is None else self.carried.text
         plans = []
         for name, own in ((name, text[name] or name) for name in text):
-            packs = own in packed
-            plans += (
-                self.packed_plans(name, shapes[own]) if packs else [TensorPlan(name, shapes[own], self.dtype)]
-            )
+            plain = TensorPlan(name, shapes[own], self.dtype_of(own))
+            plans += self.packed_plans(name, shapes[own]) if own in packed else [plain]
         for name in self.carried.others if self.carried is not None else ():
             tensor = self._read_carried(name)
             plans.append(TensorPlan(name, tuple(tensor.shape), tensor.dtype))
         return plans
+
+    def in_files(self, source: TensorSource) -> TensorSource:
+        """The model's tensors as the files hold them."""
+        return stacked(source, self.inner)
+
+    def in_model(self, source: TensorSource) -> TensorSource:
+        """The files' tensors as the model's are named."""
+        return unstacked(source, self.inner)
+
+    def find_carried(self, merged: MergedModel, base: str) -> Carried | str | None:
+        """As `carried.find_carried`."""
+        return find_carried(self.model, stacked(merged, self.inner).shapes(), base, merged.tied)
+
+    def dtype_of(self, own: str) -> torch.dtype:
+        """Of a trained tensor that is not packed, by the model's name in the files."""
+        return torch.float32 if own in self.wide else self.dtype
 
     def names_to_pack(self, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
         """Names of the trained tensors that are quantised."""
@@ -254,15 +266,15 @@ class MergedExport(Export):
         tensor = self.carried.read(name)
         return tensor.to(self.dtype) if name in self.carried.source.packed else tensor
 
-    def read_trained(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A trained tensor by its name in the export."""
+    def read_trained(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A trained tensor by its name in the export; None is the dtype of `dtype_of`."""
         own = name if self.carried is None else self.carried.text[name]
-        return read_finite(stacked(self.merged, self.inner), own, dtype)
+        return read_finite(self.in_files(self.merged), own, dtype or self.dtype_of(own))
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the export before it is packed."""
         if self.carried is None or name in self.carried.text:
-            return self.read_trained(name, self.dtype)
+            return self.read_trained(name)
         return self._read_carried(name)
 
     def write(self, folder: Path) -> None:
@@ -327,7 +339,7 @@ class MergedExport(Export):
             return self.expect_logits(form, folder, logits_of_whole(self.trained, folder))
         own_name = (lambda name: name) if self.carried is None else self.carried.own_name
         stored = open_weights(Location("checkpoint", folder, str(folder)), HubOptions(), own_name)
-        return self.expect(form, folder, Nf4Source(unstacked(stored, self.inner)))
+        return self.expect(form, folder, Nf4Source(self.in_model(stored)))
 
     def usage(self, folder: Path, file: str) -> str:
         name, kind, reader = self.directory.name, automatic(self.inner.config).__name__, "AutoTokenizer"
