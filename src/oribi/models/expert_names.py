@@ -45,7 +45,7 @@ def apart(source: TensorSource, model: nn.Module) -> TensorSource:
     return Renamed(source, renamed) if renamed else source
 
 
-def joined(source: TensorSource, model: nn.Module) -> TensorSource:
+def in_model_names(source: TensorSource, model: nn.Module) -> TensorSource:
     """What `apart` gave, under the model's own names; the source itself where it has no others."""
     renamed = renamed_parts(model)
     if not any(part in name for _, part in renamed for name in source.shapes()):

@@ -14,7 +14,7 @@ from oribi.kernels.expert_stack import PackedStack
 from oribi.kernels.mxfp4 import MX_BLOCK, MXFP4Stack, decode_mxfp4
 from oribi.kernels.nf4 import BLOCK
 from oribi.kernels.packed_weight import PackedWeight
-from oribi.models.expert_names import Renamed, expert_modules, joined, renamed_parts
+from oribi.models.expert_names import Renamed, expert_modules, in_model_names, renamed_parts
 from oribi.models.experts import STACKS, Experts, StoredMatrix
 from oribi.tensors import TensorSource
 
@@ -140,7 +140,7 @@ _MXFP4 = ("_blocks", "_scales")
 
 def unstacked(source: TensorSource, model: nn.Module) -> TensorSource:
     """What `stacked` gave, with each matrix of a model's experts by itself; the source itself where it is so already."""
-    experts, source = expert_modules(model), joined(source, model)
+    experts, source = expert_modules(model), in_model_names(source, model)
     stored = source.shapes()
     stacks = (f"{prefix}.{stack}" for prefix, one in experts.items() for stack in one.stacks)
     in_stacks = any(f"{stack}{ending}" in stored for stack in stacks for ending in ("", *_MXFP4))

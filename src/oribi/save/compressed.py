@@ -20,7 +20,7 @@ import torch
 from oribi.errors import ConfigError
 from oribi.formats.codecs import encode_fp8, encode_int4
 from oribi.models.checkpoint_tensors import DRAFTS
-from oribi.models.expert_names import apart, expert_modules, joined, matrix_names, stored_name
+from oribi.models.expert_names import apart, expert_modules, in_model_names, matrix_names, stored_name
 from oribi.save.card import fenced
 from oribi.save.carried import Carried
 from oribi.save.forms import GROUPS
@@ -49,7 +49,7 @@ class CompressedExport(MergedExport):
         return apart(source, self.inner)
 
     def in_model(self, source: TensorSource) -> TensorSource:
-        return joined(source, self.inner)
+        return in_model_names(source, self.inner)
 
     def find_carried(self, merged: MergedModel, base: str) -> Carried | str | None:
         """As of `MergedExport`, with the matrices of each stack of experts in place of the stack."""
