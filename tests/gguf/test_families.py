@@ -139,8 +139,13 @@ def test_a_family_with_tied_embeddings_has_no_output_tensor(exported):
         ),
         (
             "ministral3",
-            {"rope_parameters": {**ROPES["yarn"], "mscale": 1.0, "mscale_all_dim": 0.5}},
+            {"rope_parameters": {**ROPES["yarn"], "mscale": 0.5, "mscale_all_dim": 0.5}},
             "YaRN without mscale",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**ROPES["yarn"], "beta_fast": 4.0}},
+            "YaRN with beta_fast 32 and beta_slow 1, not 4 and 1",
         ),
         ("qwen3_5_text", {"linear_value_head_dim": 32}, "values have as many dimensions as those of keys"),
         (

@@ -75,6 +75,56 @@ def test_each_rope_read_back_gives_the_logits_it_was_written_from(kind, exported
     assert distance(*exported(rope_parameters=ROPES[kind], max_position_embeddings=64)) < 1e-5
 
 
+_YARN = {"rope_parameters": ROPES["yarn"], "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "changes"),
+    [
+        ("llama", _YARN, {"rope.scaling.attn_factor": 1.5}),
+        ("llama", _YARN, {"rope.scaling.yarn_log_multiplier": 0.5, "rope.scaling.yarn_beta_fast": 4.0}),
+        ("ministral3", _YARN, {"rope.scaling.yarn_beta_fast": 4.0, "rope.scaling.yarn_beta_slow": 3.0}),
+        ("ministral3", _YARN, {"rope.scaling.yarn_log_multiplier": 0.5, "rope.scaling.attn_factor": 1.25}),
+        ("llama", {}, {"rope.scale_linear": 4.0}),
+        ("llama", {}, {"rope.scaling.factor": 4.0}),
+    ],
+)
+def test_rope_keys_of_others_are_computed_as_llama_cpp_does(model_type, config, changes, exported, tmp_path):
+    pytest.importorskip("xllamacpp")
+    _, file = exported(model_type, **config)
+    architecture = GGUFFile(file).architecture
+    changed = {f"{architecture}.{key}": value for key, value in changes.items()}
+    other = rewritten(file, tmp_path / "other.gguf", changed)
+    assert from_llama_cpp(other) < 1e-4
+    # of the longest of these contexts, what the keys say is seen
+    before = load_model(str(file), dtype="float32", load_in_4bit=False, device_map="cpu", max_seq_length=None)
+    if "rope.scaling.yarn_log_multiplier" not in changes or model_type == "ministral3":
+        assert from_llama_cpp(other, before[0]) > 1e-2
+
+
+def from_llama_cpp(file: Path, model=None) -> float:
+    """The largest difference of log-probabilities, behind a prompt of 40 tokens, between oribi's reading and llama.cpp's."""
+    from oribi.gguf.llama_cpp import LlamaCpp
+
+    if model is None:
+        model, _ = load_model(
+            str(file), dtype="float32", load_in_4bit=False, device_map="cpu", max_seq_length=None
+        )
+    prompt = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    with LlamaCpp(file, 128) as judge:
+        found = judge.generate(prompt, 8, top=10)
+    with torch.no_grad():
+        ours = (
+            model.eval()(torch.tensor([prompt + found.tokens])).logits[0].log_softmax(-1)[len(prompt) - 1 :]
+        )
+    pairs = [
+        (ours[i, token].item(), value)
+        for i, place in enumerate(found.logprobs)
+        for token, value in (place or {}).items()
+    ]
+    return max(abs(a - b) for a, b in pairs)
+
+
 def test_llama3_factors_become_the_llama3_kind_again(exported):
     rope = {
         "rope_type": "llama3",
@@ -263,6 +313,12 @@ def test_experts_of_files_that_others_write(exported, tmp_path):
         ({"tokenizer.ggml.model": "bert"}, "tokenizer of kind 'bert'"),
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"split.count": 3}, "one of 3 parts"),
+        (
+            {"llama.rope.scaling.type": "dynamic"},
+            "type = 'dynamic'; llama.cpp knows none, linear, yarn, longrope",
+        ),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor = 1.5, by which .* scaling is 'none'"),
+        ({"llama.attention.causal": False}, "attention.causal is false"),
         ({"llama.block_count": None}, "lacks the metadata key llama.block_count"),
         ({"llama.feed_forward_length": [128, 64, 128, 64]}, "differs by layer"),
     ],

@@ -29,7 +29,7 @@ class InGGUF:
         window_key_required: it loads no file without the window's key, whose value it ignores.
         one_rope_base: sliding layers rotate with the base of the others, unscaled.
         output_norm_eps: the epsilon of the norms after attention and the MLP, whatever a config says.
-        yarn_log_mul: it reads YaRN's mscale_all_dim, and takes mscale to be the same.
+        yarn_log_mul: it reads YaRN's betas and mscale_all_dim, and takes mscale to be 1; otherwise it computes with YaRN's defaults.
         truncates_yarn: it rounds the range of YaRN's dimensions to whole ones, where a config of the family says not to.
         no_rope_period: every `no_rope_period`-th layer has no RoPE; 0: all have.
         derived_head_dim: a head has hidden_size / num_attention_heads dimensions; the config has no field for it.

@@ -130,6 +130,11 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
         raise ModelError(
             f"{file.path} is a mixture of experts, which oribi does not read from GGUF as {file.architecture}"
         )
+    if not file.value("{arch}.attention.causal", True):
+        raise ModelError(
+            f"{file.path}: {file.architecture}.attention.causal is false: every token sees those behind it, so the model continues "
+            "no text and oribi does not read it"
+        )
     blocks, heads = file.number("block_count"), file.number("attention.head_count")
     if blocks > MOST_LAYERS:
         raise ModelError(f"{file.path}: block_count = {blocks}; at most {MOST_LAYERS:,} is possible")

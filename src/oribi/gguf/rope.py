@@ -23,6 +23,7 @@ _SCALING = {
     "yarn": gguf.RopeScalingType.YARN,
     "longrope": gguf.RopeScalingType.LONGROPE,
 }
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # YaRN's own
 _PROPORTIONAL = "proportional"
 _STANDS_STILL = 1e30  # what a frequency is divided by, so that no text is long enough to turn it
 _CPU = torch.device("cpu")
@@ -55,8 +56,8 @@ def add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, facts: InGGUF, h
         if factor is not None:
             writer.add_rope_scaling_attn_factors(factor)
     if kind == "yarn":
-        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
-        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or _BETAS["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or _BETAS["beta_slow"])
         if facts.truncates_yarn and rope.get("truncate", True):
             writer.add_bool(_TRUNCATES, True)
         if facts.yarn_log_mul and rope.get("mscale") and rope.get("mscale_all_dim"):
@@ -86,7 +87,7 @@ def _attention_factor(rope: dict[str, Any], stretch: float, original: int) -> fl
     """The factor of cos and sin, without YaRN's default, which llama.cpp applies itself; None where that is all."""
     factor = rope.get("attention_factor")
     if rope["rope_type"] == "yarn":
-        default = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+        default = yarn_factor(rope["factor"])
         return None if factor in (None, default) else factor / default
     if factor is None:
         stretch = rope.get("factor") or stretch
@@ -124,11 +125,14 @@ def rope_refusals(config: PretrainedConfig, facts: InGGUF) -> list[str]:
     if _PROPORTIONAL in facts.rope_factors and kind not in ("default", _PROPORTIONAL):
         refused.append(f"full_attention layers have plain or {_PROPORTIONAL} RoPE, not {kind}")
     mscales = {rope.get(name) or None for name in ("mscale", "mscale_all_dim")}
-    # one of them alone is not read; with both the same, cos and sin have no factor: what llama.cpp makes of them is told by a key
-    has_key = facts.yarn_log_mul and len(mscales) == 1 and rope.get("attention_factor") is None
+    # one of them alone is not read; what llama.cpp makes of both is told by a key for the second, and the first is 1
+    has_key = facts.yarn_log_mul and rope.get("mscale") == 1 and rope.get("attention_factor") is None
     truncates = rope.get("truncate", True) or facts.truncates_yarn
     if kind == "yarn" and ((None not in mscales and not has_key) or not truncates):
         refused.append("YaRN without mscale and truncate=false")
+    betas = [rope.get(name) or usual for name, usual in _BETAS.items()]
+    if kind == "yarn" and not facts.yarn_log_mul and betas != list(_BETAS.values()):
+        refused.append(f"YaRN with beta_fast 32 and beta_slow 1, not {betas[0]:g} and {betas[1]:g}")
     partial = rope.get("partial_rotary_factor", 1.0)
     if partial != 1.0 and kind != _PROPORTIONAL and not facts.partial_rope:
         refused.append(f"all dimensions of a head are rotated, not {partial} of them")
@@ -151,16 +155,14 @@ def read_rope(file: GGUFFile, head_dim: int, facts: InGGUF) -> dict[str, Any]:
         rope["partial_rotary_factor"] = rotary / head_dim
     if sections := file.value("{arch}.rope.dimension_sections"):
         rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
-    kind = file.value("{arch}.rope.scaling.type", "none")
+    kind, factor = _scaling(file)
     original = file.value("{arch}.rope.scaling.original_context_length")
     if kind in ("linear", "yarn"):
-        rope |= {"rope_type": kind, "factor": float(file.value("{arch}.rope.scaling.factor", 1.0))}
+        rope |= {"rope_type": kind, "factor": factor}
         if original:
             rope["original_max_position_embeddings"] = original
-        if kind == "yarn" and facts.truncates_yarn and not file.value(_TRUNCATES, False):
-            rope["truncate"] = False
-        if mscale := file.value("{arch}.rope.scaling.yarn_log_multiplier"):
-            rope |= {"mscale": float(mscale), "mscale_all_dim": float(mscale)}
+        if kind == "yarn":
+            rope |= _read_yarn(file, facts, factor)
     if beta := file.value("{arch}.attention.temperature_scale"):
         rope |= {"llama_4_scaling_beta": float(beta), "original_max_position_embeddings": original}
     if ROPE_FACTORS["long"] in file.tensors:
@@ -176,6 +178,49 @@ def read_rope(file: GGUFFile, head_dim: int, facts: InGGUF) -> dict[str, Any]:
     elif ROPE_FACTORS["llama3"] in file.tensors:
         rope |= _read_llama3(file, rope["rope_theta"], rotary)
     return rope
+
+
+def _scaling(file: GGUFFile) -> tuple[str, float]:
+    """The kind of scaling and its factor, as llama.cpp takes them: a factor without a kind is linear, by its older key too.
+
+    Raises:
+        ModelError: a kind that no file should have, or cos and sin are multiplied where no config can say so.
+    """
+    factor = float(file.value("{arch}.rope.scaling.factor") or file.value("{arch}.rope.scale_linear") or 1.0)
+    kind = file.value("{arch}.rope.scaling.type") or ("none" if factor == 1.0 else "linear")
+    name = f"{file.path}: {file.architecture}.rope.scaling"
+    if kind not in ("none", *_SCALING):
+        raise ModelError(f"{name}.type = {kind!r}; llama.cpp knows none, {', '.join(_SCALING)}")
+    multiplied = file.value("{arch}.rope.scaling.attn_factor", 1.0)
+    if multiplied != 1.0 and kind in ("none", "linear") and ROPE_FACTORS["long"] not in file.tensors:
+        raise ModelError(
+            f"{name}.attn_factor = {multiplied:g}, by which llama.cpp multiplies cos and sin; oribi does so with YaRN and LongRoPE "
+            f"alone, and this file's scaling is {kind!r}"
+        )
+    return kind, factor
+
+
+def _read_yarn(file: GGUFFile, facts: InGGUF, factor: float) -> dict[str, Any]:
+    """What a config says of YaRN besides its factor."""
+    rope: dict[str, Any] = {}
+    if facts.truncates_yarn and not file.value(_TRUNCATES, False):
+        rope["truncate"] = False
+    usual = yarn_factor(factor)
+    if facts.yarn_log_mul:  # other architectures compute with YaRN's defaults whatever a file says
+        for field in ("beta_fast", "beta_slow"):
+            if (beta := file.value(f"{{arch}}.rope.scaling.yarn_{field}")) is not None:
+                rope[field] = float(beta)
+        if mscale := file.value("{arch}.rope.scaling.yarn_log_multiplier"):
+            rope |= {"mscale": 1.0, "mscale_all_dim": float(mscale)}
+            usual /= yarn_factor(factor, float(mscale))
+    if (multiplied := file.value("{arch}.rope.scaling.attn_factor", 1.0)) != 1.0:
+        rope["attention_factor"] = multiplied * usual
+    return rope
+
+
+def yarn_factor(factor: float, mscale: float = 1.0) -> float:
+    """By what YaRN multiplies cos and sin where contexts are `factor` times as long."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _factors(file: GGUFFile, kind: str) -> list[float]:

@@ -57,7 +57,7 @@ def start_on_packed(model: PeftModel, how: str, adapter: str = "default") -> str
             for name, layer in layers.items():
                 _start_principal(layer, adapter, whole(name, layer), passes)
         return (
-            f"PiSSA: the pairs of {len(layers)} layers begin with the principal part of their weights. The base stays NF4: each pair has "
+            f"PiSSA: the pairs of {len(layers)} layers begin with the principal part of their weights. The base stays as it is: each pair has "
             "twice the rank that was asked for, of which the second half stays as it is and takes that part off the base"
         )
     lost = left = 0.0
