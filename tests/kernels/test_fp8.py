@@ -106,7 +106,8 @@ def test_sizes_that_the_matrix_units_take():
 
     assert fp8.fits(group(64, 16))
     assert not fp8.fits(group(64, 8))
-    assert not fp8.fits(group(24, 24, k=64))
+    assert fp8.fits(group(24, 24, k=64))  # of the product, whatever is in it
+    assert fp8.fits(group(64, 64, 1, 15))
     assert not fp8.fits(group(64, k=72))
 
 
@@ -182,6 +183,21 @@ def test_the_kernel_decodes_weights_in_both_orientations(sizes, k, transposed, d
     out = poisoned(*((k, sum(sizes)) if transposed else (sum(sizes), k)), dtype=torch.float32)
     assert fp8.dequantize_e4m3(weights, inverse, transposed, out) is out
     expected = nf4.dequantize(weights, torch.float32) * inverse
+    assert torch.equal(out, expected.t() if transposed else expected)
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_kernel_decodes_weights_before_others_in_16_bit(transposed):
+    """As of an MLP beside experts, whose gate is one row."""
+    codes = [packed(64, 128), packed(64, 128)]
+    dense = [torch.randn(n, 128, device=DEVICE).to(torch.bfloat16) for n in (1, 63)]
+    weights = [*codes, *dense]
+    inverse = fp8.group_scale(weights).reciprocal()
+    out = poisoned(*((128, 192) if transposed else (192, 128)), dtype=torch.float32)
+    assert fp8.dequantize_e4m3(weights, inverse, transposed, out) is out
+    expected = torch.cat([nf4.dequantize(codes, torch.float32), *(one.float() for one in dense)]) * inverse
     assert torch.equal(out, expected.t() if transposed else expected)
 
 

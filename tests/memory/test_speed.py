@@ -14,11 +14,13 @@ import oribi.memory.speed as speed
 from oribi.environment import detect
 from oribi.lora.attach import attach_lora
 from oribi.memory.account import needed_flop_per_token
+from oribi.memory.architecture import architecture_of
 from oribi.memory.speed import Utilisation, shape_of, utilisation_of
 from oribi.train.arguments import SFTConfig
 from oribi.train.progress import Progress
 from oribi.train.trainer import SFTTrainer
 from tests.models.tiny import tiny_config, tiny_pair
+from tests.models.tiny_checkpoint import checkpoint
 
 H100 = ("NVIDIA H100 80GB HBM3", 80 * 10**9)
 
@@ -120,3 +122,21 @@ def test_it_is_logged_and_shown_beside_the_speed(load, conversations, on_an_h100
 
 def test_utilisation_is_arithmetic_over_the_peak():
     assert Utilisation(flop_per_token=2e9, peak_flops=1e15).of(100_000) == pytest.approx(0.2)
+
+
+def test_fp8_makes_linear_layers_faster_and_leaves_experts_as_they_are(tmp_path):
+    changes = {
+        "mlp_only_layers": [],
+        "num_experts_per_tok": 2,
+        "hidden_size": 64,
+        "moe_intermediate_size": 64,
+    }
+    checkpoint(tmp_path / "experts", "qwen3_moe", **changes)
+    found = architecture_of(str(tmp_path / "experts"))
+    experts, linear = 2 * 3 * 64 * 64, 64 * 32 * (4 + 4 + 2 + 2)  # of two experts; of attention
+    share = speed.share_of_time_in_fp8(found)
+    assert share == pytest.approx((experts + linear / speed.FP8_SPEED) / (experts + linear))
+    checkpoint(tmp_path / "dense")
+    assert speed.share_of_time_in_fp8(architecture_of(str(tmp_path / "dense"))) == pytest.approx(
+        1 / speed.FP8_SPEED
+    )

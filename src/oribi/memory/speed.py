@@ -26,9 +26,12 @@ from torch import nn
 
 from oribi.environment import detect
 from oribi.memory.account import needed_flop_per_token
+from oribi.memory.architecture import Architecture
 from oribi.memory.estimate import Estimate, Training
+from oribi.memory.experts_shape import multiplied
 from oribi.memory.gpus import PRODUCT_SHARE, Gpu, recognise
 from oribi.models.decoder import DecoderForCausalLM
+from oribi.models.experts import Experts
 
 BANDWIDTH_SHARE = 3.0 / 3.35
 # rounding counted, products of frozen weights in fp8 take this fraction of the time: Llama-3.1-8B 2 x 2048, 178 and 237 ms per step
@@ -76,7 +79,12 @@ def step_time(training: Training, estimate: Estimate, gpu: Gpu) -> StepTime:
     head = 4.0 * a.embedding * tokens
     # two products forward, five backward, which forms the scores again
     attention = 3.5 * sum(layer.core_flop for layer in layers)
-    flop = linear / (FP8_SPEED if config.fp8 else 1) + head + attention + _recomputed(training, estimate)
+    flop = (
+        linear * (share_of_time_in_fp8(a) if config.fp8 else 1)
+        + head
+        + attention
+        + _recomputed(training, estimate)
+    )
     moved = width * sum(
         8 * shape.hidden + shape.columns(2 * [f"{shape.mixer.input}.out"] + shape.mlp_terms)
         for shape in (layer.shape for layer in layers)
@@ -102,6 +110,13 @@ def step_time(training: Training, estimate: Estimate, gpu: Gpu) -> StepTime:
         tokens=micro * tokens,
         measured=gpu.name == "H100" and config.stage == "sft",
     )
+
+
+def share_of_time_in_fp8(a: Architecture) -> float:
+    """What is left of the time of linear layers and experts where fp8 rounds the former alone."""
+    found = [(isinstance(module, Experts), weights) for _, module, weights, _ in multiplied(a.decoder.model)]
+    experts = sum(weights for is_expert, weights in found if is_expert) / sum(weights for _, weights in found)
+    return experts + (1 - experts) / FP8_SPEED
 
 
 def _recomputed(training: Training, estimate: Estimate) -> float:

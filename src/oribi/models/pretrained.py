@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from oribi.errors import ModelError
 from oribi.kernels import fp8
 from oribi.models.core import Keep
+from oribi.models.experts import ExpertsMLP
 from oribi.models.fused_layer import POLICY_NAMES, fusible_halves, policy
 from oribi.models.host_memory import to_pinned_memory
 from oribi.models.layers import DecoderLayer
@@ -79,6 +80,21 @@ class DecoderPreTrainedModel(PreTrainedModel):
             layer.fp8 = bool(groups) and all(map(fp8.fits, groups))
             layer.dequantized.clear()
         return sum(layer.fp8 for layer in layers)
+
+    def precision_in_fp8(self) -> str:
+        """What `use_fp8` has left in which precision, in one line for the log."""
+        layers = self._decoder_layers()
+        said = f"fp8 (approximate): base products of {sum(layer.fp8 for layer in layers)} of {len(layers)} layers"
+        exact = [index for index, layer in enumerate(layers) if not layer.fp8]
+        if len(exact) > EXACT_LAYERS:
+            said += f"; exact are layers {', '.join(map(str, exact))}"
+        with_experts = [layer.part("mlp") for layer in layers if isinstance(layer.part("mlp"), ExpertsMLP)]
+        if with_experts:
+            beside = "attention" + " and the MLP beside the experts" * any(
+                one.shared is not None for one in with_experts
+            )
+            said += f". In these layers {beside} are rounded; routers and the experts' own stacks are computed in 16 bits"
+        return said
 
     # transformers 5.23 warns of these three names, which PEFT and TRL still use, and calls what a class has for them
     def gradient_checkpointing_enable(

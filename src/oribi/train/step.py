@@ -157,8 +157,8 @@ class StepTrainer(OptimizerTrainer, AheadTrainer):
             logger.log(level, apply_plan(base, tokens, longest, budget, context, agree))
         if self.args.fp8:
             base.train()  # dropout is read where it acts
-            count = base.use_fp8(True)
-            logger.info("fp8 (approximate): base products of %d of %d layers", count, len(base.model.layers))
+            base.use_fp8(True)
+            logger.info(base.precision_in_fp8())
         if self.step_runner is None:
             reason = self._start_recording(model, base, tokens)
             said = "steps run as recorded CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
