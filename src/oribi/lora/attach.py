@@ -13,16 +13,10 @@ from oribi.config import CHECKPOINTING, OLDER_CHECKPOINTING, PROJECTIONS
 from oribi.errors import ConfigError
 from oribi.families import family_of
 from oribi.lora.eva import PENDING, eva_settings
+from oribi.lora.expert_targets import resolve_all, why_layers_only
 from oribi.lora.settings import refuse_settings
 from oribi.lora.starts import packed_settings, start_on_packed
-from oribi.lora.targets import (
-    has_head,
-    is_tied,
-    resolve_experts,
-    resolve_layers,
-    resolve_targets,
-    why_layers_only,
-)
+from oribi.lora.targets import has_head, is_tied, resolve_layers
 from oribi.models.identity import AS_IN_FILE
 from oribi.models.labels import HEADS
 from oribi.models.load_adapter import train_in_float32, without_word_on_ties
@@ -92,9 +86,8 @@ def attach_lora(
     task = _task(source, lora_config.pop("task_type", None))
     tied = is_tied(base) and lora_config.get("ensure_weight_tying") is not False
     layers = resolve_layers(base, layers_to_transform, finetune_last_n_layers)
-    layers_only = why_layers_only(lora_dropout, lora_config.get("use_dora", False), init_lora_weights)
-    target_modules = resolve_experts(base, target_modules, layers, notes, layers_only, lora_config)
-    targets, saved = resolve_targets(base, target_modules, modules_to_save, notes, tied, layers)
+    why = why_layers_only(lora_dropout, lora_config.get("use_dora", False), init_lora_weights)
+    targets, saved = resolve_all(base, target_modules, modules_to_save, notes, tied, layers, why, lora_config)
     if task == TaskType.SEQ_CLS:
         saved = _with_heads(base, saved, lora_config)
     refuse_settings(base, targets, lora_config)

@@ -10,6 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from oribi.errors import ConfigError
+from oribi.models.experts import STACKS, Experts
 from oribi.text import did_you_mean
 
 # what oribi could not write to a file, or what its decoder would compute differently from PEFT
@@ -110,9 +111,11 @@ def _excluded_nothing(
     if isinstance(excluded, str):  # an expression over full names
         return
     names = list(_targeted(model, targets))
+    stacks = [name for name, one in model.named_modules() if isinstance(one, Experts)]
+    stacks += [f"{name}.{stack}" for name in stacks for stack in STACKS]
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     for one in excluded:
-        if not any(f".{name}".endswith(f".{one}") for name in names):
+        if not any(f".{name}".endswith(f".{one}") for name in (*names, *stacks)):
             yield (
                 f"exclude_modules: no target is named {one!r}{did_you_mean(one, leaves)} They are {', '.join(leaves)}"
             )

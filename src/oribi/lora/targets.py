@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -66,7 +65,7 @@ def layer_projections(model: PreTrainedModel, attention: bool, mlp: bool) -> lis
             and leaf not in without
         ):
             found[leaf] = _MLP_PARTS.search(name) is not None
-    if _has_experts(model):
+    if has_experts(model):
         found |= dict.fromkeys(STACK_OF.values(), True)
     return [leaf for leaf, is_mlp in found.items() if (mlp if is_mlp else attention)]
 
@@ -75,7 +74,7 @@ def has_head(targets: Iterable[str] | str) -> bool:
     """Whether targets name the head."""
     if isinstance(targets, str):
         return targets != "all-linear" and re.fullmatch(targets, "lm_head") is not None
-    return any(_matches("lm_head", [target]) for target in targets)
+    return any(matches("lm_head", [target]) for target in targets)
 
 
 def resolve_targets(
@@ -158,103 +157,9 @@ def resolve_targets(
     return found, list(dict.fromkeys(saved)) or None
 
 
-def _has_experts(model: nn.Module) -> bool:
+def has_experts(model: nn.Module) -> bool:
     """Whether layers of oribi's decoder have experts."""
     return any(isinstance(module, Experts) for module in model.modules())
-
-
-def why_layers_only(dropout: float, dora: bool, start: bool | str) -> str | None:
-    """Why the settings of an adapter leave out parameters that are no layers, as experts' stacks; None if they do not.
-
-    Args:
-        dropout, dora, start: lora_dropout, use_dora and init_lora_weights.
-    """
-    if dropout:
-        return f"lora_dropout = {dropout}"
-    if dora:
-        return "use_dora"
-    # PEFT begins pairs of parameters in no other way
-    return None if str(start).lower() in ("true", "false", "gaussian") else f"init_lora_weights = {start}"
-
-
-def stacks_of(names: Iterable[str], family: Family, layers: Iterable[int] | None = None) -> list[str]:
-    """The stacks of experts that names of an MLP's projections mean, as target_parameters has them.
-
-    Args:
-        names: of target modules; "all-linear" means all. family: with experts. layers: the only ones meant; None for all.
-    """
-    held = {STACK_OF.get(name.rpartition(".")[2]) for name in names} - {None}
-    if "all-linear" in names:
-        held = set(STACK_OF.values())
-    stacks = [f"{family.attribute('mlp')}.experts.{stack}" for stack in sorted(held, reverse=True)]
-    return stacks if layers is None else [f"layers.{index}.{stack}" for index in layers for stack in stacks]
-
-
-def resolve_experts(
-    model: nn.Module,
-    target_modules: Sequence[str] | str | None,
-    layers: Sequence[int] | None,
-    notes: list[str],
-    layers_only: str | None,
-    given: dict[str, Any],
-) -> Sequence[str] | str | None:
-    """Target modules without an MLP's projections in a model with experts, whose stacks these names mean; others as asked for.
-
-    PEFT reads these names as the experts' stacks where transformers' older classes had layers of these names.
-
-    Args:
-        model: the base. target_modules: as asked for. layers: the only layers that are meant; None for all.
-        notes: takes a line on what is trained. layers_only: as `why_layers_only` says.
-        given: further fields of `peft.LoraConfig`; its target_parameters are set where names mean them.
-
-    Raises:
-        ConfigError: nothing is left that could be trained.
-    """
-    if not _has_experts(model):
-        return target_modules
-    word = target_modules.strip() if isinstance(target_modules, str) else None
-    if word is not None and word.lower() == "all-linear":
-        targets = layer_projections(model, True, True)
-    elif word is None or word in STACK_OF:
-        targets = list(PROJECTIONS if target_modules is None else [word] if word else target_modules)
-    else:
-        return target_modules
-    left = [target for target in targets if target.rpartition(".")[2] not in STACK_OF]
-    if len(left) == len(targets):
-        return targets
-    rules = FAMILIES[model.config.model_type].experts
-    beside = {
-        leaf
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (leaf := name.rpartition(".")[2]) in STACK_OF
-    }
-    if rules.shared_by_name:
-        left += [target for target in targets if target.rpartition(".")[2] in beside]
-        beside = set()
-    parameters = given.get("target_parameters")
-    if layers_only and not parameters:
-        if not left:
-            raise ConfigError(
-                f"target_modules: {', '.join(targets)} are stacks of experts in this model, which have no pairs with {layers_only}"
-            )
-        notes.append(
-            f"target_modules: experts{' and MLPs beside them' if beside else ''} stay frozen, because of {layers_only}"
-        )
-        return left
-    if not parameters:
-        names = [f".{name}" for name, _ in model.named_parameters()]
-        meant = stacks_of(targets, FAMILIES[model.config.model_type], layers)
-        # some layers have no experts
-        parameters = [one for one in meant if any(name.endswith(f".{one}") for name in names)]
-        if not parameters:
-            return left
-        given["target_parameters"] = parameters
-    stacks = dict.fromkeys(re.sub(r"^layers\.\d+\.", "", one) for one in parameters)
-    notes.append(
-        f"LoRA goes on the experts: target_parameters = {', '.join(stacks)}"
-        + ("; MLPs beside the experts stay frozen" if beside else "")
-    )
-    return left
 
 
 def _without_read_by_kernels(model: nn.Module, targets: list[str], notes: list[str]) -> list[str]:
@@ -296,8 +201,8 @@ def _of_text(model: nn.Module, names: list[str]) -> list[str]:
 
 def _within_text(targets: list[str], names: list[str], every: list[str]) -> list[str]:
     """Targets that mean modules of the text decoder only: full names where a tower has modules of the same name."""
-    wanted = [name for name in names if _matches(name, targets)]
-    return targets if sum(_matches(name, targets) for name in every) == len(wanted) else wanted
+    wanted = [name for name in names if matches(name, targets)]
+    return targets if sum(matches(name, targets) for name in every) == len(wanted) else wanted
 
 
 def _layer_of(name: str) -> int | None:
@@ -305,7 +210,7 @@ def _layer_of(name: str) -> int | None:
     return None if number is None else int(number[1])
 
 
-def _matches(name: str, targets: Iterable[str]) -> bool:
+def matches(name: str, targets: Iterable[str]) -> bool:
     # the way PEFT matches: a whole name or its end
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
@@ -318,7 +223,7 @@ def _present(
     Raises:
         ConfigError: one is absent, or, with `some`, all are.
     """
-    found = [name for name in wanted if any(_matches(have, [name]) for have in names)]
+    found = [name for name in wanted if any(matches(have, [name]) for have in names)]
     absent = [name for name in wanted if name not in found]
     if absent and not (some and found):
         leaves = sorted({name.rpartition(".")[2] for name in names} - {""})

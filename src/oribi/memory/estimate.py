@@ -6,19 +6,22 @@ The moments are the loss, when every layer's kept results are there, and each la
 above are gone. Bytes are those of `account.py`; what each layer keeps is decided by `plan.py`, as in training.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from oribi.config import RunConfig
-from oribi.families import FAMILIES
 from oribi.kernels.context_attention import chunk_tokens
+from oribi.lora.expert_targets import resolve_all, why_layers_only
 from oribi.lora.starts import PRINCIPAL_RANKS
-from oribi.lora.targets import STACK_OF, stacks_of, why_layers_only
+from oribi.lora.targets import resolve_layers
 from oribi.memory.account import (
     LIBRARY_BYTES,
     StepAccount,
@@ -31,11 +34,9 @@ from oribi.memory.gpus import Gpu
 from oribi.memory.layer_shape import LayerShape, layer_shapes
 from oribi.memory.plan import HOST_BYTES_PER_FLOP, MARGIN, plan
 from oribi.models.core import Keep
-from oribi.models.experts import SHARED_GATE
 from oribi.models.fused_layer import policy
 from oribi.models.host_memory import buffer_size
 from oribi.models.layers import DecoderLayer
-from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
 
 HOST_LIMIT = 0.9  # share of the free host memory that may be pinned
 # of a token and word of the vocabulary: logits in 16 bits, their logarithms and both gradients
@@ -104,48 +105,41 @@ class Training:
         c = self.config
         if c.full_finetuning:
             return {}
-        wanted, found = set(c.target_modules), {}
-        family = FAMILIES[self.architecture.config.model_type]
-        wanted |= {attribute for role, attribute in family.projections().items() if role in wanted}
-        beside = family.experts is not None and not family.experts.shared_by_name
-        frozen = STACK_OF if beside else ()
-        for name, module in self.architecture.decoder.model.layers.named_modules():
-            leaf = name.rpartition(".")[2]
-            if not isinstance(module, torch.nn.Linear) or leaf in frozen:
-                continue
-            every = c.target_modules == ["all-linear"] and leaf not in (*DECAY_PROJECTIONS, SHARED_GATE)
-            if (every or leaf in wanted) and not self._left_out(name):
-                found[name] = self.rank_of(f"model.layers.{name}") * (
-                    module.in_features + module.out_features
-                )
-        return found
+        return {
+            name: self.rank_of(f"model.layers.{name}") * (module.in_features + module.out_features)
+            for name, module in self.architecture.decoder.model.layers.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            and check_target_module_exists(self._targets, f"model.layers.{name}")
+        }
 
     @cached_property
     def adapted_stacks(self) -> dict[str, int]:
-        """Name of each adapted stack of experts among the layers -> its LoRA parameters."""
-        c, family = self.config, FAMILIES[self.architecture.config.model_type]
-        if c.full_finetuning or family.experts is None:
-            return {}
-        wanted = c.target_parameters
-        if not wanted and why_layers_only(c.lora_dropout, c.use_dora, c.init_lora_weights) is None:
-            wanted = stacks_of(c.target_modules, family)
-        return {
-            name: self.rank_of(f"model.layers.{name}") * stack.shape[0] * sum(stack.shape[1:])
-            for name, stack in self.architecture.decoder.model.layers.named_parameters()
-            if stack.dim() == 3
-            and any(f".{name}".endswith(f".{one}") for one in wanted)
-            and (c.target_parameters or not self._left_out(name))
-        }
+        """Name of each adapted stack of experts, or other parameter, among the layers -> its LoRA parameters."""
+        wanted = () if self.config.full_finetuning else self._targets.target_parameters or ()
+        found = {}
+        for name, parameter in self.architecture.decoder.model.layers.named_parameters():
+            if any(f".model.layers.{name}".endswith(f".{one}") for one in wanted):
+                *stack, rows, columns = parameter.shape
+                found[name] = self.rank_of(f"model.layers.{name}") * math.prod(stack) * (rows + columns)
+        return found
 
-    def _left_out(self, name: str) -> bool:
-        """Whether a linear layer gets no adapter although its kind does; `name` begins with its layer's number."""
-        chosen, layer = self.config.layers_to_transform, int(name.partition(".")[0])
-        if self.config.finetune_last_n_layers is not None:
-            count = len(self.architecture.decoder.model.layers)
-            chosen = range(count - self.config.finetune_last_n_layers, count)
-        full = f"model.layers.{name}"
-        excluded = any(f".{full}".endswith(f".{one}") for one in self.config.exclude_modules)
-        return excluded or (chosen is not None and layer not in chosen)
+    @cached_property
+    def _targets(self) -> LoraConfig:
+        """What attaching makes of the run's target_modules and of what goes with them."""
+        c, decoder = self.config, self.architecture.decoder
+        targets = c.target_modules if c.target_modules != ["all-linear"] else "all-linear"
+        layers = resolve_layers(decoder, c.layers_to_transform, c.finetune_last_n_layers)
+        layers_only = why_layers_only(c.lora_dropout, c.use_dora, c.init_lora_weights)
+        given = {
+            "exclude_modules": c.exclude_modules or None,
+            "target_parameters": c.target_parameters or None,
+        }
+        targets, saved = resolve_all(
+            decoder, targets, c.modules_to_save, [], self.architecture.tied, layers, layers_only, given
+        )
+        if targets == "all-linear":  # which PEFT replaces by their names
+            targets = [name for name, one in decoder.named_modules() if isinstance(one, torch.nn.Linear)]
+        return LoraConfig(target_modules=targets, modules_to_save=saved, layers_to_transform=layers, **given)
 
     def rank_of(self, name: str) -> int:
         """The rank of a linear layer's pair, as PEFT reads rank_pattern."""
