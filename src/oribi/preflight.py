@@ -115,7 +115,7 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
     refuse_what_cannot_fit(config, environment)
     if config.train_for is not None:
         opened = open_run_model(config)
-        require_codable(opened, config.load_in_4bit, config.full_finetuning, config.stage == "reward")
+        require_codable(opened, config.full_finetuning, config.stage == "reward")
         planned_types(build(opened.config), config.train_for)
     if config.quantization_method or config.train_for:
         # what llama.cpp would compute differently is told before the training, not after it

@@ -12,6 +12,7 @@ import torch
 
 from oribi.kernels import (
     adamw_step,
+    block_stack,
     blocked_attention,
     causal_conv,
     cross_entropy,
@@ -457,9 +458,15 @@ def test_ggml_blocks_compile_with_16_byte_stores(launches, capability, dtype, ki
     codes = ggml_blocks.BlockCodes.empty((rows, columns), kind).codes
     out = torch.empty(rows + 16, columns + 64, dtype=dtype)[:rows, :columns]
     ggml_blocks.BlockCodes((rows, columns), kind, torch.zeros_like(codes, device="cpu")).write(out)
-    kernel = compiled(launches[0], capability)
-    assert kernel.asm["cubin"]
-    assert vectors(kernel.asm["ptx"])[1] > 0
+    stack = block_stack.BlockStack.empty((2, rows, columns), (kind,), "cpu")
+    weight = torch.empty(2, rows + 16, columns + 16, dtype=dtype)
+    expert_stack.dequantize_stack(stack, dtype, weight[:, :rows, :columns])
+    expert_stack.dequantize_stack(stack, dtype, experts=torch.tensor([1, 1, 0]))
+    assert len(launches) == 3
+    for launch in launches:
+        kernel = compiled(launch, capability)
+        assert kernel.asm["cubin"]
+        assert vectors(kernel.asm["ptx"])[1] > 0
 
 
 @pytest.mark.long

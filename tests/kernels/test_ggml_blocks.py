@@ -6,7 +6,9 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from oribi.kernels.block_stack import BlockStack
 from oribi.kernels.dispatch import INTERPRETED
+from oribi.kernels.expert_stack import dequantize_stack
 from oribi.kernels.ggml_blocks import BLOCK_TYPES, BlockCodes
 from oribi.kernels.lora import Projection, augmented_weight
 from oribi.kernels.packed_weight import PackedWeight
@@ -42,6 +44,36 @@ def test_values_have_the_bits_of_the_gguf_package(kind):
         assert torch.equal(bits(buffer[:rows, :columns].cpu()), bits(expected.to(dtype)))
         assert (buffer[rows:] == 7).all()
         assert (buffer[:, columns:] == 7).all()
+
+
+def random_stack(kinds: tuple[str, ...], experts: int, rows: int, columns: int) -> tuple[BlockStack, torch.Tensor]:
+    """A stack, and its values [E, N, K] as the gguf package has them."""
+    stack, parts = BlockStack.empty((experts, len(kinds) * rows, columns), kinds, "cpu"), []
+    for part, kind in enumerate(kinds):
+        codes = random_codes(kind, experts * rows, columns, seed=part)
+        stack.tensor(part).copy_(codes.view(experts, rows, -1))
+        values = torch.from_numpy(dequantize(codes.numpy(), GGMLQuantizationType[kind]))
+        parts.append(values.view(experts, rows, columns))
+    return stack.moved(torch.device(DEVICE), stack.codes.to(DEVICE)), torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in BLOCK_TYPES), ("Q4_K", "Q6_K"), ("Q5_0", "Q5_0")])
+def test_stacks_of_experts_have_the_bits_of_the_gguf_package(kinds):
+    experts, rows, columns = 3, 10, 512
+    stack, expected = random_stack(kinds, experts, rows, columns)
+    whole = len(kinds) * rows
+    chosen = torch.tensor([2, 0, 2], device=DEVICE)
+    for dtype in DTYPES:
+        truth = expected.to(dtype)
+        buffer = torch.full((3, whole + 16, columns + 16), 7.0, dtype=dtype, device=DEVICE)
+        for experts_wanted, values in ((None, truth), (chosen, truth[[2, 0, 2]])):
+            dequantize_stack(stack, dtype, buffer[:, :whole, :columns], experts_wanted)
+            assert torch.equal(bits(buffer[:, :whole, :columns].cpu()), bits(values))
+            assert (buffer[:, whole:] == 7).all()
+            assert (buffer[:, :, columns:] == 7).all()
+        last = stack.parts * experts - 1
+        assert torch.equal(bits(stack.matrix(last, dtype).cpu()), bits(truth[2, whole - rows :]))
+    assert stack.nbytes == sum(BLOCK_TYPES[k].nbytes * experts * rows * columns // BLOCK_TYPES[k].values for k in kinds)
 
 
 def test_a_group_of_different_types_lies_in_one_buffer():

@@ -10,7 +10,9 @@ from oribi.errors import ConfigError
 from oribi.gguf.file import Type
 from oribi.gguf.mixes import mix_of
 from oribi.gguf.quantize import encode
+from oribi.gguf.stacks import PARTS, first_matrices, keeps_codes, types_of_stacks
 from oribi.gguf.writer import Entry, plan_file
+from oribi.kernels.block_stack import BlockStack
 from oribi.kernels.ggml_blocks import BLOCK_TYPES, BlockCodes, decode_blocks
 from oribi.tensors import TensorSource
 
@@ -60,6 +62,8 @@ class PlannedFile:
                 )
             if found[0].tensor.part[1] == 1:
                 del found[1:]
+        stacks = types_of_stacks((found[0].tensor, found[0].type) for found in self.entries.values())
+        self.stack_types = {stack: kinds for stack, kinds in stacks.items() if keeps_codes(kinds)}
 
     def block_type(self, name: str) -> str | None:
         """The type of a matrix's codes, as `GGUFSource.block_type` tells it of a file."""
@@ -104,6 +108,20 @@ class CodedSource(PlannedFile):
         entry = self.entries[name][0]
         codes = self._parts(name, device, lambda codes, _: codes)
         return BlockCodes((len(codes), entry.shape[1]), entry.type.name, codes.contiguous())
+
+    def stack_codes(self, prefix: str, stack: str, device: torch.device) -> BlockStack:
+        """The codes of one of `stack_types`, quantised matrix by matrix; arguments as of `GGUFSource.stack_codes`."""
+        experts, rows, columns = self.entries[first_matrices(prefix, stack)[0]][0].shape
+        parts = PARTS[stack]
+        found = BlockStack.empty(
+            (experts, len(parts) * rows, columns), self.stack_types[f"{prefix}.{stack}"], device
+        )
+        for part, name in enumerate(parts):
+            for expert, place in enumerate(found.tensor(part)):
+                place.copy_(
+                    self._parts(f"{prefix}.{expert}.{name}.weight", device, lambda codes, _: codes)
+                )
+        return found
 
     def _parts(
         self, name: str, device: torch.device, of_codes: Callable[[torch.Tensor, Entry], torch.Tensor]

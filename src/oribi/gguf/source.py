@@ -3,6 +3,7 @@
 A GGUF file keeps the network under llama.cpp's names; what differs besides the names is undone by `names.Tensor`.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,12 +12,12 @@ from oribi.errors import ModelError
 from oribi.gguf.file import GGUFFile, Type
 from oribi.gguf.metadata import config_of_file
 from oribi.gguf.names import tensors_to_read
+from oribi.gguf.stacks import first_matrices, keeps_codes, types_of_stacks
 from oribi.gguf.tensor import Tensor
+from oribi.kernels.block_stack import BlockStack
+from oribi.kernels.expert_stack import StackCodes
 from oribi.kernels.ggml_blocks import BLOCK_TYPES, BlockCodes
 from oribi.kernels.mxfp4 import MXFP4Stack, from_blocks
-
-# an expert's matrices -> the stack of the model that holds them, in this order
-_STACK_OF = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
 
 class GGUFSource:
@@ -77,39 +78,39 @@ class GGUFSource:
         codes = tensor.from_gguf(self.file.read_codes(tensor.name)).contiguous()
         return BlockCodes(stored.shape, stored.kind.name, codes.to(device))
 
-    @property
-    def in_mxfp4(self) -> set[str]:
-        """Names of the stacks of experts all of whose matrices are in MXFP4."""
-        return {stack for stack, kinds in self._stacks().items() if kinds == {Type.MXFP4}}
+    @cached_property
+    def stack_types(self) -> dict[str, tuple[str, ...]]:
+        """Stacks of experts whose codes are kept, each with the types of an expert's matrices in it."""
+        return {stack: kinds for stack, kinds in self._stacks().items() if keeps_codes(kinds)}
 
-    def expert_types(self) -> list[str]:
-        """The types of the experts' matrices whose codes are not kept."""
-        kinds = {kind for stack, of_stack in self._stacks().items() for kind in of_stack - {Type.MXFP4}}
-        return sorted(kind.name for kind in kinds)
+    def other_stack_types(self) -> list[str]:
+        """The types in stacks of experts whose codes are not kept."""
+        left = self._stacks().items() - self.stack_types.items()
+        return sorted({kind for _, kinds in left for kind in kinds})
 
-    def _stacks(self) -> dict[str, set[Type]]:
-        """Stacks of experts in the model, with the types that their matrices have in the file."""
-        found: dict[str, set[Type]] = {}
-        for name, (tensor, _) in self._tensors.items():
-            if tensor.experts and name.endswith(".weight"):
-                prefix, _, part = tensor.source.removesuffix(".weight").partition(".*.")
-                found.setdefault(f"{prefix}.{_STACK_OF[part]}", set()).add(
-                    self.file.tensors[tensor.name].kind
-                )
-        return found
+    def _stacks(self) -> dict[str, tuple[str, ...]]:
+        tensors = {tensor.name: tensor for tensor, _ in self._tensors.values()}
+        return types_of_stacks((tensor, self.file.tensors[name].kind) for name, tensor in tensors.items())
 
-    def mxfp4(self, prefix: str, stack: str, device: torch.device) -> MXFP4Stack:
-        """The codes of a stack that is `in_mxfp4`, gate before up.
+    def stack_codes(self, prefix: str, stack: str, device: torch.device) -> StackCodes:
+        """The codes of one of `stack_types`, gate before up.
 
         Args:
             prefix: name of the module of experts. stack: of the stack within it.
         """
-        parts = [part for part, whole in _STACK_OF.items() if whole == stack]
-        stored = [self._tensors[f"{prefix}.0.{part}.weight"][0].name for part in parts]
-        shape = self.file.tensors[stored[0]].shape
-        blocks = [self.file.read_codes(name).view(*shape[:2], -1) for name in stored]
-        codes, scales = (half.contiguous().to(device) for half in from_blocks(torch.cat(blocks, dim=1)))
-        return MXFP4Stack((shape[0], len(parts) * shape[1], shape[2]), len(parts), codes, scales)
+        kinds = self.stack_types[f"{prefix}.{stack}"]
+        names = [self._tensors[name][0].name for name in first_matrices(prefix, stack)]
+        experts, rows, columns = self.file.tensors[names[0]].shape
+        shape = (experts, len(names) * rows, columns)
+        if kinds[0] == Type.MXFP4.name:
+            blocks = [self.file.read_codes(name).view(experts, rows, -1) for name in names]
+            codes, scales = (half.contiguous().to(device) for half in from_blocks(torch.cat(blocks, dim=1)))
+            return MXFP4Stack(shape, len(names), codes, scales)
+        found = BlockStack.empty(shape, kinds, device)
+        for part, name in enumerate(names):
+            place = found.tensor(part)
+            place.copy_(self.file.read_codes(name).view(place.shape))
+        return found
 
     def close(self) -> None:
         pass  # nothing stays open

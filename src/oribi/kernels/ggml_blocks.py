@@ -99,21 +99,37 @@ class BlockCodes:
 
     def write(self, out: torch.Tensor) -> None:
         """Writes the values into out [N, K], whose rows may be strided, rounded once to its dtype."""
-        if use_triton(self.codes):
-            self._launch(out)
-            return
-        rows = max(1, _AT_ONCE // self.shape[1])
-        for codes, part in zip(self.codes.split(rows), out.split(rows)):
-            decode_blocks(codes, self.kind, part)
+        write_blocks(self.codes[None], self.kind, out[None])
 
-    def _launch(self, out: torch.Tensor) -> None:
-        kind = BLOCK_TYPES[self.kind]
-        row_blocks = self.shape[1] // kind.values
-        blocks, count = self.shape[0] * row_blocks, _VALUES // kind.values
-        launch(
-            _kernel, -(-blocks // count), out, self.codes, out.stride(0), row_blocks, blocks, kind.nbytes, kind.parts,
-            kind.length, kind.bits, kind.quants, kind.high, kind.zero, kind.minimum, count, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+
+def write_blocks(
+    codes: torch.Tensor, kind: str, out: torch.Tensor, experts: torch.Tensor | None = None
+) -> None:
+    """Writes the values of matrices of one type, rounded once to the dtype of `out`.
+
+    Args:
+        codes: [E, N, bytes of a row] uint8. kind: a name in `BLOCK_TYPES`.
+        out: [L, N, K]; rows and matrices may be strided.
+        experts: [L] int64, the matrices that are wanted, each any number of times; None takes all in their order.
+    """
+    if use_triton(codes):
+        _launch(codes, kind, out, experts)
+        return
+    rows = max(1, _AT_ONCE // out.shape[2])
+    for place, expert in enumerate(range(len(codes)) if experts is None else experts.tolist()):
+        for some, part in zip(codes[expert].split(rows), out[place].split(rows)):
+            decode_blocks(some, kind, part)
+
+
+def _launch(codes: torch.Tensor, kind: str, out: torch.Tensor, experts: torch.Tensor | None) -> None:
+    of = BLOCK_TYPES[kind]
+    row_blocks = out.shape[2] // of.values
+    blocks, count = out.shape[1] * row_blocks, _VALUES // of.values
+    launch(
+        _kernel, len(out) * -(-blocks // count), out, codes, out if experts is None else experts, out.stride(0), out.stride(1),
+        row_blocks, blocks, of.nbytes, of.parts, of.length, of.bits, of.quants, of.high, of.zero, of.minimum, count,
+        experts is not None, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def decode_blocks(codes: torch.Tensor, kind: str, out: torch.Tensor) -> None:
@@ -190,14 +206,19 @@ def _half(pointer, inside):
 
 @jit
 def _kernel(
-    out_ptr, codes, row_stride, row_blocks, blocks,
+    out_ptr, codes, experts, expert_stride, row_stride, row_blocks, blocks,
     BYTES: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr, QUANTS: tl.constexpr,
-    HIGH: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, BLOCKS: tl.constexpr,
+    HIGH: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, BLOCKS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None, None]
+    programs = tl.cdiv(blocks, BLOCKS)
+    matrix = (tl.program_id(0) // programs).to(tl.int64)
+    source = matrix
+    if CHOSEN:
+        source = tl.load(experts + matrix)
+    block = (tl.program_id(0) % programs).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None, None]
     part, lane = tl.arange(0, PARTS)[None, :, None], tl.arange(0, LENGTH)[None, None, :]
     inside = block < blocks
-    start = codes + block * BYTES
+    start = codes + (source * blocks + block) * BYTES
     if BITS == 8:
         byte = _byte(start + QUANTS + part * LENGTH + lane, inside)
         q = byte - ((byte & 128) << 1)
@@ -230,5 +251,6 @@ def _kernel(
             tl.float32
         )
     row = block // row_blocks
-    at = row * row_stride + (block - row * row_blocks) * (PARTS * LENGTH) + part * LENGTH + lane
+    at = matrix * expert_stride + row * row_stride
+    at += (block - row * row_blocks) * (PARTS * LENGTH) + part * LENGTH + lane
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)

@@ -24,11 +24,6 @@ _WORDS = 512
 _ROWS = 4096
 
 
-def mxfp4_bytes(count: int) -> int:
-    """Bytes of `count` weights: codes and scales."""
-    return count // 2 + count // MX_BLOCK
-
-
 @dataclass
 class MXFP4Stack:
     """MXFP4 codes and scales of a stack.

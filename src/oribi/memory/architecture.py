@@ -10,12 +10,10 @@ from transformers import PretrainedConfig
 
 from oribi.errors import ModelError
 from oribi.formats.settings import PackedFormat
-from oribi.kernels.mxfp4 import mxfp4_bytes
 from oribi.kernels.nf4 import nf4_bytes
-from oribi.memory.account import linear_weights, packable_weights
-from oribi.memory.experts_shape import packable
+from oribi.memory.account import linear_weights, packable_parameters
 from oribi.models.decoder import DecoderForCausalLM, build
-from oribi.models.experts import Experts
+from oribi.models.expert_tensors import empty_codes, expert_modules, stacks_in_mxfp4
 from oribi.models.files import HubOptions, Location
 from oribi.models.open import open_model
 from oribi.models.packed_linear import codes_of_layers, planned_types
@@ -47,7 +45,7 @@ class Architecture:
         decoder: the decoder on the meta device, in the compute dtype.
         stored: how the checkpoint's weights are quantised; None where they are not.
         in_mxfp4: whether its experts are in MXFP4, and stay so under load_in_4bit.
-        codes: linear layer -> its bytes under load_in_4bit, where a GGUF file's codes are kept.
+        codes: parameter -> its bytes under load_in_4bit, where it does not become NF4.
     """
 
     name: str
@@ -66,7 +64,7 @@ class Architecture:
     @cached_property
     def packable_weights(self) -> int:
         """Weights of the layers that NF4 packs."""
-        return packable_weights(self.decoder.model)
+        return sum(packable_parameters(self.decoder.model).values())
 
     @property
     def tied(self) -> bool:
@@ -101,14 +99,12 @@ class Architecture:
                 self.packable_weights * self.stored.bits // 8 + (self.parameters - self.packable_weights) * 2
             )
         if self.in_mxfp4:
-            experts = sum(map(packable, self._experts()))
-            return mxfp4_bytes(experts) + (self.parameters - experts) * 2
+            others = self.parameters - sum(map(self._numel, self.codes))
+            return sum(self.codes.values()) + others * 2
         return self.weight_bytes(load_in_4bit=True) if self.stored else self.parameters * 2
 
-    def _experts(self, *parts: str) -> list[Experts]:
-        """The experts of all layers, or those within parts of the decoder."""
-        modules = [self.decoder.get_submodule(part) for part in parts] or [self.decoder]
-        return [one for module in modules for one in module.modules() if isinstance(one, Experts)]
+    def _numel(self, name: str) -> int:
+        return self.decoder.get_parameter(name).numel()
 
     @cached_property
     def waiting_bytes(self) -> int:
@@ -124,20 +120,19 @@ class Architecture:
     def weight_bytes(self, load_in_4bit: bool, keep_in_16bit: Sequence[str] = ()) -> int:
         """Device memory of the loaded weights, of which some linear layers are not packed."""
         width = self.decoder.dtype.itemsize
-        packed = self.packable_weights * load_in_4bit
-        experts = sum(map(packable, self._experts())) if packed and self.in_mxfp4 else 0
-        in_file = dict(self.codes) if packed else {}
-        if packed and keep_in_16bit:
-            kept = Quantization(asked=tuple(keep_in_16bit)).kept(self.decoder)
-            packed -= sum(
-                packable_weights(self.decoder.get_submodule(name)) for name in kept if name != "lm_head"
-            )
-            experts -= sum(map(packable, self._experts(*kept))) if experts and kept else 0
-            in_file = {name: size for name, size in in_file.items() if name not in kept}
-        others = experts + sum(self.decoder.get_submodule(name).weight.numel() for name in in_file)
-        in_codes = mxfp4_bytes(experts) + sum(in_file.values())
-        in_codes += nf4_bytes(packed - others) if packed > others else 0
-        return in_codes + (self.parameters - packed) * width
+        if not load_in_4bit:
+            return self.parameters * width
+        asked = tuple(keep_in_16bit)
+        quantization = Quantization(skip=asked, asked=asked)
+        quantization.kept(self.decoder)
+
+        def packed(sizes: Mapping[str, int]) -> dict[str, int]:
+            return {name: n for name, n in sizes.items() if quantization.covers(name.rpartition(".")[0])}
+
+        codes, packable = packed(self.codes), packed(packable_parameters(self.decoder))
+        in_nf4 = sum(size for name, size in packable.items() if name not in self.codes)
+        others = self.parameters - in_nf4 - sum(map(self._numel, codes))
+        return sum(codes.values()) + nf4_bytes(in_nf4) + others * width
 
 
 def architecture_of(
@@ -170,7 +165,14 @@ def architecture_of(
     decoder = build(config, dtype=dtype)
     file = opened.gguf if train_for is None else planned_types(decoder, train_for)
     layers = () if file is None else codes_of_layers(decoder, file, Quantization(as_in_file=True))
-    in_codes = {layer: (module.weight if codes is None else codes).nbytes for layer, module, codes in layers}
+    in_codes = {
+        f"{layer}.weight": (module.weight if codes is None else codes).nbytes for layer, module, codes in layers
+    }
+    stacks = {} if file is None else file.stack_types
+    if file is None and opened.keeps_mxfp4:
+        stacks = stacks_in_mxfp4(expert_modules(decoder))
+    for stack, kinds in stacks.items():
+        in_codes[stack] = empty_codes(tuple(decoder.get_parameter(stack).shape), kinds).nbytes
     return Architecture(name, config, location, decoder, stored, opened.keeps_mxfp4, in_codes)
 
 

@@ -10,7 +10,6 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from oribi.kernels.expert_linear import columns_beside
-from oribi.models.expert_tensors import fits_stack
 from oribi.models.experts import STACKS, Experts, ExpertsMLP
 from oribi.models.experts_half import MOST_ROWS
 
@@ -91,11 +90,6 @@ def experts_shape(core: object, ranks: Mapping[str, Sequence[int]], width: int) 
 def experts_of(core: ExpertsMLP) -> Experts:
     """The stacks inside whatever PEFT put around them."""
     return next(module for module in core.modules() if isinstance(module, Experts))
-
-
-def packable(experts: Experts) -> int:
-    """Weights of the stacks that NF4 packs: those whose rows are whole blocks."""
-    return sum(getattr(experts, name).numel() for name in STACKS if fits_stack(experts, name))
 
 
 def multiplied(model: nn.Module) -> Iterator[tuple[str, nn.Module, float, bool]]:

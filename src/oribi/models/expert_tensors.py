@@ -4,13 +4,15 @@ Everything outside a model's memory calls a matrix by the name that the family's
 (`mlp.experts.3.up_proj.weight`). transformers keeps the experts of a layer in one tensor [E, N, K], and some checkpoints do, too.
 """
 
-from collections.abc import Callable, Collection, Container, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from oribi.errors import ModelError
-from oribi.kernels.expert_stack import PackedStack
+from oribi.kernels.block_stack import BlockStack
+from oribi.kernels.expert_stack import PackedStack, StackCodes
 from oribi.kernels.mxfp4 import MX_BLOCK, MXFP4Stack, decode_mxfp4
 from oribi.kernels.nf4 import BLOCK
 from oribi.kernels.packed_weight import PackedWeight
@@ -52,7 +54,7 @@ class Unstacked:
         experts: of the model, by the names of their modules.
 
     Attributes:
-        in_mxfp4: names of the stacks whose tensors are codes and scales.
+        stack_types: names of the stacks whose tensors are codes and scales, each with the types of an expert's matrices.
 
     Raises:
         ModelError: a stack has another shape than the model's.
@@ -62,7 +64,7 @@ class Unstacked:
         self._source, self._experts = source, experts
         self._shapes = source.shapes()
         self._places: dict[str, tuple[str, str, StoredMatrix]] = {}
-        self.in_mxfp4: set[str] = set()
+        self.stack_types: dict[str, tuple[str, ...]] = {}
         self._read: tuple[str, tuple[torch.Tensor, ...]] | None = None  # the stack that was read last
         wrong: list[str] = []
         for prefix, module in experts.items():
@@ -83,7 +85,7 @@ class Unstacked:
         full, shape = f"{prefix}.{stack}", tuple(getattr(module, stack).shape)
         expected = {full: tuple(stored_stack(module, stack, torch.empty(shape, device="meta")).shape)}
         if any(f"{full}{ending}" in self._shapes for ending in _MXFP4):
-            self.in_mxfp4.add(full)
+            self.stack_types[full] = _in_mxfp4(module, stack)
             groups = (*shape[:2], shape[2] // MX_BLOCK)
             expected = {f"{full}_blocks": (*groups, MX_BLOCK // 2), f"{full}_scales": groups}
         elif full not in self._shapes:
@@ -98,8 +100,8 @@ class Unstacked:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
-    def mxfp4(self, prefix: str, stack: str, device: torch.device) -> MXFP4Stack:
-        """The codes of a stack that is in MXFP4, in the model's order."""
+    def stack_codes(self, prefix: str, stack: str, device: torch.device) -> MXFP4Stack:
+        """The codes of one of `stack_types`, in the model's order."""
         module = self._experts[prefix]
         stored = self._stack(f"{prefix}.{stack}")
         codes, scales = (_gate_first(module, stack, tensor.flatten(2)) for tensor in stored)
@@ -124,7 +126,7 @@ class Unstacked:
         """The tensor of a stack as it is stored, or its blocks and scales."""
         if self._read is None or self._read[0] != full:
             self._read = None  # two stacks at once would be twice the memory
-            names = [f"{full}{ending}" for ending in _MXFP4] if full in self.in_mxfp4 else [full]
+            names = [f"{full}{ending}" for ending in _MXFP4] if full in self.stack_types else [full]
             cpu = torch.device("cpu")
             self._read = full, tuple(self._source.read(name, cpu, None) for name in names)
         return self._read[1]
@@ -239,8 +241,8 @@ def replace_stacks(
     covers: Callable[[str], bool],
     double_quant: bool,
     dtype: torch.dtype,
-    in_mxfp4: Container[str] = (),
-) -> list[str]:
+    kept: Mapping[str, tuple[str, ...]],
+) -> None:
     """Puts a packed stack without values where experts will be packed, on the meta device; whoever reads the checkpoint fills it.
 
     Args:
@@ -248,22 +250,17 @@ def replace_stacks(
         stored: names of the checkpoint's tensors. packed: those that it holds packed, which then decide alone.
         covers: whether the settings pack a module, by its name. double_quant: whether they quantise scales.
         dtype: that the stacks are computed in.
-        in_mxfp4: names of the stacks that the checkpoint has in MXFP4, and whose codes are kept.
-
-    Returns:
-        Notes for the user, one line each.
+        kept: names of the stacks whose codes are kept as they are stored, each with the types of an expert's matrices.
 
     Raises:
         ModelError: rows of a packed matrix are no whole blocks.
     """
-    kept = 0
     for prefix, experts in expert_modules(model).items():
         for stack in STACKS:
             name = f"{prefix}.{next(matrices_of(experts, stack)).name}"
-            if f"{prefix}.{stack}" in in_mxfp4 and covers(prefix):
-                empty = MXFP4Stack.empty(tuple(getattr(experts, stack).shape), _parts(experts, stack))
+            if f"{prefix}.{stack}" in kept:
+                empty = empty_codes(tuple(getattr(experts, stack).shape), kept[f"{prefix}.{stack}"])
                 setattr(experts, stack, PackedWeight(empty, dtype))
-                kept += 1
                 continue
             fits = fits_stack(experts, stack)
             if not fits and name in packed:
@@ -274,7 +271,45 @@ def replace_stacks(
                 double = f"{name}.nested_absmax" in stored if packed else double_quant
                 empty = _empty_stack(experts, stack, double, torch.device("meta"))
                 setattr(experts, stack, PackedWeight(empty, dtype))
-    return [f"{kept} stacks of experts stay in MXFP4, as they are stored"] * bool(kept)
+
+
+def empty_codes(shape: tuple[int, int, int], kinds: tuple[str, ...]) -> StackCodes:
+    """A stack without values, on the meta device, whose matrices have these types."""
+    if "MXFP4" in kinds:
+        return MXFP4Stack.empty(shape, len(kinds))
+    return BlockStack.empty(shape, kinds)
+
+
+def note_on_kept(kept: Mapping[str, tuple[str, ...]], method: str | None = None) -> list[str]:
+    """The line on stacks whose codes are kept; none where there are none.
+
+    Args:
+        kept: their names, each with the types of an expert's matrices. method: of the GGUF file that they are made for.
+    """
+    if not kept:
+        return []
+    types = Counter(" and ".join(dict.fromkeys(kinds)) for kinds in kept.values())
+    names = ", ".join(types)
+    if len(types) > 1:
+        names = ", ".join(f"{name} ({count})" for name, count in types.most_common())
+    if method is not None:
+        return [f"{len(kept)} stacks of experts have the codes of a {method} GGUF file: {names}"]
+    return [f"{len(kept)} stacks of experts stay in {names}, as they are stored"]
+
+
+def stacks_in_mxfp4(experts: Mapping[str, Experts]) -> dict[str, tuple[str, ...]]:
+    """Every stack of a model's experts with the types that its matrices have in MXFP4.
+
+    Args:
+        experts: of the model, by the names of their modules.
+    """
+    return {
+        f"{prefix}.{stack}": _in_mxfp4(one, stack) for prefix, one in experts.items() for stack in STACKS
+    }
+
+
+def _in_mxfp4(experts: Experts, stack: str) -> tuple[str, ...]:
+    return ("MXFP4",) * _parts(experts, stack)
 
 
 def fits_stack(experts: Experts, stack: str) -> bool:

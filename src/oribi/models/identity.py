@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from oribi.errors import ModelError
-from oribi.kernels.ggml_blocks import BlockCodes
-from oribi.kernels.packed_weight import ShiftedCodes
+from oribi.kernels.expert_stack import PackedStack
+from oribi.kernels.packed_weight import PackedWeight, ShiftedCodes
 
 AS_IN_FILE = "gguf"  # weights that lie in memory in the codes of their GGUF file
 _WHOLE_BYTES = 4 << 20  # files up to this size are hashed whole
@@ -104,7 +104,7 @@ def _described(entry: dict[str, Any] | None) -> str:
 
 def identify(
     name: str, files: Sequence[Path], model: nn.Module, revision: str | None, chat_template: Any,
-    train_for: str | None = None,
+    train_for: str | None = None, as_in_file: bool = False,
 ) -> BaseIdentity:  # fmt: skip
     """The identity of a model that was just loaded.
 
@@ -114,23 +114,25 @@ def identify(
         model: loaded from them, without adapter.
         revision: the revision asked for.
         chat_template: the tokenizer's: a text, several by name, or None.
-        train_for: method of the GGUF file whose values the weights have.
+        train_for: method of the GGUF file whose values the weights have. as_in_file: whether they keep a GGUF file's codes.
     """
     if revision is None:
         folders = (folder for folder in files[-1].parents if folder.parent.name == "snapshots")
         revision = next((folder.name for folder in folders), None)
     template = None if chat_template is None else hashlib.sha256(str(chat_template).encode()).hexdigest()
     entries = {path.name: fingerprint(path) for path in files}
-    return BaseIdentity(name, revision, entries, _in_memory(model), template, train_for)
+    return BaseIdentity(name, revision, entries, _in_memory(model, as_in_file), template, train_for)
 
 
-def _in_memory(model: nn.Module) -> str:
+def _in_memory(model: nn.Module, as_in_file: bool) -> str:
+    if as_in_file and any(isinstance(parameter, PackedWeight) for parameter in model.parameters()):
+        return AS_IN_FILE
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)  # of a part, too, which is no Params4bit
+        packed = getattr(parameter, "packed", None)
+        state = packed if isinstance(packed, PackedStack) else state
         if state is not None:
             return "nf4" if state.nested else "nf4, single"
-        if isinstance(getattr(parameter, "packed", None), BlockCodes):
-            return AS_IN_FILE
     return str(model.dtype).removeprefix("torch.")
 
 

@@ -268,7 +268,7 @@ def _load_base(
     pickled, names, new_modules = files[0].suffix == ".bin", None, ()
     labels = _choose_labels(opened, settings)
     if quantization.train_for is not None:
-        require_codable(opened, quantization.enabled, settings.full_finetuning, labels is not None)
+        require_codable(opened, settings.full_finetuning, labels is not None)
     if opened.fused:
         names = wrapper_names(opened.whole, labels is not None) if opened.is_part else None
         weights = opened.gguf or open_weights(location, opened.hub, renaming(names), settings.allow_pickle)
@@ -300,7 +300,9 @@ def _load_base(
     rows = _resize(model, len(tokenizer), opened, settings.resize_model_vocab)
     max_seq_length = settings.max_seq_length or trained_positions(config)
     seen = [location.file] if opened.gguf is not None else [opened.config_file, *files]
-    identity = identify(location.name, seen, model, opened.hub.revision, template, quantization.train_for)
+    identity = identify(
+        location.name, seen, model, opened.hub.revision, template, quantization.train_for, quantization.as_in_file
+    )  # fmt: skip
     if settings.fix_tokenizer:
         encodes = _is_encoder(model)
         if not encodes:

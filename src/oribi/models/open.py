@@ -92,7 +92,7 @@ class OpenedModel:
     def keeps_mxfp4(self) -> bool:
         """Whether the checkpoint has stacks of experts in MXFP4, whose codes oribi's decoder keeps."""
         if self.gguf is not None:
-            return bool(self.gguf.in_mxfp4)
+            return any("MXFP4" in kinds for kinds in self.gguf.stack_types.values())
         settings = stored_settings(self.location.directory)
         return settings is not None and self.fused and method_of(settings) == MXFP4_METHOD
 

@@ -102,7 +102,7 @@ def keep_blocks(
             f"{len(dense)} linear layers, {dense[0]} the first, are read as {str(dtype).removeprefix('torch.')}: the file has them "
             "unquantised, or in a type or an order whose codes are not kept"
         )
-    types = source.expert_types() if isinstance(source, GGUFSource) else []  # other sources have none
+    types = source.other_stack_types() if isinstance(source, GGUFSource) else []  # other sources have none
     if types:
         notes.append(
             f"the file's experts ({', '.join(types)}) are quantised again, to NF4, which changes them by about 9 % of their size, so that "

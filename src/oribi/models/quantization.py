@@ -1,5 +1,6 @@
 """Which frozen layers of a model are stored in 4 bits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,8 +21,7 @@ class Quantization:
 
     Args:
         enabled: 4-bit NF4; otherwise every weight stays in the compute dtype.
-        as_in_file: linear layers keep the codes of the GGUF file that they are read from, or will be written to; experts of a
-            file are packed in NF4.
+        as_in_file: linear layers and experts keep the codes of the GGUF file that they are read from, or will be written to.
         double: the scales of blocks are quantised too.
         skip: module names, or parts of them, that stay in the compute dtype besides the head, of whichever kind.
         train_for: method of the GGUF file whose values every weight gets; None: a checkpoint's own.
@@ -40,6 +40,23 @@ class Quantization:
         return self.enabled and not any(
             _is_within(part, name) for part in (*self.skip, *_HEADS, *DECAY_PROJECTIONS, SHARED_GATE)
         )
+
+    def kept_stacks(self, types: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        """Of the stacks of experts that a source has in codes, those that stay in them.
+
+        Args:
+            types: names of the stacks, each with the types of an expert's matrices. MXFP4 stays in any case, other types only
+                where linear layers keep a file's codes too.
+        """
+        return {
+            name: kinds
+            for name, kinds in types.items()
+            if self.covers(name.rpartition(".")[0]) and (self.as_in_file or "MXFP4" in kinds)
+        }
+
+    def packs_stack(self, name: str) -> bool:
+        """Whether the stacks of the experts called `name` are packed in NF4 where their codes are not kept."""
+        return self.train_for is None and self.covers(name)
 
     def kept(self, model: nn.Module) -> list[str]:
         """Names of a model's linear layers that the user keeps in the compute dtype.
@@ -60,16 +77,15 @@ class Quantization:
         return [name for name in linear if any(_is_within(part, name) for part in self.asked)]
 
 
-def require_codable(opened: OpenedModel, load_in_4bit: bool, full_finetuning: bool, classifies: bool) -> None:
+def require_codable(opened: OpenedModel, full_finetuning: bool, classifies: bool) -> None:
     """Raise unless `train_for` can give a model's frozen weights the values of a GGUF file.
 
     Args:
         opened: the model, of which only the small files are read.
-        load_in_4bit: whether its linear layers are kept as codes.
         full_finetuning, classifies: whether every weight is trained, and whether it is a sequence classifier.
 
     Raises:
-        ConfigError: its weights are quantised already, it has experts, none of its weights is frozen, or it classifies.
+        ConfigError: its weights are quantised already, none of its weights is frozen, or it classifies.
         ExportError: it has no GGUF files.
     """
     name, stored = opened.location.name, opened.stored()
@@ -86,11 +102,7 @@ def require_codable(opened: OpenedModel, load_in_4bit: bool, full_finetuning: bo
     if isinstance(stored, dict) or opened.keeps_mxfp4:
         how = "NF4" if isinstance(stored, dict) else "MXFP4"
         raise ConfigError(f"train_for: {name} is quantised already, to {how}; give the 16-bit checkpoint")
-    family, _ = family_in_gguf(opened.config)
-    if load_in_4bit and family.experts is not None and getattr(opened.config, family.experts.count, 0):
-        raise ConfigError(
-            f"train_for: the experts of {name} are not kept in a GGUF file's codes; load_in_4bit: false trains on their values"
-        )
+    family_in_gguf(opened.config)
 
 
 def _is_within(part: str, name: str) -> bool:

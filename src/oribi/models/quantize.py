@@ -15,7 +15,7 @@ from torch import nn
 from oribi.errors import ModelError
 from oribi.gguf.coded import CodedSource
 from oribi.kernels import nf4
-from oribi.kernels.mxfp4 import MXFP4Stack
+from oribi.kernels.expert_stack import PackedStack
 from oribi.kernels.nf4 import BLOCK
 from oribi.kernels.packed_weight import PackedWeight
 from oribi.models.checkpoint_tensors import (
@@ -29,6 +29,7 @@ from oribi.models.checkpoint_tensors import (
 from oribi.models.expert_tensors import (
     matrices_of,
     matrix_shape,
+    note_on_kept,
     pack_stack,
     read_stack,
     replace_stacks,
@@ -91,8 +92,9 @@ def fill(
     else:
         notes += _replace_linears(model, packed, quantization, device, dtype)
     if quantization.enabled:
-        settings = quantization.covers, quantization.double, dtype
-        notes += replace_stacks(model, stored, packed, *settings, getattr(source, "in_mxfp4", ()))
+        kept = quantization.kept_stacks(getattr(source, "stack_types", {}))
+        replace_stacks(model, stored, packed, quantization.packs_stack, quantization.double, dtype, kept)
+        notes += note_on_kept(kept, quantization.train_for)
     reader = _Reader(source, packed, device, dtype, quantization.double)
     model.requires_grad_(trainable)
     shards = None if together is None else together.split(model)
@@ -208,8 +210,8 @@ def _large(model: nn.Module, in_parts: bool) -> Iterator[tuple[str, int, bool]]:
             yield f"{prefix}.{child}.weight", _weights(getattr(module, child)), True
         for stack in STACKS if isinstance(module, Experts) else ():
             codes = getattr(getattr(module, stack), "packed", None)
-            is_packed = codes is not None
-            if (is_packed or in_parts) and not isinstance(codes, MXFP4Stack):  # which is read as it is
+            is_packed = isinstance(codes, PackedStack)
+            if is_packed or (in_parts and codes is None):  # other codes are read as they are
                 for matrix in matrices_of(module, stack):
                     yield f"{prefix}.{matrix.name}", math.prod(matrix_shape(module, matrix)), is_packed
         if in_parts and type(module) is nn.Linear and id(module) in layers:
@@ -272,12 +274,11 @@ class _Reader:
         where = self.device, self.dtype
         for stack in experts.stacks:
             codes = getattr(getattr(experts, stack), "packed", None)
-            if isinstance(codes, MXFP4Stack):
-                setattr(
-                    experts, stack, PackedWeight(self.source.mxfp4(prefix, stack, self.device), self.dtype)
-                )
-            elif codes is not None:
+            if isinstance(codes, PackedStack):
                 pack_stack(experts, stack, lambda name: self._codes(f"{prefix}.{name}"), *where)
+            elif codes is not None:
+                kept = self.source.stack_codes(prefix, stack, self.device)
+                setattr(experts, stack, PackedWeight(kept, self.dtype))
             else:
                 value = read_stack(experts, stack, lambda name: self.dense(f"{prefix}.{name}"), *where)
                 setattr(experts, stack, nn.Parameter(value, requires_grad=trainable))

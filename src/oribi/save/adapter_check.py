@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from oribi.errors import ExportError, ModelError
 from oribi.gguf.source import GGUFSource
-from oribi.kernels.expert_stack import dequantize_stack
 from oribi.kernels.ggml_blocks import BlockCodes
-from oribi.models.expert_tensors import stored_stack
+from oribi.models.expert_tensors import Stacked, expert_modules, stored_stack
+from oribi.models.experts import Experts
 from oribi.models.files import Location, weight_files
 from oribi.models.plain_peft import quiet_libraries
 from oribi.models.quantize import rounded_to_nf4
@@ -25,7 +25,7 @@ from oribi.models.wrapper import classes_of
 from oribi.save.base import locate_here
 from oribi.save.check import Check, NotTested
 from oribi.save.reference import Trained, logits_by_document
-from oribi.save.trained import plain_tensor, slots_of
+from oribi.save.trained import Slot, plain_tensor, slots_of
 from oribi.save.verify import compare, mean_kl
 
 MOST_ON_CPU = 4 << 30  # bytes of a base's files; a CPU would take minutes for more
@@ -125,7 +125,8 @@ def plain_base(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     if location.kind == "gguf":
         outside = kinds[0]._from_config(config, **options)
-        weights = GGUFSource(location.file)
+        # transformers' classes have experts in stacks
+        weights = Stacked(GGUFSource(location.file), expert_modules(model))
         state = {name: weights.read(name, torch.device("cpu"), dtype) for name in weights.shapes()}
         outside.load_state_dict(state, strict=False)
         outside.tie_weights()
@@ -149,7 +150,7 @@ def _round_as_trained(model: PeftModel, outside: nn.Module, names: Any) -> None:
         if trained_for is not None:  # every weight has the values of a GGUF file
             outer = name if names is None else names.outer(name)
             if (target := weights.get(outer, weights.get(name))) is not None and slot.matrix is None:
-                target.copy_(plain_tensor(name, slot.tensor))
+                target.copy_(_as_in_transformers(name, slot))
             continue
         state, packed = (getattr(slot.tensor, key, None) for key in ("quant_state", "packed"))
         if state is None and packed is None:
@@ -159,6 +160,12 @@ def _round_as_trained(model: PeftModel, outside: nn.Module, names: Any) -> None:
         if isinstance(packed, BlockCodes):  # what is read of the file has its values
             continue
         if packed is not None:  # a layer's experts
-            weight.copy_(stored_stack(slot.module, slot.leaf, dequantize_stack(packed, weight.dtype)))
+            weight.copy_(_as_in_transformers(name, slot))
             continue
         weight.copy_(rounded_to_nf4(weight.data, state.nested))
+
+
+def _as_in_transformers(name: str, slot: Slot) -> torch.Tensor:
+    """A tensor's values as transformers' class has them."""
+    values = plain_tensor(name, slot.tensor)
+    return stored_stack(slot.module, slot.leaf, values) if isinstance(slot.module, Experts) else values

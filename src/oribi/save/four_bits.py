@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from oribi.errors import ConfigError, ModelError
-from oribi.families import FAMILIES
 from oribi.kernels.nf4 import nf4_bytes
 from oribi.models.decoder import build
 from oribi.models.expert_names import expert_modules
@@ -35,7 +34,7 @@ from oribi.text import gibibytes
 AUTO_BUDGET = 0.25  # of the packed model's bytes, that `keep_in_16bit: auto` adds at most
 _WIDTH = 2  # bytes of a weight in 16 bits
 _NOTHING_IN_NF4 = (
-    "loading packs nothing in NF4, because a GGUF file's linear layers keep the codes that they have"
+    "loading packs nothing in NF4, because a GGUF file's linear layers and experts keep the codes that they have"
 )
 _WORTH = 0.1  # of the whole divergence, that a kind of layers has to save to be kept
 
@@ -148,7 +147,7 @@ def four_bit_loss(
     model = build(config, dtype=dtype) if opened.fused else None
     source = unstacked(_weights(opened), model)
     rows = rows_of(tokenizer, texts, config.vocab_size)
-    packed = _packed_kinds(model, device, opened.gguf is not None, getattr(source, "in_mxfp4", ()))
+    packed = _packed_kinds(model, device, opened.gguf is not None, getattr(source, "stack_types", ()))
     if not packed:
         source.close()
         raise ConfigError(f"{opened.location.name}: {_NOTHING_IN_NF4}")
@@ -217,7 +216,7 @@ def kept_by_auto(
     """
     if opened.adapter is not None and opened.adapter.record is not None:
         return opened.adapter.record.kept_in_16bit, []
-    if opened.gguf is not None and FAMILIES[opened.config.model_type].experts is None:
+    if opened.gguf is not None and not opened.gguf.other_stack_types():
         return (), [f"keep_in_16bit: auto keeps nothing: {_NOTHING_IN_NF4}"]
     found = four_bit_loss(opened, opened.tokenizer(), device=device, dtype=dtype)
     return [kind.name for kind in found.kept], [found.note(), found.note_on_kept()]
@@ -245,19 +244,19 @@ def _weights(opened: OpenedModel) -> TensorSource:
 
 
 def _packed_kinds(
-    model: nn.Module, device: torch.device, from_gguf: bool, in_mxfp4: Container[str]
+    model: nn.Module, device: torch.device, from_gguf: bool, in_codes: Container[str]
 ) -> dict[str, list[str]]:
     """Names that `keep_in_16bit` takes -> the weights that they mean, of those that loading packs in NF4.
 
     Args:
         model: on the meta device. device: where it will compute.
         from_gguf: whether its linear layers keep a GGUF file's codes.
-        in_mxfp4: names of the stacks of experts whose codes are kept.
+        in_codes: names of the stacks of experts whose codes are kept.
     """
     quantization, found = Quantization(), {}
     experts = expert_modules(model)
     for prefix, module in experts.items():
-        stacks = [one for one in STACKS if f"{prefix}.{one}" not in in_mxfp4 and fits_stack(module, one)]
+        stacks = [one for one in STACKS if f"{prefix}.{one}" not in in_codes and fits_stack(module, one)]
         weights = [f"{prefix}.{one.name}" for stack in stacks for one in matrices_of(module, stack)]
         if weights:
             found.setdefault("experts", []).extend(weights)

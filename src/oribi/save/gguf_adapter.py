@@ -20,10 +20,12 @@ from oribi.gguf.names import WITHOUT_ADAPTER, tensors_to_write
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.tensor import Tensor
 from oribi.gguf.writer import plan_file, write_adapter_file, write_files
+from oribi.kernels.block_stack import BlockStack
 from oribi.kernels.expert_stack import PackedStack
+from oribi.kernels.ggml_blocks import BlockCodes
 from oribi.kernels.packed_weight import ShiftedCodes
 from oribi.models.identity import AS_IN_FILE
-from oribi.models.packed_linear import PackedLinear, is_requantised
+from oribi.models.packed_linear import is_requantised
 from oribi.models.unwrap import is_classifier, source_of
 from oribi.save.adapter_files import changed_tables
 from oribi.save.base import base_name, changed_base, locate_here, open_base
@@ -277,19 +279,28 @@ def compare_codes(model: nn.Module, path: Path) -> Check:
     """Compare the codes of a file with those that are in memory, bit by bit."""
     file, different, count = GGUFSource(path), [], 0
     for name, slot in slots_of(model).items():
-        if isinstance(slot.module, PackedLinear) and slot.leaf == "weight":
+        packed = getattr(slot.tensor, "packed", None)
+        packed = packed.whole if isinstance(packed, ShiftedCodes) else packed
+        if isinstance(packed, (BlockCodes, BlockStack)):
             count += 1
-            packed = slot.tensor.packed
-            packed = packed.whole if isinstance(packed, ShiftedCodes) else packed
-            same = file.block_type(name) == packed.kind
-            if not same or not torch.equal(file.read_blocks(name, packed.codes.device).codes, packed.codes):
+            found = _codes_of_file(file, name, packed)
+            if found is None or not torch.equal(found, packed.codes):
                 different.append(name)
     figures = {"same": count - len(different), "of": count}
-    says = f"{count - len(different)} of {count} matrices have the codes that were trained on, bit by bit"
+    says = f"{count - len(different)} of {count} weights have the codes that were trained on, bit by bit"
     if not count:
         return Check("codes", Outcome.NOT_TESTED, "the values of the codes were trained on in 16 bits")
     outcome = Outcome.DIFFERENT if different else Outcome.EQUAL
     return Check("codes", outcome, says, figures, f"{different[:1]} differs: the checkpoint was changed")
+
+
+def _codes_of_file(file: GGUFSource, name: str, packed: BlockCodes | BlockStack) -> torch.Tensor | None:
+    """The codes that a file has of a weight, as those in memory lie; None where it has the weight in another type."""
+    if isinstance(packed, BlockCodes):
+        same = file.block_type(name) == packed.kind
+        return file.read_blocks(name, packed.codes.device).codes if same else None
+    same = file.stack_types.get(name) == packed.kinds
+    return file.stack_codes(*name.rsplit(".", 1), packed.codes.device).codes if same else None
 
 
 def _check_pairs(name: str, path: Path, alpha: float, pairs: dict[str, torch.Tensor], type: Type) -> Check:
