@@ -13,18 +13,22 @@ from oribi.gguf.file import Type
 from oribi.gguf.mixes import METHODS
 from oribi.gguf.quantize import encode
 from oribi.kernels.ggml_blocks import BLOCK_TYPES
-from oribi.kernels.packed_weight import dense_weight
+from oribi.kernels.packed_weight import PackedWeight, dense_weight
 from oribi.memory.architecture import architecture_of
 from oribi.models.decoder import build
+from oribi.models.expert_tensors import expert_modules, stored_stack
+from oribi.models.experts import STACKS
 from oribi.models.load import load_model
 from oribi.models.packed_linear import PackedLinear, planned_types
+from oribi.models.unwrap import bare_name
 from oribi.save.check import Outcome
 from oribi.save.gguf import save_gguf
 from oribi.save.gguf_adapter import save_gguf_adapter
 from oribi.save.merged import save_merged
 from oribi.verify.local import InTransformers
 from tests.gguf.test_frozen_base import SIZES, adapted, ids_of, layers_of
-from tests.save.tiny_export import byte_level_tokenizer, export_config, sentencepiece_tokenizer, tiny_model
+from tests.models.tiny import tiny_pair
+from tests.save.tiny_export import byte_level_tokenizer, export_config, sentencepiece_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -38,7 +42,9 @@ def base(tmp_path_factory):
         key = repr((family, sorted(changes.items())))
         if key not in made:
             folder = made[key] = tmp_path_factory.mktemp(family)
-            tiny_model(export_config(family, **changes)).to(torch.bfloat16).save_pretrained(folder)
+            ours, theirs = tiny_pair(export_config(family, **changes))
+            model = theirs if family == "gpt_oss" else ours  # whose releases have stacks in its own order
+            model.to(torch.bfloat16).save_pretrained(folder)
             pieces = family.startswith("gemma")
             (sentencepiece_tokenizer() if pieces else byte_level_tokenizer()).save_pretrained(folder)
         return made[key]
@@ -51,6 +57,7 @@ def load(path, **settings):
     return load_model(str(path), **settings)
 
 
+EXPERTS = {**SIZES, "moe_intermediate_size": 256, "num_hidden_layers": 2}
 CASES = [
     ("llama", "q4_k_m", SIZES),
     pytest.param("llama", "q5_k_m", SIZES, marks=pytest.mark.long),
@@ -59,6 +66,9 @@ CASES = [
     pytest.param("granite", "q4_0", {}, marks=pytest.mark.long),
     pytest.param("phi3", "q4_0", {}, marks=pytest.mark.long),  # fused projections
     pytest.param("qwen3_5_text", "q8_0", {}, marks=pytest.mark.long),  # value heads in another order
+    ("qwen3_moe", "q4_k_m", EXPERTS),
+    pytest.param("gpt_oss", "q8_0", {}, marks=pytest.mark.long),  # gate and up by turns, in transposed stacks
+    pytest.param("granitemoe", "q5_0", {}, marks=pytest.mark.long),
 ]
 
 
@@ -80,7 +90,8 @@ def test_weights_are_those_of_the_file_that_is_exported_of_the_untouched_base(
         if packed is None:
             assert torch.equal(weight, theirs[name]), name
         else:
-            assert packed.kind == theirs[name].packed.kind, name
+            kinds = [getattr(one, "kinds", None) or one.kind for one in (packed, theirs[name].packed)]
+            assert kinds[0] == kinds[1], name
             assert torch.equal(packed.codes, theirs[name].packed.codes), name
 
 
@@ -92,10 +103,11 @@ def test_without_codes_in_memory_the_values_are_the_same(base):
     assert all(torch.equal(stored[name], value) for name, value in expected[0].state_dict().items())
 
 
-def test_the_base_is_written_beside_the_adapter(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "sizes"), [("llama", SIZES), ("qwen3_moe", EXPERTS)])
+def test_the_base_is_written_beside_the_adapter(family, sizes, base, tmp_path, monkeypatch):
     # llama.cpp's activations of 8 bits change what random weights say; it is asked of SmolLM2 below
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
-    folder = base(**SIZES)
+    folder = base(family, **sizes)
     model, tokenizer = load(folder, train_for="q4_k_m")
     model = adapted(model).eval()
     written = save_gguf_adapter(model, tmp_path / "apart", "f32", tokenizer=tokenizer)
@@ -103,7 +115,7 @@ def test_the_base_is_written_beside_the_adapter(base, tmp_path, monkeypatch):
     assert report.passed
     found = {check.name: check for check in written["report"].checks}
     assert found["codes"].outcome == Outcome.EQUAL
-    assert found["codes"].figures["of"] == len(layers_of(model))
+    assert found["codes"].figures["of"] == sum(isinstance(p, PackedWeight) for p in model.parameters())
     file = next((tmp_path / "apart").glob("*.Q4_K_M.gguf"))
     assert f"-m {file.name} --lora" in (tmp_path / "apart" / "README.md").read_text()
     untouched, tokenizer = load(folder, load_in_4bit=False)
@@ -126,25 +138,35 @@ def test_llama_cpp_proves_base_and_adapter_at_export(short_smollm2_file, tmp_pat
 
 
 @pytest.mark.long
-def test_an_adapter_is_loaded_on_the_codes_again_and_proved_in_plain_peft(base, tmp_path):
-    model, tokenizer = load(base(**SIZES), train_for="q4_k_m")
+@pytest.mark.parametrize(
+    ("family", "method", "sizes"),
+    [("llama", "q4_k_m", SIZES), ("qwen3_moe", "q4_k_m", EXPERTS), ("gpt_oss", "q8_0", {}), ("granitemoe", "q5_0", {})],
+)
+def test_an_adapter_is_loaded_on_the_codes_again_and_proved_in_plain_peft(family, method, sizes, base, tmp_path):
+    model, tokenizer = load(base(family, **sizes), train_for=method)
     model = adapted(model).eval()
     with torch.no_grad():
         expected = model(ids_of()).logits
     report = save_merged(model, tmp_path, tokenizer, save_method="lora")
     assert {check.outcome for check in report.checks} <= {Outcome.EQUAL, Outcome.CLOSE}
     again, _ = load(tmp_path)
-    assert again.get_base_model().oribi.identity.train_for == "q4_k_m"
+    assert again.get_base_model().oribi.identity.train_for == method
     with torch.no_grad():
         assert torch.equal(again.eval()(ids_of()).logits, expected)
     plain = dict(InTransformers(tmp_path)._model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             assert torch.equal(plain[f"{name}.weight"], dense_weight(module.weight, torch.bfloat16))
+    bare = {bare_name(name): weight for name, weight in plain.items()}
+    for name, experts in expert_modules(model).items():
+        for stack in STACKS:
+            ours = stored_stack(experts, stack, dense_weight(getattr(experts, stack), torch.bfloat16))
+            assert torch.equal(bare[f"{name}.{stack}"], ours)
 
 
-def test_memory_is_estimated_as_it_is_taken(base):
-    folder = base(**SIZES)
+@pytest.mark.parametrize(("family", "sizes"), [("llama", SIZES), ("qwen3_moe", EXPERTS)])
+def test_memory_is_estimated_as_it_is_taken(family, sizes, base):
+    folder = base(family, **sizes)
     model, _ = load(folder, train_for="q4_k_m")
     taken = sum(getattr(p, "packed", p).nbytes for p in model.parameters())
     known = architecture_of(str(folder), dtype=torch.float32, train_for="q4_k_m")
@@ -163,7 +185,6 @@ def test_every_method_keeps_the_codes_of_all_its_types():
 
 REFUSED = {
     "full_finetuning": ({"full_finetuning": True, "load_in_4bit": False}, "no frozen weights"),
-    "experts": ({}, "not kept in a GGUF file's codes"),
     "method": ({"train_for": "q3_k_m"}, "codes are not kept in memory; allowed are .*q4_k_m"),
     "nf4": ({"quantization_config": {"load_in_4bit": True}}, "contradict"),
     "labels": ({"num_labels": 2}, "classifier"),
@@ -173,9 +194,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_makes_no_sense_is_refused(case, base):
     settings, words = REFUSED[case]
-    folder = base("qwen3_moe") if case == "experts" else base(**SIZES)
     with pytest.raises(ConfigError, match=words):
-        load(folder, **{"train_for": "q4_0", **settings})
+        load(base(**SIZES), **{"train_for": "q4_0", **settings})
 
 
 def test_a_gguf_file_is_refused(exported):

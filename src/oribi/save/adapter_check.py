@@ -126,7 +126,7 @@ def plain_base(
     if location.kind == "gguf":
         outside = kinds[0]._from_config(config, **options)
         # transformers' classes have experts in stacks
-        weights = Stacked(GGUFSource(location.file), expert_modules(model))
+        weights = Stacked(GGUFSource(location.file), expert_modules(base_model(model)))
         state = {name: weights.read(name, torch.device("cpu"), dtype) for name in weights.shapes()}
         outside.load_state_dict(state, strict=False)
         outside.tie_weights()

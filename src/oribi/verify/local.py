@@ -15,6 +15,9 @@ from oribi.gguf.coded import CodedSource
 from oribi.gguf.llama_cpp import LlamaCpp
 from oribi.gguf.source import GGUFSource
 from oribi.models.adapter_files import read_record
+from oribi.models.checkpoint_tensors import expected_shapes
+from oribi.models.decoder import build
+from oribi.models.expert_tensors import Stacked, expert_modules, unstacked
 from oribi.models.files import HubOptions, Location, locate
 from oribi.models.plain_peft import quiet_libraries
 from oribi.models.quantization import Quantization
@@ -184,14 +187,17 @@ def _with_values_of_gguf(model: Any, method: str) -> Any:
     Raises:
         ModelError: its tensors have other names than those of the text decoder.
     """
-    own = LoadedModel(model)
-    try:
-        coded = CodedSource(own, model.config.get_text_config(), own.shapes(), method)
-    except ExportError as error:
+    config = model.config.get_text_config()
+    decoder = build(config)  # which says how transformers' class stacks experts
+    own, expected = unstacked(LoadedModel(model), decoder), expected_shapes(decoder)
+    if missing := expected.keys() - own.shapes().keys():
         raise ModelError(
-            f"the base's GGUF values are not known of {type(model).__name__}: {error}"
-        ) from error
+            f"the base's GGUF values are not known of {type(model).__name__}, which has no {min(missing)}"
+        )
+    coded = CodedSource(own, config, expected, method)
+    whole = Stacked(coded, expert_modules(decoder))
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, weight in model.named_parameters():
-        if name in coded.entries:
-            weight.copy_(coded.read(name, weight.device, weight.dtype))
+        if name in whole.shapes().keys() - tied:
+            weight.copy_(whole.read(name, weight.device, weight.dtype))
     return model
