@@ -30,7 +30,10 @@ FEW = ["sliding_attention", "full_attention"]
 # what fits two layers, and rows of whole super-blocks, in a family's tiny config
 CHANGES: dict[str, dict] = {
     "gpt_oss": {"layer_types": FEW},
-    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 256},
+    "qwen3_5_moe_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_expert_intermediate_size": 256,
+    },
     "qwen2_moe": {"shared_expert_intermediate_size": 256},
 }
 MIXED = {("Q4_K", "Q4_K"), ("Q4_K",), ("Q6_K",)}  # more bits for some layers' down
@@ -175,7 +178,13 @@ def test_sharded_codes_give_the_same_bits(file, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("qwen3_moe", "q4_k_m"), *(pytest.param(*one, marks=pytest.mark.long) for one in [("gpt_oss", "q8_0"), ("granitemoe", "q4_k_m")])],
+    [
+        ("qwen3_moe", "q4_k_m"),
+        *(
+            pytest.param(*one, marks=pytest.mark.long)
+            for one in [("gpt_oss", "q8_0"), ("granitemoe", "q4_k_m")]
+        ),
+    ],
 )
 def test_adapters_are_saved_loaded_on_the_codes_merged_and_proved(family, method, file, tmp_path):
     model, tokenizer = load(file(family, method))
@@ -203,7 +212,9 @@ def test_the_file_and_the_adapter_answer_in_llama_cpp_as_trained(family, method,
     path = file(family, method)
     model = adapted(load(path)[0], scale=0.0)
     ids = ids_of()[:1].repeat(1, 2)
-    ids[0, 24:] = ids[0, :24].flip(0)  # a text to learn by heart: llama.cpp rounds activations to 8 bits, and random weights waver
+    ids[0, 24:] = ids[0, :24].flip(
+        0
+    )  # a text to learn by heart: llama.cpp rounds activations to 8 bits, and random weights waver
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(50):
         optimizer.zero_grad()

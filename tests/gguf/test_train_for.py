@@ -140,9 +140,16 @@ def test_llama_cpp_proves_base_and_adapter_at_export(short_smollm2_file, tmp_pat
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "method", "sizes"),
-    [("llama", "q4_k_m", SIZES), ("qwen3_moe", "q4_k_m", EXPERTS), ("gpt_oss", "q8_0", {}), ("granitemoe", "q5_0", {})],
+    [
+        ("llama", "q4_k_m", SIZES),
+        ("qwen3_moe", "q4_k_m", EXPERTS),
+        ("gpt_oss", "q8_0", {}),
+        ("granitemoe", "q5_0", {}),
+    ],
 )
-def test_an_adapter_is_loaded_on_the_codes_again_and_proved_in_plain_peft(family, method, sizes, base, tmp_path):
+def test_an_adapter_is_loaded_on_the_codes_again_and_proved_in_plain_peft(
+    family, method, sizes, base, tmp_path
+):
     model, tokenizer = load(base(family, **sizes), train_for=method)
     model = adapted(model).eval()
     with torch.no_grad():

@@ -46,7 +46,9 @@ def test_values_have_the_bits_of_the_gguf_package(kind):
         assert (buffer[:, columns:] == 7).all()
 
 
-def random_stack(kinds: tuple[str, ...], experts: int, rows: int, columns: int) -> tuple[BlockStack, torch.Tensor]:
+def random_stack(
+    kinds: tuple[str, ...], experts: int, rows: int, columns: int
+) -> tuple[BlockStack, torch.Tensor]:
     """A stack, and its values [E, N, K] as the gguf package has them."""
     stack, parts = BlockStack.empty((experts, len(kinds) * rows, columns), kinds, "cpu"), []
     for part, kind in enumerate(kinds):
@@ -73,7 +75,9 @@ def test_stacks_of_experts_have_the_bits_of_the_gguf_package(kinds):
             assert (buffer[:, :, columns:] == 7).all()
         last = stack.parts * experts - 1
         assert torch.equal(bits(stack.matrix(last, dtype).cpu()), bits(truth[2, whole - rows :]))
-    assert stack.nbytes == sum(BLOCK_TYPES[k].nbytes * experts * rows * columns // BLOCK_TYPES[k].values for k in kinds)
+    assert stack.nbytes == sum(
+        BLOCK_TYPES[k].nbytes * experts * rows * columns // BLOCK_TYPES[k].values for k in kinds
+    )
 
 
 def test_a_group_of_different_types_lies_in_one_buffer():

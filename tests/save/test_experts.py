@@ -333,7 +333,9 @@ def test_a_gguf_files_experts_in_other_types_become_nf4_and_notes_say_what_that_
     (note,) = (note for note in model.oribi.notes if "quantised again" in note)
     assert "experts (Q2_K, Q3_K)" in note
     values, _ = load_model(file, dtype=torch.float32, load_in_4bit=False, max_seq_length=None)
-    (ours, *_), (theirs, *_) = ([m for m in one.modules() if isinstance(m, Experts)] for one in (model, values))
+    (ours, *_), (theirs, *_) = (
+        [m for m in one.modules() if isinstance(m, Experts)] for one in (model, values)
+    )
     changed = relative(dequantize_stack(ours.down_proj.packed, torch.float32), theirs.down_proj)
     assert 0.08 < changed < 0.1
     saved = save_gguf_adapter(model, tmp_path / "lora", "f32")

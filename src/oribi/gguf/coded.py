@@ -118,9 +118,7 @@ class CodedSource(PlannedFile):
         )
         for part, name in enumerate(parts):
             for expert, place in enumerate(found.tensor(part)):
-                place.copy_(
-                    self._parts(f"{prefix}.{expert}.{name}.weight", device, lambda codes, _: codes)
-                )
+                place.copy_(self._parts(f"{prefix}.{expert}.{name}.weight", device, lambda codes, _: codes))
         return found
 
     def _parts(

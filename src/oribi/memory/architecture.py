@@ -166,7 +166,8 @@ def architecture_of(
     file = opened.gguf if train_for is None else planned_types(decoder, train_for)
     layers = () if file is None else codes_of_layers(decoder, file, Quantization(as_in_file=True))
     in_codes = {
-        f"{layer}.weight": (module.weight if codes is None else codes).nbytes for layer, module, codes in layers
+        f"{layer}.weight": (module.weight if codes is None else codes).nbytes
+        for layer, module, codes in layers
     }
     stacks = {} if file is None else file.stack_types
     if file is None and opened.keeps_mxfp4:

@@ -303,9 +303,7 @@ def stacks_in_mxfp4(experts: Mapping[str, Experts]) -> dict[str, tuple[str, ...]
     Args:
         experts: of the model, by the names of their modules.
     """
-    return {
-        f"{prefix}.{stack}": _in_mxfp4(one, stack) for prefix, one in experts.items() for stack in STACKS
-    }
+    return {f"{prefix}.{stack}": _in_mxfp4(one, stack) for prefix, one in experts.items() for stack in STACKS}
 
 
 def _in_mxfp4(experts: Experts, stack: str) -> tuple[str, ...]:

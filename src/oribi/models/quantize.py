@@ -92,9 +92,7 @@ def fill(
     else:
         notes += _replace_linears(model, packed, quantization, device, dtype)
     if quantization.enabled:
-        kept = quantization.kept_stacks(getattr(source, "stack_types", {}))
-        replace_stacks(model, stored, packed, quantization.packs_stack, quantization.double, dtype, kept)
-        notes += note_on_kept(kept, quantization.train_for)
+        notes += _replace_experts(model, source, packed, quantization, dtype)
     reader = _Reader(source, packed, device, dtype, quantization.double)
     model.requires_grad_(trainable)
     shards = None if together is None else together.split(model)
@@ -145,6 +143,16 @@ def _last_modules(model: nn.Module) -> set[str]:
     names = [name for name, _ in model.named_modules()]
     layers = [name for name, module in model.named_modules() if isinstance(module, DecoderLayer)]
     return {[name for name in names if name.startswith(f"{layer}.")][-1] for layer in layers}
+
+
+def _replace_experts(
+    model: nn.Module, source: TensorSource, packed: set[str], quantization: Quantization, dtype: torch.dtype
+) -> list[str]:
+    """Puts stacks without values where experts will lie in codes; returns a note on those that keep a source's."""
+    kept = quantization.kept_stacks(getattr(source, "stack_types", {}))
+    how = quantization.packs_stack, quantization.double, dtype
+    replace_stacks(model, source.shapes(), packed, *how, kept)
+    return note_on_kept(kept, quantization.train_for)
 
 
 def _replace_linears(

@@ -33,9 +33,7 @@ from oribi.text import gibibytes
 
 AUTO_BUDGET = 0.25  # of the packed model's bytes, that `keep_in_16bit: auto` adds at most
 _WIDTH = 2  # bytes of a weight in 16 bits
-_NOTHING_IN_NF4 = (
-    "loading packs nothing in NF4, because a GGUF file's linear layers and experts keep the codes that they have"
-)
+_NOTHING_IN_NF4 = "loading packs nothing in NF4, because a GGUF file's linear layers and experts keep the codes that they have"
 _WORTH = 0.1  # of the whole divergence, that a kind of layers has to save to be kept
 
 
