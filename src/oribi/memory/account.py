@@ -21,8 +21,7 @@ from oribi.models.core import Keep
 from oribi.models.decoder import DecoderForCausalLM
 from oribi.models.decoding.session import bucket_for
 from oribi.models.decoding.state import SLOT_STEP, row_bytes
-from oribi.models.expert_tensors import fits_stack
-from oribi.models.experts import STACKS, Experts, ExpertsMLP
+from oribi.models.experts import ExpertsMLP
 from oribi.models.fused_layer import LAYER_INPUT, policy
 from oribi.models.half import MLP_TOKENS
 
@@ -370,18 +369,6 @@ def linear_weights(model: nn.Module) -> int:
     """Weights that a token is multiplied with: of linear layers, packed ones counted as they are dequantised, LoRA factors
     included, and of the experts that it takes."""
     return int(sum(weights for _, _, weights, _ in multiplied(model)))
-
-
-def packable_parameters(model: nn.Module) -> dict[str, int]:
-    """How many weights each parameter has that NF4 packs: of a model's linear layers and of its experts."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            found[f"{name}.weight"] = module.in_features * module.out_features
-        elif isinstance(module, Experts):
-            fitting = (stack for stack in STACKS if fits_stack(module, stack))
-            found |= {f"{name}.{stack}": getattr(module, stack).numel() for stack in fitting}
-    return found
 
 
 def needed_flop_per_token(decoder: DecoderForCausalLM, trained_share: float, document_length: float) -> float:

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig
 from oribi.errors import ModelError
 from oribi.formats.settings import PackedFormat
 from oribi.kernels.nf4 import nf4_bytes
-from oribi.memory.account import linear_weights, packable_parameters
+from oribi.memory.account import linear_weights
+from oribi.memory.experts_shape import packable_parameters
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.expert_tensors import empty_codes, expert_modules, stacks_in_mxfp4
 from oribi.models.files import HubOptions, Location

@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from oribi.kernels.expert_linear import columns_beside
+from oribi.models.expert_tensors import fits_stack
 from oribi.models.experts import STACKS, Experts, ExpertsMLP
 from oribi.models.experts_half import MOST_ROWS
 
@@ -90,6 +91,18 @@ def experts_shape(core: object, ranks: Mapping[str, Sequence[int]], width: int) 
 def experts_of(core: ExpertsMLP) -> Experts:
     """The stacks inside whatever PEFT put around them."""
     return next(module for module in core.modules() if isinstance(module, Experts))
+
+
+def packable_parameters(model: nn.Module) -> dict[str, int]:
+    """How many weights each parameter has that NF4 packs: of a model's linear layers and of its experts."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[f"{name}.weight"] = module.in_features * module.out_features
+        elif isinstance(module, Experts):
+            fitting = (stack for stack in STACKS if fits_stack(module, stack))
+            found |= {f"{name}.{stack}": getattr(module, stack).numel() for stack in fitting}
+    return found
 
 
 def multiplied(model: nn.Module) -> Iterator[tuple[str, nn.Module, float, bool]]:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from torch import nn
 from oribi.errors import ModelError
 from oribi.kernels.expert_stack import PackedStack
 from oribi.kernels.packed_weight import PackedWeight, ShiftedCodes
+
+if TYPE_CHECKING:
+    from oribi.models.quantization import Quantization
 
 AS_IN_FILE = "gguf"  # weights that lie in memory in the codes of their GGUF file
 _WHOLE_BYTES = 4 << 20  # files up to this size are hashed whole
@@ -104,7 +107,7 @@ def _described(entry: dict[str, Any] | None) -> str:
 
 def identify(
     name: str, files: Sequence[Path], model: nn.Module, revision: str | None, chat_template: Any,
-    train_for: str | None = None, as_in_file: bool = False,
+    quantization: "Quantization",
 ) -> BaseIdentity:  # fmt: skip
     """The identity of a model that was just loaded.
 
@@ -114,14 +117,15 @@ def identify(
         model: loaded from them, without adapter.
         revision: the revision asked for.
         chat_template: the tokenizer's: a text, several by name, or None.
-        train_for: method of the GGUF file whose values the weights have. as_in_file: whether they keep a GGUF file's codes.
+        quantization: how it was loaded.
     """
     if revision is None:
         folders = (folder for folder in files[-1].parents if folder.parent.name == "snapshots")
         revision = next((folder.name for folder in folders), None)
     template = None if chat_template is None else hashlib.sha256(str(chat_template).encode()).hexdigest()
     entries = {path.name: fingerprint(path) for path in files}
-    return BaseIdentity(name, revision, entries, _in_memory(model, as_in_file), template, train_for)
+    weights = _in_memory(model, quantization.as_in_file)
+    return BaseIdentity(name, revision, entries, weights, template, quantization.train_for)
 
 
 def _in_memory(model: nn.Module, as_in_file: bool) -> str:

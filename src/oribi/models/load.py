@@ -300,9 +300,7 @@ def _load_base(
     rows = _resize(model, len(tokenizer), opened, settings.resize_model_vocab)
     max_seq_length = settings.max_seq_length or trained_positions(config)
     seen = [location.file] if opened.gguf is not None else [opened.config_file, *files]
-    identity = identify(
-        location.name, seen, model, opened.hub.revision, template, quantization.train_for, quantization.as_in_file
-    )  # fmt: skip
+    identity = identify(location.name, seen, model, opened.hub.revision, template, quantization)
     if settings.fix_tokenizer:
         encodes = _is_encoder(model)
         if not encodes:
