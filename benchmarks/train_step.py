@@ -38,6 +38,7 @@ TRAINING = {
     "gradient_accumulation_steps": 1, "learning_rate": 2e-4, "warmup_steps": 0,
     "lr_scheduler_type": "constant", "optim": "adamw_8bit", "logging_steps": 1, "report_to": "none",
     "save_strategy": "no", "seed": 0, "bf16": True, "packing": False,
+    "router_aux_loss_coef": 0.0,  # TRL's own default adds a loss that evens out the experts' use
     "dataset_kwargs": {"skip_prepare_dataset": True},
 }  # fmt: skip
 # oribi's modes are its recompute policies, and "fp8" (auto with approximate products); peers' modes are the forms of

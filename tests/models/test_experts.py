@@ -290,6 +290,16 @@ def test_a_loss_that_evens_out_the_experts_use_is_left_to_transformers(tmp_path)
     assert not model.oribi.fused
 
 
+def test_routers_logits_are_refused_when_a_trainer_asks_for_them(tmp_path):
+    checkpoint(tmp_path, "qwen3_moe")
+    model, _ = load_model(str(tmp_path), dtype=torch.float32)
+    ids = torch.tensor([[3, 4]])
+    for one in (model, model.model):
+        with pytest.raises(ModelError, match="router_aux_loss_coef=0.0"):
+            one(input_ids=ids, output_router_logits=True)
+    assert model(input_ids=ids, output_router_logits=False).logits.shape[1] == 2
+
+
 @pytest.mark.long
 def test_experts_kept_in_16_bits_are_dense(tmp_path):
     checkpoint(tmp_path, "qwen3_moe")

@@ -230,6 +230,10 @@ def test_settings_of_trl_that_are_not_done_are_refused(make, load, name, value):
         make(packing=True, **{name: value})
 
 
+def test_no_load_balancing_loss_is_what_oribi_does(make):
+    assert make(router_aux_loss_coef=0.0).args.router_aux_loss_coef == 0
+
+
 def prompt_rows(conversational: bool) -> Dataset:
     row = {"prompt": "why: ", "completion": "because"}
     if conversational:

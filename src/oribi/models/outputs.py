@@ -84,20 +84,26 @@ class LogitsWhenRead(CausalLMOutputWithPast):
         return super().to_tuple()
 
 
-def require_known(keywords: Mapping[str, Any], known: set[str]) -> None:
+def require_known(keywords: Mapping[str, Any], known: set[str], has_experts: bool) -> None:
     """Refuses a keyword that asks for something the decoder does not do.
 
     Args:
         keywords: what `forward` was given beside its own arguments; None and False ask for nothing.
         known: names of its arguments.
+        has_experts: whether the decoder has routers.
 
     Raises:
-        ModelError: it is unknown, or asks for attention's probabilities.
+        ModelError: it is unknown, or asks for attention's probabilities or routers' logits.
     """
     if keywords.get("output_attentions"):
         raise ModelError(
             "output_attentions = True: oribi's attention never forms its probabilities. Leave it out, or load the model "
             "with transformers and attn_implementation='eager'"
+        )
+    if has_experts and keywords.get("output_router_logits"):
+        raise ModelError(
+            "output_router_logits = True: oribi trains no loss that evens out the experts' use, which they would be for. Train "
+            "with oribi's SFTTrainer; TRL's own wants SFTConfig(router_aux_loss_coef=0.0)"
         )
     for name, value in keywords.items():
         if value is None or value is False or name in WITHOUT_EFFECT or name == "output_attentions":

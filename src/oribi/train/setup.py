@@ -27,18 +27,18 @@ logger = logging.getLogger(__name__)
 # dtypes by the names of accelerate's launcher
 _LAUNCHED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_COMPILED = "oribi's layers run kernels and backward passes of their own, which torch.compile cannot trace"
-# fields of TRL's SFTConfig that oribi does not honour: their value when unset, and what to do instead
+# fields of TRL's SFTConfig that oribi does not honour: the values with which it agrees, and what to do instead
 NOT_HONOURED = {
-    "activation_offloading": (False, "adapt the model with use_gradient_checkpointing='memory', which offloads them"),
-    "chat_template_path": (None, "set tokenizer.chat_template, or call oribi.get_chat_template, before the trainer"),
-    "liger_kernel_config": (None, "oribi's layers have kernels of their own; leave it out"),
-    "optim_target_modules": (None, "optimizers run on all that is trained; leave it out"),
-    "eos_token": (None, "set tokenizer.eos_token before the trainer"),
-    "loss_type": ("nll", "oribi trains with 'nll'"),
-    "packing_strategy": ("bfd", "oribi packs whole documents, as 'bfd' does; leave it out"),
-    "pad_token": (None, "set tokenizer.pad_token before the trainer"),
-    "router_aux_loss_coef": (None, "oribi adds no load-balancing loss; leave it out"),
-    "truncation_mode": ("keep_start", "oribi keeps the start; overlong chooses what else happens to long rows"),
+    "activation_offloading": ((False,), "adapt the model with use_gradient_checkpointing='memory', which offloads them"),
+    "chat_template_path": ((None,), "set tokenizer.chat_template, or call oribi.get_chat_template, before the trainer"),
+    "liger_kernel_config": ((None,), "oribi's layers have kernels of their own; leave it out"),
+    "optim_target_modules": ((None,), "optimizers run on all that is trained; leave it out"),
+    "eos_token": ((None,), "set tokenizer.eos_token before the trainer"),
+    "loss_type": (("nll",), "oribi trains with 'nll'"),
+    "packing_strategy": (("bfd",), "oribi packs whole documents, as 'bfd' does; leave it out"),
+    "pad_token": ((None,), "set tokenizer.pad_token before the trainer"),
+    "router_aux_loss_coef": ((None, 0.0), "oribi adds no load-balancing loss; leave it out"),
+    "truncation_mode": (("keep_start",), "oribi keeps the start; overlong chooses what else happens to long rows"),
 }  # fmt: skip
 # and those of transformers that nothing here reads
 _NO_WRAPPER = "processes exchange gradients in one sum, without DistributedDataParallel"
@@ -131,8 +131,8 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
     require_context(args, base)
     problems = [
         f"{name} = {getattr(args, name)!r}: {remedy}"
-        for name, (unset, remedy) in NOT_HONOURED.items()
-        if getattr(args, name) != unset and (name != "packing_strategy" or args.packing)
+        for name, (agreed, remedy) in NOT_HONOURED.items()
+        if getattr(args, name) not in agreed and (name != "packing_strategy" or args.packing)
     ]
     if problems:
         raise ConfigError("; ".join(problems))
