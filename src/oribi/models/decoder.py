@@ -25,9 +25,9 @@ from oribi.kernels.context_attention import ContextGroup
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy, next_tokens
 from oribi.models.decoding.generation import GeneratesByItself
 from oribi.models.decoding.session import Sessions
+from oribi.models.experts import ExpertsMLP
 from oribi.models.generate import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory
-from oribi.models.experts import ExpertsMLP
 from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
 from oribi.models.linear_layers import RMSNorm, any_module_hooked, every_module, hooked, read
 from oribi.models.outputs import LogitsWhenRead, require_growing, require_known, require_whole
