@@ -25,7 +25,6 @@ from oribi.kernels.context_attention import ContextGroup
 from oribi.kernels.cross_entropy import labelled_rows, linear_cross_entropy, next_tokens
 from oribi.models.decoding.generation import GeneratesByItself
 from oribi.models.decoding.session import Sessions
-from oribi.models.experts import ExpertsMLP
 from oribi.models.generate import GeneratesInAnyMode
 from oribi.models.host_memory import HostMemory
 from oribi.models.layers import Batch, DecoderLayer, Embedding, follow_windows
@@ -58,7 +57,6 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
         self.rotary = {kind: RotaryAngles(config, kind) for kind in family.rope_kinds(config)}
         self.embedding_multiplier = float(config.embedding_multiplier) if family.multipliers else 1.0
         held = (one for layer in self.layers for one in layer.mixer.holds(1).values())
-        self.has_experts = any(isinstance(layer.mlp, ExpertsMLP) for layer in self.layers)
         self.remembers = any(one.slots is None for one in held)  # a memory in place of each token
         self.host_memory: HostMemory | None = None
         self.sessions = Sessions()  # what a GPU keeps from one generation to the next
@@ -90,8 +88,7 @@ class DecoderModel(DecoderPreTrainedModel, PerLayerEmbedding):
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm, [B, S, D], or [1, n, D] of trained_rows [n]; arguments are the causal model's."""
         if kwargs or self.config.output_attentions:
-            asked = {"output_attentions": self.config.output_attentions, **kwargs}
-            require_known(asked, MODEL_ARGUMENTS, self.has_experts)
+            require_known(kwargs, MODEL_ARGUMENTS, self)
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give exactly one of input_ids and inputs_embeds")
         x = (
@@ -254,7 +251,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GeneratesInAnyMode, GeneratesBy
         """
         shift_labels, labelled = kwargs.pop("shift_labels", None), kwargs.pop("trained_rows", None)
         if kwargs:
-            require_known(kwargs, ARGUMENTS, self.model.has_experts)
+            require_known(kwargs, ARGUMENTS, self)
         targets, trains = None, labels is not None or shift_labels is not None
         if trains:
             targets = (next_tokens(labels) if shift_labels is None else shift_labels).reshape(-1)

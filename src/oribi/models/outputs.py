@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from oribi.errors import ModelError
+from oribi.models.experts import ExpertsMLP
 from oribi.text import nearest
 
 # keywords that callers pass to any causal model, and that change nothing here: documents follow from the queries' bounds,
@@ -84,23 +86,23 @@ class LogitsWhenRead(CausalLMOutputWithPast):
         return super().to_tuple()
 
 
-def require_known(keywords: Mapping[str, Any], known: set[str], has_experts: bool) -> None:
+def require_known(keywords: Mapping[str, Any], known: set[str], model: PreTrainedModel) -> None:
     """Refuses a keyword that asks for something the decoder does not do.
 
     Args:
         keywords: what `forward` was given beside its own arguments; None and False ask for nothing.
         known: names of its arguments.
-        has_experts: whether the decoder has routers.
+        model: the decoder.
 
     Raises:
         ModelError: it is unknown, or asks for attention's probabilities or routers' logits.
     """
-    if keywords.get("output_attentions"):
+    if keywords.get("output_attentions", model.config.output_attentions):
         raise ModelError(
             "output_attentions = True: oribi's attention never forms its probabilities. Leave it out, or load the model "
             "with transformers and attn_implementation='eager'"
         )
-    if has_experts and keywords.get("output_router_logits"):
+    if keywords.get("output_router_logits") and any(isinstance(one, ExpertsMLP) for one in model.modules()):
         raise ModelError(
             "output_router_logits = True: oribi trains no loss that evens out the experts' use, which they would be for. Train "
             "with oribi's SFTTrainer; TRL's own wants SFTConfig(router_aux_loss_coef=0.0)"
