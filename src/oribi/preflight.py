@@ -14,8 +14,10 @@ from oribi.environment import Environment
 from oribi.errors import ConfigError
 from oribi.gguf.metadata import check_config
 from oribi.gguf.mixes import mix_of
+from oribi.gguf.writer import note_on_rows, plan_file
 from oribi.launch import processes_here, require_groups, require_own_connection
 from oribi.memory.fit import refuse_what_cannot_fit
+from oribi.models.checkpoint_tensors import expected_shapes
 from oribi.models.decoder import build
 from oribi.models.files import HubOptions
 from oribi.models.identity import fingerprint
@@ -119,7 +121,12 @@ def check_before_loading(config: RunConfig, environment: Environment, overwrite:
         planned_types(build(opened.config), config.train_for)
     if config.quantization_method or config.train_for:
         # what llama.cpp would compute differently is told before the training, not after it
-        check_config(open_run_model(config).config)
+        opened = open_run_model(config)
+        check_config(opened.config)
+        shapes = expected_shapes(build(opened.config))
+        for method in config.quantization_method:
+            for note in note_on_rows(plan_file(opened.config, shapes, method), mix_of(method).name):
+                say(f"oribi: {note}")
     for form in config.save_method:
         require_form(open_run_model(config).config, form)
     check_data(config)

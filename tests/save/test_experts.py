@@ -1,5 +1,6 @@
 """What was trained on experts is what plain PEFT, transformers and llama.cpp compute."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,23 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from oribi import FastLanguageModel
+from oribi.cli.estimate import _disk as estimate_disk
+from oribi.config import RunConfig
+from oribi.environment import detect
 from oribi.errors import ConfigError
 from oribi.gguf import llama_cpp
 from oribi.gguf.file import GGUFFile, Type
+from oribi.gguf.mixes import mix_of
+from oribi.gguf.writer import plan_file
 from oribi.kernels.expert_stack import dequantize_stack
 from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.kernels.packed_weight import PackedWeight
 from oribi.memory.architecture import architecture_of
+from oribi.memory.estimate import training_of
+from oribi.models.checkpoint_tensors import expected_shapes
 from oribi.models.experts import Experts
 from oribi.models.load import load_model
+from oribi.preflight import check_before_loading
 from oribi.save.gguf import save_gguf, save_gguf_adapter
 from tests.models.test_expert_factors import write as write_each
 from tests.models.test_parity import relative
@@ -340,3 +349,79 @@ def test_a_gguf_files_experts_in_other_types_become_nf4_and_notes_say_what_that_
     assert 0.08 < changed < 0.1
     saved = save_gguf_adapter(model, tmp_path / "lora", "f32")
     assert any("trained on experts in NF4" in note for note in saved["report"].notes)
+
+
+# what scripts for Unsloth ask for, and the other methods
+NAMES = [
+    "q4_k_m", "q8_0", "f16", "bf16", "q5_k_m", "q6_k", "q3_k_m", "q2_k", "not_quantized", "fast_quantized", "quantized",
+    "q4_k_s", "q5_k_s", "q3_k_s", "q3_k_l", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason="xllamacpp is not installed")
+@pytest.mark.parametrize(
+    ("model_type", "size", "methods"),
+    [
+        ("qwen3_moe", 96, ["q4_k_m", "not_quantized"]),
+        *(
+            pytest.param(kind, size, NAMES, marks=pytest.mark.long)
+            for kind in ("qwen3_moe", "qwen2_moe", "glm4_moe", "ernie4_5_moe", "granitemoe", "gpt_oss")
+            for size in (96, 80)
+        ),
+    ],
+)
+def test_every_method_gives_a_file_that_llama_cpp_loads_whatever_the_experts_width(
+    model_type, size, methods, tmp_path
+):
+    changes = {
+        "qwen3_moe": CHANGES,
+        "qwen2_moe": {**CHANGES, "layer_types": ["full_attention"] * 2, "norm_topk_prob": False},
+        "ernie4_5_moe": {"moe_norm_min": 1e-12},
+        "gpt_oss": {"layer_types": MIXED[:2]},
+    }.get(model_type, {})
+    if model_type in ("granitemoe", "gpt_oss"):
+        changes["intermediate_size"] = size
+    sizes = {"num_hidden_layers": 2, "hidden_size": 256, "moe_intermediate_size": size}
+    checkpoint(tmp_path / "base", model_type, **{**sizes, **changes})
+    model, tokenizer = load_model(
+        str(tmp_path / "base"), dtype=torch.float32, load_in_4bit=False, max_seq_length=None
+    )
+    found = save_gguf(model.eval(), tmp_path / "gguf", tokenizer, methods, verify=False)
+    assert len(found["gguf_files"]) == len({mix_of(method).name for method in methods})
+    for path in found["gguf_files"]:
+        answer = distance_from_llama_cpp(model, path, list(range(20, 50)))
+        if ".F16." in path:
+            assert answer.kl < 0.01
+        types = {name: tensor.kind.name for name, tensor in GGUFFile(Path(path)).tensors.items()}
+        if ".Q4_K_M." in path:
+            assert types["blk.1.ffn_gate_exps.weight"] == "Q4_K"
+            assert types["blk.1.ffn_down_exps.weight"] == ("Q8_0" if size == 96 else "F16")
+    (note,) = (note for note in found["report"].notes if note.startswith("q4_k_m: "))
+    assert re.search(rf"rows of {size}( or \d+)* values, which fill no blocks of 256", note)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe"])
+def test_the_size_of_a_gguf_file_is_told_before_the_training(model_type, tmp_path, capsys):
+    changes = CHANGES if model_type == "qwen3_moe" else {}
+    checkpoint(tmp_path / "base", model_type, num_hidden_layers=2, **changes)
+    architecture = architecture_of(str(tmp_path / "base"))
+    planned = plan_file(architecture.config, expected_shapes(architecture.decoder), "q8_0")
+    model, tokenizer = load_model(
+        str(tmp_path / "base"), dtype=torch.float32, load_in_4bit=False, max_seq_length=None
+    )
+    path = save_gguf(model.eval(), tmp_path / "gguf", tokenizer, ["q8_0"], verify=False)["gguf_files"][0]
+    held = GGUFFile(Path(path)).tensors
+    assert {entry.tensor.name: entry.type for entry in planned} == {n: t.kind for n, t in held.items()}
+    config = RunConfig(
+        model=str(tmp_path / "base"), dataset=[str(tmp_path / "rows.jsonl")], output_dir=str(tmp_path / "run"),
+        quantization_method=["q8_0", "q4_k_m"],
+    )  # fmt: skip
+    disk = estimate_disk(training_of(config, 2**40))
+    size = Path(path).stat().st_size
+    assert 0.5 * size < disk["gguf q8_0"] <= size
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    capsys.readouterr()
+    check_before_loading(config, detect())
+    said = capsys.readouterr()
+    assert "q4_k_m: " in said.out + said.err
+    assert "which fill no blocks of 256; they are Q5_0, Q8_0 instead" in said.out + said.err

@@ -237,6 +237,7 @@ def _disk(training: Any) -> dict[str, int]:
     """Bytes that a run reads and writes, by form."""
     from oribi.gguf.mixes import mix_of
     from oribi.gguf.writer import plan_file
+    from oribi.models.checkpoint_tensors import expected_shapes
 
     a, config = training.architecture, training.config
     adapter = training.trainable * (a.decoder.dtype.itemsize if config.full_finetuning else 4)
@@ -253,11 +254,7 @@ def _disk(training: Any) -> dict[str, int]:
     }  # with scales of groups
     forms = ["merged_16bit"] if config.full_finetuning else config.save_method
     found |= {form: merged[form] for form in forms if form in merged}
-    shapes = {
-        name: tuple(p.shape)
-        for name, p in a.decoder.named_parameters()
-        if not (a.tied and name == "lm_head.weight")
-    }
+    shapes = expected_shapes(a.decoder)
     files = {f"gguf {mix_of(method).name}": method for method in config.quantization_method}
     if config.train_for is not None and "gguf-adapter" in config.save_method:
         files["base as gguf"] = config.train_for

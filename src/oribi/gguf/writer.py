@@ -59,6 +59,22 @@ def plan_file(config: PretrainedConfig, shapes: dict[str, tuple[int, ...]], meth
     return [Entry(tensor, shape, mix.type_of(tensor.name, shape)) for tensor, shape in found]
 
 
+def note_on_rows(plan: Sequence[Entry], method: str) -> list[str]:
+    """Which tensors of `plan_file` get another type since their rows do not fill the method's blocks, in one line; none where all do."""
+    block = gguf.GGML_QUANT_SIZES[mix_of(method).default][0]
+    odd = [
+        e for e in plan if len(e.shape) > 1 and e.type not in (Type.F32, Type.BF16) and e.shape[-1] % block
+    ]
+    if not odd:
+        return []
+    kinds = ", ".join(sorted({entry.type.name for entry in odd}))
+    widths = " or ".join(map(str, sorted({entry.shape[-1] for entry in odd})))
+    return [
+        f"{method}: {len(odd)} tensors, {odd[0].tensor.name} the first, have rows of {widths} values, which fill no blocks of "
+        f"{block}; they are {kinds} instead, whose blocks are smaller"
+    ]
+
+
 def write_files(
     paths: dict[str, Path],
     source: TensorSource,

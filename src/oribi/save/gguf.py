@@ -19,7 +19,7 @@ from oribi.gguf.modelfile import NoModelfile, modelfile
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import CUT_BY_CASE
 from oribi.gguf.tokenizer import Vocabulary
-from oribi.gguf.writer import plan_file, write_files
+from oribi.gguf.writer import note_on_rows, plan_file, write_files
 from oribi.models.identity import AS_IN_FILE
 from oribi.models.packed_linear import is_requantised
 from oribi.models.unwrap import source_of
@@ -192,9 +192,9 @@ class GGUFExport(Export):
             *_without_drafts(self.model),
         ]
         shapes = MergedModel(self.model).shapes()
-        sizes = {
-            method: sum(entry.nbytes for entry in plan_file(config, shapes, method)) for method in self.files
-        }
+        plans = {method: plan_file(config, shapes, method) for method in self.files}
+        self.report.notes += [note for method, plan in plans.items() for note in note_on_rows(plan, method)]
+        sizes = {method: sum(entry.nbytes for entry in plan) for method, plan in plans.items()}
         announce(self.directory, {f"GGUF {m} ({METHODS[m].words})": size for m, size in sizes.items()})
         self.merged = self.merge(tokenizer, held_out, base)
         self.run(sum(sizes.values()) + MOST_METADATA * len(self.files))
