@@ -1,6 +1,7 @@
 """A model read from a GGUF file is the model that was written, its tokenizer cuts text as llama.cpp does."""
 
 import copy
+import json
 import shutil
 import struct
 from pathlib import Path
@@ -14,12 +15,15 @@ from oribi.errors import ModelError
 from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import tensors_to_read
 from oribi.gguf.source import GGUFSource
+from oribi.gguf.splits import CUT_BY_CASE, RULES
+from oribi.gguf.tokenizer import rebuild_tokenizer
 from oribi.models.load import load_model
 from tests.models.tiny import ROPES, ROUGH_IN_FLOAT32
 from tests.save.tiny_export import (
     EXPORTED,
     byte_level_tokenizer,
     pieces_of,
+    sentencepiece_tokenizer,
     with_splits,
 )
 
@@ -213,15 +217,68 @@ def assert_cut_alike(file: Path) -> None:
         assert tokenizer.decode(ids) == tokenizer.decode(judge.tokenize(text))
 
 
-@pytest.mark.parametrize(
-    "rule",
-    ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "dbrx", "qwen2", "deepseek-r1-qwen", "stablelm2", "tekken", "gpt-4o",
-     "starcoder", "refact", "olmo", "qwen35", "default"],
-)  # fmt: skip
-def test_every_cutting_rule_equals_llama_cpp(rule, exported, tmp_path):
+# what the rules cut differently, each other's words among them
+_CUT = [
+    "12345 3.14159 1,000,000", "don't DON'T we'LL I'M", "HTTPServer camelCase XMLHttpRequest", "a/b//c http://x.y/z?q=1",
+    "...!!!??? --- ***\n\n", "x  =  1;\t\ty\n \n  z", "_foo__bar_ $x+y=z^2~|", "नमस्ते दुनिया",
+]  # fmt: skip
+_EACH_RULE = [
+    "gpt-2", "smollm", "llama-bpe", "smaug-bpe", "dbrx", "qwen2", "deepseek-r1-qwen", "stablelm2", "tekken", "gpt-4o",
+    "starcoder", "refact", "olmo", "qwen35", "default", "lfm2", "pixtral", "falcon-h1", "midm-2.0", "glm4", "chatglm-bpe", "exaone4",
+    "megrez",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def across_words(exported, tmp_path_factory):
+    """Writes a file of a rule, whose merges reach across words: where text is cut decides which of them are made."""
+    from tokenizers import Tokenizer, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+
+    _, file = exported(vocab_size=1024)
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=1, initial_alphabet=alphabet, show_progress=False, max_token_length=12
+    )
+    backend.train_from_iterator([text for text in TEXTS if "<" not in text] + _CUT, trainer)
+    model = json.loads(backend.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), 1023)] + ["<|im_end|>"]
+    changes = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 1023 + [3],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        **{f"tokenizer.ggml.{name}_token_id": 1023 for name in ("bos", "eos", "eot")},
+        # as converters write for want of another: "!", which stays a word
+        **{f"tokenizer.ggml.{name}_token_id": 0 for name in ("padding", "unknown")},
+    }
+    folder = tmp_path_factory.mktemp("rules")
+    return lambda rule: rewritten(file, folder / f"{rule}.gguf", {**changes, "tokenizer.ggml.pre": rule})
+
+
+@pytest.mark.parametrize("rule", _EACH_RULE)
+def test_every_cutting_rule_equals_llama_cpp(rule, across_words):
     pytest.importorskip("xllamacpp", reason="llama.cpp judges the tokenizer")
-    _, file = exported()
-    assert_cut_alike(rewritten(file, tmp_path / "other.gguf", {"tokenizer.ggml.pre": rule}))
+    from oribi.gguf.llama_cpp import LlamaCpp
+
+    file = across_words(rule)
+    tokenizer = rebuild_tokenizer(GGUFFile(file))
+    with LlamaCpp(file, 64) as judge:
+        for text in [*TEXTS, *_CUT]:
+            if rule in CUT_BY_CASE and text == _CUT[-1]:  # which llama.cpp cuts in its own way
+                continue
+            assert tokenizer(text, add_special_tokens=False).input_ids == judge.tokenize(text), text
+            assert tokenizer(text).input_ids == judge.tokenize(text, add_special=True), text
+
+
+def test_no_two_rules_cut_the_texts_alike(across_words):
+    tokenizers = [rebuild_tokenizer(GGUFFile(across_words(names[0]))) for names in RULES]
+    cuts = {
+        str([one(text, add_special_tokens=False).input_ids for text in [*TEXTS, *_CUT]]) for one in tokenizers
+    }
+    assert len(cuts) == len(RULES)
 
 
 def with_tokens(file: Path, target: Path, tokens: dict[str, int], changes: dict[str, object]) -> Path:
@@ -294,6 +351,42 @@ def test_a_tokenizer_json_beside_the_file_is_used_instead(exported, tmp_path):
     )
 
 
+def test_another_models_tokenizer_beside_the_file_is_refused(exported, tmp_path):
+    file = Path(shutil.copy(exported()[1], tmp_path))
+    sentencepiece_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"tokenizer of another model: \d+ of 384 tokens differ"):
+        load_model(str(file), load_in_4bit=False, device_map="cpu")
+
+
+_TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (_TOKENS, None, "0 tokens and 384 types"),
+        (_TYPES, [1] * 300, "384 tokens and 300 types"),
+        ("tokenizer.ggml.merges", None, "it has no merges"),
+        ("tokenizer.ggml.merges", ["ab"], "'ab' is no merge of two tokens"),
+        ("tokenizer.ggml.merges", ["zzz yyy"], "out of vocabulary"),
+        ("tokenizer.ggml.model", "llama", "384 tokens and 0 scores"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(key, value, words, exported, tmp_path):
+    file = rewritten(exported()[1], tmp_path / "other.gguf", {key: value})
+    with pytest.raises(ModelError, match=rf"other.gguf: its tokenizer is damaged \(.*{words}"):
+        rebuild_tokenizer(GGUFFile(file))
+
+
+def test_bos_and_unknown_beyond_the_tokens_are_named(exported, tmp_path):
+    changes = {"tokenizer.ggml.bos_token_id": 999, "tokenizer.ggml.add_bos_token": True}
+    with pytest.raises(ModelError, match="bos_token_id is 999 of 384"):
+        rebuild_tokenizer(GGUFFile(rewritten(exported()[1], tmp_path / "a.gguf", changes)))
+    changes = {"tokenizer.ggml.unknown_token_id": 999}
+    with pytest.raises(ModelError, match="unknown_token_id is 999 of 384"):
+        rebuild_tokenizer(GGUFFile(rewritten(exported(pieces=True)[1], tmp_path / "b.gguf", changes)))
+
+
 @pytest.mark.long
 def test_experts_of_files_that_others_write(exported, tmp_path):
     # llama.cpp's converter gives the width of Granite's experts as that of an MLP alone
@@ -319,6 +412,7 @@ def test_experts_of_files_that_others_write(exported, tmp_path):
         ),
         ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor = 1.5, by which .* scaling is 'none'"),
         ({"llama.attention.causal": False}, "attention.causal is false"),
+        ({"llama.block_count": 3}, "block_count = 3, and the file holds blk.3."),
         ({"llama.block_count": None}, "lacks the metadata key llama.block_count"),
         ({"llama.feed_forward_length": [128, 64, 128, 64]}, "differs by layer"),
     ],

@@ -102,6 +102,38 @@ def test_pickles_are_fetched_only_on_request(hub):
     assert load("owner/name", use_safetensors=False)[0].oribi.kind == "pickle"
 
 
+def test_a_config_beside_a_gguf_file_alone_does_not_hide_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "m.gguf").touch()
+    assert locate(str(tmp_path), HubOptions()).file == tmp_path / "m.gguf"
+    (tmp_path / "model.safetensors").touch()
+    assert locate(str(tmp_path), HubOptions()).kind == "checkpoint"
+
+
+def test_parts_of_one_gguf_file_are_not_offered_for_a_choice(tmp_path):
+    for part in (1, 2):
+        (tmp_path / f"m-0000{part}-of-00002.gguf").touch()
+    assert locate(str(tmp_path), HubOptions()).file == tmp_path / "m-00001-of-00002.gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hf.co/owner/name-GGUF:Q4_K_M", r"use for 'owner/name-GGUF'.*hf download owner/name-GGUF --include '\*Q4_K_M\*.gguf'"),
+        ("owner/name-GGUF:Q4_K_M", "use for 'owner/name-GGUF'.*gguf_file="),
+        ("https://huggingface.co/owner/name", "use for 'owner/name'$"),
+    ],
+)  # fmt: skip
+def test_names_of_other_programs_are_answered_with_the_one_here(name, words):
+    with pytest.raises(ModelError, match=words):
+        locate(name, HubOptions())
+
+
+def test_the_ending_of_a_gguf_file_may_be_in_capitals(tmp_path):
+    (tmp_path / "M.GGUF").touch()
+    assert locate(str(tmp_path / "M.GGUF"), HubOptions()).kind == "gguf"
+
+
 def test_one_gguf_file_of_a_repository_is_fetched_by_name(hub):
     for name in ("a.gguf", "b.gguf"):
         (hub.remote / name).write_bytes(b"GGUF")

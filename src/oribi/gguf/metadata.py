@@ -1,5 +1,6 @@
 """The config of a model in a GGUF file's metadata, written and read, and what llama.cpp would compute differently."""
 
+import re
 from typing import Any
 
 import gguf
@@ -138,6 +139,11 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
     blocks, heads = file.number("block_count"), file.number("attention.head_count")
     if blocks > MOST_LAYERS:
         raise ModelError(f"{file.path}: block_count = {blocks}; at most {MOST_LAYERS:,} is possible")
+    behind = next((name for name in file.tensors if _layer_of(name) >= blocks), None)
+    if behind is not None:
+        raise ModelError(
+            f"{file.path}: {file.architecture}.block_count = {blocks}, and the file holds {behind}"
+        )
     layers = blocks - file.value("{arch}.nextn_predict_layers", 0)  # the others predict further tokens
     vocab_size, hidden_size = file.tensors["token_embd.weight"].shape
     head_dim = file.value("{arch}.attention.key_length") or hidden_size // heads
@@ -195,6 +201,12 @@ def _settings(file: GGUFFile, family: Family) -> dict[str, Any]:
         field = family.config_fields.get(field, field)
         named[field] = named.get(field) or value
     return named
+
+
+def _layer_of(name: str) -> int:
+    """The number in a tensor's name; -1 of one outside the layers."""
+    found = re.match(r"blk\.(\d{1,9})\.", name)
+    return int(found[1]) if found else -1
 
 
 def _query_scalar(facts: InGGUF, layers: int, hidden_per_head: float, head_dim: int) -> float:

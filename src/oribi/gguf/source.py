@@ -35,7 +35,9 @@ class GGUFSource:
         self.file = GGUFFile(path)
         self.value = self.file.value
         if (parts := self.value("split.count", 1)) > 1:
-            raise ModelError(f"{path} is one of {parts} parts; join them with `llama-gguf-split --merge`")
+            raise ModelError(
+                f"{path} is one of {parts} parts; join them with `llama-gguf-split --merge {path.name} whole.gguf`, and load that file"
+            )
         self.config = config_of_file(self.file)
         # name in the checkpoint -> the tensor, and which expert's matrix of it
         self._tensors: dict[str, tuple[Tensor, int | None]] = {}

@@ -31,17 +31,32 @@ _GPT4O = (
 
 # names in tokenizer.ggml.pre -> regular expressions that split one after the other
 RULES: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("gpt-2", "phi-2", "olmo", "mpt", "jais", "granite-docling"): (_GPT2,),
+    ("gpt-2", "phi-2", "olmo", "mpt", "jais", "granite-docling", "exaone4"): (_GPT2,),
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"): (r"\p{N}", _GPT2),
-    ("llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe"): (_CL100K,),
-    ("qwen2", "stablelm2", "deepseek-r1-qwen"): (_QWEN2,),
+    (
+        "llama-bpe",
+        "llama3",
+        "llama-v3",
+        "falcon3",
+        "dbrx",
+        "smaug-bpe",
+        "lfm2",
+        "pixtral",
+        "falcon-h1",
+        "midm-2.0",
+        "glm4",
+        "chatglm-bpe",
+    ): (_CL100K,),
+    ("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"): (_QWEN2,),
     ("qwen35",): (_QWEN35,),
     ("tekken",): (_TEKKEN,),
     ("gpt-4o",): (_GPT4O,),
     ("default",): (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 # a word that is in the vocabulary is taken whole, whatever the merges say; and BOS is added unless the file says otherwise
-WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+WHOLE_WORDS = (
+    "llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "lfm2", "pixtral", "falcon-h1", "midm-2.0",
+)  # fmt: skip
 NFC = ("qwen2", "deepseek-r1-qwen", "qwen35")  # text is normalised first
 # llama.cpp's own form of these rules knows no case and no combining marks of letters beyond ASCII
 CUT_BY_CASE = ("tekken", "gpt-4o")

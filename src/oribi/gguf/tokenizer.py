@@ -7,6 +7,7 @@ before the merges is in the file by name alone; see `splits`.
 import json
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -231,8 +232,7 @@ def rebuild_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
             f"{file.path} has a tokenizer of kind {kind!r}; oribi rebuilds gpt2 (BPE), llama and gemma4 (SentencePiece). "
             "Put the model's tokenizer.json beside the file and it is used instead"
         )
-    tokens: list[str] = file.value("tokenizer.ggml.tokens")
-    types: list[int] = file.value("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    tokens, types = tokens_of(file)
     backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens, types)
     # by the model's name, as llama.cpp does: the file has no key for it
     called = str(file.value("general.name", "")).lower()
@@ -254,7 +254,11 @@ def rebuild_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
 
     def named(key: str) -> str | None:
         index = file.value(f"tokenizer.ggml.{key}_token_id")
-        return tokens[index] if index is not None and 0 <= index < len(tokens) else None
+        if index is None or not 0 <= index < len(tokens):
+            return None
+        # id 0, where a converter wrote it for want of another, is a word; as a special token it would be cut out of every text
+        word = key in ("unknown", "padding") and types[index] == TokenType.NORMAL
+        return None if word else tokens[index]
 
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -269,6 +273,56 @@ def rebuild_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     )
 
 
+def tokens_of(file: GGUFFile) -> tuple[list[str], list[int]]:
+    """Text and type of each token.
+
+    Raises:
+        ModelError: the lists are missing or contradict each other.
+    """
+    tokens = file.value("tokenizer.ggml.tokens")
+    types = file.value("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens or []))
+    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types) or not tokens:
+        counts = [len(one) if isinstance(one, list) else 0 for one in (tokens, types)]
+        raise _damaged(file, f"{counts[0]} tokens and {counts[1]} types of tokens")
+    return tokens, types
+
+
+def require_same_tokens(file: GGUFFile, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Raise if the tokenizer beside a file is another model's: the ids of one would be other words to the other.
+
+    Args:
+        file: of the model; one without a tokenizer is not compared. tokenizer: the one beside it. name: its file.
+
+    Raises:
+        ModelError: a word of the file has another id there.
+    """
+    if file.value("tokenizer.ggml.tokens") is None:
+        return
+    tokens, types = tokens_of(file)
+    theirs = tokenizer.convert_ids_to_tokens(range(min(len(tokens), len(tokenizer))))
+    theirs += [None] * (len(tokens) - len(theirs))
+    # the others are written in several ways, or stand for nothing
+    different = [
+        index
+        for index, (ours, kind, other) in enumerate(zip(tokens, types, theirs))
+        if kind == TokenType.NORMAL and ours != other and not (other is None and ours.startswith("[PAD"))
+    ]
+    if different:
+        first = different[0]
+        raise ModelError(
+            f"{name} beside {file.path.name} is the tokenizer of another model: {len(different)} of {len(tokens)} tokens differ, the "
+            f"first is {first} ({tokens[first]!r} in the GGUF file, {theirs[first]!r} there). Move the GGUF file to a folder of its own, "
+            "and its own tokenizer is read"
+        )
+
+
+def _damaged(file: GGUFFile, what: object) -> ModelError:
+    return ModelError(
+        f"{file.path}: its tokenizer is damaged ({what}). Download the file again, or put the model's tokenizer.json beside it, which "
+        "is used instead"
+    )
+
+
 def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     name = file.value("tokenizer.ggml.pre", "default")
     split = pre_tokenizer(name)
@@ -278,9 +332,9 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
             f"{file.path} splits words by the rule {name!r} (tokenizer.ggml.pre); known are {known}. "
             "Put the model's tokenizer.json beside the file and it is used instead"
         )
-    merges = _merges(file)
-    vocab = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(BPE(vocab, merges, ignore_merges=name in WHOLE_WORDS))
+    if not (merges := _merges(file)):
+        raise _damaged(file, "it has no merges")
+    backend = _bpe(file, tokens, merges, ignore_merges=name in WHOLE_WORDS)
     if name in NFC:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = split
@@ -288,13 +342,26 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     return backend
 
 
+def _bpe(file: GGUFFile, tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Tokenizer:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    try:
+        return Tokenizer(BPE(vocab, merges, **options))
+    except Exception as error:  # the tokenizers library raises nothing more exact
+        raise _damaged(file, error) from error
+
+
 def _merges(file: GGUFFile) -> list[tuple[str, str]]:
-    return [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges", [])]
+    merges = file.value("tokenizer.ggml.merges", [])
+    if bad := next((merge for merge in merges if " " not in str(merge)), None):
+        raise _damaged(file, f"{bad!r} is no merge of two tokens")
+    return [tuple(merge.split(" ", 1)) for merge in merges]
 
 
 def _merges_by_score(file: GGUFFile, tokens: list[str], types: list[int]) -> list[tuple[str, str]]:
     """SentencePiece merges the pair whose piece has the highest score."""
-    scores: list[float] = file.value("tokenizer.ggml.scores")
+    scores: list[float] = file.value("tokenizer.ggml.scores", [])
+    if len(scores) != len(tokens):
+        raise _damaged(file, f"{len(tokens)} tokens and {len(scores)} scores")
     mergeable = {
         token: score
         for token, score, what in zip(tokens, scores, types)
@@ -313,16 +380,10 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
     by_merges = file.value("tokenizer.ggml.model") == "gemma4"
     merges = _merges(file) if by_merges else _merges_by_score(file, tokens, types)
     unknown = file.value("tokenizer.ggml.unknown_token_id")
-    vocab = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(
-        BPE(
-            vocab,
-            merges,
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    if unknown is not None and not 0 <= unknown < len(tokens):
+        raise _damaged(file, f"unknown_token_id is {unknown} of {len(tokens)}")
+    word = None if unknown is None else tokens[unknown]
+    backend = _bpe(file, tokens, merges, unk_token=word, fuse_unk=True, byte_fallback=True)
     prefix = not by_merges and file.value("tokenizer.ggml.add_space_prefix", True)
     if by_merges:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(_LINES), behavior="isolated")
@@ -348,6 +409,10 @@ def _add_ends(backend: Tokenizer, file: GGUFFile, tokens: list[str], kind: str) 
     if file.value("tokenizer.ggml.add_eos_token", False):
         ends["eos"] = file.value("tokenizer.ggml.eos_token_id")
     ends = {name: index for name, index in ends.items() if index is not None}
+    if beyond := [
+        f"{name}_token_id is {i} of {len(tokens)}" for name, i in ends.items() if not 0 <= i < len(tokens)
+    ]:
+        raise _damaged(file, beyond[0])
     if not ends:
         if kind == "gpt2":
             backend.post_processor = processors.ByteLevel(trim_offsets=False)

@@ -1,6 +1,7 @@
 """Finding a model's files: a directory, a GGUF file, a training run, or a name on the Hugging Face hub."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -20,6 +21,10 @@ from oribi.tensors import PickleSource, SafetensorsSource, TensorSource, open_by
 # everything about a model but its weights
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt", "README.md"]
 _LARGEST_JSON = 64 << 20  # bytes; an index of thousands of tensors has a few
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_OTHERS_NAME = re.compile(
+    r"(?P<host>(?:https?://)?(?:hf\.co|huggingface\.co)/)?(?P<repository>\w[\w.-]*/[\w.-]+)(?::(?P<tag>[\w.-]+))?/?"
+)
 _PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -61,19 +66,33 @@ def locate(name: str, options: HubOptions, gguf_file: str | None = None) -> Loca
             f"{name!r} is no possible name of a model: {getattr(error, 'strerror', None) or error}"
         ) from error
     if is_file:
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             return Location("gguf", path.parent, name, path)
         raise ModelError(
             f"{name} is a file but not a .gguf file; give the directory of a checkpoint or a hub name"
         )
     if is_folder:
         return _in_directory(path / options.subfolder, name, gguf_file)
+    _refuse_names_of_others(name)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(missing_folder(name))
     patterns = [gguf_file] if gguf_file else _SMALL_FILES + ["*.py"] * options.trust_remote_code
     directory = Path(download(name, options, patterns)) / options.subfolder
     location = _in_directory(directory, name, gguf_file)
     return replace(location, name=name)
+
+
+def _refuse_names_of_others(name: str) -> None:
+    """Raise over a repository as Ollama and llama.cpp (owner/name:Q4_K_M) or a browser name it, with the name that is one here."""
+    found = _OTHERS_NAME.fullmatch(name)
+    if found is None or not (found["host"] or found["tag"]):
+        return
+    repository, tag = found["repository"], found["tag"]
+    one = (
+        f": fetch one file (hf download {repository} --include '*{tag}*.gguf' --local-dir .) and give that as model, or name it in "
+        "Python with gguf_file="
+    )
+    raise ModelError(f"{name!r} is the name that other programs use for {repository!r}{one if tag else ''}")
 
 
 def written_name(name: str) -> str:
@@ -255,7 +274,8 @@ def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location
         return Location("gguf", directory, name, file)
     if (directory / "adapter_config.json").is_file():
         return Location("adapter", directory, name)
-    if (directory / "config.json").is_file():
+    files = sorted(directory.glob("*.gguf"))
+    if (directory / "config.json").is_file() and not (files and _only_gguf(directory, name)):
         _weight_map(
             directory / SAFE_WEIGHTS_INDEX_NAME
         )  # what loading would refuse is refused wherever the model is looked at
@@ -264,8 +284,9 @@ def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location
     if inner is not None:
         note = f"{name} is a run: {inner.note}"
         return replace(_in_directory(inner.path, str(inner.path), None), notes=(note,))
-    files = sorted(directory.glob("*.gguf"))
     if len(files) == 1:
+        return Location("gguf", directory, name, files[0])
+    if files and all(_PART.search(file.name) for file in files):
         return Location("gguf", directory, name, files[0])
     if files:
         listed = ", ".join(file.name for file in files)
@@ -275,6 +296,12 @@ def _in_directory(directory: Path, name: str, gguf_file: str | None) -> Location
         f"{name} has neither config.json nor adapter_config.json, so there is no model to load; a GGUF file of a hub "
         "repository is named with gguf_file=" + (f"; the original is {original}" if original else "")
     )
+
+
+def _only_gguf(directory: Path, name: str) -> bool:
+    """Whether a folder of this machine has a config.json beside GGUF files alone, as repositories of them do."""
+    held = any(directory.glob("*.safetensors*")) or any(directory.glob("*.bin"))
+    return Path(name).expanduser().exists() and not held
 
 
 def _refuse_links_out(directory: Path) -> None:

@@ -17,7 +17,7 @@ from oribi.families import family_of
 from oribi.families.in_gguf import DEEPSTACK_LAYERS
 from oribi.formats.settings import MXFP4_METHOD, PackedFormat, method_of
 from oribi.gguf.source import GGUFSource
-from oribi.gguf.tokenizer import SUPPRESSED, rebuild_tokenizer
+from oribi.gguf.tokenizer import SUPPRESSED, rebuild_tokenizer, require_same_tokens
 from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import AdapterRecord, read_record
 from oribi.models.config_file import check_decoder, read_config, read_generation, stored_quantization
@@ -160,9 +160,11 @@ class OpenedModel:
         directory = self.location.directory
         if self.gguf is not None and not (directory / "tokenizer.json").is_file():
             return rebuild_tokenizer(self.gguf.file)
+        tokenizer = self._load_tokenizer(directory)
         if self.gguf is not None:
+            require_same_tokens(self.gguf.file, tokenizer, str(directory / "tokenizer.json"))
             self.notes.append("tokenizer: read from the tokenizer.json beside the GGUF file")
-        return self._load_tokenizer(directory)
+        return tokenizer
 
     def _load_tokenizer(self, directory: Path) -> PreTrainedTokenizerBase:
         for name in OBJECTS:
