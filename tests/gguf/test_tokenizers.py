@@ -14,7 +14,8 @@ from oribi.errors import ExportError
 from oribi.gguf.llama_cpp import LlamaCpp
 from oribi.gguf.source import GGUFSource
 from oribi.gguf.splits import ALIKE, CUT_BY_CASE, RULES, WHOLE_WORDS
-from oribi.gguf.tokenizer import read_vocabulary, rebuild_tokenizer
+from oribi.gguf.tokenizer import read_vocabulary
+from oribi.gguf.tokenizer_reading import rebuild_tokenizer
 from oribi.save.gguf import save_gguf
 from tests.save.tiny_export import (
     VOCAB,

@@ -17,7 +17,8 @@ from oribi.families import family_of
 from oribi.families.in_gguf import DEEPSTACK_LAYERS
 from oribi.formats.settings import MXFP4_METHOD, PackedFormat, method_of
 from oribi.gguf.source import GGUFSource
-from oribi.gguf.tokenizer import SUPPRESSED, rebuild_tokenizer, require_same_tokens
+from oribi.gguf.tokenizer import SUPPRESSED
+from oribi.gguf.tokenizer_reading import rebuild_tokenizer, require_same_tokens
 from oribi.models.adapter_config import read_adapter_config
 from oribi.models.adapter_files import AdapterRecord, read_record
 from oribi.models.config_file import check_decoder, read_config, read_generation, stored_quantization

@@ -11,7 +11,7 @@ from oribi.chat.template import render_chat
 from oribi.errors import ExportError
 from oribi.gguf.llama_cpp import Continuation, LlamaCpp, LlamaCppUnavailable
 from oribi.gguf.source import GGUFSource
-from oribi.gguf.tokenizer import rebuild_tokenizer
+from oribi.gguf.tokenizer_reading import rebuild_tokenizer
 from oribi.save.check import Check, Outcome, percent
 from oribi.save.probes import CONVERSATIONS, pack_rows, rendered_ids
 from oribi.save.reference import ANSWER_TOKENS, GreedyAnswer, Trained
