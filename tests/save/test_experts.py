@@ -425,3 +425,25 @@ def test_the_size_of_a_gguf_file_is_told_before_the_training(model_type, tmp_pat
     said = capsys.readouterr()
     assert "q4_k_m: " in said.out + said.err
     assert "which fill no blocks of 256; they are Q5_0, Q8_0 instead" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "form", "said"),
+    [
+        ("qwen3_moe", "lora", "save_method='lora_per_expert'"),
+        ("qwen3_moe", "lora_per_expert", "vllm serve BASE_MODEL --enable-lora --max-lora-rank 8 --lora-modules a=./a"),
+        pytest.param("gpt_oss", "lora", "vllm serve BASE_MODEL --enable-lora --max-lora-rank 8", marks=pytest.mark.long),
+        pytest.param("granitemoe", "lora", "save_method='merged_16bit'", marks=pytest.mark.long),
+        pytest.param("llama", "lora", "", marks=pytest.mark.long),
+    ],
+)  # fmt: skip
+def test_an_adapters_card_says_how_vllm_reads_its_experts(model_type, form, said, tmp_path):
+    changes = {"qwen3_moe": CHANGES, "gpt_oss": {"layer_types": MIXED[:2]}}.get(model_type, {})
+    checkpoint(tmp_path / "base", model_type, num_hidden_layers=2, **changes)
+    mlp = "block_sparse_moe" if model_type == "granitemoe" else "mlp"
+    targets = None if model_type == "llama" else [one.replace("mlp", mlp) for one in BOTH]
+    model, tokenizer = trained(tmp_path / "base", targets, load_in_4bit=False)
+    model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method=form, verify=False)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert said in card
+    assert ("vllm serve" in card) == said.startswith("vllm serve")

@@ -1,12 +1,18 @@
 """The adapter alone as one folder, in PEFT's files."""
 
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.lora.layer import ParamWrapper
+
+from oribi.models.expert_names import expert_modules
 from oribi.models.unwrap import is_classifier
 from oribi.save.adapter_check import compare_in_plain_peft
 from oribi.save.adapter_files import WEIGHTS, write_adapter, write_separately
+from oribi.save.base import base_name
 from oribi.save.card import fenced
 from oribi.save.check import Check, Outcome
 from oribi.save.export import Export, checked, trained_answers
@@ -17,6 +23,8 @@ from oribi.save.report import ExportReport
 from oribi.save.samples import described_samples, sample_all
 from oribi.save.verify import check_saved_tokenizer
 from oribi.tensors import SafetensorsSource, read_header
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes in every release
 
 
 class AdapterExport(Export):
@@ -85,4 +93,22 @@ class AdapterExport(Export):
         other = "`peft.AutoPeftModelForCausalLM`"
         if is_classifier(self.model):  # PEFT takes 2 labels where it is not told
             other = f"`peft.AutoPeftModelForSequenceClassification` with `num_labels={self.inner.config.num_labels}`"
-        return fenced(code, "python") + f"\n\nor {other}."
+        return fenced(code, "python") + f"\n\nor {other}." + self._in_vllm()
+
+    def _in_vllm(self) -> str:
+        """How vLLM serves an adapter of a model with experts, whose pairs it reads in one form for each family."""
+        rules = next((one.rules for one in expert_modules(self.inner).values()), None)
+        (settings, *others) = getattr(self.model, "peft_config", {}).values() or [None]
+        if rules is None or settings is None or others or settings.use_dora or settings.modules_to_save:
+            return ""
+        wrapped = [m for m in self.model.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
+        if wrapped and self.report.kind != PER_EXPERT and rules.stored not in ("transposed", "either"):
+            form = "lora_per_expert" if rules.stored == "each" else "merged_16bit"
+            return f"\n\nFor vLLM, save this model with `save_method={form!r}`: it does not read the experts' pairs as they are here."
+        ranks = [settings.r, *(settings.rank_pattern or {}).values()]
+        most = next((rank for rank in _VLLM_RANKS if rank >= max(ranks)), max(ranks))
+        name, base = shlex.quote(self.directory.name), base_name(self.model)
+        base = shlex.quote(base) if base and not os.path.exists(base) else "BASE_MODEL"
+        return "\n\nWith vLLM, beside the model that it was trained on:\n\n" + fenced(
+            f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {name}=./{name}", "bash"
+        )
