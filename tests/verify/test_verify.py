@@ -162,6 +162,17 @@ def test_the_command_says_it_and_its_exit_code_too(oribi, right, tmp_path):
     assert ran.records[-1] == {"target": str(other), "outcome": "different", "passed": False}
 
 
+def test_a_folder_of_gguf_files_means_its_only_one_or_the_one_that_is_named(right, tmp_path):
+    assert different(verify_target(str(right.parent))) == set()
+    for path in (right, right.parent / PROBES_FILE):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "other.gguf").write_bytes(right.read_bytes())
+    with pytest.raises(ConfigError, match=rf"2 GGUF files; .* --file: other.gguf, {right.name}"):
+        verify_target(str(tmp_path))
+    for name in (right.name, "f16"):
+        assert different(verify_target(str(tmp_path), file=name)) == set()
+
+
 def test_what_cannot_be_verified_is_one_error(right, tmp_path, oribi):
     with pytest.raises(ConfigError, match="no server of the OpenAI protocol answers there"):
         verify_target("http://127.0.0.1:9/v1", probes=right.parent)

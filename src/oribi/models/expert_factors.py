@@ -58,7 +58,7 @@ def stacked_factors(
     for (prefix, stack), (pairs, scales) in stacks.items():
         a, b = _combined(f"{prefix}.{stack}", pairs, len(pairs) // len(experts[prefix].down_proj))
         ranks[prefix, stack] = rank = a.shape[1]
-        own = settings.lora_alpha / (rank**0.5 if settings.use_rslora else rank)
+        own = _scale_of(settings, settings.lora_alpha, rank)
         rows = torch.tensor(scales).view(len(a), -1).repeat_interleave(b.shape[1] * len(a) // len(scales), 1)
         b = b * (rows / own).to(b.dtype)[..., None]
         # the wrapper around the last stack is the outermost
@@ -117,9 +117,13 @@ def _taken(
 
 
 def _scale(settings: LoraConfig, name: str, rank: int) -> float:
-    """alpha / r of a linear layer's pair, as PEFT reads patterns."""
+    """Scale of a linear layer's pair, as PEFT reads patterns."""
     pattern = settings.alpha_pattern or {}
-    alpha = pattern.get(get_pattern_key(pattern, name), settings.lora_alpha)
+    return _scale_of(settings, pattern.get(get_pattern_key(pattern, name), settings.lora_alpha), rank)
+
+
+def _scale_of(settings: LoraConfig, alpha: float, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r)."""
     return alpha / (rank**0.5 if settings.use_rslora else rank)
 
 

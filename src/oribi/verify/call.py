@@ -7,7 +7,11 @@ from pathlib import Path
 from oribi.errors import ConfigError, ExportError
 from oribi.gguf import llama_cpp
 from oribi.gguf.source import GGUFSource
-from oribi.models.files import HubOptions, Location, open_weights, read_json
+from oribi.models.decoder import build
+from oribi.models.expert_tensors import unstacked
+from oribi.models.files import HubOptions, open_weights, read_json
+from oribi.models.open import open_model
+from oribi.models.wrapper import renaming, wrapper_names
 from oribi.save.check import Check, Outcome
 from oribi.save.nf4_checkpoint import Nf4Source
 from oribi.save.probe_file import PROBES_FILE, STRENGTH_SETTINGS, ExportedFile, ProbeFile, read_probes
@@ -36,7 +40,7 @@ def verify_target(
     """Whether a file, a folder or a server answers as the trained model; if not, the findings say what is wrong.
 
     Args:
-        target: a GGUF file, the folder of a checkpoint or an adapter, or a server's address with /v1.
+        target: a GGUF file, the folder of one, of a checkpoint or of an adapter, or a server's address with /v1.
         probes: probes.json of the export, or its folder; None takes the one beside the target.
         file: name of the exported file that answers, where the export has several; None takes the target's own.
         model: the server's name of the model; None takes its only one.
@@ -50,6 +54,7 @@ def verify_target(
     found = read_probes(_probes_of(target, probes))
     if not found.probes:
         raise ConfigError("probes.json has no probes: the export had no prompt to answer")
+    target = _gguf_within(target, found, file) or target
     expected = _expected_file(found, target, file)
     if target.startswith(_SERVED):
         return _ask(found, expected, lambda: Server(target, model, found, api_key))
@@ -64,6 +69,25 @@ def verify_target(
     if (sampled := _stored_tensors(path)) is not None:
         checks += _sampled(expected, sampled)
     return checks + _ask(found, expected, lambda: InTransformers(path, base))
+
+
+def _gguf_within(target: str, probes: ProbeFile, asked: str | None) -> str | None:
+    """The GGUF file that a folder of nothing else means; None where the target is something else.
+
+    Raises:
+        ConfigError: the folder has several, and none is named.
+    """
+    folder = Path(target)
+    files = {path.name: path for path in sorted(folder.glob("*.gguf"))} if folder.is_dir() else {}
+    if not files or any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return None
+    forms = {file.form: name for name, file in probes.files.items() if name in files}
+    asked = forms.get(asked, asked)
+    if asked not in files and len(files) > 1:
+        raise ConfigError(
+            f"{target} has {len(files)} GGUF files; verify one of them, by its path or with --file: {', '.join(files)}"
+        )
+    return str(files.get(asked) or next(iter(files.values())))
 
 
 def _verify_gguf(probes: ProbeFile, expected: ExportedFile, path: Path, base: str | None) -> list[Check]:
@@ -118,7 +142,10 @@ def _stored_tensors(folder: Path) -> TensorSource | None:
         return SafetensorsSource(adapter, any_dtype=True)
     if not any(folder.glob("model*.safetensors")):
         return None
-    return Nf4Source(open_weights(Location("checkpoint", folder, str(folder)), HubOptions()))
+    opened = open_model(str(folder), HubOptions(local_files_only=True))
+    names = wrapper_names(opened.whole) if opened.fused and opened.is_part else None
+    source = open_weights(opened.location, opened.hub, renaming(names))
+    return Nf4Source(unstacked(source, build(opened.config)) if opened.fused else source)
 
 
 def _sampled(expected: ExportedFile, source: TensorSource) -> list[Check]:
