@@ -32,17 +32,19 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def base(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "base"
-    if request.param == "gpt_oss":
-        mxfp4_checkpoint(folder, num_hidden_layers=2, **FAMILIES[request.param])
+def write(model_type: str, folder: Path) -> Path:
+    if model_type == "gpt_oss":
+        mxfp4_checkpoint(folder, num_hidden_layers=2, **FAMILIES[model_type])
     else:
-        checkpoint(folder, request.param, num_hidden_layers=2, **FAMILIES[request.param])
+        checkpoint(folder, model_type, num_hidden_layers=2, **FAMILIES[model_type])
     return folder
 
 
-def test_a_merged_folder_its_gguf_file_and_an_adapter_on_its_base_pass_and_the_base_does_not(base, tmp_path):
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_merged_folder_its_gguf_file_and_an_adapter_on_its_base_pass_and_the_base_does_not(
+    model_type, tmp_path
+):
+    base = write(model_type, tmp_path / "base")
     model, tokenizer = trained(base, lora_alpha=48)
     model.save_pretrained_merged(str(tmp_path / "merged"), tokenizer, dtype="float32", held_out=TEXTS)
     model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method="lora", held_out=TEXTS)
@@ -58,3 +60,29 @@ def test_a_merged_folder_its_gguf_file_and_an_adapter_on_its_base_pass_and_the_b
     plain = save_gguf(bare.eval(), tmp_path / "plain", tokenizer, ["f16"], verify=False)["gguf_files"][0]
     checks = verify_target(plain, probes=file.parent)
     assert "adapter" in different(checks), words(checks)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_fault_is_named_in_a_file_with_experts(model_type, tmp_path):
+    base = write(model_type, tmp_path / "base")
+    model, tokenizer = trained(base, lora_alpha=48)
+    right = Path(
+        model.save_pretrained_gguf(str(tmp_path / "g"), tokenizer, ["f16"], held_out=TEXTS)["gguf_files"][0]
+    )
+    coded = save_gguf(model, tmp_path / "coded", tokenizer, ["q8_0"], verify=False)["gguf_files"][0]
+    checks = verify_target(coded, probes=right.parent)
+    assert different(checks) == {"quantisation"}, words(checks)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2)
+    stronger = save_gguf(model, tmp_path / "strong", tokenizer, ["f16"], verify=False)["gguf_files"][0]
+    checks = verify_target(stronger, probes=right.parent)
+    assert "adapter" in different(checks), words(checks)
+    assert "2 times its strength" in words(checks)
+    model, tokenizer = trained(base, lora_alpha=48)
+    layers = model.get_base_model().model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    swapped = save_gguf(model, tmp_path / "swapped", tokenizer, ["f16"], verify=False)["gguf_files"][0]
+    checks = verify_target(swapped, probes=right.parent)
+    assert "layers" in different(checks), words(checks)
