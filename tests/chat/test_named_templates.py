@@ -11,7 +11,10 @@ import pytest
 from oribi.chat.masking import Masker
 from oribi.chat.named_templates import FOLDER, NAMES, TEMPLATES, get_chat_template
 from oribi.chat.rendering import ChatTemplate
+from oribi.data import converters
+from oribi.data.columns import Columns
 from oribi.data.encoding import UNTRAINED, Encoder
+from oribi.data.messages import ROLE_ALIASES
 from oribi.errors import ConfigError, DataError
 from tests.data.tokenizers_small import (
     ONE_TURN,
@@ -21,6 +24,7 @@ from tests.data.tokenizers_small import (
     WITH_THINKING,
     WITH_TOOLS,
     assistant,
+    call,
     from_messages,
     trained_runs,
     user,
@@ -422,3 +426,34 @@ def test_every_name_that_callers_use_is_there():
     ]
     assert set(asked) <= set(NAMES)
     assert "vicuna old" in NAMES
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_own_template_of_gpt_oss_loses_no_call_and_reads_a_rows_effort(
+    calls, family_tokenizer_without_bos
+):
+    source = resources.files("trl").joinpath("chat_templates", "gptoss.jinja")
+    if not source.is_file():
+        pytest.skip("this version of trl has no gptoss.jinja")
+    tokenizer = family_tokenizer_without_bos
+    tokenizer.chat_template = source.read_text(encoding="utf-8")
+    asked = [call("weather", city=city) for city in ("Bern", "Rome")[:calls]]
+    results = [{"role": "tool", "content": "sunny", "name": "weather"}] * calls
+    messages = [user("Weather?"), assistant("", tool_calls=asked), *results, assistant("It is sunny.")]
+    row = Columns({"messages": messages, "tools": [WEATHER], "reasoning_effort": "high"})
+    conversation = converters.from_messages(row, "messages", ROLE_ALIASES)
+    masker = Masker(ChatTemplate(tokenizer))
+    if calls == 2:
+        with pytest.raises(DataError, match="2 tool_calls, and the chat template writes the first alone"):
+            masker.mark(conversation)
+        return
+    marked = masker.mark(conversation)
+    assert "Reasoning: high" in marked.text
+    assert [marked.text[a:b] for a, b in marked.spans] == [
+        ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Bern"}<|call|>',
+        "<|channel|>final<|message|>It is sunny.<|return|>",
+    ]
+    with pytest.raises(DataError, match="'reasoning_effort' is int 3; it must be a text"):
+        converters.from_messages(
+            Columns({"messages": messages, "reasoning_effort": 3}), "messages", ROLE_ALIASES
+        )

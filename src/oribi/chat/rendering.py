@@ -51,6 +51,7 @@ class ChatTemplate:
         self._context = {**tokenizer.special_tokens_map, **(kwargs or {})}
         self._sources: dict[bool, str] = {}
         self._call_forms: dict[bool, tuple[str | None, bool]] = {}
+        self._several_calls: dict[bool, bool] = {}
         self._written_roles: dict[tuple[str, bool, str], bool] = {}
 
     def source(self, tools: Sequence[Any] | None = None) -> str:
@@ -107,6 +108,11 @@ class ChatTemplate:
                 del message[given]
             if message.get("tool_calls"):
                 empty, as_text = self._call_form(tools)
+                if len(message["tool_calls"]) > 1 and not self._writes_several_calls(tools):
+                    raise DataError(
+                        f"a message has {len(message['tool_calls'])} tool_calls, and the chat template writes the first alone; give each "
+                        "call a message of its own, with its result behind it"
+                    )
                 calls = [_with_arguments(call, as_text) for call in message["tool_calls"]]
                 message = {**message, "tool_calls": calls, "content": message.get("content") or empty}
             adapted.append(message)
@@ -163,6 +169,25 @@ class ChatTemplate:
             forms = [("", False), (None, False), ("", True), (None, True)]
             self._call_forms[key] = next((f for f in forms if self._writes_calls(*f, tools)), forms[0])
         return self._call_forms[key]
+
+    def _writes_several_calls(self, tools: Sequence[Any] | None) -> bool:
+        """Whether the template writes more than the first call of a message; one that refuses several says so itself."""
+        if bool(tools) not in self._several_calls:
+            empty, as_text = self._call_form(tools)
+            other = {**_CALL, "function": {**_CALL["function"], "name": "oribi_second"}}
+            calls = [_with_arguments(one, as_text) for one in (_CALL, other)]
+            messages = [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": empty, "tool_calls": calls},
+                {"role": "tool", "content": "x", **_ANSWERED},
+            ]
+            try:
+                rendered = self.render(messages, tools)
+            except DataError:
+                return True
+            written = ["oribi_second" in rendered, "oribi_probe" in rendered]
+            self._several_calls[bool(tools)] = written != [False, True]
+        return self._several_calls[bool(tools)]
 
     def _writes_calls(self, empty: str | None, as_text: bool, tools: Sequence[Any] | None) -> bool:
         messages = [

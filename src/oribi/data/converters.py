@@ -224,6 +224,11 @@ def conversation_of(
     kwargs = decoded(kwargs, "chat_template_kwargs") if isinstance(kwargs, str) else kwargs
     if not isinstance(kwargs, Mapping):
         raise DataError(f"'chat_template_kwargs' is {short(kwargs)}; it must be an object.")
+    effort = row.take("reasoning_effort")
+    if effort is not None and not isinstance(effort, str):
+        raise DataError(f"'reasoning_effort' is {short(effort)}; it must be a text: low, medium or high.")
+    if effort:
+        kwargs = {"reasoning_effort": effort, **kwargs}
     filled = reader.filled or holds_filled_keys(tools)
     dropped = keep_meant_nulls(messages, tools, filled)
     if dropped:
