@@ -4,6 +4,7 @@ gpt-oss is written as it is released: experts in MXFP4, everything else in bfloa
 
     python benchmarks/random_model.py llama-3.2-1b /tmp/llama-3.2-1b
     python benchmarks/random_model.py llama-3.1-8b-q4_k_m /tmp/llama-3.1-8b-q4_k_m    # a GGUF file
+    python benchmarks/random_model.py qwen3-30b-a3b-q4_k_m /tmp/qwen3-30b-a3b-q4_k_m
     python benchmarks/random_model.py qwen3-30b-a3b-12-layers-16bit /tmp/short        # bfloat16, to quantise when it is loaded
 
 Speed and memory do not depend on the weights' values. N: out features, K: in features.
@@ -286,9 +287,10 @@ def write_gguf(name: str, method: str, directory: Path, seed: int) -> None:
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
         shapes = {
-            key: tuple(value.shape)
+            name: shape
             for key, value in AutoModelForCausalLM.from_config(config).state_dict().items()
             if key != "lm_head.weight" or not config.tie_word_embeddings
+            for name, shape in packed_matrices(key, value.shape)
         }
 
     def read(key: str, *_: object) -> torch.Tensor:

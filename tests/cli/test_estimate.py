@@ -10,6 +10,7 @@ from oribi.config import RunConfig
 from oribi.config_file import read_run_config
 from oribi.data.prepare import PreparedData
 from oribi.data.report import DataReport
+from tests.models.tiny import tiny_config
 
 
 @pytest.fixture
@@ -45,6 +46,15 @@ def test_a_base_in_the_codes_of_its_file_is_estimated_with_that_file(oribi, bare
     assert found["parts"]["weights"] > plain["parts"]["weights"]  # 8.5 bits a weight, not NF4's 4.1
     assert 0 < found["disk"]["base as gguf"] < found["disk"]["model's files"]
     assert "on one CPU core" in oribi("estimate", bare_config, *flags).out
+
+
+def test_files_of_experts_are_estimated(oribi, tmp_path):
+    tiny_config("qwen3_moe", mlp_only_layers=[], attention_bias=False).save_pretrained(tmp_path / "m")
+    (tmp_path / "c.yaml").write_text(f"model: {tmp_path / 'm'}\ndataset: rows.jsonl\n")
+    flags = ["--gpu", "T4", "--train_for", "q8_0", "--save_method", "gguf-adapter", "--no-data", "--json"]
+    (found,) = oribi("estimate", tmp_path / "c.yaml", *flags).records
+    share = found["disk"]["base as gguf"] / found["disk"]["model's files"]
+    assert 0.53 < share < 0.7  # 8.5 of 16 bits
 
 
 def test_tokens_that_are_cut_off_are_not_subtracted_twice(monkeypatch):
