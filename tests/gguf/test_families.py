@@ -55,7 +55,7 @@ def test_the_gguf_package_lists_every_tensor_of_a_file(model_type, exported):
         pytest.skip("this version of the package knows no such architecture, which llama.cpp has")
     listed = {gguf.TENSOR_NAMES[kind].format(bid="N") for kind in gguf.MODEL_TENSORS[architecture]}
     stems = {re.sub(r"^blk\.\d+", "blk.N", name) for name in GGUFFile(file).tensors}
-    assert {re.sub(r"\.(weight|bias)$", "", stem) for stem in stems} <= listed
+    assert {re.sub(r"\.(weight|bias|scale)$", "", stem) for stem in stems} <= listed
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", pytest.param("gemma4_text", marks=pytest.mark.long)])

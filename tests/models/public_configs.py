@@ -247,6 +247,8 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "vision_config": {"mm_embed_dim": 64, "mm_posemb_size": 8, "patch_size": 8, "pooling_kernel_size": 1,
                           "output_proj_dims": 64, "model_type": "gemma4_unified_vision"},
     },
+    "Gemma-4-26B-A4B": _gemma4(attention_k_eq_v=True, num_global_key_value_heads=1, use_bidirectional_attention="vision",
+                               enable_moe_block=True, num_experts=8, top_k_experts=4, moe_intermediate_size=64),
     "Gemma-4-31B": _gemma4(attention_k_eq_v=True, num_global_key_value_heads=1, use_bidirectional_attention="vision"),
     "Phi-4-mini": {
         **_PHI3, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},

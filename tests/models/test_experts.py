@@ -14,7 +14,7 @@ from oribi.kernels.expert_stack import PackedStack, dequantize_stack
 from oribi.kernels.mxfp4 import MXFP4Stack
 from oribi.kernels.packed_weight import PackedWeight
 from oribi.memory.architecture import architecture_of
-from oribi.models import experts_half
+from oribi.models import experts_half, half
 from oribi.models.expert_tensors import loaded_stack
 from oribi.models.load import load_model
 from tests.models.test_fused_layer import adapt, batch_of, gradients
@@ -28,7 +28,7 @@ MATRIX = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
 
 def routers(*models: torch.nn.Module) -> list[torch.Tensor]:
     """The routers' matrices of models of the same weights."""
-    ends = (".gate.weight", ".router.weight")
+    ends = (".gate.weight", ".router.weight", ".router.proj.weight")
     return [p for model in models for name, p in model.named_parameters() if name.endswith(ends)]
 
 
@@ -84,7 +84,8 @@ RULES = [
     and getattr(FAMILIES[name].experts, rule.name) not in ("stacked", "either")
 ]
 OTHER_SIZES = (
-    "count", "size", "layers", "shared", "shared_columns", "shared_gate", "correction", "biases", "stored",
+    "count", "size", "used", "layers", "shared", "shared_columns", "shared_gate", "correction", "biases", "stored",
+    "in_layer_itself", "own_norms", "router_part", "router_norm", "expert_scale",
 )  # fmt: skip
 
 
@@ -97,7 +98,8 @@ def test_each_rule_switched_off_breaks_parity(model_type, rule, monkeypatch):
     changed = replace(row.experts, **{rule: getattr(ExpertRules(), rule)})
     monkeypatch.setitem(FAMILIES, model_type, replace(row, experts=changed))
     config = tiny_config(model_type)
-    if (model_type, rule) == ("gpt_oss", "count"):  # transformers knows this one by both names
+    # transformers knows one by both names, and the norm after the experts undoes the other
+    if (model_type, rule) in (("gpt_oss", "count"), ("gemma4_text+experts", "normalise")):
         assert max(errors_against_transformers(*tiny_pair(config)).values()) < TOLERANCE
     elif rule in OTHER_SIZES:
         with pytest.raises(
@@ -149,6 +151,20 @@ def test_gradients_in_portions_of_the_rows_are_those_of_all_at_once(monkeypatch)
     batch = batch_of()
     whole = gradients(ours, **batch)
     monkeypatch.setattr(experts_half, "MOST_ROWS", 40)
+    parts = gradients(ours, **batch)
+    assert all(relative(parts[name], whole[name]) < TOLERANCE for name in whole)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["qwen2_moe", pytest.param("gemma4_text+experts", marks=pytest.mark.long)]
+)
+def test_an_mlp_beside_experts_in_portions_of_the_tokens_has_the_gradients_of_all_at_once(
+    model_type, monkeypatch
+):
+    ours = adapt(tiny_pair(tiny_config(model_type))[0])
+    batch = batch_of(3, 60)
+    whole = gradients(ours, **batch)
+    monkeypatch.setattr(half, "MLP_TOKENS", 128)  # 128 and 52 tokens
     parts = gradients(ours, **batch)
     assert all(relative(parts[name], whole[name]) < TOLERANCE for name in whole)
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from oribi.errors import ModelError
-from oribi.families import FAMILIES
+from oribi.families import FAMILIES, row_name
 from oribi.models import half as half_file
 from oribi.models import layers as layers_file
 from oribi.models.core import Keep
@@ -20,13 +20,15 @@ KEEPS = {
     "middle again": Keep(x_mid="recompute", o="recompute"),
     "weights kept": Keep(weights="keep"),
     "gate|up again": Keep(gate_up="recompute", down="recompute"),
+    "sums of experts again": Keep(experts="recompute", shared_down="recompute"),
+    "sums of experts kept alone": Keep(gate_up="recompute", shared_gate_up="recompute"),
 }
 
 
 def adapt(model: torch.nn.Module, **changes: object) -> torch.nn.Module:
     """A PeftModel with LoRA on every linear layer, no factor zero, the same for every call."""
     torch.manual_seed(1)
-    targets = ADAPTED.get(model.config.model_type, {"target_modules": "all-linear"})
+    targets = ADAPTED.get(row_name(model.config), {"target_modules": "all-linear"})
     settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0, **targets, **changes}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     perturb(adapted, "lora_")

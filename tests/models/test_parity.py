@@ -237,7 +237,7 @@ WINDOWS = {
 # EXAONE and Ministral cannot do without a window unless layer_types say so
 IMPOSSIBLE = {
     (name, windows)
-    for name in ("granitemoehybrid", "gemma4_text", "gemma4_unified_text")
+    for name in ("granitemoehybrid", "gemma4_text", "gemma4_text+experts", "gemma4_unified_text")
     for windows in WINDOWS
 } | {(name, windows) for name in ("exaone4", "ministral") for windows in ("unset", "chunks")}
 # and Qwen 3's image-text models have no layer_types

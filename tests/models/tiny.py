@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from oribi.families import FAMILIES
+from oribi.families import FAMILIES, config_of_row
 from oribi.models.decoder import DecoderForCausalLM, build
 from oribi.models.expert_names import expert_modules
 from oribi.models.expert_tensors import loaded_stack
@@ -290,6 +290,14 @@ VARIANTS |= {
     "qwen2_5_vl_text": VARIANTS["qwen2_vl_text"],
     "gemma4_text": {**_GEMMA4, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 128},
     "gemma4_unified_text": _GEMMA4,
+    "gemma4_text+experts": {
+        **_GEMMA4,
+        "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": 128,
+        "num_experts": 8,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 64,
+    },
 }
 
 ROPES: dict[str, dict] = {
@@ -329,6 +337,16 @@ ADAPTED["qwen3_5_moe_text"] = {
     + [f"shared_expert.{part}_proj" for part in ("gate", "up", "down")]
     + ["shared_expert_gate"],
 }
+ADAPTED["gemma4_text+experts"] = {
+    "target_modules": [
+        *_ATTENTION_AND_EXPERTS["target_modules"],
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
+    + ["per_layer_input_gate", "per_layer_projection"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
 ADAPTED["granitemoe"] = {
     **_ATTENTION_AND_EXPERTS,
     "target_parameters": ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"],
@@ -338,7 +356,7 @@ ADAPTED["granitemoe"] = {
 def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
     """Config of a family with every feature it has switched on."""
     settings = {**SIZES, **VARIANTS[model_type], **changes}
-    return AutoConfig.for_model(model_type, attn_implementation="eager", **settings)
+    return config_of_row(model_type, attn_implementation="eager", **settings)
 
 
 # families that are another one's row with other names, sizes or a flag that tests of their own cover

@@ -56,6 +56,7 @@ FAMILY_CHANGES: dict[str, dict] = {
         "final_logit_softcapping": 10.0,
     },
     "gemma4_text": {"vocab_size_per_layer_input": VOCAB},
+    "gemma4_text+experts": {"vocab_size_per_layer_input": VOCAB},
     "gemma4_unified_text": {"use_double_wide_mlp": False},
     "qwen3_5_text": {"attention_bias": False, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     "qwen3_5_moe_text": {"attention_bias": False, "linear_key_head_dim": 16, "linear_value_head_dim": 16},

@@ -124,7 +124,7 @@ def model(
         _show_four_bits(name, texts, json)
         return
     with chatter_aside():
-        from oribi.families import FAMILIES
+        from oribi.families import row_of
         from oribi.families.sizes import mlp_size
         from oribi.memory.architecture import architecture_of
         from oribi.models.mixers.attention import Attention
@@ -136,7 +136,7 @@ def model(
     facts = {
         "model": name,
         "stored as": found.location.kind + f", {found.stored_in_words}" * bool(found.stored),
-        "family": f"{config.model_type} ({FAMILIES[config.model_type].architecture})",
+        "family": f"{config.model_type} ({row_of(config).architecture})",
         "parameters": f"{found.parameters:,} ({short_count(found.parameters)})",
         "layers": config.num_hidden_layers,
         "hidden size": f"{config.hidden_size}, MLP {mlp_size(config)}",

@@ -2,6 +2,23 @@
 a row and a config (sizes, layer_fields)."""
 
 from oribi.families.family import Family
-from oribi.families.table import FAMILIES, MOST_LAYERS, activation_of, family_of
+from oribi.families.table import (
+    FAMILIES,
+    MOST_LAYERS,
+    activation_of,
+    config_of_row,
+    family_of,
+    row_name,
+    row_of,
+)
 
-__all__ = ["FAMILIES", "MOST_LAYERS", "Family", "activation_of", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "MOST_LAYERS",
+    "Family",
+    "activation_of",
+    "config_of_row",
+    "family_of",
+    "row_name",
+    "row_of",
+]

@@ -22,7 +22,8 @@ class ExpertRules:
         in_float32: whether the router's matrix is kept, and its logits are computed, in float32.
         count: the config's field for the number of experts.
         size: the config's field for the columns of an expert's gate and up.
-        layers: which layers have experts, and no MLP: "all"; by config.mlp_only_layers and config.decoder_sparse_step; all after
+        used: the config's field for how many experts a token takes.
+        layers: which layers have experts: "all"; by config.mlp_only_layers and config.decoder_sparse_step; all after
             the first config.first_k_dense_replace; by config.moe_layer_start_index, moe_layer_end_index and
             moe_layer_interval.
         shared: the config's field for how many experts' width an MLP has that every token takes beside the experts; None: there
@@ -30,6 +31,14 @@ class ExpertRules:
         shared_columns: the config's field for the columns of that MLP's gate and up.
         shared_gate: whether that MLP's output is multiplied by the sigmoid of one number per token, which a linear layer
             "shared_expert_gate" gives.
+        in_layer_itself: whether the router and the experts are parts of the layer, beside an MLP under its usual name; else they are
+            parts of what is in the MLP's place.
+        own_norms: whether the experts and the MLP beside them have norms of their own: one before each, which read the same, and
+            one after each, before they are added.
+        router_part: the part of the router that holds its matrix; None: the router itself does.
+        router_norm: whether the router reads the residual stream, divided by its root mean square and by the root of its size and
+            multiplied by a vector "scale"; else it reads what the experts read.
+        expert_scale: whether the weights are multiplied by a number per expert, "per_expert_scale" of the router.
         stored: "each": a checkpoint holds gate_proj, up_proj and down_proj of each expert; "stacked": gate_up_proj and
             down_proj of all experts in one tensor; "transposed": likewise, with matrices [in, out]; "either": each or stacked,
             and a merge as its base.
@@ -48,17 +57,23 @@ class ExpertRules:
     in_float32: bool = False
     count: str = "num_experts"
     size: str = "moe_intermediate_size"
+    used: str = "num_experts_per_tok"
     layers: Literal["all", "sparse_step", "after_first", "interval"] = "all"
     shared: str | None = None
     shared_columns: str | None = None
     shared_gate: bool = False
+    in_layer_itself: bool = False
+    own_norms: bool = False
+    router_part: str | None = None
+    router_norm: bool = False
+    expert_scale: bool = False
     stored: Literal["each", "stacked", "transposed", "either"] = "each"
     alternating: bool = False
     biases: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
 
     def in_layer(self, config: PretrainedConfig, index: int) -> bool:
-        """Whether a layer has experts, and no MLP."""
+        """Whether a layer has experts."""
         if self.layers == "sparse_step":
             return (
                 index not in (config.mlp_only_layers or ()) and (index + 1) % config.decoder_sparse_step == 0
@@ -93,5 +108,5 @@ class ExpertRules:
 
     def problems(self, config: PretrainedConfig) -> list[str]:
         """What no experts can have, one line each; every size is a whole number."""
-        used, count = config.num_experts_per_tok, getattr(config, self.count)
-        return [f"num_experts_per_tok = {used}: the model has {count} experts"] * (used > count)
+        used, count = getattr(config, self.used), getattr(config, self.count)
+        return [f"{self.used} = {used}: the model has {count} experts"] * (used > count)

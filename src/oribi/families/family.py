@@ -22,6 +22,11 @@ _NORMS: dict[str, dict[str, str]] = {
     },
     "parallel": {"mixer_input_norm": "input_layernorm"},
 }  # fmt: skip
+# those of layers whose experts, and the MLP beside them, have norms of their own
+_NORMS_OF_EXPERTS = {
+    "shared_output_norm": "post_feedforward_layernorm_1", "experts_input_norm": "pre_feedforward_layernorm_2",
+    "experts_output_norm": "post_feedforward_layernorm_2",
+}  # fmt: skip
 # mixers whose queries and keys are rotated
 _ATTENTION = ("attention", "shared_attention")
 # group of linear layers -> the projections in it, and the one layer that may hold them all
@@ -168,7 +173,7 @@ class Family:
 
     def attribute(self, role: str) -> str:
         """The checkpoint's name of a part, by its role as in `names`."""
-        return self.names.get(role) or _NORMS[self.norms].get(role, role)
+        return self.names.get(role) or {**_NORMS[self.norms], **_NORMS_OF_EXPERTS}.get(role, role)
 
     def value(self, config: PretrainedConfig, name: str) -> Any:
         """A field of a config, by the name that most families have for it; None where it is not set."""
@@ -184,7 +189,8 @@ class Family:
 
     def layer_norms(self) -> dict[str, str]:
         """Role -> attribute of the norms that a layer has."""
-        return {role: self.attribute(role) for role in _NORMS[self.norms]}
+        own = _NORMS_OF_EXPERTS if self.experts is not None and self.experts.own_norms else ()
+        return {role: self.attribute(role) for role in (*_NORMS[self.norms], *own)}
 
     def eps_of_norm(self, role: str) -> str:
         """The config's field for the epsilon of a norm, by its role as in `names`."""

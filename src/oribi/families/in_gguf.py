@@ -17,6 +17,7 @@ class InGGUF:
             see, as the first row with windows in a period.
         names: a part's role as in `Family.names` -> llama.cpp's name for it, where it is not the usual one.
         splits_gate_up: the checkpoint's one gate_up_proj is two tensors of the file.
+        joins_gate_up: gate and up of each expert are one matrix of the file; it reads files that have two, as well.
         interleaved_rope: llama.cpp rotates neighbouring pairs; where the checkpoint rotates halves, rows of q and k are reordered.
         biases: the biases that it reads: of q, k and v, or of every linear layer.
         rope_factors: the kinds of RoPE that it reads from tensors of frequency factors.
@@ -51,6 +52,7 @@ class InGGUF:
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
     splits_gate_up: bool = False
+    joins_gate_up: bool = False
     interleaved_rope: bool = False
     biases: Literal["qkv", "all"] = "qkv"
     rope_factors: tuple[Literal["llama3", "longrope", "proportional"], ...] = ()

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from oribi.families.layer_fields import config_of_layer
-from oribi.families.table import FAMILIES
+from oribi.families.table import row_of
 
 # fields of every family's configs that are whole numbers above 0
 SIZES = (
@@ -17,10 +17,10 @@ SIZES = (
 
 def size_fields(config: PretrainedConfig) -> list[str]:
     """Those that a config of the table has to have, and the sizes of its experts; where no layer has an MLP, it may lack an MLP's."""
-    rules = FAMILIES[config.model_type].experts
+    rules = row_of(config).experts
     if rules is None:
         return [*SIZES]
-    own = filter(None, (rules.count, "num_experts_per_tok", rules.size, rules.shared_columns))
+    own = filter(None, (rules.count, rules.used, rules.size, rules.shared_columns))
     return [*(name for name in SIZES if name != "intermediate_size" or hasattr(config, name)), *own]
 
 
@@ -29,7 +29,7 @@ def mlp_size(config: PretrainedConfig) -> int:
 
     Source: the feed-forward size of LLaMA's reference code, which LFM2's configs took over.
     """
-    family = FAMILIES[config.model_type]
+    family = row_of(config)
     size = family.value(config, "intermediate_size")
     if not family.adjusts_mlp or not config.block_auto_adjust_ff_dim:
         return size
@@ -54,7 +54,7 @@ def rope_base(config: PretrainedConfig, parameters: Mapping[str, Any]) -> tuple[
 
     Source: NTK-aware scaling, as Hunyuan's checkpoints name it: "dynamic" with a fixed `alpha`.
     """
-    kind, theta, family = parameters["rope_type"], parameters["rope_theta"], FAMILIES.get(config.model_type)
+    kind, theta, family = parameters["rope_type"], parameters["rope_theta"], row_of(config)
     alpha = parameters.get("alpha")
     if not (family and family.rope_alpha and kind == "dynamic" and alpha):
         return kind, theta

@@ -4,9 +4,9 @@ A new family is a new row, and a new flag of `Family` only where it has a proper
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from oribi.families.expert_rules import ExpertRules
 from oribi.families.family import Family
@@ -16,6 +16,7 @@ from oribi.families.layer_fields import fields_by_layer
 # model types of whose released weights activations grow beyond what float16 holds, and every logit to a nan
 # Source: https://github.com/microsoft/onnxruntime-genai/pull/2444, 45,344 in the last layer but one of gpt-oss-120b
 BEYOND_FLOAT16 = ("gpt_oss",)
+_EXPERTS = "+experts"
 # the deepest models have some hundreds; each layer costs host memory before a weight is read
 MOST_LAYERS = 4096
 
@@ -37,6 +38,7 @@ _GEMMA4 = Family(
     gguf=InGGUF("gemma4", rope_factors=("proportional",), lists_layers=True, pieces="gemma4"),
 )
 
+# by model type; with "+experts" behind it, the models of the type whose config has `enable_moe_block`
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", mlp_bias=True, gguf=_LLAMA_CPP),
     "mistral": Family("MistralForCausalLM", attention_bias=None, windows="all", gguf=_LLAMA_CPP),
@@ -114,6 +116,14 @@ FAMILIES: dict[str, Family] = {
         gguf=InGGUF("cohere2", interleaved_rope=True, head="tied", derived_head_dim=True, window_period=4),
     ),
     "gemma4_text": replace(_GEMMA4, per_layer_inputs=True),
+    "gemma4_text+experts": replace(
+        _GEMMA4, per_layer_inputs=True, names={"shared_experts": "mlp"},
+        experts=ExpertRules(
+            normalise=True, used="top_k_experts", shared_columns="intermediate_size", in_layer_itself=True, own_norms=True,
+            router_part="proj", router_norm=True, expert_scale=True, stored="stacked",
+        ),
+        gguf=replace(_GEMMA4.gguf, joins_gate_up=True),
+    ),
     "gemma4_unified_text": replace(_GEMMA4, architecture="Gemma4UnifiedForCausalLM"),
     "phi3": Family(
         "Phi3ForCausalLM", fused_projections=("qkv", "gate_up"), attention_bias=None, windows="all",
@@ -217,13 +227,31 @@ FAMILIES: dict[str, Family] = {
 # fmt: on
 
 
+def row_name(config: PretrainedConfig) -> str:
+    """The key that a config has in `FAMILIES`, whether or not there is such a row."""
+    return config.model_type + _EXPERTS * bool(getattr(config, "enable_moe_block", False))
+
+
+def row_of(config: PretrainedConfig) -> Family | None:
+    """The row of a config's kind of models, whether or not oribi's decoder covers this one."""
+    return FAMILIES.get(row_name(config))
+
+
+def config_of_row(name: str, **fields: Any) -> PretrainedConfig:
+    """A config with these fields that has the row of this name."""
+    model_type = name.removesuffix(_EXPERTS)
+    return AutoConfig.for_model(
+        model_type, **({"enable_moe_block": True} if model_type != name else {}), **fields
+    )
+
+
 def family_of(config: PretrainedConfig) -> Family | None:
     """The family's row for a checkpoint's config, or None when oribi's decoder does not cover it.
 
     Args:
         config: a transformers config; `model_type`, `hidden_act` and a few refusing fields are read.
     """
-    family = FAMILIES.get(config.model_type)
+    family = row_of(config)
     if family is None or activation_of(config) is None:
         return None
     kinds = {"linear_attention", "conv", "mamba"} & set(getattr(config, "layer_types", None) or ())
@@ -232,7 +260,7 @@ def family_of(config: PretrainedConfig) -> Family | None:
         getattr(config, "output_router_logits", False),  # asks for a loss that evens out the experts' use
         family.activation == "swiglu_clamped" and _clamped_otherwise(config),
         any(getattr(config, name) for name in family.unread),
-        getattr(config, "enable_moe_block", False), kinds - family.mixers.keys(),
+        kinds - family.mixers.keys(),
         family.qk_norm is None and getattr(config, "use_qk_norm", False),
         getattr(config, "use_bidirectional_attention", None) in (True, "all"),  # "vision": pictures alone
         fields_by_layer(config) - _BY_LAYER,
@@ -252,7 +280,7 @@ _BY_LAYER = {"head_dim", "num_key_value_heads"}
 
 def activation_of(config: PretrainedConfig) -> Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"] | None:
     """The gated MLP's activation in the kernels' words, or None if no kernel computes it."""
-    family = FAMILIES.get(config.model_type)
+    family = row_of(config)
     if family is not None and family.activation is not None:
         return family.activation
     # Gemma's first release wrote "gelu" in hidden_act and meant the tanh form, named by hidden_activation

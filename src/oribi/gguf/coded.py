@@ -111,11 +111,10 @@ class CodedSource(PlannedFile):
 
     def stack_codes(self, prefix: str, stack: str, device: torch.device) -> BlockStack:
         """The codes of one of `stack_types`, quantised matrix by matrix; arguments as of `GGUFSource.stack_codes`."""
-        experts, rows, columns = self.entries[first_matrices(prefix, stack)[0]][0].shape
-        parts = PARTS[stack]
-        found = BlockStack.empty(
-            (experts, len(parts) * rows, columns), self.stack_types[f"{prefix}.{stack}"], device
-        )
+        entry, parts = self.entries[first_matrices(prefix, stack)[0]][0], PARTS[stack]
+        experts, rows, columns = entry.shape
+        shape = (experts, len(parts) * rows // entry.tensor.joined, columns)
+        found = BlockStack.empty(shape, self.stack_types[f"{prefix}.{stack}"], device)
         for part, name in enumerate(parts):
             for expert, place in enumerate(found.tensor(part)):
                 place.copy_(self._parts(f"{prefix}.{expert}.{name}.weight", device, lambda codes, _: codes))

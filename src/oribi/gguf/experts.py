@@ -20,11 +20,13 @@ def add_experts(writer: gguf.GGUFWriter, config: PretrainedConfig, rules: Expert
     """Write how many experts there are, which layers have them, and how they are chosen and weighed."""
     size = getattr(config, rules.size)
     writer.add_expert_count(getattr(config, rules.count))
-    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_used_count(getattr(config, rules.used))
     writer.add_expert_feed_forward_length(size)
     if rules.shared:
         writer.add_expert_shared_count(rules.shared_size(config) // size)
-    if rules.has_shared:
+    if (
+        rules.has_shared and not rules.in_layer_itself
+    ):  # whose MLP is as wide as layers without experts have it
         writer.add_expert_shared_feed_forward_length(rules.shared_size(config))
     if rules.layers in ("after_first", "interval"):
         writer.add_leading_dense_block_count(_first_with_experts(config, rules))
@@ -69,7 +71,7 @@ def read_expert_fields(file: GGUFFile, rules: ExpertRules, facts: InGGUF, layers
     """
     settings: dict[str, Any] = {
         rules.count: file.number("expert_count"),
-        "num_experts_per_tok": file.number("expert_used_count"),
+        rules.used: file.number("expert_used_count"),
         rules.size: file.value("{arch}.expert_feed_forward_length") or file.number("feed_forward_length"),
     }
     scores = file.value("{arch}.expert_gating_func") or None
@@ -83,7 +85,7 @@ def read_expert_fields(file: GGUFFile, rules: ExpertRules, facts: InGGUF, layers
         settings[rules.normalise] = said if facts.normalises is None else facts.normalises
     if rules.shared:
         settings[rules.shared] = file.value("{arch}.expert_shared_count", 0)
-    if rules.shared_columns:
+    if rules.shared_columns and not rules.in_layer_itself:
         settings[rules.shared_columns] = file.number("expert_shared_feed_forward_length")
     if rules.scale:
         settings[rules.scale] = file.value("{arch}.expert_weights_scale") or 1.0

@@ -155,7 +155,8 @@ def read_layers(file: GGUFFile, family: Family, layers: int) -> dict[str, Any]:
     facts = family.gguf
     heads = _listed(file, "attention.head_count_kv", layers, file.number("attention.head_count"))
     if facts.lists_layers:
-        return _read_lists(file, layers, heads)
+        own = {} if family.experts is None else read_expert_fields(file, family.experts, facts, layers)
+        return _read_lists(file, layers, heads) | own
     settings: dict[str, Any] = {"num_key_value_heads": max(heads)}
     if family.experts is None or file.value("{arch}.feed_forward_length"):
         settings["intermediate_size"] = file.number("feed_forward_length")

@@ -6,10 +6,10 @@ from typing import Any
 import gguf
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from oribi.errors import ExportError, ModelError
-from oribi.families import FAMILIES, MOST_LAYERS, Family, family_of
+from oribi.families import FAMILIES, MOST_LAYERS, Family, config_of_row, family_of
 from oribi.families.in_gguf import DEEPSTACK_LAYERS, InGGUF
 from oribi.families.sizes import head_dim_of, rope_base
 from oribi.gguf.file import GGUFFile
@@ -105,18 +105,20 @@ def config_of_file(file: GGUFFile) -> PretrainedConfig:
         raise ModelError(
             f"{file.path} holds architecture {file.architecture!r}; oribi reads {', '.join(MODEL_TYPES)} from GGUF"
         )
-    model_type = readings[0]
+    has_experts = bool(file.value("{arch}.expert_count", 0))
+    readings = [name for name in readings if (FAMILIES[name].experts is not None) == has_experts] or readings
+    row = readings[0]
     if file.value("{arch}.attention.sliding_window"):
-        model_type = next((name for name in readings if FAMILIES[name].gguf.window_period), model_type)
+        row = next((name for name in readings if FAMILIES[name].gguf.window_period), row)
     try:
-        config = AutoConfig.for_model(model_type, **_settings(file, FAMILIES[model_type]))
+        config = config_of_row(row, **_settings(file, FAMILIES[row]))
     except ModelError:
         raise
     except _DAMAGED as error:
         raise ModelError(
             f"{file.path}: its metadata or tensors do not make a {file.architecture} model: {error}"
         ) from error
-    config.architectures = [FAMILIES[model_type].architecture]
+    config.architectures = [FAMILIES[row].architecture]
     if family_of(config) is None:
         raise ModelError(
             f"{file.path}: this {file.architecture} model uses a feature outside oribi's family table"

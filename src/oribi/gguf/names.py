@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from oribi.errors import ExportError
-from oribi.families import FAMILIES, Family
+from oribi.families import FAMILIES, Family, row_of
+from oribi.families.expert_rules import ExpertRules
 from oribi.families.in_gguf import InGGUF
 from oribi.gguf.tensor import Tensor, ValueHeads
 
@@ -28,13 +29,16 @@ _LINEAR = {
     "ffn_up": ("mlp", "up_proj"),
     "ffn_down": ("mlp", "down_proj"),
 }
+_ROUTER = "ffn_gate_inp"
 # of experts, with a star for the number of each
 _EXPERTS = {
-    "ffn_gate_inp": ("mlp", "router"),
+    _ROUTER: ("mlp", "router"),
     "ffn_gate_exps": ("mlp", "experts", "*", "gate_proj"),
     "ffn_up_exps": ("mlp", "experts", "*", "up_proj"),
     "ffn_down_exps": ("mlp", "experts", "*", "down_proj"),
 }
+# of an expert that has one matrix for both in a file; names of matrices that lie one behind the other are joined by a bar
+_JOINED = "gate_proj|up_proj"
 _SHARED_GATE = "ffn_gate_inp_shexp"
 # of an MLP beside the experts
 _SHARED = {
@@ -81,6 +85,9 @@ _NORMS = {
     "post_attention_norm": ("mixer_output_norm",),
     "ffn_norm": ("mlp_input_norm",),
     "post_ffw_norm": ("mlp_output_norm",),
+    "post_ffw_norm_1": ("shared_output_norm",),
+    "pre_ffw_norm_2": ("experts_input_norm",),
+    "post_ffw_norm_2": ("experts_output_norm",),
 }
 # weights of the norms of q and k; where a checkpoint has none, a file has constants
 NORMS_OF_HEADS = ("attn_q_norm.weight", "attn_k_norm.weight")
@@ -103,9 +110,11 @@ def family_in_gguf(config: PretrainedConfig) -> tuple[Family, InGGUF]:
     Raises:
         ExportError: oribi writes no GGUF files of this family.
     """
-    family = FAMILIES.get(config.model_type)
+    family = row_of(config)
     if family is None or family.gguf is None:
-        written = ", ".join(name for name, row in FAMILIES.items() if row.gguf is not None)
+        written = ", ".join(
+            name for name, row in FAMILIES.items() if row.gguf is not None and "+" not in name
+        )
         raise ExportError(
             f"oribi writes no GGUF for model_type {config.model_type!r}; it writes {written}. "
             "Save merged_16bit and convert that folder with llama.cpp's own script"
@@ -123,12 +132,7 @@ def _layer_parts(family: Family, facts: InGGUF) -> dict[str, str]:
     parts = {**_LINEAR, **norms, **fused, **(_PER_LAYER_INPUT if family.per_layer_inputs else {})}
     parts |= {"attn_gate": ("self_attn", "output_gate")} if family.output_gate == "output_gate" else {}
     if family.experts is not None:
-        shared = {
-            name: roles
-            for name, roles in _SHARED.items()
-            if family.experts.shared_gate or name != _SHARED_GATE
-        }
-        parts |= {**_EXPERTS, **(shared if family.experts.has_shared else {})}
+        parts |= _of_experts(family.experts, facts)
     for mixer in family.mixers.values():
         parts |= _MIXERS.get(mixer, {})
     return {
@@ -137,14 +141,33 @@ def _layer_parts(family: Family, facts: InGGUF) -> dict[str, str]:
     }
 
 
+def _of_experts(rules: ExpertRules, facts: InGGUF) -> dict[str, tuple[str, ...]]:
+    """The router, the experts and the MLP beside them: llama.cpp's names -> roles."""
+    parts = {**_EXPERTS, _ROUTER: (*_EXPERTS[_ROUTER], *filter(None, [rules.router_part]))}
+    if facts.joins_gate_up:
+        parts["ffn_gate_up_exps"] = ("mlp", "experts", "*", _JOINED)
+    if rules.in_layer_itself:  # and the MLP beside them under the names of an MLP
+        return {name: roles[1:] for name, roles in parts.items()}
+    shared = {name: roles for name, roles in _SHARED.items() if rules.shared_gate or name != _SHARED_GATE}
+    return parts | (shared if rules.has_shared else {})
+
+
 def _without_module(family: Family) -> dict[str, str]:
     """Tensors of a layer that are no module's weight or bias: llama.cpp's names -> the checkpoint's."""
-    correction = None if family.experts is None else family.experts.correction
-    if correction is None:
+    rules = family.experts
+    if rules is None:
         return _WITHOUT_MODULE
-    own = {"router": (), "moe_statics": (correction,)}[correction]
-    parts = (family.attribute("mlp"), family.attribute("router"), *own, "e_score_correction_bias")
-    return {**_WITHOUT_MODULE, _CORRECTION: ".".join(parts)}
+    router = "" if rules.in_layer_itself else f"{family.attribute('mlp')}."
+    router += family.attribute("router")
+    own = {"router": "", "moe_statics": "moe_statics."}
+    found = {**_WITHOUT_MODULE}
+    if rules.correction is not None:
+        found[_CORRECTION] = f"{router}.{own[rules.correction]}e_score_correction_bias"
+    if rules.router_norm:
+        found[f"{_ROUTER}.scale"] = f"{router}.scale"
+    if rules.expert_scale:
+        found["ffn_down_exps.scale"] = f"{router}.per_expert_scale"
+    return found
 
 
 def _tensor(config: PretrainedConfig, name: str, source: str) -> Tensor:
@@ -207,7 +230,10 @@ def tensors_to_write(config: PretrainedConfig, sources: Iterable[str]) -> list[T
     for name, source in _layer_parts(family, facts).items():
         layer.setdefault(source, []).append(name)
     # experts of a layer share a tensor
-    sources = list(dict.fromkeys(re.sub(r"(\.experts\.)\d+\.", r"\1*.", source) for source in sources))
+    sources = [re.sub(r"(\.experts\.)\d+\.", r"\1*.", source) for source in sources]
+    if facts.joins_gate_up:
+        sources = [re.sub(r"(\.\*\.)(gate|up)_proj", rf"\1{_JOINED}", source) for source in sources]
+    sources = list(dict.fromkeys(sources))
     tensors = []
     for source in sources:
         if source == "lm_head.weight" and facts.head == "tied":

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
-from oribi.families import FAMILIES
+from oribi.families import row_of
 from oribi.families.in_gguf import InGGUF
 from oribi.families.sizes import head_dim_of, rope_base
 from oribi.gguf.file import GGUFFile
@@ -79,7 +79,7 @@ def rotary_dim(rope: dict[str, Any], head_dim: int) -> int:
 
 def _query_scale(config: PretrainedConfig, rope: dict[str, Any]) -> float | None:
     """By what queries grow with their position."""
-    family = FAMILIES[config.model_type]
+    family = row_of(config)
     return (rope.get("llama_4_scaling_beta") or None) if family.query_scale_by_position else None
 
 
@@ -98,7 +98,7 @@ def _attention_factor(rope: dict[str, Any], stretch: float, original: int) -> fl
 def rope_tensors(config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """Frequency factors by tensor name: what each frequency of plain RoPE is divided by, [R / 2] float32."""
     rope = global_rope(config)
-    if _PROPORTIONAL in FAMILIES[config.model_type].gguf.rope_factors:
+    if _PROPORTIONAL in row_of(config).gguf.rope_factors:
         head_dim = head_dim_of(config)
         turning = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
         factors = torch.full((head_dim // 2,), _STANDS_STILL)

@@ -60,7 +60,10 @@ class GGUFSource:
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         tensor, index = self._tensors[name]
         read_as = torch.float32 if tensor.decay or dtype is None else dtype
-        values = self.file.read(tensor.name, read_as, offset=tensor.shift, index=index)
+        expert = None if index is None else index // tensor.joined
+        values = self.file.read(tensor.name, read_as, offset=tensor.shift, index=expert)
+        if tensor.joined > 1:
+            values = values.chunk(tensor.joined)[index % tensor.joined]
         return tensor.from_gguf(values).to(device, dtype or torch.float32)
 
     def block_type(self, name: str) -> str | None:
@@ -101,18 +104,24 @@ class GGUFSource:
             prefix: name of the module of experts. stack: of the stack within it.
         """
         kinds = self.stack_types[f"{prefix}.{stack}"]
-        names = [self._tensors[name][0].name for name in first_matrices(prefix, stack)]
-        experts, rows, columns = self.file.tensors[names[0]].shape
-        shape = (experts, len(names) * rows, columns)
+        parts = [self._tensors[name] for name in first_matrices(prefix, stack)]
+        experts, rows, columns = self.file.tensors[parts[0][0].name].shape
+        shape = (experts, len(parts) * rows // parts[0][0].joined, columns)
         if kinds[0] == Type.MXFP4.name:
-            blocks = [self.file.read_codes(name).view(experts, rows, -1) for name in names]
+            blocks = [self._codes_of(*part) for part in parts]
             codes, scales = (half.contiguous().to(device) for half in from_blocks(torch.cat(blocks, dim=1)))
-            return MXFP4Stack(shape, len(names), codes, scales)
+            return MXFP4Stack(shape, len(parts), codes, scales)
         found = BlockStack.empty(shape, kinds, device)
-        for part, name in enumerate(names):
+        for part, lies in enumerate(parts):
             place = found.tensor(part)
-            place.copy_(self.file.read_codes(name).view(place.shape))
+            place.copy_(self._codes_of(*lies).reshape(place.shape))
         return found
+
+    def _codes_of(self, tensor: Tensor, index: int) -> torch.Tensor:
+        """[E, N, bytes of a row] of a matrix of each expert; `index` is the first expert's."""
+        experts, rows, _ = self.file.tensors[tensor.name].shape
+        codes = self.file.read_codes(tensor.name).view(experts, tensor.joined, rows // tensor.joined, -1)
+        return codes[:, index % tensor.joined]
 
     def close(self) -> None:
         pass  # nothing stays open

@@ -26,9 +26,11 @@ def types_of_stacks(tensors: Iterable[tuple[Tensor, Type]]) -> dict[str, tuple[s
         tensors: of a file, with the type of each; those of no experts are left out.
     """
     kinds = {
-        tensor.source.removesuffix(".weight"): kind.name
+        f"{module}.*.{part}": kind.name
         for tensor, kind in tensors
         if tensor.experts and tensor.source.endswith(".weight")
+        for module, _, parts in [tensor.source.removesuffix(".weight").partition(".*.")]
+        for part in parts.split("|")
     }
     modules = dict.fromkeys(name.partition(".*.")[0] for name in kinds)
     stacks = ((module, stack, PARTS[stack]) for module in modules for stack in PARTS)

@@ -62,7 +62,8 @@ class Tensor:
         single: the dimension of size 1 that it has in the checkpoint alone: 1 of a depthwise convolution's [N, 1, W], 0 of one row [1, K].
         value_heads: whose rows or columns the file has in another order.
         decay: the checkpoint holds the logarithm of a decay, and the file minus the decay.
-        experts: of how many experts the file holds the matrices in one tensor; `source` has a star for an expert's number.
+        experts: of how many experts the file holds the matrices in one tensor; `source` has a star for an expert's number, and a
+            bar between the names of matrices of one expert that lie one behind the other.
     """
 
     name: str
@@ -78,9 +79,17 @@ class Tensor:
     @property
     def sources(self) -> list[str]:
         """The checkpoint's names of what the file holds in this tensor."""
-        return (
-            [self.source.replace("*", str(i)) for i in range(self.experts)] if self.experts else [self.source]
-        )
+        if not self.experts:
+            return [self.source]
+        before, after = self.source.split("*.")
+        parts, dot, leaf = after.partition(".")
+        each = [f"{part}{dot}{leaf}" for part in parts.split("|")]
+        return [f"{before}{i}.{one}" for i in range(self.experts) for one in each]
+
+    @property
+    def joined(self) -> int:
+        """How many matrices of each expert lie one behind the other."""
+        return self.source.count("|") + 1
 
     def to_gguf(self, values: torch.Tensor) -> torch.Tensor:
         """The checkpoint's values [N, ...] as llama.cpp wants them."""
@@ -102,7 +111,7 @@ class Tensor:
     def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a tensor whose sources have `shape` in the checkpoint."""
         if self.experts:
-            return (self.experts, *shape)
+            return (self.experts, self.joined * shape[0], *shape[1:])
         if self.single is not None:
             return (*shape[: self.single], *shape[self.single + 1 :])
         return (shape[0] // self.part[1], *shape[1:])
@@ -110,7 +119,7 @@ class Tensor:
     def shape_in_checkpoint(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of each source of a tensor that has `shape` in the file."""
         if self.experts:
-            return shape[1:]
+            return (shape[1] // self.joined, *shape[2:])
         if self.single == 0:  # some programs write it as a matrix
             return (1, shape[-1])
         return shape if self.single is None else (*shape[: self.single], 1, *shape[self.single :])

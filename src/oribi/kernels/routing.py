@@ -91,18 +91,25 @@ def choose(logits: torch.Tensor, rule: RouterRule, correction: torch.Tensor | No
     return scores.topk(rule.count, dim=-1)[1]
 
 
-def weigh(logits: torch.Tensor, experts: torch.Tensor, rule: RouterRule) -> torch.Tensor:
-    """The weights [T, k] of the chosen experts, in the logits' dtype; differentiable in them.
+def weigh(
+    logits: torch.Tensor, experts: torch.Tensor, rule: RouterRule, of_expert: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weights [T, k] of the chosen experts, differentiable in the logits and in `of_expert`.
 
     Args:
         logits: [T, E]. experts: [T, k] int64.
+        of_expert: [E], by which each expert's weights are multiplied, or None.
+
+    Returns:
+        In the logits' dtype; with `of_expert` in float32, as transformers has them.
     """
     chosen = rule.scores(logits).gather(-1, experts)
     if rule.kind == "topk_softmax":
         return chosen.softmax(-1).to(logits.dtype)
     if rule.normalise:
         chosen = chosen / _total(chosen, rule)
-    return (chosen * rule.scale if rule.scale != 1.0 else chosen).to(logits.dtype)
+    chosen = chosen * rule.scale if rule.scale != 1.0 else chosen
+    return chosen.to(logits.dtype) if of_expert is None else chosen * of_expert.to(chosen.dtype)[experts]
 
 
 def _total(chosen: torch.Tensor, rule: RouterRule) -> torch.Tensor:
@@ -112,11 +119,17 @@ def _total(chosen: torch.Tensor, rule: RouterRule) -> torch.Tensor:
 
 
 def weigh_backward(
-    dweights: torch.Tensor, logits: torch.Tensor, experts: torch.Tensor, rule: RouterRule
+    dweights: torch.Tensor,
+    logits: torch.Tensor,
+    experts: torch.Tensor,
+    rule: RouterRule,
+    of_expert: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient [T, E] of the logits, float32, from that of the weights [T, k]."""
     scores, dweights = rule.scores(logits), wide(dweights)
     dlogits, chosen = torch.zeros_like(scores), scores.gather(-1, experts)
+    if of_expert is not None:
+        dweights = dweights * of_expert.to(dweights.dtype)[experts]
     if rule.kind == "topk_softmax":
         weights = chosen.softmax(-1)
         return dlogits.scatter_(

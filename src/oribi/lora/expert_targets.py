@@ -8,7 +8,7 @@ from torch import nn
 
 from oribi.config import PROJECTIONS
 from oribi.errors import ConfigError
-from oribi.families import FAMILIES, Family
+from oribi.families import Family, row_of
 from oribi.lora.targets import STACK_OF, has_experts, layer_projections, matches, resolve_targets
 
 
@@ -98,7 +98,7 @@ def resolve_experts(
     else:
         return target_modules
     left = [target for target in targets if not _means_stack(target)]
-    rules = FAMILIES[model.config.model_type].experts
+    rules = row_of(model.config).experts
     others = [target for target in left if target.rpartition(".")[2] in STACK_OF]
     if others and not rules.shared_by_name:
         raise ConfigError(
@@ -126,7 +126,7 @@ def resolve_experts(
         )
         return left
     if not parameters:
-        meant = stacks_of(targets, FAMILIES[model.config.model_type], layers)
+        meant = stacks_of(targets, row_of(model.config), layers)
         names = [name for name, _ in model.named_parameters()]
         # some layers have no experts
         parameters = [one for one in meant if any(matches(name, [one]) for name in names)]

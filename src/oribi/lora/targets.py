@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from oribi.config import PROJECTIONS
 from oribi.errors import ConfigError
-from oribi.families import FAMILIES, Family
+from oribi.families import Family, row_of
 from oribi.models.experts import SHARED_GATE, Experts
 from oribi.models.mixers import MIXERS
 from oribi.models.mixers.gated_delta import DECAY_PROJECTIONS
@@ -117,7 +117,7 @@ def resolve_targets(
         notes.append("embed_tokens is trained whole (modules_to_save), not through LoRA")
     targets = _without_read_by_kernels(model, targets, notes)
     leaves = {name.rpartition(".")[2] for name in names}
-    row = FAMILIES.get(model.config.model_type)
+    row = row_of(model.config)
     held = _FUSED if row is None else row.projections()
     if row is not None and row.mixers and set(targets) == set(PROJECTIONS):
         targets += _of_mixers(row, leaves, notes)

@@ -13,6 +13,8 @@ from oribi.kernels.expert_linear import columns_beside
 from oribi.models.expert_tensors import fits_stack
 from oribi.models.experts import STACKS, Experts, ExpertsMLP
 from oribi.models.experts_half import MOST_ROWS
+from oribi.models.layers import DecoderLayer
+from oribi.models.unwrap import bare_module
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class ExpertsShape:
         count: E. used: k.
         stacks: name -> (N, K, P).
         width: bytes of a number.
+        norms: results as wide as the layer's input that PyTorch's autograd keeps for norms of the experts' own.
     """
 
     count: int
     used: int
     stacks: Mapping[str, tuple[int, int, int]]
     width: int
+    norms: int = 0
 
     def columns(self) -> dict[str, int]:
         """Numbers per token of what may be kept, by the names of `models.core.Result`."""
@@ -49,6 +53,11 @@ class ExpertsShape:
         """Bytes that forward and backward move to dequantise both stacks: half a byte of codes read, a number written."""
         return 2 * (0.5 + self.width) * self.count * sum(n * k for n, k, _ in self.stacks.values())
 
+    @property
+    def router_flop(self) -> int:
+        """Arithmetic of the logits of one token."""
+        return 2 * self.count * self.stacks["gate_up_proj"][1]
+
     def flop(self, names: Sequence[str] = STACKS) -> int:
         """Arithmetic of stacks' forward for one token."""
         return self.used * sum(2 * (k * p + n * (k + p)) for n, k, p in map(self.stacks.get, names))
@@ -68,7 +77,7 @@ class ExpertsShape:
     def autograd_columns(self) -> int:
         """Numbers per token that PyTorch's autograd keeps: the rows' inputs, gate|up, h and the output."""
         (up, d, p_up), (_, i, p_down) = (self.stacks[name] for name in STACKS)
-        return self.used * (d + p_up + up + i + p_down + d)
+        return self.norms * d + self.used * (d + p_up + up + i + p_down + d)
 
 
 def experts_shape(core: object, ranks: Mapping[str, Sequence[int]], width: int) -> ExpertsShape | None:
@@ -85,12 +94,14 @@ def experts_shape(core: object, ranks: Mapping[str, Sequence[int]], width: int) 
     stacks = {
         name: (n, k, columns_beside(sum(ranks.get(name, ())), biases)) for name, (_, n, k) in sizes.items()
     }
-    return ExpertsShape(len(experts.down_proj), core.used, stacks, width)
+    # outputs of the experts and of the MLP beside them; the router's input after each of three steps
+    norms = 2 * core.own_norms + 3 * (bare_module(core.part("router")).norm is not None)
+    return ExpertsShape(len(experts.down_proj), core.used, stacks, width, norms)
 
 
 def experts_of(core: ExpertsMLP) -> Experts:
     """The stacks inside whatever PEFT put around them."""
-    return next(module for module in core.modules() if isinstance(module, Experts))
+    return next(module for module in core.part("experts").modules() if isinstance(module, Experts))
 
 
 def packable_parameters(model: nn.Module) -> dict[str, int]:
@@ -113,12 +124,14 @@ def multiplied(model: nn.Module) -> Iterator[tuple[str, nn.Module, float, bool]]
     """
     shares: dict[int, float] = {}  # of modules inside an `ExpertsMLP`
     for name, module in model.named_modules():
-        if isinstance(module, ExpertsMLP):
-            experts = experts_of(module)
-            share = module.used / len(experts.down_proj)
+        # in some families no module of its layer
+        core = next(iter(module.experts_mlp), None) if isinstance(module, DecoderLayer) else module
+        if isinstance(core, ExpertsMLP):
+            experts = experts_of(core)
+            share = core.used / len(experts.down_proj)
             shares |= {
                 id(inner): share
-                for wrapper in module.modules()
+                for wrapper in core.part("experts").modules()
                 if isinstance(wrapper, ParamWrapper) and wrapper.num_experts > 1
                 for inner in (*wrapper.lora_A.values(), *wrapper.lora_B.values())
             }

@@ -19,6 +19,9 @@ from oribi.models.layers import DecoderLayer
 from oribi.models.linear_layers import read
 from oribi.models.mlp import SharedMLP
 
+# what makes results of experts -> the stack
+_STACKS = {"experts": "gate_up_proj", "experts_down": "down_proj"}
+
 
 @dataclass(frozen=True, eq=False)
 class LayerShape:
@@ -131,9 +134,10 @@ class LayerShape:
         return 2 * (0.5 + self.width) * sum(n * k for n, k, _ in self.groups.values())
 
     def product_flop(self, group: str) -> int:
-        """Arithmetic of a group's forward for one token: S = x A^T, and [x, S] [W, sB]^T; of "experts", that of gate|up."""
-        if group == "experts":
-            return self.experts.flop(["gate_up_proj"])
+        """Arithmetic of a group's forward for one token: S = x A^T, and [x, S] [W, sB]^T; of "experts", that of gate|up, and of
+        "experts_down" that of down and of the weights of its rows."""
+        if group in _STACKS:
+            return self.experts.flop([_STACKS[group]]) + self.experts.router_flop * (group == "experts_down")
         n, k, p = self.groups[group]
         return 2 * (k * p + n * (k + p))
 

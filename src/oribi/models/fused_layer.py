@@ -22,10 +22,11 @@ from oribi.errors import ModelError
 from oribi.models.core import Keep, Result
 from oribi.models.experts import ExpertsMLP
 from oribi.models.experts_half import experts_half
-from oribi.models.half import Factors, Half, Kept, LayerPass, taken
+from oribi.models.half import Factors, Half, Kept, LayerPass
 from oribi.models.linear_layers import RMSNorm, any_module_hooked, hooked
 from oribi.models.mixers.attention import Attention
 from oribi.models.mlp import MLP
+from oribi.models.trained_rows import taken
 
 if TYPE_CHECKING:
     from oribi.models.layers import Batch, DecoderLayer

@@ -22,6 +22,7 @@ from oribi.kernels.lora import GroupWeight, Projection, augmented_weight, backwa
 from oribi.models.core import Core, Keep
 from oribi.models.host_memory import Parcel
 from oribi.models.linear_layers import RMSNorm, read
+from oribi.models.trained_rows import norm_backward, put_back, taken
 
 if TYPE_CHECKING:
     from oribi.models.layers import Batch, DecoderLayer
@@ -132,13 +133,16 @@ class Half:
 
     Args:
         core: the module. pre, post: norms before and after it. scale: c.
+        adds: whether y holds x; else it is c post(h W_out) alone, of a half with a norm after it.
 
     Attributes:
         rows: [n] int64, those of y that are wanted, where the core has to see all of x; None: all. y and dy are then [n, D].
     """
 
-    def __init__(self, core: Core, pre: RMSNorm | None, post: RMSNorm | None, scale: float) -> None:
-        self.core, self.pre, self.post, self.scale = core, pre, post, scale
+    def __init__(
+        self, core: Core, pre: RMSNorm | None, post: RMSNorm | None, scale: float, adds: bool = True
+    ) -> None:
+        self.core, self.pre, self.post, self.scale, self.adds = core, pre, post, scale, adds
         self.rows: torch.Tensor | None = None
         self.reads, self.gives = getattr(core, "reads", None), getattr(core, "gives", None)
         self.groups = {name: [read(m) for m in modules] for name, modules in core.groups().items()}
@@ -196,8 +200,13 @@ class Half:
     def _again(self, kept: Kept, x: torch.Tensor) -> torch.Tensor:
         """y of a portion [t, D], kept or computed; everything else that is kept stays so, and nothing is added."""
         core = self.core
-        y = kept.take(core.output_result)
-        if y is None:
+        y, product = kept.take(core.output_result), None
+        if y is None and not self.adds:
+            product = kept.take(core.output)
+        if product is not None:
+            kept.put_back({core.output: product})
+            y = self._with_residual(product, x)
+        elif y is None:
             had = kept.names()
             state, y = self._restore(kept, x, True)
             taken = {
@@ -206,6 +215,8 @@ class Half:
                 core.output: state.product,
                 f"{core.output}_xa": state.xa_out,
             }
+            if not self.adds:  # its backward, which follows at once, reads it
+                had.add(core.output)
             kept.put_back({name: one for name, one in taken.items() if name in had})
         return y
 
@@ -256,6 +267,8 @@ class Half:
         dresidual = dy if dresidual is None else dresidual
         parts, kept, self.kept = self._portions(len(x)), self.kept, []
         dx, factors = None, []
+        if len(parts) > 1 and place_for_dx is None:  # no buffer has all rows
+            place_for_dx = torch.empty_like
         for rows, one in zip(parts, kept):
             dn, rstd, grads = self._backward(one, x[rows], dy[rows], needs_dx)
             factors.append(grads)
@@ -349,9 +362,13 @@ class Half:
         if norm is None and self.scale == 1.0:
             return *weight.forward_onto(h, residual), None
         product, xa = weight.forward_onto(h, None)
-        y = product if norm is None else norm.compute(product)[0]
-        y = residual + (y * self.scale if self.scale != 1.0 else y)
-        return y, xa, None if norm is None else product
+        return self._with_residual(product, residual), xa, None if norm is None else product
+
+    def _with_residual(self, product: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """y [T, D] of h W_out."""
+        y = product if self.post is None else self.post.compute(product)[0]
+        y = y * self.scale if self.scale != 1.0 else y
+        return residual + y if self.adds else y
 
     def _post_backward(
         self, dy: torch.Tensor, product: torch.Tensor | None, weight: GroupWeight
@@ -368,32 +385,9 @@ class Half:
         return buffer
 
 
-def taken(of_all: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """These rows of [T, ...]; None: all."""
-    return of_all if rows is None else of_all.index_select(0, rows)
-
-
-def put_back(gradient: torch.Tensor, rows: torch.Tensor | None, tokens: int) -> torch.Tensor:
-    """The gradient [tokens, ...] of what `taken` took rows of; a row that comes more than once must have a gradient of zero."""
-    if rows is None:
-        return gradient
-    return gradient.new_zeros(tokens, *gradient.shape[1:]).index_copy_(0, rows, gradient)
-
-
 def portions(tokens: int) -> list[slice]:
     """The rows that a row-wise core computes at a time: equal portions of at most MLP_TOKENS, whatever is kept of them."""
     tokens = max(tokens, 1)  # an empty batch is one empty portion
     count = -(-tokens // MLP_TOKENS)
     size = -(-tokens // (count * 128)) * 128  # a matrix tile's rows
     return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
-
-
-def norm_backward(
-    norm: RMSNorm | None, dn: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor | None, dresidual: torch.Tensor,
-    out: torch.Tensor,
-) -> None:  # fmt: skip
-    """Writes the gradient of x [T, D], which the residual stream and norm(x), whose gradient is dn, share; rstd is 1/rms of x."""
-    if norm is None:
-        torch.add(dn, dresidual, out=out)
-    else:
-        norm.backward(dn, x, rstd, dresidual=dresidual, out=out)

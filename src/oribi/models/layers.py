@@ -22,13 +22,13 @@ from oribi.kernels.rope import Angles
 from oribi.models.core import Keep, Mixer, Result
 from oribi.models.experts import ExpertsMLP
 from oribi.models.fused_layer import fused_layer, fusible_halves, policy
-from oribi.models.half import taken
 from oribi.models.host_memory import HostMemory
 from oribi.models.linear_layers import NamedParts, RMSNorm
 from oribi.models.mixers import mixer_of
 from oribi.models.mixers.attention import window_of
 from oribi.models.mlp import MLP
 from oribi.models.per_layer import PerLayerInput, has_per_layer_inputs
+from oribi.models.trained_rows import taken
 
 
 @dataclass
@@ -110,7 +110,12 @@ class DecoderLayer(NamedParts):
         self.mixer_name = mixer.attribute  # as the checkpoint has it
         self.add_module(self.mixer_name, mixer)
         has_experts = family.experts is not None and family.experts.in_layer(config, index)
-        self.add_part("mlp", (ExpertsMLP if has_experts else MLP)(config, family, index))
+        # not a module of the layer's where the layer itself has its parts
+        self.experts_mlp = ()
+        if has_experts and family.experts.in_layer_itself:
+            self.experts_mlp = (ExpertsMLP(config, family, index, self),)
+        else:
+            self.add_part("mlp", (ExpertsMLP if has_experts else MLP)(config, family, index))
         for role in family.layer_norms():
             self.add_part(role, RMSNorm.of(config, family, role, config.hidden_size))
         # not a module of the layer's, whose attributes its parts are
@@ -143,13 +148,13 @@ class DecoderLayer(NamedParts):
         norms = self.family.layer_norms()
         norms = {role: getattr(self, attribute) for role, attribute in norms.items()}
         first = norms.get("mixer_input_norm")
+        mlp = self.experts_mlp[0] if self.experts_mlp else self.part("mlp")
+        before = first if self.parallel else norms.get("mlp_input_norm")
+        if isinstance(mlp, ExpertsMLP) and mlp.own_norms:
+            before = None  # one of several that read the same
         return (
             (self.mixer, first, norms.get("mixer_output_norm")),
-            (
-                self.part("mlp"),
-                first if self.parallel else norms.get("mlp_input_norm"),
-                norms.get("mlp_output_norm"),
-            ),
+            (mlp, before, norms.get("mlp_output_norm")),
             *((one, None, self.part("post_per_layer_input_norm")) for one in self.per_layer_input),
         )
 

@@ -56,12 +56,12 @@ class MLP(NamedParts):
     ) -> None:
         super().__init__(family)
         size = config.hidden_size
-        if inner is None:
-            inner = mlp_size(config)
-            if family.wide_mlp and config.use_double_wide_mlp and is_shared(config, index):
-                inner *= 2
-        if family.per_layer_inputs and config.hidden_size_per_layer_input:
+        if family.per_layer_inputs and config.hidden_size_per_layer_input and inner is None:
             self.output_result, self.results = "x_mlp", (*self.results[:2], *_BEFORE_ANOTHER_PART)
+        inner = mlp_size(config) if inner is None else inner
+        if family.wide_mlp and config.use_double_wide_mlp and is_shared(config, index):
+            inner *= 2
+        self.inner = inner
         bias = family.mlp_bias and bool(family.value(config, "mlp_bias"))
         self._inputs = (
             ("gate_up_proj",) if "gate_up" in family.fused_projections else ("gate_proj", "up_proj")
@@ -128,7 +128,7 @@ class SharedMLP(MLP):
         gate: Callable[[], nn.Module] | None,
     ) -> None:
         super().__init__(config, family, index, inner)
-        self.inner, self._gate = inner, gate
+        self._gate = gate
 
     def groups(self) -> dict[str, list[nn.Module]]:
         """As of `MLP`, with the gate behind gate and up."""

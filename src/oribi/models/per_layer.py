@@ -15,8 +15,9 @@ from transformers import PretrainedConfig
 from oribi.families import Family, activation_of
 from oribi.kernels.gated_mlp import gated_mlp, gated_mlp_backward, gated_mlp_forward
 from oribi.models.core import Result
-from oribi.models.half import Kept, put_back, taken
+from oribi.models.half import Kept
 from oribi.models.linear_layers import RMSNorm, project
+from oribi.models.trained_rows import put_back, taken
 
 if TYPE_CHECKING:
     from oribi.models.layers import Batch, DecoderLayer

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oribi.errors import ModelError
-from oribi.families import FAMILIES
+from oribi.families import row_of
 from oribi.families.layer_fields import config_of_layer
 from oribi.families.sizes import rope_base
 from oribi.kernels.rope import Angles
@@ -36,7 +36,7 @@ class RotaryAngles:
         self.layer_type = layer_type
         self.parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
         self.kind, self.theta = rope_base(config, self.parameters)
-        family = FAMILIES.get(config.model_type)
+        family = row_of(config)
         self.interleaved = family is not None and family.interleaved_rope
         self.query_scale: tuple[float, int] | None = None  # beta, and the positions that share a scale
         if family is not None and family.query_scale_by_position:

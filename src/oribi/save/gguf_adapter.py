@@ -43,6 +43,8 @@ MOST_METADATA = 16 << 20  # bytes of a file; a vocabulary of 128k tokens and its
 _ADAPTER_TYPES = {"auto": Type.F16, "f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 # of the norm of a factor; float16 passes it only where a factor's values are too small for it
 _TOLERANCE = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 1e-2}
+# how the names of what scales the output of each expert end in a file
+_SCALE = ".scale"
 
 
 def refuse_classifier(model: nn.Module) -> None:
@@ -249,7 +251,12 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
     if not changes:
         raise ExportError("the model has no active adapter to write")
     places: dict[str, list[Tensor]] = {}
-    for tensor in tensors_to_write(config, list(LoadedModel(model).shapes())):
+    loaded = LoadedModel(model)
+    tensors, scales = tensors_to_write(config, list(loaded.shapes())), {}
+    for tensor in tensors:
+        if tensor.name.endswith(_SCALE):
+            values = loaded.read(tensor.source, torch.device("cpu"), torch.float32)
+            scales[f"{tensor.name.removesuffix(_SCALE)}.weight"] = values
         for source in tensor.sources:
             places.setdefault(source, []).append(tensor)
     alpha, pairs = None, {}
@@ -269,10 +276,36 @@ def _pairs(model: nn.Module, config: Any) -> tuple[float, dict[str, torch.Tensor
         for place in places[name]:
             a, b = place.adapter_to_gguf(update.a, update.b)
             b = b * (update.scale * rank / alpha)
+            if place.name in scales:
+                # llama.cpp scales the product with an expert's weight, and adds that with the factors as it is
+                b = b * scales[place.name][place.sources.index(name)].to(b.device)
             for key, factor in ((f"{place.name}.lora_a", a), (f"{place.name}.lora_b", b)):
                 pairs.setdefault(key, []).append(factor)
     # PEFT adapts the experts of a layer together, and names them in their order
-    return alpha, {key: torch.stack(found) if len(found) > 1 else found[0] for key, found in pairs.items()}
+    joined = {place.name: place.joined for of_one in places.values() for place in of_one}
+    return alpha, {
+        key: _stacked(key, found, joined[key.rpartition(".")[0]]) if len(found) > 1 else found[0]
+        for key, found in pairs.items()
+    }
+
+
+def _stacked(key: str, factors: list[torch.Tensor], joined: int) -> torch.Tensor:
+    """Factors of all experts in one tensor: a [E, r, K] of a key that ends so, else b [E, N, r].
+
+    Args:
+        joined: how many matrices of each expert are one in the file; they share a.
+    """
+    if joined == 1:
+        return torch.stack(factors)
+    of_each = [factors[first : first + joined] for first in range(0, len(factors), joined)]
+    if not key.endswith(".lora_a"):
+        return torch.stack([torch.cat(one) for one in of_each])
+    if not all(torch.equal(one[0], other) for one in of_each for other in one[1:]):
+        raise ExportError(
+            f"{key}: llama.cpp holds gate and up of an expert in one matrix, and this adapter has factors of their own for each; "
+            "save merged GGUF files instead"
+        )
+    return torch.stack([one[0] for one in of_each])
 
 
 def compare_codes(model: nn.Module, path: Path) -> Check:
