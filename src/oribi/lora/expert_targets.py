@@ -32,9 +32,9 @@ def stacks_of(names: Iterable[str], family: Family, layers: Iterable[int] | None
     Args:
         names: of target modules; "all-linear" means all. family: with experts. layers: the only ones meant; None for all.
     """
-    mlp = family.attribute("mlp")
+    inside = "" if family.experts.in_layer_itself else f"{family.attribute('mlp')}."
     every = "all-linear" in names
-    meant = {stack: f"{mlp}.experts.{stack}" for stack in ("gate_up_proj", "down_proj")}
+    meant = {stack: f"{inside}experts.{stack}" for stack in ("gate_up_proj", "down_proj")}
     stacks = [
         one for stack, one in meant.items() if every or any(STACK_OF.get(name) == stack for name in names)
     ]

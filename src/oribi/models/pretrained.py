@@ -88,7 +88,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
         exact = [index for index, layer in enumerate(layers) if not layer.fp8]
         if len(exact) > EXACT_LAYERS:
             said += f"; exact are layers {', '.join(map(str, exact))}"
-        with_experts = [layer.part("mlp") for layer in layers if isinstance(layer.part("mlp"), ExpertsMLP)]
+        cores = [core for layer in layers for core, _, _ in layer.parts()]
+        with_experts = [core for core in cores if isinstance(core, ExpertsMLP)]
         if with_experts:
             beside = "attention" + " and the MLP beside the experts" * any(
                 one.shared is not None for one in with_experts
