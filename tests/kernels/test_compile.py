@@ -12,6 +12,7 @@ import torch
 
 from oribi.kernels import (
     adamw_step,
+    block_linear,
     block_stack,
     blocked_attention,
     causal_conv,
@@ -40,6 +41,7 @@ from oribi.kernels import (
 )
 from oribi.kernels.adamw import FlatAdamW
 from oribi.kernels.gated_delta_chunks import chunks_of
+from oribi.kernels.packed_weight import PackedWeight
 from oribi.kernels.routing import sort_by_expert
 from tests.kernels.truth import nf4_packed
 
@@ -62,6 +64,7 @@ MODULES = (
     fp8,
     decode_attention,
     nf4_linear,
+    block_linear,
     causal_conv,
     output_gate,
     gated_delta,
@@ -467,6 +470,28 @@ def test_ggml_blocks_compile_with_16_byte_stores(launches, capability, dtype, ki
         kernel = compiled(launch, capability)
         assert kernel.asm["cubin"]
         assert vectors(kernel.asm["ptx"])[1] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ggml_blocks.BLOCK_TYPES)
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS[1:])
+@pytest.mark.parametrize("paired", [False, True])
+def test_linear_layers_on_ggml_blocks_compile_and_load_whole_words(launches, capability, dtype, kind, paired):
+    codes = ggml_blocks.BlockCodes.empty((14336, 4096), kind)
+    codes.codes = torch.zeros_like(codes.codes, device="cpu")
+    weight = PackedWeight(codes, dtype)
+    layer = lora.Projection(weight, None, torch.randn(16, 4096), torch.randn(14336, 16), 0.5)
+    x, counters = torch.randn(16, 4096).to(dtype), nf4_linear.new_counters(torch.device("cpu"))
+    activation = "silu" if paired else None
+    block_linear.block_linear(x, [layer] * (2 if paired else 1), counters, activation=activation)
+    assert [launch.kernel.__name__ for launch in launches] == ["down_kernel", "up_kernel"]
+    kernel = compiled(launches[1], capability)
+    assert kernel.metadata.shared <= SHARED[capability]
+    # a type whose blocks begin at addresses of 16 bytes loads as many at a time, by way of shared memory or not
+    if kind in ("Q4_K", "Q5_K"):
+        assert re.search(
+            r"ld\.global\S*\.v4\.b32|cp\.async\.c\S+ \[[^]]+\], \[[^]]+\], 0x10", kernel.asm["ptx"]
+        )
 
 
 @pytest.mark.long

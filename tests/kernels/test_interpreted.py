@@ -33,6 +33,7 @@ LOOPS_FAIL = (
         (["test_gated_delta.py"], "the_kernels_equal", 8),
         pytest.param(["test_experts.py"], "grouped or bits", 12, marks=pytest.mark.long),
         pytest.param(["test_ggml_blocks.py"], "bits or group", 19, marks=pytest.mark.long),
+        pytest.param(["test_block_linear.py"], "", 60, marks=pytest.mark.long),
         pytest.param(
             ["test_fp8.py", "test_causal_conv.py", "test_output_gate.py", "test_adamw.py"],
             "the_kernel or nearest or two_dtypes or torch_adamw_with or finite",

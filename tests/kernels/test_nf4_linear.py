@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oribi.kernels import dispatch, nf4, nf4_linear
+from oribi.kernels import dispatch, nf4_linear
 from oribi.kernels.lora import Projection
+from oribi.kernels.packed_weight import dense_weight
 from tests.kernels.truth import DEVICE, DTYPES, cases, needs_kernels, nf4_packed, relative_error
 
 pytestmark = [pytest.mark.gpu, needs_kernels]
@@ -27,11 +28,11 @@ def projection(n: int, k: int, rank: int, bias: bool, factor_dtype=torch.float32
     return Projection(weight, torch.randn(n, device=DEVICE) if bias else None, a, b, 0.7)
 
 
-def truth(x, projections, residual, scale, activation, dtype):
+def layers_in(x, projections, residual, scale, activation, dtype):
     """The layers in a dtype, on the codes' exact values; the truth in float64."""
     outputs = []
     for p in projections:
-        y = F.linear(x.to(dtype), nf4.reference(p.weight, torch.float32).to(dtype))
+        y = F.linear(x.to(dtype), dense_weight(p.weight, torch.float32).to(dtype))
         if p.a is not None:
             xa = F.linear(x.to(dtype), p.a.to(dtype))
             y = y + xa @ (p.b.to(dtype) * p.scale).to(dtype).t()
@@ -56,8 +57,8 @@ def check(dtype, rows, projections, residual=False, scale=1.0, activation=None):
     if not dispatch.INTERPRETED:  # it runs one program after the other, always in the same order
         assert torch.equal(y, nf4_linear.nf4_linear(x, projections, counters, **settings))
     assert not counters.any()
-    exact = truth(x, projections, added, scale, activation, torch.float64)
-    theirs = relative_error(truth(x, projections, added, scale, activation, dtype), exact)
+    exact = layers_in(x, projections, added, scale, activation, torch.float64)
+    theirs = relative_error(layers_in(x, projections, added, scale, activation, dtype), exact)
     assert y.shape == exact.shape
     assert y.dtype is dtype
     # in float32: another order of additions, and the GPU's fast exp, which is good to a few 1e-7

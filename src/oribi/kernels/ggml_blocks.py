@@ -52,6 +52,23 @@ class BlockType:
         """Of a block."""
         return self.parts * self.length
 
+    @property
+    def apart(self) -> int:
+        """Values from that in the low half of a byte to that in the high half; of codes of 8 bits, all values."""
+        return 32 if self.bits == 8 else {2: 16, 8: 32, 16: 64}[self.parts]
+
+    @property
+    def word(self) -> int:
+        """Bytes that a kernel loads at a time: blocks of other sizes begin at any even address."""
+        return 2 if self.nbytes % 4 else 4
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        """What `block_values` asks for."""
+        return (
+            self.parts, self.length, self.bits, self.quants, self.high, self.zero, self.minimum, self.word, self.apart,
+        )  # fmt: skip
+
 
 BLOCK_TYPES = {
     "Q4_0": BlockType(18, 2, 16, 4, 2, zero=8),
@@ -125,10 +142,10 @@ def _launch(codes: torch.Tensor, kind: str, out: torch.Tensor, experts: torch.Te
     of = BLOCK_TYPES[kind]
     row_blocks = out.shape[2] // of.values
     blocks, count = out.shape[1] * row_blocks, _VALUES // of.values
+    codes = codes if codes.data_ptr() % of.word == 0 else codes.clone()
     launch(
         _kernel, len(out) * -(-blocks // count), out, codes, out if experts is None else experts, out.stride(0), out.stride(1),
-        row_blocks, blocks, of.nbytes, of.parts, of.length, of.bits, of.quants, of.high, of.zero, of.minimum, count,
-        experts is not None, num_warps=4, enable_fp_fusion=False,
+        row_blocks, blocks, of.nbytes, *of.fields, count, experts is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -172,8 +189,7 @@ def _codes(blocks: torch.Tensor, of: BlockType) -> torch.Tensor:
     if of.bits == 8:
         return packed.contiguous().view(torch.int8).unflatten(-1, (of.parts, of.length))
     # the low half of a byte is a value of this part, and the high half one of the next, of one so many values further on
-    apart = {2: 16, 8: 32, 16: 64}[of.parts]
-    packed = packed.unflatten(-1, (-1, 1, apart))
+    packed = packed.unflatten(-1, (-1, 1, of.apart))
     codes = torch.cat([packed & 15, packed >> 4], dim=-2).flatten(-3)
     if of.bits == 5:
         codes |= _fifth_bits(blocks, of).flatten(-2) << 4
@@ -194,63 +210,108 @@ def _fifth_bits(blocks: torch.Tensor, of: BlockType) -> torch.Tensor:
 
 
 @jit
-def _byte(pointer, inside):
-    return tl.load(pointer, mask=inside, other=0).to(tl.int32)
+def _words(codes, start, byte, inside, WORD: tl.constexpr):
+    """Words from a byte of blocks on, as int32. A pointer to words, not to bytes, is what Triton can load 16 bytes of."""
+    if WORD == 4:
+        words = tl.load(codes.to(tl.pointer_type(tl.int32)) + (start + byte // 4), mask=inside, other=0)
+    else:
+        words = tl.load(codes.to(tl.pointer_type(tl.uint16)) + (start + byte // 2), mask=inside, other=0).to(
+            tl.int32
+        )
+    return words
 
 
 @jit
-def _half(pointer, inside):
-    bits = _byte(pointer, inside) | (_byte(pointer + 1, inside) << 8)
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+def _half(codes, start, number, inside, WORD: tl.constexpr):
+    at = start * (WORD // 2) + number
+    return tl.load(codes.to(tl.pointer_type(tl.float16)) + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def block_values(
+    codes, start, group, inside, PARTS: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr, QUANTS: tl.constexpr,
+    HIGH: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, WORD: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Values of groups of blocks in float32: [A, B, 1 or 2, APART / LENGTH, LENGTH / WORD, WORD / 2, 2].
+
+    A group's codes lie in APART bytes, which are loaded once: of 4 bits and more, the high halves are the codes of so many values
+    further on.
+
+    Args:
+        codes: pointer to the first block. start: [A, B or 1, 1, 1, 1, 1, 1], the word with which each block begins.
+        group: [1, B, 1, 1, 1, 1, 1] in a block. inside: of `start`'s shape: which blocks exist; others are zeros.
+        PARTS and all further: as in `BlockType`.
+    """
+    half = tl.arange(0, 1 if BITS == 8 else 2)[None, None, :, None, None, None, None]
+    run = tl.arange(0, APART // LENGTH)[None, None, None, :, None, None, None]
+    word = tl.arange(0, LENGTH // WORD)[None, None, None, None, :, None, None]
+    pair = tl.arange(0, WORD // 2)[None, None, None, None, None, :, None]
+    odd = tl.arange(0, 2)[None, None, None, None, None, None, :]
+    part = (group * half.shape[2] + half) * (APART // LENGTH) + run
+    # codes from 0, one in each byte of a word; of 4 bits, with others above them
+    q = _words(codes, start + group * (APART // WORD) + run * (LENGTH // WORD) + word, QUANTS, inside, WORD)
+    if BITS == 8:
+        q = q ^ -0x7F7F7F80  # 0x80808080
+    else:
+        q = q >> (half * 4)
+    if BITS == 6:
+        high = _words(codes, start + group * (32 // WORD) + run % 2 * (16 // WORD) + word, HIGH, inside, WORD)
+        q = (q & 0x0F0F0F0F) | (((high >> (half * 4 + run // 2 * 2)) & 0x03030303) << 4)
+    elif BITS == 5 and PARTS == 8:
+        high = _words(codes, start + word, HIGH, inside, WORD) >> part
+        q = (q & 0x0F0F0F0F) | ((high & 0x01010101) << 4)
+    q = q >> (pair * 16)
+    if BITS == 5 and PARTS == 2:
+        high = _words(codes, start * (WORD // 2) + part, HIGH, inside, 2) >> (word * WORD + 2 * pair)
+        q = (q & 0x0F0F) | ((high & 1) << 4) | ((high & 2) << 11)
+    # 2^23 + q and 2^23 + 256 q have q among their last bits: GPUs shift and convert integers at half the speed of an addition
+    CODE: tl.constexpr = (1 << BITS) - 1
+    OFFSET: tl.constexpr = 128 if BITS == 8 else ZERO
+    bits = (q & tl.where(odd == 0, CODE, CODE << 8)) | 0x4B000000
+    value = bits.to(tl.float32, bitcast=True) - tl.where(
+        odd == 0, 8388608.0 + OFFSET, 8388608.0 + 256 * OFFSET
+    )
+    unit = tl.where(odd == 0, 1.0, 0.00390625)
+    if PARTS == 2:
+        value *= _half(codes, start, 0, inside, WORD) * unit
+        if MINIMUM:
+            value += _half(codes, start, 1, inside, WORD)
+    elif PARTS == 16:
+        at = codes.to(tl.pointer_type(tl.int8)) + (start * WORD + 192 + part)
+        scale = tl.load(at, mask=inside, other=0).to(tl.float32)
+        value *= _half(codes, start, 104, inside, WORD) * scale * unit
+    else:
+        shift = part % 4 * 8
+        low, middle = _words(codes, start, 4, inside, 4) >> shift, _words(codes, start, 8, inside, 4) >> shift
+        high = _words(codes, start, 12, inside, 4) >> shift
+        scale = tl.where(part < 4, low & 63, (high & 15) | ((low >> 2) & 48)).to(tl.float32)
+        minimum = tl.where(part < 4, middle & 63, ((high >> 4) & 15) | ((middle >> 2) & 48)).to(tl.float32)
+        scale = _half(codes, start, 0, inside, WORD) * scale
+        value = value * (scale * unit) - _half(codes, start, 1, inside, WORD) * minimum
+    return value
 
 
 @jit
 def _kernel(
     out_ptr, codes, experts, expert_stride, row_stride, row_blocks, blocks,
     BYTES: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr, QUANTS: tl.constexpr,
-    HIGH: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, BLOCKS: tl.constexpr, CHOSEN: tl.constexpr,
+    HIGH: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, WORD: tl.constexpr, APART: tl.constexpr,
+    BLOCKS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     programs = tl.cdiv(blocks, BLOCKS)
     matrix = (tl.program_id(0) // programs).to(tl.int64)
     source = matrix
     if CHOSEN:
         source = tl.load(experts + matrix)
-    block = (tl.program_id(0) % programs).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None, None]
-    part, lane = tl.arange(0, PARTS)[None, :, None], tl.arange(0, LENGTH)[None, None, :]
-    inside = block < blocks
-    start = codes + (source * blocks + block) * BYTES
-    if BITS == 8:
-        byte = _byte(start + QUANTS + part * LENGTH + lane, inside)
-        q = byte - ((byte & 128) << 1)
-    elif PARTS == 16:
-        # 2 halves of 4 groups of 32 values: two parts are a group
-        half, group, place = part // 8, part // 2 % 4, part % 2 * 16 + lane
-        q = (_byte(start + QUANTS + half * 64 + group % 2 * 32 + place, inside) >> (group // 2 * 4)) & 15
-        q |= ((_byte(start + HIGH + half * 32 + place, inside) >> (group * 2)) & 3) << 4
-    else:
-        q = (_byte(start + QUANTS + part // 2 * LENGTH + lane, inside) >> (part % 2 * 4)) & 15
-        if BITS == 5:
-            if PARTS == 8:
-                q |= ((_byte(start + HIGH + lane, inside) >> part) & 1) << 4
-            else:
-                q |= ((_byte(start + HIGH + part * 2 + lane // 8, inside) >> (lane % 8)) & 1) << 4
-    value = (q - ZERO).to(tl.float32)
-    if PARTS == 2:
-        value *= _half(start, inside)
-        if MINIMUM:
-            value += _half(start + 2, inside)
-    elif PARTS == 16:
-        scale = _byte(start + 192 + part, inside)
-        value *= _half(start + 208, inside) * (scale - ((scale & 128) << 1)).to(tl.float32)
-    else:
-        low, middle = _byte(start + 4 + part % 4, inside), _byte(start + 8 + part % 4, inside)
-        high = _byte(start + 12 + part % 4, inside)
-        scale = tl.where(part < 4, low & 63, (high & 15) | ((low >> 2) & 48))
-        minimum = tl.where(part < 4, middle & 63, (high >> 4) | ((middle >> 2) & 48))
-        value = value * (_half(start, inside) * scale.to(tl.float32)) - _half(start + 2, inside) * minimum.to(
-            tl.float32
-        )
+    block = (tl.program_id(0) % programs).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    start = (source * blocks + block) * (BYTES // WORD)
+    GROUPS: tl.constexpr = PARTS * LENGTH // (APART if BITS == 8 else 2 * APART)
+    value = block_values(
+        codes, start[:, None, None, None, None, None, None], tl.arange(0, GROUPS)[None, :, None, None, None, None, None],
+        (block < blocks)[:, None, None, None, None, None, None], PARTS, LENGTH, BITS, QUANTS, HIGH, ZERO, MINIMUM, WORD, APART,
+    )  # fmt: skip
     row = block // row_blocks
-    at = matrix * expert_stride + row * row_stride
-    at += (block - row * row_blocks) * (PARTS * LENGTH) + part * LENGTH + lane
-    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+    at = matrix * expert_stride + row * row_stride + (block - row * row_blocks) * (PARTS * LENGTH)
+    at = at[:, None] + tl.arange(0, PARTS * LENGTH)[None, :]
+    value = tl.reshape(value, [BLOCKS, PARTS * LENGTH]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, value, mask=(block < blocks)[:, None])

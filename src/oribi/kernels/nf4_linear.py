@@ -24,6 +24,7 @@ from oribi.kernels.gated_mlp import gated_mlp_forward
 from oribi.kernels.lora import Projection
 from oribi.kernels.nf4_linear_kernels import down_kernel, up_kernel
 from oribi.kernels.nf4_row_kernel import ROWS, row_down_kernel, row_kernel
+from oribi.kernels.packed_weight import dense_weight
 
 # H200, microseconds of the second launch on q|k|v, o, gate|up and down of 8B, and of the alternatives without LoRA:
 #   rows   here             bitsandbytes' gemm_4bit   dequantised, cuBLAS
@@ -35,6 +36,8 @@ from oribi.kernels.nf4_row_kernel import ROWS, row_down_kernel, row_kernel
 MAX_ROWS = 64
 # counters that programs which share a result need: one for every 16 rows of the widest weight
 _COUNTERS = 16384
+# what `up_kernel` is told of ggml's blocks, where there are none
+_NO_BLOCKS = (0,) * 11
 # columns of x that a program of the first launch adds up
 _PART = 512
 
@@ -50,16 +53,25 @@ def reads(projections: Sequence[Projection], rows: int) -> bool:
     if rows > MAX_ROWS or not all(hasattr(w, "quant_state") for w in weights):
         return False
     k = projections[0].shape[1]
-    factors = {t.dtype for p in projections for t in (p.a, p.b) if t is not None}
-    biases = {p.bias.dtype for p in projections if p.bias is not None}
     return (
         nf4.kernel_reads(weights, k)
         and k % 64 == 0
         and weights[0].quant_state.blocksize == 64
+        and all(w.data_ptr() % 16 == 0 for w in weights)
+        and all(w.quant_state.absmax.data_ptr() % 2 == 0 for w in weights)
+        and group_fits(projections)
+    )
+
+
+def group_fits(projections: Sequence[Projection]) -> bool:
+    """Whether the kernels can take a group, whatever codes its weights have."""
+    factors = {t.dtype for p in projections for t in (p.a, p.b) if t is not None}
+    biases = {p.bias.dtype for p in projections if p.bias is not None}
+    return (
+        len(projections) <= 3
+        and len({p.shape[1] for p in projections}) == 1
         and len(factors) <= 1
         and len(biases) <= 1
-        and all(w.data_ptr() % 16 == 0 and w.quant_state.shape[1] == k for w in weights)
-        and all(w.quant_state.absmax.data_ptr() % 2 == 0 for w in weights)
         and max(p.shape[0] for p in projections) <= 16 * _COUNTERS
     )
 
@@ -87,18 +99,25 @@ def nf4_linear(
         [T, N], or [T, N / 2] of h, in x's dtype, rounded once.
     """
     if not use_triton(x):
-        return _reference(x, projections, residual, residual_scale, activation)
+        return packed_reference(x, projections, residual, residual_scale, activation)
     rank = max(0 if p.a is None else p.a.shape[0] for p in projections)
-    xa = _down(x, projections, _padded_rank(rank)) if rank else None
+    xa = down(x, projections, padded_rank(rank)) if rank else None
     if len(x) == 1 and reads_row(x):
         return _row(x, projections, xa, residual, residual_scale, activation)
     return _up(x, projections, xa, counters, residual, residual_scale, activation)
 
 
-def _reference(x, projections, residual, residual_scale, activation):
+def packed_reference(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    residual: torch.Tensor | None,
+    residual_scale: float,
+    activation: str | None,
+) -> torch.Tensor:
+    """`nf4_linear` in PyTorch, of weights in any codes."""
     outputs = []
     for p in projections:
-        y = F.linear(wide(x), wide(nf4.reference(p.weight, x.dtype)))
+        y = F.linear(wide(x), wide(dense_weight(p.weight, x.dtype)))
         if p.a is not None:
             xa = F.linear(x, p.a.to(x.dtype))
             y = y + wide(xa) @ wide((p.b * p.scale).to(x.dtype)).t()
@@ -135,11 +154,20 @@ def tiling(tokens: int, rows_of_w: int, k: int, paired: bool) -> Tiling:
     return Tiling(rows, splits, 4)
 
 
-def _padded_rows(tokens: int) -> int:
+def partial_sums(out: torch.Tensor, tile: Tiling, columns: int) -> torch.Tensor:
+    """Memory for the sums of parts of K: so many `columns` of each row of a program; of one part none, and out stands for it."""
+    if tile.splits == 1:
+        return out
+    return torch.empty(tile.splits * tile.rows * columns, dtype=torch.float32, device=out.device)
+
+
+def padded_rows(tokens: int) -> int:
+    """Rows of x that a program's products have."""
     return max(next_power_of_2(tokens), 16)  # Triton gives fewer to a matrix unit that takes longer
 
 
-def _padded_rank(rank: int) -> int:
+def padded_rank(rank: int) -> int:
+    """Columns that x A^T has for each layer."""
     return max(next_power_of_2(rank), 16)
 
 
@@ -156,7 +184,7 @@ def _factors(projections: Sequence[Projection]) -> list[object]:
     return found
 
 
-def _down(x: torch.Tensor, projections: Sequence[Projection], rank: int) -> torch.Tensor:
+def down(x: torch.Tensor, projections: Sequence[Projection], rank: int) -> torch.Tensor:
     """x A^T of a group in parts of K: [parts, group, T, R] float32."""
     tokens, k = x.shape
     if tokens == 1:
@@ -166,7 +194,7 @@ def _down(x: torch.Tensor, projections: Sequence[Projection], rank: int) -> torc
     factors = _factors(projections)
     launch(
         down_kernel, parts * len(projections) * (rank // 16), xa, x,
-        *factors[0::4], *factors[2::4], tokens, k, len(projections), rank, _padded_rows(tokens), _PART,
+        *factors[0::4], *factors[2::4], tokens, k, len(projections), rank, padded_rows(tokens), _PART,
         64 if tokens > 32 else 128, num_warps=2,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -203,11 +231,8 @@ def _up(
     tile = tile or tiling(tokens, sum(sizes), k, paired)
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     tiles = -(-n // tile.rows) if paired else sum(-(-size // tile.rows) for size in sizes)
-    padded = _padded_rows(tokens)
-    partials = out
-    if tile.splits > 1:
-        of_program = (2 if paired else 1) * tile.rows * padded
-        partials = torch.empty(tiles * tile.splits * of_program, dtype=torch.float32, device=x.device)
+    padded = padded_rows(tokens)
+    partials = partial_sums(out, tile, tiles * padded * (2 if paired else 1))
     looks_up = not INTERPRETED and x.dtype in (torch.float16, torch.bfloat16)
     members = _members(projections, sizes, paired, out, xa is not None)
     launch(
@@ -215,7 +240,7 @@ def _up(
         out if residual is None else residual, float(residual_scale), partials, counters, tokens, n, members.up_row,
         len(projections), 1, k, 0 if xa is None else len(xa), 16 if xa is None else xa.shape[3], padded, tile.rows,
         tile.warps, tile.splits, members.nested, looks_up, activation, xa is not None, members.biased,
-        residual is not None, num_warps=tile.warps, enable_fp_fusion=True,
+        residual is not None, *_NO_BLOCKS, num_warps=tile.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -285,14 +310,23 @@ def _members(
     weights, up_row = [p.weight for p in projections], 0
     if paired and len(weights) == 1:
         weights, up_row = weights * 2, sizes[0]
+    state = weights[0].quant_state
+    factors, biased = lora_arguments(projections, out, lora)
+    arguments = [state.code, *nf4.kernel_arguments(weights, sizes), *factors]
+    return _Members(arguments, up_row, state.nested, biased)
+
+
+def lora_arguments(
+    projections: Sequence[Projection], out: torch.Tensor, lora: bool
+) -> tuple[list[object], bool]:
+    """Factors B, ranks, scales and biases of a group, and whether there are biases.
+
+    Args:
+        projections: the group. out: stands for what is not there. lora: whether some have an adapter.
+    """
     biases = [p.bias for p in projections]
     some = next((b for b in biases if b is not None), out)
     biases = [some if b is None else b for b in biases] + [some] * 3
     has_bias = [int(p.bias is not None) for p in projections] + [0] * 3
     factors = _factors(projections) if lora else [out, out, 0, 1.0] * 3
-    state = weights[0].quant_state
-    arguments = [
-        state.code, *nf4.kernel_arguments(weights, sizes), *factors[1::4], *factors[2::4], *factors[3::4], *biases[:3],
-        *has_bias[:3],
-    ]  # fmt: skip
-    return _Members(arguments, up_row, state.nested, some is not out)
+    return [*factors[1::4], *factors[2::4], *factors[3::4], *biases[:3], *has_bias[:3]], some is not out

@@ -1,7 +1,8 @@
-"""Kernels of `nf4_linear`, which says what they compute."""
+"""Kernels of `nf4_linear` and `block_linear`, which say what they compute."""
 
 from oribi.kernels.dispatch import jit, tl
 from oribi.kernels.gated_mlp import probability_and_slope
+from oribi.kernels.ggml_blocks import block_values
 from oribi.kernels.nf4 import UNSPECIALIZED, group_member
 from oribi.kernels.nf4_lookup import fill_table, operand_order, tile_rows, values, values_by_load
 
@@ -53,7 +54,10 @@ def up_kernel(
     tokens, n_out, up_row, group, one, K: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr,
     T: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, SPLITS: tl.constexpr, NESTED: tl.constexpr,
     LOOKS_UP: tl.constexpr, ACTIVATION: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    COLUMNS: tl.constexpr, BYTES: tl.constexpr, W_PARTS: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr,
+    QUANTS: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, WORD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
+    # codes are NF4's, or where BYTES > 0 those of a `BlockType` with these fields, of which a program takes COLUMNS at a time
     place, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     if ACTIVATION is not None:
         tile, before, size = place, size_0 * 0, size_0
@@ -69,7 +73,7 @@ def up_kernel(
     if LOOKS_UP:
         table = fill_table(lut, x.dtype.element_ty, tokens)
         tl.debug_barrier()
-    n, of_tile = tile * ROWS + tl.arange(0, ROWS), tile * ROWS + tile_rows(ROWS, WARPS)
+    n = tile * ROWS + tl.arange(0, ROWS)
     t = tl.arange(0, T)
     sum_ = tl.zeros((ROWS, T), dtype=tl.float32)
     up = tl.zeros((ROWS, T), dtype=tl.float32)
@@ -79,10 +83,17 @@ def up_kernel(
             scale_2, bias_0, bias_1, bias_2, has_bias_0, has_bias_1, has_bias_2, xa, group, tokens, x.dtype.element_ty,
             PARTS, R, ACTIVATION, LORA, BIAS,
         )  # fmt: skip
-    sum_, up = _products(
-        sum_, up, x, lut, table, n, of_tile, t, split, size, up_row, tokens, packed, absmax, absmax2, code2, offset,
-        packed_1, absmax_1, absmax2_1, code2_1, offset_1, one, K, SPLITS, NESTED, LOOKS_UP, ACTIVATION,
-    )  # fmt: skip
+    if BYTES > 0:
+        sum_, up = _block_products(
+            sum_, up, x, n, t, split, size, up_row, tokens, packed, packed_1, K, SPLITS, COLUMNS, BYTES, W_PARTS, LENGTH, BITS,
+            QUANTS, HIGH, ZERO, MINIMUM, WORD, APART, ACTIVATION,
+        )  # fmt: skip
+    else:
+        sum_, up = _products(
+            sum_, up, x, lut, table, n, tile * ROWS + tile_rows(ROWS, WARPS), t, split, size, up_row, tokens, packed, absmax,
+            absmax2, code2, offset, packed_1, absmax_1, absmax2_1, code2_1, offset_1, one, K, SPLITS, NESTED, LOOKS_UP,
+            ACTIVATION,
+        )  # fmt: skip
     last = True
     if SPLITS > 1:
         PAIR: tl.constexpr = 1 if ACTIVATION is None else 2
@@ -195,6 +206,54 @@ def _products(
             up += tl.dot(w, xt, input_precision="ieee") * scales[:, None]
             codes_up, inner_up, outer_up = codes_up_1, inner_up_1, outer_up_1
             codes_up_1, inner_up_1, outer_up_1 = codes_up_2, inner_up_2, outer_up_2
+    return sum_, up
+
+
+@jit
+def _block_products(
+    sum_, up, x, n, t, split, size, up_row, tokens, packed, packed_up, K: tl.constexpr, SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, BYTES: tl.constexpr, PARTS: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr,
+    QUANTS: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr, MINIMUM: tl.constexpr, WORD: tl.constexpr,
+    APART: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Both sums [ROWS, T] with W x^T over a program's part of K, of ggml's blocks: values rounded to x's dtype as if written."""
+    VALUES: tl.constexpr = PARTS * LENGTH
+    BLOCK_WORDS: tl.constexpr = BYTES // WORD
+    ROW_WORDS: tl.constexpr = K // VALUES * BLOCK_WORDS
+    # a step is a block, COLUMNS at a time, or several small ones
+    STEP: tl.constexpr = VALUES if VALUES > COLUMNS else COLUMNS
+    STEPS: tl.constexpr = ((K + STEP - 1) // STEP + SPLITS - 1) // SPLITS
+    GROUP: tl.constexpr = APART if BITS == 8 else 2 * APART  # columns
+    unit = tl.arange(0, COLUMNS // GROUP)
+    for step in range(STEPS):
+        first = (split * STEPS + step) * STEP
+        # what does not change from step to step is known: a group's place in its block
+        for chunk in tl.static_range(0, STEP, COLUMNS):
+            k = first + chunk + tl.arange(0, COLUMNS)
+            xt = tl.trans(
+                tl.load(
+                    x + t[:, None] * K + k[None, :], mask=(t < tokens)[:, None] & (k < K)[None, :], other=0.0
+                )
+            )
+            block = first // VALUES + unit // (VALUES // GROUP)
+            of_block = ((chunk // GROUP + unit) % (VALUES // GROUP))[None, :, None, None, None, None, None]
+            inside = ((n < size)[:, None] & (block < K // VALUES)[None, :])[
+                :, :, None, None, None, None, None
+            ]
+            start = (n[:, None] * ROW_WORDS + block[None, :] * BLOCK_WORDS)[
+                :, :, None, None, None, None, None
+            ]
+            w = block_values(
+                packed, start, of_block, inside, PARTS, LENGTH, BITS, QUANTS, HIGH, ZERO, MINIMUM, WORD, APART
+            )
+            w = tl.reshape(w.to(x.dtype.element_ty), [n.shape[0], COLUMNS])
+            sum_ = tl.dot(w, xt, sum_, input_precision="ieee")
+            if ACTIVATION is not None:
+                w = block_values(
+                    packed_up, start + up_row * ROW_WORDS, of_block, inside, PARTS, LENGTH, BITS, QUANTS, HIGH, ZERO, MINIMUM, WORD, APART
+                )  # fmt: skip
+                w = tl.reshape(w.to(x.dtype.element_ty), [n.shape[0], COLUMNS])
+                up = tl.dot(w, xt, up, input_precision="ieee")
     return sum_, up
 
 

@@ -4,19 +4,19 @@ B rows, K in features, N out features, P LoRA columns. Weights are read where th
 many rows packed weights are dequantised in every step; a CPU reads a copy in 16 bits where that fits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from oribi.errors import ModelError
+from oribi.kernels import block_linear, nf4_linear
 from oribi.kernels.dispatch import use_triton
 from oribi.kernels.lora import AugmentedWeight, Projection, augmented_weight
 from oribi.kernels.lora_linear import kept_weight
 from oribi.kernels.lora_pack import pack_factors
 from oribi.kernels.lora_unpacked import UnpackedWeight, unpacked
-from oribi.kernels.nf4_linear import nf4_linear, reads
 from oribi.models.core import Core
 from oribi.models.linear_layers import read
 
@@ -83,16 +83,24 @@ class UnpackedGroup(LinearGroup):
 
 
 class PackedGroup(LinearGroup):
-    """A group whose 4-bit weights a kernel reads as they are, with the factors where they are trained."""
+    """A group whose codes a kernel reads as they are, with the factors where they are trained.
+
+    Args:
+        product: `nf4_linear`, or another function like it. modules, dtype: as of any group. counters: of the product.
+    """
 
     def __init__(
-        self, modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device, counters: torch.Tensor
+        self,
+        product: Callable[..., torch.Tensor],
+        modules: Sequence[nn.Module],
+        dtype: torch.dtype,
+        counters: torch.Tensor,
     ) -> None:
-        super().__init__(modules, dtype, device)
-        self._counters = counters
+        super().__init__(modules, dtype, counters.device)
+        self._product, self._counters = product, counters
 
     def __call__(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
-        return nf4_linear(x, self.projections, self._counters, activation=activation)
+        return self._product(x, self.projections, self._counters, activation=activation)
 
 
 def linear_group(
@@ -106,8 +114,11 @@ def linear_group(
     projections, device = [read(module) for module in modules], counters.device
     if unpacked(projections, dtype):
         return UnpackedGroup(modules, dtype, device)
-    if use_triton(counters) and dtype.itemsize == 2 and reads(projections, rows):
-        return PackedGroup(modules, dtype, device, counters)
+    if use_triton(counters) and dtype.itemsize == 2:
+        if nf4_linear.reads(projections, rows):
+            return PackedGroup(nf4_linear.nf4_linear, modules, dtype, counters)
+        if block_linear.reads_blocks(projections, rows):
+            return PackedGroup(block_linear.block_linear, modules, dtype, counters)
     copy = kept_weight(projections, dtype, device)
     return LinearGroup(modules, dtype, device) if copy is None else CopiedGroup(modules, copy)
 
