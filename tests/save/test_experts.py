@@ -13,7 +13,7 @@ from oribi import FastLanguageModel
 from oribi.cli.estimate import _disk as estimate_disk
 from oribi.config import RunConfig
 from oribi.environment import detect
-from oribi.errors import ConfigError
+from oribi.errors import ConfigError, ExportError
 from oribi.gguf import llama_cpp
 from oribi.gguf.file import GGUFFile, Type
 from oribi.gguf.mixes import mix_of
@@ -36,6 +36,9 @@ from tests.save.test_adapter_files import write_wrapper
 from tests.save.tiny_export import distance_from_llama_cpp
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# another family's row: first layers without experts, an MLP beside them, corrections, layers that draft
+OTHERS = ["ernie4_5_moe", "glm4_moe"]
+
 TEXTS = ["the quick brown fox jumps over the lazy dog", "and then it rests in the other field"]
 # as llama.cpp reads the family: experts in every layer, no biases
 CHANGES = {"mlp_only_layers": [], "attention_bias": False, "use_sliding_window": False}
@@ -135,16 +138,33 @@ def test_an_adapter_with_a_pair_for_each_expert_acts_in_plain_peft_and_is_read_a
     assert relative(logits(again), logits(model)) < 1e-6
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lora", "lora_per_expert"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", *OTHERS])
+def test_adapters_of_other_families_act_in_plain_peft_in_either_layout(model_type, method, tmp_path):
+    # whose shared experts plain PEFT looks for under the same names
+    if (model_type, method) == ("qwen2_moe", "lora_per_expert"):
+        checkpoint(tmp_path / "base", model_type)
+        model, tokenizer = trained(tmp_path / "base")
+        with pytest.raises(ExportError, match="no place for 12 tensors"):
+            model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method=method, held_out=TEXTS)
+        assert not (tmp_path / "a" / "adapter_config.json").exists()
+        return
+    checkpoint(tmp_path / "base", model_type)
+    model, tokenizer = trained(tmp_path / "base")
+    report = model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method=method, held_out=TEXTS)
+    check = next(check for check in report.checks if check.name == "answers in plain PEFT")
+    assert check.figures["kl"] < 1e-6 < check.figures["kl_without_adapter"]
+    names = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert any(".experts.7.down_proj.lora_B" in name for name in names) == (method == "lora_per_expert")
+
+
 def test_where_no_program_reads_a_pair_for_each_expert_it_is_refused(tmp_path):
     checkpoint(tmp_path / "base", "qwen3_moe", num_hidden_layers=2, **CHANGES)
     model, tokenizer = trained(tmp_path / "base", BOTH[1:])
     with pytest.raises(ConfigError, match="gate_up_proj has no pair"):
         model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method="lora_per_expert")
     assert not (tmp_path / "a" / "adapter_config.json").exists()
-
-
-# another family's row: first layers without experts, an MLP beside them, corrections, layers that draft
-OTHERS = ["ernie4_5_moe", "glm4_moe"]
 
 
 @pytest.mark.long
