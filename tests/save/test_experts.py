@@ -393,11 +393,13 @@ NAMES = [
 def test_every_method_gives_a_file_that_llama_cpp_loads_whatever_the_experts_width(
     model_type, size, methods, tmp_path
 ):
+    # rounded as llama.cpp rounds YaRN's range
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
     changes = {
         "qwen3_moe": CHANGES,
         "qwen2_moe": {**CHANGES, "layer_types": ["full_attention"] * 2, "norm_topk_prob": False},
         "ernie4_5_moe": {"moe_norm_min": 1e-12},
-        "gpt_oss": {"layer_types": MIXED[:2]},
+        "gpt_oss": {"layer_types": MIXED[:2], "rope_parameters": rope},
     }.get(model_type, {})
     if model_type in ("granitemoe", "gpt_oss"):
         changes["intermediate_size"] = size
