@@ -23,7 +23,7 @@ from oribi.config import ALIASES, SETTINGS, RunConfig  # noqa: E402
 from oribi.config_advice import WHEN_TO_CHANGE  # noqa: E402
 from oribi.config_file import GROUPS  # noqa: E402
 from oribi.config_setting import SOURCE_KEYS, STAGES, Setting  # noqa: E402
-from oribi.families import FAMILIES, Family, family_of  # noqa: E402
+from oribi.families import FAMILIES, Family, family_of, row_name  # noqa: E402
 from oribi.gguf.metadata import WITH_PROJECTOR  # noqa: E402
 from oribi.memory.estimate import Training, estimate_run  # noqa: E402
 from oribi.memory.fit import largest_batch, largest_context  # noqa: E402
@@ -118,12 +118,12 @@ def models_page() -> str:
     ]
     sizes: dict[str, list[str]] = {}
     for name in NAMES:
-        sizes.setdefault(config_of(name).model_type, []).append(short_count(architecture(name).parameters))
+        sizes.setdefault(row_name(config_of(name)), []).append(short_count(architecture(name).parameters))
     lines += table(
         ["model_type", "sizes listed below", "fused", "GGUF", "what sets it apart"],
         [
             [
-                f"`{name}`",
+                f"`{name.removesuffix('+experts')}`" + " with `enable_moe_block`" * name.endswith("+experts"),
                 ", ".join(sizes.get(name, [])) or "-",
                 "yes",
                 f"`{family.gguf.architecture}`" if family.gguf else "no",

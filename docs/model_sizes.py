@@ -116,6 +116,12 @@ _MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         "gemma4_unified_text", (3840, 15360, 48, 16, 8, 256, 262144, 262144),
         _GEMMA4 | _kinds(6, 48) | {"sliding_window": 1024, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     ),
+    "google/gemma-4-26B-A4B-it": (
+        "gemma4_text", (2816, 2112, 30, 16, 8, 256, 262144, 262144),
+        _GEMMA4 | _kinds(6, 30) | {"sliding_window": 1024, "attention_k_eq_v": True, "num_global_key_value_heads": 2,
+                                   "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 128,
+                                   "top_k_experts": 8, "moe_intermediate_size": 704},
+    ),
     "google/gemma-4-31B-it": (
         "gemma4_text", (5376, 21504, 60, 32, 16, 256, 262144, 262144),
         _GEMMA4 | _kinds(6, 60) | {"sliding_window": 1024, "attention_k_eq_v": True, "num_global_key_value_heads": 4,

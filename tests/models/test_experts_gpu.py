@@ -13,13 +13,21 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# in the MLP's place, and in the layer itself beside an MLP
+FAMILIES = {"qwen3_moe": "mlp.experts.", "gemma4_text+experts": "experts."}
 
 
-def trained(folder, dtype: torch.dtype):
-    checkpoint(folder, "qwen3_moe")
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+def trained(folder, family: str, dtype: torch.dtype):
+    checkpoint(folder, family)
     model, _ = load_model(str(folder), dtype=dtype, max_seq_length=64)
-    model = attach_lora(model, r=4, target_parameters=BOTH)
+    model = attach_lora(
+        model, r=4, target_parameters=[FAMILIES[family] + stack for stack in ("gate_up_proj", "down_proj")]
+    )
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -34,16 +42,16 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_gradients_in_float32_equal_the_references(tmp_path):
-    model = trained(tmp_path, torch.float32)
+def test_gradients_in_float32_equal_the_references(family, tmp_path):
+    model = trained(tmp_path, family, torch.float32)
     found = gradients(model)
     with reference_only():
         expected = gradients(model)
     assert all(relative(found[name], expected[name]) < 1e-4 for name in expected)
 
 
-def test_gradients_are_the_same_bits_every_time_and_whatever_is_kept(tmp_path):
-    model = trained(tmp_path, torch.bfloat16)
+def test_gradients_are_the_same_bits_every_time_and_whatever_is_kept(family, tmp_path):
+    model = trained(tmp_path, family, torch.bfloat16)
     first = gradients(model)
     for policy in ("speed", "balanced", "memory"):
         model.get_base_model().set_recompute_policy(policy)
@@ -51,8 +59,9 @@ def test_gradients_are_the_same_bits_every_time_and_whatever_is_kept(tmp_path):
         assert all(torch.equal(again[name], first[name]) for name in first), policy
 
 
-def test_a_recorded_pass_serves_any_routing(tmp_path):
-    core = trained(tmp_path, torch.bfloat16).get_base_model().model.layers[0].mlp
+def test_a_recorded_pass_serves_any_routing(family, tmp_path):
+    layer = trained(tmp_path, family, torch.bfloat16).get_base_model().model.layers[0]
+    core = layer.parts()[1][0]
     x = torch.randn(1, 96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
