@@ -120,6 +120,16 @@ def test_an_mlp_beside_the_experts_is_reached_by_name_or_refused_and_never_means
     assert all(f".{name}.lora_" in one for one in trained)
 
 
+@pytest.mark.parametrize("part", ["router", "experts", "mlp"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_experts_and_routers_are_not_trained_whole(model_type, part):
+    name = part if part == "experts" else FAMILIES[model_type].attribute(part)
+    with pytest.raises(
+        ConfigError, match=f"modules_to_save: {name}: experts and their router are not trained whole"
+    ):
+        attach_lora(loaded_by_hand(model_type), r=4, modules_to_save=[name])
+
+
 def test_experts_of_one_layer_and_excluded_ones_get_what_was_asked(folder):
     model = attached(folder, target_modules=["layers.3.mlp.experts.down_proj"])
     assert stacks_with_pairs(model) == {(3, "down_proj")}

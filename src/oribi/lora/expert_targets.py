@@ -64,8 +64,33 @@ def resolve_all(
     given: dict[str, Any],
 ) -> tuple[list[str] | str, list[str] | None]:
     """What `resolve_experts` and then `resolve_targets` make of target modules; arguments and errors as theirs."""
+    _refuse_whole_experts(model, modules_to_save or ())
     target_modules = resolve_experts(model, target_modules, layers, notes, layers_only, given)
     return resolve_targets(model, target_modules, modules_to_save, notes, tied, layers)
+
+
+def _refuse_whole_experts(model: nn.Module, saved: Iterable[str]) -> None:
+    """Raise over experts, or a router, that are to be trained whole: oribi's decoder reads their own tensors, and no copy of PEFT's.
+
+    Raises:
+        ConfigError: modules_to_save names such a module, or one that holds it.
+    """
+    if not has_experts(model) or not (saved := list(saved)):
+        return
+    family = FAMILIES[model.config.model_type]
+    mlp = family.attribute("mlp")
+    parts = [f"{mlp}.{family.attribute('router')}", f"{mlp}.experts"]
+    named = [
+        one
+        for one in saved
+        for part in [*parts, mlp]
+        if f".{one}".endswith(f".{part}") or f".{part}".endswith(f".{one}")
+    ]
+    if named:
+        raise ConfigError(
+            f"modules_to_save: {', '.join(dict.fromkeys(named))}: experts and their router are not trained whole. LoRA reaches the "
+            "experts by target_parameters, and the router by its name in target_modules"
+        )
 
 
 def resolve_experts(
