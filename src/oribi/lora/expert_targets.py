@@ -77,13 +77,13 @@ def _refuse_whole_experts(model: nn.Module, saved: Iterable[str]) -> None:
     """
     if not has_experts(model) or not (saved := list(saved)):
         return
-    family = FAMILIES[model.config.model_type]
-    mlp = family.attribute("mlp")
-    parts = [f"{mlp}.{family.attribute('router')}", f"{mlp}.experts"]
+    family = row_of(model.config)
+    mlp = () if family.experts.in_layer_itself else (family.attribute("mlp"),)
+    parts = [".".join((*mlp, one)) for one in (family.attribute("router"), "experts")]
     named = [
         one
         for one in saved
-        for part in [*parts, mlp]
+        for part in [*parts, *mlp]
         if f".{one}".endswith(f".{part}") or f".{part}".endswith(f".{one}")
     ]
     if named:
