@@ -48,7 +48,8 @@ def _is_block(weight: torch.Tensor) -> bool:
     if not isinstance(weight, PackedWeight) or not isinstance(weight.packed, BlockCodes):
         return False
     codes = weight.packed.codes
-    return codes.is_contiguous() and codes.data_ptr() % 16 == 0 and codes.nbytes < 2**31
+    on_gpu = codes.is_cuda or INTERPRETED  # and not in host memory
+    return on_gpu and codes.is_contiguous() and codes.data_ptr() % 16 == 0 and codes.nbytes < 2**31
 
 
 def block_linear(
