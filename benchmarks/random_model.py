@@ -250,7 +250,7 @@ def write(name: str, directory: Path, seed: int = 0) -> None:
     linear = {
         f"{path}.weight"
         for path, module in model.named_modules()
-        if type(module) is nn.Linear and path != "lm_head"
+        if type(module) is nn.Linear and path != "lm_head" and not path.endswith(".router.proj")
     }
     tensors: dict[str, torch.Tensor] = {}
     for key, meant in model.state_dict().items():
