@@ -328,7 +328,7 @@ def _tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2}
-    for letter in pre_tokenizers.ByteLevel.alphabet():
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):  # a set, in another order each time
         vocabulary[letter] = len(vocabulary)
     vocabulary["Ġt"] = len(vocabulary)  # llama.cpp loads no BPE tokenizer without merges
     tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "t")]))

@@ -306,6 +306,26 @@ def test_a_loss_that_evens_out_the_experts_use_is_left_to_transformers(tmp_path)
     assert not model.oribi.fused
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
+def test_a_decoder_saved_as_it_is_has_stacks_as_transformers_has_them(kind, tmp_path):
+    checkpoint(tmp_path / "base", kind)
+    settings = {"dtype": torch.float32, "load_in_4bit": False, "max_seq_length": None}
+    model, _ = load_model(str(tmp_path / "base"), **settings)
+    model.save_pretrained(str(tmp_path / "saved"))
+    plain = AutoModelForCausalLM.from_pretrained(str(tmp_path / "saved"), dtype=torch.float32)
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-5)
+
+
+def test_packed_experts_are_not_saved_as_a_checkpoint(tmp_path):
+    checkpoint(tmp_path / "base", "qwen3_moe")
+    model, _ = load_model(str(tmp_path / "base"), dtype=torch.float32, max_seq_length=None)
+    with pytest.raises(ModelError, match="experts is packed.*save_pretrained_merged"):
+        model.save_pretrained(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
 def test_routers_logits_are_refused_when_a_trainer_asks_for_them(tmp_path):
     checkpoint(tmp_path, "qwen3_moe")
     model, _ = load_model(str(tmp_path), dtype=torch.float32)

@@ -6,8 +6,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from oribi.errors import ModelError
 from oribi.kernels import fp8
+from oribi.kernels.packed_weight import PackedWeight
 from oribi.models.core import Keep
-from oribi.models.experts import ExpertsMLP
+from oribi.models.expert_tensors import stored_stack
+from oribi.models.experts import Experts, ExpertsMLP
 from oribi.models.fused_layer import POLICY_NAMES, fusible_halves, policy
 from oribi.models.host_memory import to_pinned_memory
 from oribi.models.layers import DecoderLayer
@@ -36,6 +38,33 @@ class DecoderPreTrainedModel(PreTrainedModel):
                 module.bias.data.zero_()
         elif isinstance(module, RMSNorm) and module.weight is not None:
             module.weight.data.fill_(1.0 - module.offset)
+
+    def save_pretrained(
+        self, save_directory: str, *args: object, state_dict: dict | None = None, **keywords: object
+    ) -> None:
+        """transformers' own, with stacks of experts as its class has them.
+
+        Args:
+            save_directory, args, state_dict, keywords: transformers'.
+
+        Raises:
+            ModelError: experts are packed, which no reader of such files knows.
+        """
+        experts = {name: module for name, module in self.named_modules() if isinstance(module, Experts)}
+        for name, module in experts.items():
+            if isinstance(module.down_proj, PackedWeight):
+                raise ModelError(
+                    f"save_pretrained: {name} is packed, and files of packed experts have no readers. "
+                    "save_pretrained_merged(folder, tokenizer) writes 16-bit weights; the base itself is the checkpoint that was loaded"
+                )
+        if experts:
+            state = dict(self.state_dict() if state_dict is None else state_dict)
+            for name, module in experts.items():
+                for stack in module.stacks:
+                    key = f"{name}.{stack}"
+                    state[key] = stored_stack(module, stack, state[key]).contiguous()
+            state_dict = state
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **keywords)
 
     def set_recompute_policy(self, wanted: str | list[Keep]) -> None:
         """Chooses what each layer keeps between forward and backward, and switches gradient checkpointing on for it.

@@ -8,13 +8,14 @@ from typing import Any
 
 import peft
 from torch import nn
-from transformers import ProgressCallback
+from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
 from oribi.errors import ConfigError
 from oribi.models.adapter_files import read_record
 from oribi.models.load_adapter import load_adapter
+from oribi.models.pretrained import DecoderPreTrainedModel
 from oribi.save.adapter_files import write_adapter
 from oribi.save.base import changed_base
 from oribi.save.trained import require_finite
@@ -90,6 +91,10 @@ class RunTrainer(ProcessesTrainer, ResumableTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         write = self.model.save_pretrained
+        if self._writes_checkpoint and isinstance(self.model, DecoderPreTrainedModel):
+            write = partial(
+                PreTrainedModel.save_pretrained, self.model
+            )  # it is resumed from as the model has it
         if isinstance(self.model, peft.PeftModel):
             template = getattr(self.processing_class, "chat_template", None)
             write = partial(
