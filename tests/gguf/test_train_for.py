@@ -171,6 +171,17 @@ def test_an_adapter_is_loaded_on_the_codes_again_and_proved_in_plain_peft(
             assert torch.equal(bare[f"{name}.{stack}"], ours)
 
 
+def test_codes_of_another_method_than_the_adapter_learnt_on_are_noted(base, tmp_path):
+    model, tokenizer = load(base(**SIZES), train_for="q4_k_m")
+    save_merged(adapted(model), tmp_path, tokenizer, save_method="lora", verify=False)
+    assert not any("was trained on" in note for note in load(tmp_path)[0].oribi.notes)
+    found = load(tmp_path, train_for="q8_0")[0].oribi.notes
+    assert any(
+        "trained on q4_k_m (train_for) weights and is loaded on q8_0 (train_for) ones" in note
+        for note in found
+    )
+
+
 @pytest.mark.parametrize(("family", "sizes"), [("llama", SIZES), ("qwen3_moe", EXPERTS)])
 def test_memory_is_estimated_as_it_is_taken(family, sizes, base):
     folder = base(family, **sizes)

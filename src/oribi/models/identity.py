@@ -77,6 +77,13 @@ class BaseIdentity:
         """Whether linear layers were quantised to NF4."""
         return self.weights.startswith("nf4")
 
+    @property
+    def rounding(self) -> str | None:
+        """What the frozen weights were rounded to after they were read; None: nothing but a dtype."""
+        if self.train_for is not None:
+            return f"{self.train_for} (train_for)"
+        return self.weights if self.in_nf4 else None
+
     def differences(self, other: "BaseIdentity") -> list[str]:
         """What differs, one line per field with both values, this model's first; empty if nothing does.
 

@@ -51,10 +51,12 @@ def compare_with_record(location: Location, record: AdapterRecord, base: BaseIde
             + f". Put the base back that it was trained on ({record.base.name!r}). {way_out}"
         )
     notes = [f"the base's {line}: it was edited since the adapter was trained" for line in changed]
-    if record.base.in_nf4 != base.in_nf4:
+    before, now = record.base.rounding, base.rounding
+    if before != now:
         notes.append(
-            f"{location.name} was trained on {record.base.weights} weights and is loaded on {base.weights} ones, as asked. "
-            "This has cost 12 of 85 points (SmolLM2-135M); load_in_4bit=None loads what it was trained on"
+            f"{location.name} was trained on {before or record.base.weights} weights and is loaded on {now or base.weights} ones, "
+            "as asked. This has cost 12 of 85 points (SmolLM2-135M); without load_in_4bit and train_for it gets what it was "
+            "trained on"
         )
     return notes
 
