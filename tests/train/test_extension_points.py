@@ -230,8 +230,12 @@ def test_settings_of_trl_that_are_not_done_are_refused(make, load, name, value):
         make(packing=True, **{name: value})
 
 
-def test_no_load_balancing_loss_is_what_oribi_does(make):
+def test_no_load_balancing_loss_is_what_oribi_does(make, load, capsys):
     assert make(router_aux_loss_coef=0.0).args.router_aux_loss_coef == 0
+    model, tokenizer = load()
+    model.config.output_router_logits = True
+    make(model=(model, tokenizer))
+    assert "output_router_logits in the model's config has no effect" in capsys.readouterr().out
 
 
 def prompt_rows(conversational: bool) -> Dataset:

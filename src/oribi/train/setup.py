@@ -139,6 +139,10 @@ def fit_arguments(args: SFTConfig, base: nn.Module) -> None:
     say_notes(
         f"{name} has no effect: {why}" for name, why in NOT_USED.items() if getattr(args, name) is not None
     )
+    if getattr(base.config.get_text_config(), "output_router_logits", False):
+        say_notes(
+            ["output_router_logits in the model's config has no effect: oribi adds no load-balancing loss"]
+        )
     source = getattr(base, "oribi", None)
     if args.max_length is None:
         args.max_length = getattr(source, "max_seq_length", None) or trained_positions(base.config)
