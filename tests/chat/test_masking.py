@@ -4,7 +4,7 @@ import copy
 from importlib import resources
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oribi.chat.masking import BARE, BARE_ROW, Masker
@@ -82,6 +82,7 @@ def test_templates_that_trim_train_the_trimmed_answers(pairs, name):
 
 @settings(deadline=None, max_examples=25)
 @given(pairs=turns, kind=st.sampled_from(["bpe", "unigram"]))
+@example(pairs=[("0", " 0")], kind="bpe")
 def test_sentence_piece_tokenizers_train_every_answer(pairs, kind):
     tokenizer = copy.deepcopy(sentence_piece(kind))
     get_chat_template(tokenizer, "mistral")
@@ -92,9 +93,11 @@ def test_sentence_piece_tokenizers_train_every_answer(pairs, kind):
     trained = [label for label in encoded.labels if label != UNTRAINED]
     assert trained.count(tokenizer.eos_token_id) == len(pairs)
     assert encoded.ids.count(tokenizer.bos_token_id) == 1
-    if kind == "bpe":  # byte fallback keeps every character; decoding drops a first space
-        decoded = [text.removeprefix(" ") for text in trained_runs(tokenizer, encoded)]
-        assert decoded == [span.removeprefix(" ") for span in spans]
+    # byte fallback keeps every character; a first space may lie in a token of the prompt, and decoding drops one
+    if kind == "bpe":
+        decoded = trained_runs(tokenizer, encoded)
+        assert len(decoded) == len(spans)
+        assert {span.removesuffix(text) for text, span in zip(decoded, spans)} <= {"", " ", "  "}
 
 
 def test_only_the_last_response(chatml_tokenizer):

@@ -22,7 +22,7 @@ from oribi.families import FAMILIES
 from oribi.models.classifier import build_classifier
 from oribi.models.labels import Labels, read_labels
 from oribi.models.load import load_model
-from tests.models.tiny import as_ours, precise, tiny_config, tiny_pair
+from tests.models.tiny import as_ours, in_float64, tiny_config, tiny_pair
 from tests.models.tiny_checkpoint import checkpoint
 
 LABELS = Labels(("no", "maybe", "yes"))
@@ -56,7 +56,7 @@ def padded(side: str, pad: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("side", "pad"), [("right", 0), ("left", 2)])
 def test_scores_and_gradients_are_those_of_transformers(model_type, side, pad, monkeypatch):
     ours, theirs = classifier_pair(model_type, pad_token_id=pad)
-    precise(monkeypatch, ours, theirs)
+    in_float64(monkeypatch, ours, theirs)
     assert type(ours).__name__ == type(theirs).__name__
     ids, mask = padded(side, pad)
     labels = torch.tensor([2, 0, 1])

@@ -58,6 +58,10 @@ def picture(kind: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def seen(model, kind: str) -> torch.Tensor:
+    for (
+        parameter
+    ) in model.parameters():  # of a file they lie anywhere, and some CPUs' products round by where they lie
+        parameter.data = parameter.data.clone()
     found = model.eval().get_image_features(**picture(kind))
     found = found.pooler_output if hasattr(found, "pooler_output") else found
     found = found if torch.is_tensor(found) else torch.cat(list(found))
