@@ -9,11 +9,10 @@ from peft import LoraConfig, get_peft_model
 
 from oribi.errors import ConfigError, ModelError
 from oribi.gguf import llama_cpp
-from oribi.kernels import block_linear
 from oribi.kernels.packed_weight import PackedWeight
 from oribi.lora.attach import attach_lora
 from oribi.memory.architecture import architecture_of
-from oribi.models.decoding.groups import PackedGroup
+from oribi.models.decoding import groups
 from oribi.models.layer_shards import split_layers
 from oribi.models.load import load_model
 from oribi.models.packed_linear import PackedLinear
@@ -199,16 +198,15 @@ def test_tokens_from_codes_are_those_of_dequantised_weights(rows, method, export
     ids = torch.randint(3, 250, (rows, 9), generator=torch.Generator().manual_seed(0)).cuda()
     found = []
     for reads in (True, False):
-        if not reads:
-            base_model(model).release()
-            monkeypatch.setattr(block_linear, "reads_blocks", lambda *_: False)
+        base_model(model).release()
+        monkeypatch.setattr(groups, "READS_BLOCKS", reads)
         found.append(model.generate(input_ids=ids, **settings))
         (session,) = base_model(model).model.sessions._kept.values()
         assert session.graph is not None
-        groups = [
+        steps = [
             g for layer in session.step.layers for part, _, _ in layer.parts for g in part.groups.values()
         ]
-        assert all(isinstance(group, PackedGroup) == reads for group in groups)
+        assert all(isinstance(group, groups.PackedGroup) == reads for group in steps)
     ours, theirs = found
     for row in range(rows):
         pairs = zip(ours.sequences[row, 9:].tolist(), theirs.sequences[row, 9:].tolist())
