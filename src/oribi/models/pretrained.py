@@ -45,7 +45,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
         """transformers' own, with stacks of experts as its class has them.
 
         Args:
-            save_directory, args, state_dict, keywords: transformers'.
+            save_directory, args, state_dict, keywords: transformers'; tensors by other names than the model's are written as they are.
 
         Raises:
             ModelError: experts are packed, which no reader of such files knows.
@@ -61,8 +61,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
             state = dict(self.state_dict() if state_dict is None else state_dict)
             for name, module in experts.items():
                 for stack in module.stacks:
-                    key = f"{name}.{stack}"
-                    state[key] = stored_stack(module, stack, state[key]).contiguous()
+                    if (key := f"{name}.{stack}") in state:
+                        state[key] = stored_stack(module, stack, state[key]).contiguous()
             state_dict = state
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **keywords)
 
