@@ -117,7 +117,7 @@ def test_nothing_writes_environment_variables():
     assert not wrong, "\n".join(wrong)
 
 
-PACKAGE_LINES = 69_897
+PACKAGE_LINES = 69_895
 FILE_LINES = 400
 FUNCTION_LINES = 80
 

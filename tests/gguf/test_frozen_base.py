@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 
 from oribi.errors import ConfigError, ModelError
@@ -20,7 +19,7 @@ from oribi.models.unwrap import base_model
 from oribi.save.check import Outcome
 from oribi.save.gguf import save_gguf_adapter
 from oribi.save.merged import save_merged
-from tests.models.test_layer_shards import passed, set_weights
+from tests.models.test_layer_shards import group_of_one, passed, set_weights
 from tests.save.tiny_export import distance_from_llama_cpp
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -145,13 +144,10 @@ def test_sharded_codes_give_the_same_bits(file, tmp_path):
     set_weights(decoder, "recompute")
     expected = passed(model, ids_of())
     layers = decoder.model.layers
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        decoder.model.shards = split_layers(list(layers), torch.device("cpu"), dist.group.WORLD)
+    with group_of_one(tmp_path) as group:
+        decoder.model.shards = split_layers(list(layers), torch.device("cpu"), group)
         assert all(getattr(layer.weight, "is_sharded", False) for layer in layers_of(layers))
         assert all(torch.equal(a, b) for a, b in zip(passed(model, ids_of()), expected))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "loftq"}])

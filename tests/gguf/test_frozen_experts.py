@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +20,8 @@ from oribi.save.check import Outcome
 from oribi.save.gguf import save_gguf, save_gguf_adapter
 from oribi.save.merged import save_merged
 from tests.gguf.test_frozen_base import ids_of
-from tests.models.test_layer_shards import passed, set_weights
+from tests.models.test_experts_gpu import replays_any_routing
+from tests.models.test_layer_shards import group_of_one, passed, set_weights
 from tests.models.test_parity import relative
 from tests.save.tiny_export import byte_level_tokenizer, distance_from_llama_cpp, export_config, tiny_model
 
@@ -169,13 +169,10 @@ def test_sharded_codes_give_the_same_bits(file, tmp_path):
     set_weights(decoder, "recompute")
     expected = passed(model, ids_of())
     layers = decoder.model.layers
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        decoder.model.shards = split_layers(list(layers), torch.device("cpu"), dist.group.WORLD)
+    with group_of_one(tmp_path) as group:
+        decoder.model.shards = split_layers(list(layers), torch.device("cpu"), group)
         assert sum(stack.nbytes for stack in stacks_of(model)) < decoder.model.shards.whole_bytes
         assert all(torch.equal(a, b) for a, b in zip(passed(model, ids_of()), expected))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -246,23 +243,4 @@ def test_on_a_gpu_stacks_have_the_cpus_bits_and_a_recorded_pass_serves_any_routi
         assert torch.equal(*(one.cpu().view(torch.int16) for one in values))
     model = adapted(on_gpu)
     core = model.get_base_model().model.layers[0].mlp
-    x = torch.randn(1, 96, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        y = core(x)
-        return y.detach(), torch.autograd.grad(y.float().square().sum(), x)[0]
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = run()
-    for seed in range(3):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            x.copy_(torch.randn_like(x) * 3)
-        graph.replay()
-        assert all(torch.equal(one, other) for one, other in zip(recorded, run()))
+    replays_any_routing(core, columns=256)

@@ -1,5 +1,9 @@
 """A layer that holds 16-bit copies of its weights is not gathered, and whatever reads its codes gets them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,11 +21,20 @@ def folder(tmp_path_factory):
     return write_small_model(tmp_path_factory.mktemp("model"), torch.float32, num_hidden_layers=5)
 
 
+@contextmanager
+def group_of_one(folder: Path) -> Iterator[dist.ProcessGroup]:
+    """Inside the block this process is a group by itself, whose store lies in a folder."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def group(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    with group_of_one(tmp_path) as found:
+        yield found
 
 
 def trained(folder, keep: str | None = None):

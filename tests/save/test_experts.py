@@ -219,11 +219,8 @@ def test_other_families_load_in_four_bits_train_act_in_plain_peft_and_merge(mode
     assert relative(logits(merged), expected) < 1e-5
 
 
-@pytest.mark.long
-def test_what_was_trained_on_packed_experts_is_proved_in_plain_peft_and_merged_from_either_base(
-    folder, tmp_path
-):
-    model, tokenizer = trained(folder)
+def proved_and_merged_from_either_base(model, tokenizer, tmp_path) -> None:
+    """Asserts what every adapter on packed experts has to pass when it is saved."""
     report = model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method="lora", held_out=TEXTS)
     check = next(check for check in report.checks if check.name == "answers in plain PEFT")
     assert check.figures["kl"] < 1e-6 < check.figures["kl_without_adapter"]
@@ -234,6 +231,14 @@ def test_what_was_trained_on_packed_experts_is_proved_in_plain_peft_and_merged_f
         assert found.outcome.value == "equal"
     with pytest.raises(ConfigError, match="transformers packs no stacks of experts"):
         model.save_pretrained_merged(str(tmp_path / "four"), tokenizer, save_method="merged_4bit")
+
+
+@pytest.mark.long
+def test_what_was_trained_on_packed_experts_is_proved_in_plain_peft_and_merged_from_either_base(
+    folder, tmp_path
+):
+    model, tokenizer = trained(folder)
+    proved_and_merged_from_either_base(model, tokenizer, tmp_path)
 
 
 @pytest.mark.skipif(not llama_cpp.is_installed(), reason="xllamacpp is not installed")

@@ -21,7 +21,7 @@ from oribi.save.gguf import save_gguf, save_gguf_adapter
 from tests.models.test_parity import relative
 from tests.models.tiny_checkpoint import checkpoint
 from tests.save.test_adapter_files import WRAPPERS
-from tests.save.test_experts import TEXTS, logits, trained
+from tests.save.test_experts import TEXTS, logits, proved_and_merged_from_either_base, trained
 from tests.save.tiny_export import byte_level_tokenizer, distance_from_llama_cpp
 
 # as released: no inputs of single layers, every layer with keys of its own
@@ -142,16 +142,7 @@ def test_what_was_trained_on_packed_experts_is_proved_in_plain_peft_and_merged_f
     folder, tmp_path
 ):
     model, tokenizer = trained(folder, None)
-    report = model.save_pretrained_merged(str(tmp_path / "a"), tokenizer, save_method="lora", held_out=TEXTS)
-    check = next(check for check in report.checks if check.name == "answers in plain PEFT")
-    assert check.figures["kl"] < 1e-6 < check.figures["kl_without_adapter"]
-    for base in ("dequantized", "original"):
-        found = model.save_pretrained_merged(
-            str(tmp_path / base), tokenizer, dtype="float32", base=base, held_out=TEXTS
-        )
-        assert found.outcome.value == "equal"
-    with pytest.raises(ConfigError, match="transformers packs no stacks of experts"):
-        model.save_pretrained_merged(str(tmp_path / "four"), tokenizer, save_method="merged_4bit")
+    proved_and_merged_from_either_base(model, tokenizer, tmp_path)
     with pytest.raises(ConfigError, match="lora_per_expert"):
         model.save_pretrained_merged(str(tmp_path / "each"), tokenizer, save_method="lora_per_expert")
 

@@ -183,9 +183,9 @@ class ChatTemplate:
             ]
             try:
                 rendered = self.render(messages, tools)
+                written = ["oribi_second" in rendered, "oribi_probe" in rendered]
             except DataError:
-                return True
-            written = ["oribi_second" in rendered, "oribi_probe" in rendered]
+                written = None
             self._several_calls[bool(tools)] = written != [False, True]
         return self._several_calls[bool(tools)]
 

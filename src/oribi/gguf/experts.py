@@ -24,9 +24,8 @@ def add_experts(writer: gguf.GGUFWriter, config: PretrainedConfig, rules: Expert
     writer.add_expert_feed_forward_length(size)
     if rules.shared:
         writer.add_expert_shared_count(rules.shared_size(config) // size)
-    if (
-        rules.has_shared and not rules.in_layer_itself
-    ):  # whose MLP is as wide as layers without experts have it
+    # an MLP beside experts in the layer itself is as wide as layers without experts have it
+    if rules.has_shared and not rules.in_layer_itself:
         writer.add_expert_shared_feed_forward_length(rules.shared_size(config))
     if rules.layers in ("after_first", "interval"):
         writer.add_leading_dense_block_count(_first_with_experts(config, rules))

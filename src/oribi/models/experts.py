@@ -119,9 +119,8 @@ class Router(nn.Module):
         Args:
             weight: the router's own, with what an adapter adds.
         """
-        if (
-            self.norm is not None
-        ):  # rounded after each factor, as in transformers: near ties are decided alike
+        if self.norm is not None:
+            # rounded after each factor, as in transformers: near ties are decided alike
             x = self.norm(x) * self.scale.to(x.dtype) * x.shape[-1] ** -0.5
         if not self.stay_in_float32:
             return F.linear(x, weight, self.bias)
